@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both create .venv if it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FAMILY ?= gemma2
+PROMPT ?= 12+30=
+
+# A CPU build of torch; pyproject.toml allows newer ones, which elsewhere bring CUDA with them.
+TORCH := torch==2.13.0
+
+.PHONY: demo test lint slow test-oldest clean
+
+demo: $(VENV)/export
+	$(BIN)/python export.py --family $(FAMILY) --force
+	$(BIN)/python -m runtime generate dist/$(FAMILY) --prompt "$(PROMPT)" --show-routing
+	$(BIN)/python -m runtime generate dist/$(FAMILY) --chat --prompt "$(PROMPT)" --show-routing
+
+test: $(VENV)/test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Real sizes and other environments; see docs/testing.md.
+slow: $(VENV)/test
+	$(BIN)/python -m pytest -m slow
+
+# The light runtime alone on the oldest supported ONNX Runtime.
+test-oldest: $(VENV)/export .venv-oldest/ready
+	$(BIN)/python export.py --family gemma2 --precision fp32,fp16,int8 --force --out dist/gemma2-oldest
+	$(BIN)/python export.py --family llama3 --precision fp32,fp16,int8 --force --out dist/llama3-oldest
+	FUSIONROUTE_BUNDLES=dist/gemma2-oldest:dist/llama3-oldest .venv-oldest/bin/python -m pytest tests/runtime
+
+$(VENV)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/export: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,export]'
+	touch $@
+
+$(VENV)/test: $(VENV)/export
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,export,test]'
+	touch $@
+
+.venv-oldest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet onnxruntime==1.23.2 pytest hypothesis --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-oldest dist

@@ -1,0 +1,1 @@
+"""Checkpoint → graph → precision → bundle: everything that needs torch, transformers and onnx."""

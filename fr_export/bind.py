@@ -1,0 +1,50 @@
+"""Give a traced graph the weights of one checkpoint in one precision, streamed tensor by tensor."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from fr_export.graph import Graph, Source
+from fr_export.precision import Scheme
+from fr_export.store import Store
+from fr_export.weights import Weights
+
+INLINE = 64  # constants of up to so many values stand in the graph itself
+
+
+def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: Callable[[int], None]) -> None:
+    """Fill every initialiser. `advance(n)` is told of every n source elements done.
+
+    Matrices that products and look-ups read go through the scheme; norms, biases and tables stay fp32.
+    """
+    inner = graph.model.graph
+    for name, source in graph.sources.items():
+        value = inner.initializers.get(name)
+        if value is None:
+            continue  # not used in this graph
+        if any(user.op_type in ("FusedMatMul", "Gather") for user in value.consumers()) and len(value.shape) == 2:
+            scheme.bind(graph, value, counted(rows(source, weights), advance), store)
+            continue
+        array = source.constant if source.constant is not None else next(iter(rows(source, weights)))
+        array = np.asarray(array, np.float32)
+        if array.size <= INLINE:
+            value.const_value = ir.tensor(array, name=name)
+        else:
+            value.const_value = store.put(array).tensor(name, ir.DataType.FLOAT, array.shape)
+    RemoveUnusedNodesPass()(graph.model)
+
+
+def rows(source: Source, weights: Weights) -> Iterator[np.ndarray]:
+    """fp32 slices of the stacked tensors of a source, cut and offset as it says."""
+    for tensor in source.tensors:
+        for part in weights.rows(tensor, source.rows):
+            yield part + np.float32(source.offset) if source.offset else part
+
+
+def counted(parts: Iterator[np.ndarray], advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+    """Pass slices through and report their sizes."""
+    for part in parts:
+        yield part
+        advance(part.size)

@@ -1,0 +1,178 @@
+"""The command line of `export.py`."""
+
+import json
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fr_export.families import FAMILIES
+from runtime.errors import FusionError
+
+FUSIONS = ("weighted", "additive")
+
+
+def parse_expert(text: str) -> tuple[str, str]:
+    """`NAME=SRC` → (name, source)."""
+    name, equals, source = text.partition("=")
+    if not (equals and source and name.isidentifier()) or name in ("router", "fusion"):
+        raise typer.BadParameter(
+            f"'{text}' is not NAME=SRC with a plain name, such as --expert math=checkpoints/math", param_hint="--expert"
+        )
+    return name, source
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Comma list of targets, `ort` meaning `ort:cpu`."""
+    from fr_export.precision import SCHEMES
+
+    targets = tuple(dict.fromkeys({"ort": "ort:cpu"}.get(name.strip(), name.strip()) for name in text.split(",")))
+    for target in targets:
+        if target not in SCHEMES:
+            raise typer.BadParameter(
+                f"unknown target '{target}'; this version exports {', '.join(('ort', *SCHEMES))}", param_hint="--target"
+            )
+    return targets
+
+
+def parse_precisions(text: str | None, targets: tuple[str, ...], family: Any) -> tuple[str, ...]:
+    """Comma list of precisions, or the family's default; all must be computable on every target."""
+    from fr_export.precision import REFUSED, SCHEMES
+
+    if text is None:
+        return tuple(dict.fromkeys(p for target in targets for p in family.precisions.get(target, family.precisions["other"])))
+    precisions = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for target in targets:
+        for precision in precisions:
+            if reason := REFUSED.get((target, precision)):
+                raise typer.BadParameter(f"'{precision}' cannot be exported for {target}: {reason}", param_hint="--precision")
+            if precision not in SCHEMES[target]:
+                raise typer.BadParameter(
+                    f"unknown precision '{precision}' for {target}; expected {', '.join(SCHEMES[target])}",
+                    param_hint="--precision",
+                )
+    return precisions
+
+
+def main(
+    family: Annotated[str, typer.Option(help=f"Model family: {' or '.join(FAMILIES)}.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Named checkpoints: 'tiny' (ships with the package; the default) or 'paper' (hub ids)."),
+    ] = None,
+    router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
+    expert: Annotated[list[str] | None, typer.Option(help="NAME=SRC; repeat per expert, in the order of the routing head's rows.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Comma list of fp32, fp16, int8.")] = None,
+    target: Annotated[str, typer.Option(help="Comma list of targets: ort (ONNX Runtime on CPU).")] = "ort",
+    fusion: Annotated[str, typer.Option(help="weighted (λ·router + (1−λ)·expert) or additive.")] = "weighted",
+    lam: Annotated[float, typer.Option("--lambda", min=0.0, max=1.0, help="λ of the weighted fusion.")] = 0.5,
+    max_seq_len: Annotated[int | None, typer.Option(min=2, help="KV capacity in tokens; default min(4096, the models').")] = None,
+    calibration: Annotated[str, typer.Option(help="'builtin', or a .txt or .jsonl file of prompts to compare on.")] = "builtin",
+    routing_head_key: Annotated[str, typer.Option(help="Name of the routing head's tensors in the router's safetensors.")] = "routing_head",
+    out: Annotated[Path | None, typer.Option(help="Folder of the bundle; default dist/<family>.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle once the new one is complete.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout, all else on stderr.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Export a FusionRoute system, a router LM and its expert LMs, into a bundle that the runtime generates from."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed export removes what it has half-written
+    try:
+        run(
+            family,
+            preset,
+            router,
+            expert or [],
+            precision,
+            target,
+            fusion,
+            lam,
+            max_seq_len,
+            calibration,
+            routing_head_key,
+            out,
+            force,
+            as_json,
+        )
+    except FusionError as error:
+        fail(str(error), debug)
+    except ImportError as error:
+        fail(
+            f"The exporter needs the package '{error.name}': install the extra 'export' (pip install 'fusionroute[export,cpu]').",
+            debug,
+        )
+    except KeyboardInterrupt:
+        fail("Interrupted; nothing was written.", debug)
+    except OSError as error:
+        fail(
+            f"The export failed on {error.filename or out or 'a file'}: {error.strerror or error}; nothing was written.",
+            debug,
+        )
+
+
+def run(
+    family: str, preset: str | None, router: str | None, expert: list[str], precision: str | None, target: str, fusion: str, lam: float,
+    max_seq_len: int | None, calibration: str, head_key: str, out: Path | None, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Check the flags, export, show the report."""
+    if family not in FAMILIES:
+        raise typer.BadParameter(f"unknown family '{family}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
+    if fusion not in FUSIONS:
+        raise typer.BadParameter(f"unknown fusion '{fusion}'; expected {' or '.join(FUSIONS)}", param_hint="--fusion")
+    named = [parse_expert(text) for text in expert]
+    if len({name for name, _ in named}) < len(named):
+        raise typer.BadParameter("every expert needs a name of its own", param_hint="--expert")
+    if preset not in (None, "tiny", "paper"):
+        raise typer.BadParameter(f"unknown preset '{preset}'; expected tiny or paper", param_hint="--preset")
+    if preset is None and (router is None) != (not named):
+        raise typer.BadParameter("--router and --expert go together, unless --preset names the rest", param_hint="--router / --expert")
+
+    console = Console(stderr=True)
+    with console.status("loading torch and transformers"):
+        from fr_export.export import Request, export
+        from fr_export.report import show_report
+        from fr_export.stages import Stages
+
+    chosen = FAMILIES[family]
+    defaults = chosen.preset(preset or "tiny") if preset or router is None else None
+    router_source = router or (defaults.router if defaults else None)
+    if router_source is None:
+        raise FusionError(f"No router is published for the preset '{preset}' of {family}: train one and name it with --router.")
+    targets = parse_targets(target)
+    request = Request(
+        family=chosen,
+        router=router_source,
+        experts=dict(named) if named else dict(defaults.experts if defaults else {}),
+        precisions=parse_precisions(precision, targets, chosen),
+        targets=targets,
+        out=out or Path("dist") / family,
+        fusion=fusion,
+        lam=lam,
+        max_seq_len=max_seq_len,
+        calibration=calibration,
+        head_key=head_key,
+        force=force,
+    )
+    stages = Stages(console)
+    with stages.progress:
+        report = export(request, stages)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        show_report(Console(), report, request.out)
+
+
+def fail(sentence: str, debug: bool) -> None:
+    """One sentence on stderr and exit status 1."""
+    if debug:
+        traceback.print_exc()
+    print(f"error: {sentence}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def app() -> None:
+    """Entry point."""
+    typer.run(main)

@@ -1,0 +1,60 @@
+"""Hold an exported bundle against the reference, through the runtime that users run."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fr_export.reference import Reference
+from fr_export.system import System
+from runtime import FusionRuntime
+
+TOKENS = 384  # positions compared: enough to see a wrong graph, cheap enough for every export
+LONGEST = 128
+
+
+def sequences(system: System, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids to compare on: the prompts, packed end to end; seeded random ids for a system without a tokenizer."""
+    length = min(LONGEST, system.max_seq_len)
+    tokenizer_file = system.router.folder / "tokenizer.json"
+    if not tokenizer_file.exists():
+        draw = np.random.default_rng(0).integers(0, system.vocab_size, (2, length))
+        return [list(map(int, row)) for row in draw]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    ids = [i for prompt in prompts for i in tokenizer.encode(prompt).ids][:TOKENS]
+    return [ids[start : start + length] for start in range(0, len(ids), length)]
+
+
+def compare(
+    bundle: str,
+    precision: str,
+    texts: Sequence[Sequence[int]],
+    references: Sequence[Reference],
+    advance: Callable[[float], None],
+) -> dict[str, Any]:
+    """Differences of fused logits, greedy and routing agreement, read in chunks and token by token ("decode").
+
+    Differences are absolute; `largest_logit` is the largest |logit| of the reference that they stand beside.
+    """
+    with FusionRuntime.load(bundle, precision=precision, device="cpu") as runtime:
+        result: dict[str, Any] = {"tokens": sum(map(len, texts))}
+        for name, chunk in (("chunks", LONGEST), ("decode", 1)):
+            peaks, means, greedy, routed = [], [], [], []
+            for ids, expected in zip(texts, references, strict=True):
+                scores = runtime.score(ids, chunk=chunk)
+                gaps = np.abs(scores.logits - expected.logits)
+                peaks.append(gaps.max(-1))
+                means.append(gaps.mean(-1))
+                greedy.append(scores.logits.argmax(-1) == expected.logits.argmax(-1))
+                routed.append(scores.experts == expected.experts)
+                advance(len(ids))
+            result[name] = {
+                "max_difference": float(np.concatenate(peaks).max()),
+                "mean_difference": float(np.concatenate(means).mean()),
+                "greedy_agreement": float(np.concatenate(greedy).mean()),
+                "routing_agreement": float(np.concatenate(routed).mean()),
+            }
+        result["largest_logit"] = max(float(np.abs(expected.logits).max()) for expected in references)
+    return result

@@ -1,0 +1,251 @@
+"""The whole way once: checkpoints → trace → passes → precision → bundle → comparison → report."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration.prompts import load_prompts
+from fr_export.bind import bind
+from fr_export.checkpoint import Checkpoint
+from fr_export.compare import TOKENS, compare, sequences
+from fr_export.families import Family
+from fr_export.fusion_graph import write_fusion_graph
+from fr_export.graph import Graph
+from fr_export.lowerings import ort
+from fr_export.precision import SCHEMES
+from fr_export.reference import reference
+from fr_export.report import write_report
+from fr_export.stages import Stages
+from fr_export.staging import Staging
+from fr_export.store import FOLDER, Store
+from fr_export.system import System
+from fr_export.trace import architecture, trace
+from runtime import FusionRuntime, manifest
+from runtime.bundle import sha256
+from runtime.errors import FusionError
+
+GRAPHS = "graphs"
+FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
+REFERENCE_LIMIT = 1 << 30  # bytes of one model in fp32 up to which the whole of it is loaded into torch for the comparison
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, checked as far as one flag at a time can be."""
+
+    family: Family
+    router: str
+    experts: dict[str, str]
+    precisions: tuple[str, ...]
+    targets: tuple[str, ...]
+    out: Path
+    fusion: str = "weighted"
+    lam: float = 0.5
+    max_seq_len: int | None = None
+    calibration: str = "builtin"
+    head_key: str = "routing_head"
+    force: bool = False
+
+
+def export(request: Request, stages: Stages) -> dict[str, Any]:
+    """Export a system into a bundle at `request.out`, which appears only when complete. Returns the report.
+
+    Raises FusionError subclasses for everything the user can mend; nothing half-written is left behind.
+    """
+    coefficients = FusionRuntime.coefficients(request.fusion, request.lam)
+    with Staging(request.out, request.force) as staging:
+        with stages.stage("checking the checkpoints"):
+            system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len)
+            prompts = load_prompts(request.calibration)
+            check_space(system, request, staging.folder)
+        graphs = traces(system, stages)
+        folder = staging.folder
+        store = Store(folder / GRAPHS)
+        write_fusion_graph(folder / FUSION_GRAPH)
+        variants = [
+            write_variant(system, graphs, target, precision, folder, store, stages)
+            for target in request.targets
+            for precision in request.precisions
+        ]
+        write_texts(system.router, folder)
+        made = describe(system, request, graphs, variants, folder)
+        report: dict[str, Any] = {"family": request.family.name, "models": [model.name for model in system.models]}
+        report |= {
+            "parameters": {model.name: model.parameters for model in made.models},
+            "max_seq_len": made.max_seq_len,
+            "vocab_size": made.vocab_size,
+        }
+        compared, reason = measure(system, made, prompts, coefficients, folder, stages)
+        report["variants"] = [summary(variant, folder) | {"compared": compared.get(variant.precision)} for variant in variants]
+        report["not_compared"] = reason
+        report["stages"] = stages.report()
+        write_report(folder, report)
+        files = dict(made.files) | {"report.json": file_entry(folder / "report.json")}
+        made.model_copy(update={"files": files}).write(folder)
+    return report
+
+
+def traces(system: System, stages: Stages) -> dict[str, Graph]:
+    """One trace per distinct architecture: model name → its graph."""
+    keys = {model.name: architecture(model.config, system.vocab_size) for model in system.models}
+    found: dict[str, Graph] = {}
+    with stages.stage(f"tracing {len(set(keys.values()))} architecture(s)", len(set(keys.values()))) as advance:
+        for model in system.models:
+            if keys[model.name] not in found:
+                found[keys[model.name]] = trace(system.family, model.config, system.vocab_size, system.max_seq_len)
+                advance(1)
+    return {name: found[key] for name, key in keys.items()}
+
+
+def parameters(graph: Graph) -> int:
+    """Number of checkpoint values that a graph reads (a tied embedding counts once)."""
+    values = graph.model.graph.initializers
+    return sum(int(np.prod(values[name].shape)) for name, source in graph.sources.items() if source.tensors)
+
+
+def write_variant(
+    system: System, graphs: dict[str, Graph], target: str, precision: str, folder: Path, store: Store, stages: Stages
+) -> manifest.Variant:
+    """Write the graphs of all models in one precision."""
+    scheme = SCHEMES[target][precision]
+    written: dict[str, str] = {}
+    total = sum(parameters(graph) for graph in graphs.values())
+    with stages.stage(f"writing {precision} for {target}", total) as advance:
+        for model in system.models:
+            graph = graphs[model.name].clone()
+            ort.end_with(graph, system.head if model is system.router else None)
+            bind(graph, model.weights, scheme, store, advance)
+            name = f"{GRAPHS}/{model.name}.{target.replace(':', '-')}.{precision}.onnx"
+            graph.model.graph.name = model.name
+            ir.save(graph.model, folder / name)
+            written[model.name] = name
+    return manifest.Variant(target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=scheme.bits)
+
+
+def write_texts(router: Checkpoint, folder: Path) -> None:
+    """Copy tokenizer.json and the chat template, where the router has them."""
+    if router.tokenizer is not None:
+        shutil.copyfile(router.folder / "tokenizer.json", folder / "tokenizer.json")
+    template = chat_template(router)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def chat_template(router: Checkpoint) -> str | None:
+    """The chat template from its own file or from tokenizer_config.json, where older checkpoints keep it."""
+    file = router.folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config = router.folder / "tokenizer_config.json"
+    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    if isinstance(found, list):  # several named templates
+        found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+    return found
+
+
+def describe(
+    system: System, request: Request, graphs: dict[str, Graph], variants: Sequence[manifest.Variant], folder: Path
+) -> manifest.Manifest:
+    """The manifest of what stands in the folder so far."""
+    router = system.router
+    spelled = {index: token for token, index in (router.vocabulary or {}).items()}
+    ends = end_tokens(router)
+    models = [
+        manifest.Model(
+            name=name,
+            layers=graph.layers,
+            kv_heads=graph.cache[0],
+            head_size=graph.cache[1],
+            parameters=parameters(graph),
+        )
+        for name, graph in graphs.items()
+    ]
+    return manifest.Manifest(
+        format=1,
+        family=request.family.name,
+        models=models,
+        fusion=request.fusion,  # type: ignore[arg-type]  # pydantic checks it
+        lam=request.lam,
+        vocab_size=system.vocab_size,
+        max_seq_len=system.max_seq_len,
+        bos_token=spelled.get(router.config.bos_token_id),
+        eos_token=spelled.get(ends[0]) if ends else None,
+        eos_token_ids=ends,
+        variants=list(variants),
+        files={path.relative_to(folder).as_posix(): file_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()},
+    )
+
+
+def end_tokens(router: Checkpoint) -> list[int]:
+    """All ids that end a text: those of generation_config.json and of config.json."""
+    found: list[int] = []
+    for value in (router.config.eos_token_id, router.generation.get("eos_token_id")):
+        found += value if isinstance(value, list) else [value] if value is not None else []
+    return list(dict.fromkeys(int(i) for i in found))
+
+
+def file_entry(path: Path) -> manifest.File:
+    """Size and hash; weights are named by their hash already."""
+    digest = path.stem if path.parent.name == FOLDER else sha256(path)
+    return manifest.File(sha256=digest, bytes=path.stat().st_size)
+
+
+def measure(
+    system: System,
+    made: manifest.Manifest,
+    prompts: list[str],
+    coefficients: tuple[float, float],
+    folder: Path,
+    stages: Stages,
+) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Compare every precision with torch: precision → figures, or nothing and the reason."""
+    largest = max(model.parameters for model in made.models) * 4
+    if largest > REFERENCE_LIMIT:
+        return (
+            {},
+            f"a model takes {largest / 1e9:.1f} GB in fp32, more than the {REFERENCE_LIMIT / 1e9:.1f} GB that the comparison loads",
+        )
+    made.write(folder)  # the runtime that compares reads the bundle as users will
+    texts = sequences(system, prompts)
+    with stages.stage("reference in torch", len(system.models)) as advance:
+        references = reference(system, texts, coefficients, advance)
+    found = {}
+    for variant in made.variants:
+        with stages.stage(f"comparing {variant.precision}", 2 * min(TOKENS, sum(map(len, texts)))) as advance:
+            found[variant.precision] = compare(str(folder), variant.precision, texts, references, advance)
+    return found, None
+
+
+def summary(variant: manifest.Variant, folder: Path) -> dict[str, Any]:
+    """Size of one variant: its graphs and every weight file they read, each once."""
+    read: set[Path] = set()
+    for name in variant.graphs.values():
+        read.add(folder / name)
+        for value in ir.load(folder / name).graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                read.add(folder / GRAPHS / value.const_value.location)
+    size = sum(path.stat().st_size for path in read)
+    return {
+        "target": variant.target,
+        "precision": variant.precision,
+        "bytes": size,
+        "bits_per_weight": variant.bits_per_weight,
+    }
+
+
+def check_space(system: System, request: Request, folder: Path) -> None:
+    """Refuse before any work where the disk cannot hold the bundle."""
+    values = sum(int(np.prod(entry.shape)) for model in system.models for entry in model.weights.entries.values())
+    needed = sum(values * SCHEMES[target][precision].bits / 8 for target in request.targets for precision in request.precisions)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise FusionError(
+            f"The bundle needs about {needed / 1e9:.1f} GB, but {request.out.absolute().parent} has {free / 1e9:.1f} GB free: "
+            "make room, export fewer precisions, or name another disk with --out."
+        )

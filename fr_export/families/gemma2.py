@@ -1,0 +1,33 @@
+"""Gemma 2 (arXiv:2408.00118): softcapped attention and logits, alternating sliding windows, RMSNorm by 1 + w, scaled embedding."""
+
+from typing import Any
+
+from fr_export.families.family import Family, Preset, check_rope
+from runtime.errors import InputError
+
+
+def check(where: str, config: Any) -> None:
+    """Sliding windows need a length, and attention must look back only (Gemma's encoder variants do not)."""
+    check_rope(where, config)
+    if "sliding_attention" in config.layer_types and not (config.sliding_window or 0) > 0:
+        raise InputError(f"{where} has sliding-attention layers but no positive 'sliding_window' in its config.json.")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise InputError(f"{where} attends in both directions, so it cannot generate: use a causal Gemma-2 checkpoint.")
+
+
+GEMMA2 = Family(
+    name="gemma2",
+    model_type="gemma2",
+    norm_offset=1.0,
+    paper=Preset(
+        router=None,
+        experts={
+            "math": "MergeBench/gemma-2-2b-it_math",
+            "code": "MergeBench/gemma-2-2b-it_coding",
+            "instruction": "MergeBench/gemma-2-2b-it_instruction",
+        },
+    ),
+    # its residual stream grows beyond fp16's 65,504: bf16 is the half precision that holds it
+    precisions={"ort:cpu": ("fp32", "int8"), "other": ("bf16", "int8")},
+    check=check,
+)

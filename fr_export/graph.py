@@ -1,0 +1,63 @@
+"""A traced graph without weights: an ONNX IR model, and for each initialiser the checkpoint tensors it will be made of."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an initialiser's values come from: checkpoint tensors stacked along their rows, or a constant of the config.
+
+    `offset` is added to every value (the 1 of Gemma's 1 + w). `rows` cuts a padded vocabulary.
+    """
+
+    tensors: tuple[str, ...] = ()
+    offset: float = 0.0
+    rows: int | None = None
+    constant: np.ndarray | None = field(default=None, compare=False)
+
+
+@dataclass
+class Graph:
+    """One architecture in one dialect. Initialisers in `model` have types and shapes but no values; `sources` says what they are.
+
+    `cache` is the shape [kv_heads, head_size] of one position in each layer's key and value buffers.
+    """
+
+    model: ir.Model
+    sources: dict[str, Source]
+    layers: int
+    cache: tuple[int, int]
+
+    def clone(self) -> "Graph":
+        """A copy whose nodes and initialisers can be rewritten for one model and one precision."""
+        return Graph(self.model.clone(), dict(self.sources), self.layers, self.cache)
+
+
+def node(
+    graph: ir.Graph,
+    before: ir.Node | None,
+    op: str,
+    inputs: list[ir.Value | None],
+    outputs: list[ir.Value],
+    **attributes: int | float | str,
+) -> ir.Node:
+    """Insert a node `domain::op` in front of `before` (or at the end) with existing or new output values."""
+    domain, _, op_type = op.rpartition("::")
+    made = ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(attributes), outputs=outputs)
+    if before is None:
+        graph.append(made)
+    else:
+        graph.insert_before(before, made)
+    return made
+
+
+def initializer(
+    graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], tensor: ir.TensorProtocol | None = None
+) -> ir.Value:
+    """Register a new initialiser, with its values or (None) to be filled when weights are bound."""
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=tensor)
+    graph.initializers[name] = value
+    return value

@@ -1,0 +1,49 @@
+"""fp16: weights in half precision, arithmetic in fp32 (the CPU provider gains nothing from fp16 arithmetic, and nothing overflows)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from fr_export.graph import Graph, node
+from fr_export.precision.scheme import users
+from fr_export.store import Store
+from runtime.errors import InputError
+
+
+class Fp16:
+    """Half the bytes of fp32 on disk; ONNX Runtime widens the weights once, when the session is loaded."""
+
+    name = "fp16"
+    bits = 16.0
+
+    def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
+        """Store fp16 rows and widen after an embedding look-up, before a product.
+
+        Raises InputError where a weight lies beyond fp16's range.
+        """
+        with store.writer() as writer, np.errstate(over="ignore"):
+            for part in rows:
+                half = part.astype(np.float16)
+                if not np.isfinite(half).all():
+                    raise InputError(
+                        f"The weight '{matrix.name}' holds values beyond fp16's 65,504 (or not finite); export it as fp32 or int8."
+                    )
+                writer.write(half)
+        inner = graph.model.graph
+        products, lookups = users(matrix)
+        matrix.dtype = ir.DataType.FLOAT16
+        matrix.const_value = writer.blob.tensor(matrix.name, ir.DataType.FLOAT16, tuple(matrix.shape))
+        for lookup in lookups:
+            narrow, wide = (
+                lookup.outputs[0],
+                ir.Value(name=f"{lookup.outputs[0].name}.fp32", type=ir.TensorType(ir.DataType.FLOAT)),
+            )
+            narrow.replace_all_uses_with(wide)
+            narrow.dtype = ir.DataType.FLOAT16
+            inner.insert_after(lookup, ir.Node("", "Cast", [narrow], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], outputs=[wide]))
+        if products:
+            wide = ir.Value(name=f"{matrix.name}.fp32", type=ir.TensorType(ir.DataType.FLOAT), shape=matrix.shape)
+            node(inner, products[0], "Cast", [matrix], [wide], to=int(ir.DataType.FLOAT))
+            for product in products:
+                product.replace_input_with(1, wide)

@@ -1,0 +1,23 @@
+"""fp32: the checkpoint's values as they are."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from fr_export.graph import Graph
+from fr_export.store import Store
+
+
+class Fp32:
+    """Weights and arithmetic in single precision."""
+
+    name = "fp32"
+    bits = 32.0
+
+    def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
+        """Store the rows unchanged; no operator changes."""
+        with store.writer() as writer:
+            for part in rows:
+                writer.write(part)
+        matrix.const_value = writer.blob.tensor(matrix.name, ir.DataType.FLOAT, tuple(matrix.shape))

@@ -1,0 +1,55 @@
+"""What an export says of itself at the end: report.json and the table on the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+NAME = "report.json"
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write report.json into a bundle folder."""
+    (folder / NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
+    """Print the tables of precisions and stages."""
+    precisions = Table(title=f"{report['family']}: {' + '.join(report['models'])} → {out}", title_justify="left")
+    for column in ("target", "precision", "size", "bits/weight", "max |Δ|", "mean |Δ|", "greedy", "routing"):
+        precisions.add_column(column, justify="left" if column in ("target", "precision") else "right")
+    for entry in report["variants"]:
+        found = entry["compared"]
+        head = (entry["target"], entry["precision"], size(entry["bytes"]), f"{entry['bits_per_weight']:.2f}")
+        if found is None:
+            precisions.add_row(*head, *["not compared"] * 4)
+            continue
+        decode = found["decode"]
+        precisions.add_row(
+            *head,
+            f"{decode['max_difference']:.2g}",
+            f"{decode['mean_difference']:.2g}",
+            f"{decode['greedy_agreement']:.1%}",
+            f"{decode['routing_agreement']:.1%}",
+        )
+    stages = Table(title="Stages", title_justify="left")
+    for column in ("stage", "seconds", "peak memory"):
+        stages.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in report["stages"]:
+        stages.add_row(stage["name"], f"{stage['seconds']:.1f}", f"{stage['peak_anonymous_mib']:,.0f} MiB")
+    console.print(Group(precisions, explain(report), stages))
+
+
+def explain(report: dict[str, Any]) -> str:
+    """One line under the table: what the differences were measured on."""
+    compared = next((entry["compared"] for entry in report["variants"] if entry["compared"]), None)
+    if compared is None:
+        return f"Not compared with torch: {report['not_compared']}."
+    return f"Fused logits against torch in fp32 over {compared['tokens']} tokens, token by token; largest |logit| {compared['largest_logit']:.1f}."
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

@@ -1,0 +1,82 @@
+"""The stages of a long job: progress on the terminal, and for the report the seconds and the peak memory of each."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+INTERVAL = 0.02  # seconds between looks at the memory
+
+
+@dataclass
+class Stage:
+    """One finished stage. Memory is anonymous (the page cache that mapped files use is told apart and not counted)."""
+
+    name: str
+    seconds: float
+    peak_anonymous_mib: float
+
+
+class Stages:
+    """Runs stages one after the other under one progress display on stderr."""
+
+    def __init__(self, console: Console):
+        self.done: list[Stage] = []
+        self.progress = Progress(
+            TextColumn("{task.description:<34}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=False,
+        )
+
+    @contextmanager
+    def stage(self, name: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+        """Show and measure one stage; yields the function that advances its bar."""
+        task = self.progress.add_task(name, total=total or 1.0)
+        start = time.perf_counter()
+        with PeakMemory() as memory:
+            yield lambda amount: self.progress.advance(task, amount)
+        self.progress.update(task, completed=total or 1.0)
+        self.done.append(Stage(name, round(time.perf_counter() - start, 2), round(memory.peak / 2**20, 1)))
+
+    def report(self) -> list[dict[str, float | str]]:
+        """The stages as plain data."""
+        return [asdict(stage) for stage in self.done]
+
+
+class PeakMemory:
+    """Samples this process's anonymous memory (RssAnon, bytes) in the background and keeps the highest value."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.peak = anonymous_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(INTERVAL):
+            self.peak = max(self.peak, anonymous_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process; 0 where the system does not tell."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

@@ -1,0 +1,21 @@
+"""Run FusionRoute bundles: per-token routing between expert LMs, logits fused with the router's. Needs no torch, transformers or onnx."""
+
+from runtime.engine import FusionRuntime, Result
+from runtime.errors import BundleError, ClosedError, FusionError, InputError, UnavailableError
+from runtime.sampling import Sampling
+from runtime.session import Scores, Session
+from runtime.text import Token
+
+__all__ = [
+    "BundleError",
+    "ClosedError",
+    "FusionError",
+    "FusionRuntime",
+    "InputError",
+    "Result",
+    "Sampling",
+    "Scores",
+    "Session",
+    "Token",
+    "UnavailableError",
+]

@@ -1,0 +1,36 @@
+"""`python -m runtime`: generate, inspect."""
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from runtime.commands.generate import generate
+from runtime.commands.inspect import inspect
+from runtime.errors import FusionError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Run FusionRoute bundles.")
+app.command()(generate)
+app.command()(inspect)
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """Run FusionRoute bundles."""
+
+
+def main() -> None:
+    """Run a command; errors end in one sentence on stderr and exit status 1."""
+    try:
+        app()
+    except FusionError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

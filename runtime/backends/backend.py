@@ -1,0 +1,81 @@
+"""What a backend offers: models that read tokens into a KV cache, and the fusion of two models' logits."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+
+class Output(NamedTuple):
+    """One forward pass. `logits` stays where the backend computed it; `routing` is float32 [K, n_experts] for a router, else None."""
+
+    logits: Any
+    routing: np.ndarray | None
+
+
+class Fused(NamedTuple):
+    """What fusion returns for K positions. The arrays are the backend's buffers: read or copy them before the next call.
+
+    ids int64 [K, k] and logits float32 [K, k] after the penalty, sorted; unpenalised float32 [K, k]; log_normaliser float32 [K] of the
+    fused logits at temperature 1; sampling_normaliser float32 [K] of the penalised logits at the temperature; row: float32 [K, V].
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    unpenalised: np.ndarray
+    log_normaliser: np.ndarray
+    sampling_normaliser: np.ndarray
+    rows: np.ndarray
+
+
+class Cache(Protocol):
+    """One model's KV cache for one session: a buffer of fixed capacity and the number of tokens it holds."""
+
+    length: int
+
+    def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
+        """Append S tokens and return outputs for K of their positions (0 … S−1, counted within `ids`)."""
+        ...
+
+
+class LanguageModel(Protocol):
+    """A loaded model; caches are made per session and may be used by one thread each."""
+
+    def cache(self) -> Cache:
+        """A new empty cache."""
+        ...
+
+
+class Fuser(Protocol):
+    """The fusion graph, bound for one session."""
+
+    def __call__(
+        self,
+        router: Any,
+        expert: Any,
+        coefficients: tuple[float, float],
+        k: int,
+        penalty_ids: np.ndarray,
+        penalty: float,
+        temperature: float,
+    ) -> Fused:
+        """Fuse the logits of K positions; `penalty_ids` int64 [P] are penalised at each of them."""
+        ...
+
+
+class Backend(Protocol):
+    """Router, experts and fusion of one variant of a bundle on one device."""
+
+    @property
+    def router(self) -> LanguageModel:
+        """The router, whose outputs carry routing scores."""
+        ...
+
+    @property
+    def experts(self) -> Sequence[LanguageModel]:
+        """The experts in the order of the routing head's rows."""
+        ...
+
+    def fuser(self) -> Fuser:
+        """A fuser for one session."""
+        ...

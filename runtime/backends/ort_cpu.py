@@ -1,0 +1,203 @@
+"""ONNX Runtime's CPU provider: IO binding on numpy buffers, KV caches updated in place, nothing allocated per decoded token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.backends.backend import Fused, Output
+from runtime.bundle import Bundle
+from runtime.errors import BundleError, UnavailableError
+
+if TYPE_CHECKING:
+    from runtime.manifest import Model, Variant
+
+TARGET = "ort:cpu"
+
+
+class OrtCpu:
+    """All models of one variant, each in its own inference session."""
+
+    def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UnavailableError(
+                "The CPU backend needs onnxruntime: install the extra 'cpu' (pip install 'fusionroute[cpu]')."
+            ) from error
+        manifest = bundle.manifest
+
+        def session(name: str, graph: str, threads: int | None) -> Any:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            options.inter_op_num_threads = 1
+            options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+            # idle pools must not spin: router and expert take turns, and a spinning pool steals the other's cores
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+            try:
+                return onnxruntime.InferenceSession(str(bundle.folder / graph), options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # ONNX Runtime has no public base class for its errors
+                first = str(error).splitlines()[0]
+                raise BundleError(
+                    f"ONNX Runtime {onnxruntime.__version__} cannot load {name} from {bundle.folder / graph}: {first}"
+                ) from error
+
+        models = [
+            OrtModel(
+                session(model.name, variant.graphs[model.name], threads),
+                model,
+                manifest.max_seq_len,
+                manifest.vocab_size,
+                len(manifest.experts),
+            )
+            for model in manifest.models
+        ]
+        self.router, self.experts = models[0], models[1:]
+        self._fusion = session("the fusion graph", variant.fusion_graph, 1)  # one pass over a row: threads cost more than they give
+        self._vocab = manifest.vocab_size
+
+    def fuser(self) -> OrtFuser:
+        """A fuser with buffers of its own."""
+        return OrtFuser(self._fusion, self._vocab)
+
+
+class OrtModel:
+    """One language model's inference session."""
+
+    def __init__(self, session: Any, model: Model, capacity: int, vocab: int, experts: int):
+        self.session = session
+        self.model = model
+        self.capacity = capacity
+        self.vocab = vocab
+        outputs = {output.name for output in session.get_outputs()}
+        self.experts = experts if "routing" in outputs else 0
+
+    def cache(self) -> OrtCache:
+        """Buffers of the full capacity; the system hands out their memory as it is first written."""
+        return OrtCache(self)
+
+
+class OrtCache:
+    """KV buffers [1, kv_heads, capacity, head_size] per layer, bound once as both past and present."""
+
+    def __init__(self, model: OrtModel):
+        self.length = 0
+        self._model = model
+        self._run = model.session.run_with_iobinding
+        self._binding = binding = model.session.io_binding()
+        spec = model.model
+        shape = (1, spec.kv_heads, model.capacity, spec.head_size)
+        self._buffers: list[np.ndarray] = []
+        for layer in range(spec.layers):
+            for kind in ("key", "value"):
+                buffer = np.zeros(shape, np.float32)
+                self._buffers.append(buffer)
+                binding.bind_input(f"past.{layer}.{kind}", "cpu", 0, np.float32, shape, buffer.ctypes.data)
+                binding.bind_output(f"present.{layer}.{kind}", "cpu", 0, np.float32, shape, buffer.ctypes.data)
+        self._ids = np.zeros((1, model.capacity), np.int64)
+        self._seqlens, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
+        binding.bind_input("seqlens_k", "cpu", 0, np.int32, (1,), self._seqlens.ctypes.data)
+        binding.bind_input("total_sequence_length", "cpu", 0, np.int32, (), self._total.ctypes.data)
+        self._bound = (0, 0)  # (S, K) that ids, positions and outputs are bound for
+        self._last = self._outputs(1)
+        self._positions = np.zeros(1, np.int64)
+        self._logits, self._routing = self._last
+
+    def _outputs(self, wanted: int) -> tuple[np.ndarray, np.ndarray | None]:
+        logits = np.empty((wanted, self._model.vocab), np.float32)
+        return logits, np.empty((wanted, self._model.experts), np.float32) if self._model.experts else None
+
+    def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
+        """See `backend.Cache.forward`. With K = 1 the arrays returned are reused by the next call with K = 1."""
+        count, wanted = len(ids), len(positions)
+        if self._bound != (count, wanted):
+            self._bind(count, wanted)
+        self._ids[0, :count] = ids
+        self._positions[:] = positions
+        self._seqlens[0] = self.length + count - 1
+        self._total[()] = self.length + count
+        self._run(self._binding)
+        self.length += count
+        if wanted > 1:
+            self._bound = (0, 0)  # those arrays now belong to the caller
+        return Output(self._logits, self._routing)
+
+    def _bind(self, count: int, wanted: int) -> None:
+        binding, model = self._binding, self._model
+        binding.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
+        self._positions = np.zeros(wanted, np.int64)
+        binding.bind_input("logit_positions", "cpu", 0, np.int64, (wanted,), self._positions.ctypes.data)
+        self._logits, self._routing = self._last if wanted == 1 else self._outputs(wanted)
+        binding.bind_output("logits", "cpu", 0, np.float32, (1, wanted, model.vocab), self._logits.ctypes.data)
+        if self._routing is not None:
+            binding.bind_output("routing", "cpu", 0, np.float32, (1, wanted, model.experts), self._routing.ctypes.data)
+        self._bound = (count, wanted)
+
+
+class OrtFuser:
+    """The fusion graph with outputs bound for one position and few candidates, rebound when the shape changes."""
+
+    def __init__(self, session: Any, vocab: int):
+        self._run = session.run_with_iobinding
+        self._binding = session.io_binding()
+        self._vocab = vocab
+        self._shape = (0, 0)
+        self._inputs: dict[str, np.ndarray] = {
+            "coefficients": np.zeros(2, np.float32),
+            "penalty": np.ones((), np.float32),
+            "temperature": np.ones((), np.float32),
+            "k": np.zeros(1, np.int64),
+        }
+        for name, array in self._inputs.items():
+            self._bind(name, array)
+        self._penalty_ids = np.zeros((0, 0), np.int64)
+        self._addresses: dict[str, int] = {}
+
+    def _bind(self, name: str, array: np.ndarray) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def __call__(
+        self,
+        router: Any,
+        expert: Any,
+        coefficients: tuple[float, float],
+        k: int,
+        penalty_ids: np.ndarray,
+        penalty: float,
+        temperature: float,
+    ) -> Fused:
+        """See `backend.Fuser`. `router` and `expert` are float32 [K, V]."""
+        count = len(router)
+        inputs = self._inputs
+        inputs["coefficients"][:] = coefficients
+        inputs["penalty"][()], inputs["temperature"][()], inputs["k"][0] = penalty, temperature, k
+        self._rows = (router, expert)  # bound by address: keep them alive until the run is over
+        for name, array in (("router_logits", router), ("expert_logits", expert)):
+            address = array.ctypes.data
+            if self._addresses.get(name) != address or self._shape[0] != count:
+                self._bind(name, array)
+                self._addresses[name] = address
+        if len(penalty_ids) or self._penalty_ids.shape != (count, 0):
+            self._penalty_ids = np.ascontiguousarray(np.broadcast_to(penalty_ids, (count, len(penalty_ids))))
+            self._bind("penalty_ids", self._penalty_ids)
+        if self._shape != (count, k):
+            self._allocate(count, k)
+        self._run(self._binding)
+        return self._fused
+
+    def _allocate(self, count: int, k: int) -> None:
+        self._fused = Fused(
+            ids=np.empty((count, k), np.int64),
+            logits=np.empty((count, k), np.float32),
+            unpenalised=np.empty((count, k), np.float32),
+            log_normaliser=np.empty(count, np.float32),
+            sampling_normaliser=np.empty(count, np.float32),
+            rows=np.empty((count, self._vocab), np.float32),
+        )
+        names = ("candidate_ids", "candidate_logits", "unpenalised", "log_normaliser", "sampling_normaliser", "fused")
+        for name, array in zip(names, self._fused, strict=True):
+            self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._shape = (count, k)

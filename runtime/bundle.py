@@ -1,0 +1,85 @@
+"""A bundle on disk: its manifest, where its files are, and whether they are the ones that were exported."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.errors import BundleError, UnavailableError
+
+if TYPE_CHECKING:
+    from runtime.manifest import Manifest, Variant
+
+PREFERRED = ("int8", "fp16", "bf16", "fp32")  # what is opened when no precision is named: the fastest first
+
+
+class Bundle:
+    """Opening checks that every file is there with its size, and hashes the graphs; `verify()` hashes all."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Bundle:
+        """Raises BundleError where the bundle is missing, incomplete or was changed."""
+        from runtime.manifest import Manifest  # pydantic would double the time of `import runtime`
+
+        path = Path(folder)
+        bundle = cls(path, Manifest.read(path))
+        for name, file in bundle.manifest.files.items():
+            try:
+                size = (path / name).stat().st_size
+            except OSError as error:
+                raise BundleError(f"The bundle {path} lacks {name}; copy or export it again.") from error
+            if size != file.bytes:
+                raise BundleError(f"{path / name} has {size} bytes where the manifest says {file.bytes}; copy or export the bundle again.")
+        for name in bundle.manifest.files:
+            if name.endswith((".onnx", ".engine")):  # they are executed, so they are always checked; weights by size only
+                bundle.check(name)
+        return bundle
+
+    def check(self, name: str) -> None:
+        """Compare one file's hash with the manifest."""
+        if sha256(self.folder / name) != self.manifest.files[name].sha256:
+            raise BundleError(
+                f"{self.folder / name} was changed after the export (its SHA-256 differs from the manifest); export the bundle again."
+            )
+
+    def verify(self) -> None:
+        """Hash every file and look for files that the manifest does not know. Raises BundleError on the first that differs."""
+        for name in self.manifest.files:
+            self.check(name)
+        known = set(self.manifest.files) | {"manifest.json"}
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_file() and name not in known:
+                raise BundleError(
+                    f"{path} does not belong to the bundle (the manifest does not name it); remove it or export the bundle again."
+                )
+
+    def variant(self, target: str, precision: str | None) -> Variant:
+        """The variant for a target such as `ort:cpu`. Raises UnavailableError naming what the bundle has."""
+        found = {variant.precision: variant for variant in self.manifest.variants if variant.target == target}
+        if not found:
+            targets = sorted({variant.target for variant in self.manifest.variants})
+            raise UnavailableError(
+                f"The bundle {self.folder} has no graphs for {target}, only for {', '.join(targets)}: export it with --target {target}."
+            )
+        if precision is None:
+            precision = next((name for name in PREFERRED if name in found), next(iter(found)))
+        if precision not in found:
+            raise UnavailableError(
+                f"The bundle {self.folder} has no precision '{precision}' for {target}, only {', '.join(found)}: export it with --precision {precision}."
+            )
+        return found[precision]
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

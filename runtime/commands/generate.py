@@ -1,0 +1,98 @@
+"""`python -m runtime generate`: stream text from a bundle, and show which expert each token came from."""
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text as Styled
+
+from runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime, Prompt
+from runtime.errors import InputError
+from runtime.text import Token
+
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
+
+
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="Folder that export.py wrote.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="The prompt as token ids with commas between, instead of --prompt.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Default: the fastest in the bundle.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, tensorrt or rtx.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = DEFAULT_NEW_TOKENS,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template as the user's message.")] = False,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0: off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0: off.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeat for several.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal text.")] = None,
+    fusion: Annotated[str | None, typer.Option(help="weighted or additive; default as exported.")] = None,
+    lam: Annotated[float | None, typer.Option("--lambda", help="λ of the weighted fusion; default as exported.")] = None,
+    show_routing: Annotated[bool, typer.Option("--show-routing", help="Colour each token by its expert, and list them.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, token ids and experts.")] = False,
+) -> None:
+    """Generate from a bundle."""
+    if (prompt is None) == (prompt_ids is None):
+        raise typer.BadParameter("give the prompt as --prompt TEXT or as --prompt-ids IDS", param_hint="--prompt")
+    with FusionRuntime.load(bundle, precision, device) as runtime:
+        stream = runtime.stream(
+            request(prompt, prompt_ids, chat),
+            max_new_tokens,
+            stop=stop or (),
+            fusion=fusion,
+            lam=lam,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        console = Console(highlight=False)
+        styles = dict(zip(runtime.expert_names, COLOURS * len(runtime.expert_names), strict=False))
+        tokens: list[Token] = []
+        for token in stream:
+            tokens.append(token)
+            if not as_json:
+                shown = token.text if runtime.text else f"{token.id} "
+                console.print(Styled(shown, style=styles[token.expert] if show_routing else ""), end="", soft_wrap=True)
+        if not as_json:
+            console.print()
+        if show_routing and not as_json:
+            show_runs(console, tokens, styles)
+        if as_json:
+            result = {
+                "text": "".join(token.text for token in tokens),
+                "token_ids": [token.id for token in tokens],
+                "experts": [token.expert for token in tokens],
+                "logprobs": [token.logprob for token in tokens],
+                "finish_reason": stream.finish_reason,
+                "precision": runtime.precision,
+            }
+            print(json.dumps(result, ensure_ascii=False))
+
+
+def request(prompt: str | None, prompt_ids: str | None, chat: bool) -> Prompt:
+    """The prompt in the form that the runtime takes."""
+    if prompt is not None:
+        return [{"role": "user", "content": prompt}] if chat else prompt
+    try:
+        return [int(part) for part in (prompt_ids or "").split(",")]
+    except ValueError as error:
+        raise InputError(f"--prompt-ids '{prompt_ids}' is no comma list of whole numbers, such as 2,17,5.") from error
+
+
+def show_runs(console: Console, tokens: list[Token], styles: dict[str, str]) -> None:
+    """One line per run of tokens from the same expert, so that the routing can be read without colours."""
+    width = max((len(name) for name in styles), default=0)
+    for expert, group in groupby(tokens, key=lambda token: token.expert):
+        run = list(group)
+        pieces = " ".join(repr(token.text) if token.text else str(token.id) for token in run)
+        console.print(
+            Styled.assemble((f"{expert:<{width}}", f"bold {styles[expert]}"), f" {len(run):>3} token(s)  {pieces}"), soft_wrap=True
+        )

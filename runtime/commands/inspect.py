@@ -1,0 +1,49 @@
+"""`python -m runtime inspect`: what is inside a bundle."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from runtime.bundle import Bundle
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Folder that export.py wrote.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the manifest.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Show models, precisions and sizes of a bundle; with --verify, check every hash."""
+    opened = Bundle.open(bundle)
+    if verify:
+        opened.verify()
+    manifest = opened.manifest
+    if as_json:
+        print(json.dumps(manifest.model_dump() | {"verified": verify}))
+        return
+    console = Console(highlight=False)
+    total = sum(file.bytes for file in manifest.files.values())
+    console.print(f"{bundle}: {manifest.family}, format {manifest.format}, {len(manifest.files)} files, {total / 1e6:,.1f} MB")
+    console.print(
+        f"fusion {manifest.fusion}, λ = {manifest.lam}; context {manifest.max_seq_len} tokens; vocabulary {manifest.vocab_size}; "
+        f"{'tokenizer' if 'tokenizer.json' in manifest.files else 'token ids only'}"
+        f"{', chat template' if 'chat_template.jinja' in manifest.files else ''}"
+    )
+    models = Table(title="Models", title_justify="left")
+    for column in ("model", "role", "parameters", "layers", "KV bytes per token"):
+        models.add_column(column, justify="left" if column in ("model", "role") else "right")
+    for number, model in enumerate(manifest.models):
+        per_token = 2 * model.layers * model.kv_heads * model.head_size * 4
+        models.add_row(model.name, "expert" if number else "router", f"{model.parameters:,}", str(model.layers), f"{per_token:,}")
+    variants = Table(title="Precisions", title_justify="left")
+    for column in ("target", "precision", "bits/weight", "graphs"):
+        variants.add_column(column)
+    for variant in manifest.variants:
+        variants.add_row(variant.target, variant.precision, f"{variant.bits_per_weight:.2f}", ", ".join(variant.graphs.values()))
+    console.print(models)
+    console.print(variants)
+    if verify:
+        console.print(f"All {len(manifest.files)} files have the hashes of the manifest.")

@@ -1,0 +1,313 @@
+"""The runtime's public face: load a bundle, then generate, stream, score, or drive a session by hand."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from runtime.backends import Backend, open_backend
+from runtime.bundle import Bundle
+from runtime.chat import render
+from runtime.errors import ClosedError, InputError, UnavailableError
+from runtime.sampling import Sampler, Sampling
+from runtime.session import CHUNK, Scores, Session
+from runtime.text import Text, TextStream, Token
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished generation. `token_ids` and `experts` (one name per token) exclude the end-of-sequence token.
+
+    finish_reason: "stop" (end of sequence or a stop string), "length" (max_new_tokens or the context), "cancelled".
+    """
+
+    text: str
+    token_ids: list[int]
+    experts: list[str]
+    logprobs: list[float]
+    finish_reason: str
+
+
+class Stream(Iterator[Token]):
+    """Tokens as they become certain; `finish_reason` is set when the iteration ends."""
+
+    finish_reason: str | None = None
+
+    def __init__(self, tokens: Iterator[Token | str]):
+        self._tokens = tokens
+
+    def __next__(self) -> Token:
+        for item in self._tokens:
+            if isinstance(item, Token):
+                return item
+            self.finish_reason = item
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop generating; tokens not yet handed out are dropped."""
+        self._tokens.close()  # type: ignore[attr-defined]
+
+
+class FusionRuntime:
+    """A loaded FusionRoute system. Thread safe: several threads may generate at once, each through a session of its own."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        precision: str | None,
+        device: str,
+        fusion: str | None,
+        lam: float | None,
+        threads: int | None,
+    ):
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self._backend: Backend | None
+        self._backend, self.precision = open_backend(bundle, precision, device, threads)
+        self.expert_names: list[str] = manifest.experts
+        self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
+        self.fusion: str = fusion or manifest.fusion
+        self.lam = manifest.lam if lam is None else lam
+        self.coefficients(self.fusion, self.lam)
+        tokenizer = bundle.folder / "tokenizer.json"
+        self.text = Text.load(tokenizer) if tokenizer.exists() else None
+        template = bundle.folder / "chat_template.jinja"
+        self._template = template.read_text(encoding="utf-8") if template.exists() else None
+        self._eos = frozenset(manifest.eos_token_ids)
+        self._free: list[Session] = []
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        precision: str | None = None,
+        device: str = "auto",
+        *,
+        fusion: str | None = None,
+        lam: float | None = None,
+        catch_up: str = "lazy",
+        speculation: str = "off",
+        threads: int | None = None,
+        verify: bool = False,
+    ) -> FusionRuntime:
+        """Open a bundle. `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every file.
+
+        Raises FusionError subclasses only: BundleError, UnavailableError, InputError.
+        """
+        if catch_up != "lazy":
+            raise UnavailableError(f"catch_up='{catch_up}' is not available in this version: use 'lazy'.")
+        if speculation != "off":
+            raise UnavailableError(f"speculation='{speculation}' is not available in this version: use 'off'.")
+        if threads is not None and threads < 1:
+            raise InputError(f"threads={threads} is out of range: expected at least 1, or None for all cores.")
+        opened = Bundle.open(bundle)
+        if verify:
+            opened.verify()
+        return cls(opened, precision, device, fusion, lam, threads)
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids as the bundle's tokenizer.json makes them, with its BOS."""
+        return self._tokenizer().encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self._tokenizer().decode(list(ids))
+
+    def _tokenizer(self) -> Text:
+        if self.text is None:
+            raise UnavailableError(f"The bundle {self.bundle.folder} has no tokenizer.json: pass token ids instead of text.")
+        return self.text
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: a str (no template), a list of ids, or a list of {"role", "content"} messages (chat template)."""
+        if isinstance(prompt, str):
+            return self.encode(prompt)
+        items: list[Any] = list(prompt)
+        if items and all(isinstance(item, dict) for item in items):
+            if self._template is None:
+                raise UnavailableError(f"The bundle {self.bundle.folder} has no chat_template.jinja: pass text or token ids.")
+            manifest = self.bundle.manifest
+            text = render(self._template, items, bos_token=manifest.bos_token or "", eos_token=manifest.eos_token or "")
+            return self._tokenizer().encode(text, special=False)
+        if not all(isinstance(item, (int, np.integer)) for item in items):
+            raise InputError("A prompt must be a str, a list of token ids, or a list of {'role', 'content'} messages.")
+        return items
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Prompt, max_new_tokens: int = DEFAULT_NEW_TOKENS, **options: Any) -> Result:
+        """Generate to the end; options are those of `stream`."""
+        stream = self.stream(prompt, max_new_tokens, **options)
+        tokens = list(stream)
+        return Result(
+            text="".join(token.text for token in tokens),
+            token_ids=[token.id for token in tokens],
+            experts=[token.expert for token in tokens],
+            logprobs=[token.logprob for token in tokens],
+            finish_reason=stream.finish_reason or "cancelled",
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        *,
+        stop: str | Sequence[str] = (),
+        fusion: str | None = None,
+        lam: float | None = None,
+        cancel: threading.Event | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """Generate token by token. `sampling` are the fields of `Sampling` (greedy by default); `cancel`, once set, ends it within a token.
+
+        Arguments are checked here, before the first token is asked for. Raises InputError, UnavailableError, ClosedError.
+        """
+        _ = self.backend  # closed runtimes say so first
+        ids = self.prompt_ids(prompt)
+        if not ids:
+            raise InputError("The prompt is empty: it needs at least one token.")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens} is out of range: expected at least 1.")
+        if len(ids) >= self.max_seq_len:
+            raise InputError(
+                f"The prompt has {len(ids)} tokens, which leaves no room in the context of {self.max_seq_len}: "
+                "shorten it or export with a larger --max-seq-len."
+            )
+        try:
+            sampler = Sampler(Sampling(**sampling))
+        except TypeError as error:
+            known = ", ".join((*Sampling.__dataclass_fields__, "stop", "fusion", "lam", "cancel"))
+            raise InputError(f"Unknown option in {', '.join(sampling)}: expected some of {known}.") from error
+        coefficients = self.coefficients(fusion or self.fusion, self.lam if lam is None else lam)
+        text = TextStream(self.text, (stop,) if isinstance(stop, str) else stop)
+        session = self._take()
+        try:
+            session.append(ids)
+        except InputError:
+            self._give(session)
+            raise
+        return Stream(self._tokens(session, sampler, coefficients, text, max_new_tokens, cancel))
+
+    def _tokens(
+        self,
+        session: Session,
+        sampler: Sampler,
+        coefficients: tuple[float, float],
+        text: TextStream,
+        limit: int,
+        cancel: threading.Event | None,
+    ) -> Iterator[Token | str]:
+        """Tokens, then the reason why they ended."""
+        try:
+            reason = "length"
+            for _ in range(min(limit, self.max_seq_len - len(session))):
+                if cancel is not None and cancel.is_set():
+                    reason = "cancelled"
+                    break
+                token = session.advance(sampler, coefficients)
+                if token.id in self._eos:
+                    reason = "stop"
+                    break
+                yield from text.push(token)
+                if text.stopped:
+                    reason = "stop"
+                    break
+            yield from text.finish()
+            yield reason
+        finally:
+            self._give(session)
+
+    def score(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int] | None = None,
+        *,
+        chunk: int = CHUNK,
+        fusion: str | None = None,
+        lam: float | None = None,
+    ) -> Scores:
+        """Teacher-forced fused logits. `positions` limits (and orders) the rows; `chunk=1` reads as one-token decoding does.
+
+        Raises InputError for ids outside the vocabulary, more tokens than the context, or positions outside the tokens.
+        """
+        _ = self.backend
+        asked = range(len(token_ids)) if positions is None else [int(p) for p in positions]
+        if not len(token_ids):
+            raise InputError("There is nothing to score: expected at least one token id.")
+        if wrong := [p for p in asked if not 0 <= p < len(token_ids)]:
+            raise InputError(f"Position {wrong[0]} is outside the {len(token_ids)} tokens: expected 0 to {len(token_ids) - 1}.")
+        if chunk < 1:
+            raise InputError(f"chunk={chunk} is out of range: expected at least 1.")
+        ordered = sorted(set(asked))
+        session = self._take()
+        try:
+            session.append(token_ids)
+            scores = session.score(ordered, chunk, self.coefficients(fusion or self.fusion, self.lam if lam is None else lam))
+        finally:
+            self._give(session)
+        if list(asked) == ordered:
+            return scores
+        rows = np.searchsorted(ordered, asked)
+        return Scores(scores.logits[rows], scores.experts[rows], scores.routing[rows])
+
+    def session(self, fusion: str | None = None, lam: float | None = None) -> Session:
+        """A new empty session with its own KV caches."""
+        chosen, weight = fusion or self.fusion, self.lam if lam is None else lam
+        self.coefficients(chosen, weight)
+        return Session(self, chosen, weight)
+
+    @staticmethod
+    def coefficients(fusion: str, lam: float) -> tuple[float, float]:
+        """Weights of router and expert logits: (λ, 1 − λ) for `weighted`, (1, 1) for `additive`. Raises InputError."""
+        if fusion not in ("weighted", "additive"):
+            raise InputError(f"Unknown fusion '{fusion}': use 'weighted' or 'additive'.")
+        if not 0.0 <= lam <= 1.0:
+            raise InputError(f"lam={lam} is out of range: expected a number from 0 (expert only) to 1 (router only).")
+        return (lam, 1.0 - lam) if fusion == "weighted" else (1.0, 1.0)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def _take(self) -> Session:
+        """A session whose buffers may have served an earlier text."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+        return Session(self, self.fusion, self.lam)
+
+    def _give(self, session: Session) -> None:
+        session.clear()
+        with self._lock:
+            if self._backend is not None:
+                self._free.append(session)
+
+    @property
+    def backend(self) -> Backend:
+        """The loaded models. Raises ClosedError after `close`."""
+        backend = self._backend
+        if backend is None:
+            raise ClosedError("The runtime was closed: load the bundle again.")
+        return backend
+
+    def close(self) -> None:
+        """Release models and buffers; sessions still in use end with ClosedError at their next step."""
+        with self._lock:
+            self._backend = None
+            self._free.clear()
+
+    def __enter__(self) -> FusionRuntime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,21 @@
+"""Every error the runtime and the exporter raise on purpose: one sentence that names the thing, what was expected, and the mend."""
+
+
+class FusionError(Exception):
+    """Base of all errors raised on purpose; `str(error)` is one sentence fit to show a user."""
+
+
+class BundleError(FusionError):
+    """The bundle is missing, incomplete, of another version, or was changed after it was written."""
+
+
+class UnavailableError(FusionError):
+    """The bundle or this machine lacks what was asked for: a precision, a device, an optional package."""
+
+
+class InputError(FusionError, ValueError):
+    """An argument is out of its range: a prompt longer than the context, a negative temperature, unknown token ids."""
+
+
+class ClosedError(FusionError):
+    """The runtime was closed while, or before, it was used."""

@@ -1,0 +1,101 @@
+"""The bundle's schema: what `manifest.json` says, checked on reading."""
+
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from runtime.errors import BundleError
+
+NAME = "manifest.json"
+Fusion = Literal["weighted", "additive"]
+
+
+def inside(path: str) -> str:
+    """A relative path that stays in the bundle."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path:
+        raise ValueError(f"'{path}' is not a path inside the bundle")
+    return path
+
+
+InsidePath = Annotated[str, AfterValidator(inside)]
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors: a newer bundle must not be half understood."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class File(Strict):
+    """Integrity of one file of the bundle."""
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class Model(Strict):
+    """One language model of the system. `cache` is [layers, kv_heads, head_size] of its KV buffers."""
+
+    name: str
+    layers: Annotated[int, Field(ge=1)]
+    kv_heads: Annotated[int, Field(ge=1)]
+    head_size: Annotated[int, Field(ge=1)]
+    parameters: Annotated[int, Field(ge=1)]
+
+
+class Variant(Strict):
+    """One precision for one target: a graph per model (router first) and the fusion graph."""
+
+    target: str
+    precision: str
+    graphs: dict[str, InsidePath]
+    fusion_graph: InsidePath
+    bits_per_weight: float
+
+
+class Manifest(Strict):
+    """Everything a runtime must know about a bundle before it opens another file of it."""
+
+    format: Literal[1]
+    family: str
+    models: Annotated[list[Model], Field(min_length=2)]
+    fusion: Fusion
+    lam: float
+    vocab_size: Annotated[int, Field(ge=2)]
+    max_seq_len: Annotated[int, Field(ge=2)]
+    bos_token: str | None
+    eos_token: str | None
+    eos_token_ids: list[int]
+    variants: Annotated[list[Variant], Field(min_length=1)]
+    files: dict[InsidePath, File]
+
+    @property
+    def experts(self) -> list[str]:
+        """Expert names in the order of the routing head's rows."""
+        return [model.name for model in self.models[1:]]
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into a bundle folder."""
+        (folder / NAME).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read and check a bundle's manifest. Raises BundleError for a folder that is no bundle of this format."""
+        if not folder.is_dir():
+            raise BundleError(f"There is no bundle at {folder}: expected the folder that export.py wrote.")
+        try:
+            text = (folder / NAME).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise BundleError(f"{folder} is no bundle, since it holds no {NAME}: expected the folder that export.py wrote.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{folder / NAME} cannot be read ({error}); copy or export the bundle again.") from error
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise BundleError(
+                f"{folder / NAME} does not fit this version's bundle format 1 ({where}: {first['msg']}); export the bundle again."
+            ) from error

@@ -1,0 +1,200 @@
+"""One text in the making: a committed token list that router and experts share, each model lagging behind it as far as it may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.backends.backend import Cache, Fused, Output
+from runtime.errors import InputError
+from runtime.sampling import Candidates, Sampler, Sampling
+from runtime.text import TextStream, Token
+
+if TYPE_CHECKING:
+    from runtime.engine import FusionRuntime
+
+CHUNK = 512  # tokens read at a time in prefill and catch-up: bounds memory, and depends on the tokens alone
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Teacher-forced results. logits float32 [P, V]: row t is the fused distribution of the token after position t.
+
+    experts int64 [P] and routing float32 [P, n_experts] at the same positions (all of them unless `positions` said otherwise).
+    """
+
+    logits: np.ndarray
+    experts: np.ndarray
+    routing: np.ndarray
+
+
+class Session:
+    """The stateful form: append, step, rewind. Use one session from one thread at a time."""
+
+    def __init__(self, runtime: FusionRuntime, fusion: str, lam: float):
+        self._runtime = runtime
+        self._fusion, self._lam = fusion, lam
+        self._tokens: list[int] = []
+        self._router: Cache | None = None
+        self._experts: list[Cache | None] = [None] * len(runtime.expert_names)
+        self._fuse = runtime.backend.fuser()
+        self._sampler = Sampler(Sampling())
+        self._text = TextStream(runtime.text)
+        self._seen = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The committed tokens: what was appended and what steps have chosen."""
+        return list(self._tokens)
+
+    @property
+    def lags(self) -> dict[str, int]:
+        """How many committed tokens each expert has not read yet."""
+        caches = zip(self._runtime.expert_names, self._experts, strict=True)
+        return {name: len(self._tokens) - (cache.length if cache else 0) for name, cache in caches}
+
+    def append(self, ids: Iterable[int]) -> None:
+        """Commit tokens without running a model. Raises InputError for ids outside the vocabulary or beyond the context."""
+        new = [int(i) for i in ids]
+        vocab, capacity = self._runtime.vocab_size, self._runtime.max_seq_len
+        if wrong := next((i for i in new if not 0 <= i < vocab), None):
+            raise InputError(f"Token id {wrong} is outside the vocabulary: expected 0 to {vocab - 1}.")
+        if len(self._tokens) + len(new) > capacity:
+            raise InputError(
+                f"{len(self._tokens) + len(new)} tokens do not fit the context of {capacity}: shorten the prompt or export with a larger --max-seq-len."
+            )
+        self._tokens += new
+        self._text = TextStream(self._runtime.text)
+
+    def rewind(self, n: int) -> None:
+        """Keep the first n tokens and forget the rest, in every model."""
+        if not 0 <= n <= len(self._tokens):
+            raise InputError(f"Cannot rewind to {n} tokens: the session holds {len(self._tokens)}.")
+        del self._tokens[n:]
+        for cache in (self._router, *self._experts):
+            if cache is not None:
+                cache.length = min(cache.length, n)
+        self._text = TextStream(self._runtime.text)
+
+    def step(self, *, fusion: str | None = None, lam: float | None = None, **sampling: Any) -> Token:
+        """Choose, append and return the next token. Sampling arguments are those of `Sampling`; equal ones continue one random stream.
+
+        Raises InputError for an empty session or a full context, ClosedError after the runtime was closed.
+        """
+        if sampling or self._sampler.sampling != Sampling():
+            wanted = Sampling(**sampling)
+            if wanted != self._sampler.sampling:
+                self._sampler = Sampler(wanted)
+        token = self.advance(self._sampler, self._runtime.coefficients(fusion or self._fusion, self._lam if lam is None else lam))
+        token.text = "".join(ready.text for ready in self._text.push(token))
+        return token
+
+    def advance(self, sampler: Sampler, coefficients: tuple[float, float]) -> Token:
+        """One step with a given sampler: router, the expert it chooses, fusion, choice. The token's text is left empty."""
+        runtime = self._runtime
+        if not self._tokens:
+            raise InputError("The session holds no tokens: append a prompt of at least one token first.")
+        if len(self._tokens) >= runtime.max_seq_len:
+            raise InputError(f"The context of {runtime.max_seq_len} tokens is full: rewind, or export with a larger --max-seq-len.")
+        routed = self._read(None)
+        assert routed.routing is not None
+        choice = int(routed.routing[0].argmax())
+        answered = self._read(choice)
+        settings = sampler.sampling
+        penalised = np.unique(np.asarray(self._tokens, np.int64)) if settings.repetition_penalty != 1.0 else _NONE
+        fused = self._fuse(
+            routed.logits, answered.logits, coefficients, sampler.wanted(runtime.vocab_size), penalised,
+            settings.repetition_penalty, settings.temperature or 1.0,
+        )  # fmt: skip
+        chosen = sampler.choose(Candidates(fused.ids[0], fused.logits[0], float(fused.sampling_normaliser[0])), lambda: fused.rows[0])
+        logprob = self._logprob(chosen, fused, routed, answered, coefficients)
+        self._tokens.append(chosen)
+        return Token(chosen, runtime.expert_names[choice], logprob, routed.routing[0].copy())
+
+    def score(self, positions: Sequence[int], chunk: int, coefficients: tuple[float, float]) -> Scores:
+        """Fused logits at sorted `positions` of the committed tokens, read from the first one in chunks of `chunk` tokens."""
+        runtime = self._runtime
+        self._reset()
+        logits = np.empty((len(positions), runtime.vocab_size), np.float32)
+        routing = np.empty((len(positions), len(runtime.expert_names)), np.float32)
+        wanted = np.asarray(positions, np.int64)
+        for start in range(0, len(self._tokens), chunk):
+            piece = self._tokens[start : start + chunk]
+            rows = np.flatnonzero((wanted >= start) & (wanted < start + len(piece)))
+            local = wanted[rows] - start
+            routed = self._forward(None, piece, [*local] or [len(piece) - 1])
+            if not len(rows):
+                continue
+            assert routed.routing is not None
+            routing[rows] = routed.routing
+            choice = routed.routing.argmax(-1)
+            for expert in np.unique(choice):
+                mine = np.flatnonzero(choice == expert)
+                answered = self._catch_up(int(expert), wanted[rows[mine]], chunk)
+                no_penalty = self._fuse(np.ascontiguousarray(routed.logits[mine]), answered, coefficients, 1, _NONE, 1.0, 1.0)
+                logits[rows[mine]] = no_penalty.rows
+        return Scores(logits, routing.argmax(-1).astype(np.int64), routing)
+
+    def _catch_up(self, expert: int, wanted: np.ndarray, chunk: int) -> np.ndarray:
+        """Let an expert read up to the last wanted position in chunks; its logits at all of them, float32 [len(wanted), V]."""
+        found = []
+        start = self._cache(expert).length
+        while start <= wanted[-1]:
+            piece = self._tokens[start : min(start + chunk, int(wanted[-1]) + 1)]
+            local = [int(p) - start for p in wanted if start <= p < start + len(piece)]
+            answered = self._forward(expert, piece, local or [len(piece) - 1])
+            if local:
+                found.append(answered.logits.copy() if len(local) == 1 else answered.logits)
+            start += len(piece)
+        return np.concatenate(found) if len(found) != 1 else found[0]
+
+    def _read(self, expert: int | None) -> Output:
+        """Bring a model up to the committed tokens; its output for the last one (which is read again where it was read before)."""
+        cache = self._cache(expert)
+        total = len(self._tokens)
+        cache.length = min(cache.length, total - 1)
+        while True:
+            piece = self._tokens[cache.length : cache.length + CHUNK]
+            output = self._forward(expert, piece, (len(piece) - 1,))
+            if cache.length == total:
+                return output
+
+    def _forward(self, expert: int | None, ids: Sequence[int], positions: Sequence[int]) -> Output:
+        return self._cache(expert).forward(ids, positions)
+
+    def _cache(self, expert: int | None) -> Cache:
+        """The cache of the router (None) or of an expert, made at first use: an expert that is never chosen costs nothing."""
+        backend = self._runtime.backend
+        if expert is None:
+            self._router = self._router or backend.router.cache()
+            return self._router
+        cache = self._experts[expert] = self._experts[expert] or backend.experts[expert].cache()
+        return cache
+
+    def _reset(self) -> None:
+        for cache in (self._router, *self._experts):
+            if cache is not None:
+                cache.length = 0
+
+    def clear(self) -> None:
+        """Forget all tokens but keep the buffers."""
+        self.rewind(0)
+        self._sampler = Sampler(Sampling())
+
+    def _logprob(self, chosen: int, fused: Fused, routed: Output, answered: Output, coefficients: tuple[float, float]) -> float:
+        """Log-probability of the chosen token in the fused distribution at temperature 1, without penalty."""
+        place = np.flatnonzero(fused.ids[0] == chosen)
+        if len(place):
+            raw = float(fused.unpenalised[0, place[0]])
+        else:  # sampled from beyond the candidates
+            raw = coefficients[0] * float(routed.logits[0, chosen]) + coefficients[1] * float(answered.logits[0, chosen])
+        return raw - float(fused.log_normaliser[0])
+
+
+_NONE = np.zeros(0, np.int64)

@@ -1,0 +1,211 @@
+"""Text and tokens: encoding, decoding, and a stream that gives each token its text, whole characters only, up to a stop string."""
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import BundleError, InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are not, or not yet, a character
+LONGEST = 4  # bytes of a UTF-8 character
+
+
+@dataclass(slots=True)
+class Token:
+    """One generated token. `logprob` is that of the fused distribution at temperature 1; `text` is what it adds to the decoded text."""
+
+    id: int
+    expert: str
+    logprob: float
+    routing: npt.NDArray[np.float32] = field(compare=False)  # [n_experts]
+    text: str = ""
+
+
+class Text:
+    """A bundle's tokenizer."""
+
+    def __init__(self, tokenizer: "Tokenizer"):
+        self._tokenizer = tokenizer
+        # What tokenizer.json may hold of a training set-up would silently shorten or fill prompts.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._bytes: dict[int, int] = {}  # tokens that stand for one byte each, and the byte
+        letter = tokenizer.token_to_id("<0x41>")
+        if letter is not None and self.decode([letter]) == "A":
+            ids = {byte: tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+            self._bytes = {id: byte for byte, id in ids.items() if id is not None}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Text":
+        """Read a `tokenizer.json`. Raises BundleError where it is missing or is none."""
+        from tokenizers import Tokenizer
+
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise BundleError(f"{path} cannot be read as a tokenizer.json ({error}); export the bundle again.") from error
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids, with the special tokens that tokenizer.json adds (BOS); `special=False` for text that a chat template made.
+
+        Raises InputError where `text` is not a str of whole characters.
+        """
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        except TypeError as error:  # also for surrogates, such as undecodable bytes of a command line
+            raise InputError("The text is not a str of valid Unicode characters: pass text that was decoded as UTF-8.") from error
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; ids outside the vocabulary add nothing. Raises InputError where one is not a whole number from 0."""
+        try:
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        except (TypeError, OverflowError) as error:
+            raise InputError("The token ids are not all whole numbers from 0: pass ids as `encode` gives them.") from error
+        return text
+
+    def silent(self, id: int) -> bool:
+        """Whether `decode` leaves this id out: special tokens, and ids that pad the vocabulary."""
+        return id in self._special or self._tokenizer.id_to_token(id) is None
+
+    def byte(self, id: int) -> int | None:
+        """The byte that a byte-fallback token stands for; None for all other tokens."""
+        return self._bytes.get(id)
+
+
+class _Detokeniser:
+    """Decodes token by token: each step decodes a few tokens only, and all pieces together are `text.decode` of all ids.
+
+    `push` and `finish` return the pieces that have become certain, one per token in order. `open` says that the last of them
+    gets an UNFINISHED if the text ends here: its token stops inside a character.
+    """
+
+    def __init__(self, text: Text):
+        self._text = text
+        self.open = False
+        # The last tokens before: a decoder may treat the very first token in its own way (no leading space), and the bytes
+        # of an unfinished character lie in at most three tokens. Tokens that decode to nothing would be no context.
+        self._context: list[int] = []
+        # Byte tokens and silent ones among them. Their decoder reads a run of bytes as a whole: all of it is text, or each
+        # byte is an UNFINISHED.
+        self._run: list[int] = []
+
+    def push(self, id: int) -> list[str]:
+        silent = self._text.silent(id)
+        if self._text.byte(id) is not None or (silent and self._run):
+            self._run.append(id)
+            return []
+        return [*self.finish(), "" if silent else self._extend([id])]
+
+    def finish(self) -> list[str]:
+        """End the run of byte tokens, if there is one."""
+        if not self._run:
+            return []
+        values = [self._text.byte(id) for id in self._run]
+        whole = self._extend([id for id in self._run if self._text.byte(id) is not None], ended=True)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces = [decoder.decode(b"" if value is None else bytes([value])) for value in values]
+        self._run = []
+        return pieces if "".join(pieces) == whole else [""] * (len(pieces) - 1) + [whole]
+
+    def _extend(self, ids: list[int], *, ended: bool = False) -> str:
+        """What these ids add, as far as it is certain: an UNFINISHED at the end may become a character with the bytes to come."""
+        before = self._text.decode(self._context)
+        if self.open:
+            before = before.removesuffix(UNFINISHED)
+        self._context += ids
+        after = self._text.decode(self._context)
+        self._context = self._context[1 - LONGEST :]
+        self.open = not ended and after.endswith(UNFINISHED)
+        return (after.removesuffix(UNFINISHED) if self.open else after)[len(before) :]
+
+
+class TextStream:
+    """Gives generated tokens their text and hands them out, in order, once that text is certain.
+
+    A token's text is what it adds to the decoded text; a character of several tokens belongs to the last of them. The texts of
+    all tokens together are `text.decode` of all ids, cut before the first stop string in it. `stopped` says that one was met.
+    """
+
+    def __init__(self, text: Text | None, stop: str | Sequence[str] = ()):
+        """Without a tokenizer all texts are empty. Raises InputError for an empty stop string, and for any without a tokenizer."""
+        self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        for string in self._stops:
+            if not isinstance(string, str) or not string:
+                raise InputError(f"The stop string {string!r} is not a str of at least one character: leave it out.")
+        if self._stops and text is None:
+            raise InputError(
+                "Stop strings need the bundle's tokenizer.json, which it lacks: leave them out, or add a tokenizer and export again."
+            )
+        self.stopped = False
+        self._detokeniser = _Detokeniser(text) if text is not None else None
+        self._longest = max(map(len, self._stops), default=0)
+        self._held: list[Token] = []
+        self._pieces: list[str] = []  # texts of the first held tokens
+
+    def push(self, token: Token) -> list[Token]:
+        """Add a token; returns the tokens whose text is now certain. Once `stopped`, tokens come back at once, without text."""
+        if self._detokeniser is None or self.stopped:
+            token.text = ""
+            return [token]
+        self._held.append(token)
+        self._pieces += self._detokeniser.push(token.id)
+        return self._release(final=False)
+
+    def finish(self) -> list[Token]:
+        """The text ends here: returns the tokens that were held back."""
+        if self._detokeniser is None or not self._held:
+            return []
+        self._pieces += self._detokeniser.finish()
+        if self._detokeniser.open:
+            self._pieces[-1] += UNFINISHED
+            self._detokeniser.open = False
+        return self._release(final=True)
+
+    def _release(self, *, final: bool) -> list[Token]:
+        text = "".join(self._pieces)
+        met, begun = self._search(text)
+        if met < len(text) and (final or met <= begun):
+            self.stopped = True
+            return self._hand_out(len(self._held), met)
+        if final:
+            return self._hand_out(len(self._held), len(text))
+        # Inside a character the tokens that may be part of it wait too: no more than three, also if it never ends.
+        complete = len(self._pieces) - (LONGEST - 1 if self._detokeniser is not None and self._detokeniser.open else 0)
+        count = end = 0
+        for piece in self._pieces[: max(complete, 0)]:
+            end += len(piece)
+            if end > begun:
+                break
+            count += 1
+        return self._hand_out(count, begun)
+
+    def _search(self, text: str) -> tuple[int, int]:
+        """Where the first stop string starts, and where the end of the text could become one; len(text): nowhere.
+
+        One that may yet begin earlier is waited for, so the outcome does not depend on how the text is split into tokens.
+        """
+        met = min((place for string in self._stops if (place := text.find(string)) >= 0), default=len(text))
+        tails = range(max(len(text) - self._longest + 1, 0), len(text)) if self._stops else range(0)
+        begun = next((place for place in tails if any(string.startswith(text[place:]) for string in self._stops)), len(text))
+        return met, begun
+
+    def _hand_out(self, count: int, end: int) -> list[Token]:
+        """The first held tokens, with their texts up to the character `end` of the held text."""
+        tokens = self._held[:count]
+        for token, piece in zip_longest(tokens, self._pieces[:count], fillvalue=""):
+            assert isinstance(token, Token)  # there are never more pieces than tokens
+            token.text = piece[: max(end, 0)]
+            end -= len(piece)
+        del self._held[:count], self._pieces[:count]
+        return tokens
