@@ -1,5 +1,6 @@
 """The command line of `export.py`."""
 
+import errno
 import json
 import signal
 import sys
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 
 from fr_export.families import FAMILIES
-from runtime.errors import FusionError
+from runtime.errors import FusionError, one_line
 
 FUSIONS = ("weighted", "additive")
 
@@ -80,6 +81,7 @@ def main(
 ) -> None:
     """Export a FusionRoute system, a router LM and its expert LMs, into a bundle that the runtime generates from."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed export removes what it has half-written
+    folder = out or Path("dist") / family
     try:
         run(
             family,
@@ -97,20 +99,19 @@ def main(
             force,
             as_json,
         )
+    except (typer.BadParameter, BrokenPipeError):  # wrong usage, and a reader of stdout that has left: typer knows how to end
+        raise
     except FusionError as error:
-        fail(str(error), debug)
-    except ImportError as error:
-        fail(
-            f"The exporter needs the package '{error.name}': install the extra 'export' (pip install 'fusionroute[export,cpu]').",
-            debug,
-        )
+        fail(error, debug)
+    except ModuleNotFoundError as error:
+        fail(f"The exporter needs the package '{error.name}': install the extra 'export' (pip install 'fusionroute[export,cpu]').", debug)
     except KeyboardInterrupt:
         fail("Interrupted; nothing was written.", debug)
     except OSError as error:
-        fail(
-            f"The export failed on {error.filename or out or 'a file'}: {error.strerror or error}; nothing was written.",
-            debug,
-        )
+        mend = ": make room, or name another disk with --out" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        fail(f"The export failed on {error.filename or folder} ({error.strerror or one_line(error)}){mend}; nothing was written.", debug)
+    except Exception as error:  # a fault of the exporter or of a library, not of the input
+        fail(f"The export failed unexpectedly ({type(error).__name__}: {one_line(error)}); nothing was written. --debug shows where.", debug)
 
 
 def run(
@@ -122,6 +123,8 @@ def run(
         raise typer.BadParameter(f"unknown family '{family}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
     if fusion not in FUSIONS:
         raise typer.BadParameter(f"unknown fusion '{fusion}'; expected {' or '.join(FUSIONS)}", param_hint="--fusion")
+    if not 0 <= lam <= 1:  # not a number: all others the flag's own range refuses
+        raise typer.BadParameter(f"{lam} is not in the range 0<=x<=1.", param_hint="--lambda")
     named = [parse_expert(text) for text in expert]
     if len({name for name, _ in named}) < len(named):
         raise typer.BadParameter("every expert needs a name of its own", param_hint="--expert")
@@ -129,6 +132,9 @@ def run(
         raise typer.BadParameter(f"unknown preset '{preset}'; expected tiny or paper", param_hint="--preset")
     if preset is None and (router is None) != (not named):
         raise typer.BadParameter("--router and --expert go together, unless --preset names the rest", param_hint="--router / --expert")
+    chosen = FAMILIES[family]
+    targets = parse_targets(target)
+    precisions = parse_precisions(precision, targets, chosen)
 
     console = Console(stderr=True)
     with console.status("loading torch and transformers"):
@@ -136,17 +142,15 @@ def run(
         from fr_export.report import show_report
         from fr_export.stages import Stages
 
-    chosen = FAMILIES[family]
     defaults = chosen.preset(preset or "tiny") if preset or router is None else None
     router_source = router or (defaults.router if defaults else None)
     if router_source is None:
         raise FusionError(f"No router is published for the preset '{preset}' of {family}: train one and name it with --router.")
-    targets = parse_targets(target)
     request = Request(
         family=chosen,
         router=router_source,
         experts=dict(named) if named else dict(defaults.experts if defaults else {}),
-        precisions=parse_precisions(precision, targets, chosen),
+        precisions=precisions,
         targets=targets,
         out=out or Path("dist") / family,
         fusion=fusion,
@@ -160,16 +164,16 @@ def run(
     with stages.progress:
         report = export(request, stages)
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(report), flush=True)
     else:
         show_report(Console(), report, request.out)
 
 
-def fail(sentence: str, debug: bool) -> None:
-    """One sentence on stderr and exit status 1."""
+def fail(reason: Exception | str, debug: bool) -> None:
+    """One sentence on one line of stderr, and exit status 1."""
     if debug:
         traceback.print_exc()
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {one_line(reason) if isinstance(reason, Exception) else reason}", file=sys.stderr)
     raise typer.Exit(1)
 
 

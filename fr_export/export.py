@@ -1,6 +1,5 @@
 """The whole way once: checkpoints → trace → passes → precision → bundle → comparison → report."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from fr_export.system import System
 from fr_export.trace import architecture, trace
 from runtime import FusionRuntime, manifest
 from runtime.bundle import sha256
-from runtime.errors import FusionError
+from runtime.errors import FusionError, InputError
 
 GRAPHS = "graphs"
 FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
@@ -120,7 +119,10 @@ def write_variant(
         for model in system.models:
             graph = graphs[model.name].clone()
             ort.end_with(graph, system.head if model is system.router else None)
-            bind(graph, model.weights, scheme, store, advance)
+            try:
+                bind(graph, model.weights, scheme, store, advance)
+            except InputError as error:
+                raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
             name = f"{GRAPHS}/{model.name}.{target.replace(':', '-')}.{precision}.onnx"
             graph.model.graph.name = model.name
             ir.save(graph.model, folder / name)
@@ -132,21 +134,8 @@ def write_texts(router: Checkpoint, folder: Path) -> None:
     """Copy tokenizer.json and the chat template, where the router has them."""
     if router.tokenizer is not None:
         shutil.copyfile(router.folder / "tokenizer.json", folder / "tokenizer.json")
-    template = chat_template(router)
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def chat_template(router: Checkpoint) -> str | None:
-    """The chat template from its own file or from tokenizer_config.json, where older checkpoints keep it."""
-    file = router.folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    config = router.folder / "tokenizer_config.json"
-    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    if isinstance(found, list):  # several named templates
-        found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
-    return found
+    if router.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(router.chat_template, encoding="utf-8")
 
 
 def describe(
@@ -155,7 +144,7 @@ def describe(
     """The manifest of what stands in the folder so far."""
     router = system.router
     spelled = {index: token for token, index in (router.vocabulary or {}).items()}
-    ends = end_tokens(router)
+    ends = router.end_tokens
     models = [
         manifest.Model(
             name=name,
@@ -180,14 +169,6 @@ def describe(
         variants=list(variants),
         files={path.relative_to(folder).as_posix(): file_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()},
     )
-
-
-def end_tokens(router: Checkpoint) -> list[int]:
-    """All ids that end a text: those of generation_config.json and of config.json."""
-    found: list[int] = []
-    for value in (router.config.eos_token_id, router.generation.get("eos_token_id")):
-        found += value if isinstance(value, list) else [value] if value is not None else []
-    return list(dict.fromkeys(int(i) for i in found))
 
 
 def file_entry(path: Path) -> manifest.File:

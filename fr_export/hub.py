@@ -1,9 +1,12 @@
 """Where a checkpoint comes from: a local folder, or a download from the Hugging Face hub (safetensors and text files only)."""
 
+import errno
 import re
 from pathlib import Path
 
-from runtime.errors import InputError, UnavailableError
+from runtime.errors import InputError, UnavailableError, one_line
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # the cache folder's trouble, not the network's
 
 PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]  # fmt: skip
 
@@ -29,10 +32,13 @@ def download(hub_id: str) -> Path:
     from huggingface_hub.errors import (  # fmt: skip
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
+
+    unreachable = f"There is no folder {hub_id}, and the hub cannot be reached to download it: go online once, or name a local folder."
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=PATTERNS))
@@ -44,13 +50,12 @@ def download(hub_id: str) -> Path:
         raise UnavailableError(
             f"There is no folder {hub_id}, and the hub knows no such repository (or it is private: hf auth login)."
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise UnavailableError(
-            f"Cannot download {hub_id}: the hub cannot be reached; go online once, or name a local folder instead."
-        ) from error
+    except HFValidationError as error:
+        raise InputError(f"There is no folder {hub_id}, and it is no hub id such as owner/name ({one_line(error)}).") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        raise UnavailableError(unreachable) from error
     except Exception as error:  # the hub's HTTP client has changed its own exception types between versions
-        if "http" not in type(error).__module__:
+        network = isinstance(error, OSError) and error.errno not in DISK
+        if not network and "http" not in type(error).__module__:
             raise
-        raise UnavailableError(
-            f"Cannot download {hub_id}: the hub cannot be reached; go online once, or name a local folder instead."
-        ) from error
+        raise UnavailableError(unreachable) from error

@@ -65,17 +65,17 @@ def read_head(router: Checkpoint, key: str, names: list[str]) -> RoutingHead:
         raise InputError(
             f"{router.where} has no tensor '{key}.weight': put it into its safetensors or into {HEAD_FILE} beside them, or name its key with --routing-head-key."
         )
-    weight = router.weights.read(f"{key}.weight")
     expected = (len(names), router.config.hidden_size)
-    if weight.shape != expected:
+    if (shape := router.weights.shape(f"{key}.weight")) != expected:
         raise InputError(
-            f"{router.where} has a routing head of shape {list(weight.shape)}; {len(names)} expert(s) ({', '.join(names)}) and hidden size "
+            f"{router.where} has a routing head of shape {list(shape)}; {len(names)} expert(s) ({', '.join(names)}) and hidden size "
             f"{expected[1]} need {list(expected)}: name as many experts as the head was trained for, in its order."
         )
-    bias = router.weights.read(f"{key}.bias") if f"{key}.bias" in router.weights else np.zeros(len(names), np.float32)
-    if bias.shape != (len(names),):
-        raise InputError(f"{router.where} has a routing bias of shape {list(bias.shape)}; expected {[len(names)]}.")
-    return RoutingHead(weight, bias)
+    biased = f"{key}.bias" in router.weights
+    if biased and (shape := router.weights.shape(f"{key}.bias")) != expected[:1]:
+        raise InputError(f"{router.where} has a routing bias of shape {list(shape)}; expected {[len(names)]}, one value per expert.")
+    bias = router.weights.read(f"{key}.bias") if biased else np.zeros(len(names), np.float32)
+    return RoutingHead(router.weights.read(f"{key}.weight"), bias)
 
 
 def common_vocabulary(router: Checkpoint, experts: tuple[Checkpoint, ...]) -> int:
@@ -99,6 +99,7 @@ def common_vocabulary(router: Checkpoint, experts: tuple[Checkpoint, ...]) -> in
             names = sorted({name for name, _ in router.special_tokens.items() ^ expert.special_tokens.items()})
             raise InputError(f"{expert.where} differs from the router in the special tokens {', '.join(names)}; fusion needs them equal.")
     sizes = {model.config.vocab_size for model in (router, *experts)}
+    smallest = min((router, *experts), key=lambda model: model.config.vocab_size)
     if router.vocabulary is None:
         if len(sizes) > 1:
             raise InputError(
@@ -108,7 +109,7 @@ def common_vocabulary(router: Checkpoint, experts: tuple[Checkpoint, ...]) -> in
     needed = max(router.vocabulary.values()) + 1
     if min(sizes) < needed:
         raise InputError(
-            f"A model of the system embeds {min(sizes)} tokens, but its tokenizer has {needed}; the tokenizer belongs to another model."
+            f"{smallest.where} embeds {min(sizes)} tokens, but its tokenizer numbers {needed}; copy the tokenizer that belongs to the model."
         )
     return int(min(sizes))
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as progress
 
 from fr_export.families import Family
 from fr_export.graph import Graph, Source
@@ -93,12 +94,15 @@ def computed_buffers(config: Any, max_seq_len: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Keep torch's progress prints and warnings about its own internals off the user's terminal."""
-    level = logging.root.manager.disable
+    """Keep the progress prints of torch and transformers, and warnings about their own internals, off the user's terminal."""
+    level, bars = logging.root.manager.disable, progress.is_progress_bar_enabled()
     logging.disable(logging.WARNING)
+    progress.disable_progress_bar()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
+        if bars:
+            progress.enable_progress_bar()

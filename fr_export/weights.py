@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from runtime.errors import InputError
 
 FLOATS = {"F32", "F16", "BF16"}
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 SLICE = 1 << 24  # elements converted at a time: 64 MB as fp32, and Gemma-2's embedding alone is 2.4 GB
 
 
@@ -44,8 +45,8 @@ class Weights:
                 files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise InputError(f"{index} is not a valid shard index; download the checkpoint again.") from error
-        elif any(folder.glob("*.bin")):
-            raise InputError(f"{folder} holds pickled weights (.bin) only; convert them to safetensors, which cannot run code.")
+        elif pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
+            raise InputError(f"{folder} holds pickled weights ({pickled[0]}) only; convert them to safetensors, which cannot run code.")
         else:
             raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json; is it a complete checkpoint?")
         files |= {folder / name for name in extra if (folder / name).is_file()}
@@ -84,14 +85,20 @@ class Weights:
         return entry
 
     def rows(self, name: str, limit: int | None = None) -> Iterator[np.ndarray]:
-        """The tensor as fp32 in slices along its first axis, at most `limit` rows of it. A scalar or vector is one slice."""
+        """The tensor as fp32 in slices along its first axis, at most `limit` rows of it. A scalar or vector is one slice.
+
+        Raises InputError where a value is not finite: no precision computes with it.
+        """
         entry = self.entry(name)
         total = entry.shape[0] if limit is None else min(limit, entry.shape[0])
         step = max(1, SLICE // max(1, int(np.prod(entry.shape[1:]))))
         with safe_open(entry.file, framework="pt") as handle:
             part = handle.get_slice(name)
             for start in range(0, total, step):
-                yield part[start : min(start + step, total)].to(torch.float32).numpy()
+                piece = part[start : min(start + step, total)].to(torch.float32).numpy()
+                if not np.isfinite(piece).all():
+                    raise InputError(f"Tensor '{name}' in {entry.file} holds values that are not finite; train or download it again.")
+                yield piece
 
     def read(self, name: str) -> np.ndarray:
         """A whole (small) tensor as fp32."""

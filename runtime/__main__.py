@@ -8,7 +8,7 @@ import typer
 
 from runtime.commands.generate import generate
 from runtime.commands.inspect import inspect
-from runtime.errors import FusionError
+from runtime.errors import FusionError, one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Run FusionRoute bundles.")
 app.command()(generate)
@@ -24,12 +24,15 @@ def main() -> None:
     """Run a command; errors end in one sentence on stderr and exit status 1."""
     try:
         app()
-    except FusionError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        meant = isinstance(error, FusionError)  # else a fault of the runtime or of a library, not of the input
+        where = "" if meant else f"unexpected {type(error).__name__}, see it with --debug before the command: "
+        print(f"error: {where}{one_line(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import BundleError, UnavailableError
+from runtime.errors import BundleError, UnavailableError, one_line
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest, Variant
@@ -15,7 +15,7 @@ PREFERRED = ("int8", "fp16", "bf16", "fp32")  # what is opened when no precision
 
 
 class Bundle:
-    """Opening checks that every file is there with its size, and hashes the graphs; `verify()` hashes all."""
+    """Opening checks that every file is there with its size, and hashes graphs and texts; `verify()` hashes all."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
@@ -29,23 +29,34 @@ class Bundle:
         path = Path(folder)
         bundle = cls(path, Manifest.read(path))
         for name, file in bundle.manifest.files.items():
-            try:
-                size = (path / name).stat().st_size
-            except OSError as error:
-                raise BundleError(f"The bundle {path} lacks {name}; copy or export it again.") from error
-            if size != file.bytes:
+            if not (path / name).is_file():
+                raise BundleError(f"The bundle {path} lacks {name}; copy or export it again.")
+            if (size := (path / name).stat().st_size) != file.bytes:
                 raise BundleError(f"{path / name} has {size} bytes where the manifest says {file.bytes}; copy or export the bundle again.")
         for name in bundle.manifest.files:
-            if name.endswith((".onnx", ".engine")):  # they are executed, so they are always checked; weights by size only
+            if name.endswith((".onnx", ".engine", ".json", ".jinja")):  # executed or small: always checked; weights by size only
                 bundle.check(name)
         return bundle
 
     def check(self, name: str) -> None:
         """Compare one file's hash with the manifest."""
-        if sha256(self.folder / name) != self.manifest.files[name].sha256:
+        try:
+            found = sha256(self.folder / name)
+        except OSError as error:
+            raise BundleError(f"{self.folder / name} cannot be read ({error.strerror}); copy or export the bundle again.") from error
+        if found != self.manifest.files[name].sha256:
             raise BundleError(
                 f"{self.folder / name} was changed after the export (its SHA-256 differs from the manifest); export the bundle again."
             )
+
+    def text(self, name: str) -> str | None:
+        """A text file of the bundle, or None where the bundle has none of that name."""
+        if name not in self.manifest.files:
+            return None
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{self.folder / name} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
 
     def verify(self) -> None:
         """Hash every file and look for files that the manifest does not know. Raises BundleError on the first that differs."""

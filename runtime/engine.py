@@ -21,6 +21,7 @@ from runtime.text import Text, TextStream, Token
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 DEFAULT_NEW_TOKENS = 128
+FUSIONS = ("weighted", "additive")
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,8 @@ class FusionRuntime:
         self.fusion: str = fusion or manifest.fusion
         self.lam = manifest.lam if lam is None else lam
         self.coefficients(self.fusion, self.lam)
-        tokenizer = bundle.folder / "tokenizer.json"
-        self.text = Text.load(tokenizer) if tokenizer.exists() else None
-        template = bundle.folder / "chat_template.jinja"
-        self._template = template.read_text(encoding="utf-8") if template.exists() else None
+        self.text = Text.load(bundle.folder / "tokenizer.json") if "tokenizer.json" in manifest.files else None
+        self._template = bundle.text("chat_template.jinja")
         self._eos = frozenset(manifest.eos_token_ids)
         self._free: list[Session] = []
         self._lock = threading.Lock()
@@ -271,7 +270,7 @@ class FusionRuntime:
     @staticmethod
     def coefficients(fusion: str, lam: float) -> tuple[float, float]:
         """Weights of router and expert logits: (λ, 1 − λ) for `weighted`, (1, 1) for `additive`. Raises InputError."""
-        if fusion not in ("weighted", "additive"):
+        if fusion not in FUSIONS:
             raise InputError(f"Unknown fusion '{fusion}': use 'weighted' or 'additive'.")
         if not 0.0 <= lam <= 1.0:
             raise InputError(f"lam={lam} is out of range: expected a number from 0 (expert only) to 1 (router only).")

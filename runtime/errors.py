@@ -19,3 +19,9 @@ class InputError(FusionError, ValueError):
 
 class ClosedError(FusionError):
     """The runtime was closed while, or before, it was used."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing. A KeyError says but a key, so its type stands with it."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__} {text}".rstrip() if isinstance(error, KeyError) or not text else text

@@ -3,9 +3,9 @@
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from runtime.errors import BundleError
+from runtime.errors import BundleError, one_line
 
 NAME = "manifest.json"
 Fusion = Literal["weighted", "additive"]
@@ -14,7 +14,7 @@ Fusion = Literal["weighted", "additive"]
 def inside(path: str) -> str:
     """A relative path that stays in the bundle."""
     parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path:
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
         raise ValueError(f"'{path}' is not a path inside the bundle")
     return path
 
@@ -62,7 +62,7 @@ class Manifest(Strict):
     family: str
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion
-    lam: float
+    lam: Annotated[float, Field(ge=0, le=1)]
     vocab_size: Annotated[int, Field(ge=2)]
     max_seq_len: Annotated[int, Field(ge=2)]
     bos_token: str | None
@@ -70,6 +70,19 @@ class Manifest(Strict):
     eos_token_ids: list[int]
     variants: Annotated[list[Variant], Field(min_length=1)]
     files: dict[InsidePath, File]
+
+    @model_validator(mode="after")
+    def belong_together(self) -> "Manifest":
+        """Every variant has a graph for every model, and every graph's hash is known."""
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError("two models have the same name")
+        for variant in self.variants:
+            if variant.graphs.keys() != set(names):
+                raise ValueError(f"the variant {variant.precision} has graphs for {', '.join(variant.graphs)} instead of {', '.join(names)}")
+            if unknown := sorted({*variant.graphs.values(), variant.fusion_graph} - self.files.keys()):
+                raise ValueError(f"the graph {unknown[0]} is not among the files")
+        return self
 
     @property
     def experts(self) -> list[str]:
@@ -90,7 +103,7 @@ class Manifest(Strict):
         except FileNotFoundError as error:
             raise BundleError(f"{folder} is no bundle, since it holds no {NAME}: expected the folder that export.py wrote.") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{folder / NAME} cannot be read ({error}); copy or export the bundle again.") from error
+            raise BundleError(f"{folder / NAME} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

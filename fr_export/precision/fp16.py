@@ -32,7 +32,7 @@ class Fp16:
                 writer.write(half)
         inner = graph.model.graph
         products, lookups = users(matrix)
-        matrix.dtype = ir.DataType.FLOAT16
+        matrix.type = ir.TensorType(ir.DataType.FLOAT16)  # replaced, not changed: clones share it
         matrix.const_value = writer.blob.tensor(matrix.name, ir.DataType.FLOAT16, tuple(matrix.shape))
         for lookup in lookups:
             narrow, wide = (
@@ -40,7 +40,7 @@ class Fp16:
                 ir.Value(name=f"{lookup.outputs[0].name}.fp32", type=ir.TensorType(ir.DataType.FLOAT)),
             )
             narrow.replace_all_uses_with(wide)
-            narrow.dtype = ir.DataType.FLOAT16
+            narrow.type = matrix.type
             inner.insert_after(lookup, ir.Node("", "Cast", [narrow], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], outputs=[wide]))
         if products:
             wide = ir.Value(name=f"{matrix.name}.fp32", type=ir.TensorType(ir.DataType.FLOAT), shape=matrix.shape)

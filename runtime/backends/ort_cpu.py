@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.backends.backend import Fused, Output
 from runtime.bundle import Bundle
-from runtime.errors import BundleError, UnavailableError
+from runtime.errors import BundleError, UnavailableError, one_line
 
 if TYPE_CHECKING:
     from runtime.manifest import Model, Variant
@@ -40,9 +40,9 @@ class OrtCpu:
             try:
                 return onnxruntime.InferenceSession(str(bundle.folder / graph), options, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime has no public base class for its errors
-                first = str(error).splitlines()[0]
                 raise BundleError(
-                    f"ONNX Runtime {onnxruntime.__version__} cannot load {name} from {bundle.folder / graph}: {first}"
+                    f"ONNX Runtime {onnxruntime.__version__} cannot load {name} from {bundle.folder / graph} ({one_line(error)}); "
+                    "export the bundle again."
                 ) from error
 
         models = [
@@ -55,6 +55,12 @@ class OrtCpu:
             )
             for model in manifest.models
         ]
+        for number, model in enumerate(models):
+            if not model.fits(0 if number else len(manifest.experts)):
+                raise BundleError(
+                    f"The graph {bundle.folder / variant.graphs[model.model.name]} does not have the inputs and outputs that the manifest "
+                    "describes; export the bundle again."
+                )
         self.router, self.experts = models[0], models[1:]
         self._fusion = session("the fusion graph", variant.fusion_graph, 1)  # one pass over a row: threads cost more than they give
         self._vocab = manifest.vocab_size
@@ -74,6 +80,17 @@ class OrtModel:
         self.vocab = vocab
         outputs = {output.name for output in session.get_outputs()}
         self.experts = experts if "routing" in outputs else 0
+
+    def fits(self, routed: int) -> bool:
+        """Whether the graph's caches, logits and routing scores are those of the manifest: buffers are bound by address."""
+        found = {value.name: tuple(value.shape) for value in (*self.session.get_inputs(), *self.session.get_outputs())}
+        caches = [name for name in found if name.startswith(("past.", "present."))]
+        return (
+            len(caches) == 4 * self.model.layers
+            and all(found[name][1::2] == (self.model.kv_heads, self.model.head_size) for name in caches)
+            and found.get("logits", ())[-1:] == (self.vocab,)
+            and found.get("routing", (0,))[-1:] == (routed,)
+        )
 
     def cache(self) -> OrtCache:
         """Buffers of the full capacity; the system hands out their memory as it is first written."""

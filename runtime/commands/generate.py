@@ -9,8 +9,10 @@ import typer
 from rich.console import Console
 from rich.text import Text as Styled
 
-from runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime, Prompt
+from runtime.backends import KNOWN
+from runtime.engine import DEFAULT_NEW_TOKENS, FUSIONS, FusionRuntime, Prompt
 from runtime.errors import InputError
+from runtime.sampling import Sampling
 from runtime.text import Token
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
@@ -39,19 +41,30 @@ def generate(
     """Generate from a bundle."""
     if (prompt is None) == (prompt_ids is None):
         raise typer.BadParameter("give the prompt as --prompt TEXT or as --prompt-ids IDS", param_hint="--prompt")
+    if chat and prompt is None:
+        raise typer.BadParameter("the chat template takes text: give the prompt as --prompt TEXT", param_hint="--chat")
+    if device not in KNOWN:
+        raise typer.BadParameter(f"unknown device '{device}'; expected {', '.join(KNOWN)}", param_hint="--device")
+    if max_new_tokens < 1:
+        raise typer.BadParameter(f"{max_new_tokens} is out of range; expected at least 1", param_hint="--max-new-tokens")
+    try:
+        asked = request(prompt, prompt_ids, chat)
+        sampling = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }  # fmt: skip
+        Sampling(**sampling)  # type: ignore[arg-type]  # wrong values end here, before anything is loaded
+        FusionRuntime.coefficients(fusion or FUSIONS[0], 0.5 if lam is None else lam)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
     with FusionRuntime.load(bundle, precision, device) as runtime:
         stream = runtime.stream(
-            request(prompt, prompt_ids, chat),
+            asked,
             max_new_tokens,
             stop=stop or (),
             fusion=fusion,
             lam=lam,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
+            **sampling,
         )
         console = Console(highlight=False)
         styles = dict(zip(runtime.expert_names, COLOURS * len(runtime.expert_names), strict=False))
@@ -74,7 +87,7 @@ def generate(
                 "finish_reason": stream.finish_reason,
                 "precision": runtime.precision,
             }
-            print(json.dumps(result, ensure_ascii=False))
+            print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
 def request(prompt: str | None, prompt_ids: str | None, chat: bool) -> Prompt:

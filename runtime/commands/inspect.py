@@ -22,7 +22,7 @@ def inspect(
         opened.verify()
     manifest = opened.manifest
     if as_json:
-        print(json.dumps(manifest.model_dump() | {"verified": verify}))
+        print(json.dumps(manifest.model_dump() | {"verified": verify}), flush=True)
         return
     console = Console(highlight=False)
     total = sum(file.bytes for file in manifest.files.values())

@@ -1,0 +1,33 @@
+"""Exports made by tests, without the comparison that ends an export: tests make their own."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+from rich.console import Console
+
+from fr_export.export import Request, export
+from fr_export.families import FAMILIES
+from fr_export.stages import Stages
+from fr_export.system import System
+from tests.systems import Shape, make_system
+
+ALL = ("fp32", "fp16", "int8")
+
+
+def export_system(
+    folder: Path, shape: Shape, precisions: tuple[str, ...] = ALL, seed: int = 0, max_seq_len: int | None = None
+) -> tuple[Path, System]:
+    """Make a random system in `folder` and export it to `folder/bundle`."""
+    router, experts = make_system(folder, shape, seed)
+    bundle = export_checkpoints(folder / "bundle", shape, router, experts, precisions, max_seq_len)
+    return bundle, System.open(FAMILIES[shape.family], router, experts, max_seq_len=max_seq_len)
+
+
+def export_checkpoints(
+    out: Path, shape: Shape, router: str, experts: dict[str, str], precisions: tuple[str, ...] = ALL, max_seq_len: int | None = None
+) -> Path:
+    """Export given checkpoints to `out`."""
+    request = Request(FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), out, max_seq_len=max_seq_len)
+    with patch("fr_export.export.measure", return_value=({}, "a test compares it")):
+        export(request, Stages(Console(quiet=True)))
+    return out

@@ -1,0 +1,127 @@
+"""Quantisers against plain arithmetic, and the weight store: every tensor once, in every precision."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from fr_export.precision import SCHEMES
+from fr_export.precision.int8 import BLOCK, quantise
+from runtime.errors import InputError
+from tests.exporting import ALL, export_system
+from tests.systems import Shape, make_system
+
+MATRICES = arrays.arrays(
+    np.float32, st.tuples(st.integers(1, 6), st.integers(1, 200)), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
+)
+
+
+@settings(deadline=None, derandomize=True)
+@given(MATRICES)
+def test_int8_is_round_to_nearest_in_blocks_of_64(weights: np.ndarray) -> None:
+    values, scales = quantise(weights)
+    rows, width = weights.shape
+    for row in range(rows):
+        for block in range(-(-width // BLOCK)):
+            exact = weights[row, block * BLOCK : (block + 1) * BLOCK].astype(np.float64)
+            stored = values[row, block, : len(exact)].astype(np.float64) - 128
+            scale = float(scales[row, block])
+            assert scale == pytest.approx(np.abs(exact).max() / 127, rel=1e-6)
+            assert np.abs(stored).max() <= 127
+            assert np.abs(stored * scale - exact).max() <= scale * 0.5001
+            assert (values[row, block, len(exact) :] == 128).all()
+
+
+def locations(bundle: Path, precision: str) -> dict[str, dict[str, str]]:
+    """Model → initialiser → weight file, read from the exported graphs."""
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted((bundle / "graphs").glob(f"*.{precision}.onnx")):
+        tensors = ir.load(path).graph.initializers
+        found[path.name.split(".")[0]] = {
+            name: str(value.const_value.location) for name, value in tensors.items() if isinstance(value.const_value, ir.ExternalTensor)
+        }
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2"])
+def test_tied_embedding_and_head_stand_once_in_every_precision(family: str, tmp_path: Path) -> None:
+    shape = Shape(family, config={"tie_word_embeddings": True}, vocab=400, hidden=64, experts=1)
+    bundle, _ = export_system(tmp_path, shape, ALL)
+    for precision in ALL:
+        weights = locations(bundle, precision)["router"]
+        matrix = shape.vocab * shape.hidden
+        expected = {"fp32": [4 * matrix], "fp16": [2 * matrix], "int8": [matrix, 4 * matrix // BLOCK]}[precision]
+        for size in expected:
+            files = {file for file in weights.values() if (bundle / "graphs" / file).stat().st_size == size}
+            assert len(files) == 1, (precision, files)
+    graph = ir.load(bundle / "graphs/router.ort-cpu.int8.onnx").graph
+    lookup = next(n for n in graph if n.op_type == "GatherBlockQuantized")
+    product = next(n for n in graph if n.op_type == "MatMulNBits" and n.attributes["N"].as_int() == shape.vocab)
+    for mine, other in ((lookup.inputs[0], product.inputs[1]), (lookup.inputs[2], product.inputs[2])):
+        assert mine is not None and other is not None
+        assert weights_of(mine) == weights_of(other)
+
+
+def weights_of(value: ir.Value) -> str:
+    assert isinstance(value.const_value, ir.ExternalTensor)
+    return str(value.const_value.location)
+
+
+def test_a_frozen_embedding_costs_nothing_extra(tmp_path: Path) -> None:
+    """An expert whose embedding is the router's adds the rest of its weights only; one equal in everything adds none."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.exporting import export_checkpoints
+
+    shape = Shape(vocab=400, experts=2, config={"tie_word_embeddings": True})
+    router, experts = make_system(tmp_path, shape)
+    separate = weight_bytes(export_checkpoints(tmp_path / "separate", shape, router, experts))
+    first, second = (Path(folder) for folder in experts.values())
+    tensors = load_file(first / "model.safetensors")
+    embedding = "model.embed_tokens.weight"
+    save_file(
+        tensors | {embedding: load_file(Path(router) / "model.safetensors")[embedding]}, first / "model.safetensors", {"format": "pt"}
+    )
+    frozen = weight_bytes(export_checkpoints(tmp_path / "frozen", shape, router, experts))
+    shutil.copyfile(first / "model.safetensors", second / "model.safetensors")
+    twins = weight_bytes(export_checkpoints(tmp_path / "twins", shape, router, experts))
+    matrix = shape.vocab * shape.hidden
+    for precision, size in (("fp32", 4 * matrix), ("fp16", 2 * matrix), ("int8", matrix + 4 * matrix // BLOCK)):
+        assert separate[precision] - frozen[precision] == size
+        assert twins[precision] <= frozen[precision] - (separate[precision] - size) / 4
+
+
+def weight_bytes(bundle: Path) -> dict[str, int]:
+    """Precision → bytes of the distinct weight files that its graphs read."""
+    sizes = {}
+    for precision in ALL:
+        files = {file for model in locations(bundle, precision).values() for file in model.values()}
+        sizes[precision] = sum((bundle / "graphs" / file).stat().st_size for file in files)
+    return sizes
+
+
+def test_every_stored_weight_is_named_by_its_hash_and_used(tmp_path: Path) -> None:
+    import hashlib
+
+    bundle, _ = export_system(tmp_path, Shape(experts=1), ALL)
+    stored = {f"weights/{path.name}" for path in (bundle / "graphs/weights").iterdir()}
+    used = {file for precision in ALL for model in locations(bundle, precision).values() for file in model.values()}
+    assert stored == used
+    for path in (bundle / "graphs/weights").iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
+
+
+def test_fp16_refuses_weights_beyond_its_range(tmp_path: Path) -> None:
+    from fr_export.graph import Graph
+    from fr_export.store import Store
+
+    matrix = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 2]))
+    graph = Graph(ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 20}), ir_version=10), {}, 1, (1, 8))
+    with pytest.raises(InputError, match=r"'w' holds values beyond fp16's 65,504.*export it as fp32 or int8"):
+        SCHEMES["ort:cpu"]["fp16"].bind(graph, matrix, iter([np.array([[1.0, 7e4]], np.float32)]), Store(tmp_path))
+    assert list((tmp_path / "weights").iterdir()) == []
