@@ -52,8 +52,10 @@ def check_rewind(runtime: FusionRuntime, ids: list[int], expected: Reference, er
     session = runtime.session()
     right = 4 * len(ids) // 5  # how many tokens at the beginning of the session are those of `ids`
     session.append(ids[:right])
-    session.step()
     for kept in (right - 20, right // 4, right - 21, len(ids) - 10, len(ids) - 11):
+        session.step()
+        session.append(ids[:9])  # others than come after the rewind: no cache may keep them
+        session.step()
         session.rewind(min(kept, right))
         session.append(ids[len(session) : kept])
         right = kept

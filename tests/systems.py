@@ -30,6 +30,7 @@ class Shape:
     config: dict[str, Any] = field(default_factory=dict)
     expert_config: dict[str, Any] = field(default_factory=dict)
     tokenizer: bool = False
+    shard_size: str = "1GB"
 
     def build(self, expert: bool) -> Any:
         """The Hugging Face config of the router or of an expert."""
@@ -70,7 +71,7 @@ def make_model(folder: Path, shape: Shape, seed: int, expert: bool) -> Path:
             parameter.data += 0.3 * torch.randn_like(parameter)
         if name.endswith("embed_tokens.weight"):
             parameter.data = torch.randn_like(parameter) * 0.5  # transformers leaves the padding row at zero
-    model.to(shape.dtype).save_pretrained(folder)
+    model.to(shape.dtype).save_pretrained(folder, max_shard_size=shape.shard_size)
     if shape.tokenizer:
         write_tokenizer(folder, shape.vocab)
     return folder

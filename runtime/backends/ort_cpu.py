@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.backends.backend import Fused, Output
 from runtime.bundle import Bundle
-from runtime.errors import BundleError, UnavailableError, one_line
+from runtime.errors import BundleError, FusionError, UnavailableError, one_line
 
 if TYPE_CHECKING:
     from runtime.manifest import Model, Variant
@@ -32,7 +32,7 @@ class OrtCpu:
 
         def session(name: str, graph: str, threads: int | None) -> Any:
             options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
+            options.log_severity_level = 4  # failures are raised; nothing is printed
             options.inter_op_num_threads = 1
             options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
             # idle pools must not spin: router and expert take turns, and a spinning pool steals the other's cores
@@ -136,7 +136,10 @@ class OrtCache:
         self._positions[:] = positions
         self._seqlens[0] = self.length + count - 1
         self._total[()] = self.length + count
-        self._run(self._binding)
+        try:
+            self._run(self._binding)
+        except Exception as error:
+            raise FusionError(f"ONNX Runtime failed on {count} tokens of {self._model.model.name}: {one_line(error)}") from error
         self.length += count
         if wanted > 1:
             self._bound = (0, 0)  # those arrays now belong to the caller
@@ -202,7 +205,10 @@ class OrtFuser:
             self._bind("penalty_ids", self._penalty_ids)
         if self._shape != (count, k):
             self._allocate(count, k)
-        self._run(self._binding)
+        try:
+            self._run(self._binding)
+        except Exception as error:
+            raise FusionError(f"ONNX Runtime failed on the fusion graph: {one_line(error)}") from error
         return self._fused
 
     def _allocate(self, count: int, k: int) -> None:

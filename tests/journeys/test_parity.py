@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,8 @@ SHAPES = {
     "llama3-gqa": Shape(),
     "llama3-rope-scaling": Shape(config={"rope_parameters": ROPE}),
     "llama3-tied": Shape(config={"tie_word_embeddings": True}, vocab=257, experts=2),
-    "llama3-multi-query": Shape(heads=8, kv_heads=1, head_dim=16, experts=5),
+    "llama3-multi-query-fp16": Shape(heads=8, kv_heads=1, head_dim=16, experts=5, dtype=torch.float16),
+    "llama3-padded-vocabulary": Shape(tokenizer=True, expert_config={"vocab_size": 320}),
     "llama3-no-gqa-one-expert": Shape(heads=3, kv_heads=3, head_dim=64, hidden=96, experts=1, vocab=131),
     "llama3-biases": Shape(config={"attention_bias": True, "mlp_bias": True}),
     "llama3-rotary-outside": Shape(head_dim=24, hidden=72),
@@ -30,7 +32,7 @@ SHAPES = {
     "gemma2-window": Shape("gemma2", layers=4),
     "gemma2-untied-odd": Shape("gemma2", config={"tie_word_embeddings": False, "query_pre_attn_scalar": 50}, vocab=259, head_dim=48),
     "gemma2-strong-softcaps": Shape("gemma2", config=SOFTCAPS),
-    "gemma2-padded-head": Shape("gemma2", head_dim=12, heads=6, kv_heads=3, hidden=72),
+    "gemma2-padded-head-bf16-shards": Shape("gemma2", head_dim=12, heads=6, kv_heads=3, hidden=72, dtype=torch.bfloat16, shard_size="50KB"),
 }
 
 
