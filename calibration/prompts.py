@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
 
 BUILTIN = (
     "12+30=",
@@ -28,10 +28,10 @@ def load_prompts(source: str = "builtin") -> list[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError(f"--calibration {source} is neither 'builtin' nor a .txt or .jsonl file.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # which newlines end lines is told by read_text; JSON strings may hold others
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The prompts {path} cannot be read ({error}); expected a UTF-8 text file.") from error
-    prompts = [prompt_of(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        raise InputError(f"The prompts {path} cannot be read ({one_line(error)}); expected a UTF-8 text file.") from error
+    prompts = [prompt_of(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not prompts:
         raise InputError(f"{path} holds no prompts: expected at least one line.")
     return prompts
@@ -44,8 +44,10 @@ def prompt_of(path: Path, number: int, line: str) -> str:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise InputError(f"Line {number} of {path} is not JSON ({error}).") from error
+        raise InputError(
+            f"Line {number} of {path} is not JSON ({one_line(error)}); expected one JSON string or object per line."
+        ) from error
     text = value if isinstance(value, str) else (value.get("prompt") or value.get("text")) if isinstance(value, dict) else None
-    if not isinstance(text, str):
+    if not isinstance(text, str) or not text.strip():
         raise InputError(f"Line {number} of {path} holds no prompt: expected a string, or an object with a string 'prompt' or 'text'.")
     return text

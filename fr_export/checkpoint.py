@@ -141,7 +141,7 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{what}: it holds no {file.name}; is it a complete checkpoint?") from error
+        raise InputError(f"{what}: it holds no {file.name}; download or write it again.") from error
     except (ValueError, OSError) as error:
         raise InputError(f"{what}: {file.name} cannot be read as JSON ({error}); write or download it again.") from error
     if not isinstance(value, dict):

@@ -111,7 +111,9 @@ def main(
         mend = ": make room, or name another disk with --out" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         fail(f"The export failed on {error.filename or folder} ({error.strerror or one_line(error)}){mend}; nothing was written.", debug)
     except Exception as error:  # a fault of the exporter or of a library, not of the input
-        fail(f"The export failed unexpectedly ({type(error).__name__}: {one_line(error)}); nothing was written. --debug shows where.", debug)
+        fail(
+            f"The export failed unexpectedly ({type(error).__name__}: {one_line(error)}); nothing was written. --debug shows where.", debug
+        )
 
 
 def run(

@@ -17,9 +17,9 @@ def locate(source: str) -> Path:
     Raises InputError for a folder that does not exist, UnavailableError where the hub cannot be reached or refuses.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if source and folder.is_dir():
         return folder.resolve()
-    if folder.exists():
+    if source and folder.exists():
         raise InputError(f"{source} is a file; expected a checkpoint folder or a hub id such as owner/name.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise InputError(f"The checkpoint folder {source} does not exist (and is no hub id such as owner/name).")

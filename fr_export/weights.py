@@ -28,7 +28,8 @@ class Entry:
 class Weights:
     """Name → tensor of one folder. Opening reads the headers only; `rows` reads slices as fp32."""
 
-    def __init__(self, entries: dict[str, Entry]):
+    def __init__(self, folder: Path, entries: dict[str, Entry]):
+        self.folder = folder
         self.entries = entries
 
     @classmethod
@@ -48,7 +49,7 @@ class Weights:
         elif pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
             raise InputError(f"{folder} holds pickled weights ({pickled[0]}) only; convert them to safetensors, which cannot run code.")
         else:
-            raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json; is it a complete checkpoint?")
+            raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json; download or write it again.")
         files |= {folder / name for name in extra if (folder / name).is_file()}
         entries: dict[str, Entry] = {}
         for file in sorted(files):
@@ -63,7 +64,7 @@ class Weights:
                         entries[name] = Entry(file, part.get_dtype(), tuple(part.get_shape()))
             except SafetensorError as error:
                 raise InputError(f"{file} is not a complete safetensors file ({error}); download or write it again.") from error
-        return cls(entries)
+        return cls(folder, entries)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -75,8 +76,9 @@ class Weights:
     def entry(self, name: str) -> Entry:
         """Where a tensor lies. Raises InputError where the checkpoint lacks it, or where it is no float tensor."""
         if name not in self.entries:
-            folder = next(iter(self.entries.values())).file.parent if self.entries else "the checkpoint"
-            raise InputError(f"{folder} lacks the tensor '{name}' that its config.json asks for; the checkpoint is incomplete.")
+            raise InputError(
+                f"{self.folder} lacks the tensor '{name}' that its config.json asks for; the checkpoint is incomplete: download or write it again."
+            )
         entry = self.entries[name]
         if entry.dtype not in FLOATS:
             raise InputError(

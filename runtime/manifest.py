@@ -79,7 +79,9 @@ class Manifest(Strict):
             raise ValueError("two models have the same name")
         for variant in self.variants:
             if variant.graphs.keys() != set(names):
-                raise ValueError(f"the variant {variant.precision} has graphs for {', '.join(variant.graphs)} instead of {', '.join(names)}")
+                raise ValueError(
+                    f"the variant {variant.precision} has graphs for {', '.join(variant.graphs)} instead of {', '.join(names)}"
+                )
             if unknown := sorted({*variant.graphs.values(), variant.fusion_graph} - self.files.keys()):
                 raise ValueError(f"the graph {unknown[0]} is not among the files")
         return self

@@ -3,7 +3,7 @@
 import json
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -49,11 +49,11 @@ def generate(
         raise typer.BadParameter(f"{max_new_tokens} is out of range; expected at least 1", param_hint="--max-new-tokens")
     try:
         asked = request(prompt, prompt_ids, chat)
-        sampling = {
+        sampling: dict[str, Any] = {
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty,
             "seed": seed,
         }  # fmt: skip
-        Sampling(**sampling)  # type: ignore[arg-type]  # wrong values end here, before anything is loaded
+        Sampling(**sampling)  # wrong values end here, before anything is loaded
         FusionRuntime.coefficients(fusion or FUSIONS[0], 0.5 if lam is None else lam)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error

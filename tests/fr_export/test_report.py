@@ -2,7 +2,6 @@
 
 import io
 import json
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np

@@ -51,14 +51,15 @@ def test_shapes(name: str, tmp_path: Path) -> None:
 def check_quantised(bundle: Path, system: System, ids: list[int]) -> None:
     """fp16 and int8 stay near fp32, in chunks and token by token. Bounds are relative to the spread of the logits."""
     (expected,) = reference(system, [ids], (0.5, 0.5))
-    for precision, bound in (("fp16", 0.01), ("int8", 0.12)):
+    for precision, bound in (("fp16", 0.003), ("int8", 0.08)):
         with FusionRuntime.load(bundle, precision=precision) as runtime:
             for chunk in (512, 1):
                 scores = runtime.score(ids, chunk=chunk)
                 same = scores.experts == expected.experts
                 assert same.mean() >= 0.9
                 gap = np.abs(scores.logits - expected.logits)[same].mean() / expected.logits.std()
-                assert gap <= bound, (precision, chunk, gap)
+                print(f"{precision}, chunks of {chunk}: mean difference {gap:.2g} of the spread")
+                assert gap <= bound
 
 
 @st.composite

@@ -1,0 +1,302 @@
+"""What opening a bundle refuses, and in what words; and that a whole one works wherever it lies."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
+from runtime.bundle import Bundle
+
+Change = Callable[[dict[str, Any]], object]
+PROMPT = [1, 5, 9]
+
+
+@pytest.fixture
+def bundle(bundles: list[Path], tmp_path: Path) -> Path:
+    """A copy to tamper with."""
+    return Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+
+
+def edit(bundle: Path, change: Change) -> None:
+    """Change what the manifest says."""
+    content = json.loads((bundle / "manifest.json").read_text())
+    change(content)
+    (bundle / "manifest.json").write_text(json.dumps(content))
+
+
+def rehash(bundle: Path, name: str) -> None:
+    """Let the manifest agree with a file that was changed."""
+    data = (bundle / name).read_bytes()
+    entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    edit(bundle, lambda content: content["files"].update({name: entry}))
+
+
+def named(bundle: Path, kind: str) -> str:
+    """The name of a file of a kind."""
+    content = json.loads((bundle / "manifest.json").read_text())
+    if kind == "graph":
+        return str(next(iter(content["variants"][-1]["graphs"].values())))
+    if kind == "weights":
+        folder: Path = (bundle / content["variants"][-1]["fusion_graph"]).parent
+        largest = max((folder / "weights").iterdir(), key=lambda path: path.stat().st_size)
+        return largest.relative_to(bundle).as_posix()
+    return {"fusion": str(content["variants"][-1]["fusion_graph"]), "tokenizer": "tokenizer.json", "report": "report.json"}[kind]
+
+
+def refusal(bundle: Path) -> str:
+    """The sentence with which loading ends; one line, which names the bundle."""
+    with pytest.raises(BundleError) as caught:
+        FusionRuntime.load(bundle)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and str(bundle) in sentence
+    assert sentence.endswith(".")
+    return sentence
+
+
+def first(content: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = content["variants"][0]
+    return found
+
+
+def escape(path: str) -> dict[str, Change]:
+    """The ways in which a manifest may lead out of its bundle."""
+
+    def file(content: dict[str, Any]) -> None:
+        content["files"][path] = next(iter(content["files"].values()))
+
+    def graph(content: dict[str, Any]) -> None:
+        first(content)["graphs"]["router"] = path
+
+    def fusion(content: dict[str, Any]) -> None:
+        first(content)["fusion_graph"] = path
+
+    return {f"{where}-{path!r}": change for where, change in (("file", file), ("graph", graph), ("fusion", fusion))}
+
+
+ESCAPES = {
+    name: change
+    for path in ("../x.onnx", "/etc/passwd", "graphs/../../x", "..\\x", "graphs/\0", ".", "")
+    for name, change in escape(path).items()
+}
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_manifests_that_lead_out_of_the_bundle(bundle: Path, name: str) -> None:
+    edit(bundle, ESCAPES[name])
+    assert "is not a path inside the bundle" in refusal(bundle)
+
+
+def other_graph(content: dict[str, Any]) -> None:
+    first(content)["graphs"]["router"] = "graphs/none.onnx"
+
+
+MANIFESTS: dict[str, tuple[Change, str]] = {
+    "unknown format": (lambda m: m.update(format=2), "format: Input should be 1"),
+    "unknown field": (lambda m: m.update(colour="red"), "colour: Extra inputs are not permitted"),
+    "missing field": (lambda m: m.pop("files"), "files: Field required"),
+    "no variants": (lambda m: m.update(variants=[]), "variants"),
+    "router only": (lambda m: m.update(models=m["models"][:1]), "models"),
+    "two of a name": (lambda m: m["models"][2].update(name=m["models"][1]["name"]), "two models have the same name"),
+    "model without graph": (lambda m: first(m)["graphs"].pop("router"), "has graphs for"),
+    "graph without hash": (lambda m: m["files"].pop(first(m)["graphs"]["router"]), "is not among the files"),
+    "graph that is nowhere": (other_graph, "graphs/none.onnx is not among the files"),
+    "lambda out of range": (lambda m: m.update(lam=1.5), "lam: Input should be less than or equal to 1"),
+    "unknown fusion": (lambda m: m.update(fusion="product"), "fusion: Input should be 'weighted' or 'additive'"),
+    "hash that is none": (lambda m: next(iter(m["files"].values())).update(sha256="abc"), "sha256"),
+    "more layers": (lambda m: m["models"][0].update(layers=m["models"][0]["layers"] + 1), "does not have the inputs"),
+    "other kv heads": (lambda m: m["models"][1].update(kv_heads=7), "does not have the inputs"),
+    "other head size": (lambda m: m["models"][0].update(head_size=8), "does not have the inputs"),
+    "other vocabulary": (lambda m: m.update(vocab_size=m["vocab_size"] - 1), "does not have the inputs"),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_that_do_not_fit(bundle: Path, name: str) -> None:
+    change, words = MANIFESTS[name]
+    edit(bundle, change)
+    sentence = refusal(bundle)
+    assert words in sentence
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"format": 1}', b"\xff\xfe\x00", b"[" * 100_000])
+def test_manifests_that_are_none(bundle: Path, text: bytes) -> None:
+    (bundle / "manifest.json").write_bytes(text)
+    assert "manifest.json" in refusal(bundle)
+
+
+def test_folders_that_are_no_bundle(tmp_path: Path) -> None:
+    assert "expected the folder that export.py wrote" in refusal(tmp_path / "nowhere")
+    assert "is no bundle, since it holds no manifest.json" in refusal(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "There is no bundle" in refusal(tmp_path / "file")
+    (tmp_path / "manifest.json").mkdir()
+    assert "cannot be read" in refusal(tmp_path)
+
+
+KINDS = ("graph", "weights", "fusion", "tokenizer", "report")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_that_are_missing_or_truncated(bundle: Path, kind: str) -> None:
+    name = named(bundle, kind)
+    data = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(data[:-1])
+    assert f"{name} has {len(data) - 1} bytes where the manifest says {len(data)}" in refusal(bundle)
+    (bundle / name).unlink()
+    assert f"lacks {name}" in refusal(bundle)
+    (bundle / name).mkdir()
+    assert f"lacks {name}" in refusal(bundle)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_that_were_changed(bundle: Path, kind: str) -> None:
+    name = named(bundle, kind)
+    data = bytearray((bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / name).write_bytes(data)
+    if kind == "weights":  # told by their size when loading, by their hash on demand
+        FusionRuntime.load(bundle).close()
+        with pytest.raises(BundleError, match=f"{name} was changed after the export"):
+            FusionRuntime.load(bundle, verify=True)
+    else:
+        assert f"{name} was changed after the export" in refusal(bundle)
+
+
+def test_files_that_are_no_graph_with_a_manifest_that_agrees(bundle: Path) -> None:
+    for kind in ("graph", "fusion"):
+        name = named(bundle, kind)
+        (bundle / name).write_bytes(b"no graph")
+        rehash(bundle, name)
+        assert "cannot load" in refusal(bundle)
+
+
+def test_a_tokenizer_that_is_none_with_a_manifest_that_agrees(bundle: Path) -> None:
+    (bundle / "tokenizer.json").write_text("{}")
+    rehash(bundle, "tokenizer.json")
+    assert "cannot be read as a tokenizer.json" in refusal(bundle)
+
+
+def test_a_chat_template_that_is_no_text_with_a_manifest_that_agrees(bundle: Path) -> None:
+    (bundle / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    rehash(bundle, "chat_template.jinja")
+    assert "chat_template.jinja" in refusal(bundle)
+
+
+def test_extra_files_are_ignored_until_verified(bundle: Path) -> None:
+    Bundle.open(bundle).verify()
+    (bundle / "graphs" / "notes.txt").write_text("")
+    FusionRuntime.load(bundle).close()
+    with pytest.raises(BundleError, match=r"notes\.txt does not belong to the bundle"):
+        FusionRuntime.load(bundle, verify=True)
+
+
+def test_a_tokenizer_that_the_manifest_does_not_name_is_not_used(bundle: Path) -> None:
+    edit(bundle, lambda content: content["files"].pop("tokenizer.json"))
+    with FusionRuntime.load(bundle) as runtime:
+        assert runtime.generate(PROMPT, 2).finish_reason in ("length", "stop")
+        with pytest.raises(UnavailableError, match=r"has no tokenizer\.json: pass token ids"):
+            runtime.generate("hello")
+
+
+def test_links_out_of_the_bundle_are_refused_or_lead_to_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
+    """A link gains nothing: what it leads to must have the hash, and ONNX Runtime reads no weights outside of the folder."""
+    for kind in ("graph", "weights", "tokenizer"):
+        name = named(bundle, kind)
+        outside = tmp_path / f"outside-{kind}"
+        (bundle / name).rename(outside)
+        (bundle / name).symlink_to(outside)
+        try:
+            FusionRuntime.load(bundle, verify=True).close()
+        except FusionError as error:
+            assert kind == "weights" and "\n" not in str(error)
+            (bundle / name).unlink()
+            shutil.copy(outside, bundle / name)
+        else:
+            outside.write_bytes(outside.read_bytes()[::-1])
+            with pytest.raises(BundleError, match="was changed"):
+                FusionRuntime.load(bundle, verify=True)
+            (bundle / name).unlink()
+            (bundle / name).write_bytes(outside.read_bytes()[::-1])
+
+
+def states(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def test_bundles_work_moved_linked_read_only_and_from_any_folder(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, original in enumerate(bundles):
+        with FusionRuntime.load(original, threads=1) as runtime:
+            expected = runtime.generate(PROMPT, 8).token_ids
+        copy = Path(shutil.copytree(original, tmp_path / f"a folder {number}" / "copied ü"))
+        moved = Path(shutil.move(copy, tmp_path / f"moved-{number}"))
+        link = tmp_path / f"link-{number}"
+        link.symlink_to(moved)
+        for path in (*moved.rglob("*"), moved):
+            path.chmod(path.stat().st_mode & 0o555)
+        monkeypatch.chdir(tmp_path)
+        before = states(moved)
+        for place in (moved, link, Path(moved.name), f"{moved}/"):
+            with FusionRuntime.load(place, threads=1, verify=True) as runtime:
+                assert runtime.generate(PROMPT, 8).token_ids == expected
+        assert states(moved) == before, "a bundle is never written to"
+        for path in (moved, *moved.rglob("*")):
+            path.chmod(path.stat().st_mode | 0o200)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_files_that_may_not_be_read(bundle: Path) -> None:
+    name = named(bundle, "graph")
+    (bundle / name).chmod(0)
+    assert "cannot be read" in refusal(bundle)
+
+
+ASKED: dict[str, tuple[dict[str, Any], type[FusionError], str]] = {
+    "unknown device": ({"device": "tpu"}, InputError, "Unknown device 'tpu': use one of auto, cpu"),
+    "unknown precision": ({"precision": "int3"}, UnavailableError, "no precision 'int3' for ort:cpu, only .*--precision int3"),
+    "unknown fusion": ({"fusion": "product"}, InputError, "Unknown fusion 'product'"),
+    "lambda": ({"lam": -0.1}, InputError, "expected a number from 0"),
+    "threads": ({"threads": 0}, InputError, "expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_a_bundle_cannot_serve(bundles: list[Path], name: str) -> None:
+    options, kind, words = ASKED[name]
+    with pytest.raises(kind, match=words):
+        FusionRuntime.load(bundles[0], **options)
+
+
+def test_a_target_that_was_not_exported(bundle: Path) -> None:
+    edit(bundle, lambda content: [variant.update(target="ort:cuda") for variant in content["variants"]])
+    with pytest.raises(UnavailableError, match=r"has no graphs for ort:cpu, only for ort:cuda: export it with --target ort:cpu"):
+        FusionRuntime.load(bundle, device="cpu")
+
+
+def test_without_onnxruntime(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UnavailableError, match=r"needs onnxruntime: install the extra 'cpu' \(pip install 'fusionroute\[cpu\]'\)"):
+        FusionRuntime.load(bundles[0], device="cpu")
+
+
+def test_prompts_beyond_the_context(bundles: list[Path]) -> None:
+    with FusionRuntime.load(bundles[0]) as runtime:
+        full = runtime.max_seq_len
+        for count in (full, full + 1):
+            with pytest.raises(
+                InputError, match=f"has {count} tokens, which leaves no room in the context of {full}: shorten it or export"
+            ):
+                runtime.generate([1] * count)
+        with pytest.raises(InputError, match=f"do not fit the context of {full}"):
+            runtime.score([1] * (full + 1))
+        with pytest.raises(InputError, match="outside the vocabulary"):
+            runtime.generate([runtime.vocab_size])
+        assert runtime.generate([1] * (full - 1), 5).finish_reason in ("length", "stop")
