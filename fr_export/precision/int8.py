@@ -10,6 +10,7 @@ from fr_export.precision.scheme import users
 from fr_export.store import Store
 
 BLOCK = 64
+TINY = np.finfo(np.float32).tiny
 ZERO_POINT = 128  # what both operators assume for 8 bits where no zero points are given
 
 
@@ -24,6 +25,7 @@ def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = np.pad(rows, ((0, 0), (0, blocks * BLOCK - width)))
     rows = rows.reshape(count, blocks, BLOCK)
     scales = np.maximum(rows.max(-1), -rows.min(-1)) / np.float32(127)
+    scales[scales < TINY] = 0  # the inverse would overflow; such blocks are zero
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
     scaled = rows * inverse[..., None]
     np.rint(scaled, out=scaled)

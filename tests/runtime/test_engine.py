@@ -224,10 +224,11 @@ def test_threads_get_what_one_thread_gets(rt: FusionRuntime) -> None:
     prompts = [f"{n}+{n + 1}=" for n in range(8)]
     expected = [rt.generate(prompt, 12).token_ids for prompt in prompts]
     found: dict[int, list[int]] = {}
-    workers = [
-        threading.Thread(target=lambda n=n: found.__setitem__(n, rt.generate(prompts[n], 12).token_ids))
-        for n in range(len(prompts))  # type: ignore[misc]
-    ]
+
+    def work(number: int) -> None:
+        found[number] = rt.generate(prompts[number], 12).token_ids
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(len(prompts))]
     for worker in workers:
         worker.start()
     for worker in workers:
