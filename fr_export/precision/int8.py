@@ -10,7 +10,7 @@ from fr_export.precision.scheme import users
 from fr_export.store import Store
 
 BLOCK = 64
-TINY = np.finfo(np.float32).tiny
+TINY = float(np.finfo(np.float32).tiny)
 ZERO_POINT = 128  # what both operators assume for 8 bits where no zero points are given
 
 
