@@ -6,8 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from fr_export.families import FAMILIES, Family
 from fr_export.hub import locate
+from fr_export.quiet import quiet
 from fr_export.weights import Weights
 from runtime.errors import InputError, one_line
 
@@ -118,11 +122,6 @@ class Checkpoint:
 
 def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """config.json as transformers reads it, and the tensors that it asks a checkpoint to hold: name → shape."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from fr_export.trace import quiet  # it depends on this module
-
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder)

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fr_export.checkpoint import Checkpoint
+from fr_export.quiet import quiet
 from fr_export.system import System
-from fr_export.trace import quiet
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,17 @@
 """Trace a Hugging Face causal LM into ONNX without its weights: parameters are fakes that have a shape and a name only."""
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as progress
 
 from fr_export.families import Family
 from fr_export.graph import Graph, Source
 from fr_export.lowerings import ort
+from fr_export.quiet import quiet
 from runtime.errors import FusionError
 
 IDENTITY = {
@@ -90,19 +86,3 @@ def computed_buffers(config: Any, max_seq_len: int) -> dict[str, Any]:
         "rotary_cos": cos[0, :, :half].contiguous().numpy(),
         "rotary_sin": sin[0, :, :half].contiguous().numpy(),
     }
-
-
-@contextlib.contextmanager
-def quiet() -> Any:
-    """Keep the progress prints of torch and transformers, and warnings about their own internals, off the user's terminal."""
-    level, bars = logging.root.manager.disable, progress.is_progress_bar_enabled()
-    logging.disable(logging.WARNING)
-    progress.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        if bars:
-            progress.enable_progress_bar()
