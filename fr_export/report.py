@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
@@ -17,14 +18,15 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
     """Print the tables of precisions and stages."""
-    precisions = Table(title=f"{report['family']}: {' + '.join(report['models'])} → {out}", title_justify="left")
-    for column in ("target", "precision", "size", "bits/weight", "max |Δ|", "mean |Δ|", "greedy", "routing"):
-        precisions.add_column(column, justify="left" if column in ("target", "precision") else "right")
+    title = f"{report['family']}: {' + '.join(report['models'])} → {out}"
+    precisions = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("target", "precision", "size", "bits", "max |Δ|", "mean |Δ|", "greedy", "routing"):
+        precisions.add_column(column, justify="left" if column in ("target", "precision") else "right", no_wrap=True)
     for entry in report["variants"]:
         found = entry["compared"]
         head = (entry["target"], entry["precision"], size(entry["bytes"]), f"{entry['bits_per_weight']:.2f}")
         if found is None:
-            precisions.add_row(*head, *["not compared"] * 4)
+            precisions.add_row(*head, *["–"] * 4)
             continue
         decode = found["decode"]
         precisions.add_row(
@@ -34,7 +36,7 @@ def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
             f"{decode['greedy_agreement']:.1%}",
             f"{decode['routing_agreement']:.1%}",
         )
-    stages = Table(title="Stages", title_justify="left")
+    stages = Table(title="Stages", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("stage", "seconds", "peak memory"):
         stages.add_column(column, justify="left" if column == "stage" else "right")
     for stage in report["stages"]:
@@ -46,8 +48,11 @@ def explain(report: dict[str, Any]) -> str:
     """One line under the table: what the differences were measured on."""
     compared = next((entry["compared"] for entry in report["variants"] if entry["compared"]), None)
     if compared is None:
-        return f"Not compared with torch: {report['not_compared']}."
-    return f"Fused logits against torch in fp32 over {compared['tokens']} tokens, token by token; largest |logit| {compared['largest_logit']:.1f}."
+        return f"Bits are per weight of a matrix. Not compared with torch: {report['not_compared']}."
+    return (
+        f"Bits are per weight of a matrix; differences are of fused logits from torch in fp32 over {compared['tokens']} tokens, token by token; "
+        f"the largest |logit| is {compared['largest_logit']:.1f}."
+    )
 
 
 def size(count: int) -> str:

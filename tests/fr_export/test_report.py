@@ -58,6 +58,9 @@ def test_figures_are_those_of_an_independent_comparison(request_: Request) -> No
     assert sizes["int8"] < 0.45 * sizes["fp32"] and sizes["fp16"] < 0.65 * sizes["fp32"]
     names = [stage["name"] for stage in report["stages"]]
     assert names[0] == "checking the checkpoints" and {"writing int8 for ort:cpu", "reference in torch", "comparing int8"} <= set(names)
+    shown = io.StringIO()
+    show_report(Console(file=shown, width=80), report, request_.out)
+    assert "…" not in shown.getvalue(), "the table fits a terminal of 80 columns"
     assert all(stage["seconds"] >= 0 and stage["peak_anonymous_mib"] > 0 for stage in report["stages"])
 
 
@@ -67,4 +70,4 @@ def test_a_system_too_large_to_compare_says_so(request_: Request) -> None:
     assert all(entry["compared"] is None for entry in report["variants"])
     shown = io.StringIO()
     show_report(Console(file=shown, width=160), report, request_.out)
-    assert "not compared" in shown.getvalue() and "in fp32, more than" in shown.getvalue()
+    assert "Not compared with torch" in shown.getvalue() and "in fp32, more than" in shown.getvalue()
