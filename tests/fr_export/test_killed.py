@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 # Imports the exporter and traces the system once, then forks one process per line of stdin, which runs `export.py` with the arguments of
 # that line, without the comparison. With `stop`, it creates the file `reached` and waits when it writes its seventh piece of weights.
 SERVER = """
-import json, os, sys, time
+import json, os, signal, sys, time
 import torch
 from rich.console import Console
 from fr_export import export, store
@@ -37,9 +37,10 @@ def stop(reached):
         calls.append(1)
         if len(calls) == 7:
             open(reached, "w").close()
-            time.sleep(600)
+            time.sleep(60)
     store.Writer.write = writes
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs, such as some CI runs, inherit it ignored
 torch.set_num_threads(1)  # threads would not survive the fork
 system = export.System.open(FAMILIES["llama3"], sys.argv[1], json.loads(sys.argv[2]))
 graphs = export.traces(system, Stages(Console(quiet=True)))
@@ -159,6 +160,7 @@ def renames(self, target):
 
 Path.rename = renames
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with Staging(Path(sys.argv[1]), True) as staging:
     (staging.folder / "manifest.json").write_text('{"format": 1, "family": "new", "models": [], "files": {}}')
 """
