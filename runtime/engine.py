@@ -15,7 +15,7 @@ from runtime.backends import Backend, open_backend
 from runtime.bundle import Bundle
 from runtime.chat import render
 from runtime.errors import ClosedError, InputError, UnavailableError
-from runtime.sampling import Sampler, Sampling
+from runtime.sampling import Sampler, sampling_of
 from runtime.session import CHUNK, Scores, Session
 from runtime.text import Text, TextStream, Token
 
@@ -184,11 +184,7 @@ class FusionRuntime:
                 f"The prompt has {len(ids)} tokens, which leaves no room in the context of {self.max_seq_len}: "
                 "shorten it or export with a larger --max-seq-len."
             )
-        try:
-            sampler = Sampler(Sampling(**sampling))
-        except TypeError as error:
-            known = ", ".join((*Sampling.__dataclass_fields__, "stop", "fusion", "lam", "cancel"))
-            raise InputError(f"Unknown option in {', '.join(sampling)}: expected some of {known}.") from error
+        sampler = Sampler(sampling_of(sampling))
         coefficients = self.coefficients(fusion or self.fusion, self.lam if lam is None else lam)
         text = TextStream(self.text, (stop,) if isinstance(stop, str) else stop)
         session = self._take()

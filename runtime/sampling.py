@@ -1,10 +1,10 @@
 """Which token comes next: exact sampling from the few top candidates, reading the full row of logits only where they do not suffice."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,14 @@ class Sampling:
             raise InputError(f"repetition_penalty is {self.repetition_penalty}, expected a positive number; 1 turns it off.")
         if self.seed is not None and _whole("seed", self.seed) < 0:
             raise InputError(f"seed is {self.seed}, expected a whole number from 0, or None for a fresh one.")
+
+
+def sampling_of(options: Mapping[str, Any]) -> Sampling:
+    """`Sampling` from keyword arguments. Raises InputError for an unknown name too."""
+    if unknown := options.keys() - Sampling.__dataclass_fields__.keys():
+        known = ", ".join(Sampling.__dataclass_fields__)
+        raise InputError(f"Unknown option {', '.join(sorted(unknown))}: expected some of {known}.")
+    return Sampling(**options)
 
 
 class Candidates(NamedTuple):

@@ -10,13 +10,14 @@ import numpy as np
 
 from runtime.backends.backend import Cache, Fused, Output
 from runtime.errors import InputError
-from runtime.sampling import Candidates, Sampler, Sampling
+from runtime.sampling import Candidates, Sampler, Sampling, sampling_of
 from runtime.text import TextStream, Token
 
 if TYPE_CHECKING:
     from runtime.engine import FusionRuntime
 
 CHUNK = 512  # tokens read at a time in prefill and catch-up: bounds memory, and depends on the tokens alone
+FUSED = 1 << 24  # logits fused at a time in scoring: 64 MB, of which the fusion graph makes several copies
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Session:
         Raises InputError for an empty session or a full context, ClosedError after the runtime was closed.
         """
         if sampling or self._sampler.sampling != Sampling():
-            wanted = Sampling(**sampling)
+            wanted = sampling_of(sampling)
             if wanted != self._sampler.sampling:
                 self._sampler = Sampler(wanted)
         token = self.advance(self._sampler, self._runtime.coefficients(fusion or self._fusion, self._lam if lam is None else lam))
@@ -124,6 +125,7 @@ class Session:
         logits = np.empty((len(positions), runtime.vocab_size), np.float32)
         routing = np.empty((len(positions), len(runtime.expert_names)), np.float32)
         wanted = np.asarray(positions, np.int64)
+        step = max(1, FUSED // runtime.vocab_size)
         for start in range(0, len(self._tokens), chunk):
             piece = self._tokens[start : start + chunk]
             rows = np.flatnonzero((wanted >= start) & (wanted < start + len(piece)))
@@ -137,8 +139,10 @@ class Session:
             for expert in np.unique(choice):
                 mine = np.flatnonzero(choice == expert)
                 answered = self._catch_up(int(expert), wanted[rows[mine]], chunk)
-                no_penalty = self._fuse(np.ascontiguousarray(routed.logits[mine]), answered, coefficients, 1, _NONE, 1.0, 1.0)
-                logits[rows[mine]] = no_penalty.rows
+                for begin in range(0, len(mine), step):
+                    part = mine[begin : begin + step]
+                    router = np.ascontiguousarray(routed.logits[part])
+                    logits[rows[part]] = self._fuse(router, answered[begin : begin + step], coefficients, 1, _NONE, 1.0, 1.0).rows
         return Scores(logits, routing.argmax(-1).astype(np.int64), routing)
 
     def _catch_up(self, expert: int, wanted: np.ndarray, chunk: int) -> np.ndarray:

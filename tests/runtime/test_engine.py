@@ -124,6 +124,14 @@ def test_scores_limited_to_positions(rt: FusionRuntime) -> None:
     assert rt.score(ids, positions=[]).logits.shape == (0, rt.vocab_size)
 
 
+def test_scores_do_not_depend_on_how_many_rows_are_fused_at_once(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with FusionRuntime.load(bundles[0], precision="fp32") as rt:
+        ids = rt.encode(PROMPT)
+        whole = rt.score(ids).logits
+        monkeypatch.setattr("runtime.session.FUSED", 2 * rt.vocab_size)
+        assert (rt.score(ids).logits == whole).all()
+
+
 def test_logprob_is_of_the_fused_distribution_at_temperature_1(bundles: list[Path]) -> None:
     with FusionRuntime.load(bundles[0], precision="fp32") as rt:
         ids = rt.encode(PROMPT)
@@ -195,6 +203,8 @@ def test_bad_sessions_and_scores(rt: FusionRuntime) -> None:
     session = rt.session()
     with pytest.raises(InputError, match="holds no tokens"):
         session.step()
+    with pytest.raises(InputError, match="Unknown option temprature"):
+        session.step(temprature=1.0)
     with pytest.raises(InputError, match="Cannot rewind to 3 tokens"):
         session.rewind(3)
     with pytest.raises(InputError, match=r"Position 9 is outside the 2 tokens"):
