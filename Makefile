@@ -28,10 +28,9 @@ slow: $(VENV)/test
 	$(BIN)/python -m pytest -m slow
 
 # The light runtime alone on the oldest supported ONNX Runtime.
-test-oldest: $(VENV)/export .venv-oldest/ready
-	$(BIN)/python export.py --family gemma2 --precision fp32,fp16,int8 --force --out dist/gemma2-oldest
-	$(BIN)/python export.py --family llama3 --precision fp32,fp16,int8 --force --out dist/llama3-oldest
-	FUSIONROUTE_BUNDLES=dist/gemma2-oldest:dist/llama3-oldest .venv-oldest/bin/python -m pytest tests/runtime
+test-oldest: $(VENV)/test .venv-oldest/ready
+	rm -rf dist/oldest
+	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.exporting dist/oldest 2>/dev/null) .venv-oldest/bin/python -m pytest tests/runtime
 
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)

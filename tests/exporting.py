@@ -1,5 +1,9 @@
-"""Exports made by tests, without the comparison that ends an export: tests make their own."""
+"""Exports made by tests, without the comparison that ends an export: tests make their own.
 
+`python -m tests.exporting DIR` writes the bundles of tests/runtime, for running those tests where torch is not installed.
+"""
+
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,3 +35,13 @@ def export_checkpoints(
     with patch("fr_export.export.measure", return_value=({}, "a test compares it")):
         export(request, Stages(Console(quiet=True)))
     return out
+
+
+def export_runtime_bundles(root: Path) -> list[Path]:
+    """The bundles of tests/runtime: random weights, which do not end their texts by themselves."""
+    shapes = [Shape(family, layers=1, experts=2, tokenizer=True) for family in ("llama3", "gemma2")]
+    return [export_system(root / shape.family, shape, ("fp32", "int8"))[0] for shape in shapes]
+
+
+if __name__ == "__main__":
+    print(":".join(map(str, export_runtime_bundles(Path(sys.argv[1])))))

@@ -14,8 +14,6 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     named = [Path(name) for name in os.environ.get("FUSIONROUTE_BUNDLES", "").split(":") if name]
     if named:
         return [Path(shutil.copytree(path, root / f"{number}-{path.name}")) for number, path in enumerate(named)]
-    from tests.exporting import export_system
-    from tests.systems import Shape
+    from tests.exporting import export_runtime_bundles
 
-    shapes = [Shape(family, layers=1, experts=2, tokenizer=True) for family in ("llama3", "gemma2")]
-    return [export_system(root / shape.family, shape, ("fp32", "int8"))[0] for shape in shapes]
+    return export_runtime_bundles(root)
