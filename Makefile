@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FAMILY ?= gemma2
 PROMPT ?= 12+30=
 
-# A CPU build of torch; pyproject.toml allows newer ones, which elsewhere bring CUDA with them.
+# The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
 .PHONY: demo test lint slow test-oldest clean

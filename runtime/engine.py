@@ -21,6 +21,7 @@ from runtime.text import Text, TextStream, Token
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 DEFAULT_NEW_TOKENS = 128
+POOLED = 4  # sessions whose buffers are kept for the next text
 FUSIONS = ("weighted", "additive")
 
 
@@ -83,7 +84,7 @@ class FusionRuntime:
         self._template = bundle.text("chat_template.jinja")
         self._eos = frozenset(manifest.eos_token_ids)
         self._free: list[Session] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream may be collected, and give its session back, while it is held
 
     @classmethod
     def load(
@@ -220,7 +221,7 @@ class FusionRuntime:
                     reason = "stop"
                     break
             yield from text.finish()
-            yield reason
+            yield "stop" if text.stopped else reason
         finally:
             self._give(session)
 
@@ -284,7 +285,7 @@ class FusionRuntime:
     def _give(self, session: Session) -> None:
         session.clear()
         with self._lock:
-            if self._backend is not None:
+            if self._backend is not None and len(self._free) < POOLED:
                 self._free.append(session)
 
     @property

@@ -36,7 +36,7 @@ class File(Strict):
 
 
 class Model(Strict):
-    """One language model of the system. `cache` is [layers, kv_heads, head_size] of its KV buffers."""
+    """One language model of the system: its KV caches are `layers` pairs of buffers [1, kv_heads, capacity, head_size]."""
 
     name: str
     layers: Annotated[int, Field(ge=1)]

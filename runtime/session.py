@@ -44,7 +44,6 @@ class Session:
         self._fuse = runtime.backend.fuser()
         self._sampler = Sampler(Sampling())
         self._text = TextStream(runtime.text)
-        self._seen = np.zeros(0, np.int64)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -126,7 +125,7 @@ class Session:
         routing = np.empty((len(positions), len(runtime.expert_names)), np.float32)
         wanted = np.asarray(positions, np.int64)
         step = max(1, FUSED // runtime.vocab_size)
-        for start in range(0, len(self._tokens), chunk):
+        for start in range(0, positions[-1] + 1 if positions else 0, chunk):
             piece = self._tokens[start : start + chunk]
             rows = np.flatnonzero((wanted >= start) & (wanted < start + len(piece)))
             local = wanted[rows] - start

@@ -17,7 +17,7 @@ class Fused(NamedTuple):
     """What fusion returns for K positions. The arrays are the backend's buffers: read or copy them before the next call.
 
     ids int64 [K, k] and logits float32 [K, k] after the penalty, sorted; unpenalised float32 [K, k]; log_normaliser float32 [K] of the
-    fused logits at temperature 1; sampling_normaliser float32 [K] of the penalised logits at the temperature; row: float32 [K, V].
+    fused logits at temperature 1; sampling_normaliser float32 [K] of the penalised logits at the temperature; rows float32 [K, V].
     """
 
     ids: np.ndarray

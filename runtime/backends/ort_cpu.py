@@ -141,11 +141,14 @@ class OrtCache:
         except Exception as error:
             raise FusionError(f"ONNX Runtime failed on {count} tokens of {self._model.model.name}: {one_line(error)}") from error
         self.length += count
-        if wanted > 1:
-            self._bound = (0, 0)  # those arrays now belong to the caller
-        return Output(self._logits, self._routing)
+        output = Output(self._logits, self._routing)
+        if wanted > 1:  # those arrays now belong to the caller
+            self._bound = (0, 0)
+            self._logits, self._routing = self._last
+        return output
 
     def _bind(self, count: int, wanted: int) -> None:
+        self._bound = (0, 0)  # until all is bound: an error on the way must not leave a shape that is not
         binding, model = self._binding, self._model
         binding.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
         self._positions = np.zeros(wanted, np.int64)
