@@ -12,9 +12,8 @@ import typer
 from rich.console import Console
 
 from fr_export.families import FAMILIES
+from runtime.engine import FUSIONS
 from runtime.errors import FusionError, one_line
-
-FUSIONS = ("weighted", "additive")
 
 
 def parse_expert(text: str) -> tuple[str, str]:

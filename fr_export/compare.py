@@ -8,6 +8,7 @@ import numpy as np
 from fr_export.reference import Reference
 from fr_export.system import System
 from runtime import FusionRuntime
+from runtime.text import Text
 
 TOKENS = 384  # positions compared: enough to see a wrong graph, cheap enough for every export
 LONGEST = 128
@@ -20,10 +21,8 @@ def sequences(system: System, prompts: Sequence[str]) -> list[list[int]]:
     if not tokenizer_file.exists():
         draw = np.random.default_rng(0).integers(0, system.vocab_size, (2, length))
         return [list(map(int, row)) for row in draw]
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    ids = [i for prompt in prompts for i in tokenizer.encode(prompt).ids][:TOKENS]
+    text = Text.load(tokenizer_file)  # as the runtime encodes
+    ids = [i for prompt in prompts for i in text.encode(prompt)][:TOKENS]
     return [ids[start : start + length] for start in range(0, len(ids), length)]
 
 

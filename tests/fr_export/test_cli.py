@@ -9,40 +9,26 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from fr_export import cli, export, store
 from runtime import FusionRuntime
 from runtime.bundle import Bundle
+from tests.commands import Command
 from tests.systems import Shape, make_system
 
 SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2, tokenizer=True)
 REPOSITORY = Path(__file__).parents[2]
 
 
-class Ended(NamedTuple):
-    """A finished command."""
-
-    status: int
-    out: str
-    err: str
-
-
-class Command:
-    """Runs `python export.py` in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: object) -> Ended:
-        self.monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.app()
-        assert isinstance(end.value.code, int | None)
-        return Ended(end.value.code or 0, *self.capsys.readouterr())
+def export_status() -> int:
+    """Run `python export.py`, which always exits."""
+    with pytest.raises(SystemExit) as end:
+        cli.app()
+    assert isinstance(end.value.code, int | None)
+    return end.value.code or 0
 
 
 @pytest.fixture
@@ -52,7 +38,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("COLUMNS", "250")
     handler = signal.getsignal(signal.SIGTERM)
-    yield Command(monkeypatch, capsys)
+    yield Command("export.py", export_status, monkeypatch, capsys)
     signal.signal(signal.SIGTERM, handler)
 
 

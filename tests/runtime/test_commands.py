@@ -6,47 +6,31 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from runtime import FusionRuntime
 from runtime.__main__ import main
 from runtime.commands import generate as generate_module
+from tests.commands import Command
 
 PROMPT = "12+30="
 
 
-class Ended(NamedTuple):
-    """A finished command."""
-
-    status: int
-    out: str
-    err: str
-
-
-class Command:
-    """Runs `python -m runtime` in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: object) -> Ended:
-        self.monkeypatch.setattr(sys, "argv", ["runtime", *map(str, arguments)])
-        self.capsys.readouterr()
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        else:
-            status = 0
-        return Ended(status, *self.capsys.readouterr())
+def runtime_status() -> int:
+    """Run `python -m runtime`."""
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     monkeypatch.setenv("COLUMNS", "200")
-    return Command(monkeypatch, capsys)
+    return Command("runtime", runtime_status, monkeypatch, capsys)
 
 
 def test_generate_streams_what_the_runtime_generates(bundles: list[Path], command: Command) -> None:
