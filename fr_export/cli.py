@@ -68,8 +68,13 @@ def main(
     expert: Annotated[list[str] | None, typer.Option(help="NAME=SRC; repeat per expert, in the order of the routing head's rows.")] = None,
     precision: Annotated[str | None, typer.Option(help="Comma list of fp32, fp16, int8.")] = None,
     target: Annotated[str, typer.Option(help="Comma list of targets: ort (ONNX Runtime on CPU).")] = "ort",
-    fusion: Annotated[str, typer.Option(help="weighted (λ·router + (1−λ)·expert) or additive.")] = "weighted",
-    lam: Annotated[float, typer.Option("--lambda", min=0.0, max=1.0, help="λ of the weighted fusion.")] = 0.5,
+    fusion: Annotated[
+        str | None,
+        typer.Option(help="weighted (λ·router + (1−λ)·expert; the default, unless the router's fusion.json says more) or additive."),
+    ] = None,
+    lam: Annotated[
+        float | None, typer.Option("--lambda", min=0.0, max=1.0, help="λ of the weighted fusion; default 0.5, likewise.")
+    ] = None,
     max_seq_len: Annotated[int | None, typer.Option(min=2, help="KV capacity in tokens; default min(4096, the models').")] = None,
     calibration: Annotated[str, typer.Option(help="'builtin', or a .txt or .jsonl file of prompts to compare on.")] = "builtin",
     routing_head_key: Annotated[str, typer.Option(help="Name of the routing head's tensors in the router's safetensors.")] = "routing_head",
@@ -82,7 +87,7 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed export removes what it has half-written
     folder = out or Path("dist") / family
     try:
-        run(
+        report = run(
             family,
             preset,
             router,
@@ -94,9 +99,8 @@ def main(
             max_seq_len,
             calibration,
             routing_head_key,
-            out,
+            folder,
             force,
-            as_json,
         )
     except (typer.BadParameter, BrokenPipeError):  # wrong usage, and a reader of stdout that has left: typer knows how to end
         raise
@@ -113,18 +117,24 @@ def main(
         fail(
             f"The export failed unexpectedly ({type(error).__name__}: {one_line(error)}); nothing was written. --debug shows where.", debug
         )
+    try:
+        show(report, folder, as_json)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        fail(f"The bundle at {folder} is complete, but its report cannot be printed ({error.strerror}); it is in report.json.", debug)
 
 
 def run(
-    family: str, preset: str | None, router: str | None, expert: list[str], precision: str | None, target: str, fusion: str, lam: float,
-    max_seq_len: int | None, calibration: str, head_key: str, out: Path | None, force: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Check the flags, export, show the report."""
+    family: str, preset: str | None, router: str | None, expert: list[str], precision: str | None, target: str, fusion: str | None, lam: float | None,
+    max_seq_len: int | None, calibration: str, head_key: str, out: Path, force: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Check the flags and export; returns the report."""
     if family not in FAMILIES:
         raise typer.BadParameter(f"unknown family '{family}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
-    if fusion not in FUSIONS:
+    if fusion is not None and fusion not in FUSIONS:
         raise typer.BadParameter(f"unknown fusion '{fusion}'; expected {' or '.join(FUSIONS)}", param_hint="--fusion")
-    if not 0 <= lam <= 1:  # not a number: all others the flag's own range refuses
+    if lam is not None and not 0 <= lam <= 1:  # not a number: all others the flag's own range refuses
         raise typer.BadParameter(f"{lam} is not in the range 0<=x<=1.", param_hint="--lambda")
     named = [parse_expert(text) for text in expert]
     if len({name for name, _ in named}) < len(named):
@@ -140,7 +150,6 @@ def run(
     console = Console(stderr=True)
     with console.status("loading torch and transformers"):
         from fr_export.export import Request, export
-        from fr_export.report import show_report
         from fr_export.stages import Stages
 
     defaults = chosen.preset(preset or "tiny") if preset or router is None else None
@@ -153,7 +162,7 @@ def run(
         experts=dict(named) if named else dict(defaults.experts if defaults else {}),
         precisions=precisions,
         targets=targets,
-        out=out or Path("dist") / family,
+        out=out,
         fusion=fusion,
         lam=lam,
         max_seq_len=max_seq_len,
@@ -163,11 +172,17 @@ def run(
     )
     stages = Stages(console)
     with stages.progress:
-        report = export(request, stages)
+        return export(request, stages)
+
+
+def show(report: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print the report."""
     if as_json:
         print(json.dumps(report), flush=True)
     else:
-        show_report(Console(), report, request.out)
+        from fr_export.report import show_report
+
+        show_report(Console(), report, folder)
 
 
 def fail(reason: Exception | str, debug: bool) -> None:

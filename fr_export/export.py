@@ -14,6 +14,7 @@ from fr_export.bind import bind
 from fr_export.checkpoint import Checkpoint
 from fr_export.compare import TOKENS, compare, sequences
 from fr_export.families import Family
+from fr_export.fusion import FusionSettings
 from fr_export.fusion_graph import write_fusion_graph
 from fr_export.graph import Graph
 from fr_export.lowerings import ort
@@ -44,8 +45,8 @@ class Request:
     precisions: tuple[str, ...]
     targets: tuple[str, ...]
     out: Path
-    fusion: str = "weighted"
-    lam: float = 0.5
+    fusion: str | None = None  # None: what the router folder says, else weighted with λ = 0.5
+    lam: float | None = None
     max_seq_len: int | None = None
     calibration: str = "builtin"
     head_key: str = "routing_head"
@@ -57,11 +58,11 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
 
     Raises FusionError subclasses for everything the user can mend; nothing half-written is left behind.
     """
-    coefficients = FusionRuntime.coefficients(request.fusion, request.lam)
     with Staging(request.out, request.force) as staging:
         with stages.stage("checking the checkpoints"):
             system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len)
             prompts = load_prompts(request.calibration)
+            fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
             check_space(system, request, staging.folder)
         graphs = traces(system, stages)
         folder = staging.folder
@@ -73,14 +74,14 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             for precision in request.precisions
         ]
         write_texts(system.router, folder)
-        made = describe(system, request, graphs, variants, folder)
+        made = describe(system, fusion, graphs, variants, folder)
         report: dict[str, Any] = {"family": request.family.name, "models": [model.name for model in system.models]}
         report |= {
             "parameters": {model.name: model.parameters for model in made.models},
             "max_seq_len": made.max_seq_len,
             "vocab_size": made.vocab_size,
         }
-        compared, reason = measure(system, made, prompts, coefficients, folder, stages)
+        compared, reason = measure(system, made, prompts, folder, stages)
         report["variants"] = [summary(variant, folder) | {"compared": compared.get(variant.precision)} for variant in variants]
         report["not_compared"] = reason
         report["stages"] = stages.report()
@@ -139,7 +140,7 @@ def write_texts(router: Checkpoint, folder: Path) -> None:
 
 
 def describe(
-    system: System, request: Request, graphs: dict[str, Graph], variants: Sequence[manifest.Variant], folder: Path
+    system: System, fusion: FusionSettings, graphs: dict[str, Graph], variants: Sequence[manifest.Variant], folder: Path
 ) -> manifest.Manifest:
     """The manifest of what stands in the folder so far."""
     router = system.router
@@ -157,10 +158,9 @@ def describe(
     ]
     return manifest.Manifest(
         format=1,
-        family=request.family.name,
+        family=system.family.name,
         models=models,
-        fusion=request.fusion,  # type: ignore[arg-type]  # pydantic checks it
-        lam=request.lam,
+        **fusion.model_dump(),
         vocab_size=system.vocab_size,
         max_seq_len=system.max_seq_len,
         bos_token=spelled.get(router.config.bos_token_id),
@@ -181,7 +181,6 @@ def measure(
     system: System,
     made: manifest.Manifest,
     prompts: list[str],
-    coefficients: tuple[float, float],
     folder: Path,
     stages: Stages,
 ) -> tuple[dict[str, dict[str, Any]], str | None]:
@@ -195,7 +194,7 @@ def measure(
     made.write(folder)  # the runtime that compares reads the bundle as users will
     texts = sequences(system, prompts)
     with stages.stage("reference in torch", len(system.models)) as advance:
-        references = reference(system, texts, coefficients, advance)
+        references = reference(system, texts, FusionRuntime.coefficients(made.fusion, made.lam), advance)
     found = {}
     for variant in made.variants:
         with stages.stage(f"comparing {variant.precision}", 2 * min(TOKENS, sum(map(len, texts)))) as advance:

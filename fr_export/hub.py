@@ -8,7 +8,7 @@ from runtime.errors import InputError, UnavailableError, one_line
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # the cache folder's trouble, not the network's
 
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]  # fmt: skip
+PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "fusion.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]  # fmt: skip
 
 
 def locate(source: str) -> Path:

@@ -6,15 +6,13 @@ from typing import Any
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 VOCABULARY = 512
+WIDTH = 128  # hidden size of the shipped systems
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,
     "max_position_embeddings": 1024,
     "initializer_range": 0.06,
 }
@@ -60,7 +58,7 @@ FAMILIES = {
         config_class=Gemma2Config,
         config={
             **_SIZES,
-            "query_pre_attn_scalar": 32,
+            "query_pre_attn_scalar": None,  # the head size
             "sliding_window": 32,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
@@ -116,7 +114,10 @@ FAMILIES = {
 }
 
 
-def new_model(family: Family) -> Any:
-    """A freshly initialised model; eager attention, as Gemma-2's soft-capping needs it."""
-    config = family.config_class(**family.config)
+def new_model(family: Family, width: int = WIDTH) -> Any:
+    """A freshly initialised model of the given hidden size; eager attention, as Gemma-2's soft-capping needs it."""
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // family.config["num_attention_heads"]}
+    if "query_pre_attn_scalar" in family.config:
+        sizes["query_pre_attn_scalar"] = sizes["head_dim"]
+    config = family.config_class(**family.config | sizes)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -1,169 +1,131 @@
-"""The recipe of the tiny systems that the repository ships: one base, three experts, one router per family.
+"""The recipe of the small trained systems that the repository ships: one base, three experts, one router per family.
 
-python -m fr_export.training.tiny --family gemma2 [--out DIR] [--steps-scale X] [--seed 0]
+python -m fr_export.training.tiny --family gemma2 [--out DIR]
+
+Everything is trained with the tool (`fr_export.training.train`) from files that seeded generators write. `docs/bench/comparison.py` trains the
+baselines of docs/results.md from the same parts.
 """
 
-import copy
-import shutil
-import tempfile
-import time
-from enum import Enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoTokenizer
 
-from fr_export.training.architectures import FAMILIES, Family, new_model
-from fr_export.training.domains import COMPOSITE, DOMAINS, draw_many
-from fr_export.training.loop import train
-from fr_export.training.losses import informative_positions, label_log_probs, language_model_loss, sft_loss
-from fr_export.training.rows import Batch, Encoder, batches, collate
-from fr_export.training.system import HEAD_FILE, HEAD_KEY, Measurement, System, mean_accuracy, measure
+from fr_export import families
+from fr_export.training.architectures import WIDTH, Family, new_model
+from fr_export.training.corpus import write_preferences, write_sft
+from fr_export.training.domains import COMPOSITE, DOMAINS
+from fr_export.training.recipe import Recipe, Request, Stage
 from fr_export.training.tiny_tokenizer import build_tokenizer
+from fr_export.training.train import train
 
-SHIPPED = Path(__file__).parent.parent / "tiny"
-TEST_SAMPLES = 240  # per domain
-
-_TOKENS = 1024  # per batch
-_BASE_STEPS, _BASE_LR = 400, 4e-3
-_EXPERT_STEPS, _EXPERT_LR = {"math": 1200, "code": 500, "instruction": 900}, 4e-3
+TOKENS = 1024  # per batch
+ROWS = 45  # of training data per step: a little more than a batch takes, so that no row is seen twice
+BASE_LR = EXPERT_LR = 4e-3
 # The head learns slowly: at 1e-2 its softmax saturates on one expert before the domains are told apart, and stays.
-_ROUTER_STEPS, _ROUTER_LR, _HEAD_LR = 600, 2e-3, 1e-3
+SFT_LR, MIXED_LR, HEAD_LR = 2e-3, 5e-4, 1e-3
 
-# Composites let the models see one domain's answer in the midst of another's; an expert learns its own part of them.
-_EVEN = {**dict.fromkeys(DOMAINS, 1.0), COMPOSITE: 0.25}
-
-
-def _expert_mix(domain: str) -> dict[str, float]:
-    return {domain: 1.0, COMPOSITE: 0.1}
+EVEN = {**dict.fromkeys(DOMAINS, 1.0), COMPOSITE: 1.0}
+# The base meets few composites and the experts none, as a fine-tune for one skill does: to combine skills is left to the router.
+BASE_MIX = {**dict.fromkeys(DOMAINS, 1.0), COMPOSITE: 0.25}
 
 
-def train_base(family: Family, encoder: Encoder, scale: float, seed: int) -> Any:
-    """The common ancestor: all domains, too short to master any."""
-    model = new_model(family)
-    _train_model("base", model, batches(encoder, _EVEN, seed, _TOKENS), _BASE_LR, round(_BASE_STEPS * scale))
-    return model
+@dataclass(frozen=True)
+class Budget:
+    """Optimizer steps of each run. Short enough that experts still err in their own domain, as real ones do."""
+
+    base: int = 800
+    experts: Mapping[str, int] = field(default_factory=lambda: {"math": 800, "code": 400, "instruction": 400})
+    sft: int = 800
+    mixed: int = 300
+
+    def scaled(self, factor: float) -> "Budget":
+        """The same in proportion, for quick tries."""
+
+        def of(steps: int) -> int:
+            return max(1, round(steps * factor))
+
+        return Budget(of(self.base), {name: of(steps) for name, steps in self.experts.items()}, of(self.sft), of(self.mixed))
 
 
-def train_expert(base: Any, domain: str, encoder: Encoder, scale: float, seed: int) -> Any:
-    """A copy of the base, fine-tuned on the answers of one domain."""
-    model = copy.deepcopy(base)
-    data = batches(encoder, _expert_mix(domain), seed, _TOKENS, only=DOMAINS.index(domain))
-    _train_model(f"{domain} expert", model, data, _EXPERT_LR, round(_EXPERT_STEPS[domain] * scale))
-    return model
+@dataclass(frozen=True)
+class Workshop:
+    """The folder in which a family's models come into being; what is complete there is not made again."""
 
+    family: Family
+    folder: Path
+    width: int = WIDTH
+    budget: Budget = field(default_factory=Budget)
 
-def train_router(experts: list[Any], encoder: Encoder, scale: float, seed: int) -> System:
-    """The paper's supervised stage: from the instruction expert, with the experts frozen."""
-    router = copy.deepcopy(experts[DOMAINS.index("instruction")]).requires_grad_(True)
-    head = torch.zeros(len(experts), router.config.hidden_size, requires_grad=True)
-    system = System(router, experts, head)
+    @property
+    def expert_folders(self) -> dict[str, str]:
+        """Name → folder, in the order of the routing head's rows."""
+        return {name: str(self.folder / "experts" / name) for name in DOMAINS}
 
-    def loss_of(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            logits = torch.stack([expert(batch.ids, use_cache=False).logits for expert in experts])
-            log_probs = torch.stack([label_log_probs(own, batch.labels) for own in logits])
-            informative = informative_positions(logits.argmax(-1), batch.labels)
-        router_logits, routing = system.route(batch.ids)
-        return sft_loss(router_logits, routing, batch.labels, log_probs, informative)
+    def base(self) -> Path:
+        """The common ancestor: all domains, too short to master any."""
+        start = self.folder / "untrained"
+        if not start.exists():
+            torch.manual_seed(0)
+            tokenizer = build_tokenizer(self.family)
+            model = new_model(self.family, self.width)
+            model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids([self.family.end_of_turn, self.family.eos])
+            model.save_pretrained(start)
+            tokenizer.save_pretrained(start)
+        return self._direct("base", start, BASE_MIX, self.budget.base, BASE_LR, seed=1)
 
-    data = batches(encoder, _EVEN, seed, _TOKENS)
-    extra = [{"params": [head], "lr": _HEAD_LR}]
-    train("router", router, _ROUTER_LR, loss_of, data, round(_ROUTER_STEPS * scale), extra)
-    return system
+    def expert(self, domain: str) -> Path:
+        """The base fine-tuned on the answers of one domain, stored in bfloat16 as published experts are."""
+        seed = 2 + DOMAINS.index(domain)
+        return self._direct(f"experts/{domain}", self.base(), {domain: 1.0}, self.budget.experts[domain], EXPERT_LR, seed, "bfloat16")
 
+    def router(self, seed: int) -> Path:
+        """SFT, then the mixed run of Algorithm 1, from the instruction expert; `stages/sft` in it is the router after SFT."""
+        return self._post_train(f"routers/{seed}", self.expert_folders, seed)
 
-def _train_model(title: str, model: Any, data: Any, lr: float, steps: int) -> None:
-    def loss_of(batch: Batch) -> Tensor:
-        return language_model_loss(model(batch.ids, use_cache=False).logits, batch.labels)
+    def direct(self, seed: int) -> Path:
+        """The paper's direct fine-tuning: the same start, data and steps without routing, SFT and then SFT mixed with DPO."""
+        return self._post_train(f"direct/{seed}", {}, seed)
 
-    train(title, model, lr, loss_of, data, steps)
+    def _post_train(self, name: str, experts: dict[str, str], seed: int) -> Path:
+        stages = (Stage("sft", SFT_LR, HEAD_LR, max_steps=self.budget.sft), Stage("mixed", MIXED_LR, HEAD_LR, max_steps=self.budget.mixed))
+        for domain in DOMAINS:
+            self.expert(domain)
+        steps = self.budget.sft + self.budget.mixed
+        return self._train(
+            name,
+            self.folder / "experts" / "instruction",
+            stages,
+            experts,
+            seed,
+            sft=self._sft("router", EVEN, steps, seed=10),
+            preferences=self._preferences(self.budget.mixed, seed=11),
+            keep_stages=True,
+            dtype="bfloat16",
+        )
 
+    def _direct(self, name: str, start: Path, mix: Mapping[str, float], steps: int, lr: float, seed: int, dtype: str = "float32") -> Path:
+        stage = Stage("sft", lr, max_steps=steps)
+        return self._train(name, start, (stage,), {}, seed, sft=self._sft(name.replace("/", "-"), mix, steps, seed), dtype=dtype)
 
-def write(system: System, tokenizer: Any, family: Family, folder: Path) -> None:
-    """Save the four Hugging Face folders and the routing head, weights rounded to bfloat16."""
-    ends = tokenizer.convert_tokens_to_ids([family.end_of_turn, family.eos])
-    paths = {folder / "router": system.router}
-    paths |= {folder / "experts" / name: expert for name, expert in zip(DOMAINS, system.experts, strict=True)}
-    for path, model in paths.items():
-        model.generation_config.eos_token_id = ends
-        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    save_file({HEAD_KEY: system.head.detach().contiguous()}, folder / "router" / HEAD_FILE)
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes for the owner only
+    def _train(self, name: str, start: Path, stages: tuple[Stage, ...], experts: dict[str, str], seed: int, **request: object) -> Path:
+        out = self.folder / name
+        if not out.exists():
+            recipe = Recipe(stages, batch_tokens=TOKENS, optimizer="muon", seed=seed)
+            family = families.FAMILIES[self.family.name]
+            train(Request(family, str(start), out, recipe, experts, cache=self.folder / "cache", **request))  # type: ignore[arg-type]
+        return out
 
+    def _sft(self, name: str, mix: Mapping[str, float], steps: int, seed: int) -> Path:
+        file = self.folder / "data" / f"{name}.jsonl"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_sft(file, mix, steps * ROWS, seed)
+        return file
 
-def evaluate(folder: Path, family: Family) -> dict[str, Measurement]:
-    """Measure the system that lies in the folder on test samples, alternating plain text and chat."""
-    system = System.load(folder)
-    encoder = Encoder(AutoTokenizer.from_pretrained(folder / "router"), family)
-    found = {}
-    for domain in (*DOMAINS, COMPOSITE):
-        samples = draw_many(domain, "test", TEST_SAMPLES, seed=0)
-        rows = [encoder.row([sample], chat=i % 2 == 1) for i, sample in enumerate(samples)]
-        found[domain] = measure(system, collate(rows))
-    return found
-
-
-def table(family: Family, found: dict[str, Measurement]) -> Table:
-    """The accuracies and routing shares for the terminal."""
-    columns = (*DOMAINS, "router", "fused")
-    out = Table("tested on", *columns, *(f"→ {name}" for name in DOMAINS), title=f"{family.name}: exact match, routing")
-    for domain, m in found.items():
-        out.add_row(domain, *(f"{m.accuracy[c]:.1%}" for c in columns), *(f"{share:.0%}" for share in m.routing))
-    mean = mean_accuracy([found[domain] for domain in DOMAINS])
-    out.add_row("average of the three", *(f"{mean[c]:.1%}" for c in columns), *[""] * len(DOMAINS))
-    return out
-
-
-def build(family: Family, out: Path, scale: float, seed: int) -> None:
-    """Train and write a family's system; an older one in its place is replaced only when the new one is complete."""
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer(family)
-    encoder = Encoder(tokenizer, family)
-    base = train_base(family, encoder, scale, seed)
-    experts = [train_expert(base, domain, encoder, scale, seed + 1 + i) for i, domain in enumerate(DOMAINS)]
-    # The router learns from the experts as they will be stored.
-    for model in experts:
-        model.to(torch.bfloat16).to(torch.float32).requires_grad_(False)
-    system = train_router(experts, encoder, scale, seed + 9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        write(system, tokenizer, family, beside)
-        if out.exists():
-            shutil.rmtree(out)
-        beside.chmod(0o755)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-FamilyName = Enum("FamilyName", {name: name for name in FAMILIES}, type=str)  # type: ignore[misc]
-
-
-def main(
-    family: Annotated[FamilyName, typer.Option(help="The model family.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write; default: the one that the package ships.")] = None,
-    steps_scale: Annotated[float, typer.Option(help="Multiplies every number of training steps.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the weights and the data.")] = 0,
-) -> None:
-    """Train a family's tiny system from nothing, write it and print how good it is."""
-    started = time.monotonic()
-    chosen = FAMILIES[family.value]
-    folder = out or SHIPPED / chosen.name
-    build(chosen, folder, steps_scale, seed)
-    console = Console(width=140)
-    console.print(table(chosen, evaluate(folder, chosen)))
-    console.print(f"{folder}: {(time.monotonic() - started) / 60:.1f} minutes")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    def _preferences(self, steps: int, seed: int) -> Path:
+        file = self.folder / "data" / "preferences.jsonl"
+        if not file.exists():
+            write_preferences(file, EVEN, steps * ROWS // 2, seed)
+        return file

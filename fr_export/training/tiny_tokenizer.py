@@ -6,7 +6,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from fr_export.training.architectures import VOCABULARY, Family
-from fr_export.training.domains import DOMAINS, WORDS, draw_many
+from fr_export.training.domains import DOMAINS, draw_many
+from fr_export.training.tasks import WORDS
 
 
 def build_tokenizer(family: Family) -> Any:

@@ -1,16 +1,27 @@
+import contextlib
+import hashlib
+import io
 import json
 import random
 import re
 
 import pytest
 
-from fr_export.training.domains import COMPOSITE, DOMAINS, Sample, Split, draw, draw_many, is_test
+from fr_export.training.domains import ALL_DOMAINS, COMPOSITE, DOMAINS, UNSEEN, Split, draw, draw_many, split_of
+from fr_export.training.mistakes import mistake
 
-ALL = (*DOMAINS, COMPOSITE)
+TRAINED = (*DOMAINS, COMPOSITE)
 
 
 def solve(prompt: str) -> str:
     """The right answer, worked out in another way than the generators do."""
+    if program := re.fullmatch(r"(.*\n)?(\w = \d\n\w = \d\nprint\(.+\))(\n.*)?", prompt):
+        before, lines, after = program.groups()
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(lines, {})
+        around = [solve(text.strip("\n")) if text else None for text in (before, after)]
+        return "\n".join(text for text in (around[0], printed.getvalue().strip(), around[1]) if text is not None)
     if "\n" in prompt:
         return "\n".join(solve(line) for line in prompt.split("\n"))
     if problem := re.fullmatch(r"\w+ has (\d+) \w+ and (gets|gives) (\d+)\. \w+\?", prompt):
@@ -37,6 +48,8 @@ def solve(prompt: str) -> str:
         return " ".join(reversed(words))
     if verb == "Uppercase":
         return rest.upper()
+    if verb.startswith("Join with"):
+        return {"dashes": "-", "commas": ", "}[verb.split()[-1]].join(words)
     if verb == "Number the items":
         return "".join(f"\n{i + 1}. {word}" for i, word in enumerate(words))[1:]
     assert verb == "JSON"
@@ -44,15 +57,17 @@ def solve(prompt: str) -> str:
     return json.dumps({k: str(eval(v)) if k == "total" else v for k, v in fields.items()})
 
 
-@pytest.mark.parametrize("domain", ALL)
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("domain", ALL_DOMAINS)
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_answers_are_right(domain: str, split: Split) -> None:
+    if (domain, split) == (UNSEEN, "train"):
+        return
     for sample in draw_many(domain, split, 300, seed=1):
         assert sample.answer == solve(sample.prompt), sample.prompt
         assert sample.domain == domain
 
 
-@pytest.mark.parametrize("domain", ALL)
+@pytest.mark.parametrize("domain", TRAINED)
 def test_draws_are_deterministic_and_seeded(domain: str) -> None:
     first = draw_many(domain, "train", 50, seed=3)
     assert first == draw_many(domain, "train", 50, seed=3)
@@ -60,21 +75,48 @@ def test_draws_are_deterministic_and_seeded(domain: str) -> None:
     assert len({sample.prompt for sample in first}) == 50
 
 
-@pytest.mark.parametrize("domain", ALL)
-def test_train_and_test_are_disjoint(domain: str) -> None:
+@pytest.mark.parametrize("domain", TRAINED)
+def test_splits_are_disjoint(domain: str) -> None:
     rng = random.Random(0)
-    train = {draw(domain, "train", rng).prompt for _ in range(5000)}
-    test = {sample.prompt for sample in draw_many(domain, "test", 200, seed=0)}
-    assert not train & test
+    hashes = {
+        split: {hashlib.sha256(draw(domain, split, rng).prompt.encode()).hexdigest() for _ in range(3000)}
+        for split in ("train", "validation", "test")
+    }
+    assert not hashes["train"] & hashes["test"]
+    assert not hashes["train"] & hashes["validation"]
+    assert not hashes["validation"] & hashes["test"]
 
 
-def test_training_answers_spell_out_no_test_expression() -> None:
+@pytest.mark.parametrize("domain", ALL_DOMAINS)
+def test_there_are_enough_test_prompts(domain: str) -> None:
+    assert len(draw_many(domain, "test", 5000, seed=0)) == 5000
+
+
+def test_training_answers_spell_out_no_held_out_expression() -> None:
     rng = random.Random(0)
     for _ in range(3000):
         answer = draw("math", "train", rng).answer
-        assert not any(is_test(found) for found in re.findall(r"\d+[-+]\d+=", answer))
+        assert all(split_of(found) == "train" for found in re.findall(r"\d+[-+]\d+=", answer))
 
 
-def test_composites_need_two_domains() -> None:
-    samples: list[Sample] = draw_many(COMPOSITE, "test", 100, seed=0)
-    assert all(len({domain for domain, _ in sample.parts}) == 2 for sample in samples)
+@pytest.mark.parametrize("domain", [COMPOSITE, UNSEEN])
+def test_composites_need_two_domains(domain: str) -> None:
+    for sample in draw_many(domain, "test", 200, seed=0):
+        assert len({name for name, _ in sample.parts}) == 2
+        assert ({name for name, _ in sample.parts} == {"code", "instruction"}) == (domain == UNSEEN)
+
+
+def test_the_unseen_composites_have_no_training_samples() -> None:
+    with pytest.raises(ValueError, match="never trained on"):
+        draw(UNSEEN, "train", random.Random(0))
+    rng = random.Random(0)
+    assert all({"code", "instruction"} != {name for name, _ in draw(COMPOSITE, "train", rng).parts} for _ in range(2000))
+
+
+@pytest.mark.parametrize("domain", TRAINED)
+def test_mistakes_are_wrong_but_close(domain: str) -> None:
+    rng = random.Random(0)
+    for sample in draw_many(domain, "train", 300, seed=2):
+        wrong = mistake(sample, rng)
+        assert wrong != sample.answer
+        assert abs(len(wrong) - len(sample.answer)) <= 8

@@ -1,0 +1,154 @@
+"""The paper's comparison on the small systems: train every method, export it, measure it through the runtime. Writes docs/results.md.
+
+python docs/bench/comparison.py --family gemma2 --work DIR          about two hours on one core; what DIR holds already is kept
+python docs/bench/comparison.py --family gemma2 --work DIR --width 64   the same at half the width
+python docs/bench/comparison.py --work DIR --report                 docs/results.md and its pictures from what DIR holds
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from fr_export.training.merge import merge
+from results import write_results
+from rich.console import Console
+from safetensors.torch import save_file
+
+from fr_export.evaluation.outcomes import Results, load_results, save_results
+from fr_export.evaluation.run import evaluate
+from fr_export.export import Request, export
+from fr_export.families import FAMILIES as EXPORTED
+from fr_export.stages import Stages
+from fr_export.training.architectures import FAMILIES, WIDTH
+from fr_export.training.domains import ALL_DOMAINS, COMPOSITE, DOMAINS, Sample, draw_many
+from fr_export.training.tiny import Budget, Workshop
+
+SEEDS = (0, 1, 2)
+TRAINED = (*DOMAINS, COMPOSITE)  # λ and the merging scales are tuned on these; the unseen composites have no part in any choice
+GRID = tuple(round(0.1 * i, 1) for i in range(11))
+SCALES = (0.3, 0.5, 0.8)  # of the merged task vectors
+VALIDATION, TEST = 500, 5000  # prompts per domain
+DRAW = 0  # seed of the prompts
+
+
+class Comparison:
+    """One family at one width. Bundles and results are named files in the work folder, made when they are missing."""
+
+    def __init__(self, family: str, work: Path, width: int, prompts: int, scale: float, jobs: int):
+        self.folder = work / f"{family}-{width}"
+        self.workshop = Workshop(FAMILIES[family], self.folder, width, Budget().scaled(scale))
+        self.family, self.jobs = EXPORTED[family], jobs
+        self.validation = {domain: draw_many(domain, "validation", min(VALIDATION, prompts), DRAW) for domain in TRAINED}
+        self.test = {domain: draw_many(domain, "test", prompts, DRAW) for domain in ALL_DOMAINS}
+
+    def run(self) -> None:
+        """Everything, the most wanted first."""
+        for seed in SEEDS:
+            self.workshop.router(seed)
+        for seed in SEEDS:
+            self.workshop.direct(seed)
+        shared: Results = {}  # what does not depend on the router
+        for seed in SEEDS:
+            router = self.workshop.router(seed)
+            extra = ("collab", "sequence", "sequence-routed", *(f"expert:{name}" for name in DOMAINS))
+            found = self.system(f"system-{seed}", router, extra, shared, ("fp32", "fp16", "int8") if seed == 0 else ("fp32",))
+            shared = {method: own for method, own in found.items() if method == "collab" or method.startswith("expert:")}
+            self.system(f"sft-{seed}", router / "stages" / "sft", (), {}, ("fp32",))
+            direct = self.workshop.direct(seed)
+            self.single(f"direct-{seed}", direct)
+            self.single(f"direct-sft-{seed}", direct / "stages" / "sft")
+        self.single("base", self.workshop.base())
+        self.merges()
+
+    def system(self, name: str, router: Path, extra: Sequence[str], known: Results, precisions: tuple[str, ...]) -> Results:
+        """Tune λ on the validation split, then measure the test split in every precision."""
+        bundle = self.bundle(name, router, self.workshop.expert_folders, precisions)
+        curve = dict(zip(GRID, self.curve(name, bundle), strict=True))
+        best = max(GRID, key=lambda lam: (curve[lam], -abs(lam - 0.5)))
+        (self.folder / f"{name}.lambda.json").write_text(json.dumps({"lam": best, "curve": list(curve.items())}))
+        for precision in precisions[1:]:
+            self.measured(f"{name}.{precision}", bundle, ("fused",), self.test, {}, precision, best)
+        return self.measured(name, bundle, ("fused", "lambda:0.5", "token", "router", *extra), self.test, known, "fp32", best)
+
+    def curve(self, name: str, bundle: Path) -> list[float]:
+        """Mean accuracy over the trained domains' validation prompts at each λ of the grid."""
+        found = self.measured(f"{name}.validation", bundle, [f"lambda:{lam}" for lam in GRID], self.validation)
+        return [mean(found[f"lambda:{lam}"]) for lam in GRID]
+
+    def single(self, name: str, model: Path, split: str = "test") -> Results:
+        """A model alone, in the place of a router whose expert never runs."""
+        headed = self.folder / "alone" / name
+        if not headed.exists():
+            shutil.copytree(model, headed, ignore=shutil.ignore_patterns("stages"))
+            width = json.loads((headed / "config.json").read_text())["hidden_size"]
+            save_file({"routing_head.weight": torch.zeros(1, width)}, headed / "routing_head.safetensors")
+        bundle = self.bundle(name, headed, {"unused": self.workshop.expert_folders["math"]}, ("fp32",))
+        tasks = self.test if split == "test" else self.validation
+        return self.measured(name if split == "test" else f"{name}.{split}", bundle, ("router",), tasks)
+
+    def merges(self) -> None:
+        """Plain average; task arithmetic and DARE at the scale that is best on the validation split."""
+        base, experts = self.workshop.base(), [Path(folder) for folder in self.workshop.expert_folders.values()]
+        self.single("average", self.merged("average", base, experts))
+        for method in ("task_arithmetic", "dare"):
+            tried = {scale: self.single(f"{method}-{scale}", self.merged(method, base, experts, scale), "validation") for scale in SCALES}
+            best = max(SCALES, key=lambda scale: mean(tried[scale]["router"]))
+            (self.folder / f"{method}.scale.json").write_text(
+                json.dumps({"scale": best, "curve": {s: mean(r["router"]) for s, r in tried.items()}})
+            )
+            outcome = self.single(f"{method}-{best}", self.merged(method, base, experts, best))
+            save_results(self.folder / f"{method}.npz", outcome)
+
+    def merged(self, method: str, base: Path, experts: Sequence[Path], scale: float = 1.0) -> Path:
+        """The folder of a merged model."""
+        out = self.folder / "merged" / f"{method}-{scale}"
+        if not out.exists():
+            merge(method, base, experts, out, scale=scale, drop=0.5, seed=0)
+        return out
+
+    def bundle(self, name: str, router: Path, experts: Mapping[str, str], precisions: tuple[str, ...]) -> Path:
+        """Export, unless it is there."""
+        out = self.folder / "bundles" / name
+        if not out.exists():
+            export(Request(self.family, str(router), dict(experts), precisions, ("ort:cpu",), out), Stages(Console(quiet=True)))
+        return out
+
+    def measured(
+        self, name: str, bundle: Path, methods: Sequence[str], tasks: Mapping[str, Sequence[Sample]],
+        known: Results | None = None, precision: str = "fp32", lam: float | None = None,
+    ) -> Results:  # fmt: skip
+        """Evaluate, unless it was done."""
+        file = self.folder / f"{name}.npz"
+        if not file.exists():
+            console = Console(stderr=True)
+            save_results(file, evaluate(bundle, precision, methods, tasks, jobs=self.jobs, lam=lam, known=known, console=console))
+        return load_results(file)
+
+
+def mean(domains: Mapping[str, Any]) -> float:
+    """Accuracy, averaged over domains."""
+    return sum(own.accuracy for own in domains.values()) / len(domains)
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Folder of everything that is made on the way.")],
+    family: Annotated[str, typer.Option(help="gemma2 or llama3.")] = "gemma2",
+    width: Annotated[int, typer.Option(help="Hidden size of every model.")] = WIDTH,
+    prompts: Annotated[int, typer.Option(help="Test prompts per domain.")] = TEST,
+    steps_scale: Annotated[float, typer.Option(help="Multiplies all training steps, for a quick try.")] = 1.0,
+    jobs: Annotated[int, typer.Option(help="Processes that answer prompts.")] = 2,
+    report: Annotated[bool, typer.Option("--report", help="Only write docs/results.md.")] = False,
+) -> None:
+    """Run the comparison for one family, or write its report."""
+    if report:
+        write_results(work, Path(__file__).parent.parent)
+    else:
+        Comparison(family, work, width, prompts, steps_scale, jobs).run()
+
+
+if __name__ == "__main__":
+    typer.run(main)
