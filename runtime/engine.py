@@ -81,6 +81,8 @@ class FusionRuntime:
         self.lam = manifest.lam if lam is None else lam
         self.coefficients(self.fusion, self.lam)
         self.text = Text.load(bundle.folder / "tokenizer.json") if "tokenizer.json" in manifest.files else None
+        self.unrouted = np.full(len(self.expert_names), np.nan, np.float32)  # the routing of tokens that no router was asked for
+        self.unrouted.flags.writeable = False
         self._template = bundle.text("chat_template.jinja")
         self._eos = frozenset(manifest.eos_token_ids)
         self._free: list[Session] = []
@@ -167,11 +169,14 @@ class FusionRuntime:
         stop: str | Sequence[str] = (),
         fusion: str | None = None,
         lam: float | None = None,
+        expert: str | None = None,
         cancel: threading.Event | None = None,
         **sampling: Any,
     ) -> Stream:
         """Generate token by token. `sampling` are the fields of `Sampling` (greedy by default); `cancel`, once set, ends it within a token.
 
+        `expert` answers every token instead of the routed one. With it and `lam=0` the router does not run, and every `routing` is
+        NaN [n_experts]; with `lam=1` no expert runs.
         Arguments are checked here, before the first token is asked for. Raises InputError, UnavailableError, ClosedError.
         """
         _ = self.backend  # closed runtimes say so first
@@ -187,6 +192,7 @@ class FusionRuntime:
             )
         sampler = Sampler(sampling_of(sampling))
         coefficients = self.coefficients(fusion or self.fusion, self.lam if lam is None else lam)
+        pinned = self._pinned(expert)
         text = TextStream(self.text, (stop,) if isinstance(stop, str) else stop)
         session = self._take()
         try:
@@ -194,13 +200,14 @@ class FusionRuntime:
         except InputError:
             self._give(session)
             raise
-        return Stream(self._tokens(session, sampler, coefficients, text, max_new_tokens, cancel))
+        return Stream(self._tokens(session, sampler, coefficients, pinned, text, max_new_tokens, cancel))
 
     def _tokens(
         self,
         session: Session,
         sampler: Sampler,
         coefficients: tuple[float, float],
+        pinned: int | None,
         text: TextStream,
         limit: int,
         cancel: threading.Event | None,
@@ -212,7 +219,7 @@ class FusionRuntime:
                 if cancel is not None and cancel.is_set():
                     reason = "cancelled"
                     break
-                token = session.advance(sampler, coefficients)
+                token = session.advance(sampler, coefficients, pinned)
                 if token.id in self._eos:
                     reason = "stop"
                     break
@@ -258,11 +265,19 @@ class FusionRuntime:
         rows = np.searchsorted(ordered, asked)
         return Scores(scores.logits[rows], scores.experts[rows], scores.routing[rows])
 
-    def session(self, fusion: str | None = None, lam: float | None = None) -> Session:
-        """A new empty session with its own KV caches."""
+    def session(self, fusion: str | None = None, lam: float | None = None, expert: str | None = None) -> Session:
+        """A new empty session with its own KV caches; `expert`, where given, answers every token instead of the routed one."""
         chosen, weight = fusion or self.fusion, self.lam if lam is None else lam
         self.coefficients(chosen, weight)
-        return Session(self, chosen, weight)
+        return Session(self, chosen, weight, self._pinned(expert))
+
+    def _pinned(self, expert: str | None) -> int | None:
+        """The index of a named expert. Raises InputError for a name that the bundle does not have."""
+        if expert is None:
+            return None
+        if expert not in self.expert_names:
+            raise InputError(f"Unknown expert '{expert}': use one of {', '.join(self.expert_names)}.")
+        return self.expert_names.index(expert)
 
     @staticmethod
     def coefficients(fusion: str, lam: float) -> tuple[float, float]:

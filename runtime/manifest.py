@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from runtime.errors import BundleError, one_line
+from runtime.files import replace
 
 NAME = "manifest.json"
 Fusion = Literal["weighted", "additive"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def inside(path: str) -> str:
@@ -56,13 +58,17 @@ class Variant(Strict):
 
 
 class Manifest(Strict):
-    """Everything a runtime must know about a bundle before it opens another file of it."""
+    """Everything a runtime must know about a bundle before it opens another file of it.
+
+    `lam_curve` holds pairs of λ and accuracy on the validation split, where λ was tuned; None where it was not.
+    """
 
     format: Literal[1]
     family: str
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion
-    lam: Annotated[float, Field(ge=0, le=1)]
+    lam: Share
+    lam_curve: list[tuple[Share, Share]] | None = None
     vocab_size: Annotated[int, Field(ge=2)]
     max_seq_len: Annotated[int, Field(ge=2)]
     bos_token: str | None
@@ -92,8 +98,8 @@ class Manifest(Strict):
         return [model.name for model in self.models[1:]]
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into a bundle folder."""
-        (folder / NAME).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        """Write `manifest.json` into a bundle folder, in place of an older one."""
+        replace(folder / NAME, (self.model_dump_json(indent=1) + "\n").encode())
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

@@ -35,9 +35,9 @@ class Scores:
 class Session:
     """The stateful form: append, step, rewind. Use one session from one thread at a time."""
 
-    def __init__(self, runtime: FusionRuntime, fusion: str, lam: float):
+    def __init__(self, runtime: FusionRuntime, fusion: str, lam: float, pinned: int | None = None):
         self._runtime = runtime
-        self._fusion, self._lam = fusion, lam
+        self._fusion, self._lam, self._pinned = fusion, lam, pinned
         self._tokens: list[int] = []
         self._router: Cache | None = None
         self._experts: list[Cache | None] = [None] * len(runtime.expert_names)
@@ -91,21 +91,27 @@ class Session:
             wanted = sampling_of(sampling)
             if wanted != self._sampler.sampling:
                 self._sampler = Sampler(wanted)
-        token = self.advance(self._sampler, self._runtime.coefficients(fusion or self._fusion, self._lam if lam is None else lam))
+        coefficients = self._runtime.coefficients(fusion or self._fusion, self._lam if lam is None else lam)
+        token = self.advance(self._sampler, coefficients, self._pinned)
         token.text = "".join(ready.text for ready in self._text.push(token))
         return token
 
-    def advance(self, sampler: Sampler, coefficients: tuple[float, float]) -> Token:
-        """One step with a given sampler: router, the expert it chooses, fusion, choice. The token's text is left empty."""
+    def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None = None) -> Token:
+        """One step with a given sampler: router, the expert it chooses (or the pinned one), fusion, choice. The token's text is left empty.
+
+        A model that has nothing to say does not run: an expert whose logits have weight zero, and the router where neither its
+        logits nor its choice count; routing is then NaN.
+        """
         runtime = self._runtime
         if not self._tokens:
             raise InputError("The session holds no tokens: append a prompt of at least one token first.")
         if len(self._tokens) >= runtime.max_seq_len:
             raise InputError(f"The context of {runtime.max_seq_len} tokens is full: rewind, or export with a larger --max-seq-len.")
-        routed = self._read(None)
-        assert routed.routing is not None
-        choice = int(routed.routing[0].argmax())
-        answered = self._read(choice)
+        routed = self._read(None) if pinned is None or coefficients[0] else None
+        routing = runtime.unrouted if routed is None or routed.routing is None else routed.routing[0].copy()
+        choice = int(routing.argmax()) if pinned is None else pinned
+        answered = self._read(choice) if routed is None or coefficients[1] else routed
+        routed = routed or answered  # a stand-in, read with weight zero
         settings = sampler.sampling
         penalised = np.unique(np.asarray(self._tokens, np.int64)) if settings.repetition_penalty != 1.0 else _NONE
         fused = self._fuse(
@@ -115,7 +121,7 @@ class Session:
         chosen = sampler.choose(Candidates(fused.ids[0], fused.logits[0], float(fused.sampling_normaliser[0])), lambda: fused.rows[0])
         logprob = self._logprob(chosen, fused, routed, answered, coefficients)
         self._tokens.append(chosen)
-        return Token(chosen, runtime.expert_names[choice], logprob, routed.routing[0].copy())
+        return Token(chosen, runtime.expert_names[choice], logprob, routing)
 
     def score(self, positions: Sequence[int], chunk: int, coefficients: tuple[float, float]) -> Scores:
         """Fused logits at sorted `positions` of the committed tokens, read from the first one in chunks of `chunk` tokens."""
@@ -137,7 +143,7 @@ class Session:
             choice = routed.routing.argmax(-1)
             for expert in np.unique(choice):
                 mine = np.flatnonzero(choice == expert)
-                answered = self._catch_up(int(expert), wanted[rows[mine]], chunk)
+                answered = self._catch_up(int(expert), wanted[rows[mine]], chunk) if coefficients[1] else routed.logits[mine]
                 for begin in range(0, len(mine), step):
                     part = mine[begin : begin + step]
                     router = np.ascontiguousarray(routed.logits[part])

@@ -18,21 +18,19 @@ from results import write_results
 from rich.console import Console
 from safetensors.torch import save_file
 
+from fr_export.evaluation import lambdas
 from fr_export.evaluation.outcomes import Results, load_results, save_results
 from fr_export.evaluation.run import evaluate
 from fr_export.export import Request, export
 from fr_export.families import FAMILIES as EXPORTED
 from fr_export.stages import Stages
 from fr_export.training.architectures import FAMILIES, WIDTH
-from fr_export.training.domains import ALL_DOMAINS, COMPOSITE, DOMAINS, Sample, draw_many
-from fr_export.training.tiny import Budget, Workshop
+from fr_export.training.domains import ALL_DOMAINS, DOMAINS, Sample, draw_many
+from fr_export.training.tiny import Budget, Workshop, tuned, validation
 
 SEEDS = (0, 1, 2)
-TRAINED = (*DOMAINS, COMPOSITE)  # λ and the merging scales are tuned on these; the unseen composites have no part in any choice
-GRID = tuple(round(0.1 * i, 1) for i in range(11))
 SCALES = (0.3, 0.5, 0.8)  # of the merged task vectors
-VALIDATION, TEST = 500, 5000  # prompts per domain
-DRAW = 0  # seed of the prompts
+TEST = 5000  # prompts per domain
 
 
 class Comparison:
@@ -42,8 +40,8 @@ class Comparison:
         self.folder = work / f"{family}-{width}"
         self.workshop = Workshop(FAMILIES[family], self.folder, width, Budget().scaled(scale))
         self.family, self.jobs = EXPORTED[family], jobs
-        self.validation = {domain: draw_many(domain, "validation", min(VALIDATION, prompts), DRAW) for domain in TRAINED}
-        self.test = {domain: draw_many(domain, "test", prompts, DRAW) for domain in ALL_DOMAINS}
+        self.validation = validation()
+        self.test = {domain: draw_many(domain, "test", prompts, seed=0) for domain in ALL_DOMAINS}
 
     def run(self) -> None:
         """Everything, the most wanted first."""
@@ -67,17 +65,12 @@ class Comparison:
     def system(self, name: str, router: Path, extra: Sequence[str], known: Results, precisions: tuple[str, ...]) -> Results:
         """Tune λ on the validation split, then measure the test split in every precision."""
         bundle = self.bundle(name, router, self.workshop.expert_folders, precisions)
-        curve = dict(zip(GRID, self.curve(name, bundle), strict=True))
-        best = max(GRID, key=lambda lam: (curve[lam], -abs(lam - 0.5)))
-        (self.folder / f"{name}.lambda.json").write_text(json.dumps({"lam": best, "curve": list(curve.items())}))
+        settings = tuned(self.measured(f"{name}.validation", bundle, lambdas.methods(), self.validation))
+        (self.folder / f"{name}.fusion").mkdir(exist_ok=True)
+        settings.write(self.folder / f"{name}.fusion")
         for precision in precisions[1:]:
-            self.measured(f"{name}.{precision}", bundle, ("fused",), self.test, {}, precision, best)
-        return self.measured(name, bundle, ("fused", "lambda:0.5", "token", "router", *extra), self.test, known, "fp32", best)
-
-    def curve(self, name: str, bundle: Path) -> list[float]:
-        """Mean accuracy over the trained domains' validation prompts at each λ of the grid."""
-        found = self.measured(f"{name}.validation", bundle, [f"lambda:{lam}" for lam in GRID], self.validation)
-        return [mean(found[f"lambda:{lam}"]) for lam in GRID]
+            self.measured(f"{name}.{precision}", bundle, ("fused",), self.test, {}, precision, settings.lam)
+        return self.measured(name, bundle, ("fused", "lambda:0.5", "token", "router", *extra), self.test, known, "fp32", settings.lam)
 
     def single(self, name: str, model: Path, split: str = "test") -> Results:
         """A model alone, in the place of a router whose expert never runs."""

@@ -1,44 +1,62 @@
-"""The supervised loss of the FusionRoute paper (arXiv:2601.05106): L = L_LM + (1/3) · L_expert, as pure functions.
+"""The losses of the FusionRoute paper (arXiv:2601.05106) as pure functions: supervised (SFT) and complementary DPO (CDPO).
 
-Shapes: B rows, S positions, V tokens of the vocabulary, N experts. `labels` [B, S] holds at each position the token
-that comes *next* (already shifted), or IGNORE where nothing is to be learnt. All results are float32 scalars.
+T learnt tokens, V tokens of the vocabulary, N experts, P pairs. Results are float32. `labels` int64 [T] holds the learnt tokens
+y_t; what a model says about them stands in the same order.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
-EXPERT_WEIGHT = 1 / 3  # λ of the SFT loss
+
+def label_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """log π(y_t) [T] under `logits` [T, V]."""
+    return -F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def language_model_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """L_LM: mean cross entropy of `logits` [B, S, V] over the positions that have a label; 0 if there is none."""
-    return -label_log_probs(logits, labels).sum() / (labels != IGNORE).sum().clamp(min=1)
-
-
-def label_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """log π(y_t) [B, S] float32 under `logits` [B, S, V]; 0 where there is no label."""
-    flat = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return -flat.view_as(labels)
-
-
-def informative_positions(argmaxes: Tensor, labels: Tensor) -> Tensor:
-    """Bool [B, S]: labelled positions where at least two experts disagree on the argmax token (`argmaxes` [N, B, S])."""
-    return (argmaxes != argmaxes[:1]).any(dim=0) & (labels != IGNORE)
+    """L_LM: cross entropy of `logits` [T, V], a mean over tokens."""
+    return F.cross_entropy(logits.float(), labels)
 
 
 def routing_loss(routing: Tensor, expert_log_probs: Tensor, informative: Tensor) -> Tensor:
-    """L_expert: −mean over informative positions of Σ_i softmax(w)_i log π_i(y_t); 0 if there is none.
+    """L_expert: cross entropy of the mixture log π_agg = Σ_i w_i log π_i, a mean over the informative tokens; 0 if there is none.
 
-    `routing` [B, S, N] holds the scores w = W·h, `expert_log_probs` [N, B, S] the log π_i(y_t) of the frozen experts.
-    The paper prints the sum with w itself, which is linear in w and unbounded; its softmax makes it a mixture.
+    `routing` [T, N] holds the scores w = W·h, `expert_log_probs` [N, T] the log π_i(y_t) of the frozen experts; `informative`
+    bool [T] says where at least two experts disagree on the most probable token. The whole SFT loss is L_LM + λ·L_expert.
+
+    Here w_i is softmax(w)_i: the sum as printed is linear in w, so that it falls without end as w is scaled.
     """
-    weights = routing.float().softmax(dim=-1)
-    mixture = (weights * expert_log_probs.float().movedim(0, -1)).sum(dim=-1)
+    mixture = (routing.float().softmax(dim=-1) * expert_log_probs.T).sum(dim=-1)
     return -(mixture * informative).sum() / informative.sum().clamp(min=1)
 
 
-def sft_loss(logits: Tensor, routing: Tensor, labels: Tensor, expert_log_probs: Tensor, informative: Tensor) -> Tensor:
-    """The router's whole loss on a batch; the arguments are those of the functions above."""
-    lm = language_model_loss(logits, labels)
-    return lm + EXPERT_WEIGHT * routing_loss(routing, expert_log_probs, informative)
+def preference_gaps(log_probs: Tensor, owners: Tensor, pairs: int) -> Tensor:
+    """Δ log π [P]: Σ_t log π(y_t) of the chosen answer less that of the rejected one.
+
+    `log_probs` float32 [T]; `owners` int64 [T] names the row of each: the P chosen answers are rows 0 … P−1, the rejected ones P … 2P−1.
+    """
+    sums = torch.zeros(2 * pairs, device=log_probs.device).index_add(0, owners, log_probs)
+    return sums[:pairs] - sums[pairs:]
+
+
+def selected_log_probs(routing: Tensor, expert_log_probs: Tensor) -> Tensor:
+    """log π_expert(y_t) [T] of the expert that the head selects for each token, argmax_i w_i; no gradient.
+
+    `routing` [T, N], `expert_log_probs` [N, T].
+    """
+    return expert_log_probs.gather(0, routing.detach().argmax(dim=-1)[None])[0]
+
+
+def cdpo_logits(policy: Tensor, reference: Tensor, expert: Tensor, beta: float) -> Tensor:
+    """β·[Δ log π_θ − Δ log π_ref] + B [P], with B = β·Δ log π_expert, a bias without gradient.
+
+    The arguments are the gaps [P] of the router, of the router after SFT, and of the selected experts. Without experts (zeros) it is
+    the logit of DPO (arXiv:2305.18290).
+    """
+    return beta * (policy - reference) + beta * expert.detach()
+
+
+def cdpo_loss(logits: Tensor) -> Tensor:
+    """−log σ(logit), a mean over pairs [P]."""
+    return -F.logsigmoid(logits).mean()

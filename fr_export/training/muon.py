@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix updates are orthogonalised. It needs about half the steps of AdamW on these models."""
+"""Muon: momentum whose matrix updates are orthogonalised. It needs about half the steps of AdamW on small models."""
 
 from typing import Any
 
@@ -20,22 +20,41 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
-    """For matrices only. In float32: PyTorch's own works in bfloat16, which is very slow on a CPU."""
+class Muon(torch.optim.AdamW):
+    """Muon for parameter groups of matrices; AdamW for those with `"muon": False`.
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    In float32: PyTorch's own Muon works in bfloat16, which is very slow on a CPU.
+    """
+
+    param_groups: list[dict[str, Any]]
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.01, momentum: float = 0.95, **adamw: Any) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, **adamw)
+        for group in self.param_groups:
+            group.setdefault("muon", True)
+            group["momentum"] = momentum
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # AdamW's own brings checkpoints of older versions up to date, and finds no "step" where there is but momentum.
+        torch.optim.Optimizer.__setstate__(self, state)
 
     def step(self, closure: None = None) -> None:
         """One update; matrices of one shape are orthogonalised together."""
+        groups = self.param_groups
         with torch.no_grad():
-            for group in self.param_groups:
-                shapes: dict[Any, list[Tensor]] = {}
-                for p in group["params"]:
-                    if p.grad is not None:
-                        shapes.setdefault(p.shape, []).append(p)
-                for same in shapes.values():
-                    self._update(same, group)
+            for group in groups:
+                if group["muon"]:
+                    shapes: dict[Any, list[Tensor]] = {}
+                    for p in group["params"]:
+                        if p.grad is not None:
+                            shapes.setdefault(p.shape, []).append(p)
+                    for same in shapes.values():
+                        self._update(same, group)
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         directions = []

@@ -5,9 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 NAMES = ["Tom", "Ann", "Bob", "Eve", "Max", "Sam"]
-WORDS = (
-    "sun cat box red pen cup map hat key dog jam net owl pig toy van bus egg fox gem ink log mud nut oak pie rug sky"
-).split()  # fmt: skip
+WORDS = "sun cat box red pen cup map hat key dog jam net owl pig toy van bus egg fox gem ink log mud nut oak pie rug sky".split()  # noqa: SIM905
 LETTERS = "abcdefghkmnpqrstuvwxyz"
 
 

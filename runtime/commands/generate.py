@@ -35,6 +35,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal text.")] = None,
     fusion: Annotated[str | None, typer.Option(help="weighted or additive; default as exported.")] = None,
     lam: Annotated[float | None, typer.Option("--lambda", help="λ of the weighted fusion; default as exported.")] = None,
+    expert: Annotated[str | None, typer.Option(help="Let this expert answer every token; default: the routed one.")] = None,
     show_routing: Annotated[bool, typer.Option("--show-routing", help="Colour each token by its expert, and list them.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, token ids and experts.")] = False,
 ) -> None:
@@ -64,6 +65,7 @@ def generate(
             stop=stop or (),
             fusion=fusion,
             lam=lam,
+            expert=expert,
             **sampling,
         )
         console = Console(highlight=False)

@@ -60,6 +60,14 @@ def test_generate_json(bundles: list[Path], command: Command) -> None:
         }
 
 
+def test_generate_with_a_pinned_expert(bundles: list[Path], command: Command) -> None:
+    with FusionRuntime.load(bundles[0]) as runtime:
+        name = runtime.expert_names[1]
+        expected = runtime.generate(PROMPT, 6, expert=name)
+    found = json.loads(command("generate", bundles[0], "--prompt", PROMPT, "--max-new-tokens", 6, "--json", "--expert", name).out)
+    assert found["token_ids"] == expected.token_ids and set(found["experts"]) == {name}
+
+
 def test_generate_shows_the_routing(bundles: list[Path], command: Command) -> None:
     with FusionRuntime.load(bundles[0]) as runtime:
         expected = runtime.generate(PROMPT, 6)
@@ -123,6 +131,7 @@ FAILURES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "nothing to inspect": (("inspect", "nowhere"), ("no bundle at nowhere",)),
     "precision": (("generate", "BUNDLE", "--prompt", "a", "--precision", "int3"), ("int3", "--precision")),
     "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "rtx"), ("rtx",)),
+    "expert": (("generate", "BUNDLE", "--prompt", "a", "--expert", "history"), ("'history'", "expert0, expert1")),
     "no such id": (("generate", "BUNDLE", "--prompt-ids", "99999999"), ("99999999", "vocabulary")),
     "negative id": (("generate", "BUNDLE", "--prompt-ids", "-3"), ("-3", "vocabulary")),
     "long prompt": (("generate", "BUNDLE", "--prompt-ids", ",".join(["1"] * 9000)), ("9000 tokens", "context", "--max-seq-len")),

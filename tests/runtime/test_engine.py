@@ -5,11 +5,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from runtime import ClosedError, FusionError, FusionRuntime, InputError, UnavailableError
+from runtime.backends.ort_cpu import OrtCache
 
 PROMPT = "12+30= and more"
 
@@ -62,6 +64,77 @@ def test_an_expert_that_is_not_chosen_never_runs(rt: FusionRuntime) -> None:
     first = session.step()
     for name, lag in session.lags.items():
         assert lag == (1 if name == first.expert else total + 1)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the models that run from now on."""
+    names: set[str] = set()
+    forward = OrtCache.forward
+
+    def noted(cache: OrtCache, *arguments: Any) -> Any:
+        names.add(cache._model.model.name)
+        return forward(cache, *arguments)
+
+    monkeypatch.setattr(OrtCache, "forward", noted)
+    return names
+
+
+def test_a_pinned_expert_answers_every_token(rt: FusionRuntime) -> None:
+    ids, free = rt.encode(PROMPT), rt.generate(PROMPT, 24)
+    for name in rt.expert_names:
+        pinned = rt.generate(PROMPT, 24, expert=name)
+        assert set(pinned.experts) == {name}
+        session = rt.session(expert=name)
+        session.append(ids)
+        assert [session.step().id for _ in pinned.token_ids] == pinned.token_ids
+        assert session.lags == {other: 1 if other == name else len(session) for other in rt.expert_names}
+        if set(free.experts) == {name}:
+            assert pinned.token_ids == free.token_ids
+    assert len({tuple(rt.generate(PROMPT, 24, expert=name).token_ids) for name in rt.expert_names}) == len(rt.expert_names)
+
+
+def test_models_without_a_say_do_not_run(bundles: list[Path], ran: set[str]) -> None:
+    """What remains is the logits of one model alone, which a model that reads the whole text anew gives too."""
+    with FusionRuntime.load(bundles[0], precision="fp32") as rt:
+        ids, name = rt.encode(PROMPT), rt.expert_names[1]
+        tokens = list(rt.stream(PROMPT, 8, lam=1.0))
+        pinned = rt.generate(PROMPT, 8, lam=1.0, expert=name)
+        rt.score(ids, lam=1.0)
+        assert ran == {"router"}
+        assert all(token.expert == rt.expert_names[int(token.routing.argmax())] for token in tokens)
+        assert pinned.token_ids == [token.id for token in tokens] and set(pinned.experts) == {name}
+        assert pinned.token_ids == anew(rt.backend.router, ids, 8)
+        for number, name in enumerate(rt.expert_names):
+            ran.clear()
+            tokens = list(rt.stream(PROMPT, 8, lam=0.0, expert=name))
+            assert ran == {name}
+            assert [token.id for token in tokens] == anew(rt.backend.experts[number], ids, 8)
+            assert all(np.isnan(token.routing).all() and token.routing.shape == (len(rt.expert_names),) for token in tokens)
+        for options in ({"lam": 0.0}, {"lam": 0.0, "expert": name, "fusion": "additive"}, {"expert": name}):  # both have a say
+            ran.clear()
+            rt.generate(PROMPT, 8, **options)
+            assert "router" in ran and len(ran) > 1
+
+
+def anew(model: Any, ids: list[int], count: int) -> list[int]:
+    """Greedy tokens of one model that reads the whole text at every step."""
+    found: list[int] = []
+    for _ in range(count):
+        text = [*ids, *found]
+        found.append(int(model.cache().forward(text, (len(text) - 1,)).logits[0].argmax()))
+    return found
+
+
+def test_the_router_reads_what_it_missed(bundles: list[Path]) -> None:
+    with FusionRuntime.load(bundles[0], precision="fp32") as rt:
+        session, fresh = (rt.session(expert=rt.expert_names[0]) for _ in range(2))
+        session.append(rt.encode(PROMPT))
+        for _ in range(5):
+            session.step(lam=0.0)
+        fresh.append(session.token_ids)
+        late, early = session.step(lam=0.5), fresh.step(lam=0.5)
+        assert late.id == early.id and np.allclose(late.routing, early.routing, atol=1e-4) and late.logprob == pytest.approx(early.logprob)
 
 
 def test_a_seed_gives_the_same_text_again(rt: FusionRuntime) -> None:
@@ -186,6 +259,7 @@ BAD = {
     "unknown option": ({"prompt": "a", "temprature": 1.0}, InputError, "temprature"),
     "fusion": ({"prompt": "a", "fusion": "sum"}, InputError, "Unknown fusion 'sum'"),
     "lambda": ({"prompt": "a", "lam": 1.5}, InputError, "lam=1.5 is out of range"),
+    "expert": ({"prompt": "a", "expert": "history"}, InputError, "Unknown expert 'history': use one of expert0, expert1"),
     "max_new_tokens": ({"prompt": "a", "max_new_tokens": 0}, InputError, "max_new_tokens=0"),
     "stop": ({"prompt": "a", "stop": ""}, InputError, "stop string"),
 }
@@ -201,6 +275,8 @@ def test_bad_arguments_are_one_sentence(name: str, bundles: list[Path]) -> None:
 
 def test_bad_sessions_and_scores(rt: FusionRuntime) -> None:
     session = rt.session()
+    with pytest.raises(InputError, match="Unknown expert 'history'"):
+        rt.session(expert="history")
     with pytest.raises(InputError, match="holds no tokens"):
         session.step()
     with pytest.raises(InputError, match="Unknown option temprature"):

@@ -1,0 +1,163 @@
+"""The decoding methods that evaluations compare. All are greedy; each says which row of logits the next token comes from.
+
+| name | next token |
+|---|---|
+| `fused` | FusionRoute as exported: router and routed expert (arXiv:2601.05106) |
+| `lambda:X` | the same with λ = X in the weighted fusion |
+| `token` | λ = 0: token-level selection without complementary logits, the paper's ablation |
+| `router` | λ = 1: the router alone |
+| `expert:NAME` | one expert alone |
+| `collab` | the most certain expert of each token (Collab, Chakraborty et al. 2025, arXiv:2503.21720, without its reward model) |
+| `sequence` | sequence-level selection: of the experts' whole answers, the one with the highest mean log-probability per token |
+| `sequence-routed` | sequence-level selection by the router: its choice at the last token of the prompt answers alone |
+
+The last two choose among finished answers: `fr_export.evaluation.sequence`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fr_export.evaluation.reading import Ids, Place, Reader
+from runtime import FusionRuntime, InputError
+from runtime.backends.backend import Output
+
+SEQUENCE, SEQUENCE_ROUTED = "sequence", "sequence-routed"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One method's answer to a prompt.
+
+    token_ids exclude the end-of-sequence token. experts: index of the expert behind each decision, that for the end of the sequence
+    included. logprob: mean log-probability per decision, under the distribution that the method decoded from.
+    """
+
+    text: str
+    token_ids: list[int]
+    experts: list[int]
+    logprob: float
+
+
+class Draft:
+    """An answer in the making: the committed tokens, and how far each model has read them."""
+
+    def __init__(self, readers: Sequence[Reader], prompt: Ids):
+        self._readers, self.ids = readers, prompt
+        self._places: list[Place] = [reader.root for reader in readers]
+
+    def read(self, model: int) -> Output:
+        """Output of the router (0) or of expert `model` − 1 after the last token. logits float32 [V], routing float32 [n_experts]."""
+        place = self._places[model]
+        self._places[model], output = self._readers[model].read(place, self.ids[place.length :])
+        return output
+
+
+Method = Callable[[Draft], tuple[np.ndarray, int]]
+"""What decides the next token: its row of logits, float32 [V], and the index of the expert that it is put down to."""
+
+
+def fused(draft: Draft, router: float, expert: float) -> tuple[np.ndarray, int]:
+    """FusionRoute (arXiv:2601.05106): the expert with the highest routing score answers, its logits are added to the router's, both
+    weighted. A weight of zero leaves a model out.
+    """
+    routed = draft.read(0)
+    assert routed.routing is not None
+    choice = int(routed.routing.argmax())
+    if not expert:
+        return routed.logits, choice
+    answered = draft.read(1 + choice).logits
+    return np.float32(router) * routed.logits + np.float32(expert) * answered if router else answered, choice
+
+
+def alone(draft: Draft, expert: int) -> tuple[np.ndarray, int]:
+    """One expert answers every token."""
+    return draft.read(1 + expert).logits, expert
+
+
+def collab(draft: Draft, experts: int) -> tuple[np.ndarray, int]:
+    """Every expert proposes its most likely token; the proposal with the largest probability wins, and all experts read it."""
+    rows = [draft.read(1 + expert).logits for expert in range(experts)]
+    choice = int(np.argmax([_peak_logprob(row) for row in rows]))
+    return rows[choice], choice
+
+
+def method_named(name: str, experts: Sequence[str], fusion: str, lam: float) -> Method:
+    """The method behind a name of the table above. `fusion` and `lam` are those of `fused`. Raises InputError for an unknown name."""
+    kind, colon, argument = name.partition(":")
+    if name == "collab":
+        return functools.partial(collab, experts=len(experts))
+    if kind == "expert" and argument in experts:
+        return functools.partial(alone, expert=list(experts).index(argument))
+    if name == "fused":
+        weights = FusionRuntime.coefficients(fusion, lam)
+    elif name in ("router", "token"):
+        weights = FusionRuntime.coefficients("weighted", float(name == "router"))
+    elif kind == "lambda" and colon:
+        try:
+            weights = FusionRuntime.coefficients("weighted", float(argument))
+        except ValueError as error:  # not a number, or one out of range
+            raise InputError(f"'{name}' is no method: expected lambda:X with X from 0 to 1.") from error
+    else:
+        known = ", ".join(
+            ("fused", "router", "token", *(f"expert:{expert}" for expert in experts), "sequence", "sequence-routed", "collab")
+        )
+        raise InputError(f"Unknown method '{name}': expected some of {known}, or lambda:X with X from 0 to 1.")
+    return functools.partial(fused, router=weights[0], expert=weights[1])
+
+
+def check(name: str, experts: Sequence[str]) -> None:
+    """Raises InputError where `name` is none of the table above."""
+    if name not in (SEQUENCE, SEQUENCE_ROUTED):
+        method_named(name, experts, "weighted", 0.5)
+
+
+class Decoder:
+    """Greedy decoding by any method, one prompt at a time; what one method has read serves the others."""
+
+    def __init__(self, runtime: FusionRuntime):
+        self.runtime = runtime
+        guessing = runtime.precision == "fp32"
+        models = (runtime.backend.router, *runtime.backend.experts)
+        self._readers = [Reader(model, runtime.vocab_size, guessing) for model in models]
+        self._ends = frozenset(runtime.bundle.manifest.eos_token_ids)
+        self._prompt: Ids = ()
+
+    def start(self, prompt: Sequence[int], guess: Sequence[int] = ()) -> None:
+        """Begin with the token ids of a prompt. `guess` is an answer that some method may well give: it costs or saves time, no more.
+
+        Raises InputError for a prompt that is empty or leaves no room in the context.
+        """
+        if not 0 < len(prompt) < self.runtime.max_seq_len:
+            raise InputError(
+                f"The prompt has {len(prompt)} tokens: expected at least 1, and fewer than the context of {self.runtime.max_seq_len}; "
+                "shorten it or export with a larger --max-seq-len."
+            )
+        self._prompt = tuple(prompt)
+        for reader in self._readers:
+            reader.start(self._prompt, tuple(guess[: self.runtime.max_seq_len - len(prompt)]))
+
+    def answer(self, method: Method, limit: int) -> Answer:
+        """The method's answer: it ends at an end-of-sequence token, after `limit` tokens, or where the context is full."""
+        draft = Draft(self._readers, self._prompt)
+        experts: list[int] = []
+        total = 0.0
+        for _ in range(min(limit, self.runtime.max_seq_len - len(self._prompt))):
+            row, expert = method(draft)
+            total += _peak_logprob(row)
+            experts.append(expert)
+            token = int(row.argmax())
+            if token in self._ends:
+                break
+            draft.ids += (token,)
+        ids = list(draft.ids[len(self._prompt) :])
+        return Answer(self.runtime.decode(ids), ids, experts, total / len(experts))
+
+
+def _peak_logprob(row: np.ndarray) -> float:
+    """Log-probability of the most likely token, summed in double."""
+    return -float(np.log(np.exp((row - row.max()).astype(np.float64)).sum()))

@@ -1,0 +1,113 @@
+"""Whole evaluations: several bundles, precisions and methods on the same prompts; λ tuned or swept; numbers and pictures in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fr_export.evaluation import figures, lambdas
+from fr_export.evaluation.outcomes import Results
+from fr_export.evaluation.report import Row, summary
+from fr_export.evaluation.run import evaluate
+from fr_export.evaluation.tasks import Tasks
+from runtime.backends.ort_cpu import TARGET
+from runtime.bundle import Bundle
+from runtime.errors import InputError
+from runtime.files import replace
+
+ROUTED = ("fused", "token", "router")  # led by the router: the routing of the first of them that was evaluated is drawn
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate: every method ("experts" stands for all `expert:NAME`) on every precision (None: the fastest) of every bundle.
+
+    `tasks` are the prompts by domain; on `tuning`, where given, λ is chosen first; `source` says in results.json what they are. `lam` and `fusion` are those of the method `fused`.
+    """
+
+    bundles: tuple[Path, ...]
+    precisions: tuple[str | None, ...]
+    methods: tuple[str, ...]
+    tasks: Tasks
+    out: Path
+    source: str = ""
+    tuning: Tasks | None = None
+    sweep: bool = False
+    chat: bool = False
+    jobs: int | None = None
+    seed: int = 0
+    lam: float | None = None
+    fusion: str | None = None
+
+
+def run(request: Request, console: Console) -> dict[str, Any]:
+    """Evaluate and write results.json and the pictures to `request.out`; returns what results.json holds.
+
+    Tuning measures the first precision and writes λ and its curve into the bundle. Raises FusionError subclasses and OSError.
+    """
+    bundles = [Bundle.open(folder) for folder in request.bundles]
+    for bundle in bundles:  # whatever is wrong with the last one must show before the first one is evaluated
+        for precision in request.precisions:
+            bundle.variant(TARGET, precision)
+        if request.tuning and bundle.manifest.fusion == "additive":
+            raise InputError(f"The bundle {bundle.folder} fuses additively, which has no λ to tune: export it with --fusion weighted.")
+    request.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    curves: dict[str, lambdas.Curve] = {}
+    for bundle, name in zip(bundles, _names(request.bundles), strict=True):
+        methods = expanded(request.methods, bundle.manifest.experts)
+        for number, asked in enumerate(request.precisions):
+            precision = bundle.variant(TARGET, asked).precision
+            if request.tuning and not number:
+                curve = lambdas.curve(_measured(request, bundle, precision, lambdas.methods(), request.tuning, console))
+                lambdas.write(bundle.folder, curve)
+                curves[f"{name} {precision}, for tuning"] = curve
+            swept = lambdas.methods() if request.sweep else []
+            results = _measured(request, bundle, precision, [*methods, *swept], request.tasks, console)
+            if request.sweep:
+                curves[f"{name} {precision}"] = lambdas.curve(results)
+            rows += [Row(name, precision, method, results[method]) for method in methods]
+    return _write(request, rows, curves)
+
+
+def _measured(request: Request, bundle: Bundle, precision: str, methods: Sequence[str], tasks: Tasks, console: Console) -> Results:
+    return evaluate(
+        bundle.folder, precision, methods, tasks, jobs=request.jobs, fusion=request.fusion, lam=request.lam, chat=request.chat,
+        console=console,
+    )  # fmt: skip
+
+
+def expanded(methods: Sequence[str], experts: Sequence[str]) -> list[str]:
+    """Names of methods, each once, with "experts" replaced by every expert's."""
+    every = [f"expert:{name}" for name in experts]
+    return list(dict.fromkeys(one for name in methods for one in (every if name == "experts" else [name])))
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Folder names, or whole paths where two are the same."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _write(request: Request, rows: Sequence[Row], curves: dict[str, lambdas.Curve]) -> dict[str, Any]:
+    settings = {"tasks": request.source, "chat": request.chat, "seed": request.seed, "lambda": request.lam, "fusion": request.fusion}
+    entries = summary(rows, request.tasks, request.seed)
+    report = {"settings": settings, "rows": entries, "lambda_curves": curves}
+    routed = {(row.bundle, row.precision): row for method in reversed(ROUTED) for row in rows if row.method == method}
+    pictures = {
+        "accuracy.png": figures.accuracy(entries),
+        "lambda.png": figures.lambda_curves(curves) if curves else None,
+        "routing.png": figures.routing_maps([*routed.values()]) if routed else None,
+    }
+    for name, content in pictures.items():
+        if content is None:
+            (request.out / name).unlink(missing_ok=True)  # it would be that of an earlier evaluation
+        else:
+            replace(request.out / name, content)
+    replace(request.out / "results.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    return report

@@ -1,0 +1,72 @@
+"""One process's share of an evaluation: all methods on some prompts of a domain."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fr_export.evaluation.methods import Answer, Decoder, method_named
+from fr_export.evaluation.outcomes import Outcomes
+from fr_export.evaluation.scoring import f1
+from fr_export.evaluation.token_classes import CLASSES, TokenClasses
+from runtime import FusionRuntime
+from runtime.text import Text
+
+
+class Job(NamedTuple):
+    """What is the same for all prompts."""
+
+    bundle: str
+    precision: str | None
+    methods: tuple[str, ...]
+    fusion: str | None
+    lam: float | None
+    chat: bool
+
+
+class Piece(NamedTuple):
+    """Some prompts of a domain: pairs of prompt and reference, and how many tokens an answer may have."""
+
+    task: str
+    questions: tuple[tuple[str, str], ...]
+    limit: int
+
+
+class Worker:
+    """A loaded bundle and its methods."""
+
+    def __init__(self, job: Job):
+        self._runtime = runtime = FusionRuntime.load(job.bundle, job.precision, "cpu", fusion=job.fusion, lam=job.lam, threads=1)
+        self._text = Text.load(runtime.bundle.folder / "tokenizer.json")
+        self._chat = job.chat
+        self._methods = {name: method_named(name, runtime.expert_names, runtime.fusion, runtime.lam) for name in job.methods}
+        self._decoder = Decoder(runtime)
+        self._classes = TokenClasses(self._text)
+
+    def answer(self, piece: Piece) -> dict[str, Outcomes]:
+        """Outcomes by method, one row per prompt of the piece."""
+        answers: dict[str, list[Answer]] = {name: [] for name in self._methods}
+        for prompt, reference in piece.questions:
+            ids = self._runtime.prompt_ids([{"role": "user", "content": prompt}] if self._chat else prompt)
+            self._decoder.start(ids, self._text.encode(reference, special=False))
+            for name, method in self._methods.items():
+                answers[name].append(self._decoder.answer(method, piece.limit))
+        return {name: self._outcomes(piece, found) for name, found in answers.items()}
+
+    def _outcomes(self, piece: Piece, answers: list[Answer]) -> Outcomes:
+        references = [reference for _, reference in piece.questions]
+        counts = np.zeros((len(answers), len(self._runtime.expert_names), len(CLASSES)), np.int32)
+        for row, answer in enumerate(answers):
+            np.add.at(counts[row], (answer.experts[: len(answer.token_ids)], self._classes.of(answer.token_ids)), 1)
+        return Outcomes(
+            task=piece.task,
+            experts=self._runtime.expert_names,
+            answers=[answer.text for answer in answers],
+            correct=np.array([answer.text == reference for answer, reference in zip(answers, references, strict=True)]),
+            f1=np.array([f1(answer.text, reference) for answer, reference in zip(answers, references, strict=True)], np.float32),
+            logprob=np.array([answer.logprob for answer in answers], np.float32),
+            tokens=np.array([len(answer.token_ids) for answer in answers], np.int32),
+            first=np.array([answer.experts[0] for answer in answers], np.int16),
+            counts=counts,
+        )

@@ -1,0 +1,183 @@
+"""Training data: JSONL files of samples or preferences, tokenised into rows exactly as generation sees them."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fr_export.checkpoint import Checkpoint, read_json
+from runtime.chat import render
+from runtime.errors import InputError, one_line
+
+T = TypeVar("T")
+_SFT = '{"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}'
+_PREFERENCE = '{"prompt": …, "chosen": …, "rejected": …}, all texts or all lists of {"role": …, "content": …}'
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence: `ids` int32 [S], and `learnt` bool [S], True for the tokens of answers. The first token is never learnt."""
+
+    ids: npt.NDArray[np.int32]
+    learnt: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[Sequence[int], bool]]) -> "Row":
+        """From pieces of (token ids, whether they are learnt)."""
+        ids = [id for piece, _ in pieces for id in piece]
+        learnt = [flag for piece, flag in pieces for _ in piece]
+        return cls(np.array(ids, np.int32), np.array(learnt, np.bool_))
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Positions [T] whose next token is learnt."""
+        return np.flatnonzero(self.learnt[1:])
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """The learnt tokens [T], in the order of `positions`."""
+        return self.ids[1:][self.learnt[1:]]
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt."""
+
+    chosen: Row
+    rejected: Row
+
+
+class Encoder:
+    """Turns samples into rows with a checkpoint's tokenizer and chat template.
+
+    Prompt and answer are tokenised apart, as they are when a model generates. Raises InputError where there is no tokenizer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.tokenizer is None or checkpoint.vocabulary is None:
+            raise InputError(f"{checkpoint.where} has no tokenizer.json, so text cannot be tokenised: copy its family's into it.")
+        self._checkpoint = checkpoint
+        self._tokenizer = checkpoint.tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        spelled = {id: token for token, id in checkpoint.vocabulary.items()}
+        self._bos = spelled.get(checkpoint.config.bos_token_id, "")
+        self._ends = [spelled[id] for id in checkpoint.end_tokens if id in spelled]
+        self._eos = self._end_of_text(checkpoint.vocabulary)
+
+    def plain(self, prompt: str, answer: str) -> Row:
+        """Plain text: the prompt with the BOS that tokenizer.json adds, the answer, and the tokenizer's EOS."""
+        return Row.of([(self._encode(prompt, True), False), ([*self._encode(answer, False), self._eos], True)])
+
+    def chat(self, prompt: Sequence[dict[str, str]], answers: Sequence[dict[str, str]]) -> Row:
+        """A conversation: the assistant's turns among `answers` are learnt, each with the token that ends it.
+
+        Raises InputError where the template refuses the messages or does not write a conversation turn by turn.
+        """
+        messages = [*prompt, *answers]
+        whole = self._render(messages, False)
+        pieces: list[tuple[list[int], bool]] = []
+        done = ""
+        for number in range(len(prompt), len(messages)):
+            if messages[number].get("role") != "assistant":
+                continue
+            opened = self._render(messages[:number], True)
+            closed = self._render(messages[: number + 1], False) if number + 1 < len(messages) else whole
+            if not (opened.startswith(done) and closed.startswith(opened) and whole.startswith(closed)):
+                raise InputError("the chat template rewrites earlier turns, so turns cannot be learnt one by one: use single turns")
+            answer = closed[len(opened) :]
+            # What follows the end token (Gemma's line break) belongs to the next prompt: nobody generates it.
+            stop = max((answer.rfind(end) + len(end) for end in self._ends if end in answer), default=0)
+            if not stop:
+                raise InputError(f"the chat template closes the assistant's turn with none of the end tokens {', '.join(self._ends)}")
+            pieces += [(self._encode(opened[len(done) :], False), False), (self._encode(answer[:stop], False), True)]
+            done = opened + answer[:stop]
+        if not pieces:
+            raise InputError("no message of the role 'assistant' to learn")
+        return Row.of(pieces)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        except TypeError as error:  # lone surrogates
+            raise InputError("the text is not valid Unicode") from error
+        return ids
+
+    def _render(self, messages: list[dict[str, str]], opens: bool) -> str:
+        if self._checkpoint.chat_template is None:
+            raise InputError(f"{self._checkpoint.where} has no chat template for messages: add chat_template.jinja, or give texts")
+        eos = self._ends[0] if self._ends else ""
+        return render(self._checkpoint.chat_template, messages, bos_token=self._bos, eos_token=eos, add_generation_prompt=opens)
+
+    def _end_of_text(self, vocabulary: dict[str, int]) -> int:
+        """The id of the tokenizer's eos_token; without one, the first that config.json names."""
+        file = self._checkpoint.folder / "tokenizer_config.json"
+        named = read_json(file, f"{self._checkpoint.where} has a broken tokenizer").get("eos_token") if file.is_file() else None
+        text = named.get("content") if isinstance(named, dict) else named  # older files keep a dict
+        if text in vocabulary:
+            return vocabulary[text]
+        if self._checkpoint.end_tokens:
+            return self._checkpoint.end_tokens[0]
+        raise InputError(f"{self._checkpoint.where} names no end-of-text token: set eos_token in its tokenizer_config.json.")
+
+
+def read_sft(file: Path, encoder: Encoder) -> list[Row]:
+    """The rows of a JSONL file of samples. Raises InputError `file:line: …` for a line that is none."""
+
+    def row(sample: dict[str, Any]) -> Row:
+        match sample:
+            case {"messages": list(messages)}:
+                return encoder.chat([], messages)
+            case {"prompt": str(prompt), "completion": str(completion)}:
+                return encoder.plain(prompt, completion)
+            case {"prompt": list(prompt), "completion": list(completion)}:
+                return encoder.chat(prompt, completion)
+        raise InputError(f"expected {_SFT}, found the keys {', '.join(sample) or 'none'}")
+
+    return list(_lines(file, row))
+
+
+def read_preferences(file: Path, encoder: Encoder) -> list[Pair]:
+    """The pairs of a JSONL file of preferences (TRL's formats). Raises InputError `file:line: …` for a line that is none."""
+
+    def pair(sample: dict[str, Any]) -> Pair:
+        match sample:
+            case {"prompt": str(prompt), "chosen": str(chosen), "rejected": str(rejected)}:
+                return Pair(encoder.plain(prompt, chosen), encoder.plain(prompt, rejected))
+            case {"prompt": list(prompt), "chosen": list(chosen), "rejected": list(rejected)}:
+                return Pair(encoder.chat(prompt, chosen), encoder.chat(prompt, rejected))
+        raise InputError(f"expected {_PREFERENCE}, found the keys {', '.join(sample) or 'none'}")
+
+    return list(_lines(file, pair))
+
+
+def fitting(samples: Sequence[T], length: Callable[[T], int], limit: int, what: str) -> tuple[list[T], int]:
+    """The samples of at most `limit` tokens, and how many were left out. Raises InputError where none is left."""
+    kept = [sample for sample in samples if length(sample) <= limit]
+    if not kept:
+        raise InputError(
+            f"All {len(samples)} {what} are longer than {limit} tokens: raise --max-length." if samples else f"There are no {what}."
+        )
+    return kept, len(samples) - len(kept)
+
+
+def _lines(file: Path, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold other line breaks
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The training data {file} cannot be read ({one_line(error)}): name a JSONL file in UTF-8.") from error
+    if not any(line.strip() for line in lines):
+        raise InputError(f"The training data {file} is empty; expected one JSON object per line.")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            sample = json.loads(line)
+            if not isinstance(sample, dict):
+                raise InputError(f"expected a JSON object, found {type(sample).__name__}")
+            yield read(sample)
+        except ValueError as error:  # of JSON too; InputError is one
+            raise InputError(f"{file}:{number}: {one_line(error).rstrip('.')}.") from error

@@ -1,0 +1,109 @@
+"""log π_i(y_t) of frozen models on a data set, computed once and kept on disk under the hash of all that it depends on."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from fr_export.checkpoint import Checkpoint
+from fr_export.training.batches import Samples, by_length
+from fr_export.training.data import Row
+from fr_export.training.losses import label_log_probs
+from fr_export.training.router import DTYPES, final_hidden, lm_logits, load_lm
+from runtime.bundle import sha256
+
+_FORMAT = "fusionroute scores 1"
+_TOKENS, _LOGITS = 4096, 1 << 28  # padded tokens of a batch, and logits, which a large vocabulary has more of
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model says about the T learnt tokens of a data set, row by row."""
+
+    log_probs: npt.NDArray[np.float32]  # log π(y_t) [T]
+    argmaxes: npt.NDArray[np.int32]  # its most probable token there [T]
+
+
+def score(
+    logits_of: Callable[[Tensor, Tensor], Tensor], rows: Sequence[Row], vocab: int, device: torch.device, advance: Callable[[float], None]
+) -> Scores:
+    """Run a model over all rows, batched by length; `logits_of(ids [B, S], positions [T])` gives its logits [T, vocab]."""
+    samples = Samples(rows, preferred=False)
+    log_probs = np.zeros(samples.starts[-1], np.float32)
+    argmaxes = np.zeros(samples.starts[-1], np.int32)
+    order = sorted(range(len(rows)), key=lambda n: samples.costs[n])
+    for numbers in by_length(order, samples.costs, len(rows), min(_TOKENS, _LOGITS // vocab)):
+        batch = {name: tensor.to(device) for name, tensor in samples.collate(numbers).items()}
+        with torch.inference_mode():
+            logits = logits_of(batch["ids"], batch["positions"])
+            own, best = label_log_probs(logits, batch["labels"]).cpu().numpy(), logits.argmax(-1).cpu().numpy()
+        places = np.concatenate([np.arange(samples.starts[n], samples.starts[n + 1]) for n in numbers])
+        log_probs[places], argmaxes[places] = own, best
+        advance(len(numbers))
+    return Scores(log_probs, argmaxes)
+
+
+def expert_scores(
+    expert: Checkpoint, rows: Sequence[Row], vocab: int, precision: str, device: torch.device, file: Path, advance: Callable[[float], None]
+) -> Scores:
+    """An expert's scores over the first `vocab` tokens: from `file`, or computed and put there."""
+    if (found := read_scores(file)) is not None:
+        advance(len(rows))
+        return found
+    lm = load_lm(expert, DTYPES["bfloat16" if precision == "bf16" else "float32"]).to(device).eval()
+    scores = score(lambda ids, positions: lm_logits(lm, final_hidden(lm, ids, positions), vocab), rows, vocab, device, advance)
+    write_scores(file, scores)
+    return scores
+
+
+def informative(experts: Sequence[Scores]) -> npt.NDArray[np.bool_]:
+    """Bool [T]: tokens where at least two experts disagree on the most probable one."""
+    argmaxes = np.stack([scores.argmaxes for scores in experts])
+    return np.asarray((argmaxes != argmaxes[:1]).any(axis=0))
+
+
+def data_digest(rows: Sequence[Row]) -> str:
+    """SHA-256 of rows, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row.ids).to_bytes(8, "little") + row.ids.tobytes() + row.learnt.tobytes())
+    return digest.hexdigest()
+
+
+def model_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 of a checkpoint's weights and config."""
+    files = sorted({entry.file for entry in checkpoint.weights.entries.values()})
+    digests = [sha256(file) for file in (*files, checkpoint.folder / "config.json")]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def key(model: str, data: str, vocab: int, precision: str) -> str:
+    """The name under which a model's scores of a data set are kept, from the digests of both: nothing else goes into them."""
+    return hashlib.sha256(" ".join((_FORMAT, model, data, str(vocab), precision)).encode()).hexdigest()
+
+
+def read_scores(file: Path) -> Scores | None:
+    """Scores from a file; None where there is none, or but a part of one."""
+    try:
+        return Scores(**load_file(file))
+    except (FileNotFoundError, SafetensorError, TypeError):
+        return None
+
+
+def write_scores(file: Path, scores: Scores) -> None:
+    """Write scores so that other runs see all of the file or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(f".{os.getpid()}")
+    try:
+        save_file({"log_probs": scores.log_probs, "argmaxes": scores.argmaxes}, beside)
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""A causal LM with a routing head, as it is trained and as it is written: a folder that the exporter reads."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from fr_export.checkpoint import HEAD_FILE, Checkpoint
+from fr_export.quiet import quiet
+from fr_export.system import read_head
+from runtime.errors import InputError
+
+HEAD_KEY = "routing_head"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+_SHARD = "5GB"
+_TEXTS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
+
+
+def load_lm(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
+    """The checkpoint as transformers runs it. Only eager attention there knows Gemma-2's softcap."""
+    kind = "eager" if getattr(checkpoint.config, "attn_logit_softcapping", None) else "sdpa"
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation=kind)
+
+
+def lm_logits(lm: Any, hidden: Tensor, vocab: int) -> Tensor:
+    """The logits [..., vocab] of final hidden states [..., hidden], with Gemma-2's cap."""
+    logits = lm.lm_head(hidden)
+    if cap := getattr(lm.config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits[..., :vocab]
+
+
+def final_hidden(lm: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    """The hidden states [T, hidden] after the final norm at `positions` [T] of the flattened `ids` [B, S].
+
+    Logits are made of these alone: over a large vocabulary those of all positions would not fit into memory.
+    """
+    return lm.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, positions)
+
+
+class Router(nn.Module):
+    """The LM and its routing head W, float32 [n, hidden] without bias. Without experts there is no head."""
+
+    def __init__(self, lm: Any, head: nn.Linear | None, vocab: int) -> None:
+        super().__init__()
+        self.lm, self.head, self.vocab = lm, head, vocab
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, experts: list[str], vocab: int, lora_rank: int = 0, seed: int = 0) -> "Router":
+        """Read the LM in float32. The head starts as the checkpoint's own or, where it has none, at zero: all experts alike.
+
+        With `lora_rank` the LM's matrices are frozen under low-rank adapters (arXiv:2106.09685). Raises InputError for a head that
+        was trained for other experts.
+        """
+        lm = load_lm(checkpoint)
+        if lora_rank:
+            add_adapters(lm, lora_rank, seed)
+        head = None
+        if experts:
+            head = nn.Linear(lm.config.hidden_size, len(experts), bias=False)
+            nn.init.zeros_(head.weight)
+            if has_head(checkpoint):
+                found = read_head(checkpoint, HEAD_KEY, experts)
+                if found.bias.any():
+                    raise InputError(f"{checkpoint.where} has a routing head with a bias, which is not trained: remove it to start anew.")
+                head.weight.data = torch.from_numpy(found.weight)
+        return cls(lm, head, vocab)
+
+    def forward(self, ids: Tensor, positions: Tensor, learns_routing: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Logits [T, vocab] and routing scores w [T, n] (None without a head) at `positions` of the flattened `ids` [B, S].
+
+        Scores that are only to select an expert carry no gradient: `learns_routing=False`.
+        """
+        hidden = final_hidden(self.lm, ids, positions)
+        logits = lm_logits(self.lm, hidden, self.vocab)
+        if self.head is None:
+            return logits, None
+        with torch.autocast(hidden.device.type, enabled=False):  # scores stay float32, as the runtime computes them
+            routing = self.head(hidden.float())
+        return logits, routing if learns_routing else routing.detach()
+
+    def requires_grad_head(self, learns: bool) -> None:
+        """Whether the next stage trains the head."""
+        if self.head is not None:
+            self.head.requires_grad_(learns)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that training changes, by their own names."""
+        return {name: p.detach().contiguous() for name, p in self.named_parameters() if p.requires_grad or name.startswith("head.")}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The LM's weights under the names of its checkpoint, adapters merged into them."""
+        found = {}
+        for name, tensor in self.lm.state_dict().items():
+            if "lora_" in name or (name == "lm_head.weight" and self.lm.config.tie_word_embeddings):
+                continue
+            owner = self.lm.get_submodule(name.rpartition(".base_layer.")[0]) if ".base_layer." in name else None
+            merged = tensor if owner is None else tensor + owner.get_delta_weight("default")
+            found[name.replace(".base_layer.", ".")] = merged
+        return found
+
+
+def has_head(checkpoint: Checkpoint) -> bool:
+    """Whether a router's folder holds a routing head."""
+    return f"{HEAD_KEY}.weight" in checkpoint.weights
+
+
+def add_adapters(lm: Any, rank: int, seed: int) -> None:
+    """Put LoRA adapters into all linear layers but the LM head; everything else is frozen."""
+    import peft
+
+    torch.manual_seed(seed)
+    lm.requires_grad_(False)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), lm)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype of a checkpoint's embedding, which stands for all."""
+    return _STORED[checkpoint.weights.entry("model.embed_tokens.weight").dtype]
+
+
+@torch.no_grad()
+def write_router(router: Router, source: Checkpoint, folder: Path, dtype: str) -> None:
+    """Write the router into an empty folder: weights in `dtype` (of DTYPES), the head in float32, the source's config and texts."""
+    weights = {name: tensor.to("cpu", DTYPES[dtype]).contiguous() for name, tensor in router.weights().items()}
+    save_torch_state_dict(weights, folder, max_shard_size=_SHARD)
+    if router.head is not None:
+        head = router.head.weight.detach().float().cpu().contiguous()
+        save_file({f"{HEAD_KEY}.weight": head}, folder / HEAD_FILE)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for the owner only
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # the older name
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    for pattern in _TEXTS:
+        for file in source.folder.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)

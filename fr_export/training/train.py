@@ -1,0 +1,224 @@
+"""Train a router: experts' log-probabilities, then stage after stage, then the folder that the exporter reads."""
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from fr_export.checkpoint import Checkpoint
+from fr_export.quiet import quiet
+from fr_export.stages import Stages
+from fr_export.system import common_vocabulary
+from fr_export.training.batches import Samples, flat
+from fr_export.training.curves import draw
+from fr_export.training.data import Encoder, Row, fitting, read_preferences, read_sft
+from fr_export.training.expert_cache import (
+    Scores,
+    data_digest,
+    expert_scores,
+    informative,
+    key,
+    model_digest,
+    read_scores,
+    score,
+    write_scores,
+)
+from fr_export.training.folder import TRAINING_FILE, RouterStaging, Work
+from fr_export.training.recipe import Request, Stage
+from fr_export.training.router import HEAD_KEY, Router, has_head, stored_dtype, write_router
+from fr_export.training.trainer import RouterTrainer
+from runtime.errors import InputError, UnavailableError
+
+_RANKS_WAIT = timedelta(days=7)  # for the one that computes the experts' log-probabilities
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. `stages` holds name, steps, seconds and the last point of the loss curve of each."""
+
+    out: str
+    rows: int  # SFT samples learnt from
+    pairs: int
+    skipped: int  # rows and pairs longer than max_length
+    stages: list[dict[str, Any]]
+
+
+def train(request: Request, display: Stages | None = None) -> Report:
+    """Train the router that `request` describes and write it to `request.out`, which appears only when complete.
+
+    Under `accelerate launch` all ranks call this, and rank 0 writes. The same seed gives the same weights, byte for byte, on the same
+    CPU with the same number of threads. Raises InputError for what does not fit together, UnavailableError for a missing package.
+    """
+    for package in ("accelerate", "matplotlib", *(["peft"] if request.recipe.lora_rank else [])):
+        if find_spec(package) is None:
+            raise UnavailableError(f"Training needs the package '{package}': install the extra 'train' (pip install 'fusionroute[train]').")
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_RANKS_WAIT)
+    if display is None or not state.is_main_process:
+        display = Stages(Console(quiet=True))
+    return _Run(request, display, state).run()
+
+
+class _Run:
+    """One run: the checks first, all of them, then the work."""
+
+    def __init__(self, request: Request, display: Stages, state: Any) -> None:
+        self.request, self.recipe, self.display, self.state = request, request.recipe, display, state
+        self.staging = RouterStaging(request.out, request.force)
+        self.staging.check()
+        self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY)
+        self.experts = [Checkpoint.open(name, source, request.family) for name, source in request.experts.items()]
+        self.vocab = common_vocabulary(self.router, tuple(self.experts))
+        if self.experts and self.recipe.stages[0].name == "cdpo" and not has_head(self.router):
+            raise InputError(f"{self.router.where} has no routing head, which CDPO does not train: begin with the stage sft.")
+        self.dtype = request.dtype or stored_dtype(self.router)
+        self.limit = min(self.recipe.max_length, self.router.config.max_position_embeddings)
+        self.rows, self.pairs, self.skipped = self._data()
+        self.identity = self._identity()
+
+    def _data(self) -> tuple[list[Row], list[Row], int]:
+        """The rows of both kinds, those of pairs one after the other."""
+        request, stages = self.request, self.recipe.stages
+        rows: list[Row] = []
+        pairs: list[Row] = []
+        skipped = 0
+        if any(stage.supervised for stage in stages):
+            if request.sft is None:
+                raise InputError("The stages sft and mixed learn from samples: name them with --sft.")
+            found = read_sft(request.sft, Encoder(self.router)) if isinstance(request.sft, Path) else request.sft
+            rows, skipped = fitting(found, lambda row: len(row.ids), self.limit, "samples")
+        if any(stage.preferred for stage in stages):
+            if request.preferences is None:
+                raise InputError("The stages cdpo and mixed learn from preferences: name them with --preferences.")
+            given = request.preferences
+            both = read_preferences(given, Encoder(self.router)) if isinstance(given, Path) else given
+            kept, more = fitting(both, lambda pair: max(len(row.ids) for row in pair), self.limit, "preferences")
+            pairs, skipped = flat(kept), skipped + more
+        return rows, pairs, skipped
+
+    def run(self) -> Report:
+        """Score, train, write."""
+        request, writer = self.request, self.state.is_main_process
+        keep = request.checkpoint_every is not None
+        with Work(request.out, self.identity, keep=keep, resume=request.resume, force=request.force, writer=writer) as work:
+            self.state.wait_for_everyone()
+            cache = request.cache or work.folder / "cache"
+            sft = self._samples(self.rows, False, "samples", cache)
+            preferences = self._samples(self.pairs, True, "preferences", cache)
+            router = Router.load(self.router, list(request.experts), self.vocab, self.recipe.lora_rank, self.recipe.seed)
+            curves = [self._stage(stage, router, sft, preferences, work) for stage in self.recipe.stages]
+            report = Report(str(request.out), len(self.rows), len(self.pairs) // 2, self.skipped, [_summary(curve) for curve in curves])
+            if writer:
+                with self.display.stage("writing the router"), self.staging as staging:
+                    self._write(router, curves, report, staging.folder, work)
+            self.state.wait_for_everyone()
+        return report
+
+    def _identity(self) -> dict[str, Any]:
+        """Digests of all that goes in: what must be the same for a run to be resumed."""
+        return {
+            "recipe": asdict(self.recipe),
+            "data": [data_digest(self.rows), data_digest(self.pairs)],
+            "router": model_digest(self.router),
+            "experts": {expert.name: model_digest(expert) for expert in self.experts},
+            "processes": self.state.num_processes,
+        }
+
+    def _samples(self, rows: Sequence[Row], preferred: bool, what: str, cache: Path) -> Samples | None:
+        """The rows with what the experts say about them; rank 0 computes what the cache lacks, the others read it."""
+        if not rows:
+            return None
+        if not self.experts:
+            return Samples(rows, preferred)
+        scores = []
+        for expert in self.experts:
+            with self.display.stage(f"{expert.name} expert on {what}", len(rows)) as advance:
+                scores.append(self._scored(expert, rows, cache, advance))
+        return Samples(rows, preferred, np.stack([own.log_probs for own in scores]), informative(scores))
+
+    def _scored(self, expert: Checkpoint, rows: Sequence[Row], cache: Path, advance: Callable[[float], None]) -> Scores:
+        name = key(self.identity["experts"][expert.name], data_digest(rows), self.vocab, self.recipe.precision)
+        with self.state.main_process_first():
+            return expert_scores(expert, rows, self.vocab, self.recipe.precision, self.state.device, cache / f"{name}.safetensors", advance)
+
+    def _stage(self, stage: Stage, router: Router, sft: Samples | None, preferences: Samples | None, work: Work) -> dict[str, Any]:
+        """Train one stage, or take it from the interrupted run that had finished it; returns its loss curve."""
+        weights, curve = work.folder / f"{stage.name}.safetensors", work.folder / f"{stage.name}.json"
+        if curve.is_file():  # only a resumed run finds one
+            router.load_state_dict(load_file(weights), strict=False)
+            return dict(json.loads(curve.read_text(encoding="utf-8")))
+        sets = [sft] if stage.supervised and sft is not None else []
+        if stage.preferred and preferences is not None:
+            sets.append(
+                replace(preferences, reference=self._reference(router, preferences, work.folder / f"{stage.name}-reference.safetensors"))
+            )
+        folder = work.folder / stage.name
+        started = time.perf_counter()
+        with quiet():
+            trainer = RouterTrainer(router, stage, self.recipe, sets, folder, self.request.checkpoint_every)
+        with self.display.stage(f"stage {stage.name}", len(trainer.steps)) as advance, quiet():
+            trainer.run(work.checkpoint(folder), advance)
+        seconds = round(time.perf_counter() - started, 2)
+        found = {"name": stage.name, "steps": len(trainer.steps), "seconds": seconds, "points": trainer.points()}
+        if self.state.is_main_process:
+            if self.request.keep_stages:
+                self._write_router(router, work.folder / "stages" / stage.name)
+            if self.request.checkpoint_every is not None:
+                save_file(router.trained(), weights)
+                curve.write_text(json.dumps(found), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+        self.state.wait_for_everyone()
+        return found
+
+    def _reference(self, router: Router, preferences: Samples, file: Path) -> npt.NDArray[np.float32]:
+        """log π_ref [T] of the preferences: the router's as it is now, which for a resumed stage is read from its file."""
+        router.to(self.state.device).eval()
+        with self.state.main_process_first():
+            scores = read_scores(file)
+            if scores is None:
+                with self.display.stage("router on preferences, as the reference", len(preferences.rows)) as advance:
+                    scores = score(
+                        lambda ids, positions: router(ids, positions)[0], preferences.rows, self.vocab, self.state.device, advance
+                    )
+                write_scores(file, scores)
+        return scores.log_probs
+
+    def _write_router(self, router: Router, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_router(router, self.router, folder, self.dtype)
+
+    def _write(self, router: Router, curves: list[dict[str, Any]], report: Report, folder: Path, work: Work) -> None:
+        """The router with what tells how it was trained, in a folder that is still nobody's."""
+        self._write_router(router, folder)
+        if self.request.keep_stages:
+            shutil.rmtree(work.folder / "stages" / curves[-1]["name"])  # that is the router itself
+            (work.folder / "stages").rename(folder / "stages")
+        described = {
+            **{name: value for name, value in self.identity.items() if name != "recipe"},
+            "recipe": asdict(self.recipe),
+            "dtype": self.dtype,
+            **{name: value for name, value in asdict(report).items() if name != "out"},
+            "versions": {package: version(package) for package in ("torch", "transformers", "accelerate")}
+            | {"python": platform.python_version()},
+        }
+        (folder / TRAINING_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        (folder / "losses.json").write_text(json.dumps({"stages": curves}) + "\n", encoding="utf-8")
+        draw(curves, folder / "loss.png")
+
+
+def _summary(curve: dict[str, Any]) -> dict[str, Any]:
+    return {**{name: value for name, value in curve.items() if name != "points"}, "last": curve["points"][-1] if curve["points"] else {}}
