@@ -180,7 +180,8 @@ def _merged(
 ) -> torch.Tensor:
     """One tensor, computed slice by slice."""
     slices = zip(base.weights.rows(name), *(expert.weights.rows(name) for expert in experts), strict=True)
-    merged = torch.cat([torch.from_numpy(combine(first, rest)).to(dtype) for first, *rest in slices])
+    with np.errstate(over="ignore", invalid="ignore"):  # the check below says it better
+        merged = torch.cat([torch.from_numpy(combine(first, rest)).to(dtype) for first, *rest in slices])
     if not merged.isfinite().all():
         raise InputError(f"The merged tensor '{name}' exceeds the range of {dtype}: choose a smaller scale.")
     advance(1)

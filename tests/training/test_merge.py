@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fr_export.training import merge as module
-from fr_export.training.merge import main, merge
+from fr_export.training.merge import dare, main, merge
 from runtime.errors import InputError
 from tests.commands import Command
 from tests.systems import Shape, make_model
@@ -56,7 +57,7 @@ def test_numbers(method: str, family: str, tmp_path: Path, request: pytest.Fixtu
     for name, found in merged.items():
         total = own[0][name] + own[1][name] + own[2][name]
         expected = total / 3 if method == "average" else start[name] * (1 - 3 * 0.3) + 0.3 * total
-        torch.testing.assert_close(found, expected, rtol=rounding, atol=1e-5 if family == "gemma" else 1e-5)
+        torch.testing.assert_close(found, expected, rtol=rounding, atol=2e-6)
 
 
 def test_dare_drops_and_rescales(gemma: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -71,21 +72,17 @@ def test_dare_drops_and_rescales(gemma: tuple[Path, list[Path]], tmp_path: Path)
     assert abs(kept.double().mean() - 0.25) < 4 * spread
 
 
-def test_dare_is_unbiased_and_drops_independently(gemma: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    base, experts = gemma
-    start, own = weights(base), [weights(expert) for expert in experts]
-    name = "model.embed_tokens.weight"
-    exact = start[name] + 0.5 * sum(expert[name] - start[name] for expert in own)
-    runs = 40
-    total = torch.zeros_like(exact)
-    for seed in range(runs):
-        merge("dare", base, experts, tmp_path / str(seed), scale=0.5, drop=0.5, seed=seed)
-        total += weights(tmp_path / str(seed))[name]
-    # each difference d gives 2d or 0 with equal probability: variance d², and of the sum the sum, where drops are independent
-    spread = 0.5 * torch.stack([expert[name] - start[name] for expert in own]).square().sum(0).sqrt() / runs**0.5
-    score = (total / runs - exact) / spread
-    assert abs(score.mean()) < 4 / score.numel() ** 0.5
-    assert abs(score.std() - 1) < 0.03
+def test_dare_is_unbiased_and_drops_independently() -> None:
+    random = np.random.default_rng(0)
+    base, *experts = random.standard_normal((4, 100, 50), np.float32)
+    differences = np.stack(experts).astype(float) - base
+    runs, drop, scale = 200, 0.6, 0.5
+    drawn = np.stack([dare(base, experts, scale, drop, random) for _ in range(runs)]).astype(float)
+    # a difference d becomes d / (1 − p) or 0: variance d²·p / (1 − p), and where drops are independent these add up over the experts
+    spread = scale * np.sqrt((differences**2).sum(0) * drop / (1 - drop) / runs)
+    score = (drawn.mean(0) - base - scale * differences.sum(0)) / spread
+    assert abs(score.mean()) < 4 / score.size**0.5
+    assert abs(score.std() - 1) < 4 / (2 * score.size) ** 0.5
 
 
 def test_seeds(gemma: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -105,8 +102,9 @@ def test_dropping_nothing_is_task_arithmetic(gemma: tuple[Path, list[Path]], tmp
 
 def test_folder_is_a_model_with_the_first_experts_texts(gemma: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, experts = gemma
-    merge("average", base, experts, tmp_path / "out")
-    out, first = tmp_path / "out", experts[0]
+    out, first = tmp_path / "out", shutil.copytree(experts[0], tmp_path / "first")
+    (first / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    merge("average", base, [first, *experts[1:]], out)
     texts = ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(path.name for path in out.iterdir()) == sorted([*texts, "model.safetensors"])
     for name in texts:
@@ -117,7 +115,7 @@ def test_folder_is_a_model_with_the_first_experts_texts(gemma: tuple[Path, list[
 
 
 def test_dtype_is_the_first_experts(llama: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    base, experts = llama
+    _, experts = llama
     single = make_model(tmp_path / "fp32", Shape(**{**vars(LLAMA), "dtype": torch.float32}), 9, False)
     merge("average", single, experts, tmp_path / "out")
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
@@ -180,7 +178,7 @@ def test_models_that_do_not_fit(harm: Callable[[Path], None], says: str, gemma: 
 
 def test_other_sizes_and_families(gemma: tuple[Path, list[Path]], llama: tuple[Path, list[Path]], tmp_path: Path) -> None:
     wider = make_model(tmp_path / "wider", Shape(**{**vars(GEMMA), "vocab": 304}), 0, True)
-    with pytest.raises(InputError, match="differs from the base in vocab_size of config.json"):
+    with pytest.raises(InputError, match=r"differs from the base in vocab_size of config\.json"):
         merge("average", gemma[0], [wider], tmp_path / "out")
     with pytest.raises(InputError, match="is of family llama3, the base of gemma2"):
         merge("average", gemma[0], llama[1], tmp_path / "out")
@@ -193,12 +191,12 @@ def test_other_sizes_and_families(gemma: tuple[Path, list[Path]], llama: tuple[P
         ({"drop": 1.0}, "drop=1.0 is out of range"),
         ({"drop": -0.1}, "drop=-0.1 is out of range"),
         ({"seed": -1}, "seed=-1 is negative"),
-        ({"scale": 1e38}, "exceeds the range of torch.float32"),
+        ({"scale": 3e38}, "exceeds the range of torch.float32"),
     ],
 )
 def test_settings_out_of_range(setting: dict[str, float], says: str, gemma: tuple[Path, list[Path]], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=says):
-        merge("dare", gemma[0], [gemma[1][0]] * 40, tmp_path / "out", **setting)  # type: ignore[arg-type]
+        merge("dare", gemma[0], gemma[1], tmp_path / "out", **setting)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
