@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from fr_export.training.merge import merge
 from results import write_results
 from rich.console import Console
 from safetensors.torch import save_file
@@ -23,12 +22,14 @@ from fr_export.evaluation.outcomes import Results, load_results, save_results
 from fr_export.evaluation.run import evaluate
 from fr_export.export import Request, export
 from fr_export.families import FAMILIES as EXPORTED
+from fr_export.fusion import FusionSettings
 from fr_export.stages import Stages
 from fr_export.training.architectures import FAMILIES, WIDTH
 from fr_export.training.domains import ALL_DOMAINS, DOMAINS, Sample, draw_many
-from fr_export.training.tiny import Budget, Workshop, tuned, validation
+from fr_export.training.merge import merge
+from fr_export.training.tiny import SEEDS, Budget, Workshop, chosen, tuned, validation
 
-SEEDS = (0, 1, 2)
+PRECISIONS = ("fp32", "fp16", "int8")
 SCALES = (0.3, 0.5, 0.8)  # of the merged task vectors
 TEST = 5000  # prompts per domain
 
@@ -51,26 +52,34 @@ class Comparison:
             self.workshop.direct(seed)
         shared: Results = {}  # what does not depend on the router
         for seed in SEEDS:
-            router = self.workshop.router(seed)
-            extra = ("collab", "sequence", "sequence-routed", *(f"expert:{name}" for name in DOMAINS))
-            found = self.system(f"system-{seed}", router, extra, shared, ("fp32", "fp16", "int8") if seed == 0 else ("fp32",))
+            extra = ("lambda:0.5", "token", "router", "collab", "sequence", "sequence-routed", *(f"expert:{name}" for name in DOMAINS))
+            found = self.system(f"system-{seed}", self.workshop.router(seed), extra, shared)
             shared = {method: own for method, own in found.items() if method == "collab" or method.startswith("expert:")}
-            self.system(f"sft-{seed}", router / "stages" / "sft", (), {}, ("fp32",))
-            direct = self.workshop.direct(seed)
-            self.single(f"direct-{seed}", direct)
-            self.single(f"direct-sft-{seed}", direct / "stages" / "sft")
-        self.single("base", self.workshop.base())
+        for seed in SEEDS:
+            self.single(f"direct-{seed}", self.workshop.direct(seed))
+        for seed in SEEDS:
+            self.system(f"sft-{seed}", self.workshop.router(seed) / "stages" / "sft", (), {})
         self.merges()
+        self.precisions()
+        self.single("base", self.workshop.base())
+        for seed in SEEDS:
+            self.single(f"direct-sft-{seed}", self.workshop.direct(seed) / "stages" / "sft")
 
-    def system(self, name: str, router: Path, extra: Sequence[str], known: Results, precisions: tuple[str, ...]) -> Results:
-        """Tune λ on the validation split, then measure the test split in every precision."""
-        bundle = self.bundle(name, router, self.workshop.expert_folders, precisions)
+    def precisions(self) -> None:
+        """The shipped system, which is the best of the seeds on the validation split, in every precision."""
+        tuned_at = {seed: FusionSettings.read(self.folder / f"system-{seed}.fusion") for seed in SEEDS}
+        best = chosen(tuned_at)
+        bundle = self.bundle("shipped", self.workshop.router(best), self.workshop.expert_folders, PRECISIONS)
+        for precision in PRECISIONS:
+            self.measured(f"shipped.{precision}", bundle, ("fused",), self.test, {}, precision, tuned_at[best].lam)
+
+    def system(self, name: str, router: Path, extra: Sequence[str], known: Results) -> Results:
+        """Tune λ on the validation split, then measure the test split."""
+        bundle = self.bundle(name, router, self.workshop.expert_folders, ("fp32",))
         settings = tuned(self.measured(f"{name}.validation", bundle, lambdas.methods(), self.validation))
         (self.folder / f"{name}.fusion").mkdir(exist_ok=True)
         settings.write(self.folder / f"{name}.fusion")
-        for precision in precisions[1:]:
-            self.measured(f"{name}.{precision}", bundle, ("fused",), self.test, {}, precision, settings.lam)
-        return self.measured(name, bundle, ("fused", "lambda:0.5", "token", "router", *extra), self.test, known, "fp32", settings.lam)
+        return self.measured(name, bundle, ("fused", *extra), self.test, known, "fp32", settings.lam)
 
     def single(self, name: str, model: Path, split: str = "test") -> Results:
         """A model alone, in the place of a router whose expert never runs."""

@@ -144,10 +144,10 @@ def text_table(folder: Path) -> str:
 
 
 def precision_table(folder: Path) -> str:
-    """The shipped system (seed 0) in every precision, against fp32 on the same prompts."""
-    base = Method("", "system-0", "fused").cells(folder)
+    """The shipped system in every precision, against fp32 on the same prompts."""
+    base = Method("", "shipped.fp32", "fused").cells(folder)
     lines = [row("precision", *ALL_DOMAINS, "average of five", "less fp32"), row("---", *["--:"] * 7)]
-    for precision, file in (("fp32", "system-0"), ("fp16", "system-0.fp16"), ("int8", "system-0.int8")):
+    for precision, file in (("fp32", "shipped.fp32"), ("fp16", "shipped.fp16"), ("int8", "shipped.int8")):
         if cells := Method("", file, "fused").cells(folder):
             found = compare(pooled(cells), pooled(base))
             single = [f"{100 * average(cells, 0, [domain]):.2f}" for domain in ALL_DOMAINS]

@@ -43,6 +43,7 @@ EVEN = {**dict.fromkeys(DOMAINS, 1.0), COMPOSITE: 1.0}
 BASE_MIX = {"math": 1.5, "code": 0.75, "instruction": 0.75, COMPOSITE: 1.0}  # sums are what takes longest to learn
 # Without any composites an expert forgets that a prompt may ask for two things, and is of no use in the midst of such an answer.
 EXPERT_COMPOSITES = 0.15
+SEEDS = (0, 1, 2)  # of the routers, from the same experts and rows; the best on the validation split is shipped
 VALIDATION = 500  # prompts per domain, for λ
 TUNED_ON = (*DOMAINS, COMPOSITE)  # the unseen composites have no part in any choice
 
@@ -166,20 +167,27 @@ def tuned(results: Results) -> FusionSettings:
     return FusionSettings(lam=lambdas.best(points), lam_curve=points)
 
 
+def chosen(settings: Mapping[int, FusionSettings]) -> int:
+    """The seed whose router is the best on the validation split, each at its own λ; the first among equals."""
+    return max(settings, key=lambda seed: max(accuracy for _, accuracy in settings[seed].lam_curve or []))
+
+
 def ship(workshop: Workshop, out: Path, jobs: int, console: Console) -> FusionSettings:
-    """Train the family's system (seed 0), tune λ on its exported bundle, and put both into `out`, whose older content goes when all is done."""
-    router = workshop.router(seed=0)
-    bundle = workshop.folder / "bundle"
-    request = ExportRequest(
-        families.FAMILIES[workshop.family.name], str(router), workshop.expert_folders, ("fp32",), ("ort:cpu",), bundle, force=True
-    )
-    export(request, Stages(Console(quiet=True)))
-    settings = tuned(evaluate(bundle, "fp32", lambdas.methods(), validation(), jobs=jobs, console=console))
+    """Train the family's systems, tune λ on their exported bundles, and put the best into `out`, whose older content goes when all is done."""
+    settings = {}
+    for seed in SEEDS:
+        bundle, router = workshop.folder / "bundle", workshop.router(seed)
+        request = ExportRequest(
+            families.FAMILIES[workshop.family.name], str(router), workshop.expert_folders, ("fp32",), ("ort:cpu",), bundle, force=True
+        )
+        export(request, Stages(Console(quiet=True)))
+        settings[seed] = tuned(evaluate(bundle, "fp32", lambdas.methods(), validation(), jobs=jobs, console=console))
+    best = chosen(settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        shutil.copytree(router, beside / "router", ignore=shutil.ignore_patterns("stages", "losses.json"))
-        settings.write(beside / "router")
+        shutil.copytree(workshop.router(best), beside / "router", ignore=shutil.ignore_patterns("stages", "losses.json"))
+        settings[best].write(beside / "router")
         for name, folder in workshop.expert_folders.items():
             shutil.copytree(folder, beside / "experts" / name, ignore=shutil.ignore_patterns("losses.json", "loss.png"))
         if out.exists():
@@ -188,7 +196,7 @@ def ship(workshop: Workshop, out: Path, jobs: int, console: Console) -> FusionSe
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return settings
+    return settings[best]
 
 
 def main(
