@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from results import write_results
+from results import TEST_DRAW, write_results
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -42,7 +42,7 @@ class Comparison:
         self.workshop = Workshop(FAMILIES[family], self.folder, width, Budget().scaled(scale))
         self.family, self.jobs = EXPORTED[family], jobs
         self.validation = validation()
-        self.test = {domain: draw_many(domain, "test", prompts, seed=0) for domain in ALL_DOMAINS}
+        self.test = {domain: draw_many(domain, "test", prompts, TEST_DRAW) for domain in ALL_DOMAINS}
 
     def run(self) -> None:
         """Everything, the most wanted first."""

@@ -17,9 +17,11 @@ Split = Literal["train", "validation", "test"]
 
 DOMAINS = ("math", "code", "instruction")
 COMPOSITE, UNSEEN = "composite", "unseen"
+PAIRED = "paired"  # two prompts of one domain: for training only, they teach that a prompt may ask for two things
 ALL_DOMAINS = (*DOMAINS, COMPOSITE, UNSEEN)
 _SHARES: dict[int, Split] = {0: "test", 1: "test", 2: "validation"}  # of 24 equal shares of all prompts; the rest is for training
 _PAIRS = {
+    PAIRED: tuple((domain, domain) for domain in DOMAINS),
     COMPOSITE: (("math", "code"), ("code", "math"), ("math", "instruction"), ("instruction", "math")),
     UNSEEN: (("code", "instruction"), ("instruction", "code")),
 }
@@ -50,7 +52,7 @@ def belongs(task: Task, split: Split) -> bool:
 
 
 def draw(domain: str, split: Split, rng: random.Random) -> Sample:
-    """One random sample of a domain (of ALL_DOMAINS) from the split. Raises ValueError for a training sample of the unseen composites."""
+    """One random sample of a domain (of ALL_DOMAINS, or PAIRED) from the split. Raises ValueError for a training sample of the unseen composites."""
     if domain == UNSEEN and split == "train":
         raise ValueError("the unseen composites are never trained on")
     if domain in DOMAINS:

@@ -28,19 +28,19 @@ from fr_export.fusion import FusionSettings
 from fr_export.stages import Stages
 from fr_export.training.architectures import FAMILIES, WIDTH, Family, new_model
 from fr_export.training.corpus import write_preferences, write_sft
-from fr_export.training.domains import COMPOSITE, DOMAINS, Sample, draw_many
+from fr_export.training.domains import COMPOSITE, DOMAINS, PAIRED, Sample, draw_many
 from fr_export.training.recipe import Recipe, Request, Stage
 from fr_export.training.tiny_tokenizer import build_tokenizer
 from fr_export.training.train import train
 
 TOKENS = 1024  # per batch
-ROWS = 36  # of training data per step: about what a batch takes
+ROWS = 24  # of training data per step, about two thirds of what a batch takes
 BASE_LR, EXPERT_LR = 4e-3, 2e-3
 # The head learns slowly: at 1e-2 its softmax saturates on one expert before the domains are told apart, and stays.
 SFT_LR, MIXED_LR, HEAD_LR = 2e-3, 5e-4, 1e-3
 
-EVEN = {**dict.fromkeys(DOMAINS, 1.0), COMPOSITE: 1.0}
-BASE_MIX = {"math": 1.5, "code": 0.75, "instruction": 0.75, COMPOSITE: 1.0}  # sums are what takes longest to learn
+EVEN = {**dict.fromkeys(DOMAINS, 1.0), COMPOSITE: 1.0, PAIRED: 0.5}
+BASE_MIX = {"math": 1.5, "code": 0.75, "instruction": 0.75, COMPOSITE: 0.75, PAIRED: 0.5}  # sums are what takes longest to learn
 # Without any composites an expert forgets that a prompt may ask for two things, and is of no use in the midst of such an answer.
 EXPERT_COMPOSITES = 0.15
 SEEDS = (0, 1, 2)  # of the routers, from the same experts and rows; the best on the validation split is shipped
@@ -52,10 +52,10 @@ TUNED_ON = (*DOMAINS, COMPOSITE)  # the unseen composites have no part in any ch
 class Budget:
     """Optimizer steps of each run. The base can do a little of all; experts still err in their own domain, as real ones do."""
 
-    base: int = 2000
+    base: int = 3000
     experts: Mapping[str, int] = field(default_factory=lambda: {"math": 600, "code": 300, "instruction": 300})
-    sft: int = 600
-    mixed: int = 250
+    sft: int = 1200
+    mixed: int = 300
 
     def scaled(self, factor: float) -> "Budget":
         """The same in proportion, for quick tries."""
