@@ -27,7 +27,7 @@ from fr_export.stages import Stages
 from fr_export.training.architectures import FAMILIES, WIDTH
 from fr_export.training.domains import ALL_DOMAINS, DOMAINS, Sample, draw_many
 from fr_export.training.merge import merge
-from fr_export.training.tiny import SEEDS, Budget, Workshop, chosen, tuned, validation
+from fr_export.training.tiny import BUDGETS, SEEDS, Workshop, chosen, tuned, validation
 
 PRECISIONS = ("fp32", "fp16", "int8")
 SCALES = (0.3, 0.5, 0.8)  # of the merged task vectors
@@ -39,7 +39,7 @@ class Comparison:
 
     def __init__(self, family: str, work: Path, width: int, prompts: int, scale: float, jobs: int):
         self.folder = work / f"{family}-{width}"
-        self.workshop = Workshop(FAMILIES[family], self.folder, width, Budget().scaled(scale))
+        self.workshop = Workshop(FAMILIES[family], self.folder, width, BUDGETS[family].scaled(scale))
         self.family, self.jobs = EXPORTED[family], jobs
         self.validation = validation()
         self.test = {domain: draw_many(domain, "test", prompts, TEST_DRAW) for domain in ALL_DOMAINS}
