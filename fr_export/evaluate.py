@@ -30,7 +30,7 @@ WIDE = 160  # columns of a table that no terminal bounds
 
 
 def main(
-    bundle: Annotated[list[Path], typer.Argument(help="Folders that export.py wrote.")],
+    bundle: Annotated[list[Path], typer.Argument(metavar="BUNDLE", help="Folders that export.py wrote.")],
     methods: Annotated[
         str,
         typer.Option(help="Comma list; also expert:NAME (experts: all of them) and lambda:X. The first is what others are compared with."),
@@ -65,12 +65,11 @@ def main(
             raise typer.BadParameter("λ cannot be both chosen and given", param_hint="--tune / --fusion / --lambda")
         if split not in SPLITS:
             raise typer.BadParameter(f"unknown split '{split}'; expected {' or '.join(SPLITS)}", param_hint="--split")
-        asked = choose_tasks(tasks, split, prompts, domains, seed)
         request = Request(
             bundles=tuple(bundle),
             precisions=listed(precision) if precision else (None,),
             methods=choose_methods(methods, bundle),
-            tasks=asked,
+            tasks=choose_tasks(tasks, split, prompts, domains, seed),
             out=out,
             source=f"builtin {split}" if tasks == "builtin" else tasks,
             tuning=choose_tasks(tasks, "validation", prompts, domains, seed) if tune else None,

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 
 from fr_export.evaluation.outcomes import Outcomes
 from fr_export.evaluation.worker import Job, Piece, Worker
@@ -29,7 +30,8 @@ def answer_all(job: Job, pieces: Sequence[Piece], processes: int, advance: Calla
             found.append(worker.answer(piece))
             advance(len(piece.questions))
         return found
-    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    lifeline, end = multiprocessing.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_hold_on_to, initargs=(lifeline,))
     # Ctrl-C is for the parent, which then ends the workers. A blocked signal is inherited, and the workers start at the first task.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -43,7 +45,9 @@ def answer_all(job: Job, pieces: Sequence[Piece], processes: int, advance: Calla
         raise FusionError("A process of the evaluation was killed, perhaps for want of memory: try fewer with --jobs.") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        end.close()
         executor.shutdown(cancel_futures=True)
+        lifeline.close()
 
 
 @functools.lru_cache(maxsize=1)
@@ -55,13 +59,11 @@ def _answer(job: Job, piece: Piece) -> Parts:
     return _worker(job).answer(piece)
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next piece for ever."""
+def _hold_on_to(lifeline: Connection) -> None:
+    """End this process at once, in the midst of its work, when the other end is closed: by the parent, or by the parent's death."""
 
     def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
+        lifeline.poll(None)
+        os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()

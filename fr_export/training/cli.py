@@ -183,11 +183,15 @@ def show(report: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(report)), flush=True)
         return
-    table = Table("stage", "steps", "seconds", "LM loss", "routing loss", "DPO loss", "reward accuracy", "reward margin")
+    table = Table("stage", "steps", "seconds", "MiB", "LM loss", "routing loss", "DPO loss", "reward accuracy", "reward margin")
     for stage in report.stages:
         last = [stage["last"].get(name) for name in ("lm_loss", "routing_loss", "dpo_loss", "reward_accuracy", "reward_margin")]
         table.add_row(
-            stage["name"], str(stage["steps"]), f"{stage['seconds']:.1f}", *("" if value is None else f"{value:.3f}" for value in last)
+            stage["name"],
+            str(stage["steps"]),
+            f"{stage['seconds']:.1f}",
+            f"{stage['peak_mib']:.0f}",
+            *("" if value is None else f"{value:.3f}" for value in last),
         )
     console = Console()
     console.print(table)

@@ -1,5 +1,6 @@
 """What a training run is asked to do: its stages, their numbers, and the two presets."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ class Stage:
     def __post_init__(self) -> None:
         if self.name not in STAGES:
             raise InputError(f"Unknown training stage '{self.name}'; expected {', '.join(STAGES)}.")
+        rates = (self.learning_rate, *([] if self.head_learning_rate is None else [self.head_learning_rate]))
+        check_finite(f"learning rate of stage {self.name}", *rates)
 
     @property
     def supervised(self) -> bool:
@@ -65,6 +68,15 @@ class Recipe:
             raise InputError(f"Unknown optimizer '{self.optimizer}'; expected {' or '.join(OPTIMIZERS)}.")
         if self.precision not in PRECISIONS:
             raise InputError(f"Unknown precision '{self.precision}'; expected {' or '.join(PRECISIONS)}.")
+        for name in ("warmup", "clip", "beta", "routing_weight"):
+            check_finite(name.replace("_", " "), getattr(self, name))
+
+
+def check_finite(what: str, *values: float) -> None:
+    """Raises InputError for infinity and for what is no number."""
+    for value in values:
+        if not math.isfinite(value):
+            raise InputError(f"The {what} is {value}; expected a finite number.")
 
 
 @dataclass(frozen=True)

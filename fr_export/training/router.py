@@ -54,24 +54,18 @@ class Router(nn.Module):
         self.lm, self.head, self.vocab = lm, head, vocab
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, experts: list[str], vocab: int, lora_rank: int = 0, seed: int = 0) -> "Router":
-        """Read the LM in float32. The head starts as the checkpoint's own or, where it has none, at zero: all experts alike.
+    def load(cls, checkpoint: Checkpoint, start: Tensor | None, vocab: int, lora_rank: int = 0, seed: int = 0) -> "Router":
+        """Read the LM in float32; the head begins as `start` [n, hidden].
 
-        With `lora_rank` the LM's matrices are frozen under low-rank adapters (arXiv:2106.09685). Raises InputError for a head that
-        was trained for other experts.
+        With `lora_rank` the LM's matrices are frozen under low-rank adapters (arXiv:2106.09685).
         """
         lm = load_lm(checkpoint)
         if lora_rank:
             add_adapters(lm, lora_rank, seed)
         head = None
-        if experts:
-            head = nn.Linear(lm.config.hidden_size, len(experts), bias=False)
-            nn.init.zeros_(head.weight)
-            if has_head(checkpoint):
-                found = read_head(checkpoint, HEAD_KEY, experts)
-                if found.bias.any():
-                    raise InputError(f"{checkpoint.where} has a routing head with a bias, which is not trained: remove it to start anew.")
-                head.weight.data = torch.from_numpy(found.weight)
+        if start is not None:
+            head = nn.Linear(start.shape[1], start.shape[0], bias=False)
+            head.weight.data = start.clone()
         return cls(lm, head, vocab)
 
     def forward(self, ids: Tensor, positions: Tensor, learns_routing: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -111,6 +105,21 @@ class Router(nn.Module):
 def has_head(checkpoint: Checkpoint) -> bool:
     """Whether a router's folder holds a routing head."""
     return f"{HEAD_KEY}.weight" in checkpoint.weights
+
+
+def start_head(checkpoint: Checkpoint, experts: list[str]) -> Tensor | None:
+    """The head [n, hidden] that training begins with: the checkpoint's own or, where it has none, zero, which likes all experts alike.
+
+    None without experts. Raises InputError for a head that was trained for other experts, or that has a bias.
+    """
+    if not experts:
+        return None
+    if not has_head(checkpoint):
+        return torch.zeros(len(experts), checkpoint.config.hidden_size)
+    found = read_head(checkpoint, HEAD_KEY, experts)
+    if found.bias.any():
+        raise InputError(f"{checkpoint.where} has a routing head with a bias, which is not trained: remove its {HEAD_KEY}.bias.")
+    return torch.from_numpy(found.weight)
 
 
 def add_adapters(lm: Any, rank: int, seed: int) -> None:

@@ -38,7 +38,7 @@ from fr_export.training.expert_cache import (
 )
 from fr_export.training.folder import TRAINING_FILE, RouterStaging, Work
 from fr_export.training.recipe import Request, Stage
-from fr_export.training.router import HEAD_KEY, Router, has_head, stored_dtype, write_router
+from fr_export.training.router import HEAD_KEY, Router, has_head, start_head, stored_dtype, write_router
 from fr_export.training.trainer import RouterTrainer
 from runtime.errors import InputError, UnavailableError
 
@@ -47,7 +47,7 @@ _RANKS_WAIT = timedelta(days=7)  # for the one that computes the experts' log-pr
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. `stages` holds name, steps, seconds and the last point of the loss curve of each."""
+    """What a run did. `stages` holds of each name, steps, seconds, peak_mib (anonymous memory, MiB) and the loss curve's last point."""
 
     out: str
     rows: int  # SFT samples learnt from
@@ -85,6 +85,7 @@ class _Run:
         self.vocab = common_vocabulary(self.router, tuple(self.experts))
         if self.experts and self.recipe.stages[0].name == "cdpo" and not has_head(self.router):
             raise InputError(f"{self.router.where} has no routing head, which CDPO does not train: begin with the stage sft.")
+        self.head = start_head(self.router, list(request.experts))
         self.dtype = request.dtype or stored_dtype(self.router)
         self.limit = min(self.recipe.max_length, self.router.config.max_position_embeddings)
         self.rows, self.pairs, self.skipped = self._data()
@@ -114,12 +115,14 @@ class _Run:
         """Score, train, write."""
         request, writer = self.request, self.state.is_main_process
         keep = request.checkpoint_every is not None
-        with Work(request.out, self.identity, keep=keep, resume=request.resume, force=request.force, writer=writer) as work:
+        work = Work(request.out, self.identity, keep=keep, resume=request.resume, force=request.force, writer=writer)
+        self.state.wait_for_everyone()  # all ranks have looked before rank 0 writes
+        with work:
             self.state.wait_for_everyone()
             cache = request.cache or work.folder / "cache"
             sft = self._samples(self.rows, False, "samples", cache)
             preferences = self._samples(self.pairs, True, "preferences", cache)
-            router = Router.load(self.router, list(request.experts), self.vocab, self.recipe.lora_rank, self.recipe.seed)
+            router = Router.load(self.router, self.head, self.vocab, self.recipe.lora_rank, self.recipe.seed)
             curves = [self._stage(stage, router, sft, preferences, work) for stage in self.recipe.stages]
             report = Report(str(request.out), len(self.rows), len(self.pairs) // 2, self.skipped, [_summary(curve) for curve in curves])
             if writer:
@@ -173,9 +176,10 @@ class _Run:
         with self.display.stage(f"stage {stage.name}", len(trainer.steps)) as advance, quiet():
             trainer.run(work.checkpoint(folder), advance)
         seconds = round(time.perf_counter() - started, 2)
-        found = {"name": stage.name, "steps": len(trainer.steps), "seconds": seconds, "points": trainer.points()}
+        memory = self.display.done[-1].peak_anonymous_mib
+        found = {"name": stage.name, "steps": len(trainer.steps), "seconds": seconds, "peak_mib": memory, "points": trainer.points()}
         if self.state.is_main_process:
-            if self.request.keep_stages:
+            if self.request.keep_stages and stage is not self.recipe.stages[-1]:
                 self._write_router(router, work.folder / "stages" / stage.name)
             if self.request.checkpoint_every is not None:
                 save_file(router.trained(), weights)
@@ -187,7 +191,8 @@ class _Run:
     def _reference(self, router: Router, preferences: Samples, file: Path) -> npt.NDArray[np.float32]:
         """log π_ref [T] of the preferences: the router's as it is now, which for a resumed stage is read from its file."""
         router.to(self.state.device).eval()
-        with self.state.main_process_first():
+        autocast = torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")  # as in the stage itself
+        with self.state.main_process_first(), autocast:
             scores = read_scores(file)
             if scores is None:
                 with self.display.stage("router on preferences, as the reference", len(preferences.rows)) as advance:
@@ -204,9 +209,8 @@ class _Run:
     def _write(self, router: Router, curves: list[dict[str, Any]], report: Report, folder: Path, work: Work) -> None:
         """The router with what tells how it was trained, in a folder that is still nobody's."""
         self._write_router(router, folder)
-        if self.request.keep_stages:
-            shutil.rmtree(work.folder / "stages" / curves[-1]["name"])  # that is the router itself
-            (work.folder / "stages").rename(folder / "stages")
+        if (earlier := work.folder / "stages").is_dir():
+            shutil.copytree(earlier, folder / "stages")
         described = {
             **{name: value for name, value in self.identity.items() if name != "recipe"},
             "recipe": asdict(self.recipe),

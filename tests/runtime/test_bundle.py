@@ -13,6 +13,7 @@ import pytest
 
 from runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
 from runtime.bundle import Bundle
+from runtime.manifest import Manifest
 
 Change = Callable[[dict[str, Any]], object]
 PROMPT = [1, 5, 9]
@@ -108,6 +109,7 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "graph without hash": (lambda m: m["files"].pop(first(m)["graphs"]["router"]), "is not among the files"),
     "graph that is nowhere": (other_graph, "graphs/none.onnx is not among the files"),
     "lambda out of range": (lambda m: m.update(lam=1.5), "lam: Input should be less than or equal to 1"),
+    "curve out of range": (lambda m: m.update(lam_curve=[[0.5, 1.5]]), "lam_curve.0.1: Input should be less than or equal to 1"),
     "unknown fusion": (lambda m: m.update(fusion="product"), "fusion: Input should be 'weighted' or 'additive'"),
     "hash that is none": (lambda m: next(iter(m["files"].values())).update(sha256="abc"), "sha256"),
     "more layers": (lambda m: m["models"][0].update(layers=m["models"][0]["layers"] + 1), "does not have the inputs"),
@@ -123,6 +125,27 @@ def test_manifests_that_do_not_fit(bundle: Path, name: str) -> None:
     edit(bundle, change)
     sentence = refusal(bundle)
     assert words in sentence
+
+
+def test_a_curve_of_lambda_is_optional_and_kept(bundle: Path) -> None:
+    edit(bundle, lambda m: m.pop("lam_curve"))
+    assert Manifest.read(bundle).lam_curve is None
+    tuned = Manifest.read(bundle).model_copy(update={"lam": 0.25, "lam_curve": [(0.0, 0.5), (0.25, 0.75)]})
+    tuned.write(bundle)
+    assert Manifest.read(bundle) == tuned
+    Bundle.open(bundle).verify()
+
+
+def test_a_manifest_is_replaced_in_one_step(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, files = (bundle / "manifest.json").read_bytes(), sorted(bundle.iterdir())
+
+    def fails(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="no space"):
+        Manifest.read(bundle).write(bundle)
+    assert (bundle / "manifest.json").read_bytes() == before and sorted(bundle.iterdir()) == files
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"format": 1}', b"\xff\xfe\x00", b"[" * 100_000])

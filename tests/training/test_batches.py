@@ -43,12 +43,13 @@ def test_the_same_seed_gives_the_same_plan() -> None:
     assert numbers(1) == numbers(1) != numbers(2)
 
 
-def test_a_step_has_the_same_samples_however_it_is_split() -> None:
+@pytest.mark.parametrize("tokens", [None, 60])
+def test_a_step_has_the_same_samples_however_it_is_split(tokens: int | None) -> None:
     samples = Samples(rows(100), preferred=False)
-    whole = plan([samples], 12, None, per_step=1, epochs=1, max_steps=None, seed=0)
-    split = plan([samples], 4, None, per_step=3, epochs=1, max_steps=None, seed=0)
-    assert [sorted(step[0].numbers) for step in whole] == [sorted(n for batch in step for n in batch.numbers) for step in split]
-    few = plan([Samples(rows(2), preferred=False)], 4, None, per_step=3, epochs=1, max_steps=None, seed=0)
+    whole = plan([samples], 12, tokens and 3 * tokens, per_step=1, epochs=1, max_steps=None, seed=0)
+    split = plan([samples], 4, tokens, per_step=3, epochs=1, max_steps=None, seed=0)
+    assert [sorted(step[0].numbers) for step in whole] == [sorted({n for batch in step for n in batch.numbers}) for step in split]
+    few = plan([Samples(rows(2), preferred=False)], 4, tokens, per_step=3, epochs=1, max_steps=None, seed=0)
     assert [len(batch.numbers) for batch in few[0]] == [1, 1, 1]
 
 

@@ -16,6 +16,7 @@ from fr_export.families import FAMILIES
 from fr_export.training import expert_cache
 from fr_export.training.data import read_sft
 from fr_export.training.expert_cache import Scores, data_digest, expert_scores, informative, key, model_digest, read_scores
+from fr_export.training.router import load_lm
 from tests.systems import Shape, make_model, write_tokenizer
 from tests.training.conftest import Toy
 
@@ -59,12 +60,12 @@ def test_scores_are_computed_once_and_again_when_something_changed(toy: Toy, tmp
     shutil.copytree(toy.experts["letters"], folder)
     rows = read_sft(toy.sft, toy.encoder)[:5]
 
-    def computed(change: Callable[[], None] = lambda: None) -> bool:
+    def computed(change: Callable[[], object] = lambda: None) -> bool:
         """Whether a model had to run."""
         change()
         checkpoint = Checkpoint.open("letters", str(folder), FAMILIES["llama3"])
         file = tmp_path / key(model_digest(checkpoint), data_digest(rows), 280, "fp32")
-        with patch.object(expert_cache, "load_lm", wraps=expert_cache.load_lm) as load:
+        with patch.object(expert_cache, "load_lm", wraps=load_lm) as load:
             scores = expert_scores(checkpoint, rows, 280, "fp32", CPU, file, lambda _: None)
         assert read_scores(file).log_probs.tolist() == scores.log_probs.tolist()  # type: ignore[union-attr]
         return bool(load.called)
@@ -73,11 +74,11 @@ def test_scores_are_computed_once_and_again_when_something_changed(toy: Toy, tmp
         rows[1] = replace(rows[1], learnt=np.roll(rows[1].learnt, 1))
 
     assert computed() and not computed()
-    assert computed(lambda: shutil.copyfile(Path(toy.experts["digits"]) / "model.safetensors", folder / "model.safetensors") and None)
+    assert computed(lambda: shutil.copyfile(Path(toy.experts["digits"]) / "model.safetensors", folder / "model.safetensors"))
     assert not computed()
     assert computed(other_answer)
     assert computed(lambda: rows.reverse())
-    assert not computed(lambda: (folder / "generation_config.json").write_text("{}") and None)
+    assert not computed(lambda: (folder / "generation_config.json").write_text("{}"))
 
 
 def test_a_broken_file_is_computed_again(toy: Toy, tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+import fr_export
 from fr_export.checkpoint import Checkpoint
 from fr_export.families import FAMILIES
 from fr_export.training.data import Encoder, Row, fitting, read_preferences, read_sft
 from runtime.errors import InputError
 
-TINY = Path("fr_export/tiny")
+TINY = Path(fr_export.__file__).parent / "tiny"
 ENDS = {"gemma2": ("<end_of_turn>", "<eos>"), "llama3": ("<|eot_id|>", "<|end_of_text|>")}
 TURNS = [
     {"role": "user", "content": "12+30="},

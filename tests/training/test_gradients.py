@@ -15,7 +15,7 @@ from fr_export.families import FAMILIES
 from fr_export.training.batches import Samples, flat
 from fr_export.training.data import read_preferences, read_sft
 from fr_export.training.recipe import Recipe, Stage
-from fr_export.training.router import Router
+from fr_export.training.router import Router, start_head
 from fr_export.training.trainer import RouterTrainer
 from tests.training.conftest import Toy
 
@@ -33,11 +33,11 @@ def samples(toy: Toy, preferred: bool, count: int) -> Samples:
 
 def router(toy: Toy) -> Router:
     """The base with a head that prefers now one expert, now the other."""
-    found = Router.load(Checkpoint.open("router", toy.base, FAMILIES["llama3"]), list(toy.experts), 280)
-    assert found.head is not None and not found.head.weight.any()
+    checkpoint = Checkpoint.open("router", toy.base, FAMILIES["llama3"])
+    start = start_head(checkpoint, list(toy.experts))
+    assert start is not None and start.shape == (2, 32) and not start.any()
     torch.manual_seed(1)
-    torch.nn.init.normal_(found.head.weight)
-    return found
+    return Router.load(checkpoint, torch.randn(2, 32), 280)
 
 
 def trainer(model: Router, stage: str, sets: list[Samples], folder: Path, steps: int | None = 1, **recipe: Any) -> RouterTrainer:
@@ -62,16 +62,17 @@ def test_sft_loss_and_gradient_of_a_batch_equal_plain_loops(toy: Toy, tmp_path: 
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
+    assert data.expert_log_probs is not None and data.informative is not None
     lm, mixtures, at = [], [], 0
     for row in data.rows:
         log_probs, routing = everywhere(model, torch.from_numpy(row.ids.astype(np.int64)))
         for t in range(1, len(row.ids)):
             if row.learnt[t]:
                 lm.append(log_probs[t - 1, int(row.ids[t])])
-                if data.informative[at]:  # type: ignore[index]
+                if data.informative[at]:
                     mixtures.append(
                         sum(w * float(x) for w, x in zip(routing[t - 1].softmax(-1), data.expert_log_probs[:, at], strict=True))
-                    )  # type: ignore[index]
+                    )
                 at += 1
     expected = -sum(lm) / len(lm) - WEIGHT * sum(mixtures) / len(mixtures)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -88,6 +89,7 @@ def test_cdpo_loss_of_a_batch_equals_plain_loops_and_spares_the_head(toy: Toy, t
     assert model.head is not None and model.head.weight.grad is None
     found = {name: p.grad.clone() for name, p in model.lm.named_parameters()}
     model.zero_grad()
+    assert data.expert_log_probs is not None and data.reference is not None
     sums: list[Any] = []
     chosen_experts = set()
     at = 0
@@ -98,8 +100,8 @@ def test_cdpo_loss_of_a_batch_equals_plain_loops_and_spares_the_head(toy: Toy, t
             if row.learnt[t]:
                 expert = int(routing[t - 1].argmax())
                 chosen_experts.add(expert)
-                bias = float(data.expert_log_probs[expert, at])  # type: ignore[index]
-                total = total + BETA * (log_probs[t - 1, int(row.ids[t])] - float(data.reference[at])) + BETA * bias  # type: ignore[index]
+                bias = float(data.expert_log_probs[expert, at])
+                total = total + BETA * (log_probs[t - 1, int(row.ids[t])] - float(data.reference[at])) + BETA * bias
                 at += 1
         sums.append(total)
     assert chosen_experts == {0, 1}
@@ -120,8 +122,9 @@ def test_without_experts_preferences_give_the_loss_of_dpo(toy: Toy, tmp_path: Pa
             float(model.lm(torch.tensor(row.ids[None].astype(np.int64))).logits[0].log_softmax(-1)[row.positions, row.labels].sum())
             for row in data.rows
         ]
+    assert data.reference is not None
     cut = len(data.rows[0].labels)
-    gap = (sums[0] - data.reference[:cut].sum()) - (sums[1] - data.reference[cut:].sum())  # type: ignore[index]
+    gap = (sums[0] - data.reference[:cut].sum()) - (sums[1] - data.reference[cut:].sum())
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-BETA * gap)), rel=1e-4)
 
 
@@ -150,12 +153,16 @@ def test_in_a_mixed_run_momentum_and_decay_do_not_move_the_head_on_preferences(t
     assert moved == kinds
 
 
-def test_accumulated_batches_equal_one_batch(toy: Toy, tmp_path: Path) -> None:
-    data = samples(toy, False, 8)
-    results = []
+@pytest.mark.parametrize("preferred", [False, True])
+def test_accumulated_batches_equal_one_batch(toy: Toy, tmp_path: Path, preferred: bool) -> None:
+    data = samples(toy, preferred, 8)
+    results, curves = [], []
     for size, accumulation in ((8, 1), (2, 4)):
         model = router(toy)
-        trainer(model, "sft", [data], tmp_path, batch_size=size, accumulation=accumulation).run(None, lambda _: None)
+        own = trainer(model, "mixed", [data], tmp_path, batch_size=size, accumulation=accumulation)
+        own.run(None, lambda _: None)
         results.append(model.state_dict())
+        curves.append(own.points())
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-5)
+    assert curves[1] == [pytest.approx(point, rel=1e-4) for point in curves[0]]

@@ -72,8 +72,8 @@ def test_cdpo_equals_a_plain_loop(beta: float) -> None:
                 total += sign * (float(policy[t]) - float(reference[t]))
                 bias += sign * float(experts[scores.index(max(scores)), t])
         expected.append(-math.log(1 / (1 + math.exp(-(beta * total + beta * bias)))))
-    gaps = [preference_gaps(own, owners, 2) for own in (policy, reference, selected_log_probs(routing, experts))]
-    loss = cdpo_loss(cdpo_logits(*gaps, beta))
+    router, before, expert = (preference_gaps(own, owners, 2) for own in (policy, reference, selected_log_probs(routing, experts)))
+    loss = cdpo_loss(cdpo_logits(router, before, expert, beta))
     assert loss.item() == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +35,27 @@ class Interrupted(Exception):
 class CutOff(Stages):
     """A display that breaks off after a number of steps of a stage."""
 
-    def __init__(self, stage: str, steps: int) -> None:
+    def __init__(self, **steps: int) -> None:
         super().__init__(Console(quiet=True))
-        self._stage, self._left = f"stage {stage}", steps
+        self._left = steps
 
-    def stage(self, name: str, total: float | None = None) -> Any:
-        context = super().stage(name, total)
-        if name != self._stage:
-            return context
-        outer = self
+    @contextmanager
+    def stage(self, name: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+        def counted(_: float) -> None:
+            if not self._left[key]:
+                raise Interrupted
+            self._left[key] -= 1
 
-        class Counting:
-            def __enter__(self) -> Any:
-                context.__enter__()
-                return self.advance
-
-            def advance(self, _: float) -> None:
-                if not outer._left:
-                    raise Interrupted
-                outer._left -= 1
-
-            def __exit__(self, *error: Any) -> None:
-                context.__exit__(*error)
-
-        return Counting()
+        key = name.removeprefix("stage ")
+        with super().stage(name, total) as advance:
+            yield counted if key in self._left else advance
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    head = folder / "routing_head.safetensors"
-    return load_file(folder / "model.safetensors") | (load_file(head) if head.exists() else {})
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -109,11 +103,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toy: Toy, tmp_path: Path, opt
     train(request("whole"))
     for stage, steps in (("sft", 3), ("mixed", 5)):
         with pytest.raises(Interrupted):
-            train(request(stage), CutOff(stage, steps))
+            train(request(stage), CutOff(**{stage: steps}))
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(stage)] == [f"{stage}.unfinished"]
         kept = sorted(path.name for path in (tmp_path / f"{stage}.unfinished" / stage).iterdir())
         assert kept == [f"checkpoint-{steps - 1}"]
-        report = train(request(stage, resume=True))
+        remaining = {stage: 6 - (steps - 1)} | ({"sft": 0} if stage == "mixed" else {})  # not one step is done again that a checkpoint has
+        report = train(request(stage, resume=True), CutOff(**remaining))
         assert [done["steps"] for done in report.stages] == [6, 6]
         assert equal(weights(tmp_path / "whole"), weights(tmp_path / stage))
         curves = [json.loads((tmp_path / out / "losses.json").read_text())["stages"] for out in ("whole", stage)]
@@ -125,12 +120,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toy: Toy, tmp_path: Path, opt
 def test_interrupted_runs_are_neither_mixed_up_nor_lost(toy: Toy, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
-        train(toy.request(out, SFT), CutOff("sft", 3))
+        train(toy.request(out, SFT), CutOff(sft=3))
     assert not list(tmp_path.iterdir())  # nothing to go on from: nothing left behind
     with pytest.raises(InputError, match="no interrupted run"):
         train(toy.request(out, SFT, resume=True))
     with pytest.raises(Interrupted):
-        train(toy.request(out, SFT, checkpoint_every=2), CutOff("sft", 3))
+        train(toy.request(out, SFT, checkpoint_every=2), CutOff(sft=3))
     with pytest.raises(InputError, match="--resume to go on"):
         train(toy.request(out, SFT, checkpoint_every=2))
     with pytest.raises(InputError, match=r"had other settings \(recipe\)"):
@@ -196,7 +191,7 @@ def test_nothing_but_a_trained_router_is_replaced(toy: Toy, tmp_path: Path) -> N
         train(toy.request(out, SFT))
     before = weights(out)
     with pytest.raises(Interrupted):
-        train(toy.request(out, SFT, force=True, recipe={"seed": 1}), CutOff("sft", 3))
+        train(toy.request(out, SFT, force=True, recipe={"seed": 1}), CutOff(sft=3))
     assert equal(weights(out), before)
     train(toy.request(out, SFT, force=True, recipe={"seed": 1}))
     assert not equal(weights(out), before)
