@@ -183,7 +183,7 @@ def show(report: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(report)), flush=True)
         return
-    table = Table("stage", "steps", "seconds", "MiB", "LM loss", "routing loss", "DPO loss", "reward accuracy", "reward margin")
+    table = Table("stage", "steps", "seconds", "MiB", "LM loss", "routing", "DPO", "accuracy", "margin")
     for stage in report.stages:
         last = [stage["last"].get(name) for name in ("lm_loss", "routing_loss", "dpo_loss", "reward_accuracy", "reward_margin")]
         table.add_row(
