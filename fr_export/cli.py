@@ -1,19 +1,18 @@
 """The command line of `export.py`."""
 
-import errno
 import json
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from fr_export.ending import fail, one_sentence
 from fr_export.families import FAMILIES
 from runtime.engine import FUSIONS
-from runtime.errors import FusionError, one_line
+from runtime.errors import FusionError
 
 
 def parse_expert(text: str) -> tuple[str, str]:
@@ -24,6 +23,20 @@ def parse_expert(text: str) -> tuple[str, str]:
             f"'{text}' is not NAME=SRC with a plain name, such as --expert math=checkpoints/math", param_hint="--expert"
         )
     return name, source
+
+
+def parse_experts(texts: list[str]) -> list[tuple[str, str]]:
+    """Every --expert flag's name and source, in order; the names differ."""
+    named = [parse_expert(text) for text in texts]
+    if len({name for name, _ in named}) < len(named):
+        raise typer.BadParameter("every expert needs a name of its own", param_hint="--expert")
+    return named
+
+
+def check_family(name: str) -> None:
+    """Refuse a family that there is not."""
+    if name not in FAMILIES:
+        raise typer.BadParameter(f"unknown family '{name}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
@@ -86,7 +99,8 @@ def main(
     """Export a FusionRoute system, a router LM and its expert LMs, into a bundle that the runtime generates from."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed export removes what it has half-written
     folder = out or Path("dist") / family
-    try:
+    missing = "The exporter needs the package '{}': install the extra 'export' (pip install 'fusionroute[export,cpu]')."
+    with one_sentence("export", missing, folder, "nothing was written", debug):
         report = run(
             family,
             preset,
@@ -102,21 +116,6 @@ def main(
             folder,
             force,
         )
-    except (typer.BadParameter, BrokenPipeError):  # wrong usage, and a reader of stdout that has left: typer knows how to end
-        raise
-    except FusionError as error:
-        fail(error, debug)
-    except ModuleNotFoundError as error:
-        fail(f"The exporter needs the package '{error.name}': install the extra 'export' (pip install 'fusionroute[export,cpu]').", debug)
-    except KeyboardInterrupt:
-        fail("Interrupted; nothing was written.", debug)
-    except OSError as error:
-        mend = ": make room, or name another disk with --out" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        fail(f"The export failed on {error.filename or folder} ({error.strerror or one_line(error)}){mend}; nothing was written.", debug)
-    except Exception as error:  # a fault of the exporter or of a library, not of the input
-        fail(
-            f"The export failed unexpectedly ({type(error).__name__}: {one_line(error)}); nothing was written. --debug shows where.", debug
-        )
     try:
         show(report, folder, as_json)
     except BrokenPipeError:
@@ -130,15 +129,12 @@ def run(
     max_seq_len: int | None, calibration: str, head_key: str, out: Path, force: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Check the flags and export; returns the report."""
-    if family not in FAMILIES:
-        raise typer.BadParameter(f"unknown family '{family}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
+    check_family(family)
     if fusion is not None and fusion not in FUSIONS:
         raise typer.BadParameter(f"unknown fusion '{fusion}'; expected {' or '.join(FUSIONS)}", param_hint="--fusion")
     if lam is not None and not 0 <= lam <= 1:  # not a number: all others the flag's own range refuses
         raise typer.BadParameter(f"{lam} is not in the range 0<=x<=1.", param_hint="--lambda")
-    named = [parse_expert(text) for text in expert]
-    if len({name for name, _ in named}) < len(named):
-        raise typer.BadParameter("every expert needs a name of its own", param_hint="--expert")
+    named = parse_experts(expert)
     if preset not in (None, "tiny", "paper"):
         raise typer.BadParameter(f"unknown preset '{preset}'; expected tiny or paper", param_hint="--preset")
     if preset is None and (router is None) != (not named):
@@ -183,14 +179,6 @@ def show(report: dict[str, Any], folder: Path, as_json: bool) -> None:
         from fr_export.report import show_report
 
         show_report(Console(), report, folder)
-
-
-def fail(reason: Exception | str, debug: bool) -> None:
-    """One sentence on one line of stderr, and exit status 1."""
-    if debug:
-        traceback.print_exc()
-    print(f"error: {one_line(reason) if isinstance(reason, Exception) else reason}", file=sys.stderr)
-    raise typer.Exit(1)
 
 
 def app() -> None:

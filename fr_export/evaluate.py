@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import signal
 import sys
@@ -14,14 +13,14 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from fr_export.cli import fail
+from fr_export.ending import one_sentence
 from fr_export.evaluation.methods import check
 from fr_export.evaluation.report import tables
 from fr_export.evaluation.study import Request, expanded, run
 from fr_export.evaluation.tasks import Tasks, read_tasks
 from fr_export.training.domains import ALL_DOMAINS, Split, draw_many
 from runtime.engine import FUSIONS
-from runtime.errors import FusionError, InputError, UnavailableError, one_line
+from runtime.errors import InputError, UnavailableError
 from runtime.manifest import Manifest
 
 SPLITS: tuple[Split, ...] = ("test", "validation")
@@ -53,12 +52,11 @@ def main(
 ) -> None:
     """Measure exact match, F1 and BLEU of exported bundles by several decoding methods, with bootstrap intervals."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed evaluation ends its processes
-    try:
+    missing = "Evaluating needs the package '{}': install the extra 'train' (pip install 'fusionroute[train]')."
+    with one_sentence("evaluation", missing, out, "", debug, interrupted="no results were written"):
         for package in ("matplotlib", "sacrebleu"):
             if find_spec(package) is None:
-                raise UnavailableError(
-                    f"Evaluating needs the package '{package}': install the extra 'train' (pip install 'fusionroute[train]')."
-                )
+                raise UnavailableError(missing.format(package))
         if fusion not in (None, *FUSIONS):
             raise typer.BadParameter(f"unknown fusion '{fusion}'; expected {' or '.join(FUSIONS)}", param_hint="--fusion")
         if tune and (fusion is not None or lam is not None):
@@ -82,17 +80,6 @@ def main(
         )
         report = run(request, Console(stderr=True))
         show(report, out, as_json)
-    except (typer.BadParameter, BrokenPipeError):  # wrong usage, and a reader of stdout that has left: typer knows how to end
-        raise
-    except FusionError as error:
-        fail(error, debug)
-    except KeyboardInterrupt:
-        fail("Interrupted; no results were written.", debug)
-    except OSError as error:
-        mend = ": make room, or name another disk with --out" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        fail(f"The evaluation failed on {error.filename or out} ({error.strerror or one_line(error)}){mend}.", debug)
-    except Exception as error:  # a fault of the evaluation or of a library, not of the input
-        fail(f"The evaluation failed unexpectedly ({type(error).__name__}: {one_line(error)}). --debug shows where.", debug)
 
 
 def listed(text: str) -> tuple[str, ...]:

@@ -1,7 +1,10 @@
 """Command lines run in the test's own process."""
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -26,3 +29,22 @@ class Command:
         self.monkeypatch.setattr(sys, "argv", [self.name, *map(str, arguments)])
         self.capsys.readouterr()
         return Ended(self.entry(), *self.capsys.readouterr())
+
+
+@contextmanager
+def in_folder(
+    name: str, app: Callable[[], None], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """A command line whose `app` always exits, run in a folder; the process keeps its own handler of SIGTERM."""
+
+    def status() -> int:
+        with pytest.raises(SystemExit) as end:
+            app()
+        assert isinstance(end.value.code, int | None)
+        return end.value.code or 0
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "250")
+    handler = signal.getsignal(signal.SIGTERM)
+    yield Command(name, status, monkeypatch, capsys)
+    signal.signal(signal.SIGTERM, handler)

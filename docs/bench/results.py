@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fr_export.evaluation import figures, routing
+from fr_export.evaluation import figures, lambdas, routing
 from fr_export.evaluation.bootstrap import compare, interval
 from fr_export.evaluation.outcomes import Results, load_results
 from fr_export.evaluation.report import Row
@@ -39,23 +39,29 @@ class Method:
 
 
 OURS = Method("**FusionRoute** (SFT + CDPO)", "system-{}", "fused")
+TOKEN = Method("without complementary logits (λ = 0)", "system-{}", "token")
+DIRECT = Method("direct fine-tuning, SFT + DPO", "direct-{}", "router")
+SEQUENCE = Method("sequence level: the router's first choice", "system-{}", "sequence-routed")
+COLLAB = Method("token level: Collab-style", "system-0", "collab")
+TASK_ARITHMETIC = Method("merge: task arithmetic", "task_arithmetic", "router")
 METHODS = (
     OURS,
     Method("FusionRoute, SFT only", "sft-{}", "fused"),
     Method("FusionRoute at λ = 0.5 (greedily the same as additive)", "system-{}", "lambda:0.5"),
-    Method("without complementary logits (λ = 0)", "system-{}", "token"),
+    TOKEN,
     Method("the router alone (λ = 1)", "system-{}", "router"),
-    Method("direct fine-tuning, SFT + DPO", "direct-{}", "router"),
+    DIRECT,
     Method("direct fine-tuning, SFT only", "direct-sft-{}", "router"),
-    Method("sequence level: the router's first choice", "system-{}", "sequence-routed"),
+    SEQUENCE,
     Method("sequence level: the likeliest of all answers", "system-0", "sequence"),
-    Method("token level: Collab-style", "system-0", "collab"),
-    Method("merge: task arithmetic", "task_arithmetic", "router"),
+    COLLAB,
+    TASK_ARITHMETIC,
     Method("merge: DARE", "dare", "router"),
     Method("merge: average", "average", "router"),
     *(Method(f"{name} expert", "system-0", f"expert:{name}") for name in DOMAINS),
     Method("common base", "base", "router"),
 )
+DRAWN = (OURS, TOKEN, DIRECT, SEQUENCE, COLLAB, TASK_ARITHMETIC)  # the bars
 
 
 def write_results(work: Path, docs: Path) -> None:
@@ -63,7 +69,7 @@ def write_results(work: Path, docs: Path) -> None:
     pictures = docs / "results"
     pictures.mkdir(exist_ok=True)
     places: dict[str, str] = {}
-    curves, entries, labels = {}, [], []
+    curves: dict[str, lambdas.Curve] = {}
     for family in ("gemma2", "llama3"):
         folder = work / f"{family}-{FULL}"
         places |= {f"{family}_accuracy": accuracy_table(folder), f"{family}_difference": difference_table(folder)}
@@ -71,14 +77,10 @@ def write_results(work: Path, docs: Path) -> None:
         places |= {f"{family}_classes": class_table(folder), f"{family}_texts": text_table(folder)}
         for seed in range(3):
             curves[f"{family}, seed {seed}"] = FusionSettings.read(folder / f"system-{seed}.fusion").lam_curve or []
-        for method in (OURS, *(METHODS[i] for i in (3, 5, 7, 9, 10))):
-            entries.append(entry(method.cells(folder)))
-            labels.append(f"{family}: {method.label.replace('*', '')}")
         rows = [Row(str(folder), "fp32", "fused", load_results(folder / "system-0.npz")["fused"])]
         (pictures / f"routing-{family}.png").write_bytes(figures.routing_maps(rows, [family]))
-        (pictures / f"accuracy-{family}.png").write_bytes(
-            figures.accuracy(entries[-6:], [label.split(": ", 1)[1] for label in labels[-6:]])
-        )
+        bars = [entry(method.cells(folder)) for method in DRAWN]
+        (pictures / f"accuracy-{family}.png").write_bytes(figures.accuracy(bars, [method.label.replace("*", "") for method in DRAWN]))
         (pictures / f"loss-{family}.png").write_bytes((folder / "routers" / "0" / "loss.png").read_bytes())
     (pictures / "lambda.png").write_bytes(figures.lambda_curves(curves))
     places["sizes"] = size_table(work)
@@ -177,7 +179,7 @@ def class_table(folder: Path) -> str:
 
 def size_table(work: Path) -> str:
     """The gain of fusion at two sizes."""
-    against: Mapping[str, Method] = {method.label: method for method in (METHODS[3], METHODS[5], METHODS[7])}
+    against: Mapping[str, Method] = {method.label: method for method in (TOKEN, DIRECT, SEQUENCE)}
     lines = [
         row("family", "hidden size", "FusionRoute", *(f"less {label}" for label in against)),
         row("---", *["--:"] * (2 + len(against))),

@@ -1,12 +1,10 @@
 """The command line of `python -m fr_export.training`."""
 
-import errno
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fr_export.cli import fail, parse_expert
+from fr_export.cli import check_family, parse_experts
+from fr_export.ending import one_sentence
 from fr_export.families import FAMILIES
-from runtime.errors import FusionError, one_line
 
 T = TypeVar("T", int, float)
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fusionroute" / "scores"
@@ -83,8 +81,10 @@ def main(
 ) -> None:
     """Train a FusionRoute router (arXiv:2601.05106) from a causal LM and frozen experts, for the exporter."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed run removes what it has half-written
-    with one_sentence(out, "resume it with --resume" if checkpoint_every is not None else "nothing was written", debug):
-        named = [parse_expert(text) for text in expert or []]
+    missing = "Training needs the package '{}': install the extras (pip install 'fusionroute[export,train]')."
+    left = "resume it with --resume" if checkpoint_every is not None else "nothing was written"
+    with one_sentence("training", missing, out, left, debug):
+        named = parse_experts(expert or [])
         check_usage(family, named, direct, batch_size, batch_tokens, sft or preferences)
         console = Console(stderr=True)
         with console.status("loading torch and transformers"):
@@ -146,36 +146,13 @@ def check_usage(
     family: str, experts: list[tuple[str, str]], direct: bool, batch_size: int | None, batch_tokens: int | None, data: Path | None
 ) -> None:
     """What can be told from the flags alone."""
-    if family not in FAMILIES:
-        raise typer.BadParameter(f"unknown family '{family}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
-    if len({name for name, _ in experts}) < len(experts):
-        raise typer.BadParameter("every expert needs a name of its own", param_hint="--expert")
+    check_family(family)
     if direct == bool(experts):
         raise typer.BadParameter("name the experts, or add --direct for a model without any", param_hint="--expert / --direct")
     if batch_size is not None and batch_tokens is not None:
         raise typer.BadParameter("both given; choose one", param_hint="--batch-size / --batch-tokens")
     if data is None:
         raise typer.BadParameter("no data: name a file", param_hint="--sft / --preferences")
-
-
-@contextmanager
-def one_sentence(out: Path, left: str, debug: bool) -> Iterator[None]:
-    """Errors end in one sentence and exit status 1; `left` says what remains of the run."""
-    try:
-        yield
-    except (typer.BadParameter, BrokenPipeError):  # wrong usage, and a reader of stdout that has left: typer knows how to end
-        raise
-    except FusionError as error:
-        fail(error, debug)
-    except ModuleNotFoundError as error:
-        fail(f"Training needs the package '{error.name}': install the extras (pip install 'fusionroute[export,train]').", debug)
-    except KeyboardInterrupt:
-        fail(f"Interrupted; {left}.", debug)
-    except OSError as error:
-        room = ": make room, or name another disk with --out" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        fail(f"The training failed on {error.filename or out} ({error.strerror or one_line(error)}){room}; {left}.", debug)
-    except Exception as error:  # a fault of the trainer or of a library, not of the input
-        fail(f"The training failed unexpectedly ({type(error).__name__}: {one_line(error)}); {left}. --debug shows where.", debug)
 
 
 def show(report: Any, as_json: bool) -> None:

@@ -15,11 +15,13 @@ TRAINING_FILE = "training.json"  # its presence says that a folder was written b
 class RouterStaging(Staging):
     """A trained router's folder, which appears only when complete. `force` replaces one that this tool has written before."""
 
+    mark = TRAINING_FILE
+
     def check(self) -> None:
         """Refuse to touch what is not ours to replace."""
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return
-        if not (self.out / TRAINING_FILE).is_file():
+        if not (self.out / self.mark).is_file():
             raise InputError(
                 f"{self.out} exists and is no router that was trained here, so it is not replaced: name another folder with --out."
             )

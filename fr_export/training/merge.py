@@ -5,7 +5,6 @@ python -m fr_export.training.merge --method dare --base SRC --expert SRC --exper
 Written by hand because mergekit, which computes the same, brings 400 MB of packages (datasets, pandas, pyarrow, scipy) for three formulas.
 """
 
-import errno
 import json
 import math
 import shutil
@@ -22,12 +21,12 @@ import numpy.typing as npt
 import typer
 from rich.console import Console
 
-from fr_export.cli import fail
+from fr_export.ending import one_sentence
 from fr_export.families import FAMILIES
 from fr_export.hub import locate
 from fr_export.stages import Stages
 from fr_export.staging import Staging
-from runtime.errors import FusionError, InputError, one_line
+from runtime.errors import InputError
 
 try:
     import torch
@@ -36,7 +35,7 @@ try:
 
     from fr_export.checkpoint import Checkpoint, read_config, read_json
     from fr_export.trace import IDENTITY
-    from fr_export.training.router import DTYPES, stored_dtype
+    from fr_export.training.router import DTYPES, SHARD, copy_texts, stored_dtype
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -45,9 +44,6 @@ except ModuleNotFoundError as error:
 METHODS = {"average": (), "task_arithmetic": ("scale",), "dare": ("scale", "drop", "seed")}  # and the settings of each
 Values = npt.NDArray[np.float32]
 Formula = Callable[[Values, Sequence[Values]], Values]
-
-_COPIED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
-_SHARD = "5GB"  # as checkpoints are commonly split; one shard is held in memory at a time
 
 
 def average(base: Values, experts: Sequence[Values]) -> Values:
@@ -122,8 +118,8 @@ def merge(
             for file, names in _shards(shapes, dtype, staging.folder):
                 save_file({name: _merged(name, start, models, combine, dtype, advance) for name in names}, file, {"format": "pt"})
                 file.chmod(0o644)  # safetensors writes for the owner only
-        for path in (path for pattern in _COPIED for path in first.folder.glob(pattern) if path.is_file()):
-            shutil.copyfile(path, staging.folder / path.name)
+        copy_texts(first.folder, staging.folder)
+        shutil.copyfile(first.folder / "config.json", staging.folder / "config.json")
 
 
 class _Out(Staging):
@@ -167,7 +163,7 @@ def _check(base: Checkpoint, expert: Checkpoint) -> None:
 def _shards(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """The files to write and the names of the tensors in each; writes the index where there are several."""
     empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    plan = split_torch_state_dict_into_shards(empty, max_shard_size=_SHARD)
+    plan = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -211,18 +207,9 @@ def main(
     if unused := [f"--{name}" for name in settings if name not in METHODS[method]]:
         raise typer.BadParameter(f"{method} does not use {unused[0]}: leave it out")
     display = Stages(Console(stderr=True))
-    try:
-        with display.progress:
-            merge(method, base, expert, out, **settings, display=display)
-    except FusionError as error:
-        fail(error, debug)
-    except KeyboardInterrupt:
-        fail("Interrupted; nothing was written.", debug)
-    except OSError as error:
-        room = ": make room, or name another disk with --out" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        fail(f"The merge failed on {error.filename or out} ({error.strerror or one_line(error)}){room}; nothing was written.", debug)
-    except Exception as error:  # a fault of the program or of a library, not of the input
-        fail(f"The merge failed unexpectedly ({type(error).__name__}: {one_line(error)}); nothing was written. --debug shows where.", debug)
+    missing = "Merging needs the package '{}': install the extra 'export' (pip install 'fusionroute[export]')."
+    with one_sentence("merge", missing, out, "nothing was written", debug), display.progress:
+        merge(method, base, expert, out, **settings, display=display)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from runtime.errors import InputError
 HEAD_KEY = "routing_head"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
-_SHARD = "5GB"
+SHARD = "5GB"  # of safetensors, as checkpoints are commonly split
 _TEXTS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
 
 
@@ -140,7 +140,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 def write_router(router: Router, source: Checkpoint, folder: Path, dtype: str) -> None:
     """Write the router into an empty folder: weights in `dtype` (of DTYPES), the head in float32, the source's config and texts."""
     weights = {name: tensor.to("cpu", DTYPES[dtype]).contiguous() for name, tensor in router.weights().items()}
-    save_torch_state_dict(weights, folder, max_shard_size=_SHARD)
+    save_torch_state_dict(weights, folder, max_shard_size=SHARD)
     if router.head is not None:
         head = router.head.weight.detach().float().cpu().contiguous()
         save_file({f"{HEAD_KEY}.weight": head}, folder / HEAD_FILE)
@@ -149,7 +149,12 @@ def write_router(router: Router, source: Checkpoint, folder: Path, dtype: str) -
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # the older name
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    copy_texts(source.folder, folder)
+
+
+def copy_texts(source: Path, folder: Path) -> None:
+    """Copy what goes with a checkpoint's weights and config: tokenizer, chat template, generation config."""
     for pattern in _TEXTS:
-        for file in source.folder.glob(pattern):
+        for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)

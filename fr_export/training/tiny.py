@@ -7,7 +7,6 @@ through the exported bundle. `docs/bench/comparison.py` trains the baselines of 
 """
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from fr_export.stages import Stages
 from fr_export.training.architectures import FAMILIES, WIDTH, Family, new_model
 from fr_export.training.corpus import write_preferences, write_sft
 from fr_export.training.domains import COMPOSITE, DOMAINS, PAIRED, Sample, draw_many
+from fr_export.training.folder import TRAINING_FILE, RouterStaging
 from fr_export.training.recipe import Recipe, Request, Stage
 from fr_export.training.tiny_tokenizer import build_tokenizer
 from fr_export.training.train import train
@@ -178,6 +178,12 @@ def chosen(settings: Mapping[int, FusionSettings]) -> int:
     return max(settings, key=lambda seed: max(accuracy for _, accuracy in settings[seed].lam_curve or []))
 
 
+class _SystemStaging(RouterStaging):
+    """The folder of a whole system; a router trained here lies in it."""
+
+    mark = f"router/{TRAINING_FILE}"
+
+
 def ship(workshop: Workshop, out: Path, jobs: int, console: Console) -> FusionSettings:
     """Train the family's systems, tune λ on their exported bundles, and put the best into `out`, whose older content goes when all is done."""
     settings = {}
@@ -189,19 +195,11 @@ def ship(workshop: Workshop, out: Path, jobs: int, console: Console) -> FusionSe
         export(request, Stages(Console(quiet=True)))
         settings[seed] = tuned(evaluate(bundle, "fp32", lambdas.methods(), validation(), jobs=jobs, console=console))
     best = chosen(settings)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        shutil.copytree(workshop.router(best), beside / "router", ignore=shutil.ignore_patterns("stages", "losses.json"))
-        settings[best].write(beside / "router")
+    with _SystemStaging(out, force=True) as staging:
+        shutil.copytree(workshop.router(best), staging.folder / "router", ignore=shutil.ignore_patterns("stages", "losses.json"))
+        settings[best].write(staging.folder / "router")
         for name, folder in workshop.expert_folders.items():
-            shutil.copytree(folder, beside / "experts" / name, ignore=shutil.ignore_patterns("losses.json", "loss.png"))
-        if out.exists():
-            shutil.rmtree(out)
-        beside.chmod(0o755)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            shutil.copytree(folder, staging.folder / "experts" / name, ignore=shutil.ignore_patterns("losses.json", "loss.png"))
     return settings[best]
 
 

@@ -158,10 +158,12 @@ def test_bundles_without_texts(random_bundle: Path, tmp_path: Path) -> None:
 
 
 ENDLESS = """
+import signal
 import sys
 from fr_export.evaluation.pool import answer_all
 from fr_export.evaluation.worker import Job, Piece
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs, such as some CI runs, inherit it ignored
     piece = Piece("", tuple((f"{n}", "abc") for n in range(4)), 40)
     job = Job(sys.argv[1], "fp32", ("fused",), None, None, False)
     answer_all(job, [piece] * 10_000, 2, lambda count: print("working", flush=True))

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,30 +15,19 @@ import pytest
 from fr_export import cli, export, store
 from runtime import FusionRuntime
 from runtime.bundle import Bundle
-from tests.commands import Command
+from tests.commands import Command, in_folder
 from tests.systems import Shape, make_system
 
 SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2, tokenizer=True)
 REPOSITORY = Path(__file__).parents[2]
 
 
-def export_status() -> int:
-    """Run `python export.py`, which always exits."""
-    with pytest.raises(SystemExit) as end:
-        cli.app()
-    assert isinstance(end.value.code, int | None)
-    return end.value.code or 0
-
-
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
     """In an empty folder, with the system's checkpoints beside it."""
     (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("COLUMNS", "250")
-    handler = signal.getsignal(signal.SIGTERM)
-    yield Command("export.py", export_status, monkeypatch, capsys)
-    signal.signal(signal.SIGTERM, handler)
+    with in_folder("export.py", cli.app, tmp_path / "here", monkeypatch, capsys) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

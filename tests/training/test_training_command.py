@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,28 +19,17 @@ from fr_export.training.data import Row, read_sft
 from fr_export.training.recipe import Recipe, Request, Stage
 from fr_export.training.train import Report, train
 from runtime.errors import InputError
-from tests.commands import Command
+from tests.commands import Command, in_folder
 from tests.systems import Shape, make_model
 from tests.training.conftest import Toy
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def status() -> int:
-    """Run `python -m fr_export.training`, which always exits."""
-    with pytest.raises(SystemExit) as end:
-        cli.app()
-    assert isinstance(end.value.code, int | None)
-    return end.value.code or 0
-
-
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "250")
-    handler = signal.getsignal(signal.SIGTERM)
-    yield Command("training", status, monkeypatch, capsys)
-    signal.signal(signal.SIGTERM, handler)
+    with in_folder("training", cli.app, tmp_path, monkeypatch, capsys) as found:
+        yield found
 
 
 @pytest.fixture
