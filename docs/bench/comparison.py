@@ -1,7 +1,7 @@
 """The paper's comparison on the small systems: train every method, export it, measure it through the runtime. Writes docs/results.md.
 
 python docs/bench/comparison.py --family gemma2 --work DIR          about two hours on one core; what DIR holds already is kept
-python docs/bench/comparison.py --family gemma2 --work DIR --width 64   the same at half the width
+python docs/bench/comparison.py --family gemma2 --work DIR --width 64   half the width: only what shows how the gain moves with size
 python docs/bench/comparison.py --work DIR --report                 docs/results.md and its pictures from what DIR holds
 """
 
@@ -44,19 +44,22 @@ class Comparison:
         self.validation = validation()
         self.test = {domain: draw_many(domain, "test", prompts, TEST_DRAW) for domain in ALL_DOMAINS}
 
-    def run(self) -> None:
-        """Everything, the most wanted first."""
+    def core(self, extra: Sequence[str]) -> None:
+        """FusionRoute and direct fine-tuning, of every seed."""
         for seed in SEEDS:
             self.workshop.router(seed)
         for seed in SEEDS:
             self.workshop.direct(seed)
         shared: Results = {}  # what does not depend on the router
         for seed in SEEDS:
-            extra = ("lambda:0.5", "token", "router", "collab", "sequence", "sequence-routed", *(f"expert:{name}" for name in DOMAINS))
             found = self.system(f"system-{seed}", self.workshop.router(seed), extra, shared)
             shared = {method: own for method, own in found.items() if method == "collab" or method.startswith("expert:")}
         for seed in SEEDS:
             self.single(f"direct-{seed}", self.workshop.direct(seed))
+
+    def run(self) -> None:
+        """Everything, the most wanted first."""
+        self.core(("lambda:0.5", "token", "router", "collab", "sequence", "sequence-routed", *(f"expert:{name}" for name in DOMAINS)))
         for seed in SEEDS:
             self.system(f"sft-{seed}", self.workshop.router(seed) / "stages" / "sft", (), {})
         self.merges()
@@ -149,7 +152,11 @@ def main(
     if report:
         write_results(work, Path(__file__).parent.parent)
     else:
-        Comparison(family, work, width, prompts, steps_scale, jobs).run()
+        comparison = Comparison(family, work, width, prompts, steps_scale, jobs)
+        if width == WIDTH:
+            comparison.run()
+        else:
+            comparison.core(("token", "sequence-routed"))
 
 
 if __name__ == "__main__":

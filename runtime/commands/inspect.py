@@ -27,8 +27,10 @@ def inspect(
     console = Console(highlight=False)
     total = sum(file.bytes for file in manifest.files.values())
     console.print(f"{bundle}: {manifest.family}, format {manifest.format}, {len(manifest.files)} files, {total / 1e6:,.1f} MB")
+    curve = manifest.lam_curve
+    tuning = f" (tuned: accuracy {max(accuracy for _, accuracy in curve):.1%} on the validation split)" if curve else ""
     console.print(
-        f"fusion {manifest.fusion}, λ = {manifest.lam}; context {manifest.max_seq_len} tokens; vocabulary {manifest.vocab_size}; "
+        f"fusion {manifest.fusion}, λ = {manifest.lam}{tuning}; context {manifest.max_seq_len} tokens; vocabulary {manifest.vocab_size}; "
         f"{'tokenizer' if 'tokenizer.json' in manifest.files else 'token ids only'}"
         f"{', chat template' if 'chat_template.jinja' in manifest.files else ''}"
     )

@@ -13,6 +13,7 @@ import pytest
 from runtime import FusionRuntime
 from runtime.__main__ import main
 from runtime.commands import generate as generate_module
+from runtime.manifest import Manifest
 from tests.commands import Command
 
 PROMPT = "12+30="
@@ -108,6 +109,12 @@ def test_inspect(bundles: list[Path], command: Command) -> None:
         for verified in (False, True):
             ended = command("inspect", bundle, "--json", *(["--verify"] if verified else []))
             assert json.loads(ended.out) == content | {"verified": verified}
+
+
+def test_inspect_tells_how_well_lambda_was_tuned(bundles: list[Path], command: Command, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    Manifest.read(bundle).model_copy(update={"lam": 0.25, "lam_curve": [(0.0, 0.5), (0.25, 0.75)]}).write(bundle)
+    assert "λ = 0.25 (tuned: accuracy 75.0% on the validation split)" in " ".join(command("inspect", bundle).out.split())
 
 
 def test_inspect_tells_of_changed_weights_when_asked(bundles: list[Path], command: Command, tmp_path: Path) -> None:
