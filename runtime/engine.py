@@ -57,6 +57,7 @@ class Stream(Iterator[Token]):
     def close(self) -> None:
         """Stop generating; tokens not yet handed out are dropped."""
         self._tokens.close()  # type: ignore[attr-defined]
+        self.finish_reason = self.finish_reason or "cancelled"
 
 
 class FusionRuntime:
@@ -166,7 +167,7 @@ class FusionRuntime:
         prompt: Prompt,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         *,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         fusion: str | None = None,
         lam: float | None = None,
         expert: str | None = None,
@@ -193,7 +194,7 @@ class FusionRuntime:
         sampler = Sampler(sampling_of(sampling))
         coefficients = self.coefficients(fusion or self.fusion, self.lam if lam is None else lam)
         pinned = self._pinned(expert)
-        text = TextStream(self.text, (stop,) if isinstance(stop, str) else stop)
+        text = TextStream(self.text, () if stop is None else stop)
         session = self._take()
         try:
             session.append(ids)

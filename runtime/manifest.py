@@ -104,9 +104,9 @@ class Manifest(Strict):
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """Read and check a bundle's manifest. Raises BundleError for a folder that is no bundle of this format."""
-        if not folder.is_dir():
-            raise BundleError(f"There is no bundle at {folder}: expected the folder that export.py wrote.")
         try:
+            if not folder.is_dir():
+                raise BundleError(f"There is no bundle at {folder}: expected the folder that export.py wrote.")
             text = (folder / NAME).read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise BundleError(f"{folder} is no bundle, since it holds no {NAME}: expected the folder that export.py wrote.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,7 +62,10 @@ class Session:
 
     def append(self, ids: Iterable[int]) -> None:
         """Commit tokens without running a model. Raises InputError for ids outside the vocabulary or beyond the context."""
-        new = [int(i) for i in ids]
+        try:
+            new = [index(i) for i in ids]
+        except TypeError as error:
+            raise InputError("The token ids are not all whole numbers: pass ids as `encode` gives them.") from error
         vocab, capacity = self._runtime.vocab_size, self._runtime.max_seq_len
         if wrong := next((i for i in new if not 0 <= i < vocab), None):
             raise InputError(f"Token id {wrong} is outside the vocabulary: expected 0 to {vocab - 1}.")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import COLOR_SYSTEMS, Console
+from rich.style import Style
 from rich.text import Text as Styled
 
 from runtime.backends import KNOWN
@@ -69,15 +70,17 @@ def generate(
             **sampling,
         )
         console = Console(highlight=False)
+        colours = COLOR_SYSTEMS[console.color_system] if console.color_system else None
         styles = dict(zip(runtime.expert_names, COLOURS * len(runtime.expert_names), strict=False))
         tokens: list[Token] = []
         for token in stream:
             tokens.append(token)
             if not as_json:
                 shown = token.text if runtime.text else f"{token.id} "
-                console.print(Styled(shown, style=styles[token.expert] if show_routing else ""), end="", soft_wrap=True)
+                # written as it is: the console would expand tabs and drop returns
+                print(Style.parse(styles[token.expert]).render(shown, color_system=colours) if show_routing else shown, end="", flush=True)
         if not as_json:
-            console.print()
+            print(flush=True)
         if show_routing and not as_json:
             show_runs(console, tokens, styles)
         if as_json:

@@ -127,6 +127,11 @@ def test_manifests_that_do_not_fit(bundle: Path, name: str) -> None:
     assert words in sentence
 
 
+def test_a_path_that_the_system_refuses() -> None:
+    with pytest.raises(BundleError, match="too long"):
+        FusionRuntime.load("a" * 5000)
+
+
 def test_a_curve_of_lambda_is_optional_and_kept(bundle: Path) -> None:
     edit(bundle, lambda m: m.pop("lam_curve"))
     assert Manifest.read(bundle).lam_curve is None

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from runtime import FusionRuntime
 from runtime.__main__ import main
 from runtime.commands import generate as generate_module
+from runtime.engine import Stream
 from runtime.manifest import Manifest
+from runtime.text import Token
 from tests.commands import Command
 
 PROMPT = "12+30="
@@ -75,6 +78,14 @@ def test_generate_shows_the_routing(bundles: list[Path], command: Command) -> No
     shown = command("generate", bundles[0], "--prompt", PROMPT, "--max-new-tokens", 6, "--show-routing").out.removeprefix(expected.text)
     runs = [line.split()[:2] for line in shown.splitlines() if " token(s)  " in line]
     assert [name for name, count in runs for _ in range(int(count))] == expected.experts
+
+
+@pytest.mark.parametrize("option", [(), ("--show-routing",)])
+def test_text_is_printed_as_it_is(bundles: list[Path], command: Command, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]) -> None:
+    text = "a\tb\r[bold]\u2028\nc  "
+    tokens = [Token(1, "expert0", 0.0, np.zeros(1, np.float32), text)]
+    monkeypatch.setattr(FusionRuntime, "stream", lambda *_, **__: Stream(iter([*tokens, "stop"])))
+    assert command("generate", bundles[0], "--prompt", PROMPT, *option).out.startswith(text + "\n")
 
 
 def test_generate_by_ids_without_a_tokenizer(bundles: list[Path], command: Command, tmp_path: Path) -> None:

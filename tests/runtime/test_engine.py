@@ -227,6 +227,10 @@ def test_why_a_text_ends(rt: FusionRuntime) -> None:
     next(stream)
     event.set()
     assert len(list(stream)) <= 1 and stream.finish_reason == "cancelled"
+    closed = rt.stream(PROMPT, max_new_tokens=10, stop=None)
+    next(closed)
+    closed.close()
+    assert closed.finish_reason == "cancelled" and not list(closed)
     full = rt.generate([5] * (rt.max_seq_len - 3), max_new_tokens=10)
     assert full.finish_reason == "length" and len(full.token_ids) <= 3
 
@@ -238,6 +242,14 @@ def test_the_end_of_sequence_token_ends_and_is_left_out(bundles: list[Path], mon
         ended = rt.generate(PROMPT, max_new_tokens=10)
         assert ended.finish_reason == "stop"
         assert ended.token_ids == long.token_ids[: long.token_ids.index(long.token_ids[4])]
+
+
+def test_ids_that_are_no_whole_numbers_are_refused_not_cut(rt: FusionRuntime) -> None:
+    session = rt.session()
+    with pytest.raises(InputError, match="not all whole numbers"):
+        session.append([1, 2.5])  # type: ignore[list-item]
+    session.append(np.array([1, 2], np.int32))
+    assert session.token_ids == [1, 2]
 
 
 def test_messages_use_the_chat_template(rt: FusionRuntime) -> None:
