@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from informative import choices
 from results import TEST_DRAW, write_results
 from rich.console import Console
 from safetensors.torch import save_file
@@ -32,6 +33,7 @@ from fr_export.training.tiny import BUDGETS, SEEDS, Workshop, chosen, tuned, val
 PRECISIONS = ("fp32", "fp16", "int8")
 SCALES = (0.3, 0.5, 0.8)  # of the merged task vectors
 TEST = 5000  # prompts per domain
+READ = 1000  # of them, whose right answers are read for the routing
 
 
 class Comparison:
@@ -64,6 +66,7 @@ class Comparison:
             self.system(f"sft-{seed}", self.workshop.router(seed) / "stages" / "sft", (), {})
         self.merges()
         self.precisions()
+        self.routing()
         self.single("base", self.workshop.base())
         for seed in SEEDS:
             self.single(f"direct-sft-{seed}", self.workshop.direct(seed) / "stages" / "sft")
@@ -75,6 +78,14 @@ class Comparison:
         bundle = self.bundle("shipped", self.workshop.router(best), self.workshop.expert_folders, PRECISIONS)
         for precision in PRECISIONS:
             self.measured(f"shipped.{precision}", bundle, ("fused",), self.test, {}, precision, tuned_at[best].lam)
+
+    def routing(self) -> None:
+        """Whom the routers ask at the tokens that not every expert knows."""
+        for seed in SEEDS:
+            file = self.folder / f"system-{seed}.choices.npz"
+            if not file.exists():
+                tasks = {domain: samples[:READ] for domain, samples in self.test.items()}
+                choices(str(self.folder / "bundles" / f"system-{seed}"), tasks).save(file)
 
     def system(self, name: str, router: Path, extra: Sequence[str], known: Results) -> Results:
         """Tune λ on the validation split, then measure the test split."""

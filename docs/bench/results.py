@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from informative import Choices
 
 from fr_export.evaluation import figures, lambdas, routing
 from fr_export.evaluation.bootstrap import compare, interval
@@ -74,7 +75,8 @@ def write_results(work: Path, docs: Path) -> None:
         folder = work / f"{family}-{FULL}"
         places |= {f"{family}_accuracy": accuracy_table(folder), f"{family}_difference": difference_table(folder)}
         places |= {f"{family}_precision": precision_table(folder), f"{family}_lambda": lambda_line(folder)}
-        places |= {f"{family}_classes": class_table(folder), f"{family}_texts": text_table(folder)}
+        places |= {f"{family}_classes": class_table(folder), f"{family}_informative": informative_table(folder)}
+        places[f"{family}_texts"] = text_table(folder)
         for seed in range(3):
             curves[f"{family}, seed {seed}"] = FusionSettings.read(folder / f"system-{seed}.fusion").lam_curve or []
         rows = [Row(str(folder), "fp32", "fused", load_results(folder / "system-0.npz")["fused"])]
@@ -174,6 +176,17 @@ def class_table(folder: Path) -> str:
     shares = routing.by_class(outcomes)
     lines = [row("token class", *DOMAINS), row("---", *["--:"] * 3)]
     lines += [row(name, *(f"{share:.0%}" for share in own)) for name, own in zip(CLASSES, shares, strict=True) if not np.isnan(own).any()]
+    return "\n".join(lines)
+
+
+def informative_table(folder: Path) -> str:
+    """Where some experts are right and others wrong: share of each expert, and how often the routed one is right; seeds averaged."""
+    seeds = [Choices.load(folder / f"system-{seed}.choices.npz").table(DOMAINS) for seed in range(3)]
+    lines = [row("token class", "tokens", *DOMAINS, "routed expert right", "a random one"), row("---", *["--:"] * 6)]
+    for same in zip(*seeds, strict=True):
+        shares = np.mean([line[2] for line in same], axis=0)
+        hit, chance = (np.mean([line[place] for line in same]) for place in (3, 4))
+        lines.append(row(same[0][0], f"{same[0][1]:,}", *(f"{share:.0%}" for share in shares), f"{hit:.0%}", f"{chance:.0%}"))
     return "\n".join(lines)
 
 
