@@ -79,10 +79,10 @@ def write_results(work: Path, docs: Path) -> None:
         places[f"{family}_texts"] = text_table(folder)
         for seed in range(3):
             curves[f"{family}, seed {seed}"] = FusionSettings.read(folder / f"system-{seed}.fusion").lam_curve or []
-        rows = [Row(str(folder), "fp32", "fused", load_results(folder / "system-0.npz")["fused"])]
-        (pictures / f"routing-{family}.png").write_bytes(figures.routing_maps(rows, [family]))
-        bars = [entry(method.cells(folder)) for method in DRAWN]
-        (pictures / f"accuracy-{family}.png").write_bytes(figures.accuracy(bars, [method.label.replace("*", "") for method in DRAWN]))
+        rows = [Row(family, "fp32", "fused", load_results(folder / "system-0.npz")["fused"])]
+        (pictures / f"routing-{family}.png").write_bytes(figures.routing_maps(rows))
+        bars = [entry(family, method, method.cells(folder)) for method in DRAWN]
+        (pictures / f"accuracy-{family}.png").write_bytes(figures.accuracy(bars))
         (pictures / f"loss-{family}.png").write_bytes((folder / "routers" / "0" / "loss.png").read_bytes())
     (pictures / "lambda.png").write_bytes(figures.lambda_curves(curves))
     places["sizes"] = size_table(work)
@@ -102,10 +102,11 @@ def average(cells: Cells, seed: int, domains: Sequence[str] = ALL_DOMAINS) -> fl
     return float(np.mean([cells[domain][seed].mean() for domain in domains]))
 
 
-def entry(cells: Cells) -> dict[str, Any]:
+def entry(family: str, method: Method, cells: Cells) -> dict[str, Any]:
     """What `figures.accuracy` draws."""
+    named = {"bundle": family, "precision": "fp32", "method": method.label.replace("*", "")}
     domains = {domain: {"accuracy": interval(pooled(cells, [domain]))._asdict()} for domain in ALL_DOMAINS}
-    return {"domains": domains, "average": {"accuracy": interval(pooled(cells))._asdict()}}
+    return named | {"domains": domains, "average": {"accuracy": interval(pooled(cells))._asdict()}}
 
 
 def accuracy_table(folder: Path) -> str:

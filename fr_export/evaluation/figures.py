@@ -43,7 +43,8 @@ def accuracy(entries: Sequence[dict[str, Any]]) -> bytes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    columns = int(figure.get_figwidth() / (0.5 + 0.065 * max(map(len, labels))))  # inches that the longest label takes
+    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, min(5, columns)), fontsize=8, frameon=False)
     return _png(figure)
 
 
