@@ -54,15 +54,13 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 def parse_precisions(text: str | None, targets: tuple[str, ...], family: Any) -> tuple[str, ...]:
     """Comma list of precisions, or the family's default; all must be computable on every target."""
-    from fr_export.precision import REFUSED, SCHEMES
+    from fr_export.precision import SCHEMES
 
     if text is None:
         return tuple(dict.fromkeys(p for target in targets for p in family.precisions.get(target, family.precisions["other"])))
     precisions = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for target in targets:
         for precision in precisions:
-            if reason := REFUSED.get((target, precision)):
-                raise typer.BadParameter(f"'{precision}' cannot be exported for {target}: {reason}", param_hint="--precision")
             if precision not in SCHEMES[target]:
                 raise typer.BadParameter(
                     f"unknown precision '{precision}' for {target}; expected {', '.join(SCHEMES[target])}",
@@ -79,7 +77,7 @@ def main(
     ] = None,
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="NAME=SRC; repeat per expert, in the order of the routing head's rows.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Comma list of fp32, fp16, int8.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Comma list of fp32, fp16, bf16, int8.")] = None,
     target: Annotated[str, typer.Option(help="Comma list of targets: ort (ONNX Runtime on CPU).")] = "ort",
     fusion: Annotated[
         str | None,
@@ -93,6 +91,9 @@ def main(
     routing_head_key: Annotated[str, typer.Option(help="Name of the routing head's tensors in the router's safetensors.")] = "routing_head",
     out: Annotated[Path | None, typer.Option(help="Folder of the bundle; default dist/<family>.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle once the new one is complete.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where a precision loses more than its bound; nothing is written then.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout, all else on stderr.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -115,6 +116,7 @@ def main(
             routing_head_key,
             folder,
             force,
+            strict,
         )
     try:
         show(report, folder, as_json)
@@ -126,7 +128,7 @@ def main(
 
 def run(
     family: str, preset: str | None, router: str | None, expert: list[str], precision: str | None, target: str, fusion: str | None, lam: float | None,
-    max_seq_len: int | None, calibration: str, head_key: str, out: Path, force: bool,
+    max_seq_len: int | None, calibration: str, head_key: str, out: Path, force: bool, strict: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Check the flags and export; returns the report."""
     check_family(family)
@@ -165,6 +167,7 @@ def run(
         calibration=calibration,
         head_key=head_key,
         force=force,
+        strict=strict,
     )
     stages = Stages(console)
     with stages.progress:

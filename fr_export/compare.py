@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from fr_export.metrics import differences, summarise
 from fr_export.reference import Reference
 from fr_export.system import System
 from runtime import FusionRuntime
@@ -33,27 +34,18 @@ def compare(
     references: Sequence[Reference],
     advance: Callable[[float], None],
 ) -> dict[str, Any]:
-    """Differences of fused logits, greedy and routing agreement, read in chunks and token by token ("decode").
+    """Differences of the fused distribution (see `metrics.summarise`), read in chunks and token by token ("decode").
 
-    Differences are absolute; `largest_logit` is the largest |logit| of the reference that they stand beside.
+    `largest_logit` is the largest |logit| of the reference, beside which the differences of logits stand.
     """
     with FusionRuntime.load(bundle, precision=precision, device="cpu") as runtime:
         result: dict[str, Any] = {"tokens": sum(map(len, texts))}
         for name, chunk in (("chunks", LONGEST), ("decode", 1)):
-            peaks, means, greedy, routed = [], [], [], []
+            parts = []
             for ids, expected in zip(texts, references, strict=True):
                 scores = runtime.score(ids, chunk=chunk)
-                gaps = np.abs(scores.logits - expected.logits)
-                peaks.append(gaps.max(-1))
-                means.append(gaps.mean(-1))
-                greedy.append(scores.logits.argmax(-1) == expected.logits.argmax(-1))
-                routed.append(scores.experts == expected.experts)
+                parts.append(differences(scores.logits, expected.logits, scores.experts, expected.experts, ids))
                 advance(len(ids))
-            result[name] = {
-                "max_difference": float(np.concatenate(peaks).max()),
-                "mean_difference": float(np.concatenate(means).mean()),
-                "greedy_agreement": float(np.concatenate(greedy).mean()),
-                "routing_agreement": float(np.concatenate(routed).mean()),
-            }
+            result[name] = summarise(parts)
         result["largest_logit"] = max(float(np.abs(expected.logits).max()) for expected in references)
     return result

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from calibration.prompts import load_prompts
 from fr_export.bind import bind
+from fr_export.bounds import misses
 from fr_export.checkpoint import Checkpoint
 from fr_export.compare import TOKENS, compare, sequences
 from fr_export.families import Family
@@ -51,6 +52,7 @@ class Request:
     calibration: str = "builtin"
     head_key: str = "routing_head"
     force: bool = False
+    strict: bool = False  # a precision that misses its bound is an error
 
 
 def export(request: Request, stages: Stages) -> dict[str, Any]:
@@ -82,8 +84,13 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             "vocab_size": made.vocab_size,
         }
         compared, reason = measure(system, made, prompts, folder, stages)
-        report["variants"] = [summary(variant, folder) | {"compared": compared.get(variant.precision)} for variant in variants]
+        report["variants"] = [
+            summary(variant, folder) | {"compared": (found := compared.get(variant.precision)), "missed": misses(variant.precision, found)}
+            for variant in variants
+        ]
         report["not_compared"] = reason
+        if request.strict:
+            hold(report)
         report["stages"] = stages.report()
         write_report(folder, report)
         files = dict(made.files) | {"report.json": file_entry(folder / "report.json")}
@@ -200,6 +207,17 @@ def measure(
         with stages.stage(f"comparing {variant.precision}", 2 * min(TOKENS, sum(map(len, texts)))) as advance:
             found[variant.precision] = compare(str(folder), variant.precision, texts, references, advance)
     return found, None
+
+
+def hold(report: dict[str, Any]) -> None:
+    """Raises FusionError where a precision misses its bound, or where none could be measured."""
+    if report["not_compared"]:
+        raise FusionError(f"No precision could be compared with torch ({report['not_compared']}); export without --strict.")
+    for entry in report["variants"]:
+        if entry["missed"]:
+            raise FusionError(
+                f"The precision {entry['precision']} misses its bound ({'; '.join(entry['missed'])}); leave it out, or export without --strict."
+            )
 
 
 def summary(variant: manifest.Variant, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
     """Print the tables of precisions and stages."""
     title = f"{report['family']}: {' + '.join(report['models'])} → {out}"
     precisions = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in ("target", "precision", "size", "bits", "max |Δ|", "mean |Δ|", "greedy", "routing"):
+    for column in ("target", "precision", "size", "bits", "perplexity", "KL", "top-1", "routing"):
         precisions.add_column(column, justify="left" if column in ("target", "precision") else "right", no_wrap=True)
     for entry in report["variants"]:
         found = entry["compared"]
@@ -29,19 +29,24 @@ def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
             precisions.add_row(*head, *["–"] * 4)
             continue
         decode = found["decode"]
+        ratio = decode["perplexity_ratio"]
         precisions.add_row(
             *head,
-            f"{decode['max_difference']:.2g}",
-            f"{decode['mean_difference']:.2g}",
+            "–" if ratio is None else f"{ratio - 1:+.2%}",
+            f"{decode['kl_mean']:.1e}",
             f"{decode['greedy_agreement']:.1%}",
             f"{decode['routing_agreement']:.1%}",
+            style="red" if entry["missed"] else None,
         )
     stages = Table(title="Stages", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("stage", "seconds", "peak memory"):
         stages.add_column(column, justify="left" if column == "stage" else "right")
     for stage in report["stages"]:
         stages.add_row(stage["name"], f"{stage['seconds']:.1f}", f"{stage['peak_anonymous_mib']:,.0f} MiB")
-    console.print(Group(precisions, explain(report), stages))
+    missed = [
+        f"[red]{entry['precision']} misses its bound: {'; '.join(entry['missed'])}." for entry in report["variants"] if entry["missed"]
+    ]
+    console.print(Group(precisions, *missed, explain(report), stages))
 
 
 def explain(report: dict[str, Any]) -> str:
@@ -50,8 +55,8 @@ def explain(report: dict[str, Any]) -> str:
     if compared is None:
         return f"Bits are per weight of a matrix. Not compared with torch: {report['not_compared']}."
     return (
-        f"Bits are per weight of a matrix; differences are of fused logits from torch in fp32 over {compared['tokens']} tokens, token by token; "
-        f"the largest |logit| is {compared['largest_logit']:.1f}."
+        f"Bits are per weight of a matrix. The fused distribution is held against torch in fp32 over {compared['tokens']} tokens, token by token; "
+        "KL is a mean in nats."
     )
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fr_export.precision import SCHEMES
 from fr_export.precision.int8 import BLOCK, TINY, quantise
+from runtime import FusionRuntime
 from runtime.errors import InputError
 from tests.exporting import ALL, export_system
 from tests.systems import Shape, make_system
@@ -55,7 +57,7 @@ def test_tied_embedding_and_head_stand_once_in_every_precision(family: str, tmp_
     for precision in ALL:
         weights = locations(bundle, precision)["router"]
         matrix = shape.vocab * shape.hidden
-        expected = {"fp32": [4 * matrix], "fp16": [2 * matrix], "int8": [matrix, 4 * matrix // BLOCK]}[precision]
+        expected = {"fp32": [4 * matrix], "fp16": [2 * matrix], "bf16": [2 * matrix], "int8": [matrix, 4 * matrix // BLOCK]}[precision]
         for size in expected:
             files = {file for file in weights.values() if (bundle / "graphs" / file).stat().st_size == size}
             assert len(files) == 1, (precision, files)
@@ -91,7 +93,7 @@ def test_a_frozen_embedding_costs_nothing_extra(tmp_path: Path) -> None:
     shutil.copyfile(first / "model.safetensors", second / "model.safetensors")
     twins = weight_bytes(export_checkpoints(tmp_path / "twins", shape, router, experts))
     matrix = shape.vocab * shape.hidden
-    for precision, size in (("fp32", 4 * matrix), ("fp16", 2 * matrix), ("int8", matrix + 4 * matrix // BLOCK)):
+    for precision, size in (("fp32", 4 * matrix), ("fp16", 2 * matrix), ("bf16", 2 * matrix), ("int8", matrix + 4 * matrix // BLOCK)):
         assert separate[precision] - frozen[precision] == size
         assert twins[precision] <= frozen[precision] - (separate[precision] - size) / 4
 
@@ -114,6 +116,24 @@ def test_every_stored_weight_is_named_by_its_hash_and_used(tmp_path: Path) -> No
     assert stored == used
     for path in (bundle / "graphs/weights").iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
+
+
+def test_a_half_precision_checkpoint_loses_nothing_in_its_own_precision(tmp_path: Path) -> None:
+    for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        bundle, _ = export_system(tmp_path / precision, Shape("gemma2", experts=2, dtype=dtype), ("fp32", precision))
+        found = []
+        for which in ("fp32", precision):
+            with FusionRuntime.load(bundle, which) as runtime:
+                found.append(runtime.score([5, 9, 200, 31, 7, 7, 120]).logits)
+        assert np.array_equal(*found), precision
+
+
+def test_bf16_rounds_as_torch_does(tmp_path: Path) -> None:
+    bundle, system = export_system(tmp_path, Shape(experts=1, layers=1), ("bf16",))
+    name = "model.layers.0.mlp.up_proj.weight"
+    stored = bundle / "graphs" / locations(bundle, "bf16")["router"][f"model.{name}"]
+    expected = torch.from_numpy(system.router.weights.read(name)).bfloat16()
+    assert stored.read_bytes() == expected.view(torch.int16).numpy().tobytes()
 
 
 def test_fp16_refuses_weights_beyond_its_range(tmp_path: Path) -> None:

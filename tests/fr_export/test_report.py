@@ -2,21 +2,26 @@
 
 import io
 import json
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
+from fr_export.bounds import BOUNDS, misses
 from fr_export.compare import sequences
 from fr_export.export import Request, export
 from fr_export.families import FAMILIES
+from fr_export.precision import SCHEMES, int8
 from fr_export.reference import reference
 from fr_export.report import show_report
 from fr_export.stages import Stages
 from fr_export.system import System
 from runtime import FusionRuntime
 from runtime.bundle import Bundle
+from runtime.errors import FusionError
 from tests.exporting import ALL
 from tests.systems import Shape, make_system
 
@@ -52,8 +57,22 @@ def test_figures_are_those_of_an_independent_comparison(request_: Request) -> No
         assert found["decode"]["max_difference"] == pytest.approx(gaps.max(), rel=1e-4)
         assert found["decode"]["mean_difference"] == pytest.approx(gaps.mean(), rel=1e-4)
         assert found["decode"]["greedy_agreement"] == pytest.approx(greedy.mean())
+        ours, theirs = (torch.tensor(np.concatenate([one.logits for one in ones])).double().log_softmax(-1) for ones in (scores, expected))
+        kl = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        assert found["decode"]["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3, abs=1e-11)
+        assert found["decode"]["kl_p99"] == pytest.approx(float(kl.quantile(0.99)), rel=1e-3, abs=1e-11)
+        ends = np.cumsum([len(ids) for ids in texts]) - 1
+        told = [row for row in range(len(gaps)) if row not in ends]
+        following = torch.tensor([id for ids in texts for id in [*ids[1:], 0]])[told]
+        perplexities = [float(torch.nn.functional.nll_loss(one[told], following).exp()) for one in (ours, theirs)]
+        assert found["decode"]["perplexity"] == pytest.approx(perplexities[0], rel=1e-5)
+        assert found["decode"]["perplexity_ratio"] == pytest.approx(perplexities[0] / perplexities[1], rel=1e-5)
+        best = theirs.topk(2).values
+        sure = ((best[:, 0] - best[:, 1]) > 1).numpy()
+        assert found["decode"]["sure_positions"] == sure.sum() > 5
+        assert found["decode"]["sure_agreement"] == pytest.approx(greedy[sure].mean())
         assert found["largest_logit"] == pytest.approx(max(np.abs(e.logits).max() for e in expected))
-        assert found["decode"]["max_difference"] < {"fp32": 1e-4, "fp16": 0.1, "int8": 3.0}[entry["precision"]]
+        assert found["decode"]["max_difference"] < {"fp32": 1e-4, "fp16": 0.1, "bf16": 0.8, "int8": 3.0}[entry["precision"]]
     sizes = {entry["precision"]: entry["bytes"] for entry in report["variants"]}
     assert sizes["int8"] < 0.45 * sizes["fp32"] and sizes["fp16"] < 0.65 * sizes["fp32"]
     names = [stage["name"] for stage in report["stages"]]
@@ -64,10 +83,50 @@ def test_figures_are_those_of_an_independent_comparison(request_: Request) -> No
     assert all(stage["seconds"] >= 0 and stage["peak_anonymous_mib"] > 0 for stage in report["stages"])
 
 
+def test_a_precision_that_misses_its_bound_is_told_and_strict_refuses_it(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(request_, Stages(Console(quiet=True)))
+    before = (request_.out / "manifest.json").read_bytes()
+    rounded = int8.quantise
+
+    def coarse(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, scales = rounded(rows)
+        return values // 64 * 64, scales  # as if six bits were lost
+
+    monkeypatch.setattr(int8, "quantise", coarse)
+    with pytest.raises(
+        FusionError,
+        match=r"^The precision int8 misses its bound \(.*routing agreement in chunks .*bound 98.00%.*\); .* without --strict\.$",
+    ):
+        export(replace(request_, strict=True), Stages(Console(quiet=True)))
+    assert (request_.out / "manifest.json").read_bytes() == before
+    assert [path.name for path in request_.out.parent.iterdir() if path.name.startswith(".")] == []
+    report = export(replace(request_, precisions=("fp32", "int8")), Stages(Console(quiet=True)))
+    assert [bool(entry["missed"]) for entry in report["variants"]] == [False, True]
+    shown = io.StringIO()
+    show_report(Console(file=shown, width=160, force_terminal=True, color_system="standard"), report, request_.out)
+    assert "\x1b[31mint8 misses its bound: " in shown.getvalue()
+
+
+def test_bounds_are_told_from_both_sides() -> None:
+    kept = {"greedy_agreement": 0.95, "sure_agreement": None, "routing_agreement": 0.98, "perplexity_ratio": 1.01, "kl_mean": 0.01}
+    assert misses("int8", {"chunks": kept, "decode": kept}) == [] == misses("int8", None)
+    missed = kept | {"routing_agreement": 0.979, "perplexity_ratio": 1.02}
+    assert misses("int8", {"chunks": kept, "decode": missed}) == [
+        "routing agreement token by token 97.90%, bound 98.00%",
+        "perplexity token by token +2.00%, bound +1.00%",
+    ]
+
+
+def test_every_precision_has_a_bound() -> None:
+    assert {precision for schemes in SCHEMES.values() for precision in schemes} == set(BOUNDS)
+
+
 def test_a_system_too_large_to_compare_says_so(request_: Request) -> None:
     with patch("fr_export.export.REFERENCE_LIMIT", 1000):
         report = export(request_, Stages(Console(quiet=True)))
-    assert all(entry["compared"] is None for entry in report["variants"])
+        with pytest.raises(FusionError, match="could be compared"):
+            export(replace(request_, strict=True), Stages(Console(quiet=True)))
+    assert all(entry["compared"] is None and entry["missed"] == [] for entry in report["variants"])
     shown = io.StringIO()
     show_report(Console(file=shown, width=160), report, request_.out)
     assert "Not compared with torch" in shown.getvalue() and "in fp32, more than" in shown.getvalue()

@@ -49,9 +49,9 @@ def test_shapes(name: str, tmp_path: Path) -> None:
 
 
 def check_quantised(bundle: Path, system: System, ids: list[int]) -> None:
-    """fp16 and int8 stay near fp32, in chunks and token by token. Bounds are relative to the spread of the logits."""
+    """fp16, bf16 and int8 stay near fp32, in chunks and token by token. Bounds are relative to the spread of the logits."""
     (expected,) = reference(system, [ids], (0.5, 0.5))
-    for precision, bound in (("fp16", 0.003), ("int8", 0.08)):
+    for precision, bound in (("fp16", 0.003), ("bf16", 0.024), ("int8", 0.08)):
         with FusionRuntime.load(bundle, precision=precision) as runtime:
             for chunk in (512, 1):
                 scores = runtime.score(ids, chunk=chunk)

@@ -1,7 +1,8 @@
-"""fp16: weights in half precision, arithmetic in fp32 (the CPU provider gains nothing from fp16 arithmetic, and nothing overflows)."""
+"""fp16 and bf16: weights in half precision, arithmetic in fp32 (the CPU provider gains nothing from fp16 arithmetic, and nothing overflows)."""
 
 from collections.abc import Iterator
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -10,30 +11,38 @@ from fr_export.precision.scheme import users
 from fr_export.store import Store
 from runtime.errors import InputError
 
+TYPES: dict[str, tuple[np.dtype, ir.DataType, str]] = {
+    "fp16": (np.dtype(np.float16), ir.DataType.FLOAT16, "65,504"),
+    "bf16": (np.dtype(ml_dtypes.bfloat16), ir.DataType.BFLOAT16, "3.39e38"),
+}
 
-class Fp16:
-    """Half the bytes of fp32 on disk; ONNX Runtime widens the weights once, when the session is loaded."""
 
-    name = "fp16"
+class Half:
+    """Half the bytes of fp32 on disk, rounded to nearest; ONNX Runtime widens the weights once, when the session is loaded."""
+
     bits = 16.0
 
-    def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
-        """Store fp16 rows and widen after an embedding look-up, before a product.
+    def __init__(self, name: str):
+        self.name = name
+        self.dtype, self.stored, self.largest = TYPES[name]
 
-        Raises InputError where a weight lies beyond fp16's range.
+    def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
+        """Store half-precision rows and widen after an embedding look-up, before a product.
+
+        Raises InputError where a weight lies beyond the type's range.
         """
         with store.writer() as writer, np.errstate(over="ignore"):
             for part in rows:
-                half = part.astype(np.float16)
+                half = part.astype(self.dtype)
                 if not np.isfinite(half).all():
                     raise InputError(
-                        f"The weight '{matrix.name}' holds values beyond fp16's 65,504 (or not finite); export it as fp32 or int8."
+                        f"The weight '{matrix.name}' holds values beyond {self.name}'s {self.largest} (or not finite); export it as fp32 or int8."
                     )
                 writer.write(half)
         inner = graph.model.graph
         products, lookups = users(matrix)
-        matrix.type = ir.TensorType(ir.DataType.FLOAT16)  # replaced, not changed: clones share it
-        matrix.const_value = writer.blob.tensor(matrix.name, ir.DataType.FLOAT16, tuple(matrix.shape))
+        matrix.type = ir.TensorType(self.stored)  # replaced, not changed: clones share it
+        matrix.const_value = writer.blob.tensor(matrix.name, self.stored, tuple(matrix.shape))
         for lookup in lookups:
             narrow, wide = (
                 lookup.outputs[0],
