@@ -125,7 +125,7 @@ def test_a_half_precision_checkpoint_loses_nothing_in_its_own_precision(tmp_path
         for which in ("fp32", precision):
             with FusionRuntime.load(bundle, which) as runtime:
                 found.append(runtime.score([5, 9, 200, 31, 7, 7, 120]).logits)
-        assert np.array_equal(*found), precision
+        assert np.array_equal(found[0], found[1]), precision
 
 
 def test_bf16_rounds_as_torch_does(tmp_path: Path) -> None:
