@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fr_export.metrics import differences, summarise
+from fr_export.metrics import Differences, differences, summarise
 from fr_export.reference import Reference
 from fr_export.system import System
 from runtime import FusionRuntime
@@ -33,16 +33,19 @@ def compare(
     texts: Sequence[Sequence[int]],
     references: Sequence[Reference],
     advance: Callable[[float], None],
+    decoded: int | None = None,
 ) -> dict[str, Any]:
     """Differences of the fused distribution (see `metrics.summarise`), read in chunks and token by token ("decode").
 
-    `largest_logit` is the largest |logit| of the reference, beside which the differences of logits stand.
+    Token by token only the first texts of together `decoded` tokens are read, unless it is None. `largest_logit` is the largest |logit| of the reference, beside which the differences of logits stand.
     """
     with FusionRuntime.load(bundle, precision=precision, device="cpu") as runtime:
         result: dict[str, Any] = {"tokens": sum(map(len, texts))}
-        for name, chunk in (("chunks", LONGEST), ("decode", 1)):
-            parts = []
+        for name, chunk, limit in (("chunks", LONGEST, None), ("decode", 1, decoded)):
+            parts: list[Differences] = []
             for ids, expected in zip(texts, references, strict=True):
+                if limit is not None and sum(len(part.kl) for part in parts) >= limit:
+                    break
                 scores = runtime.score(ids, chunk=chunk)
                 parts.append(differences(scores.logits, expected.logits, scores.experts, expected.experts, ids))
                 advance(len(ids))

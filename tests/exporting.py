@@ -15,7 +15,7 @@ from fr_export.stages import Stages
 from fr_export.system import System
 from tests.systems import Shape, make_system
 
-ALL = ("fp32", "fp16", "bf16", "int8")
+ALL = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 def export_system(

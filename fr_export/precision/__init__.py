@@ -2,9 +2,12 @@
 
 from fr_export.precision.fp32 import Fp32
 from fr_export.precision.half import Half
+from fr_export.precision.int4 import Int4
 from fr_export.precision.int8 import Int8
 from fr_export.precision.scheme import Scheme
 
-SCHEMES: dict[str, dict[str, Scheme]] = {"ort:cpu": {scheme.name: scheme for scheme in (Fp32(), Half("fp16"), Half("bf16"), Int8())}}
+SCHEMES: dict[str, dict[str, Scheme]] = {
+    "ort:cpu": {scheme.name: scheme for scheme in (Fp32(), Half("fp16"), Half("bf16"), Int8(), Int4())}
+}
 
 __all__ = ["SCHEMES", "Scheme"]

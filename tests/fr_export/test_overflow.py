@@ -37,8 +37,8 @@ def test_activations_beyond_65504_do_not_overflow(tmp_path: Path) -> None:
                 assert np.isfinite(scores.logits).all()
                 same = scores.experts == expected.experts
                 gap = np.abs(scores.logits - expected.logits)[same].mean() / expected.logits.std()
-                assert same.mean() > 0.9
-                assert gap < {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.08, "int8": 0.12}[precision]
+                assert same.mean() > (0.7 if precision == "int4" else 0.9)
+                assert gap < {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.08, "int8": 0.12, "int4": 1.0}[precision]
 
 
 def largest_activation(system: System, ids: list[int]) -> float:

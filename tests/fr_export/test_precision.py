@@ -10,12 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from safetensors.torch import load_file, save_file
 
-from fr_export.precision import SCHEMES
+from fr_export.families import FAMILIES
+from fr_export.precision import SCHEMES, int4
+from fr_export.precision.blockwise import blocked
 from fr_export.precision.int8 import BLOCK, TINY, quantise
+from fr_export.reference import reference
+from fr_export.system import System
 from runtime import FusionRuntime
 from runtime.errors import InputError
-from tests.exporting import ALL, export_system
+from tests.exporting import ALL, export_checkpoints, export_system
 from tests.systems import Shape, make_system
 
 MATRICES = arrays.arrays(
@@ -26,7 +31,8 @@ MATRICES = arrays.arrays(
 @settings(deadline=None, derandomize=True)
 @given(MATRICES)
 def test_int8_is_round_to_nearest_in_blocks_of_64(weights: np.ndarray) -> None:
-    values, scales = quantise(weights)
+    values, scales, zeros = quantise(weights)
+    assert zeros is None
     rows, width = weights.shape
     for row in range(rows):
         for block in range(-(-width // BLOCK)):
@@ -37,6 +43,57 @@ def test_int8_is_round_to_nearest_in_blocks_of_64(weights: np.ndarray) -> None:
             assert np.abs(stored).max() <= 127
             assert np.abs(stored * scale - exact).max() <= scale * 0.5001 + 127 * TINY
             assert (values[row, block, len(exact) :] == 128).all()
+
+
+@settings(deadline=None, derandomize=True)
+@given(MATRICES)
+def test_int4_rounds_within_its_range_and_not_worse_than_the_whole_range(weights: np.ndarray) -> None:
+    values, scales, zeros = int4.quantise(weights)
+    assert zeros is not None and scales.dtype == np.float16 and values.max() <= 15 and zeros.max() <= 15
+    exact = blocked(weights, int4.BLOCK).astype(np.float64)
+    step = scales.astype(np.float64)[..., None]
+    found = (values.astype(np.float64) - zeros[..., None]) * step
+    padding = slice(weights.shape[1] - (exact.shape[1] - 1) * int4.BLOCK, None)
+    assert (found[:, -1, padding] == 0).all()
+    low, high = np.minimum(exact.min(-1), 0)[..., None], np.maximum(exact.max(-1), 0)[..., None]
+    whole = ((high - low) / 15).astype(np.float16).astype(np.float64)  # no clipping, no search
+    with np.errstate(divide="ignore", invalid="ignore"):
+        zero = np.nan_to_num(np.rint(-low / whole))
+        plain = np.nan_to_num(np.clip(np.rint(exact / whole) + zero, 0, 15) - zero) * whole
+    assert (np.square(found - exact).sum(-1) <= np.square(plain - exact).sum(-1) * 1.001 + 1e-9).all()
+
+
+def test_int4_graphs_compute_with_the_rounded_weights(tmp_path: Path) -> None:
+    """Against torch whose matrices were rounded; the products also round their activations to 8 bits."""
+    shape = Shape(experts=1, layers=2, hidden=80, head_dim=20, config={"tie_word_embeddings": True})  # blocks that are not full
+    router, experts = make_system(tmp_path / "system", shape)
+    bundle = export_checkpoints(tmp_path / "bundle", shape, router, experts, ("int4",))
+    for folder in (router, *experts.values()):
+        file = Path(folder) / "model.safetensors"
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if tensor.ndim == 2:
+                values, scales, zeros = int4.quantise(tensor.numpy())
+                assert zeros is not None
+                rounded = (values.astype(np.float32) - zeros[..., None]) * scales.astype(np.float32)[..., None]
+                tensors[name] = torch.from_numpy(rounded.reshape(len(tensor), -1)[:, : tensor.shape[1]].copy())
+        save_file(tensors, file, {"format": "pt"})
+    ids = [5, 9, 200, 31, 7, 7, 120, 3]
+    (expected,) = reference(System.open(FAMILIES["llama3"], router, experts), [ids], (0.5, 0.5))
+    with FusionRuntime.load(bundle, "int4") as runtime:
+        for chunk in (8, 1):
+            found = runtime.score(ids, chunk=chunk).logits
+            assert np.abs(found - expected.logits).mean() < 0.03 * expected.logits.std()
+
+
+def test_int4_refuses_weights_beyond_its_range(tmp_path: Path) -> None:
+    router, experts = make_system(tmp_path, Shape(experts=1))
+    file = Path(router) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 3e6
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"router.* cannot be exported as int4: The weight '.*up_proj.weight' holds values beyond"):
+        export_checkpoints(tmp_path / "bundle", Shape(experts=1), router, experts, ("int4",))
 
 
 def locations(bundle: Path, precision: str) -> dict[str, dict[str, str]]:
@@ -57,29 +114,35 @@ def test_tied_embedding_and_head_stand_once_in_every_precision(family: str, tmp_
     for precision in ALL:
         weights = locations(bundle, precision)["router"]
         matrix = shape.vocab * shape.hidden
-        expected = {"fp32": [4 * matrix], "fp16": [2 * matrix], "bf16": [2 * matrix], "int8": [matrix, 4 * matrix // BLOCK]}[precision]
+        expected = {
+            "fp32": [4 * matrix],
+            "fp16": [2 * matrix],
+            "bf16": [2 * matrix],
+            "int8": [matrix, 4 * matrix // BLOCK],
+            "int4": [matrix // 2, matrix // 16, matrix // 64],
+        }[precision]
         for size in expected:
             files = {file for file in weights.values() if (bundle / "graphs" / file).stat().st_size == size}
             assert len(files) == 1, (precision, files)
-    graph = ir.load(bundle / "graphs/router.ort-cpu.int8.onnx").graph
-    lookup = next(n for n in graph if n.op_type == "GatherBlockQuantized")
-    product = next(n for n in graph if n.op_type == "MatMulNBits" and n.attributes["N"].as_int() == shape.vocab)
-    for mine, other in ((lookup.inputs[0], product.inputs[1]), (lookup.inputs[2], product.inputs[2])):
-        assert mine is not None and other is not None
-        assert weights_of(mine) == weights_of(other)
+    for precision, operands in (("int8", 2), ("int4", 3)):
+        graph = ir.load(bundle / f"graphs/router.ort-cpu.{precision}.onnx").graph
+        lookup = next(n for n in graph if n.op_type == "GatherBlockQuantized")
+        product = next(n for n in graph if n.op_type == "MatMulNBits" and n.attributes["N"].as_int() == shape.vocab)
+        for place in range(operands):
+            mine, other = lookup.inputs[place + (place > 0)], product.inputs[1 + place]
+            assert mine is not None and other is not None
+            assert weights_of(mine) == weights_of(other)
 
 
 def weights_of(value: ir.Value) -> str:
+    if value.producer() is not None:  # scales are widened
+        return weights_of(value.producer().inputs[0])
     assert isinstance(value.const_value, ir.ExternalTensor)
     return str(value.const_value.location)
 
 
 def test_a_frozen_embedding_costs_nothing_extra(tmp_path: Path) -> None:
     """An expert whose embedding is the router's adds the rest of its weights only; one equal in everything adds none."""
-    from safetensors.torch import load_file, save_file
-
-    from tests.exporting import export_checkpoints
-
     shape = Shape(vocab=400, experts=2, config={"tie_word_embeddings": True})
     router, experts = make_system(tmp_path, shape)
     separate = weight_bytes(export_checkpoints(tmp_path / "separate", shape, router, experts))
@@ -93,9 +156,15 @@ def test_a_frozen_embedding_costs_nothing_extra(tmp_path: Path) -> None:
     shutil.copyfile(first / "model.safetensors", second / "model.safetensors")
     twins = weight_bytes(export_checkpoints(tmp_path / "twins", shape, router, experts))
     matrix = shape.vocab * shape.hidden
-    for precision, size in (("fp32", 4 * matrix), ("fp16", 2 * matrix), ("bf16", 2 * matrix), ("int8", matrix + 4 * matrix // BLOCK)):
+    for precision, size in (
+        ("fp32", 4 * matrix),
+        ("fp16", 2 * matrix),
+        ("bf16", 2 * matrix),
+        ("int8", matrix + 4 * matrix // BLOCK),
+        ("int4", matrix // 2 + matrix // 16 + matrix // 64),
+    ):
         assert separate[precision] - frozen[precision] == size
-        assert twins[precision] <= frozen[precision] - (separate[precision] - size) / 4
+        assert twins[precision] <= frozen[precision] - (separate[precision] - size) / 5
 
 
 def weight_bytes(bundle: Path) -> dict[str, int]:

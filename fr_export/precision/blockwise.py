@@ -1,0 +1,157 @@
+"""Weights in blocks along the input axis, each with a scale (and a zero point): the operators that read them, and how they are stored.
+
+com.microsoft MatMulNBits and GatherBlockQuantized read the same bytes, so that a tied embedding and head stand once:
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from fr_export.graph import Graph, initializer, node
+from fr_export.precision.scheme import users
+from fr_export.store import Blob, Store
+
+TYPES = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.float16): ir.DataType.FLOAT16}
+
+
+class Quantised(NamedTuple):
+    """A slice of rows: value ≈ (q − zero)·scale.
+
+    values uint8 [R, blocks, block] from 0 to 2^bits − 1 (the last block padded with its zero point), scales float32 or float16
+    [R, blocks], zeros uint8 [R, blocks], or None where every zero point is 2^(bits − 1).
+    """
+
+    values: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is stored. Scales of type float16 are widened when the session is loaded."""
+
+    bits: int
+    block: int
+    scale_type: np.dtype
+    zeros: bool
+
+    @property
+    def bits_per_weight(self) -> float:
+        """On disk, for matrices whose width is a multiple of the block."""
+        return self.bits + (8 * self.scale_type.itemsize + self.bits * self.zeros) / self.block
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """Two 4-bit values per byte along the last axis, the first in the low half (padded to whole bytes); 8-bit values as they are."""
+    if bits == 8:
+        return values
+    if values.shape[-1] % 2:
+        values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
+    packed: np.ndarray = values[..., 0::2] | (values[..., 1::2] << 4)
+    return packed
+
+
+def bind_blocks(graph: Graph, matrix: ir.Value, parts: Iterable[Quantised], form: Format, store: Store) -> None:
+    """Store the slices of `matrix` [out, in] and replace the operators that read it."""
+    with contextlib.ExitStack() as stack:
+        values, scales = (stack.enter_context(store.writer()) for _ in range(2))
+        zeros = stack.enter_context(store.writer()) if form.zeros else None
+        for part in parts:
+            values.write(pack(part.values, form.bits))
+            scales.write(part.scales.astype(form.scale_type, copy=False))
+            if zeros is not None and part.zeros is not None:
+                zeros.write(pack(part.zeros, form.bits))
+    _rewrite(graph, matrix, form, values.blob, scales.blob, zeros.blob if zeros else None)
+
+
+def _rewrite(graph: Graph, matrix: ir.Value, form: Format, values: Blob, scales: Blob, zeros: Blob | None) -> None:
+    inner = graph.model.graph
+    out, width = (int(dim) for dim in matrix.shape)
+    blocks, depth = -(-width // form.block), form.block * form.bits // 8
+    packed_zeros = -(-blocks * form.bits // 8)
+    label = f"int{form.bits}"
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "product": {"values": (out, blocks, depth), "scale": (out * blocks,), "zero": (out * packed_zeros,)},
+        "lookup": {"values": (out, blocks * depth), "scale": (out, blocks), "zero": (out, packed_zeros)},
+    }
+    stored = {"values": (values, ir.DataType.UINT8), "scale": (scales, TYPES[form.scale_type]), "zero": (zeros, ir.DataType.UINT8)}
+
+    def operands(use: str, before: ir.Node) -> list[ir.Value | None]:
+        made: list[ir.Value | None] = []
+        for kind, (blob, dtype) in stored.items():
+            if blob is None:
+                continue
+            name, shape = f"{matrix.name}.{label if kind == 'values' else kind}.{use}", shapes[use][kind]
+            value = initializer(inner, name, dtype, shape, blob.tensor(name, dtype, shape))
+            if dtype == ir.DataType.FLOAT16:  # the products want scales of the activations' type
+                wide = ir.Value(name=f"{name}.fp32", type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape)
+                node(inner, before, "Cast", [value], [wide], to=int(ir.DataType.FLOAT))
+                value = wide
+            made.append(value)
+        return made
+
+    products, lookups = users(matrix)
+    if products:
+        weight = operands("product", products[0])
+        for product in products:
+            result = product.outputs[0]
+            fresh = ir.Value(name=f"{result.name}.{label}", type=result.type, shape=result.shape)
+            node(
+                inner, product, "com.microsoft::MatMulNBits", [product.inputs[0], *weight], [fresh],
+                K=width, N=out, bits=form.bits, block_size=form.block, accuracy_level=4,
+            )  # fmt: skip
+            _replace(inner, product, fresh)
+    for lookup in lookups:
+        result = lookup.outputs[0]
+        fresh = ir.Value(name=f"{result.name}.{label}", type=result.type, shape=result.shape)
+        table, *widths = operands("lookup", lookup)
+        node(
+            inner, lookup, "com.microsoft::GatherBlockQuantized", [table, lookup.inputs[1], *widths], [fresh],
+            bits=form.bits, block_size=form.block, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+        if blocks * form.block != width:
+            fresh = _cut(inner, lookup, fresh, width)
+        _replace(inner, lookup, fresh)
+    assert matrix.name is not None
+    del inner.initializers[matrix.name]
+
+
+def _replace(inner: ir.Graph, old: ir.Node, fresh: ir.Value) -> None:
+    """Let `fresh` stand where the old node's result stood, and remove the node."""
+    result = old.outputs[0]
+    name = result.name
+    result.replace_all_uses_with(fresh, replace_graph_outputs=True)
+    inner.remove(old, safe=True)
+    fresh.name = name
+
+
+def _cut(inner: ir.Graph, before: ir.Node, padded: ir.Value, width: int) -> ir.Value:
+    """Drop the padding of the last block from an embedding row."""
+    bounds = [
+        initializer(
+            inner,
+            f"{padded.name}.{kind}",
+            ir.DataType.INT64,
+            (1,),
+            ir.tensor(np.array([at], np.int64), name=f"{padded.name}.{kind}"),
+        )
+        for kind, at in (("start", 0), ("end", width), ("axis", 2))
+    ]
+    exact = ir.Value(name=f"{padded.name}.cut", type=padded.type, shape=padded.shape)
+    node(inner, before, "Slice", [padded, *bounds], [exact])
+    padded.shape = None
+    return exact
+
+
+def blocked(rows: np.ndarray, block: int) -> np.ndarray:
+    """Rows [R, K] as [R, blocks, block], padded with zeros."""
+    count, width = rows.shape
+    blocks = -(-width // block)
+    if blocks * block != width:
+        rows = np.pad(rows, ((0, 0), (0, blocks * block - width)))
+    return rows.reshape(count, blocks, block)
