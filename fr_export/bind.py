@@ -37,10 +37,19 @@ def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: 
 
 
 def rows(source: Source, weights: Weights) -> Iterator[np.ndarray]:
-    """fp32 slices of the stacked tensors of a source, cut and offset as it says."""
+    """fp32 slices of the stacked tensors of a source, cut, offset and scaled as it says."""
+    start = 0
     for tensor in source.tensors:
         for part in weights.rows(tensor, source.rows):
-            yield part + np.float32(source.offset) if source.offset else part
+            if source.offset:
+                part = part + np.float32(source.offset)
+            if source.row_scale is not None:
+                scale = source.row_scale[start : start + len(part)]
+                part = part * scale.reshape(-1, *[1] * (part.ndim - 1))
+            if source.column_scale is not None:
+                part = part * source.column_scale
+            start += len(part)
+            yield part
 
 
 def counted(parts: Iterator[np.ndarray], advance: Callable[[int], None]) -> Iterator[np.ndarray]:

@@ -10,13 +10,16 @@ import onnx_ir as ir
 class Source:
     """Where an initialiser's values come from: checkpoint tensors stacked along their rows, or a constant of the config.
 
-    `offset` is added to every value (the 1 of Gemma's 1 + w). `rows` cuts a padded vocabulary.
+    `offset` is added to every value (the 1 of Gemma's 1 + w). `rows` cuts a padded vocabulary. Then every row (of a vector: every value) is
+    multiplied by its value of `row_scale`, every column of a matrix by its value of `column_scale`.
     """
 
     tensors: tuple[str, ...] = ()
     offset: float = 0.0
     rows: int | None = None
     constant: np.ndarray | None = field(default=None, compare=False)
+    row_scale: np.ndarray | None = field(default=None, compare=False)
+    column_scale: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass

@@ -97,11 +97,31 @@ class Weights:
         with safe_open(entry.file, framework="pt") as handle:
             part = handle.get_slice(name)
             for start in range(0, total, step):
-                piece = part[start : min(start + step, total)].to(torch.float32).numpy()
-                if not np.isfinite(piece).all():
-                    raise InputError(f"Tensor '{name}' in {entry.file} holds values that are not finite; train or download it again.")
-                yield piece
+                yield finite(part[start : min(start + step, total)], name, entry)
+
+    def take(self, name: str, ids: np.ndarray, limit: int | None = None) -> np.ndarray:
+        """The rows `ids` [S] of a matrix, fp32 [S, columns]; no other row is read.
+
+        Raises InputError where an id is not below the number of rows (or `limit`), or where a value is not finite.
+        """
+        entry = self.entry(name)
+        total = entry.shape[0] if limit is None else min(limit, entry.shape[0])
+        different, where = np.unique(ids, return_inverse=True)
+        if len(wrong := different[(different < 0) | (different >= total)]):
+            raise InputError(f"Token id {wrong[0]} is outside the vocabulary: expected 0 to {total - 1}.")
+        with safe_open(entry.file, framework="pt") as handle:
+            part = handle.get_slice(name)
+            found = [finite(part[row : row + 1], name, entry) for row in different.tolist()]
+        return np.concatenate(found)[where]
 
     def read(self, name: str) -> np.ndarray:
         """A whole (small) tensor as fp32."""
         return np.concatenate(list(self.rows(name)))
+
+
+def finite(piece: torch.Tensor, name: str, entry: Entry) -> np.ndarray:
+    """A slice of a tensor as fp32. Raises InputError where a value is not finite."""
+    values: np.ndarray = piece.to(torch.float32).numpy()
+    if not np.isfinite(values).all():
+        raise InputError(f"Tensor '{name}' in {entry.file} holds values that are not finite; train or download it again.")
+    return values

@@ -1,13 +1,22 @@
 """Files that appear under their name only when they are complete."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name of a file to write, which then takes the place of `path` in one step. After an error `path` is as it was."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def replace(path: Path, content: bytes) -> None:
     """Write a file that takes the place of an older one in one step. Raises OSError, and then leaves the older one as it was."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as beside:
         beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

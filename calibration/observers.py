@@ -1,0 +1,157 @@
+"""Statistics of the activations that enter a weight matrix, gathered piece by piece in memory that does not grow."""
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import InputError
+
+BINS = 2048
+LEVELS = 127  # positive steps of symmetric 8 bit
+SMALLEST = -100  # exponent of the smallest histogram: below, float32 cannot hold its scale
+PIECE = 1 << 16  # values looked at together: they stay in a core's cache
+
+Floats = npt.NDArray[np.float32]
+
+
+class Observer:
+    """Statistics of one matrix's input, K channels wide. They do not depend on how the rows were cut into pieces.
+
+    channel_absmax float32 [K], channel_sum float64 [K] (of squares), counts int64 [BINS]: a histogram of |x| over [0, limit), where `limit`
+    is the smallest power of two above every |x|. It doubles when a larger value comes: neighbouring bins are merged, exactly.
+    """
+
+    def __init__(self, matrix: str, channels: int):
+        self.matrix = matrix
+        self.rows = 0
+        self.minimum, self.maximum = math.inf, -math.inf
+        self.channel_absmax = np.zeros(channels, np.float32)
+        self.channel_sum = np.zeros(channels, np.float64)
+        self.counts = np.zeros(BINS, np.int64)
+        self.exponent = SMALLEST
+
+    @property
+    def limit(self) -> float:
+        """Where the histogram ends."""
+        return 2.0**self.exponent
+
+    @property
+    def mean_square(self) -> npt.NDArray[np.float64]:
+        """Mean of x² by channel, float64 [K]; zeros before the first row."""
+        return self.channel_sum / max(self.rows, 1)
+
+    def see(self, activations: Floats) -> None:
+        """Add float32 [..., K]. Raises InputError where a value is not finite, and then keeps nothing of them."""
+        rows = activations.reshape(-1, len(self.channel_absmax))
+        if not len(rows):
+            return
+        low, high = float(rows.min()), float(rows.max())  # NaN wins in both
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError(
+                f"The activations that enter {self.matrix} are not all finite: expected numbers; check the model's weights, "
+                "or run it in fp32 or bf16 where fp16 overflows."
+            )
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        self._reach(max(-low, high))
+        self.rows += len(rows)
+        scale = np.float32(BINS / self.limit)  # a power of two, as `limit` is: no product below is rounded
+        step = max(1, PIECE // rows.shape[1])
+        for start in range(0, len(rows), step):
+            size = np.abs(rows[start : start + step])
+            np.maximum(self.channel_absmax, size.max(axis=0), out=self.channel_absmax)
+            self.channel_sum += np.einsum("ij,ij->j", size, size, dtype=np.float64)
+            self.counts += np.bincount((size * scale).astype(np.intp).ravel(), minlength=BINS)
+
+    def _reach(self, value: float) -> None:
+        """Widen the histogram until it holds `value`."""
+        exponent = math.frexp(value)[1]  # value < 2**exponent
+        while self.exponent < exponent:
+            if not self.counts[1:].any():  # all in the first bin, however wide
+                self.exponent = exponent
+                return
+            self.counts[: BINS // 2] = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts[BINS // 2 :] = 0
+            self.exponent += 1
+
+    # -- ranges of symmetric 8 bit: the largest |x| that is kept ------------------------------------------------------
+
+    def absmax(self) -> float:
+        """The largest |x|: nothing is clipped. 0 before the first row."""
+        return float(self.channel_absmax.max(initial=0))
+
+    def percentile(self, p: float) -> float:
+        """The |x| that p per cent of all values do not exceed, to within a bin of the histogram (its values taken as evenly spread)."""
+        if not 0 <= p <= 100:
+            raise InputError(f"The percentile {p} is out of range: expected 0 to 100.")
+        total = np.cumsum(self.counts)
+        wanted = p / 100 * total[-1]
+        bin = int(total.searchsorted(wanted))
+        inside = self.counts[bin] - (total[bin] - wanted)
+        return min(self._edge(bin + inside / max(int(self.counts[bin]), 1)), self.absmax())
+
+    def mse(self) -> float:
+        """The range with the smallest expected squared error of rounding to 127 steps a side and of clipping.
+
+        Minimised over the histogram, whose values are taken as evenly spread within each bin: the mean squared error criterion of
+        Sung, Shin, Hwang 2015 (arXiv:1511.06488) and Banner, Nahshan, Soudry 2019 (ACIQ, arXiv:1810.05723), on the data itself.
+        """
+        largest = self.absmax()
+        if not largest:
+            return 0.0
+        coarse = 2.0 ** np.arange(-10, 0.01, 1 / 8)
+        best = coarse[self._errors(coarse * largest).argmin()]
+        fine = np.minimum(best * 2.0 ** np.arange(-1 / 8, 1 / 8 + 0.001, 1 / 128), 1.0)
+        return float(fine[self._errors(fine * largest).argmin()] * largest)
+
+    def _errors(self, clips: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Summed squared error [M] for each of M ranges."""
+        used = self._used()
+        edges = self._edge(np.arange(used + 1))
+        steps = (clips / LEVELS)[:, None]
+        place = edges / steps
+        level = np.minimum(np.rint(place), LEVELS)
+        # In units of the step: the integral of (u - nearest level)² from 0 to `place`, beyond the last level too.
+        integral = level / 12 + (place - level) ** 3 / 3
+        errors: npt.NDArray[np.float64] = np.diff(integral, axis=1) @ self.counts[:used] * steps[:, 0] ** 3
+        return errors
+
+    def entropy(self) -> float:
+        """The range whose 128-level histogram loses the least information: the smallest KL divergence.
+
+        Migacz, "8-bit inference with TensorRT", GTC 2017, which TensorRT's entropy calibrator follows: for every i from 128 on, the first i
+        bins with all outliers put into the last (P) against those bins merged into 128 levels, each spread over its bins that are not empty (Q).
+        """
+        levels = LEVELS + 1
+        used = self._used()
+        if used <= levels:
+            return self.absmax()
+        counts = self.counts[:used].astype(np.float64)
+        sums, filled, entropies = (np.concatenate([[0.0], np.cumsum(part)]) for part in (counts, counts > 0, _xlogx(counts)))
+        ends = np.arange(levels, used + 1)  # i
+        bounds = -(-ends[:, None] * np.arange(levels + 1) // levels)  # where the levels begin: [candidates, 129]
+        mass, bins = np.diff(sums[bounds], axis=1), np.diff(filled[bounds], axis=1)
+        total, kept, last = sums[-1], sums[ends], counts[ends - 1]
+        clipped = total - kept
+        # KL(P || Q) = Σ p·log(p/q) / total + log(kept / total), where p and q are counts, and p is q's own but for the clipped values.
+        spread = np.divide(mass, bins, out=np.ones_like(mass), where=bins > 0)
+        with np.errstate(divide="ignore"):
+            outliers = _xlogx(last + clipped) - _xlogx(last) - clipped * np.where(last > 0, np.log(spread[:, -1]), -np.inf)
+        sum_of_logs = entropies[ends] - (mass * np.log(spread)).sum(axis=1) + np.where(clipped > 0, outliers, 0.0)
+        divergence = sum_of_logs / total + np.log(np.maximum(kept, 1) / total)
+        return min(float(self._edge(float(ends[divergence.argmin()]) - 0.5)), self.absmax())
+
+    def _used(self) -> int:
+        """Bins up to the last one that is not empty."""
+        return int(np.flatnonzero(self.counts)[-1]) + 1 if self.rows else 0
+
+    def _edge(self, bin: Any) -> Any:
+        """The |x| where a bin (or part of one) begins."""
+        return bin * (self.limit / BINS)
+
+
+def _xlogx(x: Any) -> npt.NDArray[np.float64]:
+    """x·log x, 0 at 0."""
+    found: npt.NDArray[np.float64] = x * np.log(np.where(x > 0, x, 1.0))
+    return found
