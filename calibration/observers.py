@@ -89,7 +89,7 @@ class Observer:
         wanted = p / 100 * total[-1]
         bin = int(total.searchsorted(wanted))
         inside = self.counts[bin] - (total[bin] - wanted)
-        return min(self._edge(bin + inside / max(int(self.counts[bin]), 1)), self.absmax())
+        return min(float(self._edge(bin + inside / max(int(self.counts[bin]), 1))), self.absmax())
 
     def mse(self) -> float:
         """The range with the smallest expected squared error of rounding to 127 steps a side and of clipping.
