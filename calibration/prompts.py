@@ -1,20 +1,56 @@
 """Prompts to calibrate and compare on: the built-in set, or the user's file."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from runtime.errors import InputError, one_line
 
-BUILTIN = (
-    "12+30=",
-    "A farmer has 14 hens and buys 9 more. Each hen lays 2 eggs a day. How many eggs are there after one day? Let us count step by step.",
-    "def total(prices):\n    result = 0\n    for price in prices:\n        result += price\n    return result\n\nprint(total([3, 5, 8]))",
-    "List three colours of the rainbow, one per line, in capital letters.",
-    "The river rose slowly during the night, and by morning the lower meadow was under water. Nobody in the village was surprised.",
-    "Answer with a JSON object that has the keys name and age for a person called Ada who is 36 years old.",
-    "x = [n * n for n in range(6) if n % 2 == 0]\n# the value of x is",
-    "Solve for y: 3y - 7 = 20. Then write the answer as a full sentence.",
-)
+FIFTH = 5  # one prompt in so many is held out of calibration
+
+
+def shipped(name: str) -> tuple[str, ...]:
+    """The texts of `data/NAME.jsonl`, one JSON string a line."""
+    text = (files("calibration") / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return tuple(json.loads(line) for line in text.splitlines())
+
+
+BUILTIN = shipped("builtin")  # short beginnings, for the system to go on from
+HELD_OUT = shipped("held_out")  # whole texts to report on, which calibration never sees
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Texts to calibrate on, texts to report on, and (or None) one sentence for the user where these are the same."""
+
+    calibration: list[str]
+    held_out: list[str]
+    note: str | None = None
+
+
+def load_parts(source: str = "builtin") -> Parts:
+    """What `load_prompts` reads, in two parts that share no text; the built-in set has held-out texts of its own.
+
+    Raises InputError as `load_prompts` does.
+    """
+    return Parts(list(BUILTIN), list(HELD_OUT)) if source == "builtin" else divide(load_prompts(source))
+
+
+def divide(prompts: Sequence[str]) -> Parts:
+    """Hold out every fifth of the different prompts, or the last one where they are fewer. A single prompt serves both.
+
+    Raises InputError where there is none.
+    """
+    different = list(dict.fromkeys(prompts))
+    if not different:
+        raise InputError("There are no prompts to divide: expected at least one.")
+    if len(different) == 1:
+        note = "There is a single prompt, so the report is measured on the text of the calibration: give two or more prompts to tell them apart."
+        return Parts(different, different, note)
+    held_out = different[FIFTH - 1 :: FIFTH] or different[-1:]
+    return Parts([prompt for prompt in different if prompt not in held_out], held_out)
 
 
 def load_prompts(source: str = "builtin") -> list[str]:

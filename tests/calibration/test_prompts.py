@@ -3,14 +3,51 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from calibration.prompts import BUILTIN, load_prompts
+from calibration.prompts import BUILTIN, HELD_OUT, divide, load_parts, load_prompts
 from runtime.errors import InputError
 
 
 def test_builtin() -> None:
     assert load_prompts() == load_prompts("builtin") == list(BUILTIN)
-    assert all(prompt.strip() for prompt in BUILTIN)
+    assert all(prompt.strip() for prompt in (*BUILTIN, *HELD_OUT))
+    assert len(set(BUILTIN)) == len(BUILTIN) >= 64 and len(set(HELD_OUT)) == len(HELD_OUT) >= 12
+    assert sum(len(text.split()) for text in HELD_OUT) > 1200, "a report on few tokens is coarse"
+
+
+def test_no_text_is_both_calibrated_and_reported_on() -> None:
+    parts = load_parts()
+    assert (parts.calibration, parts.held_out, parts.note) == (list(BUILTIN), list(HELD_OUT), None)
+    for text in HELD_OUT:
+        assert not any(prompt[:30] in text or text[:30] in prompt for prompt in BUILTIN)
+
+
+def test_parts_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\n".join("abcdefghijkl"))
+    assert load_parts(str(tmp_path / "p.txt")).held_out == ["e", "j"]
+    (tmp_path / "p.txt").write_text("a\na\nb\na")
+    assert load_parts(str(tmp_path / "p.txt")).held_out == ["b"], "fewer than five: the last one"
+
+
+@given(st.lists(st.text(max_size=3), min_size=1, max_size=40))
+def test_divide(prompts: list[str]) -> None:
+    parts = divide(prompts)
+    assert parts == divide(prompts)
+    if len(set(prompts)) == 1:
+        assert parts.calibration == parts.held_out == prompts[:1]
+        assert parts.note is not None and parts.note.startswith("There is a single prompt") and "\n" not in parts.note
+        return
+    assert parts.note is None
+    assert not set(parts.calibration) & set(parts.held_out)
+    assert sorted(parts.calibration + parts.held_out) == sorted(set(prompts)), "nothing is lost"
+    assert len(parts.held_out) == max(1, len(set(prompts)) // 5)
+
+
+def test_nothing_to_divide() -> None:
+    with pytest.raises(InputError, match="no prompts to divide: expected at least one"):
+        divide([])
 
 
 GOOD: dict[str, tuple[str, bytes, list[str]]] = {
