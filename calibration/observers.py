@@ -1,6 +1,9 @@
 """Statistics of the activations that enter a weight matrix, gathered piece by piece in memory that does not grow."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,10 +20,11 @@ Floats = npt.NDArray[np.float32]
 
 
 class Observer:
-    """Statistics of one matrix's input, K channels wide. They do not depend on how the rows were cut into pieces.
+    """Statistics of one matrix's input, K channels wide. They do not depend on how the rows were cut into pieces (sums: but for rounding).
 
     channel_absmax float32 [K], channel_sum float64 [K] (of squares), counts int64 [BINS]: a histogram of |x| over [0, limit), where `limit`
     is the smallest power of two above every |x|. It doubles when a larger value comes: neighbouring bins are merged, exactly.
+    Where nothing was seen (an expert that was never chosen) `rows` is 0, and so are all ranges.
     """
 
     def __init__(self, matrix: str, channels: int):
@@ -66,7 +70,7 @@ class Observer:
 
     def _reach(self, value: float) -> None:
         """Widen the histogram until it holds `value`."""
-        exponent = math.frexp(value)[1]  # value < 2**exponent
+        exponent = math.frexp(value)[1] if value else SMALLEST  # value < 2**exponent
         while self.exponent < exponent:
             if not self.counts[1:].any():  # all in the first bin, however wide
                 self.exponent = exponent
@@ -74,6 +78,44 @@ class Observer:
             self.counts[: BINS // 2] = self.counts.reshape(-1, 2).sum(axis=1)
             self.counts[BINS // 2 :] = 0
             self.exponent += 1
+
+    # -- on disk ------------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything that was gathered: numbers float64 [rows, minimum, maximum, exponent], absmax float32 [K], squares float64 [K], counts."""
+        counts = self.counts[: self._used()]
+        return {
+            "numbers": np.array([self.rows, self.minimum, self.maximum, self.exponent], np.float64),
+            "absmax": self.channel_absmax,
+            "squares": self.channel_sum,
+            "counts": counts.astype(np.uint32) if counts.max(initial=0) < 1 << 32 else counts,
+        }
+
+    @classmethod
+    def of(cls, matrix: str, tensors: Mapping[str, npt.NDArray[Any]]) -> Observer:
+        """The observer that `tensors` describe. Raises InputError where they cannot come from one."""
+        wrong = InputError(
+            f"The statistics of {matrix} do not fit together: expected what an observer of this version gathers; make them again."
+        )
+        try:
+            rows, minimum, maximum, exponent = tensors["numbers"].tolist()
+            absmax, squares, counts = (tensors[name] for name in ("absmax", "squares", "counts"))
+        except (KeyError, ValueError) as error:
+            raise wrong from error
+        if absmax.ndim != 1 or absmax.shape != squares.shape or counts.ndim != 1 or len(counts) > BINS:
+            raise wrong
+        found = cls(matrix, len(absmax))
+        found.minimum, found.maximum = minimum, maximum
+        found.rows, found.exponent = int(rows), int(exponent)
+        found.channel_absmax[:], found.channel_sum[:], found.counts[: len(counts)] = absmax, squares, counts
+        if (
+            found.counts.sum() != rows * len(absmax)
+            or not (absmax >= 0).all()
+            or not (squares >= 0).all()
+            or not found.absmax() < found.limit
+        ):
+            raise wrong
+        return found
 
     # -- ranges of symmetric 8 bit: the largest |x| that is kept ------------------------------------------------------
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from calibration import sealed
 from runtime.errors import FusionError, InputError, one_line
-from runtime.files import replacing
 
+KIND = "file of states"
 States = tuple[np.ndarray, ...]
 See = Callable[[str, int, np.ndarray], None]
 
@@ -27,7 +26,7 @@ class Block:
 
     `graph` is serialised ONNX without weights: every weight is a graph input. Equal blocks have equal bytes.
     `states_in` are the graph inputs taken from the previous block's `states_out`, in order; the first block takes embedding rows [1, S, H].
-    `observed` maps a weight matrix of the model's graph to the graph output that is its product's input [1, S, K].
+    `observed` maps a weight matrix of the model's graph to the graph output that is its product's input [1, S, K], `channels` to K.
     `weights` maps a graph input to the weight of the model's graph that it takes.
     Other graph inputs are named as the `ort` dialect names them, with `past.key` and `past.value` [1, KV, capacity, D] for the cache.
     """
@@ -37,6 +36,7 @@ class Block:
     states_in: tuple[str, ...]
     states_out: tuple[str, ...]
     observed: Mapping[str, str]
+    channels: Mapping[str, int]
     weights: Mapping[str, str]
 
 
@@ -53,9 +53,11 @@ class Walk:
         embed: Callable[[np.ndarray], np.ndarray],
         read: Callable[[str], np.ndarray],
         threads: int | None = None,
+        identity: str = "",
     ):
         """`texts` are token ids, integers [S]. `embed` gives their rows, float32 [1, S, H]; `read` a weight of the model's graph, float32.
 
+        `identity` stands for the weights: states that were saved under another one are not taken up.
         Raises InputError where there is no text, or where one is empty or not a vector of integers.
         """
         if not texts:
@@ -69,7 +71,7 @@ class Walk:
         self.position = 0
         self.states: list[States] = [(embed(text),) for text in texts]
         self._texts = [text.astype(np.int64) for text in texts]
-        self._read, self._threads = read, threads
+        self._read, self._threads, self._weights = read, threads, identity
         self._sessions: dict[bytes, Any] = {}
         self._torn = False  # some texts' states are the current block's inputs, others' its outputs
 
@@ -101,29 +103,28 @@ class Walk:
         """Observe and advance in one pass. Raises as `observe`; after an error in the middle only `restore` leads on."""
         self._run(see, weights, moves=True)
 
-    def save(self, path: Path) -> None:
-        """Write the position and the states as safetensors, in one step. Raises InputError where they cannot be written."""
-        self._check_whole()
-        tensors = {f"{text}.{part}": state for text, states in enumerate(self.states) for part, state in enumerate(states)}
-        try:
-            with replacing(path) as beside:
-                save_file(tensors, beside, {"walk": self._identity(), "position": str(self.position)})
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"The states cannot be written to {path} ({one_line(error)}); choose a folder with room.") from error
+    def save(self, path: Path, beside: Mapping[str, np.ndarray] = {}) -> None:
+        """Write the position, the states and other arrays `beside` them, in one step. Raises InputError where they cannot be written.
 
-    def restore(self, path: Path) -> None:
-        """Take up the position and states that `save` wrote. Raises InputError where they are of other blocks or texts, or unreadable."""
-        try:
-            with safe_open(path, framework="np") as file:
-                about = file.metadata() or {}
-                if about.get("walk") != self._identity():
-                    raise InputError(f"{path} holds the states of other blocks or texts: remove it and begin again.")
-                position = int(about["position"])
-                parts = len(self.blocks[position - 1].states_out) if position else 1
-                states = [tuple(file.get_tensor(f"{text}.{part}") for part in range(parts)) for text in range(len(self._texts))]
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"The states {path} cannot be read ({one_line(error)}); remove the file and begin again.") from error
+        The names of the others must not begin with "states/".
+        """
+        self._check_whole()
+        tensors = {f"states/{text}/{part}": state for text, states in enumerate(self.states) for part, state in enumerate(states)}
+        sealed.write(path, KIND, tensors | dict(beside), {"walk": self._identity(), "position": str(self.position)})
+
+    def restore(self, path: Path) -> dict[str, np.ndarray]:
+        """Take up the position and states that `save` wrote; returns what was written beside them.
+
+        Raises InputError where they are of other blocks, texts or weights, or unreadable; the walk then stays as it was.
+        """
+        tensors, about = sealed.read(path, KIND)
+        if about["walk"] != self._identity():
+            raise InputError(f"{path} holds the states of other blocks, texts or weights: remove it and begin again.")
+        position = int(about["position"])
+        parts = len(self.blocks[position - 1].states_out) if position else 1
+        states = [tuple(tensors.pop(f"states/{text}/{part}") for part in range(parts)) for text in range(len(self._texts))]
         self.position, self.states, self._torn = position, states, False
+        return tensors
 
     def _run(self, see: See | None, weights: Mapping[str, np.ndarray], moves: bool) -> None:
         self._check_whole()
@@ -135,7 +136,7 @@ class Walk:
         # an OrtValue on the CPU is the array's own memory, which it keeps alive
         held = {given: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x, np.float32)) for given, x in values.items()}
         del values
-        outputs = list(dict.fromkeys((*(block.observed.values() if see else ()), *(block.states_out if moves else ()))))
+        outputs = list(dict.fromkeys((*(block.observed.values() if see is not None else ()), *(block.states_out if moves else ()))))
         self._torn = moves
         for number, text in enumerate(self._texts):
             feeds = context(session, text) | held | dict(zip(block.states_in, self.states[number], strict=True))
@@ -146,7 +147,7 @@ class Walk:
                     f"ONNX Runtime cannot run block {block.name} on text {number} of {len(text)} tokens ({one_line(error)}); expected weights of "
                     "the shapes that the model has, and no text longer than the context it was traced for."
                 ) from error
-            if see:
+            if see is not None:
                 for matrix, output in block.observed.items():
                     see(matrix, number, found[output][0])
             if moves:
@@ -175,8 +176,8 @@ class Walk:
             raise InputError(f"The walk was cut off within block {self.block.name}: restore saved states or begin again.")
 
     def _identity(self) -> str:
-        """A digest of blocks and texts: states fit no others."""
-        digest = hashlib.sha256()
+        """A digest of blocks, texts and what the weights are called: states fit no others."""
+        digest = hashlib.sha256(self._weights.encode())
         for part in (*(block.graph for block in self.blocks), *(text.tobytes() for text in self._texts)):
             digest.update(hashlib.sha256(part).digest())
         return digest.hexdigest()

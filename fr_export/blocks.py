@@ -39,7 +39,7 @@ def split(graph: Graph) -> list[Block]:
                 )
             if users:
                 states[at + 1].append(value)
-        if node.op_type == "FusedMatMul" and node.inputs[1].name in graph.sources:
+        if is_product(graph, node):
             observed[at][node.inputs[1].name] = node.inputs[0]
     states[-1] = unique(observed[-1].values())  # the head ends where the product of the LM head begins
     names = [*(f"layers.{number}" for number in range(graph.layers)), "head"]
@@ -78,6 +78,16 @@ def reader(graph: Graph, weights: Weights) -> tuple[Callable[[np.ndarray], np.nd
         return whole
 
     return embed, read
+
+
+def matrices(graph: Graph) -> dict[str, int]:
+    """Every weight matrix [out, in] that a product reads, in the graph's order → the channels of its input."""
+    return {node.inputs[1].name: int(node.inputs[1].shape[1]) for node in graph.model.graph if is_product(graph, node)}
+
+
+def is_product(graph: Graph, node: ir.Node) -> bool:
+    """Whether a node is a linear layer's product with a weight."""
+    return node.op_type == "FusedMatMul" and node.inputs[1].name in graph.sources
 
 
 def embedding(graph: Graph) -> ir.Node:
@@ -155,6 +165,7 @@ def build(
         tuple(made[value].name for value in states_in),
         tuple(made[value].name for value in states_out),
         {matrix: made[value].name for matrix, value in observed.items()},
+        {matrix: width for matrix, width in matrices(graph).items() if matrix in observed},
         weights,
     )
 
