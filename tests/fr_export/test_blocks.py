@@ -1,8 +1,5 @@
 """A model cut into blocks and walked: the final hidden states and every matrix's input are those of plain torch."""
 
-import re
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -17,6 +14,7 @@ from fr_export.reference import load
 from fr_export.system import System
 from fr_export.trace import trace
 from runtime.errors import FusionError, InputError
+from tests.hooks import hooked, layers_of
 from tests.systems import Shape, make_system
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -34,29 +32,6 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     shape = SHAPES[request.param]
     system = System.open(FAMILIES[shape.family], *make_system(tmp_path_factory.mktemp("blocks"), shape), max_seq_len=64)
     return system, trace(system.family, system.router.config, system.vocab_size, system.max_seq_len)
-
-
-@torch.no_grad()
-def hooked(model: Any, text: np.ndarray) -> dict[str, np.ndarray]:
-    """What enters every linear layer of a torch model, [S, K] by the layer's name."""
-    found: dict[str, np.ndarray] = {}
-
-    def note(name: str) -> Any:
-        return lambda _, arguments: found.__setitem__(name, arguments[0][0].numpy())
-
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    model(input_ids=torch.from_numpy(text)[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-def layers_of(matrix: str) -> list[str]:
-    """The linear layers of the torch model whose weights a matrix of the graph holds."""
-    if "layers." not in matrix:
-        return ["lm_head"]
-    name = re.sub(r"^.*?(model\.layers\.)", r"\1", matrix).removesuffix(".weight").replace("model.model.", "model.")
-    return [name.replace("qkv", kind) for kind in "qkv"] if "qkv" in name else [name]
 
 
 def test_blocks_compute_what_torch_computes(traced: tuple[System, Graph]) -> None:
