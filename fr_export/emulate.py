@@ -74,27 +74,24 @@ def rounded(graph: ir.Graph, made: ir.Node, value: ir.Value, half: ir.DataType) 
 
 
 def rotate_before(graph: ir.Graph, attention: ir.Node, half: ir.DataType) -> None:
-    """Take the rotary embedding out of an attention with packed inputs, so that turned queries and keys are rounded before they meet."""
-    packed, total, cos, sin = (attention.inputs[place] for place in (0, 6, 7, 8))
-    assert packed is not None and attention.inputs[1] is None and cos is not None
-    heads, kv = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
-    size, name = 2 * int(cos.shape[-1]), attention.outputs[0].name
-    parts = [ir.Value(name=f"{name}.{part}", type=ir.TensorType(half)) for part in ("query", "key", "value")]
+    """Take the rotary embedding out of an attention, so that turned queries and keys are rounded before they meet."""
+    query, key, value, *past, total, cos, sin = attention.inputs
+    assert cos is not None
+    heads, kv = (attention.attributes[label].as_int() for label in ("num_heads", "kv_num_heads"))
+    name, size = attention.outputs[0].name, 2 * int(cos.shape[-1])
+    if key is None:  # packed into the first input
+        widths = ir.tensor(np.array([heads, kv, kv], np.int64) * size, name=f"{name}.widths")
+        split = initializer(graph, f"{name}.widths", ir.DataType.INT64, (3,), widths)
+        packed = query
+        query, key, value = (ir.Value(name=f"{name}.{part}", type=ir.TensorType(half)) for part in ("query", "key", "value"))
+        node(graph, attention, "Split", [packed, split], [query, key, value], axis=-1)
     length, end, start = (ir.Value(name=f"{name}.{part}") for part in ("length", "end", "start"))
-    widths, one = (
-        initializer(graph, label, ir.DataType.INT64, array.shape, ir.tensor(array, name=label))
-        for label, array in ((f"{name}.widths", np.array([heads, kv, kv], np.int64) * size), (f"{name}.one", np.array([1], np.int64)))
-    )
-    node(graph, attention, "Split", [packed, widths], parts, axis=-1)
     node(graph, attention, "Shape", [graph.inputs[0]], [length], start=1, end=2)
     node(graph, attention, "Cast", [total], [end], to=int(ir.DataType.INT64))
-    node(graph, attention, "Sub", [end, length], [start])
-    first = ir.Value(name=f"{name}.first")
-    node(graph, attention, "Reshape", [start, one], [first])
-    for place, count in ((0, heads), (1, kv)):
-        turned = ir.Value(name=f"{parts[place].name}.turned", type=ir.TensorType(half))
-        node(graph, attention, "com.microsoft::RotaryEmbedding", [parts[place], first, cos, sin], [turned], num_heads=count)
-        parts[place] = turned
-    for place, value in enumerate((*parts, *attention.inputs[3:7], None, None)):
-        attention.replace_input_with(place, value)
+    node(graph, attention, "Sub", [end, length], [start])  # [1]: the first token's position
+    turned = [ir.Value(name=f"{name}.turned.{part}", type=ir.TensorType(half)) for part in ("query", "key")]
+    for straight, into, count in zip((query, key), turned, (heads, kv), strict=True):
+        node(graph, attention, "com.microsoft::RotaryEmbedding", [straight, start, cos, sin], [into], num_heads=count)
+    for place, changed in enumerate((*turned, value, *past, total, None, None)):
+        attention.replace_input_with(place, changed)
     attention.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
