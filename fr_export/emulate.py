@@ -1,8 +1,9 @@
 """What a GPU's half-precision graphs compute, on a CPU: `ort:cuda` graphs become `ort:cpu` graphs with the same rounding.
 
-ONNX Runtime's CPU provider has no bf16 kernels, and some releases (1.32) crash on fp16 graphs at their highest optimisation level. An emulated
-graph computes in fp32 and rounds every result where the GPU's graph has a value in half precision: what a GPU does, which accumulates in fp32,
-up to the order of sums and the rounding of attention probabilities inside its kernels.
+ONNX Runtime's CPU provider has no bf16 kernels. It runs fp16 graphs (1.32 crashes on some at its highest optimisation level), but drops a cast
+to fp16 in front of a product that it computes in fp32, and with it the overflow. An emulated graph computes in fp32 and rounds every result
+where the GPU's graph has a value in half precision: what a GPU does, which accumulates in fp32, up to the order of sums and the rounding of
+attention probabilities inside its kernels.
 """
 
 from pathlib import Path
