@@ -8,6 +8,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fr_export.graph import Graph, Source
 from fr_export.precision import Scheme
+from fr_export.precision.half import TYPES, rounded
 from fr_export.store import Store
 from fr_export.weights import Weights
 
@@ -17,7 +18,8 @@ INLINE = 64  # constants of up to so many values stand in the graph itself
 def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: Callable[[int], None]) -> None:
     """Fill every initialiser. `advance(n)` is told of every n source elements done.
 
-    Matrices that products and look-ups read go through the scheme; norms, biases and tables stay fp32.
+    Matrices that products and look-ups read go through the scheme; norms, biases and tables have the type that the graph gives them.
+    Raises InputError where a value lies beyond that type's range.
     """
     inner = graph.model.graph
     for name, source in graph.sources.items():
@@ -28,12 +30,18 @@ def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: 
             scheme.bind(graph, value, counted(rows(source, weights), advance), store)
             continue
         array = source.constant if source.constant is not None else next(iter(rows(source, weights)))
-        array = np.asarray(array, np.float32)
+        array = in_type(np.asarray(array, np.float32), value)
         if array.size <= INLINE:
             value.const_value = ir.tensor(array, name=name)
         else:
-            value.const_value = store.put(array).tensor(name, ir.DataType.FLOAT, array.shape)
+            value.const_value = store.put(array).tensor(name, value.dtype or ir.DataType.FLOAT, array.shape)
     RemoveUnusedNodesPass()(graph.model)
+
+
+def in_type(array: np.ndarray, value: ir.Value) -> np.ndarray:
+    """fp32 values in the type of the initialiser that they are for."""
+    half = next((name for name, (_, dtype, _) in TYPES.items() if dtype == value.dtype), None)
+    return array if half is None else rounded(array, half, value.name)
 
 
 def rows(source: Source, weights: Weights) -> Iterator[np.ndarray]:

@@ -53,19 +53,25 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 
 def parse_precisions(text: str | None, targets: tuple[str, ...], family: Any) -> tuple[str, ...]:
-    """Comma list of precisions, or the family's default; all must be computable on every target."""
+    """Comma list of precisions, or the family's defaults that the targets have. Each is exported for every target that has it."""
     from fr_export.precision import SCHEMES
 
     if text is None:
-        return tuple(dict.fromkeys(p for target in targets for p in family.precisions.get(target, family.precisions["other"])))
+        wanted = ((target, p) for target in targets for p in family.precisions.get(target, family.precisions["other"]))
+        return tuple(dict.fromkeys(precision for target, precision in wanted if precision in SCHEMES[target]))
     precisions = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    known = dict.fromkeys(precision for target in targets for precision in SCHEMES[target])
+    for precision in precisions:
+        if precision not in known:
+            raise typer.BadParameter(
+                f"unknown precision '{precision}' for {' and '.join(targets)}; expected {', '.join(known)}", param_hint="--precision"
+            )
     for target in targets:
-        for precision in precisions:
-            if precision not in SCHEMES[target]:
-                raise typer.BadParameter(
-                    f"unknown precision '{precision}' for {target}; expected {', '.join(SCHEMES[target])}",
-                    param_hint="--precision",
-                )
+        if not set(precisions) & SCHEMES[target].keys():
+            raise typer.BadParameter(
+                f"{target} has no precision {' or '.join(precisions)}; name one of {', '.join(SCHEMES[target])} too, or leave the target out",
+                param_hint="--precision",
+            )
     return precisions
 
 
@@ -78,7 +84,7 @@ def main(
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="NAME=SRC; repeat per expert, in the order of the routing head's rows.")] = None,
     precision: Annotated[str | None, typer.Option(help="Comma list of fp32, fp16, bf16, int8, int4.")] = None,
-    target: Annotated[str, typer.Option(help="Comma list of targets: ort (ONNX Runtime on CPU).")] = "ort",
+    target: Annotated[str, typer.Option(help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs).")] = "ort",
     fusion: Annotated[
         str | None,
         typer.Option(help="weighted (λ·router + (1−λ)·expert; the default, unless the router's fusion.json says more) or additive."),

@@ -26,8 +26,10 @@ from fr_export.stages import Stages
 from fr_export.staging import Staging
 from fr_export.store import FOLDER, Store
 from fr_export.system import System
+from fr_export.targets import TARGETS
 from fr_export.trace import architecture, trace
 from runtime import FusionRuntime, manifest
+from runtime.backends import DEVICES
 from runtime.bundle import sha256
 from runtime.errors import FusionError, InputError
 
@@ -74,6 +76,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             write_variant(system, graphs, target, precision, folder, store, stages)
             for target in request.targets
             for precision in request.precisions
+            if precision in SCHEMES[target]
         ]
         write_texts(system.router, folder)
         made = describe(system, fusion, graphs, variants, folder)
@@ -85,7 +88,9 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         }
         compared, reason = measure(system, made, prompts, folder, stages)
         report["variants"] = [
-            summary(variant, folder) | {"compared": (found := compared.get(variant.precision)), "missed": misses(variant.precision, found)}
+            summary(variant, folder)
+            | {"compared": (found := compared.get((variant.target, variant.precision))), "missed": misses(variant.precision, found)}
+            | {"not_compared": None if found else obstacle(variant) or reason}
             for variant in variants
         ]
         report["not_compared"] = reason
@@ -126,6 +131,7 @@ def write_variant(
     with stages.stage(f"writing {precision} for {target}", total) as advance:
         for model in system.models:
             graph = graphs[model.name].clone()
+            TARGETS[target](graph, precision, system.family)
             ort.end_with(graph, system.head if model is system.router else None)
             try:
                 bind(graph, model.weights, scheme, store, advance)
@@ -190,8 +196,11 @@ def measure(
     prompts: list[str],
     folder: Path,
     stages: Stages,
-) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Compare every precision with torch: precision → figures, or nothing and the reason."""
+) -> tuple[dict[tuple[str, str], dict[str, Any]], str | None]:
+    """Compare every variant that this machine runs with torch: (target, precision) → figures, or nothing and the reason."""
+    variants = [variant for variant in made.variants if obstacle(variant) is None]
+    if not variants:
+        return {}, None
     largest = max(model.parameters for model in made.models) * 4
     if largest > REFERENCE_LIMIT:
         return (
@@ -203,17 +212,28 @@ def measure(
     with stages.stage("reference in torch", len(system.models)) as advance:
         references = reference(system, texts, FusionRuntime.coefficients(made.fusion, made.lam), advance)
     found = {}
-    for variant in made.variants:
+    for variant in variants:
         with stages.stage(f"comparing {variant.precision}", 2 * min(TOKENS, sum(map(len, texts)))) as advance:
-            found[variant.precision] = compare(str(folder), variant.precision, texts, references, advance)
+            found[variant.target, variant.precision] = compare(str(folder), variant.precision, texts, references, advance)
     return found, None
 
 
+def obstacle(variant: manifest.Variant) -> str | None:
+    """Why the runtime cannot run a variant on this machine."""
+    served = {target for target, _ in DEVICES.values()}
+    return None if variant.target in served else f"this version's runtime has no backend for {variant.target}"
+
+
 def hold(report: dict[str, Any]) -> None:
-    """Raises FusionError where a precision misses its bound, or where none could be measured."""
+    """Raises FusionError where a precision misses its bound, or where one could not be measured."""
     if report["not_compared"]:
         raise FusionError(f"No precision could be compared with torch ({report['not_compared']}); export without --strict.")
     for entry in report["variants"]:
+        if entry["not_compared"]:
+            raise FusionError(
+                f"The precision {entry['precision']} for {entry['target']} could not be compared with torch ({entry['not_compared']}); "
+                "leave it out, or export without --strict."
+            )
         if entry["missed"]:
             raise FusionError(
                 f"The precision {entry['precision']} misses its bound ({'; '.join(entry['missed'])}); leave it out, or export without --strict."
@@ -240,7 +260,8 @@ def summary(variant: manifest.Variant, folder: Path) -> dict[str, Any]:
 def check_space(system: System, request: Request, folder: Path) -> None:
     """Refuse before any work where the disk cannot hold the bundle."""
     values = sum(int(np.prod(entry.shape)) for model in system.models for entry in model.weights.entries.values())
-    needed = sum(values * SCHEMES[target][precision].bits / 8 for target in request.targets for precision in request.precisions)
+    bits = {p: SCHEMES[target][p].bits for target in request.targets for p in request.precisions if p in SCHEMES[target]}
+    needed = sum(bits.values()) * values / 8  # targets share the weights of one precision
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise FusionError(

@@ -50,14 +50,19 @@ def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
 
 
 def explain(report: dict[str, Any]) -> str:
-    """One line under the table: what the differences were measured on."""
+    """The lines under the table: what the differences were measured on, and what was not measured."""
+    lines = ["Bits are per weight of a matrix."]
     compared = next((entry["compared"] for entry in report["variants"] if entry["compared"]), None)
-    if compared is None:
-        return f"Bits are per weight of a matrix. Not compared with torch: {report['not_compared']}."
-    return (
-        f"Bits are per weight of a matrix. The fused distribution is held against torch in fp32 over {compared['tokens']} tokens, token by token; "
-        "KL is a mean in nats."
-    )
+    if compared is not None:
+        lines.append(
+            f"The fused distribution is held against torch in fp32 over {compared['tokens']} tokens, token by token; KL is a mean in nats."
+        )
+    reasons: dict[str, list[str]] = {}
+    for entry in report["variants"]:
+        if entry["not_compared"]:
+            reasons.setdefault(entry["not_compared"], []).append(f"{entry['precision']} for {entry['target']}")
+    lines += [f"Not compared with torch: {', '.join(names)} ({reason})." for reason, names in reasons.items()]
+    return " ".join(lines)
 
 
 def size(count: int) -> str:

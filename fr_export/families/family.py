@@ -24,6 +24,7 @@ class Family:
     """One model family: everything that is peculiar to it and that no other module may know.
 
     `norm_offset` is added to every RMSNorm weight (Gemma stores w where the norm multiplies by 1 + w).
+    `wide_residual`: the residual stream of real checkpoints leaves fp16's range (65,504); half-precision graphs keep it in fp32.
     `precisions` maps a target to the precisions exported when none is named.
     `check` raises `InputError` for a config of the family that the exporter cannot serve.
     """
@@ -34,6 +35,7 @@ class Family:
     paper: Preset
     precisions: Mapping[str, tuple[str, ...]]
     check: Callable[[str, Any], None]
+    wide_residual: bool = False
 
     def preset(self, name: str) -> Preset:
         """The preset `tiny` (the trained system that ships with the package) or `paper` (the paper's hub ids)."""

@@ -1,6 +1,7 @@
 """fp16 and bf16: weights in half precision, arithmetic in fp32 (the CPU provider gains nothing from fp16 arithmetic, and nothing overflows)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,26 @@ TYPES: dict[str, tuple[np.dtype, ir.DataType, str]] = {
 }
 
 
+def rounded(array: np.ndarray, name: str, label: str | None) -> np.ndarray[Any, Any]:
+    """fp32 values in the half precision `name`. Raises InputError where one of the weight `label` lies beyond its range."""
+    dtype, _, largest = TYPES[name]
+    with np.errstate(over="ignore"):
+        half = array.astype(dtype)
+    if not np.isfinite(half).all():
+        raise InputError(f"The weight '{label}' holds values beyond {name}'s {largest} (or not finite); export it as fp32 or int8.")
+    return half
+
+
+def store_half(matrix: ir.Value, rows: Iterator[np.ndarray], name: str, store: Store) -> None:
+    """Make a matrix one of half precision, with values from the store. Raises InputError as `rounded` does."""
+    with store.writer() as writer:
+        for part in rows:
+            writer.write(rounded(part, name, matrix.name))
+    stored = TYPES[name][1]
+    matrix.type = ir.TensorType(stored)  # replaced, not changed: clones share it
+    matrix.const_value = writer.blob.tensor(matrix.name, stored, tuple(matrix.shape))
+
+
 class Half:
     """Half the bytes of fp32 on disk, rounded to nearest; ONNX Runtime widens the weights once, when the session is loaded."""
 
@@ -24,25 +45,15 @@ class Half:
 
     def __init__(self, name: str):
         self.name = name
-        self.dtype, self.stored, self.largest = TYPES[name]
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Store half-precision rows and widen after an embedding look-up, before a product.
 
         Raises InputError where a weight lies beyond the type's range.
         """
-        with store.writer() as writer, np.errstate(over="ignore"):
-            for part in rows:
-                half = part.astype(self.dtype)
-                if not np.isfinite(half).all():
-                    raise InputError(
-                        f"The weight '{matrix.name}' holds values beyond {self.name}'s {self.largest} (or not finite); export it as fp32 or int8."
-                    )
-                writer.write(half)
+        store_half(matrix, rows, self.name, store)
         inner = graph.model.graph
         products, lookups = users(matrix)
-        matrix.type = ir.TensorType(self.stored)  # replaced, not changed: clones share it
-        matrix.const_value = writer.blob.tensor(matrix.name, self.stored, tuple(matrix.shape))
         for lookup in lookups:
             narrow, wide = (
                 lookup.outputs[0],
