@@ -105,6 +105,10 @@ class Observer:
         fine = np.minimum(best * 2.0 ** np.arange(-1 / 8, 1 / 8 + 0.001, 1 / 128), 1.0)
         return float(fine[self._errors(fine * largest).argmin()] * largest)
 
+    def error(self, limit: float) -> float:
+        """The expected squared error of one value where |x| up to `limit` > 0 is kept, in 127 steps a side; 0 before the first row."""
+        return float(self._errors(np.array([limit]))[0]) / max(int(self.counts.sum()), 1)
+
     def _errors(self, clips: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Summed squared error [M] for each of M ranges."""
         used = self._used()
