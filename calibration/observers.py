@@ -147,8 +147,12 @@ class Observer:
         fine = np.minimum(best * 2.0 ** np.arange(-1 / 8, 1 / 8 + 0.001, 1 / 128), 1.0)
         return float(fine[self._errors(fine * largest).argmin()] * largest)
 
+    def error(self, limit: float) -> float:
+        """The expected squared error of one value where |x| up to `limit` > 0 is kept, in 127 steps a side; 0 before the first row."""
+        return float(self._errors(np.array([limit]))[0]) / (self._edge(1) * max(int(self.counts.sum()), 1))
+
     def _errors(self, clips: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Summed squared error [M] for each of M ranges."""
+        """Summed squared error [M] for each of M ranges, times the width of a bin."""
         used = self._used()
         edges = self._edge(np.arange(used + 1))
         steps = (clips / LEVELS)[:, None]

@@ -45,7 +45,7 @@ def node(
     op: str,
     inputs: list[ir.Value | None],
     outputs: list[ir.Value],
-    **attributes: int | float | str,
+    **attributes: int | float | str | list[int],
 ) -> ir.Node:
     """Insert a node `domain::op` in front of `before` (or at the end) with existing or new output values."""
     domain, _, op_type = op.rpartition("::")

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fr_export.graph import Graph, initializer, node
-from fr_export.precision.scheme import users
+from fr_export.precision.scheme import replace, users
 from fr_export.store import Blob, Store
 
 TYPES = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.float16): ir.DataType.FLOAT16}
@@ -105,7 +105,7 @@ def _rewrite(graph: Graph, matrix: ir.Value, form: Format, values: Blob, scales:
                 inner, product, "com.microsoft::MatMulNBits", [product.inputs[0], *weight], [fresh],
                 K=width, N=out, bits=form.bits, block_size=form.block, accuracy_level=4,
             )  # fmt: skip
-            _replace(inner, product, fresh)
+            replace(inner, product, fresh)
     for lookup in lookups:
         result = lookup.outputs[0]
         fresh = ir.Value(name=f"{result.name}.{label}", type=result.type, shape=result.shape)
@@ -116,18 +116,9 @@ def _rewrite(graph: Graph, matrix: ir.Value, form: Format, values: Blob, scales:
         )  # fmt: skip
         if blocks * form.block != width:
             fresh = _cut(inner, lookup, fresh, width)
-        _replace(inner, lookup, fresh)
+        replace(inner, lookup, fresh)
     assert matrix.name is not None
     del inner.initializers[matrix.name]
-
-
-def _replace(inner: ir.Graph, old: ir.Node, fresh: ir.Value) -> None:
-    """Let `fresh` stand where the old node's result stood, and remove the node."""
-    result = old.outputs[0]
-    name = result.name
-    result.replace_all_uses_with(fresh, replace_graph_outputs=True)
-    inner.remove(old, safe=True)
-    fresh.name = name
 
 
 def _cut(inner: ir.Graph, before: ir.Node, padded: ir.Value, width: int) -> ir.Value:

@@ -26,3 +26,12 @@ def users(matrix: ir.Value) -> tuple[list[ir.Node], list[ir.Node]]:
     products = [n for n in matrix.consumers() if n.op_type == "FusedMatMul"]
     lookups = [n for n in matrix.consumers() if n.op_type == "Gather"]
     return products, lookups
+
+
+def replace(inner: ir.Graph, old: ir.Node, fresh: ir.Value) -> None:
+    """Let `fresh` stand where the old node's result stood, and remove the node."""
+    result = old.outputs[0]
+    name = result.name
+    result.replace_all_uses_with(fresh, replace_graph_outputs=True)
+    inner.remove(old, safe=True)
+    fresh.name = name

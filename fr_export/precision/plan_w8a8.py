@@ -1,0 +1,97 @@
+"""Which products of a model take 8-bit activations, and at what scale: decided from calibration statistics alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from calibration.observers import LEVELS, Observer
+from fr_export.graph import Graph
+from fr_export.precision.scheme import users
+from fr_export.smooth import Columns
+from fr_export.weights import Weights
+from runtime.errors import InputError
+
+SHARE = 0.6  # of the multiply-adds of a token that must have 8-bit activations
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix [out, in] of a model: multiply-adds per token, and what 8-bit activations would cost it.
+
+    `noise` is the expected squared error of the product that rounding its input causes, as a part of its squared size; infinite where
+    calibration never saw the input.
+    """
+
+    matrix: str
+    work: int
+    noise: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`scales`: matrix → step of its input's 8-bit values. `kept`: the products that stay at A16, the noisiest first.
+
+    `share`: of a token's multiply-adds, the part that is W8A8. `bits`: per weight on disk, scales included.
+    """
+
+    scales: Mapping[str, float]
+    kept: tuple[Product, ...]
+    share: float
+    bits: float
+
+
+def plan(
+    graph: Graph,
+    weights: Weights,
+    observed: Mapping[str, Observer],
+    limit: Callable[[Observer], float] = Observer.mse,
+    share: float = SHARE,
+) -> Plan:
+    """Choose for a graph as `smooth` returns it; `observed` (matrix → what enters it) are statistics of that graph, not of the unsmoothed one.
+
+    `limit` gives the largest |x| that is kept. Products whose noise is largest stay at A16 while at least `share` of the multiply-adds are
+    W8A8; those never seen stay in any case. Raises InputError where a matrix has no observer, or as `Weights.rows` does.
+    """
+    products = []
+    limits: dict[str, float] = {}
+    for name, (out, width) in matrices(graph).items():
+        if not users(graph.model.graph.initializers[name])[0]:
+            continue  # an embedding only
+        if name not in observed:
+            raise InputError(f"The calibration has no statistics of '{name}': make them again for this model.")
+        limits[name] = limit(observed[name])
+        products.append(Product(name, out * width, noise(observed[name], limits[name], Columns.read(graph.sources[name], weights))))
+    products.sort(key=lambda product: product.noise, reverse=True)
+    total = sum(product.work for product in products)
+    left = total  # multiply-adds that are W8A8
+    kept = []
+    for product in products:
+        if product.noise == np.inf or left - product.work >= share * total:
+            kept.append(product)
+            left -= product.work
+    scales = {product.matrix: limits[product.matrix] / LEVELS or 1.0 for product in products if product not in kept}
+    rows = {name: shape[0] for name, shape in matrices(graph).items()}
+    values = sum(out * width for out, width in matrices(graph).values())
+    return Plan(scales, tuple(kept), left / total, 8 + 32 * sum(rows.values()) / values)
+
+
+def matrices(graph: Graph) -> dict[str, tuple[int, int]]:
+    """Shape [out, in] of every matrix that products or look-ups read."""
+    found = {}
+    for name, value in graph.model.graph.initializers.items():
+        if name in graph.sources and any(users(value)) and len(value.shape) == 2:
+            found[name] = (int(value.shape[0]), int(value.shape[1]))
+    return found
+
+
+def noise(seen: Observer, limit: float, columns: Columns) -> float:
+    """`Product.noise` for inputs kept up to `limit`, its channels taken as uncorrelated."""
+    signal = float(seen.mean_square @ columns.squares)
+    if not seen.rows:
+        return float("inf")
+    if not limit or not signal:
+        return 0.0
+    # the error is spread over the channels as rounding spreads it: a channel smaller than a step loses at most itself
+    spread = np.minimum(seen.mean_square, (limit / LEVELS) ** 2 / 12)
+    return seen.error(limit) * len(spread) * float(spread @ columns.squares) / float(spread.sum()) / signal

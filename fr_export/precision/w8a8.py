@@ -1,0 +1,103 @@
+"""W8A8: 8-bit weights with one scale per row, and 8-bit activations with one static scale per product, all symmetric about zero.
+
+Written as QuantizeLinear and DequantizeLinear around plain products (https://onnx.ai/onnx/operators/), as TensorRT reads explicit
+quantisation: symmetric int8, activations per tensor, weights per channel. Products that the plan keeps at A16 have 8-bit weights only.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration.observers import LEVELS
+from fr_export.graph import Graph, initializer, node
+from fr_export.precision.plan_w8a8 import Plan
+from fr_export.precision.scheme import replace, users
+from fr_export.store import Store
+
+TINY = float(np.finfo(np.float32).tiny)
+
+
+def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round fp32 rows [R, K] to nearest: int8 [R, K] from −127 to 127, and scales float32 [R] = max|row| / 127 (1 for a row of zeros)."""
+    scales = np.maximum(rows.max(-1), -rows.min(-1)) / np.float32(LEVELS)
+    scales[scales < TINY] = 1  # readers want scales above zero, and the inverse must not overflow
+    return np.rint(rows / scales[:, None]).astype(np.int8), scales
+
+
+class W8A8:
+    """One model's weights and activations in 8 bits, as its plan says."""
+
+    name = "w8a8"
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.bits = plan.bits
+
+    def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
+        """Quantise `matrix` [out, in] slice by slice; its products become MatMul between Q/DQ, its look-ups read the same bytes."""
+        with store.writer() as values, store.writer() as scales:
+            for part in rows:
+                rounded, steps = quantise(part)
+                values.write(rounded)
+                scales.write(steps)
+        inner = graph.model.graph
+        out, width = (int(size) for size in matrix.shape)
+        name = str(matrix.name)
+        products, lookups = users(matrix)
+
+        def operand(kind: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+            blob = values.blob if kind == "int8" else scales.blob
+            return initializer(inner, f"{name}.{kind}", dtype, shape, blob.tensor(f"{name}.{kind}", dtype, shape))
+
+        weight = operand("int8", ir.DataType.INT8, (out, width))
+        if products:
+            scale = operand("scale", ir.DataType.FLOAT, (out,))
+            wide = added(inner, products[0], "DequantizeLinear", [weight, scale], f"{name}.wide", (out, width), axis=0)
+            turned = added(inner, products[0], "Transpose", [wide], f"{name}.turned", (width, out), perm=[1, 0])
+        for product in products:
+            x = product.inputs[0]
+            if name in self.plan.scales:
+                x = rounded_input(inner, product, self.plan.scales[name])
+            result = product.outputs[0]
+            fresh = ir.Value(name=f"{result.name}.w8a8", type=result.type, shape=result.shape)
+            node(inner, product, "MatMul", [x, turned], [fresh])
+            replace(inner, product, fresh)
+        if lookups:
+            column = operand("row_scale", ir.DataType.FLOAT, (out, 1))
+        for lookup in lookups:
+            result, ids = lookup.outputs[0], lookup.inputs[1]
+            picked = added(inner, lookup, "Gather", [weight, ids], f"{result.name}.int8", dtype=ir.DataType.INT8, axis=0)
+            steps = added(inner, lookup, "Gather", [column, ids], f"{result.name}.scale", axis=0)
+            wide = added(inner, lookup, "Cast", [picked], f"{result.name}.wide", to=int(ir.DataType.FLOAT))
+            fresh = ir.Value(name=f"{result.name}.w8a8", type=result.type, shape=result.shape)
+            node(inner, lookup, "Mul", [wide, steps], [fresh])
+            replace(inner, lookup, fresh)
+        del inner.initializers[name]
+
+
+def rounded_input(inner: ir.Graph, product: ir.Node, scale: float) -> ir.Value:
+    """A product's input behind QuantizeLinear and DequantizeLinear, which products of one input share."""
+    x = product.inputs[0]
+    for user in x.consumers():
+        if user.op_type == "QuantizeLinear":
+            return next(iter(user.outputs[0].consumers())).outputs[0]
+    parameters = [
+        initializer(inner, label, dtype, (), ir.tensor(value, name=label))
+        for label, dtype, value in (
+            (f"{x.name}.scale", ir.DataType.FLOAT, np.array(scale, np.float32)),
+            (f"{x.name}.zero", ir.DataType.INT8, np.array(0, np.int8)),
+        )
+    ]
+    small = added(inner, product, "QuantizeLinear", [x, *parameters], f"{x.name}.int8", x.shape, ir.DataType.INT8)
+    return added(inner, product, "DequantizeLinear", [small, *parameters], f"{x.name}.rounded", x.shape)
+
+
+def added(
+    inner: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value | None], name: str, shape: ir.Shape | tuple[int, ...] | None = None,
+    dtype: ir.DataType = ir.DataType.FLOAT, **attributes: int | list[int],
+) -> ir.Value:  # fmt: skip
+    """The result of a new node."""
+    made = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape) if isinstance(shape, tuple) else shape)
+    node(inner, before, op, inputs, [made], **attributes)
+    return made

@@ -1,0 +1,67 @@
+"""What tests of calibrated precisions share: statistics of a traced model, and its graph run as it is written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from calibration.observers import Observer
+from calibration.walk import Walk
+from fr_export.bind import bind
+from fr_export.blocks import reader, split
+from fr_export.graph import Graph
+from fr_export.lowerings import ort
+from fr_export.precision import Scheme
+from fr_export.precision.fp32 import Fp32
+from fr_export.store import Store
+from fr_export.system import RoutingHead, System
+from fr_export.trace import trace
+from fr_export.weights import Weights
+
+
+def traced(system: System) -> Graph:
+    """The router's graph."""
+    return trace(system.family, system.router.config, system.vocab_size, system.max_seq_len)
+
+
+def observe(graph: Graph, weights: Weights, texts: Sequence[Sequence[int]]) -> dict[str, Observer]:
+    """What enters each matrix at every position of the texts."""
+    seen: dict[str, Observer] = {}
+
+    def see(matrix: str, _: int, x: np.ndarray) -> None:
+        seen.setdefault(matrix, Observer(matrix, x.shape[-1])).see(x)
+
+    walk = Walk(split(graph), [np.array(text) for text in texts], *reader(graph, weights), threads=1)
+    while not walk.done:
+        walk.step(see)
+    return seen
+
+
+def written(graph: Graph, weights: Weights, folder: Path, scheme: Scheme | None = None, head: RoutingHead | None = None) -> Path:
+    """Bind a copy of a graph and write it, as an export does."""
+    graph = graph.clone()
+    ort.end_with(graph, head)
+    bind(graph, weights, scheme or Fp32(), Store(folder), lambda _: None)
+    path = folder / "model.onnx"
+    ir.save(graph.model, path)
+    return path
+
+
+def run(path: Path, ids: Sequence[int]) -> list[np.ndarray]:
+    """The logits [S, V] of a whole text, and the routing scores [S, n] where the graph has them."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feeds: dict[str, np.ndarray] = {
+        "input_ids": np.array([ids]),
+        "seqlens_k": np.array([len(ids) - 1], np.int32),
+        "total_sequence_length": np.array(len(ids), np.int32),
+        "logit_positions": np.arange(len(ids)),
+    }
+    for wanted in session.get_inputs():
+        if wanted.name.startswith("past."):
+            feeds[wanted.name] = np.zeros((1, wanted.shape[1], len(ids), wanted.shape[3]), np.float32)
+    names = [output.name for output in session.get_outputs() if not output.name.startswith("present.")]
+    return [np.asarray(found[0]) for found in session.run(names, feeds)]
