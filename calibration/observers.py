@@ -149,7 +149,7 @@ class Observer:
 
     def error(self, limit: float) -> float:
         """The expected squared error of one value where |x| up to `limit` > 0 is kept, in 127 steps a side; 0 before the first row."""
-        return float(self._errors(np.array([limit]))[0]) / (self._edge(1) * max(int(self.counts.sum()), 1))
+        return float(self._errors(np.array([limit]))[0] / self._edge(1)) / max(int(self.counts.sum()), 1)
 
     def _errors(self, clips: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Summed squared error [M] for each of M ranges, times the width of a bin."""

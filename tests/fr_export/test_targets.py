@@ -106,8 +106,8 @@ def test_named_precisions_must_serve_every_target() -> None:
     family, both = FAMILIES["llama3"], parse_targets("ort,ort:cuda")
     assert parse_precisions("int8, fp16", both, family) == ("int8", "fp16")
     with pytest.raises(
-        typer.BadParameter, match="^ort:cuda has no precision fp32 or int8; name one of fp16, bf16 too, or leave the target out$"
+        typer.BadParameter, match=r"^ort:cuda has no precision fp32 or int8; name one of fp16, bf16 too, or leave the target out$"
     ):
         parse_precisions("fp32,int8", both, family)
-    with pytest.raises(typer.BadParameter, match="^unknown precision 'int8' for ort:cuda; expected fp16, bf16$"):
+    with pytest.raises(typer.BadParameter, match=r"^unknown precision 'int8' for ort:cuda; expected fp16, bf16$"):
         parse_precisions("int8", parse_targets("ort:cuda"), family)
