@@ -33,9 +33,14 @@ class Parts:
 def load_parts(source: str = "builtin") -> Parts:
     """What `load_prompts` reads, in two parts that share no text; the built-in set has held-out texts of its own.
 
+    A saved table (.safetensors), and `none`, need no prompts: they come with the built-in held-out texts.
     Raises InputError as `load_prompts` does.
     """
-    return Parts(list(BUILTIN), list(HELD_OUT)) if source == "builtin" else divide(load_prompts(source))
+    if source == "builtin":
+        return Parts(list(BUILTIN), list(HELD_OUT))
+    if source == "none" or source.endswith(".safetensors"):
+        return Parts([], list(HELD_OUT))
+    return divide(load_prompts(source))
 
 
 def divide(prompts: Sequence[str]) -> Parts:
@@ -62,7 +67,9 @@ def load_prompts(source: str = "builtin") -> list[str]:
         return list(BUILTIN)
     path = Path(source)
     if path.suffix not in (".txt", ".jsonl"):
-        raise InputError(f"--calibration {source} is neither 'builtin' nor a .txt or .jsonl file.")
+        raise InputError(
+            f"--calibration {source} is neither 'builtin' nor a .txt or .jsonl file of prompts, nor 'none' or a .safetensors table."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")  # which newlines end lines is told by read_text; JSON strings may hold others
     except (OSError, UnicodeDecodeError) as error:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from calibration import sealed
 from runtime.errors import FusionError, InputError, one_line
@@ -131,6 +130,8 @@ class Walk:
         block = self.block
         if unknown := sorted(set(weights) - set(block.weights.values())):
             raise InputError(f"Block {block.name} does not read '{unknown[0]}': expected some of {', '.join(block.weights.values())}.")
+        import onnxruntime  # here: it starts threads, and not every import of this module runs a block
+
         session = self._session(block)
         values = {given: weights[name] if name in weights else self._read(name) for given, name in block.weights.items()}
         # an OrtValue on the CPU is the array's own memory, which it keeps alive
@@ -157,10 +158,13 @@ class Walk:
 
     def _session(self, block: Block) -> Any:
         """The session of a block's graph, which equal blocks share."""
+        import onnxruntime
+
         if block.graph not in self._sessions:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # failures are raised; nothing is printed
             options.intra_op_num_threads = self._threads or len(os.sched_getaffinity(0))
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others compute between two runs
             options.enable_cpu_mem_arena = False  # an arena would keep room for the longest text in every session
             try:
                 self._sessions[block.graph] = onnxruntime.InferenceSession(block.graph, options, providers=["CPUExecutionProvider"])

@@ -1,18 +1,17 @@
 """Give a traced graph the weights of one checkpoint in one precision, streamed tensor by tensor."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from fr_export.graph import Graph, Source
+from fr_export.graph import INLINE, Graph
 from fr_export.precision import Scheme
 from fr_export.precision.half import TYPES, rounded
+from fr_export.rows import counted, rows
 from fr_export.store import Store
 from fr_export.weights import Weights
-
-INLINE = 64  # constants of up to so many values stand in the graph itself
 
 
 def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: Callable[[int], None]) -> None:
@@ -42,26 +41,3 @@ def in_type(array: np.ndarray, value: ir.Value) -> np.ndarray:
     """fp32 values in the type of the initialiser that they are for."""
     half = next((name for name, (_, dtype, _) in TYPES.items() if dtype == value.dtype), None)
     return array if half is None else rounded(array, half, value.name)
-
-
-def rows(source: Source, weights: Weights) -> Iterator[np.ndarray]:
-    """fp32 slices of the stacked tensors of a source, cut, offset and scaled as it says."""
-    start = 0
-    for tensor in source.tensors:
-        for part in weights.rows(tensor, source.rows):
-            if source.offset:
-                part = part + np.float32(source.offset)
-            if source.row_scale is not None:
-                scale = source.row_scale[start : start + len(part)]
-                part = part * scale.reshape(-1, *[1] * (part.ndim - 1))
-            if source.column_scale is not None:
-                part = part * source.column_scale
-            start += len(part)
-            yield part
-
-
-def counted(parts: Iterator[np.ndarray], advance: Callable[[int], None]) -> Iterator[np.ndarray]:
-    """Pass slices through and report their sizes."""
-    for part in parts:
-        yield part
-        advance(part.size)

@@ -7,8 +7,8 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.walk import Block
-from fr_export.bind import INLINE, rows
-from fr_export.graph import Graph, Source
+from fr_export.graph import INLINE, Graph, Source
+from fr_export.rows import rows
 from fr_export.weights import Weights
 from runtime.errors import FusionError
 

@@ -93,7 +93,9 @@ def main(
         float | None, typer.Option("--lambda", min=0.0, max=1.0, help="λ of the weighted fusion; default 0.5, likewise.")
     ] = None,
     max_seq_len: Annotated[int | None, typer.Option(min=2, help="KV capacity in tokens; default min(4096, the models').")] = None,
-    calibration: Annotated[str, typer.Option(help="'builtin', or a .txt or .jsonl file of prompts to compare on.")] = "builtin",
+    calibration: Annotated[
+        str, typer.Option(help="Prompts: 'builtin' or a .txt or .jsonl file; a saved calibration.safetensors; or 'none': round to nearest.")
+    ] = "builtin",
     routing_head_key: Annotated[str, typer.Option(help="Name of the routing head's tensors in the router's safetensors.")] = "routing_head",
     out: Annotated[Path | None, typer.Option(help="Folder of the bundle; default dist/<family>.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle once the new one is complete.")] = False,

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from calibration.prompts import load_prompts
+from calibration.prompts import Parts, load_parts
+from calibration.table import Table
 from fr_export.bind import bind
 from fr_export.bounds import misses
+from fr_export.calibrate import cache_folder, calibrate, check
 from fr_export.checkpoint import Checkpoint
 from fr_export.compare import TOKENS, compare, sequences
 from fr_export.families import Family
@@ -20,6 +22,8 @@ from fr_export.fusion_graph import write_fusion_graph
 from fr_export.graph import Graph
 from fr_export.lowerings import ort
 from fr_export.precision import SCHEMES
+from fr_export.precision.evidence import Evidence, evidence
+from fr_export.precision.scheme import Fitting
 from fr_export.reference import reference
 from fr_export.report import write_report
 from fr_export.stages import Stages
@@ -35,6 +39,9 @@ from runtime.errors import FusionError, InputError
 
 GRAPHS = "graphs"
 FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
+TABLE = "calibration.safetensors"
+RECORDED = ("ort:cpu", "int8")  # what the calibration texts are generated with
+RECORDED_LARGE, LARGE = ("ort:cpu", "int4"), 3_000_000_000  # and from how many parameters on, since the runtime holds all models
 REFERENCE_LIMIT = 1 << 30  # bytes of one model in fp32 up to which the whole of it is loaded into torch for the comparison
 
 
@@ -65,19 +72,20 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
     with Staging(request.out, request.force) as staging:
         with stages.stage("checking the checkpoints"):
             system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len)
-            prompts = load_prompts(request.calibration)
+            parts = load_parts(request.calibration)
             fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
             check_space(system, request, staging.folder)
         graphs = traces(system, stages)
         folder = staging.folder
         store = Store(folder / GRAPHS)
         write_fusion_graph(folder / FUSION_GRAPH)
-        variants = [
-            write_variant(system, graphs, target, precision, folder, store, stages)
-            for target in request.targets
-            for precision in request.precisions
-            if precision in SCHEMES[target]
-        ]
+        wanted = [(target, precision) for target in request.targets for precision in request.precisions if precision in SCHEMES[target]]
+        table = None
+        if request.calibration != "none" and any(isinstance(SCHEMES[target][precision], Fitting) for target, precision in wanted):
+            table = learn(system, graphs, fusion, request.calibration, parts, folder, stages)
+            table.save(folder / TABLE)
+        known = evidence(table) if table else {}
+        variants = [write_variant(system, graphs, target, precision, known, folder, store, stages) for target, precision in wanted]
         write_texts(system.router, folder)
         made = describe(system, fusion, graphs, variants, folder)
         report: dict[str, Any] = {"family": request.family.name, "models": [model.name for model in system.models]}
@@ -86,7 +94,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             "max_seq_len": made.max_seq_len,
             "vocab_size": made.vocab_size,
         }
-        compared, reason = measure(system, made, prompts, folder, stages)
+        compared, reason = measure(system, made, parts.held_out, folder, stages)
         report["variants"] = [
             summary(variant, folder)
             | {"compared": (found := compared.get((variant.target, variant.precision))), "missed": misses(variant.precision, found)}
@@ -121,27 +129,65 @@ def parameters(graph: Graph) -> int:
     return sum(int(np.prod(values[name].shape)) for name, source in graph.sources.items() if source.tensors)
 
 
+def learn(
+    system: System, graphs: dict[str, Graph], fusion: FusionSettings, source: str, parts: Parts, folder: Path, stages: Stages
+) -> Table:
+    """The calibration table of a system: the saved one that `source` names, or a new one. Raises InputError where it does not fit."""
+    if source.endswith(".safetensors"):
+        table = Table.load(Path(source))
+        check(table, system, graphs)
+        return table
+    recording = folder / "recording"  # a bundle of its own that generates the texts
+    try:
+        store = Store(recording / GRAPHS)
+        write_fusion_graph(recording / FUSION_GRAPH)
+        large = sum(parameters(graph) for graph in graphs.values()) > LARGE
+        target, precision = RECORDED_LARGE if large else RECORDED
+        variant = write_variant(system, graphs, target, precision, {}, recording, store, stages)
+        write_texts(system.router, recording)
+        describe(system, fusion, graphs, [variant], recording).write(recording)
+        return calibrate(system, graphs, parts.calibration, recording, precision, cache_folder(), stages)
+    finally:
+        shutil.rmtree(recording, ignore_errors=True)
+
+
 def write_variant(
-    system: System, graphs: dict[str, Graph], target: str, precision: str, folder: Path, store: Store, stages: Stages
+    system: System,
+    graphs: dict[str, Graph],
+    target: str,
+    precision: str,
+    known: dict[str, Evidence],
+    folder: Path,
+    store: Store,
+    stages: Stages,
 ) -> manifest.Variant:
-    """Write the graphs of all models in one precision."""
+    """Write the graphs of all models in one precision, fitted to what is known of each model's activations (or of none)."""
     scheme = SCHEMES[target][precision]
     written: dict[str, str] = {}
+    bits = 0.0
     total = sum(parameters(graph) for graph in graphs.values())
+    shared: dict[str, Any] = {}
     with stages.stage(f"writing {precision} for {target}", total) as advance:
         for model in system.models:
-            graph = graphs[model.name].clone()
+            graph, own = graphs[model.name], scheme
+            try:
+                if known and isinstance(scheme, Fitting):
+                    graph, own = scheme.fit(graph, model.weights, known[model.name], store, shared, advance)
+            except InputError as error:
+                raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
+            graph = graph.clone()
             TARGETS[target](graph, precision, system.family)
             ort.end_with(graph, system.head if model is system.router else None)
             try:
-                bind(graph, model.weights, scheme, store, advance)
+                bind(graph, model.weights, own, store, advance)
             except InputError as error:
                 raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
             name = f"{GRAPHS}/{model.name}.{target.replace(':', '-')}.{precision}.onnx"
             graph.model.graph.name = model.name
             ir.save(graph.model, folder / name)
             written[model.name] = name
-    return manifest.Variant(target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=scheme.bits)
+            bits += own.bits * parameters(graphs[model.name]) / total
+    return manifest.Variant(target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=round(bits, 4))
 
 
 def write_texts(router: Checkpoint, folder: Path) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+INLINE = 64  # constants of up to so many values stand in the graph itself
+
 
 @dataclass(frozen=True)
 class Source:

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.observers import LEVELS, Observer
-from fr_export.bind import rows
 from fr_export.graph import Graph, Source
+from fr_export.rows import rows
 from fr_export.weights import Weights
 
 NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator → which input is its weight

@@ -24,6 +24,10 @@ class Blob:
         location = f"{FOLDER}/{self.sha256}.bin"
         return ir.ExternalTensor(location, 0, self.length, dtype, shape=ir.Shape(shape), name=name, base_dir=self.folder.parent)
 
+    def read(self, dtype: np.dtype[Any]) -> np.ndarray:
+        """The values, flat."""
+        return np.fromfile(self.folder / f"{self.sha256}.bin", dtype)
+
 
 class Store:
     """Writes blobs into `graphs/weights`. `digests` holds what has been written: file name → (sha256, bytes)."""

@@ -28,10 +28,18 @@ def export_system(
 
 
 def export_checkpoints(
-    out: Path, shape: Shape, router: str, experts: dict[str, str], precisions: tuple[str, ...] = ALL, max_seq_len: int | None = None
+    out: Path,
+    shape: Shape,
+    router: str,
+    experts: dict[str, str],
+    precisions: tuple[str, ...] = ALL,
+    max_seq_len: int | None = None,
+    calibration: str = "none",
 ) -> Path:
     """Export given checkpoints to `out`."""
-    request = Request(FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), out, max_seq_len=max_seq_len)
+    request = Request(
+        FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), out, max_seq_len=max_seq_len, calibration=calibration
+    )
     with patch("fr_export.export.measure", return_value=({}, "a test compares it")):
         export(request, Stages(Console(quiet=True)))
     return out

@@ -5,7 +5,8 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
 import contextlib
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,9 @@ import onnx_ir as ir
 from fr_export.graph import Graph, initializer, node
 from fr_export.precision.scheme import replace, users
 from fr_export.store import Blob, Store
+from runtime.errors import InputError
 
+PIECE = 1 << 22  # values rounded at a time: each rounding makes copies
 TYPES = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.float16): ir.DataType.FLOAT16}
 
 
@@ -31,14 +34,20 @@ class Quantised(NamedTuple):
     zeros: np.ndarray | None
 
 
+# (rows float32 [R, blocks, block], importance of each channel float32 [blocks, block] or None) → scales and zeros as in `Quantised`
+Grid = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray | None]]
+
+
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored. Scales of type float16 are widened when the session is loaded."""
+    """How a matrix is stored, and how the values that a block can take are chosen. Scales of type float16 are widened when loaded."""
 
     bits: int
     block: int
     scale_type: np.dtype
     zeros: bool
+    grid: Grid
+    largest: float = math.inf  # |weight| up to which every scale is finite
 
     @property
     def bits_per_weight(self) -> float:
@@ -56,8 +65,63 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     return packed
 
 
-def bind_blocks(graph: Graph, matrix: ir.Value, parts: Iterable[Quantised], form: Format, store: Store) -> None:
-    """Store the slices of `matrix` [out, in] and replace the operators that read it."""
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """What `pack` packed, uint8."""
+    return packed if bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A quantised matrix in the store."""
+
+    form: Format
+    values: Blob
+    scales: Blob
+    zeros: Blob | None
+
+    @property
+    def bytes(self) -> int:
+        """On disk."""
+        return sum(blob.length for blob in (self.values, self.scales, self.zeros) if blob is not None)
+
+    def widened(self, width: int) -> np.ndarray:
+        """The matrix float32 [R, width] that products compute with, read back from the store."""
+        form, blocks = self.form, -(-width // self.form.block)
+        scales = self.scales.read(form.scale_type).astype(np.float32).reshape(-1, blocks)
+        values = unpack(self.values.read(np.dtype(np.uint8)).reshape(len(scales), -1), form.bits)[:, : blocks * form.block]
+        found = values.reshape(*scales.shape, form.block).astype(np.float32)
+        if self.zeros is None:
+            found -= 1 << (form.bits - 1)
+        else:
+            found -= unpack(self.zeros.read(np.dtype(np.uint8)).reshape(len(scales), -1), form.bits)[:, :blocks, None]
+        found *= scales[..., None]
+        return found.reshape(len(scales), -1)[:, :width]
+
+
+def nearest(rows: np.ndarray, form: Format) -> Quantised:
+    """Round fp32 rows [R, K] to the nearest values of their blocks."""
+    rows = blocked(rows, form.block)
+    scales, zeros = form.grid(rows, None)
+    step = scales.astype(np.float32)
+    scaled = rows * np.divide(1, step, out=np.zeros_like(step), where=step > 0)[..., None]
+    np.rint(scaled, out=scaled)
+    scaled += 1 << (form.bits - 1) if zeros is None else zeros[..., None]
+    np.clip(scaled, 0, 2**form.bits - 1, out=scaled)
+    return Quantised(scaled.astype(np.uint8), scales, zeros)
+
+
+def held(parts: Iterable[np.ndarray], form: Format, name: str) -> Iterator[np.ndarray]:
+    """The slices of the matrix `name`. Raises InputError where a value lies beyond what the format can hold."""
+    for part in parts:
+        if max(part.max(), -part.min()) > form.largest:
+            raise InputError(
+                f"The weight '{name}' holds values beyond the {form.largest:,.0f} that int{form.bits} can hold; export it as {'int8' if form.bits < 8 else 'fp32'}."
+            )
+        yield part
+
+
+def store_blocks(parts: Iterable[Quantised], form: Format, store: Store) -> Stored:
+    """Put the slices of a matrix [out, in] into the store."""
     with contextlib.ExitStack() as stack:
         values, scales = (stack.enter_context(store.writer()) for _ in range(2))
         zeros = stack.enter_context(store.writer()) if form.zeros else None
@@ -66,11 +130,12 @@ def bind_blocks(graph: Graph, matrix: ir.Value, parts: Iterable[Quantised], form
             scales.write(part.scales.astype(form.scale_type, copy=False))
             if zeros is not None and part.zeros is not None:
                 zeros.write(pack(part.zeros, form.bits))
-    _rewrite(graph, matrix, form, values.blob, scales.blob, zeros.blob if zeros else None)
+    return Stored(form, values.blob, scales.blob, zeros.blob if zeros else None)
 
 
-def _rewrite(graph: Graph, matrix: ir.Value, form: Format, values: Blob, scales: Blob, zeros: Blob | None) -> None:
-    inner = graph.model.graph
+def attach(graph: Graph, matrix: ir.Value, stored: Stored) -> None:
+    """Replace the operators that read `matrix` [out, in] by ones that read what is stored."""
+    inner, form = graph.model.graph, stored.form
     out, width = (int(dim) for dim in matrix.shape)
     blocks, depth = -(-width // form.block), form.block * form.bits // 8
     packed_zeros = -(-blocks * form.bits // 8)
@@ -79,11 +144,15 @@ def _rewrite(graph: Graph, matrix: ir.Value, form: Format, values: Blob, scales:
         "product": {"values": (out, blocks, depth), "scale": (out * blocks,), "zero": (out * packed_zeros,)},
         "lookup": {"values": (out, blocks * depth), "scale": (out, blocks), "zero": (out, packed_zeros)},
     }
-    stored = {"values": (values, ir.DataType.UINT8), "scale": (scales, TYPES[form.scale_type]), "zero": (zeros, ir.DataType.UINT8)}
+    blobs = {
+        "values": (stored.values, ir.DataType.UINT8),
+        "scale": (stored.scales, TYPES[form.scale_type]),
+        "zero": (stored.zeros, ir.DataType.UINT8),
+    }
 
     def operands(use: str, before: ir.Node) -> list[ir.Value | None]:
         made: list[ir.Value | None] = []
-        for kind, (blob, dtype) in stored.items():
+        for kind, (blob, dtype) in blobs.items():
             if blob is None:
                 continue
             name, shape = f"{matrix.name}.{label if kind == 'values' else kind}.{use}", shapes[use][kind]
@@ -146,3 +215,11 @@ def blocked(rows: np.ndarray, block: int) -> np.ndarray:
     if blocks * block != width:
         rows = np.pad(rows, ((0, 0), (0, blocks * block - width)))
     return rows.reshape(count, blocks, block)
+
+
+def sliced(parts: Iterator[np.ndarray], channels: int) -> Iterator[np.ndarray]:
+    """Slices of at most PIECE values."""
+    step = max(1, PIECE // channels)
+    for part in parts:
+        for start in range(0, len(part), step):
+            yield part[start : start + step]

@@ -4,44 +4,57 @@ Every block's range is clipped where that lowers its squared rounding error. The
 rounded to nearest.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
 
+from fr_export.blocks import matrices
 from fr_export.graph import Graph
-from fr_export.precision.blockwise import Format, Quantised, bind_blocks, blocked
+from fr_export.precision.blockwise import Format, Quantised, Stored, attach, held, nearest, sliced, store_blocks
+from fr_export.precision.compensated import Compensated, compensate
+from fr_export.precision.evidence import Evidence
+from fr_export.precision.scheme import Scheme
 from fr_export.store import Store
-from runtime.errors import InputError
+from fr_export.weights import Weights
 
 BLOCK, TOP = 32, 15
-FORMAT = Format(4, BLOCK, np.dtype(np.float16), zeros=True)
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of the block's range that are tried
-LARGEST = 65_504 * TOP // 2  # |weight| up to which every scale is finite in fp16
-ROWS = 1 << 20  # elements searched at a time: each candidate makes copies
 
 
-def quantise(rows: np.ndarray) -> Quantised:
-    """Round fp32 rows [R, K] to nearest with, per block, the candidate range of least squared error.
+def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Per block the candidate range of least squared error, weighted by `importance`: scales float16 and zeros uint8 [R, blocks].
 
-    No |value| is beyond LARGEST. A range [low, high] holds 0; scale = (high − low) / 15, rounded to fp16 before use, zero = round(−low / scale).
+    A range [low, high] holds 0; scale = (high − low) / 15, rounded to fp16 before use, zero = round(−low / scale).
     """
-    rows = blocked(rows, BLOCK)
     low, high = np.minimum(rows.min(-1), 0), np.maximum(rows.max(-1), 0)
     best = np.full(low.shape, np.inf, np.float32)
-    values = np.zeros(rows.shape, np.uint8)
     scales, zeros = np.zeros(low.shape, np.float16), np.zeros(low.shape, np.uint8)
     for clip in CLIPS:
         scale = ((high - low) * np.float32(clip / TOP)).astype(np.float16)
         step = scale.astype(np.float32)
         inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)  # a block that vanishes in fp16 is zero
         zero = np.clip(np.rint(-low * np.float32(clip) * inverse), 0, TOP)
-        rounded = np.clip(np.rint(rows * inverse[..., None]) + zero[..., None], 0, TOP)
-        error = np.square((rounded - zero[..., None]) * step[..., None] - rows).sum(-1)
-        better = error < best
-        best[better], scales[better], zeros[better] = error[better], scale[better], zero[better]
-        values[better] = rounded[better]
-    return Quantised(values, scales, zeros)
+        error = rows * inverse[..., None]
+        np.rint(error, out=error)
+        error += zero[..., None]
+        np.clip(error, 0, TOP, out=error)
+        error -= zero[..., None]
+        error *= step[..., None]
+        error -= rows
+        np.square(error, out=error)
+        found = error.sum(-1) if importance is None else np.einsum("rbk,bk->rb", error, importance)
+        better = found < best
+        best[better], scales[better], zeros[better] = found[better], scale[better], zero[better]
+    return scales, zeros
+
+
+FORMAT = Format(4, BLOCK, np.dtype(np.float16), True, grid, 65_504 * TOP / 2)
+
+
+def quantise(rows: np.ndarray) -> Quantised:
+    """Round fp32 rows [R, K] to nearest."""
+    return nearest(rows, FORMAT)
 
 
 class Int4:
@@ -55,12 +68,11 @@ class Int4:
 
         Raises InputError where a block's scale could lie beyond fp16's range.
         """
-        bind_blocks(graph, matrix, self._parts(matrix, rows), FORMAT, store)
+        pieces = sliced(held(rows, FORMAT, str(matrix.name)), int(matrix.shape[1]))
+        attach(graph, matrix, store_blocks(map(quantise, pieces), FORMAT, store))
 
-    def _parts(self, matrix: ir.Value, rows: Iterator[np.ndarray]) -> Iterator[Quantised]:
-        step = max(1, ROWS // int(matrix.shape[1]))
-        for part in rows:
-            if max(part.max(), -part.min()) > LARGEST:
-                raise InputError(f"The weight '{matrix.name}' holds values beyond the {LARGEST:,} that int4 can hold; export it as int8.")
-            for start in range(0, len(part), step):
-                yield quantise(part[start : start + step])
+    def fit(
+        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Stored], advance: Callable[[int], None]
+    ) -> tuple[Graph, Scheme]:
+        """Round with `compensate`; see `scheme.Fitting`."""
+        return graph, Compensated(self, compensate(graph, weights, known, dict.fromkeys(matrices(graph), FORMAT), store, shared, advance))

@@ -1,30 +1,36 @@
 """int8, weight-only: blocks of 64 along the input axis, one fp32 scale each, symmetric about the zero point 128 (8.5 bits per weight)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
 
+from fr_export.blocks import matrices
 from fr_export.graph import Graph
-from fr_export.precision.blockwise import Format, Quantised, bind_blocks, blocked
+from fr_export.precision.blockwise import Format, Quantised, Stored, attach, nearest, store_blocks
+from fr_export.precision.compensated import Compensated, compensate
+from fr_export.precision.evidence import Evidence
+from fr_export.precision.scheme import Scheme
 from fr_export.store import Store
+from fr_export.weights import Weights
 
 BLOCK = 64
-FORMAT = Format(8, BLOCK, np.dtype(np.float32), zeros=False)
 TINY = float(np.finfo(np.float32).tiny)
-ZERO_POINT = 128  # what both operators assume for 8 bits where no zero points are given
+
+
+def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
+    """Scales float32 [R, blocks] = max|block| / 127; the zero point is 128, which both operators assume where none is given."""
+    scales = np.maximum(rows.max(-1), -rows.min(-1)) / np.float32(127)
+    scales[scales < TINY] = 0  # the inverse would overflow; such blocks are zero
+    return scales, None
+
+
+FORMAT = Format(8, BLOCK, np.dtype(np.float32), False, grid)
 
 
 def quantise(rows: np.ndarray) -> Quantised:
-    """Round fp32 rows [R, K] to nearest: scale = max|block| / 127."""
-    rows = blocked(rows, BLOCK)
-    scales = np.maximum(rows.max(-1), -rows.min(-1)) / np.float32(127)
-    scales[scales < TINY] = 0  # the inverse would overflow; such blocks are zero
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-    scaled = rows * inverse[..., None]
-    np.rint(scaled, out=scaled)
-    scaled += ZERO_POINT
-    return Quantised(scaled.astype(np.uint8), scales, None)
+    """Round fp32 rows [R, K] to nearest."""
+    return nearest(rows, FORMAT)
 
 
 class Int8:
@@ -35,4 +41,10 @@ class Int8:
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Quantise slice by slice and replace the operators that read the matrix."""
-        bind_blocks(graph, matrix, map(quantise, rows), FORMAT, store)
+        attach(graph, matrix, store_blocks(map(quantise, rows), FORMAT, store))
+
+    def fit(
+        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Stored], advance: Callable[[int], None]
+    ) -> tuple[Graph, Scheme]:
+        """Round with `compensate`; see `scheme.Fitting`."""
+        return graph, Compensated(self, compensate(graph, weights, known, dict.fromkeys(matrices(graph), FORMAT), store, shared, advance))

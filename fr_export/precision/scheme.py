@@ -1,13 +1,15 @@
 """What a precision scheme does: put one weight matrix into the store and make the operators that use it read it there."""
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import onnx_ir as ir
 
 from fr_export.graph import Graph
+from fr_export.precision.evidence import Evidence
 from fr_export.store import Store
+from fr_export.weights import Weights
 
 
 class Scheme(Protocol):
@@ -18,6 +20,21 @@ class Scheme(Protocol):
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Store `matrix` [out, in], which arrives as fp32 slices of its rows, and rewrite its users (FusedMatMul, Gather)."""
+        ...
+
+
+@runtime_checkable
+class Fitting(Scheme, Protocol):
+    """A precision that is better (or only possible) where the model's activations are known. Its own `bind` rounds without them."""
+
+    def fit(
+        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
+    ) -> tuple[Graph, Scheme]:
+        """The graph to bind (with other sources, or as it is) and the scheme to bind it with, for one model.
+
+        `shared` is empty for the first model of a variant and then handed on: what models have in common is stored once.
+        `advance(n)` is told of every n values done. Raises InputError as `Weights` and `Walk` do.
+        """
         ...
 
 

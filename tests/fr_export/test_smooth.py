@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from calibration.observers import Observer
-from fr_export.bind import rows
 from fr_export.families import FAMILIES
 from fr_export.graph import Graph, Source
 from fr_export.reference import load
+from fr_export.rows import rows
 from fr_export.smooth import Columns, expected_errors, groups, smooth
 from fr_export.system import System
 from tests.calibrating import observe, run, traced, written

@@ -1,0 +1,31 @@
+"""The values of a source, read from a checkpoint slice by slice."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from fr_export.graph import Source
+from fr_export.weights import Weights
+
+
+def rows(source: Source, weights: Weights) -> Iterator[np.ndarray]:
+    """fp32 slices of the stacked tensors of a source, cut, offset and scaled as it says."""
+    start = 0
+    for tensor in source.tensors:
+        for part in weights.rows(tensor, source.rows):
+            if source.offset:
+                part = part + np.float32(source.offset)
+            if source.row_scale is not None:
+                scale = source.row_scale[start : start + len(part)]
+                part = part * scale.reshape(-1, *[1] * (part.ndim - 1))
+            if source.column_scale is not None:
+                part = part * source.column_scale
+            start += len(part)
+            yield part
+
+
+def counted(parts: Iterator[np.ndarray], advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+    """Pass slices through and report their sizes."""
+    for part in parts:
+        yield part
+        advance(part.size)
