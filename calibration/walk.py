@@ -98,6 +98,12 @@ class Walk:
         """Run the current block over all texts; its outputs become the states, and the next block the current one. Raises as `observe`."""
         self._run(None, weights, moves=True)
 
+    def peek(self, weights: Mapping[str, np.ndarray] = {}) -> list[States]:
+        """What the current block would make of the states with these weights; the walk stays. Raises as `observe`."""
+        passed: list[States] = []
+        self._run(None, weights, moves=False, passed=passed)
+        return passed
+
     def step(self, see: See, weights: Mapping[str, np.ndarray] = {}) -> None:
         """Observe and advance in one pass. Raises as `observe`; after an error in the middle only `restore` leads on."""
         self._run(see, weights, moves=True)
@@ -125,7 +131,7 @@ class Walk:
         self.position, self.states, self._torn = position, states, False
         return tensors
 
-    def _run(self, see: See | None, weights: Mapping[str, np.ndarray], moves: bool) -> None:
+    def _run(self, see: See | None, weights: Mapping[str, np.ndarray], moves: bool, passed: list[States] | None = None) -> None:
         self._check_whole()
         block = self.block
         if unknown := sorted(set(weights) - set(block.weights.values())):
@@ -137,7 +143,11 @@ class Walk:
         # an OrtValue on the CPU is the array's own memory, which it keeps alive
         held = {given: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x, np.float32)) for given, x in values.items()}
         del values
-        outputs = list(dict.fromkeys((*(block.observed.values() if see is not None else ()), *(block.states_out if moves else ()))))
+        outputs = list(
+            dict.fromkeys(
+                (*(block.observed.values() if see is not None else ()), *(block.states_out if moves or passed is not None else ()))
+            )
+        )
         self._torn = moves
         for number, text in enumerate(self._texts):
             feeds = context(session, text) | held | dict(zip(block.states_in, self.states[number], strict=True))
@@ -151,6 +161,8 @@ class Walk:
             if see is not None:
                 for matrix, output in block.observed.items():
                     see(matrix, number, found[output][0])
+            if passed is not None:
+                passed.append(tuple(found[output] for output in block.states_out))
             if moves:
                 self.states[number] = tuple(found[output] for output in block.states_out)
         self._torn = False

@@ -85,7 +85,8 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             table = learn(system, graphs, fusion, request.calibration, parts, folder, stages)
             table.save(folder / TABLE)
         known = evidence(table) if table else {}
-        variants = [write_variant(system, graphs, target, precision, known, folder, store, stages) for target, precision in wanted]
+        written = [write_variant(system, graphs, target, precision, known, folder, store, stages) for target, precision in wanted]
+        variants = [variant for variant, _ in written]
         write_texts(system.router, folder)
         made = describe(system, fusion, graphs, variants, folder)
         report: dict[str, Any] = {"family": request.family.name, "models": [model.name for model in system.models]}
@@ -98,8 +99,8 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         report["variants"] = [
             summary(variant, folder)
             | {"compared": (found := compared.get((variant.target, variant.precision))), "missed": misses(variant.precision, found)}
-            | {"not_compared": None if found else obstacle(variant) or reason}
-            for variant in variants
+            | {"not_compared": None if found else obstacle(variant) or reason, "fitted": about}
+            for variant, about in written
         ]
         report["not_compared"] = reason
         if request.strict:
@@ -143,7 +144,7 @@ def learn(
         write_fusion_graph(recording / FUSION_GRAPH)
         large = sum(parameters(graph) for graph in graphs.values()) > LARGE
         target, precision = RECORDED_LARGE if large else RECORDED
-        variant = write_variant(system, graphs, target, precision, {}, recording, store, stages)
+        variant, _ = write_variant(system, graphs, target, precision, {}, recording, store, stages)
         write_texts(system.router, recording)
         describe(system, fusion, graphs, [variant], recording).write(recording)
         return calibrate(system, graphs, parts.calibration, recording, precision, cache_folder(), stages)
@@ -160,19 +161,24 @@ def write_variant(
     folder: Path,
     store: Store,
     stages: Stages,
-) -> manifest.Variant:
-    """Write the graphs of all models in one precision, fitted to what is known of each model's activations (or of none)."""
+) -> tuple[manifest.Variant, dict[str, Any]]:
+    """Write the graphs of all models in one precision, fitted to what is known of each model's activations (or of none).
+
+    Returns the variant and, by model, what fitting has to say for the report.
+    """
     scheme = SCHEMES[target][precision]
     written: dict[str, str] = {}
     bits = 0.0
     total = sum(parameters(graph) for graph in graphs.values())
     shared: dict[str, Any] = {}
+    about: dict[str, Any] = {}
     with stages.stage(f"writing {precision} for {target}", total) as advance:
         for model in system.models:
             graph, own = graphs[model.name], scheme
             try:
                 if known and isinstance(scheme, Fitting):
-                    graph, own = scheme.fit(graph, model.weights, known[model.name], store, shared, advance)
+                    graph, fitted = scheme.fit(graph, model.weights, known[model.name], store, shared, advance)
+                    own, about[model.name] = fitted, fitted.about
             except InputError as error:
                 raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
             graph = graph.clone()
@@ -187,7 +193,8 @@ def write_variant(
             ir.save(graph.model, folder / name)
             written[model.name] = name
             bits += own.bits * parameters(graphs[model.name]) / total
-    return manifest.Variant(target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=round(bits, 4))
+    found = manifest.Variant(target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=round(bits, 4))
+    return found, about
 
 
 def write_texts(router: Checkpoint, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The values of a source, read from a checkpoint slice by slice."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -29,3 +30,11 @@ def counted(parts: Iterator[np.ndarray], advance: Callable[[int], None]) -> Iter
     for part in parts:
         yield part
         advance(part.size)
+
+
+def digest(parts: Iterator[np.ndarray]) -> str:
+    """What values are known by, however they are cut into slices."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(np.ascontiguousarray(part).data)
+    return found.hexdigest()

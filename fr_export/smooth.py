@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from calibration.observers import LEVELS, Observer
 from fr_export.graph import Graph, Source
-from fr_export.rows import rows
+from fr_export.rows import digest, rows
 from fr_export.weights import Weights
 
 NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator → which input is its weight
@@ -39,33 +39,61 @@ class Group:
 
 
 def smooth(
-    graph: Graph, weights: Weights, observed: Mapping[str, Observer], alphas: Sequence[float] = ALPHAS
+    graph: Graph,
+    weights: Weights,
+    observed: Mapping[str, Observer],
+    alphas: Sequence[float] = ALPHAS,
+    taken: dict[str, "Choice"] | None = None,
 ) -> tuple[Graph, dict[str, float | None]]:
     """The graph with scaled sources, the same function in exact arithmetic, and each matrix's α (None: left as it is). `graph` stays.
 
     `observed`: matrix → what entered it; groups of which a matrix was not seen are left. For each group the α of `alphas` is taken, with
     s = max|X|^α / max|W|^(1−α) by channel (eq. 4), or s = 1, that makes the expected error of 8-bit products smallest (`expected_error`).
     The final norm, which the routing head reads too, and a matrix that is also an embedding are never scaled.
+    `taken` holds the scales of earlier models by the content of their matrices: a group with a matrix of theirs takes their scales, so
+    that what models have in common stays equal.
     """
-    sources = dict(graph.sources)
+    sources, taken = dict(graph.sources), {} if taken is None else taken
     chosen: dict[str, float | None] = {}
     for group in groups(graph):
         if not all(name in observed and observed[name].rows for name in group.matrices):
             continue
-        seen = observed[group.matrices[0]]
-        read = {name: Columns.read(sources[name], weights) for name in group.matrices}
-        absmax = largest(seen.channel_absmax, group)
-        weight_absmax = largest(np.max([columns.absmax for columns in read.values()], axis=0), group)
-        candidates: dict[float | None, np.ndarray] = {None: np.ones(group.scales, np.float32)}
-        candidates |= {alpha: migration(absmax, weight_absmax, alpha) for alpha in alphas}
-        columns_by = [scale[group.share] for scale in candidates.values()]
-        errors = sum(expected_errors(sources[name], weights, columns, seen, columns_by) for name, columns in read.items())
-        best = int(np.argmin(errors))
-        alpha, scale = list(candidates.items())[best]
-        chosen |= dict.fromkeys(group.matrices, alpha)
-        if alpha is not None:
-            sources |= moved(graph, sources, group, scale)
+        keys = [f"{name in group.made}-{digest(rows(graph.sources[name], weights))}" for name in matrices_of(graph, group)]
+        choice = next((taken[key] for key in keys if key in taken), None) or best(sources, weights, observed, group, alphas)
+        taken |= {key: choice for key in keys if key not in taken}
+        chosen |= dict.fromkeys(group.matrices, choice.alpha)
+        if choice.alpha is not None:
+            sources |= moved(graph, sources, group, choice.scale)
     return replace(graph, sources=sources), chosen
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The α of a group, None where nothing is scaled, and its scales float32 [scales]."""
+
+    alpha: float | None
+    scale: np.ndarray
+
+
+def best(
+    sources: Mapping[str, Source], weights: Weights, observed: Mapping[str, Observer], group: Group, alphas: Sequence[float]
+) -> Choice:
+    """The choice of least expected error."""
+    seen = observed[group.matrices[0]]
+    read = {name: Columns.read(sources[name], weights) for name in group.matrices}
+    absmax = largest(seen.channel_absmax, group)
+    weight_absmax = largest(np.max([columns.absmax for columns in read.values()], axis=0), group)
+    candidates = [Choice(None, np.ones(group.scales, np.float32))]
+    candidates += [Choice(alpha, migration(absmax, weight_absmax, alpha)) for alpha in alphas]
+    by_channel = [candidate.scale[group.share] for candidate in candidates]
+    errors = sum(expected_errors(sources[name], weights, columns, seen, by_channel) for name, columns in read.items())
+    return candidates[int(np.argmin(errors))]
+
+
+def matrices_of(graph: Graph, group: Group) -> list[str]:
+    """The matrices that a group scales, those that make its value and those that read it; no vectors, which cost nothing to store."""
+    made = [name for name in group.made if len(graph.model.graph.initializers[name].shape) == 2]
+    return [*group.matrices, *made]
 
 
 def moved(graph: Graph, sources: Mapping[str, Source], group: Group, scale: np.ndarray) -> dict[str, Source]:

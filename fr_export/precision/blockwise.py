@@ -87,15 +87,21 @@ class Stored:
     def widened(self, width: int) -> np.ndarray:
         """The matrix float32 [R, width] that products compute with, read back from the store."""
         form, blocks = self.form, -(-width // self.form.block)
-        scales = self.scales.read(form.scale_type).astype(np.float32).reshape(-1, blocks)
-        values = unpack(self.values.read(np.dtype(np.uint8)).reshape(len(scales), -1), form.bits)[:, : blocks * form.block]
-        found = values.reshape(*scales.shape, form.block).astype(np.float32)
-        if self.zeros is None:
-            found -= 1 << (form.bits - 1)
-        else:
-            found -= unpack(self.zeros.read(np.dtype(np.uint8)).reshape(len(scales), -1), form.bits)[:, :blocks, None]
-        found *= scales[..., None]
-        return found.reshape(len(scales), -1)[:, :width]
+        scales = self.scales.read(form.scale_type).reshape(-1, blocks)
+
+        def whole(blob: Blob) -> np.ndarray:
+            return unpack(blob.read(np.dtype(np.uint8)).reshape(len(scales), -1), form.bits)
+
+        values = whole(self.values).reshape(*scales.shape, form.block)
+        return widened(Quantised(values, scales, None if self.zeros is None else whole(self.zeros)[:, :blocks]), form, width)
+
+
+def widened(part: Quantised, form: Format, width: int) -> np.ndarray:
+    """The rows float32 [R, width] that products compute with."""
+    found = part.values.astype(np.float32)
+    found -= 1 << (form.bits - 1) if part.zeros is None else part.zeros[..., None]
+    found *= part.scales.astype(np.float32)[..., None]
+    return found.reshape(len(found), -1)[:, :width]
 
 
 def nearest(rows: np.ndarray, form: Format) -> Quantised:

@@ -3,8 +3,8 @@
 Each block of the model is rounded for the inputs that the rounded blocks before it give, so that errors do not add up unseen.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,7 @@ from fr_export.precision.blockwise import Format, Stored, attach, held, sliced, 
 from fr_export.precision.evidence import Evidence
 from fr_export.precision.gptq import Factor, Hessian, quantise
 from fr_export.precision.scheme import Scheme
-from fr_export.rows import counted, rows
+from fr_export.rows import counted, digest, rows
 from fr_export.store import Store
 from fr_export.weights import Weights
 
@@ -28,6 +28,12 @@ class Compensated:
         values = sum(each.values.length * 8 // each.form.bits for each in stored.values())
         self.name, self.bits = rest.name, sum(each.bytes for each in stored.values()) * 8 / values if values else rest.bits
         self._rest, self._stored = rest, stored
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """For the report: the matrices that are stored with more bits than the others."""
+        fewest = min((each.form.bits for each in self._stored.values()), default=0)
+        return {"sensitive": [name for name, each in self._stored.items() if each.form.bits > fewest]}
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Replace the operators that read the matrix."""
@@ -55,13 +61,13 @@ def compensate(
     if not known.texts:
         return done
     embed, read = reader(graph, weights)
-    walk = Walk(split(graph), list(known.texts), embed, read)
+    walk = Walk(split(graph), known.texts, embed, read)
     while not walk.done:
         factors = inputs(walk, forms)
         replaced = {}
         for matrix, factor in factors.items():
             form = forms[matrix]
-            key = content(rows(graph.sources[matrix], weights), form)
+            key = f"{form.bits}-{form.block}-{digest(rows(graph.sources[matrix], weights))}"
             if key not in shared:
                 pieces = counted(sliced(held(rows(graph.sources[matrix], weights), form, matrix), factor.channels), advance)
                 shared[key] = store_blocks((quantise(piece, factor, form) for piece in pieces), form, store)
@@ -88,11 +94,3 @@ def inputs(walk: Walk, forms: Mapping[str, Format]) -> dict[str, Factor]:
     walk.observe(see)
     factors = {output: hessians.pop(output).factor() for output in first}
     return {matrix: factors[output] for matrix, output in outputs.items()}
-
-
-def content(parts: Iterator[np.ndarray], form: Format) -> str:
-    """A digest of a matrix's values and of how they are stored."""
-    digest = hashlib.sha256(f"{form.bits} {form.block}".encode())
-    for part in parts:
-        digest.update(np.ascontiguousarray(part).data)
-    return digest.hexdigest()

@@ -6,27 +6,26 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibration.observers import Observer
-from calibration.served import served
+from calibration.record import Text
+from calibration.served import Mask, served
 from calibration.table import Table
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """`texts`: the token ids int32 [S] that a model read. `heads`: the positions of each where its logits counted.
+    """The recorded texts, the model's part in each, and matrix → statistics of what entered it there (without rows where it has no part)."""
 
-    `observed`: matrix → statistics of what entered it there. All are empty for an expert that was never chosen.
-    """
-
-    texts: Sequence[np.ndarray]
-    heads: Sequence[np.ndarray]
+    recorded: Sequence[Text]
+    masks: Sequence[Mask]
     observed: Mapping[str, Observer]
+
+    @property
+    def texts(self) -> list[np.ndarray]:
+        """The token ids int32 [S] that the model read; none for an expert that was never chosen."""
+        return [text.ids[: mask.body] for text, mask in zip(self.recorded, self.masks, strict=True) if mask.body]
 
 
 def evidence(table: Table) -> dict[str, Evidence]:
     """Every model's part of a calibration table."""
-    found = {}
-    for number, (model, observed) in enumerate(table.models.items()):
-        masks = served(table.texts, number - 1 if number else None)
-        read = [(text.ids[: mask.body], mask.head) for text, mask in zip(table.texts, masks, strict=True) if mask.body]
-        found[model] = Evidence([ids for ids, _ in read], [head for _, head in read], observed)
-    return found
+    masks = [served(table.texts, number - 1 if number else None) for number in range(len(table.models))]
+    return {model: Evidence(table.texts, part, seen) for (model, seen), part in zip(table.models.items(), masks, strict=True)}

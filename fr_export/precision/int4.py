@@ -1,24 +1,28 @@
 """int4, weight-only: blocks of 32 along the input axis, each with an fp16 scale and a 4-bit zero point (4.625 bits per weight).
 
-Every block's range is clipped where that lowers its squared rounding error. There is no calibration: products and embedding alike are
-rounded to nearest.
+Every block's range is clipped where that lowers its squared rounding error. With calibration the weights are rounded by GPTQ, and matrices
+that it finds sensitive are kept at 8 bits; without, they are rounded to nearest.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from fr_export.blocks import matrices
 from fr_export.graph import Graph
-from fr_export.precision.blockwise import Format, Quantised, Stored, attach, held, nearest, sliced, store_blocks
+from fr_export.precision.blockwise import Format, Quantised, attach, held, nearest, sliced, store_blocks
 from fr_export.precision.compensated import Compensated, compensate
 from fr_export.precision.evidence import Evidence
-from fr_export.precision.scheme import Scheme
+from fr_export.precision.int8 import SMALL
+from fr_export.precision.scheme import Fitted, users
+from fr_export.precision.sensitive import sensitive
 from fr_export.store import Store
 from fr_export.weights import Weights
 
 BLOCK, TOP = 32, 15
+BUDGET = 5.0  # bits per weight, on average over all matrices, that sensitive ones may bring it to
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of the block's range that are tried
 
 
@@ -57,6 +61,12 @@ def quantise(rows: np.ndarray) -> Quantised:
     return nearest(rows, FORMAT)
 
 
+def form_of(matrix: ir.Value) -> Format:
+    """4 bits, or 8 for an embedding whose rows have an odd number of blocks: ONNX Runtime 1.23 misreads their packed zero points."""
+    blocks = -(-int(matrix.shape[1]) // BLOCK)
+    return SMALL if users(matrix)[1] and blocks % 2 else FORMAT
+
+
 class Int4:
     """Weights in 4 bits, activations rounded to 8 bits inside the product."""
 
@@ -68,11 +78,14 @@ class Int4:
 
         Raises InputError where a block's scale could lie beyond fp16's range.
         """
-        pieces = sliced(held(rows, FORMAT, str(matrix.name)), int(matrix.shape[1]))
-        attach(graph, matrix, store_blocks(map(quantise, pieces), FORMAT, store))
+        form = form_of(matrix)
+        pieces = sliced(held(rows, form, str(matrix.name)), int(matrix.shape[1]))
+        attach(graph, matrix, store_blocks((nearest(piece, form) for piece in pieces), form, store))
 
     def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Stored], advance: Callable[[int], None]
-    ) -> tuple[Graph, Scheme]:
-        """Round with `compensate`; see `scheme.Fitting`."""
-        return graph, Compensated(self, compensate(graph, weights, known, dict.fromkeys(matrices(graph), FORMAT), store, shared, advance))
+        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
+    ) -> tuple[Graph, Fitted]:
+        """Keep what is sensitive at 8 bits, then round with `compensate`; see `scheme.Fitting`."""
+        forms = {name: form_of(graph.model.graph.initializers[name]) for name in matrices(graph)}
+        forms |= dict.fromkeys(sensitive(graph, weights, known, FORMAT, SMALL, BUDGET), SMALL)
+        return graph, Compensated(self, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))

@@ -1,16 +1,18 @@
 """int8, weight-only: blocks of 64 along the input axis, one fp32 scale each, symmetric about the zero point 128 (8.5 bits per weight)."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from fr_export.blocks import matrices
 from fr_export.graph import Graph
-from fr_export.precision.blockwise import Format, Quantised, Stored, attach, nearest, store_blocks
+from fr_export.precision.blockwise import Format, Quantised, attach, nearest, store_blocks
 from fr_export.precision.compensated import Compensated, compensate
 from fr_export.precision.evidence import Evidence
-from fr_export.precision.scheme import Scheme
+from fr_export.precision.scheme import Fitted
+from fr_export.smooth import smooth
 from fr_export.store import Store
 from fr_export.weights import Weights
 
@@ -25,7 +27,13 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
     return scales, None
 
 
+def small_grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
+    """The same with scales of float16."""
+    return grid(rows)[0].astype(np.float16), None
+
+
 FORMAT = Format(8, BLOCK, np.dtype(np.float32), False, grid)
+SMALL = Format(8, BLOCK, np.dtype(np.float16), False, small_grid, 65_504 * 127)  # for the sensitive matrices of int4
 
 
 def quantise(rows: np.ndarray) -> Quantised:
@@ -44,7 +52,9 @@ class Int8:
         attach(graph, matrix, store_blocks(map(quantise, rows), FORMAT, store))
 
     def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Stored], advance: Callable[[int], None]
-    ) -> tuple[Graph, Scheme]:
-        """Round with `compensate`; see `scheme.Fitting`."""
-        return graph, Compensated(self, compensate(graph, weights, known, dict.fromkeys(matrices(graph), FORMAT), store, shared, advance))
+        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
+    ) -> tuple[Graph, Fitted]:
+        """Even out channels, for the activations' sake, then round with `compensate`; see `scheme.Fitting`."""
+        graph, _ = smooth(graph, weights, known.observed, taken=shared.setdefault("scales", {}))
+        forms = dict.fromkeys(matrices(graph), FORMAT)
+        return graph, Compensated(self, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))

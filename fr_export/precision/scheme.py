@@ -23,13 +23,22 @@ class Scheme(Protocol):
         ...
 
 
+class Fitted(Scheme, Protocol):
+    """A scheme made for one model. `about` is what the report says of it."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """As plain data."""
+        ...
+
+
 @runtime_checkable
 class Fitting(Scheme, Protocol):
     """A precision that is better (or only possible) where the model's activations are known. Its own `bind` rounds without them."""
 
     def fit(
         self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Scheme]:
+    ) -> tuple[Graph, Fitted]:
         """The graph to bind (with other sources, or as it is) and the scheme to bind it with, for one model.
 
         `shared` is empty for the first model of a variant and then handed on: what models have in common is stored once.

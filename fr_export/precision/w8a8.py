@@ -4,16 +4,23 @@ Written as QuantizeLinear and DequantizeLinear around plain products (https://on
 quantisation: symmetric int8, activations per tensor, weights per channel. Products that the plan keeps at A16 have 8-bit weights only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from calibration.observe import observe
 from calibration.observers import LEVELS
+from fr_export.blocks import reader, split
 from fr_export.graph import Graph, initializer, node
-from fr_export.precision.plan_w8a8 import Plan
-from fr_export.precision.scheme import replace, users
+from fr_export.precision.evidence import Evidence
+from fr_export.precision.plan_w8a8 import Plan, plan
+from fr_export.precision.scheme import Fitted, replace, users
+from fr_export.smooth import smooth
 from fr_export.store import Store
+from fr_export.weights import Weights
+from runtime.errors import InputError
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -25,6 +32,24 @@ def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(rows / scales[:, None]).astype(np.int8), scales
 
 
+class Static:
+    """8-bit weights and activations, whose scales calibration gives."""
+
+    name = "w8a8"
+    bits = 8.1
+
+    def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
+        """Raises InputError: there is no static scale without calibration."""
+        raise InputError("w8a8 needs the scales of calibration: export it without --calibration none.")
+
+    def fit(
+        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
+    ) -> tuple[Graph, Fitted]:
+        """Even out channels (SmoothQuant), look at them again, and plan; see `scheme.Fitting`."""
+        graph, _ = smooth(graph, weights, known.observed, taken=shared.setdefault("scales", {}))
+        return graph, W8A8(plan(graph, weights, observe(split(graph), known.recorded, known.masks, *reader(graph, weights))))
+
+
 class W8A8:
     """One model's weights and activations in 8 bits, as its plan says."""
 
@@ -33,6 +58,11 @@ class W8A8:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.bits = plan.bits
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """For the report: the share of multiply-adds that are W8A8, and the matrices whose activations stay at 16 bits or more."""
+        return {"w8a8_share": round(self.plan.share, 4), "a16": [product.matrix for product in self.plan.kept]}
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Quantise `matrix` [out, in] slice by slice; its products become MatMul between Q/DQ, its look-ups read the same bytes."""

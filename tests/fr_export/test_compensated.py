@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from calibration.record import Text
+from calibration.served import Mask
 from calibration.table import Table
 from fr_export.export import TABLE, Request, export
 from fr_export.families import FAMILIES
@@ -36,7 +38,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: dict[str, Stored] | None = None) -> dict[str, Stored]:
     graph = traced(system)
-    known = Evidence(texts, [np.arange(len(ids)) for ids in texts], {})
+    recorded = [Text(ids, np.zeros(len(ids), np.int8)) for ids in texts]
+    known = Evidence(recorded, [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
     forms = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
     return compensate(graph, system.router.weights, known, forms, Store(folder), {} if shared is None else shared, lambda _: None)
 

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from calibration.observers import Observer
 from fr_export.families import FAMILIES
 from fr_export.graph import Graph, Source
 from fr_export.reference import load
 from fr_export.rows import rows
-from fr_export.smooth import Columns, expected_errors, groups, smooth
+from fr_export.smooth import Choice, Columns, expected_errors, groups, smooth
 from fr_export.system import System
 from tests.calibrating import observe, run, traced, written
 from tests.systems import Shape, make_system
@@ -150,3 +151,24 @@ def test_sources_are_scaled_on_top_of_scales(made: tuple[System, Graph, dict[str
     assert first is not None and second is not None and not np.allclose(first, second)
     plain = np.concatenate(list(rows(Source(graph.sources[name].tensors), system.router.weights)))
     assert np.allclose(np.concatenate(list(rows(twice.sources[name], system.router.weights))), plain * second)
+
+
+def test_a_model_with_a_matrix_of_an_earlier_one_takes_its_scales(tmp_path: Path) -> None:
+    """A fine-tune of which only the gate was trained: up and down stay equal to the base's after smoothing by other statistics."""
+    router, experts = make_system(tmp_path, Shape(experts=1, layers=1))
+    tensors = load_file(Path(router) / "model.safetensors")
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    save_file(tensors | {gate: tensors[gate] + 0.1}, Path(experts["expert0"]) / "model.safetensors", {"format": "pt"})
+    system = System.open(FAMILIES["llama3"], router, experts)
+    graph = traced(system)
+    both = (system.router.weights, system.experts[0].weights)
+    texts = (IDS, [7, 7, 250, 11, 40])
+    cases: tuple[dict[str, Choice] | None, ...] = ({}, None)
+    for taken in cases:
+        smoothed = [
+            smooth(graph, weights, observe(graph, weights, [ids]), taken=taken)[0] for weights, ids in zip(both, texts, strict=True)
+        ]
+        for part in ("mlp.up_proj", "mlp.down_proj", "self_attn.o_proj", "self_attn.qkv_proj"):
+            name = f"model.model.layers.0.{part}.weight"
+            first, second = (np.concatenate(list(rows(g.sources[name], w))) for g, w in zip(smoothed, both, strict=True))
+            assert np.array_equal(first, second) == (taken is not None), part

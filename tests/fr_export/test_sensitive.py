@@ -1,0 +1,106 @@
+"""Which matrices keep 8 bits in int4: the measurement against torch, and the choice within its budget."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from calibration.record import Text
+from calibration.served import Mask
+from fr_export.blocks import matrices
+from fr_export.export import Request, export
+from fr_export.families import FAMILIES
+from fr_export.precision import int4, sensitive
+from fr_export.precision.blockwise import nearest, widened
+from fr_export.precision.evidence import Evidence
+from fr_export.precision.int8 import SMALL
+from fr_export.reference import load
+from fr_export.stages import Stages
+from fr_export.system import System
+from tests.calibrating import traced
+from tests.systems import Shape, make_system
+
+IDS = [np.random.default_rng(0).integers(3, 300, 50).astype(np.int32), np.array([5, 9, 200], np.int32)]
+
+
+def known(texts: list[np.ndarray]) -> Evidence:
+    return Evidence([Text(ids, np.zeros(len(ids), np.int8)) for ids in texts], [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2"])
+def test_the_measurement_is_that_of_torch(family: str, tmp_path: Path) -> None:
+    router, experts = make_system(tmp_path, Shape(family, experts=1, layers=2))
+    system = System.open(FAMILIES[family], router, experts)
+    found = sensitive.measure(traced(system), system.router.weights, IDS, int4.FORMAT)
+    assert len(found) == 10  # five products a layer
+    for layer in range(2):
+        for part, names in (("self_attn.qkv_proj", ("q", "k", "v")), ("self_attn.o_proj", ("o",)), ("mlp.down_proj", ("down",))):
+            model = load(system.router)
+            exact = stream(model, layer)
+            block = part.split(".")[0]
+            for name in names:
+                weight = model.get_submodule(f"model.layers.{layer}.{block}.{name}_proj").weight
+                rounded = widened(nearest(weight.detach().numpy(), int4.FORMAT), int4.FORMAT, weight.shape[1])
+                weight.data = torch.from_numpy(rounded.copy())
+            changed = stream(model, layer)
+            expected = float(((changed - exact).square().sum(-1) / exact.square().sum(-1)).mean())
+            assert found[f"model.model.layers.{layer}.{part}.weight"] == pytest.approx(expected, rel=1e-3), part
+
+
+@torch.no_grad()
+def stream(model: torch.nn.Module, layer: int) -> torch.Tensor:
+    """What a layer passes on, [tokens, H]; the layers before it are exact."""
+    passed: list[torch.Tensor] = []
+    hook = model.get_submodule(f"model.layers.{layer}").register_forward_hook(
+        lambda _, __, out: passed.append((out[0] if isinstance(out, tuple) else out).reshape(-1, 64))
+    )
+    for ids in IDS:
+        model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
+    hook.remove()
+    return torch.cat(passed)
+
+
+def test_the_worst_are_kept_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    router, experts = make_system(tmp_path, Shape(experts=1, layers=3))
+    system = System.open(FAMILIES["llama3"], router, experts)
+    graph = traced(system)
+    names = [name for name in matrices(graph) if "layers" in name]
+    sizes = {name: int(np.prod(graph.model.graph.initializers[name].shape)) for name in matrices(graph)}
+    errors = {name: (10.0 if "o_proj" in name else 9.0 if "layers.1.mlp.up" in name else 1.0) * sizes[name] for name in names}
+    monkeypatch.setattr(sensitive, "measure", lambda *_: errors)
+
+    def chosen(budget: float) -> tuple[str, ...]:
+        return sensitive.sensitive(graph, system.router.weights, known(IDS), int4.FORMAT, SMALL, budget)
+
+    outputs = [name for name in names if "o_proj" in name]
+    assert sorted(chosen(8.0)) == sorted([*outputs, "model.model.layers.1.mlp.up_proj.weight"])
+    wider = SMALL.bits_per_weight - int4.FORMAT.bits_per_weight
+    two = int4.FORMAT.bits_per_weight + wider * 2 * sizes[outputs[0]] / sum(sizes.values())
+    assert sorted(chosen(two + 1e-9)) == outputs[:2] and len(chosen(two - 1e-9)) == 1
+    assert chosen(int4.FORMAT.bits_per_weight) == ()
+    assert sensitive.sensitive(graph, system.router.weights, known([]), int4.FORMAT, SMALL, 8.0) == ()
+
+
+def test_an_export_says_which(tmp_path: Path) -> None:
+    """Queries and keys that are large make attention sharp, and rounding them moves it."""
+    router, experts = make_system(tmp_path, Shape(experts=1, layers=4, tokenizer=True))
+    for folder in (router, *experts.values()):
+        tensors = load_file(Path(folder) / "model.safetensors")
+        for name in tensors:
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                tensors[name] = 6 * tensors[name]
+        save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one prompt\nanother prompt\nthe third\n")
+    request = Request(FAMILIES["llama3"], router, experts, ("int4", "w8a8"), ("ort:cpu",), tmp_path / "bundle", calibration=str(prompts))
+    report = export(request, Stages(Console(quiet=True)))
+    int4_, w8a8 = report["variants"]
+    assert any("qkv_proj" in name for name in int4_["fitted"]["router"]["sensitive"])
+    assert 4.625 < int4_["bits_per_weight"] <= 5.0
+    for model in ("router", "expert0"):
+        assert w8a8["fitted"][model]["w8a8_share"] >= 0.6
+        assert all("proj" in name or "head" in name for name in w8a8["fitted"][model]["a16"])
+    assert w8a8["compared"]["decode"]["perplexity_ratio"] == pytest.approx(1, abs=0.3)
