@@ -67,7 +67,7 @@ def compensate(
         replaced = {}
         for matrix, factor in factors.items():
             form = forms[matrix]
-            key = f"{form.bits}-{form.block}-{digest(rows(graph.sources[matrix], weights))}"
+            key = f"{form.bits}-{form.block}-{form.signed}-{digest(rows(graph.sources[matrix], weights))}"
             if key not in shared:
                 pieces = counted(sliced(held(rows(graph.sources[matrix], weights), form, matrix), factor.channels), advance)
                 shared[key] = store_blocks((quantise(piece, factor, form) for piece in pieces), form, store)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibration.observers import LEVELS, Observer
+from fr_export.blocks import layer
 from fr_export.graph import Graph
 from fr_export.precision.scheme import users
 from fr_export.smooth import Columns
@@ -19,8 +20,9 @@ SHARE = 0.6  # of the multiply-adds of a token that must have 8-bit activations
 class Product:
     """One matrix [out, in] of a model: multiply-adds per token, and what 8-bit activations would cost it.
 
-    `noise` is the expected squared error of the product that rounding its input causes, as a part of its squared size; infinite where
-    calibration never saw the input.
+    `noise` is the expected squared error of the product that rounding its input causes, as a part of its squared size, infinite where
+    calibration never saw the input. Of the LM head it is not divided by that size: nothing comes after logits that would make an error
+    matter less where they are large (to second order, KL is half the variance of their error).
     """
 
     matrix: str
@@ -45,7 +47,7 @@ def plan(
     graph: Graph,
     weights: Weights,
     observed: Mapping[str, Observer],
-    limit: Callable[[Observer], float] = Observer.mse,
+    limit: Callable[[Observer], float] = Observer.absmax,
     share: float = SHARE,
 ) -> Plan:
     """Choose for a graph as `smooth` returns it; `observed` (matrix → what enters it) are statistics of that graph, not of the unsmoothed one.
@@ -61,7 +63,10 @@ def plan(
         if name not in observed:
             raise InputError(f"The calibration has no statistics of '{name}': make them again for this model.")
         limits[name] = limit(observed[name])
-        products.append(Product(name, out * width, noise(observed[name], limits[name], Columns.read(graph.sources[name], weights))))
+        columns = Columns.read(graph.sources[name], weights)
+        relative, size = noise(observed[name], limits[name], columns), float(observed[name].mean_square @ columns.squares)
+        head = layer(graph, graph.model.graph.initializers[name]) == graph.layers
+        products.append(Product(name, out * width, relative * size / out if head and size else relative))
     products.sort(key=lambda product: product.noise, reverse=True)
     total = sum(product.work for product in products)
     left = total  # multiply-adds that are W8A8

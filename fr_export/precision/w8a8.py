@@ -4,7 +4,7 @@ Written as QuantizeLinear and DequantizeLinear around plain products (https://on
 quantisation: symmetric int8, activations per tensor, weights per channel. Products that the plan keeps at A16 have 8-bit weights only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,15 @@ import onnx_ir as ir
 
 from calibration.observe import observe
 from calibration.observers import LEVELS
-from fr_export.blocks import reader, split
+from fr_export.blocks import matrices, reader, split
 from fr_export.graph import Graph, initializer, node
+from fr_export.precision.blockwise import Format, Stored
+from fr_export.precision.compensated import compensate
 from fr_export.precision.evidence import Evidence
 from fr_export.precision.plan_w8a8 import Plan, plan
 from fr_export.precision.scheme import Fitted, replace, users
 from fr_export.smooth import smooth
-from fr_export.store import Store
+from fr_export.store import Blob, Store
 from fr_export.weights import Weights
 from runtime.errors import InputError
 
@@ -27,9 +29,15 @@ TINY = float(np.finfo(np.float32).tiny)
 
 def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Round fp32 rows [R, K] to nearest: int8 [R, K] from −127 to 127, and scales float32 [R] = max|row| / 127 (1 for a row of zeros)."""
-    scales = np.maximum(rows.max(-1), -rows.min(-1)) / np.float32(LEVELS)
-    scales[scales < TINY] = 1  # readers want scales above zero, and the inverse must not overflow
+    scales = row_scales(rows)
     return np.rint(rows / scales[:, None]).astype(np.int8), scales
+
+
+def row_scales(rows: np.ndarray) -> np.ndarray:
+    """Float32 [R] = max|row| / 127."""
+    scales: np.ndarray = np.maximum(rows.max(-1), -rows.min(-1)) / np.float32(LEVELS)
+    scales[scales < TINY] = 1  # readers want scales above zero, and the inverse must not overflow
+    return scales
 
 
 class Static:
@@ -45,9 +53,21 @@ class Static:
     def fit(
         self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
     ) -> tuple[Graph, Fitted]:
-        """Even out channels (SmoothQuant), look at them again, and plan; see `scheme.Fitting`."""
+        """Even out channels (SmoothQuant), look at them again, plan, and round the weights by GPTQ; see `scheme.Fitting`."""
         graph, _ = smooth(graph, weights, known.observed, taken=shared.setdefault("scales", {}))
-        return graph, W8A8(plan(graph, weights, observe(split(graph), known.recorded, known.masks, *reader(graph, weights))))
+        made = plan(graph, weights, observe(split(graph), known.recorded, known.masks, *reader(graph, weights)))
+        forms = {matrix: by_row(channels) for matrix, channels in matrices(graph).items()}
+        return graph, W8A8(made, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
+
+
+def by_row(channels: int) -> Format:
+    """8 bits with one scale per row."""
+    return Format(8, channels, np.dtype(np.float32), False, grid, signed=True)
+
+
+def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
+    """Scales float32 [R, 1] as in `quantise`, for rows of one block."""
+    return row_scales(rows[:, 0])[:, None], None
 
 
 class W8A8:
@@ -55,9 +75,9 @@ class W8A8:
 
     name = "w8a8"
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        self.bits = plan.bits
+    def __init__(self, plan: Plan, stored: Mapping[str, Stored] | None = None):
+        self.plan, self.bits = plan, plan.bits
+        self._stored = stored or {}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -66,18 +86,14 @@ class W8A8:
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Quantise `matrix` [out, in] slice by slice; its products become MatMul between Q/DQ, its look-ups read the same bytes."""
-        with store.writer() as values, store.writer() as scales:
-            for part in rows:
-                rounded, steps = quantise(part)
-                values.write(rounded)
-                scales.write(steps)
         inner = graph.model.graph
         out, width = (int(size) for size in matrix.shape)
         name = str(matrix.name)
+        values, scales = self._blobs(name, rows, store)
         products, lookups = users(matrix)
 
         def operand(kind: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
-            blob = values.blob if kind == "int8" else scales.blob
+            blob = values if kind == "int8" else scales
             return initializer(inner, f"{name}.{kind}", dtype, shape, blob.tensor(f"{name}.{kind}", dtype, shape))
 
         weight = operand("int8", ir.DataType.INT8, (out, width))
@@ -104,6 +120,17 @@ class W8A8:
             node(inner, lookup, "Mul", [wide, steps], [fresh])
             replace(inner, lookup, fresh)
         del inner.initializers[name]
+
+    def _blobs(self, name: str, rows: Iterator[np.ndarray], store: Store) -> tuple[Blob, Blob]:
+        """Values and scales, as calibration rounded them, or else to nearest."""
+        if name in self._stored:
+            return self._stored[name].values, self._stored[name].scales
+        with store.writer() as values, store.writer() as scales:
+            for part in rows:
+                rounded, steps = quantise(part)
+                values.write(rounded)
+                scales.write(steps)
+        return values.blob, scales.blob
 
 
 def rounded_input(inner: ir.Graph, product: ir.Node, scale: float) -> ir.Value:

@@ -14,12 +14,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from calibration.observers import Observer
+from calibration.record import Text
+from calibration.served import Mask
+from calibration.walk import Walk
+from fr_export.blocks import reader, split
 from fr_export.families import FAMILIES
 from fr_export.graph import Graph
+from fr_export.precision.blockwise import Stored
+from fr_export.precision.evidence import Evidence
 from fr_export.precision.plan_w8a8 import Plan, matrices, noise, plan
-from fr_export.precision.w8a8 import TINY, W8A8, quantise
+from fr_export.precision.w8a8 import TINY, W8A8, Static, quantise
 from fr_export.reference import load
+from fr_export.rows import rows
 from fr_export.smooth import Columns, smooth
+from fr_export.store import Store
 from fr_export.system import System
 from runtime.errors import InputError
 from tests.calibrating import observe, run, traced, written
@@ -171,9 +179,10 @@ def test_the_noisiest_products_stay_at_16_bit_activations(made: Made) -> None:
     assert not everything.kept and everything.share == 1 and everything.scales.items() >= made.plan.scales.items()
     nothing = plan(made.graph, weights, made.seen, share=0)
     assert not nothing.scales and nothing.share == 0 and nothing.kept[0].noise == kept[0].noise
-    wide = plan(made.graph, weights, made.seen, Observer.absmax, share=1)
-    assert all(wide.scales[name] == pytest.approx(made.seen[name].absmax() / 127) for name in wide.scales)
-    assert wide.scales != everything.scales
+    assert all(step == pytest.approx(made.seen[name].absmax() / 127) for name, step in everything.scales.items())
+    clipped = plan(made.graph, weights, made.seen, Observer.mse, share=1)
+    assert all(step == pytest.approx(made.seen[name].mse() / 127) for name, step in clipped.scales.items())
+    assert clipped.scales != everything.scales
 
 
 def test_what_calibration_never_saw_stays_at_16_bit_activations(made: Made) -> None:
@@ -236,3 +245,55 @@ def test_an_embedding_apart_from_the_head_is_read_by_rows(tmp_path: Path) -> Non
     session = onnxruntime.InferenceSession(str(path.with_name("lookup.onnx")), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"input_ids": np.array([IDS])})
     assert np.allclose(found[0], rounded(weights.read("model.embed_tokens.weight"))[IDS], atol=1e-6)
+
+
+def test_fitted_weights_make_less_error_than_nearest_ones(tmp_path: Path) -> None:
+    """As an export does it: the first layer's products, on the very inputs that calibration saw."""
+    router, experts = make_system(tmp_path, SHAPES["llama3"])
+    system = System.open(FAMILIES["llama3"], router, experts, max_seq_len=64)
+    graph, weights = traced(system), system.router.weights
+    draw = np.random.default_rng(0)
+    texts = [Text(draw.integers(3, 300, 60).astype(np.int32), np.zeros(60, np.int8)) for _ in range(8)]
+    known = Evidence(texts, [Mask(60, np.arange(60))] * 8, observe(graph, weights, [text.ids.tolist() for text in texts]))
+    shared: dict[str, Any] = {}
+    smoothed, fitted = Static().fit(graph, weights, known, Store(tmp_path / "out"), shared, lambda _: None)
+    assert fitted.about["w8a8_share"] >= 0.6
+    inputs: list[np.ndarray] = []
+    Walk(split(smoothed), [text.ids for text in texts], *reader(smoothed, weights)).observe(
+        lambda matrix, _, x: inputs.append(x.copy()) if matrix.endswith("layers.0.self_attn.qkv_proj.weight") else None
+    )
+    x = np.concatenate(inputs)
+    name = "model.model.layers.0.self_attn.qkv_proj.weight"
+    exact = np.concatenate(list(rows(smoothed.sources[name], weights)))
+    (stored,) = [each for each in shared["stored"].values() if each.bytes == exact.size + 4 * len(exact) and close(each, exact)]
+    errors = [np.square(x @ (each - exact).T).sum() for each in (stored.widened(exact.shape[1]), rounded(exact))]
+    assert errors[0] < 0.9 * errors[1]
+    path = written(smoothed, weights, tmp_path / "out", fitted, system.head)
+    held = ir.load(path).graph.initializers[f"{name}.int8"].const_value
+    assert held is not None and np.array_equal(
+        held.numpy() * stored.scales.read(np.dtype(np.float32))[:, None], stored.widened(exact.shape[1])
+    )
+    logits, _ = run(path, IDS)
+    with torch.no_grad():
+        plain = load(system.router)(input_ids=torch.tensor([IDS]), use_cache=False).logits[0].numpy()
+    assert np.abs(logits - plain).mean() < 0.1 * plain.std()
+
+
+def close(stored: Stored, exact: np.ndarray) -> bool:
+    """Whether a stored matrix is a rounding of this one."""
+    return bool(np.abs(stored.widened(exact.shape[1]) - exact).mean() < 0.05 * np.abs(exact).mean())
+
+
+def test_without_calibration_there_is_no_scale(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs the scales of calibration"):
+        Static().bind(None, None, iter(()), Store(tmp_path))  # type: ignore[arg-type]
+
+
+def test_the_heads_noise_is_told_in_logits(made: Made) -> None:
+    """Against the logits' own error when its input is rounded, channels taken as they come."""
+    plans = plan(made.graph, made.system.router.weights, made.seen, share=0)
+    by_name = {product.matrix: product for product in plans.kept}
+    head = next(name for name in by_name if "layers" not in name)
+    seen, columns = made.seen[head], Columns.read(made.graph.sources[head], made.system.router.weights)
+    out = int(made.graph.model.graph.initializers[head].shape[0])
+    assert by_name[head].noise == pytest.approx(noise(seen, seen.absmax(), columns) * float(seen.mean_square @ columns.squares) / out)
