@@ -4,7 +4,7 @@ Xiao, Lin, Seznec, Wu, Demouth, Han 2023, arXiv:2211.10438: (X / s)·(s·W) = X�
 of the norm (or the rows of the matrix) that makes X and those of the matrices that read it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,6 +44,7 @@ def smooth(
     observed: Mapping[str, Observer],
     alphas: Sequence[float] = ALPHAS,
     taken: dict[str, "Choice"] | None = None,
+    leave: Collection[str] = (),
 ) -> tuple[Graph, dict[str, float | None]]:
     """The graph with scaled sources, the same function in exact arithmetic, and each matrix's α (None: left as it is). `graph` stays.
 
@@ -51,7 +52,7 @@ def smooth(
     s = max|X|^α / max|W|^(1−α) by channel (eq. 4), or s = 1, that makes the expected error of 8-bit products smallest (`expected_error`).
     The final norm, which the routing head reads too, and a matrix that is also an embedding are never scaled.
     `taken` holds the scales of earlier models by the content of their matrices: a group with a matrix of theirs takes their scales, so
-    that what models have in common stays equal.
+    that what models have in common stays equal. Groups of which every matrix is in `leave` stay as they are.
     """
     sources, taken = dict(graph.sources), {} if taken is None else taken
     chosen: dict[str, float | None] = {}
@@ -59,7 +60,10 @@ def smooth(
         if not all(name in observed and observed[name].rows for name in group.matrices):
             continue
         keys = [f"{name in group.made}-{digest(rows(graph.sources[name], weights))}" for name in matrices_of(graph, group)]
-        choice = next((taken[key] for key in keys if key in taken), None) or best(sources, weights, observed, group, alphas)
+        choice = next((taken[key] for key in keys if key in taken), None)
+        if choice is None:
+            left = set(group.matrices) <= set(leave)
+            choice = best(sources, weights, observed, group, () if left else alphas)
         taken |= {key: choice for key in keys if key not in taken}
         chosen |= dict.fromkeys(group.matrices, choice.alpha)
         if choice.alpha is not None:

@@ -9,6 +9,7 @@ parameters on two cores.
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,14 +29,13 @@ from fr_export.cli import parse_experts
 from fr_export.compare import compare
 from fr_export.families import FAMILIES
 from fr_export.graph import Graph
-from fr_export.precision import SCHEMES, int4, int8
+from fr_export.precision import SCHEMES, int4, int8, w8a8
 from fr_export.precision.blockwise import Format, attach, nearest, sliced, store_blocks
 from fr_export.precision.compensated import Compensated, compensate
 from fr_export.precision.evidence import Evidence
 from fr_export.precision.plan_w8a8 import plan
 from fr_export.precision.scheme import Fitted, Scheme
 from fr_export.precision.sensitive import sensitive
-from fr_export.precision.w8a8 import W8A8
 from fr_export.reference import reference
 from fr_export.smooth import smooth
 from fr_export.stages import Stages
@@ -77,24 +77,24 @@ class Gptq(Nearest):
 
 
 class Static(Nearest):
-    """W8A8, whose parts can be left out: SmoothQuant, the choice of served tokens, the exceptions (a share of 1: none)."""
+    """W8A8 whose parts can be left out: SmoothQuant, the choice of served tokens."""
 
-    def __init__(self, name: str, smoothed: bool = True, routed: bool = True, share: float = 0.6):
+    def __init__(self, name: str, smoothed: bool = True, routed: bool = True):
         super().__init__(name, int8.FORMAT)
-        self.smoothed, self.routed, self.share = smoothed, routed, share
+        self.smoothed, self.routed = smoothed, routed
 
     def fit(
         self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
     ) -> tuple[Graph, Fitted]:
         """See `scheme.Fitting`."""
-        masks = known.masks if self.routed else [Mask(len(text.ids), np.arange(len(text.ids))) for text in known.recorded]
-
-        def seen() -> Any:
-            return observe(split(graph), known.recorded, masks, *reader(graph, weights))
-
+        if not self.routed:
+            masks = [Mask(len(text.ids), np.arange(len(text.ids))) for text in known.recorded]
+            known = replace(known, masks=masks, observed=observe(split(graph), known.recorded, masks, *reader(graph, weights)))
         if self.smoothed:
-            graph, _ = smooth(graph, weights, seen() if not self.routed else known.observed, taken=shared.setdefault("scales", {}))
-        return graph, W8A8(plan(graph, weights, seen(), share=self.share))
+            return w8a8.Static().fit(graph, weights, known, store, shared, advance)
+        forms = {matrix: w8a8.by_row(channels) for matrix, channels in matrices(graph).items()}
+        stored = compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance)
+        return graph, w8a8.W8A8(plan(graph, weights, known.observed), stored)
 
 
 def symmetric(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
@@ -128,11 +128,9 @@ STEPS: tuple[Scheme, ...] = (
     Nearest("int8 nearest, 64", int8.FORMAT),
     Gptq("int8 GPTQ, 64", int8.FORMAT),
     Gptq("int8 GPTQ, 64, smoothed", int8.FORMAT, smoothed=True),
-    Static("w8a8 every layer, plain", smoothed=False, share=1.0),
-    Static("w8a8 every layer, smoothed", share=1.0),
-    Static("w8a8 exceptions, plain", smoothed=False),
-    Static("w8a8 exceptions, smoothed, all tokens", routed=False),
-    Static("w8a8 exceptions, smoothed, served tokens"),
+    Static("w8a8 without SmoothQuant", smoothed=False),
+    Static("w8a8 calibrated on all tokens", routed=False),
+    Static("w8a8 as it is"),
 )
 
 

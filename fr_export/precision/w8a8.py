@@ -53,11 +53,22 @@ class Static:
     def fit(
         self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
     ) -> tuple[Graph, Fitted]:
-        """Even out channels (SmoothQuant), look at them again, plan, and round the weights by GPTQ; see `scheme.Fitting`."""
-        graph, _ = smooth(graph, weights, known.observed, taken=shared.setdefault("scales", {}))
-        made = plan(graph, weights, observe(split(graph), known.recorded, known.masks, *reader(graph, weights)))
+        """Even out channels (SmoothQuant), look at them again, plan, and round the weights by GPTQ; see `scheme.Fitting`.
+
+        Evening out costs the weights' accuracy, so it is undone where the plan leaves activations at 16 bits anyway.
+        """
+        traced, scales = graph, shared.setdefault("scales", {})
+        graph, _ = smooth(traced, weights, known.observed, taken=dict(scales))
+        made = look(graph, weights, known)
+        graph, _ = smooth(traced, weights, known.observed, taken=scales, leave=[product.matrix for product in made.kept])
+        made = look(graph, weights, known)
         forms = {matrix: by_row(channels) for matrix, channels in matrices(graph).items()}
         return graph, W8A8(made, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
+
+
+def look(graph: Graph, weights: Weights, known: Evidence) -> Plan:
+    """The plan for a graph, from what its own activations are."""
+    return plan(graph, weights, observe(split(graph), known.recorded, known.masks, *reader(graph, weights)))
 
 
 def by_row(channels: int) -> Format:

@@ -172,3 +172,18 @@ def test_a_model_with_a_matrix_of_an_earlier_one_takes_its_scales(tmp_path: Path
             name = f"model.model.layers.0.{part}.weight"
             first, second = (np.concatenate(list(rows(g.sources[name], w))) for g, w in zip(smoothed, both, strict=True))
             assert np.array_equal(first, second) == (taken is not None), part
+
+
+def test_groups_that_are_to_be_left(made: tuple[System, Graph, dict[str, Observer]]) -> None:
+    """Down projections stay as they are, and are left as well in a model that shares them; others get the scales they would have had."""
+    system, graph, seen = made
+    down = [name for name in graph.sources if "down_proj" in name]
+    taken: dict[str, Choice] = {}
+    smoothed, chosen = smooth(graph, system.router.weights, seen, (0.6,), taken=taken, leave=down)
+    assert {name: chosen[name] for name in down} == dict.fromkeys(down)
+    assert all(smoothed.sources[name].column_scale is None for name in down)
+    assert {alpha for name, alpha in chosen.items() if name not in down} == {0.6}
+    again, _ = smooth(graph, system.router.weights, seen, (0.6,), taken=taken)
+    for name, source in smoothed.sources.items():
+        for one, other in ((source.row_scale, again.sources[name].row_scale), (source.column_scale, again.sources[name].column_scale)):
+            assert (one is None) == (other is None) and (one is None or other is None or np.array_equal(one, other)), name
