@@ -1,8 +1,6 @@
 """The command line of `export.py`."""
 
 import json
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,7 +104,6 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Export a FusionRoute system, a router LM and its expert LMs, into a bundle that the runtime generates from."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed export removes what it has half-written
     folder = out or Path("dist") / family
     missing = "The exporter needs the package '{}': install the extra 'export' (pip install 'fusionroute[export,cpu]')."
     with one_sentence("export", missing, folder, "nothing was written", debug):

@@ -1,6 +1,7 @@
 """How the command lines end: in one sentence on stderr, with a status that says whether the usage was wrong."""
 
 import errno
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -21,15 +22,37 @@ def fail(reason: Exception | str, debug: bool) -> None:
 
 
 @contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the block with SystemExit(143), so that what is half-written is removed.
+
+    Libraries turn an exit in the middle of their work into errors of their own (an extension module that is being imported: ImportError).
+    """
+    told = []
+
+    def terminate(*_: object) -> None:
+        told.append(True)
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except Exception as error:
+        if told:
+            raise SystemExit(143) from error
+        raise
+
+
+@contextmanager
 def one_sentence(what: str, missing: str, out: Path, left: str, debug: bool, interrupted: str = "") -> Iterator[None]:
-    """Let every error of a command end in one sentence and exit status 1; wrong usage keeps status 2.
+    """Let every error of a command end in one sentence and exit status 1; wrong usage keeps status 2, SIGTERM means 143.
 
     `what` the command does ("export"); `missing` says what to install, {} being the package that is not there; `left` says what remains
     of the work, `interrupted` the same after Ctrl-C where that differs.
     """
     rest = f"; {left}" if left else ""
     try:
-        yield
+        with terminable():
+            yield
     except (typer.BadParameter, BrokenPipeError):  # wrong usage, and a reader of stdout that has left: typer knows how to end
         raise
     except FusionError as error:

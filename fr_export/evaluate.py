@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -51,7 +50,6 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Measure exact match, F1 and BLEU of exported bundles by several decoding methods, with bootstrap intervals."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed evaluation ends its processes
     missing = "Evaluating needs the package '{}': install the extra 'train' (pip install 'fusionroute[train]')."
     with one_sentence("evaluation", missing, out, "", debug, interrupted="no results were written"):
         for package in ("matplotlib", "sacrebleu"):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -80,7 +78,6 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Train a FusionRoute router (arXiv:2601.05106) from a causal LM and frozen experts, for the exporter."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed run removes what it has half-written
     missing = "Training needs the package '{}': install the extras (pip install 'fusionroute[export,train]')."
     left = "resume it with --resume" if checkpoint_every is not None else "nothing was written"
     with one_sentence("training", missing, out, left, debug):

@@ -8,7 +8,6 @@ Written by hand because mergekit, which computes the same, brings 400 MB of pack
 import json
 import math
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -197,7 +196,6 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Merge experts of one base into a single model: average, task arithmetic or DARE."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed merge removes what it has half-written
     given = (("scale", scale), ("drop", drop), ("seed", seed))
     settings: dict[str, Any] = {name: value for name, value in given if value is not None}
     try:

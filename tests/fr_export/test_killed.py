@@ -202,3 +202,22 @@ def test_as_a_process(exporter: Exporter, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and "Traceback" not in err
     assert not list((tmp_path / "dist").iterdir())
+
+
+TURNED = """
+import os, signal
+from pathlib import Path
+from fr_export.ending import one_sentence
+
+with one_sentence("export", "{}", Path("out"), "nothing was written", False):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit as end:
+        raise ImportError("initialization failed") from end
+"""
+
+
+def test_an_exit_that_a_library_turned_into_its_own_error() -> None:
+    """As an extension module does that is being imported when SIGTERM comes."""
+    ended = subprocess.run([sys.executable, "-c", TURNED], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (143, "")
