@@ -1,9 +1,9 @@
 """Export a system of real size and generate from it, watching the memory: Gemma-2-2B shapes, random bf16 weights, a router and two experts.
 
-    python docs/bench/real_size.py WORK_DIR
+    python docs/bench/real_size.py WORK_DIR [--precision int4 --prompts 8]
 
-Needs about 26 GB of disk in WORK_DIR (16 GB of checkpoints, 8.5 GB of bundle) and takes some 20 minutes on two cores. Prints a
-Markdown table; what it printed here stands in docs/real-size.md.
+Needs about 26 GB of disk in WORK_DIR (16 GB of checkpoints, 8.5 GB of bundle) and takes some 20 minutes on two cores rounded to nearest,
+some hours calibrated. Prints a Markdown table; what it printed here stands in docs/real-size.md.
 """
 
 import json
@@ -99,8 +99,8 @@ def resident(pid: int, field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
-def main(work: Path, precision: str = "int8", tokens: int = 16, max_seq_len: int = 2048) -> None:
-    """Write the checkpoints (once), export them, generate token ids."""
+def main(work: Path, precision: str = "int8", tokens: int = 16, max_seq_len: int = 2048, prompts: int = 0) -> None:
+    """Write the checkpoints (once), export them (calibrated on so many prompts, or not), generate token ids."""
     router, experts = work / "router", {name: work / name for name in EXPERTS}
     for number, folder in enumerate((router, *experts.values())):
         if not (folder / "model.safetensors.index.json").is_file():
@@ -108,10 +108,11 @@ def main(work: Path, precision: str = "int8", tokens: int = 16, max_seq_len: int
     head = torch.randn(len(EXPERTS), 2304, generator=torch.Generator().manual_seed(0)) / 48
     save_file({"routing_head.weight": head}, router / "routing_head.safetensors")
     named = [argument for name, folder in experts.items() for argument in ("--expert", f"{name}={folder}")]
-    bundle = work / "bundle"
+    bundle, asked = work / "bundle", work / "prompts.txt"
+    asked.write_text("".join(f"prompt {number}\n" for number in range(prompts)))  # only their number counts: there is no tokenizer
     output, seconds, anonymous, mapped = run(
         "export.py", "--family", "gemma2", "--router", str(router), *named, "--precision", precision, "--max-seq-len", str(max_seq_len),
-        "--out", str(bundle), "--force", "--json",
+        "--calibration", str(asked) if prompts else "none", "--out", str(bundle), "--force", "--json",
     )  # fmt: skip
     report = json.loads(output)
     source = sum(file.stat().st_size for folder in (router, *experts.values()) for file in folder.glob("*.safetensors"))
@@ -122,6 +123,8 @@ def main(work: Path, precision: str = "int8", tokens: int = 16, max_seq_len: int
     )
     for stage in report["stages"]:
         print(f"| – {stage['name']} | {stage['seconds']:.0f} | {stage['peak_anonymous_mib'] * 2**20 / 1e9:.2f} GB | |")
+    billions = sum(report["parameters"].values()) / 1e9
+    print(f"| – per billion parameters ({billions:.1f}) | {seconds / billions:.0f} | | |")
     output, seconds, anonymous, mapped = run(
         "-m", "runtime", "generate", str(bundle), "--prompt-ids", "2,651,6037,576,6081,603", "--max-new-tokens", str(tokens), "--json"
     )
