@@ -21,8 +21,9 @@ from fr_export.fusion import FusionSettings
 from fr_export.fusion_graph import write_fusion_graph
 from fr_export.graph import Graph
 from fr_export.lowerings import ort
-from fr_export.precision import SCHEMES
+from fr_export.precision import SCHEMES, Scheme
 from fr_export.precision.evidence import Evidence, evidence
+from fr_export.precision.int4 import Int4
 from fr_export.precision.scheme import Fitting
 from fr_export.reference import reference
 from fr_export.report import write_report
@@ -40,8 +41,8 @@ from runtime.errors import FusionError, InputError
 GRAPHS = "graphs"
 FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
 TABLE = "calibration.safetensors"
-RECORDED = ("ort:cpu", "int8")  # what the calibration texts are generated with
-RECORDED_LARGE, LARGE = ("ort:cpu", "int4"), 3_000_000_000  # and from how many parameters on, since the runtime holds all models
+RECORDED = SCHEMES["ort:cpu"]["int8"]  # what the calibration texts are generated with
+RECORDED_LARGE, LARGE = Int4(block=128), 3_000_000_000  # and from how many parameters on, since the runtime holds all models in memory
 REFERENCE_LIMIT = 1 << 30  # bytes of one model in fp32 up to which the whole of it is loaded into torch for the comparison
 
 
@@ -79,13 +80,13 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         folder = staging.folder
         store = Store(folder / GRAPHS)
         write_fusion_graph(folder / FUSION_GRAPH)
-        wanted = [(target, precision) for target in request.targets for precision in request.precisions if precision in SCHEMES[target]]
+        wanted = [(target, SCHEMES[target][name]) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
         table = None
-        if request.calibration != "none" and any(isinstance(SCHEMES[target][precision], Fitting) for target, precision in wanted):
+        if request.calibration != "none" and any(isinstance(scheme, Fitting) for _, scheme in wanted):
             table = learn(system, graphs, fusion, request.calibration, parts, folder, stages)
             table.save(folder / TABLE)
         known = evidence(table) if table else {}
-        written = [write_variant(system, graphs, target, precision, known, folder, store, stages) for target, precision in wanted]
+        written = [write_variant(system, graphs, target, scheme, known, folder, store, stages) for target, scheme in wanted]
         variants = [variant for variant, _ in written]
         write_texts(system.router, folder)
         made = describe(system, fusion, graphs, variants, folder)
@@ -143,11 +144,11 @@ def learn(
         store = Store(recording / GRAPHS)
         write_fusion_graph(recording / FUSION_GRAPH)
         large = sum(parameters(graph) for graph in graphs.values()) > LARGE
-        target, precision = RECORDED_LARGE if large else RECORDED
-        variant, _ = write_variant(system, graphs, target, precision, {}, recording, store, stages)
+        scheme = RECORDED_LARGE if large else RECORDED
+        variant, _ = write_variant(system, graphs, "ort:cpu", scheme, {}, recording, store, stages)
         write_texts(system.router, recording)
         describe(system, fusion, graphs, [variant], recording).write(recording)
-        return calibrate(system, graphs, parts.calibration, recording, precision, cache_folder(), stages)
+        return calibrate(system, graphs, parts.calibration, recording, scheme.name, cache_folder(), stages)
     finally:
         shutil.rmtree(recording, ignore_errors=True)
 
@@ -156,7 +157,7 @@ def write_variant(
     system: System,
     graphs: dict[str, Graph],
     target: str,
-    precision: str,
+    scheme: Scheme,
     known: dict[str, Evidence],
     folder: Path,
     store: Store,
@@ -166,7 +167,7 @@ def write_variant(
 
     Returns the variant and, by model, what fitting has to say for the report.
     """
-    scheme = SCHEMES[target][precision]
+    precision = scheme.name
     written: dict[str, str] = {}
     bits = 0.0
     total = sum(parameters(graph) for graph in graphs.values())

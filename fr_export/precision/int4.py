@@ -5,6 +5,7 @@ that it finds sensitive are kept at 8 bits; without, they are rounded to nearest
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,24 +62,26 @@ def quantise(rows: np.ndarray) -> Quantised:
     return nearest(rows, FORMAT)
 
 
-def form_of(matrix: ir.Value) -> Format:
-    """4 bits, or 8 for an embedding whose rows have an odd number of blocks: ONNX Runtime 1.23 misreads their packed zero points."""
-    blocks = -(-int(matrix.shape[1]) // BLOCK)
-    return SMALL if users(matrix)[1] and blocks % 2 else FORMAT
-
-
 class Int4:
-    """Weights in 4 bits, activations rounded to 8 bits inside the product."""
+    """Weights in 4 bits, activations rounded to 8 bits inside the product. Larger blocks need less memory and lose more."""
 
     name = "int4"
-    bits = FORMAT.bits_per_weight
+
+    def __init__(self, block: int = BLOCK):
+        self.form = replace(FORMAT, block=block)
+        self.bits = self.form.bits_per_weight
+
+    def form_of(self, matrix: ir.Value) -> Format:
+        """4 bits, or 8 for an embedding whose rows have an odd number of blocks: ONNX Runtime 1.23 misreads their packed zero points."""
+        blocks = -(-int(matrix.shape[1]) // self.form.block)
+        return SMALL if users(matrix)[1] and blocks % 2 else self.form
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Quantise slice by slice and replace the operators that read the matrix.
 
         Raises InputError where a block's scale could lie beyond fp16's range.
         """
-        form = form_of(matrix)
+        form = self.form_of(matrix)
         pieces = sliced(held(rows, form, str(matrix.name)), int(matrix.shape[1]))
         attach(graph, matrix, store_blocks((nearest(piece, form) for piece in pieces), form, store))
 
@@ -86,6 +89,6 @@ class Int4:
         self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
     ) -> tuple[Graph, Fitted]:
         """Keep what is sensitive at 8 bits, then round with `compensate`; see `scheme.Fitting`."""
-        forms = {name: form_of(graph.model.graph.initializers[name]) for name in matrices(graph)}
-        forms |= dict.fromkeys(sensitive(graph, weights, known, FORMAT, SMALL, BUDGET), SMALL)
+        forms = {name: self.form_of(graph.model.graph.initializers[name]) for name in matrices(graph)}
+        forms |= dict.fromkeys(sensitive(graph, weights, known, self.form, SMALL, BUDGET), SMALL)
         return graph, Compensated(self, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
