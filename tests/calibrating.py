@@ -6,14 +6,18 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import torch
 
 from calibration.observers import Observer
+from calibration.record import Text
+from calibration.served import Mask
 from calibration.walk import Walk
 from fr_export.bind import bind
 from fr_export.blocks import reader, split
 from fr_export.graph import Graph
 from fr_export.lowerings import ort
 from fr_export.precision import Scheme
+from fr_export.precision.evidence import Evidence
 from fr_export.precision.fp32 import Fp32
 from fr_export.store import Store
 from fr_export.system import RoutingHead, System
@@ -37,6 +41,24 @@ def observe(graph: Graph, weights: Weights, texts: Sequence[Sequence[int]]) -> d
     while not walk.done:
         walk.step(see)
     return seen
+
+
+def known(texts: Sequence[np.ndarray]) -> Evidence:
+    """Texts that a model serves at every position, without statistics."""
+    return Evidence([Text(ids, np.zeros(len(ids), np.int8)) for ids in texts], [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
+
+
+@torch.no_grad()
+def passed_on(model: torch.nn.Module, layer: int, texts: Sequence[np.ndarray]) -> torch.Tensor:
+    """What a decoder layer of a torch model passes on, float32 [tokens, H]."""
+    passed: list[torch.Tensor] = []
+    hook = model.get_submodule(f"model.layers.{layer}").register_forward_hook(
+        lambda _, __, out: passed.append((out[0] if isinstance(out, tuple) else out)[0])
+    )
+    for ids in texts:
+        model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
+    hook.remove()
+    return torch.cat(passed)
 
 
 def written(graph: Graph, weights: Weights, folder: Path, scheme: Scheme | None = None, head: RoutingHead | None = None) -> Path:

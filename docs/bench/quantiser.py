@@ -34,6 +34,7 @@ from fr_export.precision.blockwise import Format, attach, nearest, sliced, store
 from fr_export.precision.compensated import Compensated, compensate
 from fr_export.precision.evidence import Evidence
 from fr_export.precision.plan_w8a8 import plan
+from fr_export.precision.rounding import measure
 from fr_export.precision.scheme import Fitted, Scheme
 from fr_export.precision.sensitive import sensitive
 from fr_export.reference import reference
@@ -94,7 +95,8 @@ class Static(Nearest):
             return w8a8.Static().fit(graph, weights, known, store, shared, advance)
         forms = {matrix: w8a8.by_row(channels) for matrix, channels in matrices(graph).items()}
         stored = compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance)
-        return graph, w8a8.W8A8(plan(graph, weights, known.observed), stored)
+        noise = measure(graph, weights, known, known.observed)
+        return graph, w8a8.W8A8(plan(graph, weights, known.observed, noise), stored)
 
 
 def symmetric(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:

@@ -20,9 +20,8 @@ SHARE = 0.6  # of the multiply-adds of a token that must have 8-bit activations
 class Product:
     """One matrix [out, in] of a model: multiply-adds per token, and what 8-bit activations would cost it.
 
-    `noise` is the expected squared error of the product that rounding its input causes, as a part of its squared size, infinite where
-    calibration never saw the input. Of the LM head it is not divided by that size: nothing comes after logits that would make an error
-    matter less where they are large (to second order, KL is half the variance of their error).
+    `noise` is what rounding its input does to what its decoder block passes on (`effect.effect`), infinite where calibration never saw the
+    input. Of the LM head it is the expected squared error of a logit (to second order, KL is half of its variance).
     """
 
     matrix: str
@@ -47,13 +46,15 @@ def plan(
     graph: Graph,
     weights: Weights,
     observed: Mapping[str, Observer],
+    measured: Mapping[str, float],
     limit: Callable[[Observer], float] = Observer.absmax,
     share: float = SHARE,
 ) -> Plan:
     """Choose for a graph as `smooth` returns it; `observed` (matrix → what enters it) are statistics of that graph, not of the unsmoothed one.
 
-    `limit` gives the largest |x| that is kept. Products whose noise is largest stay at A16 while at least `share` of the multiply-adds are
-    W8A8; those never seen stay in any case. Raises InputError where a matrix has no observer, or as `Weights.rows` does.
+    `measured` gives the noise of the decoder blocks' products, `limit` the largest |x| that is kept. Products whose noise per multiply-add
+    is largest stay at A16 while at least `share` of the multiply-adds are W8A8; those never seen stay in any case.
+    Raises InputError where a matrix has no observer, or as `Weights.rows` does.
     """
     products = []
     limits: dict[str, float] = {}
@@ -63,11 +64,14 @@ def plan(
         if name not in observed:
             raise InputError(f"The calibration has no statistics of '{name}': make them again for this model.")
         limits[name] = limit(observed[name])
-        columns = Columns.read(graph.sources[name], weights)
-        relative, size = noise(observed[name], limits[name], columns), float(observed[name].mean_square @ columns.squares)
-        head = layer(graph, graph.model.graph.initializers[name]) == graph.layers
-        products.append(Product(name, out * width, relative * size / out if head and size else relative))
-    products.sort(key=lambda product: product.noise, reverse=True)
+        if not observed[name].rows:
+            costs = float("inf")
+        elif layer(graph, graph.model.graph.initializers[name]) == graph.layers:
+            costs = logit_noise(observed[name], limits[name], Columns.read(graph.sources[name], weights)) / out
+        else:
+            costs = measured[name]
+        products.append(Product(name, out * width, costs))
+    products.sort(key=lambda product: product.noise / product.work, reverse=True)
     total = sum(product.work for product in products)
     left = total  # multiply-adds that are W8A8
     kept = []
@@ -90,13 +94,10 @@ def matrices(graph: Graph) -> dict[str, tuple[int, int]]:
     return found
 
 
-def noise(seen: Observer, limit: float, columns: Columns) -> float:
-    """`Product.noise` for inputs kept up to `limit`, its channels taken as uncorrelated."""
-    signal = float(seen.mean_square @ columns.squares)
-    if not seen.rows:
-        return float("inf")
-    if not limit or not signal:
+def logit_noise(seen: Observer, limit: float, columns: Columns) -> float:
+    """Expected squared error of all logits together for inputs kept up to `limit`, whose channels are taken as uncorrelated."""
+    if not limit:
         return 0.0
     # the error is spread over the channels as rounding spreads it: a channel smaller than a step loses at most itself
     spread = np.minimum(seen.mean_square, (limit / LEVELS) ** 2 / 12)
-    return seen.error(limit) * len(spread) * float(spread @ columns.squares) / float(spread.sum()) / signal
+    return seen.error(limit) * len(spread) * float(spread @ columns.squares) / float(spread.sum())

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calibration.walk import States, Walk
+from calibration.walk import Walk
 from fr_export.blocks import matrices, reader, split
 from fr_export.graph import Graph
 from fr_export.precision.blockwise import Format, held, nearest, widened
+from fr_export.precision.effect import effect, few, stream
 from fr_export.precision.evidence import Evidence
 from fr_export.weights import Weights
 
@@ -20,7 +21,7 @@ def sensitive(graph: Graph, weights: Weights, known: Evidence, form: Format, wid
 
     Counted are all matrices that products read, but only those within decoder blocks are measured. None where the model was never asked.
     """
-    texts = few(known.texts)
+    texts = few(known.texts, TOKENS)
     if not texts:
         return ()
     errors = measure(graph, weights, texts, form)
@@ -39,10 +40,7 @@ def sensitive(graph: Graph, weights: Weights, known: Evidence, form: Format, wid
 
 
 def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], form: Format) -> dict[str, float]:
-    """Matrix → mean squared change of its block's output, relative to the squared output of each token, when it alone is rounded.
-
-    What a block passes on may be several tensors: the residual stream is their sum.
-    """
+    """Matrix → `effect.effect` when it alone is rounded."""
     embed, read = reader(graph, weights)
     walk = Walk(split(graph), texts, embed, read)
     found: dict[str, float] = {}
@@ -51,21 +49,9 @@ def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], form: F
         for matrix, width in walk.block.channels.items():
             (values,) = held([read(matrix)], form, matrix)
             rounded = widened(nearest(values, form), form, width)
-            changed = stream(walk.peek({matrix: rounded}))
-            found[matrix] = float((np.square(changed - exact).sum(-1) / np.square(exact).sum(-1)).mean())
+            found[matrix] = effect(walk.peek({matrix: rounded}), exact)
         walk.advance()
     return found
-
-
-def stream(states: Sequence[States]) -> np.ndarray:
-    """The residual stream float32 [tokens, H] of all texts."""
-    return np.concatenate([np.sum(parts, axis=0)[0] for parts in states])
-
-
-def few(texts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Texts from all over the set, of together about TOKENS tokens."""
-    step = max(1, sum(map(len, texts)) // TOKENS)
-    return list(texts[::step])
 
 
 def total(graph: Graph) -> int:

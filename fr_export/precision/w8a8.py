@@ -18,6 +18,7 @@ from fr_export.precision.blockwise import Format, Stored
 from fr_export.precision.compensated import compensate
 from fr_export.precision.evidence import Evidence
 from fr_export.precision.plan_w8a8 import Plan, plan
+from fr_export.precision.rounding import measure
 from fr_export.precision.scheme import Fitted, replace, users
 from fr_export.smooth import smooth
 from fr_export.store import Blob, Store
@@ -59,16 +60,13 @@ class Static:
         """
         traced, scales = graph, shared.setdefault("scales", {})
         graph, _ = smooth(traced, weights, known.observed, taken=dict(scales))
-        made = look(graph, weights, known)
-        graph, _ = smooth(traced, weights, known.observed, taken=scales, leave=[product.matrix for product in made.kept])
-        made = look(graph, weights, known)
+        seen = observe(split(graph), known.recorded, known.masks, *reader(graph, weights))
+        measured = measure(graph, weights, known, seen)
+        kept = [product.matrix for product in plan(graph, weights, seen, measured).kept]
+        graph, _ = smooth(traced, weights, known.observed, taken=scales, leave=kept)
+        made = plan(graph, weights, observe(split(graph), known.recorded, known.masks, *reader(graph, weights)), measured)
         forms = {matrix: by_row(channels) for matrix, channels in matrices(graph).items()}
         return graph, W8A8(made, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
-
-
-def look(graph: Graph, weights: Weights, known: Evidence) -> Plan:
-    """The plan for a graph, from what its own activations are."""
-    return plan(graph, weights, observe(split(graph), known.recorded, known.masks, *reader(graph, weights)))
 
 
 def by_row(channels: int) -> Format:

@@ -8,26 +8,19 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from calibration.record import Text
-from calibration.served import Mask
 from fr_export.blocks import matrices
 from fr_export.export import Request, export
 from fr_export.families import FAMILIES
 from fr_export.precision import int4, sensitive
 from fr_export.precision.blockwise import nearest, widened
-from fr_export.precision.evidence import Evidence
 from fr_export.precision.int8 import SMALL
 from fr_export.reference import load
 from fr_export.stages import Stages
 from fr_export.system import System
-from tests.calibrating import traced
+from tests.calibrating import known, passed_on, traced
 from tests.systems import Shape, make_system
 
 IDS = [np.random.default_rng(0).integers(3, 300, 50).astype(np.int32), np.array([5, 9, 200], np.int32)]
-
-
-def known(texts: list[np.ndarray]) -> Evidence:
-    return Evidence([Text(ids, np.zeros(len(ids), np.int8)) for ids in texts], [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2"])
@@ -39,28 +32,15 @@ def test_the_measurement_is_that_of_torch(family: str, tmp_path: Path) -> None:
     for layer in range(2):
         for part, names in (("self_attn.qkv_proj", ("q", "k", "v")), ("self_attn.o_proj", ("o",)), ("mlp.down_proj", ("down",))):
             model = load(system.router)
-            exact = stream(model, layer)
+            exact = passed_on(model, layer, IDS)
             block = part.split(".")[0]
             for name in names:
                 weight = model.get_submodule(f"model.layers.{layer}.{block}.{name}_proj").weight
                 rounded = widened(nearest(weight.detach().numpy(), int4.FORMAT), int4.FORMAT, weight.shape[1])
                 weight.data = torch.from_numpy(rounded.copy())
-            changed = stream(model, layer)
+            changed = passed_on(model, layer, IDS)
             expected = float(((changed - exact).square().sum(-1) / exact.square().sum(-1)).mean())
             assert found[f"model.model.layers.{layer}.{part}.weight"] == pytest.approx(expected, rel=1e-3), part
-
-
-@torch.no_grad()
-def stream(model: torch.nn.Module, layer: int) -> torch.Tensor:
-    """What a layer passes on, [tokens, H]; the layers before it are exact."""
-    passed: list[torch.Tensor] = []
-    hook = model.get_submodule(f"model.layers.{layer}").register_forward_hook(
-        lambda _, __, out: passed.append((out[0] if isinstance(out, tuple) else out).reshape(-1, 64))
-    )
-    for ids in IDS:
-        model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
-    hook.remove()
-    return torch.cat(passed)
 
 
 def test_the_worst_are_kept_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from fr_export.families import FAMILIES
 from fr_export.graph import Graph
 from fr_export.precision.blockwise import Stored
 from fr_export.precision.evidence import Evidence
-from fr_export.precision.plan_w8a8 import Plan, matrices, noise, plan
+from fr_export.precision.plan_w8a8 import Plan, logit_noise, matrices, plan
 from fr_export.precision.w8a8 import TINY, W8A8, Static, quantise
 from fr_export.reference import load
 from fr_export.rows import rows
@@ -45,9 +45,16 @@ class Made(NamedTuple):
     system: System
     graph: Graph
     seen: dict[str, Observer]
+    noise: dict[str, float]
     plan: Plan
     path: Path
     written: ir.Graph
+
+
+def uneven(graph: Graph) -> dict[str, float]:
+    """A noise for every product, of which some are much louder than others."""
+    random = np.random.default_rng(3)
+    return {name: float(np.exp(3 * random.standard_normal())) * 1e-6 for name in matrices(graph)}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -59,9 +66,10 @@ def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     graph, weights = traced(system), system.router.weights
     graph, _ = smooth(graph, weights, observe(graph, weights, [IDS]))
     seen = observe(graph, weights, [IDS])
-    chosen = plan(graph, weights, seen)
+    noise = uneven(graph)
+    chosen = plan(graph, weights, seen, noise)
     path = written(graph, weights, folder / "out", W8A8(chosen), system.head)
-    return Made(system, graph, seen, chosen, path, ir.load(path).graph)
+    return Made(system, graph, seen, noise, chosen, path, ir.load(path).graph)
 
 
 def rounded(array: np.ndarray) -> np.ndarray:
@@ -172,15 +180,17 @@ def test_every_weight_is_stored_once_under_its_hash(made: Made) -> None:
 
 
 def test_the_noisiest_products_stay_at_16_bit_activations(made: Made) -> None:
-    weights = made.system.router.weights
-    kept = made.plan.kept
-    assert kept and [p.noise for p in kept] == sorted((p.noise for p in kept), reverse=True)
-    everything = plan(made.graph, weights, made.seen, share=1)
+    weights, kept = made.system.router.weights, made.plan.kept
+    assert kept and [p.noise / p.work for p in kept] == sorted((p.noise / p.work for p in kept), reverse=True)
+    everything = plan(made.graph, weights, made.seen, made.noise, share=1)
     assert not everything.kept and everything.share == 1 and everything.scales.items() >= made.plan.scales.items()
-    nothing = plan(made.graph, weights, made.seen, share=0)
-    assert not nothing.scales and nothing.share == 0 and nothing.kept[0].noise == kept[0].noise
+    nothing = plan(made.graph, weights, made.seen, made.noise, share=0)
+    assert not nothing.scales and nothing.share == 0
+    assert {p.matrix: p.noise for p in nothing.kept if "layers" in p.matrix}.items() <= made.noise.items()
+    spared = [p for p in nothing.kept if p not in kept]  # those that did not fit, or that come after the last that did
+    assert all(p.work > (made.plan.share - 0.6) * sum(q.work for q in nothing.kept) for p in spared)
     assert all(step == pytest.approx(made.seen[name].absmax() / 127) for name, step in everything.scales.items())
-    clipped = plan(made.graph, weights, made.seen, Observer.mse, share=1)
+    clipped = plan(made.graph, weights, made.seen, made.noise, Observer.mse, share=1)
     assert all(step == pytest.approx(made.seen[name].mse() / 127) for name, step in clipped.scales.items())
     assert clipped.scales != everything.scales
 
@@ -188,13 +198,13 @@ def test_the_noisiest_products_stay_at_16_bit_activations(made: Made) -> None:
 def test_what_calibration_never_saw_stays_at_16_bit_activations(made: Made) -> None:
     weights, name = made.system.router.weights, "model.model.layers.0.mlp.down_proj.weight"
     unseen = made.seen | {name: Observer(name, 128)}
-    found = plan(made.graph, weights, unseen, share=1)
+    found = plan(made.graph, weights, unseen, made.noise, share=1)
     assert [p.matrix for p in found.kept] == [name] and found.kept[0].noise == np.inf
     with pytest.raises(InputError, match=f"no statistics of '{name}'"):
-        plan(made.graph, weights, {key: value for key, value in made.seen.items() if key != name})
+        plan(made.graph, weights, {key: value for key, value in made.seen.items() if key != name}, made.noise)
 
 
-def test_noise_is_that_of_rounded_inputs() -> None:
+def test_the_noise_of_logits_is_that_of_rounded_inputs() -> None:
     random = np.random.default_rng(1)
     x = (random.standard_normal((4000, 48)) * np.exp(random.standard_normal(48))).astype(np.float32)
     w = random.standard_normal((30, 48)).astype(np.float32)
@@ -204,8 +214,8 @@ def test_noise_is_that_of_rounded_inputs() -> None:
     for limit in (seen.absmax(), seen.mse(), seen.percentile(99)):
         step = limit / 127
         off = (np.clip(np.rint(x / step), -127, 127) * step - x) @ w.T
-        expected = np.square(off).sum() / np.square(x @ w.T).sum()
-        assert noise(seen, limit, columns) == pytest.approx(expected, rel=0.35)
+        assert logit_noise(seen, limit, columns) == pytest.approx(np.square(off).sum(-1).mean(), rel=0.35)
+    assert logit_noise(seen, 0.0, columns) == 0
 
 
 ROWS = arrays.arrays(
@@ -230,7 +240,7 @@ def test_an_embedding_apart_from_the_head_is_read_by_rows(tmp_path: Path) -> Non
     router, experts = make_system(tmp_path, replace(SHAPES["llama3-biased"], layers=1))
     system = System.open(FAMILIES["llama3"], router, experts, max_seq_len=64)
     graph, weights = traced(system), system.router.weights
-    path = written(graph, weights, tmp_path / "out", W8A8(plan(graph, weights, observe(graph, weights, [IDS]))))
+    path = written(graph, weights, tmp_path / "out", W8A8(plan(graph, weights, observe(graph, weights, [IDS]), uneven(graph))))
     model = ir.load(path)
     norm = next(n for n in model.graph if n.op_type == "SimplifiedLayerNormalization")
     model.graph.outputs[:] = [norm.inputs[0]]
@@ -290,10 +300,9 @@ def test_without_calibration_there_is_no_scale(tmp_path: Path) -> None:
 
 
 def test_the_heads_noise_is_told_in_logits(made: Made) -> None:
-    """Against the logits' own error when its input is rounded, channels taken as they come."""
-    plans = plan(made.graph, made.system.router.weights, made.seen, share=0)
+    plans = plan(made.graph, made.system.router.weights, made.seen, made.noise, share=0)
     by_name = {product.matrix: product for product in plans.kept}
     head = next(name for name in by_name if "layers" not in name)
     seen, columns = made.seen[head], Columns.read(made.graph.sources[head], made.system.router.weights)
     out = int(made.graph.model.graph.initializers[head].shape[0])
-    assert by_name[head].noise == pytest.approx(noise(seen, seen.absmax(), columns) * float(seen.mean_square @ columns.squares) / out)
+    assert by_name[head].noise == pytest.approx(logit_noise(seen, seen.absmax(), columns) / out)

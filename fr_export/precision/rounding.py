@@ -1,0 +1,65 @@
+"""What rounding the input of a product to 8 bits costs a model, measured for each product alone on what its decoder block passes on."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from calibration.observers import LEVELS, Observer
+from calibration.walk import Block, Walk
+from fr_export.blocks import reader, split
+from fr_export.graph import Graph, initializer, node
+from fr_export.precision.effect import effect, few, stream
+from fr_export.precision.evidence import Evidence
+from fr_export.weights import Weights
+
+TOKENS = 1024  # read for the measurement
+STEP = ".step"  # of a matrix's name: the step of its input's 8-bit values
+
+
+def measure(graph: Graph, weights: Weights, known: Evidence, observed: Mapping[str, Observer]) -> dict[str, float]:
+    """Matrix of a decoder block → `effect.effect` of rounding what enters it to steps of absmax / 127. Nothing where the model was never asked.
+
+    `observed` (matrix → what enters it) are statistics of this very graph.
+    """
+    texts = few(known.texts, TOKENS)
+    if not texts:
+        return {}
+    embed, read = reader(graph, weights)
+    off = np.zeros(1, np.float32)
+    walk = Walk([stepped(block) for block in split(graph)], texts, embed, lambda name: off if name.endswith(STEP) else read(name))
+    found = {}
+    while walk.position < len(walk.blocks) - 1:
+        exact = stream(walk.peek())
+        for matrix in walk.block.channels:
+            step = np.array([observed[matrix].absmax() / LEVELS], np.float32)
+            found[matrix] = effect(walk.peek({matrix + STEP: step}), exact)
+        walk.advance()
+    return found
+
+
+def stepped(block: Block) -> Block:
+    """A block with one more weight per matrix, float32 [1]: the step that the product's input is rounded to, 0 for not at all."""
+    model = ir.serde.deserialize_model(onnx.load_model_from_string(block.graph))
+    inner = model.graph
+    scalars = {
+        name: initializer(inner, name, ir.DataType.FLOAT, (), ir.tensor(np.array(value, np.float32), name=name))
+        for name, value in (("level.low", -LEVELS), ("level.high", LEVELS), ("step.none", 0))
+    }
+    weights = dict(block.weights)
+    for product in [n for n in inner if n.op_type == "FusedMatMul" and n.inputs[1].name in block.weights]:
+        x, given = product.inputs[0], product.inputs[1].name
+        step = ir.Value(name=given + STEP, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1]))
+        inner.inputs.append(step)
+        weights[step.name] = block.weights[given] + STEP
+
+        def made(op: str, *inputs: ir.Value, before: ir.Node = product, at: str = given) -> ir.Value:
+            result = ir.Value(name=f"{at}.{op}")
+            node(inner, before, op, list(inputs), [result])
+            return result
+
+        levels = made("Clip", made("Round", made("Div", x, step)), scalars["level.low"], scalars["level.high"])
+        product.replace_input_with(0, made("Where", made("Greater", step, scalars["step.none"]), made("Mul", levels, step), x))
+    return replace(block, graph=ir.serde.serialize_model(model).SerializeToString(deterministic=True), weights=weights)
