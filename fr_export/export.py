@@ -1,7 +1,8 @@
 """The whole way once: checkpoints → trace → passes → precision → bundle → comparison → report."""
 
+import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fr_export.families import Family
 from fr_export.fusion import FusionSettings
 from fr_export.fusion_graph import write_fusion_graph
 from fr_export.graph import Graph
-from fr_export.lowerings import ort
+from fr_export.lowerings import Lowering, ort
 from fr_export.precision import SCHEMES
 from fr_export.precision.evidence import Evidence, evidence
 from fr_export.precision.scheme import Fitting
@@ -75,17 +76,18 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             parts = load_parts(request.calibration)
             fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
             check_space(system, request, staging.folder)
-        graphs = traces(system, stages)
+        traced = functools.cache(lambda lowering: traces(system, stages, lowering))
+        graphs: dict[str, Graph] = traced(TARGETS[request.targets[0]].lowering)
         folder = staging.folder
         store = Store(folder / GRAPHS)
         write_fusion_graph(folder / FUSION_GRAPH)
         wanted = [(target, precision) for target in request.targets for precision in request.precisions if precision in SCHEMES[target]]
         table = None
         if request.calibration != "none" and any(isinstance(SCHEMES[target][precision], Fitting) for target, precision in wanted):
-            table = learn(system, graphs, fusion, request.calibration, parts, folder, stages)
+            table = learn(system, traced(ort), fusion, request.calibration, parts, folder, stages)
             table.save(folder / TABLE)
         known = evidence(table) if table else {}
-        written = [write_variant(system, graphs, target, precision, known, folder, store, stages) for target, precision in wanted]
+        written = [write_variant(system, traced, target, precision, known, folder, store, stages) for target, precision in wanted]
         variants = [variant for variant, _ in written]
         write_texts(system.router, folder)
         made = describe(system, fusion, graphs, variants, folder)
@@ -112,14 +114,14 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
     return report
 
 
-def traces(system: System, stages: Stages) -> dict[str, Graph]:
-    """One trace per distinct architecture: model name → its graph."""
+def traces(system: System, stages: Stages, lowering: Lowering = ort) -> dict[str, Graph]:
+    """One trace per distinct architecture in a dialect: model name → its graph."""
     keys = {model.name: architecture(model.config, system.vocab_size) for model in system.models}
     found: dict[str, Graph] = {}
     with stages.stage(f"tracing {len(set(keys.values()))} architecture(s)", len(set(keys.values()))) as advance:
         for model in system.models:
             if keys[model.name] not in found:
-                found[keys[model.name]] = trace(system.family, model.config, system.vocab_size, system.max_seq_len)
+                found[keys[model.name]] = trace(system.family, model.config, system.vocab_size, system.max_seq_len, lowering)
                 advance(1)
     return {name: found[key] for name, key in keys.items()}
 
@@ -144,7 +146,7 @@ def learn(
         write_fusion_graph(recording / FUSION_GRAPH)
         large = sum(parameters(graph) for graph in graphs.values()) > LARGE
         target, precision = RECORDED_LARGE if large else RECORDED
-        variant, _ = write_variant(system, graphs, target, precision, {}, recording, store, stages)
+        variant, _ = write_variant(system, lambda _: graphs, target, precision, {}, recording, store, stages)
         write_texts(system.router, recording)
         describe(system, fusion, graphs, [variant], recording).write(recording)
         return calibrate(system, graphs, parts.calibration, recording, precision, cache_folder(), stages)
@@ -154,7 +156,7 @@ def learn(
 
 def write_variant(
     system: System,
-    graphs: dict[str, Graph],
+    traced: Callable[[Lowering], dict[str, Graph]],
     target: str,
     precision: str,
     known: dict[str, Evidence],
@@ -164,9 +166,10 @@ def write_variant(
 ) -> tuple[manifest.Variant, dict[str, Any]]:
     """Write the graphs of all models in one precision, fitted to what is known of each model's activations (or of none).
 
-    Returns the variant and, by model, what fitting has to say for the report.
+    `traced` gives the traces in a dialect, by model; whatever the target, fitting reads those of `ort`. Returns the variant and, by model, what fitting has to say for the report.
     """
-    scheme = SCHEMES[target][precision]
+    scheme, chosen = SCHEMES[target][precision], TARGETS[target]
+    graphs = traced(chosen.lowering)
     written: dict[str, str] = {}
     bits = 0.0
     total = sum(parameters(graph) for graph in graphs.values())
@@ -177,13 +180,13 @@ def write_variant(
             graph, own = graphs[model.name], scheme
             try:
                 if known and isinstance(scheme, Fitting):
-                    graph, fitted = scheme.fit(graph, model.weights, known[model.name], store, shared, advance)
-                    own, about[model.name] = fitted, fitted.about
+                    fit, fitted = scheme.fit(traced(ort)[model.name], model.weights, known[model.name], store, shared, advance)
+                    graph, own, about[model.name] = graph.fitted(fit), fitted, fitted.about
             except InputError as error:
                 raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
             graph = graph.clone()
-            TARGETS[target](graph, precision, system.family)
-            ort.end_with(graph, system.head if model is system.router else None)
+            chosen.prepare(graph, precision, system.family)
+            chosen.lowering.end_with(graph, system.head if model is system.router else None)
             try:
                 bind(graph, model.weights, own, store, advance)
             except InputError as error:
