@@ -81,8 +81,10 @@ def main(
     ] = None,
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="NAME=SRC; repeat per expert, in the order of the routing head's rows.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Comma list of fp32, fp16, bf16, int8, int4, w8a8.")] = None,
-    target: Annotated[str, typer.Option(help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs).")] = "ort",
+    precision: Annotated[
+        str | None, typer.Option(help="Comma list of fp32, fp16, bf16, int8, int4, w8a8; for tensorrt also int8-wo.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs), tensorrt.")] = "ort",
     fusion: Annotated[
         str | None,
         typer.Option(help="weighted (λ·router + (1−λ)·expert; the default, unless the router's fusion.json says more) or additive."),

@@ -89,6 +89,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         known = evidence(table) if table else {}
         written = [write_variant(system, traced, target, precision, known, folder, store, stages) for target, precision in wanted]
         variants = [variant for variant, _ in written]
+        store.keep({path.name for variant in variants for path in reads(variant, folder)})
         write_texts(system.router, folder)
         made = describe(system, fusion, graphs, variants, folder)
         report: dict[str, Any] = {"family": request.family.name, "models": [model.name for model in system.models]}
@@ -298,19 +299,19 @@ def hold(report: dict[str, Any]) -> None:
 
 def summary(variant: manifest.Variant, folder: Path) -> dict[str, Any]:
     """Size of one variant: its graphs and every weight file they read, each once."""
-    read: set[Path] = set()
-    for name in variant.graphs.values():
-        read.add(folder / name)
-        for value in ir.load(folder / name).graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                read.add(folder / GRAPHS / value.const_value.location)
-    size = sum(path.stat().st_size for path in read)
+    size = sum(path.stat().st_size for path in {*reads(variant, folder), *(folder / name for name in variant.graphs.values())})
     return {
         "target": variant.target,
         "precision": variant.precision,
         "bytes": size,
         "bits_per_weight": variant.bits_per_weight,
     }
+
+
+def reads(variant: manifest.Variant, folder: Path) -> set[Path]:
+    """The weight files of a variant's graphs."""
+    values = [value.const_value for name in variant.graphs.values() for value in ir.load(folder / name).graph.initializers.values()]
+    return {folder / GRAPHS / value.location for value in values if isinstance(value, ir.ExternalTensor)}
 
 
 def check_space(system: System, request: Request, folder: Path) -> None:

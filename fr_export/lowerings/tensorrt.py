@@ -49,7 +49,7 @@ class Step:
     def written(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values [1, KV, S, D] into the layer's buffers; returns the used part of both, [1, KV, T, D]."""
         key, value = (
-            symbolic("::TensorScatter", [past, x, self.write_index], {"axis": 2, "mode": "linear"}, dtype=x.dtype, shape=past.shape, version=24)
+            symbolic("::TensorScatter", [past, x, self.write_index], {"axis": -2, "mode": "linear"}, dtype=x.dtype, shape=past.shape, version=24)
             for past, x in zip(self.past[layer], (key, value), strict=True)
         )  # fmt: skip
         self.present[layer] = (key, value)

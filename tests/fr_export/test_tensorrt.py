@@ -27,8 +27,7 @@ from tests.systems import Shape, make_system
 CAPACITY = 64
 SHAPES = {
     "llama3": Shape(experts=1, config={"tie_word_embeddings": True}),
-    "llama3, biases, one KV head": Shape(experts=1, kv_heads=1, config={"attention_bias": True, "mlp_bias": True}),
-    "llama3, padded head": Shape(experts=1, head_dim=20),
+    "llama3, biases, one KV head, padded": Shape(experts=1, kv_heads=1, head_dim=20, config={"attention_bias": True, "mlp_bias": True}),
     "gemma2": Shape("gemma2", experts=1, config={"tie_word_embeddings": True}),  # a window of 16 in every other layer
     "gemma2, padded head, three layers": Shape("gemma2", experts=1, layers=3, head_dim=12, kv_heads=4),
 }

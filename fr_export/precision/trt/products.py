@@ -8,10 +8,8 @@ from fr_export.graph import Graph, node
 from fr_export.precision.scheme import replace, users
 
 
-def multiply(
-    graph: Graph, matrix: ir.Value, weight: ir.Value, enter: Callable[[ir.Node], ir.Value] = lambda product: product.inputs[0]
-) -> None:
-    """Replace the products that read `matrix` by MatMul with `weight` [out, in] transposed; `enter` gives a product's input."""
+def multiply(graph: Graph, matrix: ir.Value, weight: ir.Value, enter: Callable[[ir.Node], ir.Value] | None = None) -> None:
+    """Replace the products that read `matrix` by MatMul with `weight` [out, in] transposed; `enter` may give products another input."""
     inner = graph.model.graph
     products, _ = users(matrix)
     if not products:
@@ -21,5 +19,5 @@ def multiply(
     for product in products:
         result = product.outputs[0]
         fresh = ir.Value(name=f"{result.name}.product", type=result.type, shape=result.shape)
-        node(inner, product, "MatMul", [enter(product), turned], [fresh])
+        node(inner, product, "MatMul", [enter(product) if enter else product.inputs[0], turned], [fresh])
         replace(inner, product, fresh)
