@@ -37,6 +37,9 @@ from runtime import FusionRuntime, manifest
 from runtime.backends import DEVICES
 from runtime.bundle import sha256
 from runtime.errors import FusionError, InputError
+from runtime.tensorrt.engines import TARGET as ENGINES_OF
+from runtime.tensorrt.engines import rebuild
+from runtime.tensorrt.library import capabilities, load
 
 GRAPHS = "graphs"
 FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
@@ -63,6 +66,7 @@ class Request:
     head_key: str = "routing_head"
     force: bool = False
     strict: bool = False  # a precision that misses its bound is an error
+    gpus: tuple[int, ...] = ()  # compute capabilities that TensorRT-RTX engines are built for
 
 
 def export(request: Request, stages: Stages) -> dict[str, Any]:
@@ -71,6 +75,8 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
     Raises FusionError subclasses for everything the user can mend; nothing half-written is left behind.
     """
     with Staging(request.out, request.force) as staging:
+        if request.gpus:
+            capabilities(load("rtx"), request.gpus)  # what is missing is found here, not after an hour of writing
         with stages.stage("checking the checkpoints"):
             system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len)
             parts = load_parts(request.calibration)
@@ -92,6 +98,8 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         store.keep({path.name for variant in variants for path in reads(variant, folder)})
         write_texts(system.router, folder)
         made = describe(system, fusion, graphs, variants, folder)
+        if request.gpus:
+            made = build_engines(made, request.gpus, folder, stages)
         report: dict[str, Any] = {"family": request.family.name, "models": [model.name for model in system.models]}
         report |= {
             "parameters": {model.name: model.parameters for model in made.models},
@@ -103,7 +111,8 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             summary(variant, folder)
             | {"compared": (found := compared.get((variant.target, variant.precision))), "missed": misses(variant.precision, found)}
             | {"not_compared": None if found else obstacle(variant) or reason, "fitted": about}
-            for variant, about in written
+            | {"engines": [engines(built, made) for built in variant.engines]}
+            for variant, (_, about) in zip(made.variants, written, strict=True)
         ]
         report["not_compared"] = reason
         if request.strict:
@@ -176,6 +185,7 @@ def write_variant(
     total = sum(parameters(graph) for graph in graphs.values())
     shared: dict[str, Any] = {}
     about: dict[str, Any] = {}
+    operators: set[str] = set()
     with stages.stage(f"writing {precision} for {target}", total) as advance:
         for model in system.models:
             graph, own = graphs[model.name], scheme
@@ -192,12 +202,16 @@ def write_variant(
                 bind(graph, model.weights, own, store, advance)
             except InputError as error:
                 raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
+            if target == ENGINES_OF:
+                operators |= {n.op_type for n in graph.model.graph}
             name = f"{GRAPHS}/{model.name}.{target.replace(':', '-')}.{precision}.onnx"
             graph.model.graph.name = model.name
             ir.save(graph.model, folder / name)
             written[model.name] = name
             bits += own.bits * parameters(graphs[model.name]) / total
-    found = manifest.Variant(target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=round(bits, 4))
+    found = manifest.Variant(
+        target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=round(bits, 4), operators=sorted(operators)
+    )  # fmt: skip
     return found, about
 
 
@@ -239,6 +253,14 @@ def describe(
         variants=list(variants),
         files={path.relative_to(folder).as_posix(): file_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()},
     )
+
+
+def build_engines(made: manifest.Manifest, gpus: tuple[int, ...], folder: Path, stages: Stages) -> manifest.Manifest:
+    """Build TensorRT-RTX engines of every variant that has graphs for them; the manifest is written with them."""
+    for variant in [each for each in made.variants if each.target == ENGINES_OF]:
+        with stages.stage(f"building {variant.precision} engines", len(made.models) + 1) as advance:
+            made = rebuild(folder, [variant], made, "rtx", gpus, None, lambda _: advance)
+    return made
 
 
 def file_entry(path: Path) -> manifest.File:
@@ -305,6 +327,16 @@ def summary(variant: manifest.Variant, folder: Path) -> dict[str, Any]:
         "precision": variant.precision,
         "bytes": size,
         "bits_per_weight": variant.bits_per_weight,
+    }
+
+
+def engines(built: manifest.Engines, made: manifest.Manifest) -> dict[str, Any]:
+    """For the report."""
+    return {
+        "flavour": built.flavour,
+        "version": built.version,
+        "sms": built.sms,
+        "bytes": {name: made.files[path].bytes for name, path in built.engines.items()},
     }
 
 
