@@ -47,14 +47,32 @@ class Model(Strict):
     parameters: Annotated[int, Field(ge=1)]
 
 
+class Profile(Strict):
+    """What shapes an engine takes: 1 … chunk tokens and logit rows at a time, 1 … capacity keys."""
+
+    chunk: Annotated[int, Field(ge=1)]
+    capacity: Annotated[int, Field(ge=2)]
+
+
+class EngineSet(Strict):
+    """Engines built from a variant's graphs for one version of one library: by model, and `fusion` for the fusion graph."""
+
+    flavour: Literal["rtx", "tensorrt"]
+    version: str
+    sms: Annotated[list[int], Field(min_length=1)]  # compute capabilities, 89 for 8.9
+    engines: dict[str, InsidePath]
+    profile: Profile
+
+
 class Variant(Strict):
-    """One precision for one target: a graph per model (router first) and the fusion graph."""
+    """One precision for one target: a graph per model (router first) and the fusion graph; engines where some were built."""
 
     target: str
     precision: str
     graphs: dict[str, InsidePath]
     fusion_graph: InsidePath
     bits_per_weight: float
+    engines: list[EngineSet] = []
 
 
 class Manifest(Strict):
@@ -90,6 +108,11 @@ class Manifest(Strict):
                 )
             if unknown := sorted({*variant.graphs.values(), variant.fusion_graph} - self.files.keys()):
                 raise ValueError(f"the graph {unknown[0]} is not among the files")
+            for built in variant.engines:
+                if built.engines.keys() != {*names, "fusion"}:
+                    raise ValueError(f"the variant {variant.precision} has engines for {', '.join(built.engines)} instead of all models")
+                if unknown := sorted(set(built.engines.values()) - self.files.keys()):
+                    raise ValueError(f"the engine {unknown[0]} is not among the files")
         return self
 
     @property
