@@ -59,8 +59,7 @@ class TensorRt:
         for model in (self.router, *self.experts):
             check(model.engine, model.spec, shared, model.experts, f"{bundle.folder}")
         keys.arrays["key_positions"][...] = np.arange(manifest.max_seq_len)
-        shared.transfers.upload(keys, self._stream)
-        self._stream.synchronise()
+        shared.transfers.upload(keys, None)
 
     def fuser(self) -> Fuser:
         """A fuser with buffers of its own."""

@@ -136,10 +136,6 @@ class Stream:
         """Fill device memory with zeros."""
         self._device.call("cudaMemsetAsync", memory.address, 0, memory.size, self.handle)
 
-    def synchronise(self) -> None:
-        """Block the calling thread until the stream has nothing left to do."""
-        self._device.call("cudaStreamSynchronize", self.handle)
-
     def capture(self, work: Callable[[], None]) -> Graph:
         """Record what `work` queues on this stream, without running it. Nothing else may use the stream meanwhile."""
         call, api = self._device.call, self._device._api

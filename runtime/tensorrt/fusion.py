@@ -44,8 +44,9 @@ class DeviceFused:
     def rows(self) -> np.ndarray:
         """Fused and penalised logits, float32 [K, V]."""
         shared, block = self._fuser.shared, self._plan.rows
+        shared.transfers.settle(self._plan.candidates)
         with shared.lock:
-            shared.transfers.download(block, self._fuser.done)
+            shared.transfers.download(block, None)
         shared.transfers.settle(block)
         return block.arrays["fused"]
 

@@ -146,9 +146,7 @@ class Cache:
 
     def __del__(self) -> None:
         if hasattr(self, "_outputs"):
-            self._settle()
-            self.done.wait()  # its memory is freed next
-            self.read.wait()
+            self.model.shared.transfers.release(self._outputs.values(), self.done, self.read)
 
     def _settle(self) -> None:
         """Wait for copies of the last pass, which were waited for already unless a step was given up or a text is read in chunks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -48,16 +48,23 @@ def host_array(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 class Transfers(Protocol):
     """How blocks travel. The host writes a block's arrays only after `settle`, and reads them only after `download` and `settle`."""
 
-    def upload(self, block: Block, reader: Stream, free: Event | None = None) -> None:
-        """Let later work of `reader` see what the host wrote. `free`: reached when the device no longer reads what the block held before."""
+    def upload(self, block: Block, reader: Stream | None, free: Event | None = None) -> None:
+        """Let later work of `reader` see what the host wrote; None: whoever reads it waits for a later upload.
+
+        `free` is reached when the device no longer reads what the block held before; None: that was waited for.
+        """
         ...
 
-    def download(self, block: Block, ready: Event) -> None:
-        """Let the host see what the device wrote before `ready`."""
+    def download(self, block: Block, ready: Event | None) -> None:
+        """Let the host see what the device wrote before `ready`; None: that was waited for."""
         ...
 
     def settle(self, block: Block) -> None:
         """Block the calling thread until the block's last transfer is over."""
+        ...
+
+    def release(self, blocks: Iterable[Block], done: Event, read: Event) -> None:
+        """Wait until blocks may be freed, which the device last wrote before `done` and read before `read`."""
         ...
 
 
@@ -68,17 +75,19 @@ class Copies:
         self.stream = device.stream()
         self._sent = self._over = 0
 
-    def upload(self, block: Block, reader: Stream, free: Event | None = None) -> None:
+    def upload(self, block: Block, reader: Stream | None, free: Event | None = None) -> None:
         """See `Transfers`."""
         if free is not None:
             self.stream.wait(free)
         self.stream.upload(block.device, block.pinned.address, block.size)
         self._mark(block)
-        reader.wait(block.event)
+        if reader is not None:
+            reader.wait(block.event)
 
-    def download(self, block: Block, ready: Event) -> None:
+    def download(self, block: Block, ready: Event | None) -> None:
         """See `Transfers`."""
-        self.stream.wait(ready)
+        if ready is not None:
+            self.stream.wait(ready)
         self.stream.download(block.pinned.address, block.device, block.size)
         self._mark(block)
 
@@ -94,6 +103,13 @@ class Copies:
             block.event.wait()
             self._over = max(self._over, number)
 
+    def release(self, blocks: Iterable[Block], done: Event, read: Event) -> None:
+        """See `Transfers`."""
+        for block in blocks:
+            self.settle(block)
+        done.wait()
+        read.wait()
+
 
 class Mapped:
     """Host and device share their memory: nothing is copied, but neither may touch a block while the other uses it."""
@@ -101,16 +117,22 @@ class Mapped:
     def __init__(self) -> None:
         self._last: WeakKeyDictionary[Block, Event] = WeakKeyDictionary()
 
-    def upload(self, block: Block, reader: Stream, free: Event | None = None) -> None:
+    def upload(self, block: Block, reader: Stream | None, free: Event | None = None) -> None:
         """See `Transfers`. The block is in use until `free` is reached again, which its reader records."""
         if free is not None:
             self._last[block] = free
 
-    def download(self, block: Block, ready: Event) -> None:
+    def download(self, block: Block, ready: Event | None) -> None:
         """See `Transfers`."""
-        self._last[block] = ready
+        if ready is not None:
+            self._last[block] = ready
 
     def settle(self, block: Block) -> None:
         """See `Transfers`."""
         if (last := self._last.get(block)) is not None:
             last.wait()
+
+    def release(self, blocks: Iterable[Block], done: Event, read: Event) -> None:
+        """See `Transfers`."""
+        done.wait()
+        read.wait()

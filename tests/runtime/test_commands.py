@@ -148,7 +148,7 @@ FAILURES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "no bundle": (("generate", "nowhere", "--prompt", "a"), ("no bundle at nowhere", "export.py")),
     "nothing to inspect": (("inspect", "nowhere"), ("no bundle at nowhere",)),
     "precision": (("generate", "BUNDLE", "--prompt", "a", "--precision", "int3"), ("int3", "--precision")),
-    "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "rtx"), ("rtx",)),
+    "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "rtx"), ("no graphs for tensorrt", "--target tensorrt")),
     "expert": (("generate", "BUNDLE", "--prompt", "a", "--expert", "history"), ("'history'", "expert0, expert1")),
     "no such id": (("generate", "BUNDLE", "--prompt-ids", "99999999"), ("99999999", "vocabulary")),
     "negative id": (("generate", "BUNDLE", "--prompt-ids", "-3"), ("-3", "vocabulary")),

@@ -23,7 +23,11 @@ def locked(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(self: Cuda, *arguments: Any) -> Any:
         with self.machine.lock:
-            return function(self, *arguments)
+            try:
+                return function(self, *arguments)
+            except Fault as fault:
+                self.machine.faults.append(fault)  # those raised while objects are collected reach nobody
+                raise
 
     return call
 
@@ -149,11 +153,6 @@ class Cuda:
     @locked
     def cudaEventSynchronize(self, event: int) -> tuple[int]:
         self.machine.wait_on_host(self.events[event])
-        return (0,)
-
-    @locked
-    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
-        self.machine.drain(self.streams[stream])
         return (0,)
 
     def cudaEventDestroy(self, event: int) -> tuple[int]:

@@ -30,7 +30,7 @@ class Graph:
         self.outputs = {value.name: described(value) for value in model.graph.output}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         if holds_bfloat16(model):
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
             self._session = onnxruntime.InferenceSession(widened(model).SerializeToString(), options, providers=["CPUExecutionProvider"])

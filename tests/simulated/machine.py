@@ -105,6 +105,8 @@ class Machine:
         self.timeline: list[Span] = []
         self.sites: dict[str, int] = {}  # waits by where they are called
         self.weights = self.most_weights = 0  # bytes of engines on the device
+        self.faults: list[Fault] = []
+        self.interrupt = 0  # the how manyth wait from now on is interrupted; 0: none
         self.blocked = 0  # waits of the host that found work undone
         self.allocations: list[Allocation] = []
         self.lock = threading.RLock()
@@ -118,7 +120,7 @@ class Machine:
         if self.shared is not None and self.shared[0] == number:
             made = self.allocations[self.shared[1]]
         else:
-            made = self.heap.allocate(f"buffer {number} ({site()})", size, on_host)
+            made = self.heap.allocate(f"buffer {number} ({' < '.join(name for name, _ in chain())})", size, on_host)
         self.allocations.append(made)
         return made
 
@@ -166,6 +168,10 @@ class Machine:
         self.tick()
         if self._skip("host waits") or mark is None:
             return
+        if not mark.done and self.interrupt:
+            self.interrupt -= 1
+            if not self.interrupt:
+                raise KeyboardInterrupt
         self.blocked += not mark.done
         self.finish(mark)
 
@@ -179,10 +185,12 @@ class Machine:
         self.clock.join(mark.clock)
         self.time = max(self.time, mark.time)
 
-    def drain(self, stream: Stream) -> None:
-        """The host waits for all work of a stream."""
-        if not self._skip("host drains"):
-            self.finish(self.record(stream))
+    def run_out(self) -> None:
+        """Run all work that is left. Raises the first Fault of all."""
+        while ready := self._ready():
+            self._advance(ready[0])
+        if self.faults:
+            raise self.faults[0]
 
     def tick(self) -> None:
         """The host does something."""
