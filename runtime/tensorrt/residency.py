@@ -18,8 +18,8 @@ class Residency:
             raise InputError("This device shares the host's memory, where evicting experts saves nothing: load without expert_memory.")
         self._device, self._budget = device, budget
         self._stream = device.stream()
-        self._copies: dict[Weights, Memory] = {}
-        self._resident: dict[Weights, Event] = {}  # the least recently used first; the event is reached when the weights are there
+        self._copies: dict[Weights, tuple[Memory, Event]] = {}  # pinned, and an event that is reached when they are on the device
+        self._resident: dict[Weights, None] = {}  # the least recently used first
 
     def adopt(self, weights: Weights) -> None:
         """Keep a pinned copy of weights just loaded and take them off the device; they come back at first use."""
@@ -30,18 +30,20 @@ class Residency:
         memory = self._device.pinned(weights.size)
         weights.save(memory, self._stream)
         weights.unload(self._stream)
-        self._copies[weights] = memory
+        self._copies[weights] = memory, self._device.event()
 
     def bring(self, weights: Weights, reader: Stream, idle: Event) -> None:
-        """Have weights on the device before later work of `reader`. `idle` is reached when no expert runs any more."""
-        if (ready := self._resident.pop(weights, None)) is None:
+        """Have weights on the device before later work of `reader`, the one stream that uses them. `idle` is reached when no expert runs any more."""
+        if weights in self._resident:  # and their only reader has waited for them
+            del self._resident[weights]
+        else:
             while sum(other.size for other in self._resident) + weights.size > self._budget:
                 victim = next(iter(self._resident))
                 del self._resident[victim]
                 self._stream.wait(idle)
                 victim.unload(self._stream)
-            ready = self._device.event()
-            weights.restore(self._copies[weights], self._stream)
+            memory, ready = self._copies[weights]
+            weights.restore(memory, self._stream)
             self._stream.record(ready)
             reader.wait(ready)
-        self._resident[weights] = ready
+        self._resident[weights] = None

@@ -16,6 +16,7 @@ from tests.simulated.clocks import Clock
 from tests.simulated.memory import HOST, Allocation, Fault, Heap, touch
 
 POLICIES = ("early", "late", "random", "starved")
+ROOM = 1 << 17  # bytes: a buffer that two names stand for has room for either
 RUNTIME = "runtime/tensorrt/"
 LAYER = "runtime/tensorrt/device.py"  # the thin layer, which makes the calls of others
 
@@ -106,6 +107,7 @@ class Machine:
         self.sites: dict[str, int] = {}  # waits by where they are called
         self.weights = self.most_weights = 0  # bytes of engines on the device
         self.faults: list[Fault] = []
+        self.meanwhile: Callable[[], None] | None = None  # what another thread does while the host waits
         self.interrupt = 0  # the how manyth wait from now on is interrupted; 0: none
         self.blocked = 0  # waits of the host that found work undone
         self.allocations: list[Allocation] = []
@@ -117,7 +119,9 @@ class Machine:
     def allocate(self, size: int, on_host: bool) -> Allocation:
         """Memory named after the code that asks for it."""
         number = len(self.allocations)
-        if self.shared is not None and self.shared[0] == number:
+        if self.shared is not None and self.shared[1] == number:
+            size = max(size, ROOM)
+        if self.shared is not None and self.shared[0] == number and not self.allocations[self.shared[1]].freed:
             made = self.allocations[self.shared[1]]
         else:
             made = self.heap.allocate(f"buffer {number} ({' < '.join(name for name, _ in chain())})", size, on_host)
@@ -174,6 +178,9 @@ class Machine:
                 raise KeyboardInterrupt
         self.blocked += not mark.done
         self.finish(mark)
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
 
     def finish(self, mark: Mark) -> None:
         """Run work, as the policy has it, until a mark is reached; the host then knows what the mark knows."""

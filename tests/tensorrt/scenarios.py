@@ -59,10 +59,10 @@ def scored(rt: FusionRuntime, machine: Machine) -> list[Any]:
     return [scores.experts.tolist(), np.round(scores.logits, 3).tolist(), np.round(few.logits, 3).tolist()]
 
 
-def interleaved(rt: FusionRuntime, machine: Machine) -> list[Any]:
-    """Three texts, whose models are all launched before any is waited for, as threads might do."""
+def interleaved(rt: FusionRuntime, machine: Machine, count: int = 3) -> list[Any]:
+    """Several texts, whose models are all launched before any is waited for, as threads might do."""
     backend = rt.backend
-    texts = [list(PROMPT), [30, 2, 5], [17, 4]]
+    texts = [list(PROMPT), [30, 2, 5], [17, 4]][:count]
     routers = [backend.router.cache() for _ in texts]
     experts = [[model.cache() for model in backend.experts] for _ in texts]
     fusers = [backend.fuser() for _ in texts]
@@ -83,8 +83,24 @@ def interleaved(rt: FusionRuntime, machine: Machine) -> list[Any]:
         fused = [fuse(a.logits, b.logits, settings, 1, none, 1.0, 1.0) for fuse, a, b in zip(fusers, routed, answered, strict=True)]
         for text, result in zip(texts, fused, strict=True):
             text.append(int(result.ids[0, 0]))
-        seen += [round(value, 3) for value in peeked]
-    return [texts, seen]
+        seen += peeked + nested(
+            [lambda o=output: o.logits[0] for output in (*routed, *answered)] + [lambda f=f: f.rows for f in fused] + [lambda o=o: o.routing for o in routed], machine
+        )
+    return [texts, np.round(seen, 3).tolist()]
+
+
+def nested(readings: list[Callable[[], Any]], machine: Machine) -> list[float]:
+    """Read rows to the host, each while the one before is waited for, as threads might do. Their first values, the last reading first."""
+    found: list[float] = []
+
+    def read(number: int) -> None:
+        if number < len(readings):
+            machine.meanwhile = lambda: read(number + 1)
+            found.append(float(np.ravel(readings[number]())[0]))
+
+    read(0)
+    machine.meanwhile = None
+    return found
 
 
 def given_up(rt: FusionRuntime, machine: Machine) -> list[Any]:
