@@ -9,6 +9,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from fr_export.graph import INLINE, Graph
 from fr_export.precision import Scheme
 from fr_export.precision.half import TYPES, rounded
+from fr_export.precision.scheme import users
 from fr_export.rows import counted, rows
 from fr_export.store import Store
 from fr_export.weights import Weights
@@ -25,7 +26,7 @@ def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: 
         value = inner.initializers.get(name)
         if value is None:
             continue  # not used in this graph
-        if any(user.op_type in ("FusedMatMul", "Gather") for user in value.consumers()) and len(value.shape) == 2:
+        if source.constant is None and len(value.shape) == 2 and any(users(value)):
             scheme.bind(graph, value, counted(rows(source, weights), advance), store)
             continue
         array = source.constant if source.constant is not None else next(iter(rows(source, weights)))

@@ -15,6 +15,7 @@ BOUNDS: dict[str, dict[str, float]] = {
     "bf16": {"greedy_agreement": 0.99, "routing_agreement": 0.99, "perplexity_ratio": 1.01, "kl_mean": 5e-3},
     "int8": {"greedy_agreement": 0.95, "sure_agreement": 0.995, "routing_agreement": 0.98, "perplexity_ratio": 1.01, "kl_mean": 0.01},
     "int4": {"perplexity_ratio": 1.15},
+    "int8-wo": {"perplexity_ratio": 1.01},
     "w8a8": {"perplexity_ratio": 1.02},
 }
 

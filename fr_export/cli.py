@@ -10,7 +10,11 @@ from rich.console import Console
 from fr_export.ending import fail, one_sentence
 from fr_export.families import FAMILIES
 from runtime.engine import FUSIONS
-from runtime.errors import FusionError
+from runtime.errors import FusionError, InputError
+from runtime.tensorrt.library import parse_sms
+
+ALIASES = {"ort": "ort:cpu", "rtx": "tensorrt"}
+SMS = (86, 89, 120)  # what an engine is built for where no GPUs are named: GeForce RTX 30, 40 and 50
 
 
 def parse_expert(text: str) -> tuple[str, str]:
@@ -38,16 +42,34 @@ def check_family(name: str) -> None:
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """Comma list of targets, `ort` meaning `ort:cpu`."""
+    """Comma list of targets, `ort` meaning `ort:cpu` and `rtx` the graphs of `tensorrt`."""
     from fr_export.precision import SCHEMES
 
-    targets = tuple(dict.fromkeys({"ort": "ort:cpu"}.get(name.strip(), name.strip()) for name in text.split(",")))
+    targets = tuple(dict.fromkeys(ALIASES.get(plain(name), name.strip()) for name in text.split(",")))
     for target in targets:
         if target not in SCHEMES:
-            raise typer.BadParameter(
-                f"unknown target '{target}'; this version exports {', '.join(('ort', *SCHEMES))}", param_hint="--target"
-            )
+            known = ", ".join(("ort", *SCHEMES, "rtx[:sm86+sm89+sm120]"))
+            raise typer.BadParameter(f"unknown target '{target}'; this version exports {known}", param_hint="--target")
     return targets
+
+
+def plain(name: str) -> str:
+    """A target without the GPUs behind `rtx:`."""
+    name = name.strip()
+    return "rtx" if name.startswith("rtx:") else name
+
+
+def parse_gpus(text: str) -> tuple[int, ...]:
+    """The compute capabilities that `rtx:sm86+sm89` among the targets names; the usual ones for `rtx`, none without it."""
+    found: list[int] = []
+    for name in text.split(","):
+        if plain(name) == "rtx":
+            _, colon, gpus = name.strip().partition(":")
+            try:
+                found += parse_sms(gpus) if colon else SMS
+            except InputError as error:
+                raise typer.BadParameter(str(error).rstrip("."), param_hint="--target") from error
+    return tuple(dict.fromkeys(found))
 
 
 def parse_precisions(text: str | None, targets: tuple[str, ...], family: Any) -> tuple[str, ...]:
@@ -81,8 +103,15 @@ def main(
     ] = None,
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="NAME=SRC; repeat per expert, in the order of the routing head's rows.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Comma list of fp32, fp16, bf16, int8, int4, w8a8.")] = None,
-    target: Annotated[str, typer.Option(help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs).")] = "ort",
+    precision: Annotated[
+        str | None, typer.Option(help="Comma list of fp32, fp16, bf16, int8, int4, w8a8; for tensorrt also int8-wo.")
+    ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs), tensorrt (graphs only), rtx[:sm86+sm89+sm120] (and engines)."
+        ),
+    ] = "ort",
     fusion: Annotated[
         str | None,
         typer.Option(help="weighted (λ·router + (1−λ)·expert; the default, unless the router's fusion.json says more) or additive."),
@@ -173,6 +202,7 @@ def run(
         head_key=head_key,
         force=force,
         strict=strict,
+        gpus=parse_gpus(target),
     )
     stages = Stages(console)
     with stages.progress:

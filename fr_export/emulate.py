@@ -60,7 +60,7 @@ def in_fp32(model: ir.Model) -> ir.Model:
 def rounded(graph: ir.Graph, made: ir.Node, value: ir.Value, half: ir.DataType) -> None:
     """Let every reader of a node's result, the graph's outputs too, read it as fp32 rounded to `half`."""
     name = value.name
-    wide = ir.Value(name=f"{name}.rounded", type=ir.TensorType(FLOAT), shape=value.shape)
+    wide = ir.Value(name=f"{name}.emulated", type=ir.TensorType(FLOAT), shape=value.shape)
     value.replace_all_uses_with(wide, replace_graph_outputs=True)
     if wide.is_graph_output():
         value.name, wide.name = f"{name}.exact", name

@@ -1,7 +1,8 @@
 """The whole way once: checkpoints → trace → passes → precision → bundle → comparison → report."""
 
+import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fr_export.families import Family
 from fr_export.fusion import FusionSettings
 from fr_export.fusion_graph import write_fusion_graph
 from fr_export.graph import Graph
-from fr_export.lowerings import ort
+from fr_export.lowerings import Lowering, ort
 from fr_export.precision import SCHEMES
 from fr_export.precision.evidence import Evidence, evidence
 from fr_export.precision.scheme import Fitting
@@ -36,6 +37,9 @@ from runtime import FusionRuntime, manifest
 from runtime.backends import DEVICES
 from runtime.bundle import sha256
 from runtime.errors import FusionError, InputError
+from runtime.tensorrt.engines import TARGET as ENGINES_OF
+from runtime.tensorrt.engines import rebuild
+from runtime.tensorrt.library import capabilities, load
 
 GRAPHS = "graphs"
 FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
@@ -62,6 +66,7 @@ class Request:
     head_key: str = "routing_head"
     force: bool = False
     strict: bool = False  # a precision that misses its bound is an error
+    gpus: tuple[int, ...] = ()  # compute capabilities that TensorRT-RTX engines are built for
 
 
 def export(request: Request, stages: Stages) -> dict[str, Any]:
@@ -70,25 +75,31 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
     Raises FusionError subclasses for everything the user can mend; nothing half-written is left behind.
     """
     with Staging(request.out, request.force) as staging:
+        if request.gpus:
+            capabilities(load("rtx"), request.gpus)  # what is missing is found here, not after an hour of writing
         with stages.stage("checking the checkpoints"):
             system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len)
             parts = load_parts(request.calibration)
             fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
             check_space(system, request, staging.folder)
-        graphs = traces(system, stages)
+        traced = functools.cache(lambda lowering: traces(system, stages, lowering))
+        graphs: dict[str, Graph] = traced(TARGETS[request.targets[0]].lowering)
         folder = staging.folder
         store = Store(folder / GRAPHS)
         write_fusion_graph(folder / FUSION_GRAPH)
         wanted = [(target, precision) for target in request.targets for precision in request.precisions if precision in SCHEMES[target]]
         table = None
         if request.calibration != "none" and any(isinstance(SCHEMES[target][precision], Fitting) for target, precision in wanted):
-            table = learn(system, graphs, fusion, request.calibration, parts, folder, stages)
+            table = learn(system, traced(ort), fusion, request.calibration, parts, folder, stages)
             table.save(folder / TABLE)
         known = evidence(table) if table else {}
-        written = [write_variant(system, graphs, target, precision, known, folder, store, stages) for target, precision in wanted]
+        written = [write_variant(system, traced, target, precision, known, folder, store, stages) for target, precision in wanted]
         variants = [variant for variant, _ in written]
+        store.keep({path.name for variant in variants for path in reads(variant, folder)})
         write_texts(system.router, folder)
         made = describe(system, fusion, graphs, variants, folder)
+        if request.gpus:
+            made = build_engines(made, request.gpus, folder, stages)
         report: dict[str, Any] = {"family": request.family.name, "models": [model.name for model in system.models]}
         report |= {
             "parameters": {model.name: model.parameters for model in made.models},
@@ -100,7 +111,8 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             summary(variant, folder)
             | {"compared": (found := compared.get((variant.target, variant.precision))), "missed": misses(variant.precision, found)}
             | {"not_compared": None if found else obstacle(variant) or reason, "fitted": about}
-            for variant, about in written
+            | {"engines": [engines(built, made) for built in variant.engines]}
+            for variant, (_, about) in zip(made.variants, written, strict=True)
         ]
         report["not_compared"] = reason
         if request.strict:
@@ -112,14 +124,14 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
     return report
 
 
-def traces(system: System, stages: Stages) -> dict[str, Graph]:
-    """One trace per distinct architecture: model name → its graph."""
+def traces(system: System, stages: Stages, lowering: Lowering = ort) -> dict[str, Graph]:
+    """One trace per distinct architecture in a dialect: model name → its graph."""
     keys = {model.name: architecture(model.config, system.vocab_size) for model in system.models}
     found: dict[str, Graph] = {}
     with stages.stage(f"tracing {len(set(keys.values()))} architecture(s)", len(set(keys.values()))) as advance:
         for model in system.models:
             if keys[model.name] not in found:
-                found[keys[model.name]] = trace(system.family, model.config, system.vocab_size, system.max_seq_len)
+                found[keys[model.name]] = trace(system.family, model.config, system.vocab_size, system.max_seq_len, lowering)
                 advance(1)
     return {name: found[key] for name, key in keys.items()}
 
@@ -144,7 +156,7 @@ def learn(
         write_fusion_graph(recording / FUSION_GRAPH)
         large = sum(parameters(graph) for graph in graphs.values()) > LARGE
         target, precision = RECORDED_LARGE if large else RECORDED
-        variant, _ = write_variant(system, graphs, target, precision, {}, recording, store, stages)
+        variant, _ = write_variant(system, lambda _: graphs, target, precision, {}, recording, store, stages)
         write_texts(system.router, recording)
         describe(system, fusion, graphs, [variant], recording).write(recording)
         return calibrate(system, graphs, parts.calibration, recording, precision, cache_folder(), stages)
@@ -154,7 +166,7 @@ def learn(
 
 def write_variant(
     system: System,
-    graphs: dict[str, Graph],
+    traced: Callable[[Lowering], dict[str, Graph]],
     target: str,
     precision: str,
     known: dict[str, Evidence],
@@ -164,36 +176,42 @@ def write_variant(
 ) -> tuple[manifest.Variant, dict[str, Any]]:
     """Write the graphs of all models in one precision, fitted to what is known of each model's activations (or of none).
 
-    Returns the variant and, by model, what fitting has to say for the report.
+    `traced` gives the traces in a dialect, by model; whatever the target, fitting reads those of `ort`. Returns the variant and, by model, what fitting has to say for the report.
     """
-    scheme = SCHEMES[target][precision]
+    scheme, chosen = SCHEMES[target][precision], TARGETS[target]
+    graphs = traced(chosen.lowering)
     written: dict[str, str] = {}
     bits = 0.0
     total = sum(parameters(graph) for graph in graphs.values())
     shared: dict[str, Any] = {}
     about: dict[str, Any] = {}
+    operators: set[str] = set()
     with stages.stage(f"writing {precision} for {target}", total) as advance:
         for model in system.models:
             graph, own = graphs[model.name], scheme
             try:
                 if known and isinstance(scheme, Fitting):
-                    graph, fitted = scheme.fit(graph, model.weights, known[model.name], store, shared, advance)
-                    own, about[model.name] = fitted, fitted.about
+                    fit, fitted = scheme.fit(traced(ort)[model.name], model.weights, known[model.name], store, shared, advance)
+                    graph, own, about[model.name] = graph.fitted(fit), fitted, fitted.about
             except InputError as error:
                 raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
             graph = graph.clone()
-            TARGETS[target](graph, precision, system.family)
-            ort.end_with(graph, system.head if model is system.router else None)
+            chosen.prepare(graph, precision, system.family)
+            chosen.lowering.end_with(graph, system.head if model is system.router else None)
             try:
                 bind(graph, model.weights, own, store, advance)
             except InputError as error:
                 raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
+            if target == ENGINES_OF:
+                operators |= {n.op_type for n in graph.model.graph}
             name = f"{GRAPHS}/{model.name}.{target.replace(':', '-')}.{precision}.onnx"
             graph.model.graph.name = model.name
             ir.save(graph.model, folder / name)
             written[model.name] = name
             bits += own.bits * parameters(graphs[model.name]) / total
-    found = manifest.Variant(target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=round(bits, 4))
+    found = manifest.Variant(
+        target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=round(bits, 4), operators=sorted(operators)
+    )  # fmt: skip
     return found, about
 
 
@@ -235,6 +253,14 @@ def describe(
         variants=list(variants),
         files={path.relative_to(folder).as_posix(): file_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()},
     )
+
+
+def build_engines(made: manifest.Manifest, gpus: tuple[int, ...], folder: Path, stages: Stages) -> manifest.Manifest:
+    """Build TensorRT-RTX engines of every variant that has graphs for them; the manifest is written with them."""
+    for variant in [each for each in made.variants if each.target == ENGINES_OF]:
+        with stages.stage(f"building {variant.precision} engines", len(made.models) + 1) as advance:
+            made = rebuild(folder, [variant], made, "rtx", gpus, None, lambda _: advance)
+    return made
 
 
 def file_entry(path: Path) -> manifest.File:
@@ -295,19 +321,29 @@ def hold(report: dict[str, Any]) -> None:
 
 def summary(variant: manifest.Variant, folder: Path) -> dict[str, Any]:
     """Size of one variant: its graphs and every weight file they read, each once."""
-    read: set[Path] = set()
-    for name in variant.graphs.values():
-        read.add(folder / name)
-        for value in ir.load(folder / name).graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                read.add(folder / GRAPHS / value.const_value.location)
-    size = sum(path.stat().st_size for path in read)
+    size = sum(path.stat().st_size for path in {*reads(variant, folder), *(folder / name for name in variant.graphs.values())})
     return {
         "target": variant.target,
         "precision": variant.precision,
         "bytes": size,
         "bits_per_weight": variant.bits_per_weight,
     }
+
+
+def engines(built: manifest.Engines, made: manifest.Manifest) -> dict[str, Any]:
+    """For the report."""
+    return {
+        "flavour": built.flavour,
+        "version": built.version,
+        "sms": built.sms,
+        "bytes": {name: made.files[path].bytes for name, path in built.engines.items()},
+    }
+
+
+def reads(variant: manifest.Variant, folder: Path) -> set[Path]:
+    """The weight files of a variant's graphs."""
+    values = [value.const_value for name in variant.graphs.values() for value in ir.load(folder / name).graph.initializers.values()]
+    return {folder / GRAPHS / value.location for value in values if isinstance(value, ir.ExternalTensor)}
 
 
 def check_space(system: System, request: Request, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """A traced graph without weights: an ONNX IR model, and for each initialiser the checkpoint tensors it will be made of."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -39,6 +39,10 @@ class Graph:
     def clone(self) -> "Graph":
         """A copy whose nodes and initialisers can be rewritten for one model and one precision."""
         return Graph(self.model.clone(), dict(self.sources), self.layers, self.cache)
+
+    def fitted(self, fit: "Graph") -> "Graph":
+        """This graph with the sources of one in another dialect, whose initialisers have the same names."""
+        return replace(self, sources={name: fit.sources.get(name, source) for name, source in self.sources.items()})
 
 
 def node(

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from fr_export.families import Family
 from fr_export.graph import Graph, Source
-from fr_export.lowerings import ort
+from fr_export.lowerings import Lowering, ort
+from fr_export.lowerings.layers import NORMS, cache_head_size
 from fr_export.quiet import quiet
 from runtime.errors import FusionError
 
@@ -32,25 +33,25 @@ def architecture(config: Any, vocab_size: int) -> str:
     return repr(sorted((shaping | {"vocab_size": vocab_size}).items(), key=lambda item: item[0]))
 
 
-def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int) -> Graph:
-    """Trace one architecture. Returns its graph with outputs logits, hidden, present; memory does not grow with the weights."""
+def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, lowering: Lowering = ort) -> Graph:
+    """Trace one architecture in a dialect. Returns its graph with outputs logits, hidden, present; memory does not grow with the weights."""
     config = copy.deepcopy(config)
     config.vocab_size, config.pad_token_id, config.dtype = vocab_size, None, torch.float32
     if getattr(config, "head_dim", None) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
     constants = computed_buffers(config, max_seq_len)
-    input_names, output_names = ort.names(config.num_hidden_layers)
+    input_names, output_names = lowering.names(config.num_hidden_layers)
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        arguments, dynamic = ort.example(config)
-        with ort.emitting(model):
+        arguments, dynamic = lowering.example(config, max_seq_len)
+        with lowering.emitting(model):
             program = torch.onnx.export(
-                ort.Forward(model, max_seq_len).eval(), arguments, dynamo=True, dynamic_shapes=dynamic, input_names=input_names,
-                output_names=output_names, opset_version=ort.OPSET, optimize=False, verbose=False,
+                lowering.Forward(model, max_seq_len).eval(), arguments, dynamo=True, dynamic_shapes=dynamic, input_names=input_names,
+                output_names=output_names, opset_version=lowering.OPSET, optimize=False, verbose=False,
             )  # fmt: skip
     assert program is not None
-    graph = Graph(program.model, {}, config.num_hidden_layers, (config.num_key_value_heads, ort.cache_head_size(config.head_dim)))
-    norms = {n.inputs[1].name for n in program.model.graph if n.op_type == "SimplifiedLayerNormalization"}
+    graph = Graph(program.model, {}, config.num_hidden_layers, (config.num_key_value_heads, cache_head_size(config.head_dim)))
+    norms = {n.inputs[1].name for n in program.model.graph if n.op_type in NORMS}
     parameters = {name.removeprefix("model.") for name in program.model.graph.initializers}
     for name, value in list(program.model.graph.initializers.items()):
         value.const_value = None  # the fake: real values are streamed in when a checkpoint is written
@@ -64,7 +65,7 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int) -> Gra
         graph.sources[name] = Source((stored,), family.norm_offset if name in norms else 0.0, cut)
     if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= parameters:
         raise FusionError("The trace separated the tied embedding from the head; this release of torch or transformers is not supported.")
-    ort.finish(graph)
+    lowering.finish(graph, max_seq_len)
     return graph
 
 

@@ -1,4 +1,4 @@
-"""`python -m runtime`: generate, inspect."""
+"""`python -m runtime`: generate, inspect, build."""
 
 import sys
 import traceback
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from runtime.commands.build import build
 from runtime.commands.generate import generate
 from runtime.commands.inspect import inspect
 from runtime.errors import FusionError, one_line
@@ -13,6 +14,7 @@ from runtime.errors import FusionError, one_line
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Run FusionRoute bundles.")
 app.command()(generate)
 app.command()(inspect)
+app.command()(build)
 
 
 @app.callback()

@@ -48,31 +48,45 @@ class Model(Strict):
 
 
 class Profile(Strict):
-    """What shapes an engine takes: 1 … chunk tokens and logit rows at a time, 1 … capacity keys."""
+    """Up to how many tokens a call of a model may have, keys it may read and positions it may answer for; each from 1 on.
 
-    chunk: Annotated[int, Field(ge=1)]
-    capacity: Annotated[int, Field(ge=2)]
+    Of the fusion graph: `rows` it may fuse, `candidates` it may return, and ids it may penalise in each row (from 0 on).
+    """
+
+    tokens: Annotated[int, Field(ge=1)]
+    keys: Annotated[int, Field(ge=1)]
+    positions: Annotated[int, Field(ge=1)]
+    rows: Annotated[int, Field(ge=1)]
+    candidates: Annotated[int, Field(ge=1)]
+    penalised: Annotated[int, Field(ge=0)]
 
 
-class EngineSet(Strict):
-    """Engines built from a variant's graphs for one version of one library: by model, and `fusion` for the fusion graph."""
+class Engines(Strict):
+    """Engines built from the graphs of one variant, by model and `fusion`: they run with that version of that library, on those GPUs only.
 
-    flavour: Literal["rtx", "tensorrt"]
+    `sms` are compute capabilities: 86 for SM86.
+    """
+
+    flavour: Annotated[str, Field(pattern="^(rtx|tensorrt)$")]
     version: str
-    sms: Annotated[list[int], Field(min_length=1)]  # compute capabilities, 89 for 8.9
+    sms: Annotated[list[int], Field(min_length=1)]
     engines: dict[str, InsidePath]
     profile: Profile
 
 
 class Variant(Strict):
-    """One precision for one target: a graph per model (router first) and the fusion graph; engines where some were built."""
+    """One precision for one target: a graph per model (router first) and the fusion graph.
+
+    `operators` are the ONNX operators of its graphs, where a builder has to know them.
+    """
 
     target: str
     precision: str
     graphs: dict[str, InsidePath]
     fusion_graph: InsidePath
     bits_per_weight: float
-    engines: list[EngineSet] = []
+    operators: list[str] = []
+    engines: list[Engines] = []
 
 
 class Manifest(Strict):
@@ -110,7 +124,9 @@ class Manifest(Strict):
                 raise ValueError(f"the graph {unknown[0]} is not among the files")
             for built in variant.engines:
                 if built.engines.keys() != {*names, "fusion"}:
-                    raise ValueError(f"the variant {variant.precision} has engines for {', '.join(built.engines)} instead of all models")
+                    raise ValueError(
+                        f"the variant {variant.precision} has engines for {', '.join(built.engines)} instead of {', '.join(names)}, fusion"
+                    )
                 if unknown := sorted(set(built.engines.values()) - self.files.keys()):
                     raise ValueError(f"the engine {unknown[0]} is not among the files")
         return self

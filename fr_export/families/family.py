@@ -25,6 +25,7 @@ class Family:
 
     `norm_offset` is added to every RMSNorm weight (Gemma stores w where the norm multiplies by 1 + w).
     `wide_residual`: the residual stream of real checkpoints leaves fp16's range (65,504); half-precision graphs keep it in fp32.
+    `half`: the half precision of its activations on GPUs.
     `precisions` maps a target to the precisions exported when none is named.
     `check` raises `InputError` for a config of the family that the exporter cannot serve.
     """
@@ -32,6 +33,7 @@ class Family:
     name: str
     model_type: str
     norm_offset: float
+    half: str
     paper: Preset
     precisions: Mapping[str, tuple[str, ...]]
     check: Callable[[str, Any], None]

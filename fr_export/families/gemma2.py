@@ -19,6 +19,7 @@ GEMMA2 = Family(
     name="gemma2",
     model_type="gemma2",
     norm_offset=1.0,
+    half="bf16",  # what its norms do not bound grows beyond fp16's 65,504
     paper=Preset(
         router=None,
         experts={
@@ -27,7 +28,6 @@ GEMMA2 = Family(
             "instruction": "MergeBench/gemma-2-2b-it_instruction",
         },
     ),
-    # what its norms do not bound grows beyond fp16's 65,504: bf16 is the half precision that holds it everywhere
     precisions={"ort:cpu": ("fp32", "int8"), "other": ("bf16", "int8")},
     check=check,
     wide_residual=True,

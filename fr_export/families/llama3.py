@@ -6,6 +6,7 @@ LLAMA3 = Family(
     name="llama3",
     model_type="llama",
     norm_offset=0.0,
+    half="fp16",
     paper=Preset(
         router=None,
         experts={

@@ -2,7 +2,7 @@
 
 The outputs `logits` and `hidden` (of which the routing head is made) stay fp32, and so does all that follows the product of the LM head.
 With `wide` also the residual stream, for families whose stream leaves fp16's range (65,504; there bf16 has steps of 512): embedding scale,
-additions and norms are fp32, and values are narrowed in front of products only.
+additions and norms are fp32, and values are narrowed in front of products only. Rotary embeddings by tables are always computed in fp32.
 """
 
 import numpy as np
@@ -12,8 +12,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from fr_export.graph import Graph, initializer, node
 
 FLOAT = ir.DataType.FLOAT
-NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
-IN_HALF = ("FusedMatMul", "GroupQueryAttention")
+NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
+IN_HALF = ("FusedMatMul", "MatMul", "GroupQueryAttention", "Attention", "TensorScatter")
+IN_FLOAT = ("Tanh", "Softmax")  # what attention in primitive operators has between its products
 TINY = 1e-30  # a token whose values are all zero is divided by this
 
 
@@ -43,7 +44,10 @@ class _Narrowing:
             if value.name.startswith("past."):
                 self._set(value, self.half)
         for n in list(self.inner):
-            if n.op_type == "Gather" and n.inputs[0].name in self.graph.sources:
+            if n.op_type == "Gather" and (source := self.graph.sources.get(n.inputs[0].name)) is not None:
+                if source.constant is not None:  # rows of a rotary table: what meets them is computed in fp32
+                    self.types[n.outputs[0]] = FLOAT
+                    continue
                 n.replace_input_with(0, self._as(n.inputs[0], self.half, n))
                 self._set(n.outputs[0], self.half)
                 if self.wide:
@@ -61,7 +65,7 @@ class _Narrowing:
         active = [self.types[value] for value in n.inputs if value in self.types]
         if n.op_type in IN_HALF:
             dtype = self.half
-        elif self.wide and (n.op_type in NORMS or (n.op_type == "Mul" and _gated(n, self.types))):
+        elif n.op_type in IN_FLOAT or (self.wide and (n.op_type in NORMS or (n.op_type == "Mul" and _gated(n, self.types)))):
             dtype = FLOAT
         else:
             dtype = FLOAT if FLOAT in active else self.half

@@ -48,7 +48,12 @@ class Format:
     zeros: bool
     grid: Grid
     largest: float = math.inf  # |weight| up to which every scale is finite
-    signed: bool = False  # of 8 bits: int8 about zero on disk, instead of uint8 about 128
+    signed: bool = False  # about zero on disk, instead of unsigned about 2^(bits − 1)
+
+    @property
+    def middle(self) -> int:
+        """The zero point of formats that store none."""
+        return 1 << (self.bits - 1)
 
     @property
     def bits_per_weight(self) -> float:
@@ -95,7 +100,7 @@ class Stored:
 
         values = whole(self.values).reshape(*scales.shape, form.block)
         if form.signed:
-            values = values ^ 128
+            values = values ^ form.middle
         return widened(Quantised(values, scales, None if self.zeros is None else whole(self.zeros)[:, :blocks]), form, width)
 
 
@@ -135,7 +140,7 @@ def store_blocks(parts: Iterable[Quantised], form: Format, store: Store) -> Stor
         values, scales = (stack.enter_context(store.writer()) for _ in range(2))
         zeros = stack.enter_context(store.writer()) if form.zeros else None
         for part in parts:
-            values.write(part.values ^ 128 if form.signed else pack(part.values, form.bits))
+            values.write(pack(part.values ^ form.middle if form.signed else part.values, form.bits))
             scales.write(part.scales.astype(form.scale_type, copy=False))
             if zeros is not None and part.zeros is not None:
                 zeros.write(pack(part.zeros, form.bits))

@@ -20,14 +20,21 @@ from fr_export.rows import counted, digest, rows
 from fr_export.store import Store
 from fr_export.weights import Weights
 
+Attach = Callable[[Graph, ir.Value, Stored, Store], None]
+
+
+def in_blocks(graph: Graph, matrix: ir.Value, stored: Stored, store: Store) -> None:
+    """Let ONNX Runtime's operators for blocks read what is stored."""
+    attach(graph, matrix, stored)
+
 
 class Compensated:
-    """The matrices of one model as `compensate` stored them; whatever it did not see goes through `rest`."""
+    """The matrices of one model as `compensate` stored them, read as `attach` says; whatever it did not see goes through `rest`."""
 
-    def __init__(self, rest: Scheme, stored: Mapping[str, Stored]):
+    def __init__(self, rest: Scheme, stored: Mapping[str, Stored], attach: Attach = in_blocks):
         values = sum(each.values.length * 8 // each.form.bits for each in stored.values())
         self.name, self.bits = rest.name, sum(each.bytes for each in stored.values()) * 8 / values if values else rest.bits
-        self._rest, self._stored = rest, stored
+        self._rest, self._stored, self._attach = rest, stored, attach
 
     @property
     def about(self) -> dict[str, Any]:
@@ -38,7 +45,7 @@ class Compensated:
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Replace the operators that read the matrix."""
         if matrix.name in self._stored:
-            attach(graph, matrix, self._stored[matrix.name])
+            self._attach(graph, matrix, self._stored[matrix.name], store)
         else:
             self._rest.bind(graph, matrix, rows, store)
 

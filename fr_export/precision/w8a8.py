@@ -53,17 +53,30 @@ class Static:
     def fit(
         self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
     ) -> tuple[Graph, Fitted]:
-        """Even out channels (SmoothQuant), look at them again, plan, and round the weights by GPTQ; see `scheme.Fitting`.
+        """Even out channels, plan, and round the weights by GPTQ; see `fit` below and `scheme.Fitting`."""
+        graph, made, stored = fit(graph, weights, known, store, shared, advance, by_row)
+        return graph, W8A8(made, stored)
 
-        Evening out costs the weights' accuracy, so it is undone where the plan leaves activations at 16 bits anyway.
-        """
-        traced, scales = graph, shared.setdefault("scales", {})
-        graph, _ = smooth(traced, weights, known.observed, taken=dict(scales))
-        made = look(graph, weights, known)
-        graph, _ = smooth(traced, weights, known.observed, taken=scales, leave=[product.matrix for product in made.kept])
-        made = look(graph, weights, known)
-        forms = {matrix: by_row(channels) for matrix, channels in matrices(graph).items()}
-        return graph, W8A8(made, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
+
+def fit(
+    graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None], form: Callable[[int], Format],
+) -> tuple[Graph, Plan, dict[str, Stored]]:  # fmt: skip
+    """Even out channels (SmoothQuant), look at them again, plan, and round the weights by GPTQ, each matrix to `form(channels)`.
+
+    Evening out costs the weights' accuracy, so it is undone where the plan leaves activations at 16 bits anyway.
+    """
+    traced, scales = graph, shared.setdefault("scales", {})
+    graph, _ = smooth(traced, weights, known.observed, taken=dict(scales))
+    made = look(graph, weights, known)
+    graph, _ = smooth(traced, weights, known.observed, taken=scales, leave=[product.matrix for product in made.kept])
+    made = look(graph, weights, known)
+    forms = {matrix: form(channels) for matrix, channels in matrices(graph).items()}
+    return graph, made, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance)
+
+
+def about(plan: Plan) -> dict[str, Any]:
+    """A plan for the report."""
+    return {"w8a8_share": round(plan.share, 4), "a16": [product.matrix for product in plan.kept]}
 
 
 def look(graph: Graph, weights: Weights, known: Evidence) -> Plan:
@@ -93,7 +106,7 @@ class W8A8:
     @property
     def about(self) -> dict[str, Any]:
         """For the report: the share of multiply-adds that are W8A8, and the matrices whose activations stay at 16 bits or more."""
-        return {"w8a8_share": round(self.plan.share, 4), "a16": [product.matrix for product in self.plan.kept]}
+        return about(self.plan)
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Quantise `matrix` [out, in] slice by slice; its products become MatMul between Q/DQ, its look-ups read the same bytes."""
@@ -115,7 +128,7 @@ class W8A8:
         for product in products:
             x = product.inputs[0]
             if name in self.plan.scales:
-                x = rounded_input(inner, product, self.plan.scales[name])
+                x = rounded_input(inner, product, ir.tensor(np.array(self.plan.scales[name], np.float32)))
             result = product.outputs[0]
             fresh = ir.Value(name=f"{result.name}.w8a8", type=result.type, shape=result.shape)
             node(inner, product, "MatMul", [x, turned], [fresh])
@@ -144,21 +157,18 @@ class W8A8:
         return values.blob, scales.blob
 
 
-def rounded_input(inner: ir.Graph, product: ir.Node, scale: float) -> ir.Value:
-    """A product's input behind QuantizeLinear and DequantizeLinear, which products of one input share."""
+def rounded_input(inner: ir.Graph, product: ir.Node, scale: ir.TensorProtocol) -> ir.Value:
+    """A product's input behind QuantizeLinear and DequantizeLinear with a scale of its type, which products of one input share."""
     x = product.inputs[0]
     for user in x.consumers():
         if user.op_type == "QuantizeLinear":
             return next(iter(user.outputs[0].consumers())).outputs[0]
     parameters = [
-        initializer(inner, label, dtype, (), ir.tensor(value, name=label))
-        for label, dtype, value in (
-            (f"{x.name}.scale", ir.DataType.FLOAT, np.array(scale, np.float32)),
-            (f"{x.name}.zero", ir.DataType.INT8, np.array(0, np.int8)),
-        )
+        initializer(inner, label, value.dtype, (), ir.tensor(value, name=label))
+        for label, value in ((f"{x.name}.scale", scale), (f"{x.name}.zero", ir.tensor(np.array(0, np.int8))))
     ]
     small = added(inner, product, "QuantizeLinear", [x, *parameters], f"{x.name}.int8", x.shape, ir.DataType.INT8)
-    return added(inner, product, "DequantizeLinear", [small, *parameters], f"{x.name}.rounded", x.shape)
+    return added(inner, product, "DequantizeLinear", [small, *parameters], f"{x.name}.rounded", x.shape, scale.dtype)
 
 
 def added(

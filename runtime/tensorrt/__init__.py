@@ -1,1 +1,1 @@
-"""Engines of TensorRT and TensorRT-RTX on a CUDA device; nothing here imports cuda or tensorrt before a device is opened."""
+"""TensorRT and TensorRT-RTX: engines built from a bundle's graphs, and run on a CUDA device. Nothing is imported before it is used."""

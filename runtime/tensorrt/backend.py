@@ -12,8 +12,9 @@ from runtime.errors import BundleError
 from runtime.manifest import Model as Spec
 from runtime.manifest import Variant
 from runtime.tensorrt.device import Device
-from runtime.tensorrt.engines import BYTES, FUSION, Engine, Engines
+from runtime.tensorrt.engines import FUSION
 from runtime.tensorrt.fusion import DeviceFuser
+from runtime.tensorrt.loading import BYTES, Engine, Loader
 from runtime.tensorrt.model import Model, Scratch, Shared
 from runtime.tensorrt.residency import Residency
 from runtime.tensorrt.transfers import Block, Copies, Mapped
@@ -33,12 +34,18 @@ class TensorRt:
         manifest = bundle.manifest
         device = Device()
         device.enter()
-        engines = Engines(bundle, variant, flavour, device)
+        engines = Loader(bundle, variant, flavour, device)
         router_engine, self._fusion = engines.load(manifest.models[0].name), engines.load(FUSION)
-        chunk = min(engines.chunk, manifest.max_seq_len)
+        self._profile = engines.profile
         keys = Block(device, {"key_positions": ((manifest.max_seq_len,), np.int64)})
         self._shared = shared = Shared(
-            device, Mapped() if device.integrated else Copies(device), RLock(), manifest.max_seq_len, chunk, manifest.vocab_size, keys
+            device,
+            Mapped() if device.integrated else Copies(device),
+            RLock(),
+            manifest.max_seq_len,
+            engines.profile.tokens,
+            manifest.vocab_size,
+            keys,
         )
         self._stream = device.stream()
         main = Scratch(device.memory(max(router_engine.scratch, self._fusion.scratch)), None)
@@ -63,7 +70,7 @@ class TensorRt:
 
     def fuser(self) -> Fuser:
         """A fuser with buffers of its own."""
-        return DeviceFuser(self._fusion, self._shared, self._stream, self._scratch)
+        return DeviceFuser(self._fusion, self._shared, self._stream, self._scratch, self._profile)
 
 
 def check(engine: Engine, spec: Spec, shared: Shared, routed: int, bundle: str) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from runtime.manifest import Profile
 from runtime.tensorrt.device import Graph, Memory, Stream
-from runtime.tensorrt.engines import Context, Engine
+from runtime.tensorrt.loading import Context, Engine
 from runtime.tensorrt.model import Rows, Shared
 from runtime.tensorrt.transfers import Block
 
@@ -54,9 +55,9 @@ class DeviceFused:
 class DeviceFuser:
     """The fusion engine with one session's buffers (see `backend.Fuser`)."""
 
-    def __init__(self, engine: Engine, shared: Shared, stream: Stream, scratch: Memory):
+    def __init__(self, engine: Engine, shared: Shared, stream: Stream, scratch: Memory, profile: Profile):
         self.shared, self.done = shared, shared.device.event()
-        self._engine, self._stream, self._scratch = engine, stream, scratch
+        self._engine, self._stream, self._scratch, self._profile = engine, stream, scratch, profile
         self._plans: dict[tuple[int, int, int], Plan] = {}
         self._last: Plan | None = None
 
@@ -80,10 +81,14 @@ class DeviceFuser:
         penalty: float,
         temperature: float,
     ) -> Any:
-        """A DeviceFused, see `backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host; nothing is waited for."""
+        """A DeviceFused, see `backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host.
+
+        Nothing is waited for. Fewer than k candidates come back where the engine is built for fewer: sampling then reads the row.
+        """
         if not len(penalty_ids):
             penalty_ids, penalty = NOTHING, 1.0  # changes nothing, and no tensor is empty
-        penalised = 1 << (len(penalty_ids) - 1).bit_length()
+        penalised = min(1 << (len(penalty_ids) - 1).bit_length(), self._profile.penalised)
+        k = min(k, self._profile.candidates)
         self._settle()
         plan = self._last = self._plan((len(router), k, penalised), keep=isinstance(router, Rows) and isinstance(expert, Rows))
         arrays = plan.inputs.arrays

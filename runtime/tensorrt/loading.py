@@ -1,58 +1,41 @@
-"""Engines of a bundle, loaded by TensorRT or TensorRT-RTX: one API in two modules, told apart by a module variable only."""
+"""Engines of a bundle, loaded by TensorRT or TensorRT-RTX: one API in two modules, told apart by a variable only."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, FusionError, UnavailableError, one_line
 from runtime.tensorrt.device import Device, Memory, Stream
+from runtime.tensorrt.engines import fitting
+from runtime.tensorrt.library import load
 
 if TYPE_CHECKING:
-    from runtime.manifest import EngineSet, Variant
+    from runtime.manifest import Variant
 
-FUSION = "fusion"  # the fusion graph's name among a variant's engines
 BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
 
 
-class Flavour(NamedTuple):
-    """A library that runs engines."""
-
-    module: str
-    package: str
-    title: str
-
-
-FLAVOURS = {
-    "rtx": Flavour("tensorrt_rtx", "tensorrt-rtx", "TensorRT-RTX"),
-    "tensorrt": Flavour("tensorrt", "tensorrt", "TensorRT"),
-}
-
-
-class Engines:
+class Loader:
     """The engines of one variant that fit this machine's library and GPU.
 
     Raises UnavailableError where the library is missing or no engine fits, BundleError where an engine is not the one exported.
     """
 
     def __init__(self, bundle: Bundle, variant: Variant, flavour: str, device: Device):
-        known = FLAVOURS[flavour]
-        try:
-            self._api: Any = import_module(known.module)
-        except ImportError as error:
-            raise UnavailableError(f"The {flavour} backend needs {known.title}: pip install {known.package}.") from error
+        self._api = load(flavour)
         self._bundle = bundle
-        self._set = fitting(bundle, variant, flavour, str(self._api.__version__), device.sm)
-        self.chunk = self._set.profile.chunk
+        self._built = fitting(bundle.folder, variant, flavour, str(self._api.__version__), device.sm)
+        self.profile = self._built.profile
+        self._mend = f"rebuild it with: python -m runtime build {bundle.folder} --precision {variant.precision}"
         self._log = logger(self._api)
         self._runtime = self._api.Runtime(self._log)
 
     def load(self, name: str) -> Engine:
         """Deserialise the engine of a model, or the fusion graph's. Engines are native code: the bytes are hashed first."""
-        path = self._set.engines[name]
+        path = self._built.engines[name]
         try:
             content = (self._bundle.folder / path).read_bytes()
         except OSError as error:
@@ -61,31 +44,14 @@ class Engines:
             ) from error
         if hashlib.sha256(content).hexdigest() != self._bundle.manifest.files[path].sha256:
             raise BundleError(
-                f"{self._bundle.folder / path} was changed after the export (its SHA-256 differs from the manifest); "
-                f"rebuild it with `python -m runtime build {self._bundle.folder}`."
+                f"{self._bundle.folder / path} was changed after the export (its SHA-256 differs from the manifest); {self._mend}."
             )
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise BundleError(
-                f"{self._api.__name__} {self._api.__version__} cannot load {self._bundle.folder / path} ({self._log.last}); "
-                f"rebuild it with `python -m runtime build {self._bundle.folder}`."
+                f"{self._api.__name__} {self._api.__version__} cannot load {self._bundle.folder / path} ({self._log.last}); {self._mend}."
             )
         return Engine(self._api, engine, name, self._log)
-
-
-def fitting(bundle: Bundle, variant: Variant, flavour: str, version: str, sm: int) -> EngineSet:
-    """The engines of a flavour for this library version and compute capability. Raises UnavailableError naming what does not fit."""
-    found = [engines for engines in variant.engines if engines.flavour == flavour]
-    title, remedy = FLAVOURS[flavour].title, f"build them here with `python -m runtime build {bundle.folder}`"
-    if not found:
-        raise UnavailableError(f"The bundle {bundle.folder} has no {title} engines in {variant.precision}: {remedy}.")
-    for engines in found:
-        if engines.version == version and sm in engines.sms:
-            return engines
-    have = "; ".join(f"version {engines.version} for SM {', '.join(map(str, engines.sms))}" for engines in found)
-    raise UnavailableError(
-        f"The bundle {bundle.folder} has {title} engines of {have}, but this machine has version {version} and SM {sm}: {remedy}."
-    )
 
 
 def logger(api: Any) -> Any:

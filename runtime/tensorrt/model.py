@@ -11,7 +11,7 @@ import numpy as np
 from runtime.errors import InputError
 from runtime.manifest import Model as Spec
 from runtime.tensorrt.device import Device, Event, Graph, Memory, Stream, aligned
-from runtime.tensorrt.engines import BYTES, Context, Engine, Weights
+from runtime.tensorrt.loading import BYTES, Context, Engine, Weights
 from runtime.tensorrt.residency import Residency
 from runtime.tensorrt.transfers import Block, Transfers
 

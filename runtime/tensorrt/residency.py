@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtime.errors import InputError
 from runtime.tensorrt.device import Device, Event, Memory, Stream
-from runtime.tensorrt.engines import Weights
+from runtime.tensorrt.loading import Weights
 
 
 class Residency:

@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fr_export.fusion_graph import write_fusion_graph
-from runtime.manifest import EngineSet, File, Manifest, Model, Profile, Variant
+from runtime.manifest import Engines, File, Manifest, Model, Profile, Variant
 from tests.simulated.tensorrt import VERSION, plan
 
 VOCAB, WIDTH, HEADS, SIZE, CAPACITY, CHUNK = 40, 16, 2, 8, 320, 4
@@ -121,10 +121,12 @@ def add_engines(folder: Path, chunk: int, sms: tuple[int, ...] = (86, 89)) -> Pa
                 (folder / "engines").mkdir(exist_ok=True)
                 (folder / path).write_bytes(plan(folder / graph))
                 files[path] = described(folder, path)
-            profile = Profile(chunk=chunk, capacity=manifest.max_seq_len)
+            limit = manifest.max_seq_len
+            profile = Profile(
+                tokens=chunk, keys=limit, positions=chunk, rows=chunk, candidates=min(512, manifest.vocab_size), penalised=limit
+            )
             engines = [
-                EngineSet(flavour=flavour, version=VERSION, sms=list(sms), engines=built, profile=profile)
-                for flavour in ("rtx", "tensorrt")
+                Engines(flavour=flavour, version=VERSION, sms=list(sms), engines=built, profile=profile) for flavour in ("rtx", "tensorrt")
             ]
             variant = variant.model_copy(update={"engines": engines})
         variants.append(variant)

@@ -83,20 +83,19 @@ def interleaved(rt: FusionRuntime, machine: Machine, count: int = 3) -> list[Any
         fused = [fuse(a.logits, b.logits, settings, 1, none, 1.0, 1.0) for fuse, a, b in zip(fusers, routed, answered, strict=True)]
         for text, result in zip(texts, fused, strict=True):
             text.append(int(result.ids[0, 0]))
-        seen += peeked + nested(
-            [lambda o=output: o.logits[0] for output in (*routed, *answered)] + [lambda f=f: f.rows for f in fused] + [lambda o=o: o.routing for o in routed], machine
-        )
+        seen += peeked + nested([(o, "logits") for o in (*routed, *answered)] + [(f, "rows") for f in fused], machine)
+        seen += nested([(o, "routing") for o in routed], machine)
     return [texts, np.round(seen, 3).tolist()]
 
 
-def nested(readings: list[Callable[[], Any]], machine: Machine) -> list[float]:
-    """Read rows to the host, each while the one before is waited for, as threads might do. Their first values, the last reading first."""
+def nested(wanted: list[tuple[Any, str]], machine: Machine) -> list[float]:
+    """Read rows to the host, each while the one before is waited for, as threads might do; the first values, the last reading first."""
     found: list[float] = []
 
     def read(number: int) -> None:
-        if number < len(readings):
+        if number < len(wanted):
             machine.meanwhile = lambda: read(number + 1)
-            found.append(float(np.ravel(readings[number]())[0]))
+            found.append(float(np.ravel(getattr(*wanted[number]))[0]))
 
     read(0)
     machine.meanwhile = None

@@ -1,0 +1,12 @@
+"""Precisions of the `tensorrt` target: everything in ONNX's own operators, with scales in the activations' type."""
+
+from fr_export.precision.scheme import Scheme
+from fr_export.precision.trt.int4 import Int4
+from fr_export.precision.trt.int8 import Int8
+from fr_export.precision.trt.int8_wo import Int8WeightOnly
+from fr_export.precision.trt.plain import Plain
+
+ALL: tuple[Scheme, ...] = (Plain("fp32"), Plain("fp16"), Plain("bf16"), Int8(), Int8WeightOnly(), Int4())
+SCHEMES = {scheme.name: scheme for scheme in ALL}
+
+__all__ = ["SCHEMES"]

@@ -1,0 +1,65 @@
+"""`python -m runtime build`: TensorRT engines from a bundle's graphs, on this device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from runtime.bundle import Bundle
+from runtime.errors import InputError, UnavailableError
+from runtime.tensorrt.engines import TARGET, rebuild
+from runtime.tensorrt.library import MODULES, NAMES, device_sm, installed, parse_sms
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Folder that export.py wrote, with graphs for TensorRT.")],
+    precision: Annotated[str | None, typer.Option(help="Comma list; default: all that the bundle has for TensorRT.")] = None,
+    flavour: Annotated[str | None, typer.Option(help="tensorrt or rtx; default: the one that is installed.")] = None,
+    sms: Annotated[str | None, typer.Option(help="GPUs to build for, such as sm86+sm89 (rtx only); default: this machine's.")] = None,
+    workspace: Annotated[int | None, typer.Option(min=1, help="MiB of device memory that layers may use beside their tensors.")] = None,
+) -> None:
+    """Build or rebuild the TensorRT engines of a bundle from its graphs: needs tensorrt or tensorrt-rtx, not torch."""
+    opened = Bundle.open(bundle)
+    chosen = flavour or installed() or "tensorrt"
+    if chosen not in MODULES:
+        raise InputError(f"Unknown flavour '{chosen}': use one of {', '.join(MODULES)}.")
+    found = [variant for variant in opened.manifest.variants if variant.target == TARGET]
+    wanted = [name.strip() for name in precision.split(",")] if precision else [variant.precision for variant in found]
+    variants = [opened.variant(TARGET, name) for name in dict.fromkeys(wanted or [""])]
+    console = Console(stderr=True, highlight=False)
+    with Progress(TextColumn("{task.description:<34}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console) as shown:
+
+        def begin(name: str) -> Callable[[float], None]:
+            task = shown.add_task(f"building {name}", total=1.0)
+            return lambda share: shown.advance(task, share)
+
+        start = time.perf_counter()
+        limit = None if workspace is None else workspace << 20
+        made = rebuild(bundle, variants, opened.manifest, chosen, machine(chosen, sms), limit, begin)
+    names = {variant.precision for variant in variants}
+    for variant in made.variants:
+        if variant.target == TARGET and variant.precision in names:
+            engines = variant.engines[-1]
+            size = sum(made.files[path].bytes for path in engines.engines.values())
+            where = ", ".join(f"sm{sm}" for sm in engines.sms)
+            print(f"{variant.precision}: {len(engines.engines)} engines, {size / 1e6:,.1f} MB, {NAMES[chosen]} {engines.version}, {where}")
+    console.print(f"{time.perf_counter() - start:.1f} seconds")
+
+
+def machine(flavour: str, sms: str | None) -> tuple[int, ...]:
+    """The GPUs to build for: those that were named, or this machine's."""
+    if sms is not None and flavour == "tensorrt":
+        raise InputError("TensorRT builds for the GPU it runs on: leave --sms out, or build with --flavour rtx.")
+    if sms is not None:
+        return parse_sms(sms)
+    here = device_sm()
+    if here is None:
+        mend = "name GPUs with --sms, such as sm86+sm89+sm120" if flavour == "rtx" else "build on the device that will run the engines"
+        raise UnavailableError(f"This machine has no NVIDIA GPU to build for: {mend}.")
+    return (here,)

@@ -1,0 +1,169 @@
+"""Build one engine from one graph, with TensorRT or TensorRT-RTX."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import FusionError, one_line
+from runtime.files import replacing
+from runtime.tensorrt.library import NAMES, capabilities, load
+from runtime.tensorrt.operators import check
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, usual, largest
+Advance = Callable[[float], None]
+LAYER = re.compile(r"\[(?:NODE|ONNX Layer): ?([^\]]+)\]|\{ForeignNode\[([^\]]+)\]\}|[Nn]ode ['\"]?([\w./:-]+)")
+
+
+def build(
+    graph: Path,
+    engine: Path,
+    flavour: str,
+    profile: Mapping[str, Shapes],
+    sms: tuple[int, ...] = (),
+    operators: Iterable[str] = (),
+    workspace: int | None = None,
+    advance: Advance = lambda _: None,
+) -> None:
+    """Write `engine` from the ONNX file `graph`, whose weights may lie beside it.
+
+    `profile` gives the shapes of every input that has a free dimension (of a shape input, its values). `sms` are the compute capabilities
+    (86 for SM86) that TensorRT-RTX builds for; TensorRT builds for the GPU it runs on. `operators` are those of the graph, checked before
+    anything is built. `workspace`: bytes of device memory that layers may use beside their tensors. `advance` is told of every part done,
+    together 1. Raises FusionError subclasses in one sentence, with the layer where the library names it.
+    """
+    library = load(flavour)
+    log = logger(library)
+    builder = library.Builder(log)
+    # TensorRT 10 builds weakly typed networks unless told; newer ones know no others
+    flags = library.NetworkDefinitionCreationFlag.__members__.get("STRONGLY_TYPED")
+    network = builder.create_network(0 if flags is None else 1 << int(flags))
+    parser = library.OnnxParser(network, log)
+    check(operators, parser, flavour, library.__version__)
+    if not parser.parse_from_file(str(graph)):
+        raise FusionError(
+            f"{NAMES[flavour]} {library.__version__} cannot read {graph.name} ({unread(parser) or log.last}); export it again."
+        )
+    config = builder.create_builder_config()
+    if flavour == "rtx":
+        wanted = capabilities(library, sms)
+        config.num_compute_capabilities = len(wanted)
+        for place, capability in enumerate(wanted):
+            config.set_compute_capability(capability, place)
+    if workspace is not None:
+        config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, workspace)
+    config.progress_monitor = progress(library, advance)
+    shapes = builder.create_optimization_profile()
+    for place in range(network.num_inputs):
+        value = network.get_input(place)
+        if value.is_shape_tensor:
+            shapes.set_shape_input(value.name, *profile[value.name])
+        elif -1 in tuple(value.shape):
+            shapes.set_shape(value.name, *profile[value.name])
+    config.add_optimization_profile(shapes)
+    with one_at_a_time():
+        serialised = builder.build_serialized_network(network, config)
+    config.progress_monitor.check()
+    if serialised is None:
+        raise FusionError(f"{NAMES[flavour]} {library.__version__} cannot build {graph.name} ({log.last or 'it does not say why'}).")
+    with replacing(engine) as beside:
+        beside.write_bytes(memoryview(serialised))
+
+
+def unread(parser: Any) -> str | None:
+    """What a parser says of the first node that it cannot read."""
+    if not parser.num_errors:
+        return None
+    error = parser.get_error(0)
+    name = f"{error.node_operator()} '{error.node_name()}': " if error.node_name() else ""
+    return name + " ".join(error.desc().split())
+
+
+def logger(library: Any) -> Any:
+    """A logger that keeps the last error for the sentence, and prints nothing."""
+
+    class Log(library.ILogger):
+        last = ""
+
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.ERROR, library.ILogger.INTERNAL_ERROR) and not self.last:
+                self.last = told(message)
+
+    return Log()
+
+
+def told(message: str) -> str:
+    """A library's error in a few words: the layer, where it names one, and the first sentence."""
+    text = " ".join(message.split())
+    layer = next((name for found in LAYER.findall(text) for name in found if name), None)
+    text = re.sub(r"^\S*::\S+: Error Code \d+: ", "", text)
+    short = text if len(text) <= 300 else text[:297] + "..."
+    return f"layer {layer}: {short}" if layer and layer not in short[: len(layer) + 20] else short
+
+
+def progress(library: Any, advance: Advance) -> Any:
+    """A progress monitor that follows the outermost phases. What `advance` raises ends the build and is raised by `check`."""
+
+    class Monitor(library.IProgressMonitor):
+        def __init__(self) -> None:
+            library.IProgressMonitor.__init__(self)
+            self.phases: dict[str, tuple[str | None, int]] = {}
+            self.done = 0.0
+            self.raised: BaseException | None = None
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.phases[name] = (parent, max(1, steps))
+
+        def step_complete(self, name: str, step: int) -> bool:
+            parent, steps = self.phases.get(name, (None, 1))
+            if parent is None and self.raised is None:
+                self._to((step + 1) / steps)
+            return self.raised is None
+
+        def phase_finish(self, name: str) -> None:
+            parent, _ = self.phases.pop(name, (None, 1))
+            if parent is None:
+                self._to(1.0)
+
+        def _to(self, share: float) -> None:
+            try:
+                if share > self.done:
+                    advance(share - self.done)
+                    self.done = share
+            except BaseException as error:  # the library would swallow it
+                self.raised = error
+
+        def check(self) -> None:
+            if self.raised is not None:
+                raise self.raised
+
+    return Monitor()
+
+
+def cache_folder() -> Path:
+    """`fusionroute` in $XDG_CACHE_HOME, else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fusionroute"
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Wait for other builds of this user on this machine: each may take all of its memory."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        lock = (cache_folder() / "build.lock").open("w")
+    except OSError as error:
+        raise FusionError(
+            f"The lock for builds cannot be made in {cache_folder()} ({one_line(error)}): name another with XDG_CACHE_HOME."
+        ) from error
+    with lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
