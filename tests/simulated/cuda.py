@@ -14,7 +14,7 @@ import numpy as np
 from tests.simulated.machine import Machine, Mark, Range, Stream, Work
 from tests.simulated.memory import POISON, Fault
 
-RATE = 1e4  # bytes in one unit of the simulated time
+RATE = 1e3  # bytes in one unit of the simulated time
 
 
 def locked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +26,7 @@ def locked(function: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return function(self, *arguments)
             except Fault as fault:
-                self.machine.faults.append(fault)  # those raised while objects are collected reach nobody
+                self.machine.faults.append(Fault(*fault.args))  # those raised while objects are freed reach nobody
                 raise
 
     return call

@@ -7,9 +7,10 @@ import random
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from tests.simulated.clocks import Clock
@@ -17,6 +18,7 @@ from tests.simulated.memory import HOST, Allocation, Fault, Heap, touch
 
 POLICIES = ("early", "late", "random", "starved")
 ROOM = 1 << 17  # bytes: a buffer that two names stand for has room for either
+ROOT = str(Path(__file__).parents[2]) + "/"
 RUNTIME = "runtime/tensorrt/"
 LAYER = "runtime/tensorrt/device.py"  # the thin layer, which makes the calls of others
 
@@ -280,18 +282,22 @@ class Machine:
 
 def site() -> str:
     """The line of the runtime that makes a call, and the chain of functions that leads to it, the innermost first."""
-    found = list(chain())
+    found = chain()
     return f"`{found[0][1]}` in {' < '.join(name for name, _ in found)}" if found else "the test"
 
 
-def chain() -> Iterable[tuple[str, str]]:
-    """The frames of `runtime/tensorrt` above the thin layer: the function's name and its current line."""
-    frame = sys._getframe(1)
-    root = str(Path(__file__).parents[2]) + "/"
+def chain() -> list[tuple[str, str]]:
+    """The innermost frames of `runtime/tensorrt` above the thin layer that call one another: the function's name and its current line."""
+    found: list[tuple[str, str]] = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        name = frame.f_code.co_filename.removeprefix(root)
-        if name.startswith(RUNTIME) and name != LAYER and not frame.f_code.co_name.startswith("<"):
-            owner = frame.f_locals.get("self")
-            function = f"{type(owner).__name__}.{frame.f_code.co_name}" if owner is not None else frame.f_code.co_name
-            yield function, linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        frame = frame.f_back  # type: ignore[assignment]
+        name = frame.f_code.co_filename.removeprefix(ROOT)
+        if name.startswith(RUNTIME) and name != LAYER:
+            if not frame.f_code.co_name.startswith("<"):
+                owner = frame.f_locals.get("self")
+                function = f"{type(owner).__name__}.{frame.f_code.co_name}" if owner is not None else frame.f_code.co_name
+                found.append((function, linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()))
+        elif found:
+            break
+        frame = frame.f_back
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right, insort
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from tests.simulated.clocks import Clock
 
 POISON = 0xFF  # −1 in integers, NaN in every float format
 HOST = 0  # the actor that calls the API; others are streams, by number
-FIRST = 1 << 44  # device addresses are no addresses of this process
+FIRST = 1 << 50  # device addresses are no addresses of this process
 
 
 class Fault(Exception):
@@ -52,7 +52,8 @@ class Heap:
     """All allocations of a machine."""
 
     def __init__(self) -> None:
-        self._allocations: list[Allocation] = []
+        self._device: list[tuple[int, Allocation]] = []  # by the device's address, which only grows
+        self._host: list[tuple[int, Allocation]] = []
         self._next = FIRST
         self.used = 0  # bytes of device memory
         self.count = 0  # allocations ever made
@@ -65,15 +66,17 @@ class Heap:
         data = data[skip : skip + size]
         device, self._next = self._next, self._next + -(-size // 256) * 256 + 4096
         made = Allocation(name, data.ctypes.data if on_host else device, data, on_host, device if on_host else 0)
-        self._allocations.append(made)
+        self._device.append((device, made))
+        if on_host:
+            insort(self._host, (made.address, made), key=first)
         self.used += 0 if on_host else size
         return made
 
     def free(self, address: int, clock: Clock) -> None:
         """Give back what was allocated at `address`: all use of it must have been waited for."""
-        found = next((a for a in self._allocations if a.address == address and not a.freed), None)
-        if found is None:
-            raise Fault(f"free of {address:#x}, which is not allocated")
+        found, offset = self.find(address, 1, "free", by_device=address >= FIRST)
+        if offset:
+            raise Fault(f"free of {address:#x}, which is not the beginning of {found.name}")
         for access in found.history:
             if not clock.knows(access.actor, access.tick):
                 raise Fault(f"{found.name} is freed while {access.what} may use it")
@@ -87,19 +90,21 @@ class Heap:
         allocation.valid[:] = False
         self.used += len(allocation.data)
 
-    def live(self) -> Iterator[Allocation]:
-        """What is allocated now."""
-        return (allocation for allocation in self._allocations if not allocation.freed)
-
     def find(self, address: int, size: int, what: str, by_device: bool = True) -> tuple[Allocation, int]:
         """The allocation that holds a range, and the offset in it. Raises Fault for wild or freed ranges."""
-        for allocation in reversed(self._allocations):
-            start = allocation.mapped if by_device and allocation.on_host else allocation.address
-            if start <= address and address + size <= start + len(allocation.data):
+        known = self._device if by_device else self._host
+        if place := bisect_right(known, address, key=first):
+            start, allocation = known[place - 1]
+            if address + size <= start + len(allocation.data):
                 if allocation.freed:
                     raise Fault(f"{what} uses {allocation.name} after it was freed")
                 return allocation, address - start
         raise Fault(f"{what} uses {size} bytes at {address:#x}, which are not allocated as one")
+
+
+def first(entry: tuple[int, Allocation]) -> int:
+    """An entry's address, by which entries are sorted."""
+    return entry[0]
 
 
 def touch(allocation: Allocation, low: int, high: int, writes: bool, actor: int, clock: Clock, what: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -95,7 +94,7 @@ def nested(wanted: list[tuple[Any, str]], machine: Machine) -> list[float]:
     def read(number: int) -> None:
         if number < len(wanted):
             machine.meanwhile = lambda: read(number + 1)
-            found.append(float(np.ravel(getattr(*wanted[number]))[0]))
+            found.append(float(getattr(*wanted[number])[0][0]))
 
     read(0)
     machine.meanwhile = None
@@ -122,7 +121,6 @@ def given_up(rt: FusionRuntime, machine: Machine) -> list[Any]:
         if number >= 12:
             session._fuse = None  # type: ignore[assignment]  # it goes first, while the caches stay
         del session
-        gc.collect()
     return found
 
 
@@ -156,7 +154,6 @@ def play(scenario: Scenario, folder: Path, machine: Machine, expert_memory: int 
         FusionRuntime.load(folder, device="rtx", expert_memory=expert_memory) as rt,
     ):
         found = scenario(rt, machine)
-    del rt
-    gc.collect()
+    del rt  # and with it all memory: nothing refers to it in a circle
     machine.run_out()
     return found
