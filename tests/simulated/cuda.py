@@ -100,8 +100,6 @@ class Cuda:
         name = "upload" if up else "download"
         into, start = machine.heap.find(target, size, name, by_device=up)
         out, begin = machine.heap.find(source, size, name, by_device=not up)
-        if (out if up else into).on_host is False:
-            raise Fault(f"{name} takes device memory for the host's")
 
         def run() -> None:
             into.data[start : start + size] = out.data[begin : begin + size]
