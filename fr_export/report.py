@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
+from runtime.tensorrt.library import NAMES as LIBRARIES
+
 NAME = "report.json"
 
 
@@ -57,6 +59,11 @@ def explain(report: dict[str, Any]) -> str:
         lines.append(
             f"The fused distribution is held against torch in fp32 over {compared['tokens']} tokens, token by token; KL is a mean in nats."
         )
+    for entry in report["variants"]:
+        for built in entry["engines"]:
+            gpus = ", ".join(f"sm{sm}" for sm in built["sms"])
+            total = size(sum(built["bytes"].values()))
+            lines.append(f"Engines of {entry['precision']}: {total} by {LIBRARIES[built['flavour']]} {built['version']} for {gpus}.")
     reasons: dict[str, list[str]] = {}
     for entry in report["variants"]:
         if entry["not_compared"]:

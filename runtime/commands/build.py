@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from runtime.bundle import Bundle
 from runtime.errors import InputError, UnavailableError
 from runtime.tensorrt.engines import TARGET, rebuild
-from runtime.tensorrt.library import MODULES, NAMES, device_sm, installed, parse_sms
+from runtime.tensorrt.library import MODULES, NAMES, capabilities, device_sm, installed, load, parse_sms
 
 
 def build(
@@ -32,6 +32,7 @@ def build(
     found = [variant for variant in opened.manifest.variants if variant.target == TARGET]
     wanted = [name.strip() for name in precision.split(",")] if precision else [variant.precision for variant in found]
     variants = [opened.variant(TARGET, name) for name in dict.fromkeys(wanted or [""])]
+    gpus = machine(chosen, sms)
     console = Console(stderr=True, highlight=False)
     with Progress(TextColumn("{task.description:<34}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console) as shown:
 
@@ -41,7 +42,7 @@ def build(
 
         start = time.perf_counter()
         limit = None if workspace is None else workspace << 20
-        made = rebuild(bundle, variants, opened.manifest, chosen, machine(chosen, sms), limit, begin)
+        made = rebuild(bundle, variants, opened.manifest, chosen, gpus, limit, begin)
     names = {variant.precision for variant in variants}
     for variant in made.variants:
         if variant.target == TARGET and variant.precision in names:
@@ -57,7 +58,9 @@ def machine(flavour: str, sms: str | None) -> tuple[int, ...]:
     if sms is not None and flavour == "tensorrt":
         raise InputError("TensorRT builds for the GPU it runs on: leave --sms out, or build with --flavour rtx.")
     if sms is not None:
-        return parse_sms(sms)
+        found = parse_sms(sms)
+        capabilities(load(flavour), found)
+        return found
     here = device_sm()
     if here is None:
         mend = "name GPUs with --sms, such as sm86+sm89+sm120" if flavour == "rtx" else "build on the device that will run the engines"

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.bundle import Bundle
+from runtime.tensorrt.library import NAMES
 
 
 def inspect(
@@ -47,5 +48,15 @@ def inspect(
         variants.add_row(variant.target, variant.precision, f"{variant.bits_per_weight:.2f}", ", ".join(variant.graphs.values()))
     console.print(models)
     console.print(variants)
+    if any(variant.engines for variant in manifest.variants):
+        engines = Table(title="Engines", title_justify="left")
+        for column in ("library", "version", "GPUs", "precision", "size"):
+            engines.add_column(column, justify="right" if column == "size" else "left")
+        for variant in manifest.variants:
+            for built in variant.engines:
+                size = sum(manifest.files[path].bytes for path in built.engines.values())
+                where = ", ".join(f"sm{sm}" for sm in built.sms)
+                engines.add_row(NAMES[built.flavour], built.version, where, variant.precision, f"{size / 1e6:,.1f} MB")
+        console.print(engines)
     if verify:
         console.print(f"All {len(manifest.files)} files have the hashes of the manifest.")
