@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 
 import numpy as np
 import pytest
 
+from runtime.tensorrt.transfers import host_array
 from tests.simulated import tensorrt as simulated_tensorrt
 from tests.simulated.cuda import Cuda
 from tests.simulated.graphs import TYPES
@@ -29,7 +29,7 @@ class Bench:
         self.sent, self.got = (self.cuda.cudaHostAlloc(8, 2)[1] for _ in range(2))
 
     def host(self, address: int) -> np.ndarray:
-        return np.frombuffer((ctypes.c_byte * 8).from_address(address), np.int64)
+        return host_array(address, (1,), np.int64)
 
     def up(self, stream: int) -> None:
         self.cuda.cudaMemcpyAsync(self.buffer, self.sent, 8, "up", stream)
