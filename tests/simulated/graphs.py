@@ -1,4 +1,7 @@
-"""ONNX graphs on ONNX Runtime, as engines would run them. bf16, for which it has no kernels, is computed in an fp32 copy."""
+"""ONNX graphs on ONNX Runtime, as engines would run them.
+
+bf16, for which it has no kernels, is computed in an fp32 copy that rounds where the graph does.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
+
+from fr_export.emulate import in_fp32
 
 TYPES: dict[int, tuple[str, Any]] = {  # as TensorRT calls them, and as their bytes are read
     TensorProto.FLOAT: ("FLOAT", np.float32),
@@ -25,17 +31,19 @@ class Graph:
     """One graph, ready to run."""
 
     def __init__(self, path: Path):
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
         self.inputs = {value.name: described(value) for value in model.graph.input}
         self.outputs = {value.name: described(value) for value in model.graph.output}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        if holds_bfloat16(model):
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            self._session = onnxruntime.InferenceSession(widened(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-        else:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # further up, 1.32 crashes on fp16 graphs and replaces products of int8 weights by ones that round activations too
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        if any(kind is ml_dtypes.bfloat16 for _, kind, _ in self.inputs.values()):
+            inner = ir.load(path)
+            path = path.with_suffix(".emulated.onnx")
+            ir.save(in_fp32(inner), path)
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._wide = {value.name for value in self._session.get_inputs() if value.type == "tensor(float)"}
 
     def run(self, feeds: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -55,30 +63,3 @@ def described(value: onnx.ValueInfoProto) -> tuple[str, Any, tuple[int, ...]]:
     """TensorRT's type name, numpy's dtype, and the shape with −1 for free dimensions."""
     tensor = value.type.tensor_type
     return *TYPES[tensor.elem_type], tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
-
-
-def holds_bfloat16(model: onnx.ModelProto) -> bool:
-    """Whether a graph computes in bf16."""
-    return any(tensor.data_type == TensorProto.BFLOAT16 for tensor in model.graph.initializer) or any(
-        attribute.i == TensorProto.BFLOAT16 for node in model.graph.node if node.op_type == "Cast" for attribute in node.attribute
-    )
-
-
-def widened(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph in fp32 wherever it is in bf16: the same weights, without the rounding between operators."""
-    for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.BFLOAT16:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
-                attribute.i = TensorProto.FLOAT
-            elif attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == TensorProto.BFLOAT16:
-                attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(np.float32)))
-            elif attribute.name in ("output_dtype", "dtype") and attribute.i == TensorProto.BFLOAT16:
-                node.attribute.remove(attribute)
-                node.attribute.append(helper.make_attribute(attribute.name, TensorProto.FLOAT))
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-    return model
