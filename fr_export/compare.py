@@ -1,4 +1,4 @@
-"""Hold an exported bundle against the reference, through the runtime that users run."""
+"""Hold an exported bundle against the reference."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +13,7 @@ from runtime.text import Text
 
 TOKENS = 384  # positions compared: enough to see a wrong graph, cheap enough for every export
 LONGEST = 128
+Score = Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]  # (ids [S], chunk) → fused logits [S, V], experts [S]
 
 
 def sequences(system: System, prompts: Sequence[str]) -> list[list[int]]:
@@ -35,20 +36,36 @@ def compare(
     advance: Callable[[float], None],
     decoded: int | None = None,
 ) -> dict[str, Any]:
+    """Hold a precision for the CPU against the reference, through the runtime that users run; see `compare_scores`."""
+    with FusionRuntime.load(bundle, precision=precision, device="cpu") as runtime:
+
+        def score(ids: Sequence[int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
+            found = runtime.score(ids, chunk=chunk)
+            return found.logits, found.experts
+
+        return compare_scores(score, texts, references, advance, decoded)
+
+
+def compare_scores(
+    score: Score,
+    texts: Sequence[Sequence[int]],
+    references: Sequence[Reference],
+    advance: Callable[[float], None],
+    decoded: int | None = None,
+) -> dict[str, Any]:
     """Differences of the fused distribution (see `metrics.summarise`), read in chunks and token by token ("decode").
 
     Token by token only the first texts of together `decoded` tokens are read, unless it is None. `largest_logit` is the largest |logit| of the reference, beside which the differences of logits stand.
     """
-    with FusionRuntime.load(bundle, precision=precision, device="cpu") as runtime:
-        result: dict[str, Any] = {"tokens": sum(map(len, texts))}
-        for name, chunk, limit in (("chunks", LONGEST, None), ("decode", 1, decoded)):
-            parts: list[Differences] = []
-            for ids, expected in zip(texts, references, strict=True):
-                if limit is not None and sum(len(part.kl) for part in parts) >= limit:
-                    break
-                scores = runtime.score(ids, chunk=chunk)
-                parts.append(differences(scores.logits, expected.logits, scores.experts, expected.experts, ids))
-                advance(len(ids))
-            result[name] = summarise(parts)
-        result["largest_logit"] = max(float(np.abs(expected.logits).max()) for expected in references)
+    result: dict[str, Any] = {"tokens": sum(map(len, texts))}
+    for name, chunk, limit in (("chunks", LONGEST, None), ("decode", 1, decoded)):
+        parts: list[Differences] = []
+        for ids, expected in zip(texts, references, strict=True):
+            if limit is not None and sum(len(part.kl) for part in parts) >= limit:
+                break
+            logits, experts = score(ids, chunk)
+            parts.append(differences(logits, expected.logits, experts, expected.experts, ids))
+            advance(len(ids))
+        result[name] = summarise(parts)
+    result["largest_logit"] = max(float(np.abs(expected.logits).max()) for expected in references)
     return result

@@ -16,11 +16,12 @@ from fr_export.bind import bind
 from fr_export.bounds import misses
 from fr_export.calibrate import cache_folder, calibrate, check
 from fr_export.checkpoint import Checkpoint
-from fr_export.compare import TOKENS, compare, sequences
+from fr_export.compare import TOKENS, compare, compare_scores, sequences
 from fr_export.families import Family
 from fr_export.fusion import FusionSettings
 from fr_export.fusion_graph import write_fusion_graph
 from fr_export.graph import Graph
+from fr_export.in_place import System as InPlaceSystem
 from fr_export.lowerings import Lowering, ort
 from fr_export.precision import SCHEMES
 from fr_export.precision.evidence import Evidence, evidence
@@ -109,7 +110,10 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         compared, reason = measure(system, made, parts.held_out, folder, stages)
         report["variants"] = [
             summary(variant, folder)
-            | {"compared": (found := compared.get((variant.target, variant.precision))), "missed": misses(variant.precision, found)}
+            | {
+                "compared": (found := compared.get((variant.target, variant.precision))),
+                "missed": misses(variant.target, variant.precision, found),
+            }
             | {"not_compared": None if found else obstacle(variant) or reason, "fitted": about}
             | {"engines": [engines(built, made) for built in variant.engines]}
             for variant, (_, about) in zip(made.variants, written, strict=True)
@@ -289,17 +293,23 @@ def measure(
     made.write(folder)  # the runtime that compares reads the bundle as users will
     texts = sequences(system, prompts)
     with stages.stage("reference in torch", len(system.models)) as advance:
-        references = reference(system, texts, FusionRuntime.coefficients(made.fusion, made.lam), advance)
+        coefficients = FusionRuntime.coefficients(made.fusion, made.lam)
+        references = reference(system, texts, coefficients, advance)
     found = {}
     for variant in variants:
-        with stages.stage(f"comparing {variant.precision}", 2 * min(TOKENS, sum(map(len, texts)))) as advance:
-            found[variant.target, variant.precision] = compare(str(folder), variant.precision, texts, references, advance)
+        label = f"{variant.precision} for {variant.target}" if len({each.target for each in variants}) > 1 else variant.precision
+        with stages.stage(f"comparing {label}", 2 * min(TOKENS, sum(map(len, texts)))) as advance:
+            found[variant.target, variant.precision] = (
+                compare(str(folder), variant.precision, texts, references, advance)
+                if variant.target != ENGINES_OF
+                else compare_scores(InPlaceSystem(folder, made, variant, coefficients).score, texts, references, advance)
+            )
     return found, None
 
 
 def obstacle(variant: manifest.Variant) -> str | None:
-    """Why the runtime cannot run a variant on this machine."""
-    served = {target for target, _ in DEVICES.values()}
+    """Why a variant cannot be run on this machine; graphs for TensorRT run on ONNX Runtime."""
+    served = {ENGINES_OF, *(target for target, _ in DEVICES.values())}
     return None if variant.target in served else f"this version's runtime has no backend for {variant.target}"
 
 

@@ -62,7 +62,7 @@ def main(
         for name in names:
             with stages.stage(f"measuring {name}", sum(map(len, texts)) + decode) as advance:
                 found[name] = compare(str(bundle), name, texts, references, advance, decode)
-                found[name]["missed"] = misses(name, found[name]) if name in BOUNDS else []
+                found[name]["missed"] = misses("ort:cpu", name, found[name]) if name in BOUNDS else []
             (out / "precision.json").write_text(json.dumps(found, indent=1))
     table = Table("precision", "read", "perplexity", "KL mean", "KL p99", "top-1", "sure", "routing")
     for name, compared in found.items():

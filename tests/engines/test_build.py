@@ -73,6 +73,10 @@ def test_an_export_holds_engines_for_several_gpus(made: Made) -> None:
         sizes = {name: opened.manifest.files[path].bytes for name, path in built.engines.items()}
         assert told["engines"] == [{"flavour": "rtx", "version": built.version, "sms": list(SMS), "bytes": sizes}]
         assert all(opened.manifest.files[path].bytes > 100_000 for path in built.engines.values())
+        assert told["not_compared"] is None and told["compared"]["decode"]["routing_agreement"] > 0.8  # type: ignore[index]
+        if variant.precision == "bf16":
+            for how in ("chunks", "decode"):
+                assert told["compared"][how]["greedy_agreement"] > 0.9  # type: ignore[index]
     assert "building bf16 engines" in [stage["name"] for stage in made.report["stages"]]
 
 

@@ -115,12 +115,13 @@ def test_a_precision_that_misses_its_bound_is_told_and_strict_refuses_it(request
 
 def test_bounds_are_told_from_both_sides() -> None:
     kept = {"greedy_agreement": 0.95, "sure_agreement": None, "routing_agreement": 0.98, "perplexity_ratio": 1.01, "kl_mean": 0.01}
-    assert misses("int8", {"chunks": kept, "decode": kept}) == [] == misses("int8", None)
+    assert misses("ort:cpu", "int8", {"chunks": kept, "decode": kept}) == [] == misses("ort:cpu", "int8", None)
     missed = kept | {"routing_agreement": 0.979, "perplexity_ratio": 1.02}
-    assert misses("int8", {"chunks": kept, "decode": missed}) == [
+    assert misses("ort:cpu", "int8", {"chunks": kept, "decode": missed}) == [
         "routing agreement token by token 97.90%, bound 98.00%",
         "perplexity token by token +2.00%, bound +1.00%",
     ]
+    assert misses("tensorrt", "int8", {"chunks": missed, "decode": missed}) == [], "activations in 8 bits too: bounded as w8a8"
 
 
 def test_every_precision_has_a_bound() -> None:

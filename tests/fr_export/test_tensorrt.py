@@ -13,15 +13,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
+from fr_export.bind import bind
 from fr_export.export import Request, export
 from fr_export.families import FAMILIES
+from fr_export.in_place import InPlace
 from fr_export.lowerings import ort, tensorrt
+from fr_export.precision.trt import SCHEMES
 from fr_export.reference import load
 from fr_export.stages import Stages
+from fr_export.store import Store
 from fr_export.system import System
+from fr_export.targets import TARGETS
 from fr_export.trace import trace
-from tests.in_place import InPlace
 from tests.systems import Shape, make_system
 
 CAPACITY = 64
@@ -136,6 +141,36 @@ def test_the_signature_is_the_contract(made: Made) -> None:
                 assert value.dtype == (ir.DataType.FLOAT if value in graph.outputs else ir.DataType.INT64)
         assert [list(map(str, v.shape)) for v in graph.inputs[:4]] == [["1", "sequence"], ["1"], ["keys"], ["positions"]]
         assert {n.domain for n in graph} == {""}
+
+
+def test_gemma2_beyond_65504_is_finite_and_right(tmp_path: Path) -> None:
+    """Residual stream and gate · up both leave fp16's range, as those of real checkpoints do."""
+    shape = Shape("gemma2", experts=1, layers=2)
+    router, experts = make_system(tmp_path / "system", shape)
+    tensors = load_file(Path(router) / "model.safetensors")
+    for name in tensors:
+        if name.endswith("post_feedforward_layernorm.weight"):
+            tensors[name] = 5e4 * (1 + 0.1 * tensors[name])
+        if name.endswith("pre_feedforward_layernorm.weight"):
+            tensors[name] = 150 * (1 + 0.1 * tensors[name])
+    save_file(tensors, Path(router) / "model.safetensors", {"format": "pt"})
+    system = System.open(FAMILIES["gemma2"], router, experts, max_seq_len=CAPACITY)
+    ids = [int(i) for i in np.random.default_rng(1).integers(3, shape.vocab, 50)]
+    (logits, routing), largest = ask(system, ids, torch.float32), []
+    model = load(system.router)
+    model.model.layers[-1].register_forward_hook(lambda _, __, out: largest.append((out[0] if isinstance(out, tuple) else out).abs().max()))
+    model(torch.tensor([ids]))
+    assert largest[0] > 65_504
+    graph, target = trace(system.family, system.router.config, system.vocab_size, CAPACITY, tensorrt), TARGETS["tensorrt"]
+    for precision, most in (("fp16", 0.01), ("bf16", 0.05)):
+        own = graph.clone()
+        target.prepare(own, precision, system.family)
+        target.lowering.end_with(own, system.head)
+        bind(own, system.router.weights, SCHEMES[precision], Store(tmp_path), lambda _: None)
+        ir.save(own.model, tmp_path / f"{precision}.onnx")
+        found = InPlace(tmp_path / f"{precision}.onnx").read(ids, 7)
+        for mine, exact in zip(found, (logits, routing), strict=True):
+            assert np.isfinite(mine).all() and np.abs(mine - exact).mean() < most * exact.std()
 
 
 @pytest.mark.parametrize("name", SHAPES)

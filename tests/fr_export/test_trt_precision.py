@@ -17,6 +17,7 @@ from calibration.record import Text
 from calibration.served import Mask
 from fr_export.bind import bind
 from fr_export.families import FAMILIES
+from fr_export.in_place import InPlace
 from fr_export.lowerings import tensorrt
 from fr_export.precision.evidence import Evidence
 from fr_export.precision.scheme import Fitting
@@ -28,7 +29,6 @@ from fr_export.system import System
 from fr_export.targets import TARGETS
 from fr_export.trace import trace
 from tests.calibrating import observe, traced
-from tests.in_place import InPlace
 from tests.systems import Shape, make_system
 
 CAPACITY = 64
