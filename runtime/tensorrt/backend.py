@@ -80,7 +80,7 @@ def check(engine: Engine, spec: Spec, shared: Shared, routed: int, bundle: str) 
     found = {name: shape for name, shape in engine.shapes.items() if name.startswith(("past.", "present."))}
     known = all(engine.types[name] in BYTES for name in found)
     rows = engine.shapes.get("logits", ())[-1:] == (shared.vocab,) and engine.shapes.get("routing", (0,))[-1] == routed
-    if found != expected or not known or not rows:
+    if found != expected or not known or not rows or engine.on_host:
         raise BundleError(
             f"The engine of {spec.name} does not have the inputs and outputs that the manifest describes; "
             f"rebuild it with `python -m runtime build {bundle}`."

@@ -2,6 +2,7 @@
 
 from itertools import product
 from pathlib import Path
+from threading import Thread
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +13,7 @@ from tests.simulated.bundles import CHUNK
 from tests.simulated.install import simulated
 from tests.simulated.machine import POLICIES, Machine
 from tests.simulated.plain import in_turn
+from tests.simulated.tensorrt import WEIGHTS
 from tests.tensorrt.scenarios import PROMPT, SCENARIOS, greedy, play
 
 
@@ -39,6 +41,26 @@ def test_long_texts_cross_the_lengths_that_graphs_are_captured_for(folder: Path)
     lengths = {reach(length, rt.max_seq_len) for length in range(1, 272)}
     assert lengths == {128, 256, 320}
     assert cuda.launches > 0.9 * 3 * 270, "nearly all steps of router, expert and fusion are captured graphs"
+
+
+@pytest.mark.parametrize("experts", [None, 1])
+def test_threads_get_what_one_thread_gets(folder: Path, experts: int | None) -> None:
+    prompts = [[3 + number, 7, 20 - number] for number in range(6)]
+    found: dict[int, list[int]] = {}
+    machine = Machine(3, "random")
+    budget = None if experts is None else experts * WEIGHTS
+    with patch("runtime.session.CHUNK", CHUNK), simulated(machine), FusionRuntime.load(folder, device="rtx", expert_memory=budget) as rt:
+
+        def work(number: int) -> None:
+            found[number] = rt.generate(prompts[number], 12).token_ids
+
+        workers = [Thread(target=work, args=(number,)) for number in range(len(prompts))]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    machine.run_out()
+    assert [found[number] for number in range(len(prompts))] == [in_turn(folder, prompt, 12, CHUNK)[0] for prompt in prompts]
 
 
 def test_lengths_are_powers_of_two() -> None:
