@@ -49,7 +49,7 @@ class Transfers(Protocol):
     """How blocks travel. The host writes a block's arrays only after `settle`, and reads them only after `download` and `settle`."""
 
     def upload(self, block: Block, reader: Stream | None, free: Event | None = None) -> None:
-        """Let later work of `reader` see what the host wrote; None: whoever reads it waits for a later upload.
+        """Let later work of `reader` see what the host wrote; None: whoever reads it waits for a later upload, and nobody settles it.
 
         `free` is reached when the device no longer reads what the block held before; None: that was waited for.
         """
@@ -80,8 +80,8 @@ class Copies:
         if free is not None:
             self.stream.wait(free)
         self.stream.upload(block.device, block.pinned.address, block.size)
-        self._mark(block)
         if reader is not None:
+            self._mark(block)
             reader.wait(block.event)
 
     def download(self, block: Block, ready: Event | None) -> None:

@@ -165,14 +165,14 @@ class Machine:
     def wait(self, stream: Stream, mark: Mark | None) -> None:
         """Later work of a stream waits for a mark."""
         self.tick()
-        if not self._skip("stream waits") and mark is not None:
+        if not self.skips("stream waits") and mark is not None:
             stream.queue.append(Awaited(mark))
         self.idle()
 
     def wait_on_host(self, mark: Mark | None) -> None:
         """The host waits for a mark."""
         self.tick()
-        if self._skip("host waits") or mark is None:
+        if self.skips("host waits") or mark is None:
             return
         if not mark.done and self.interrupt:
             self.interrupt -= 1
@@ -274,7 +274,8 @@ class Machine:
 
     # -- mutations ----------------------------------------------------------------------------------------------------
 
-    def _skip(self, kind: str) -> bool:
+    def skips(self, kind: str) -> bool:
+        """Note where an event is used; whether a mutation leaves it out there."""
         where = f"{kind}: {site()}"
         self.sites[where] = self.sites.get(where, 0) + 1
         return where == self.skipped

@@ -1,4 +1,4 @@
-"""Every wait is needed: without any single one of them, some schedule shows a fault or gives other tokens."""
+"""Every wait and every recording of an event is needed: without any single one, some schedule shows a fault or gives other tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.simulated.machine import Machine
 from tests.simulated.tensorrt import WEIGHTS
 from tests.tensorrt.scenarios import SCENARIOS, play
 
-WAITS = """
+EVENTS = """
 host waits: `block.event.wait()` in Copies.settle < Answer.routing
 host waits: `block.event.wait()` in Copies.settle < Cache._settle < Cache.forward
 host waits: `block.event.wait()` in Copies.settle < Cache.forward
@@ -34,6 +34,20 @@ host waits: `last.wait()` in Mapped.settle < Rows.__array__ < Rows.__getitem__
 host waits: `last.wait()` in Mapped.settle < Rows.__array__ < Rows.copy
 host waits: `read.wait()` in Copies.release < Cache.__del__
 host waits: `read.wait()` in Mapped.release < Cache.__del__
+records: `self._stream.record(ready)` in Residency.bring < Cache._queue < Cache.forward
+records: `self._stream.record(rows.read)` in DeviceFuser.__call__
+records: `self._stream.record(self.done)` in DeviceFuser.__call__
+records: `self.stream.record(block.event)` in Copies._mark < Copies.download < Answer.routing
+records: `self.stream.record(block.event)` in Copies._mark < Copies.download < Cache.forward
+records: `self.stream.record(block.event)` in Copies._mark < Copies.download < DeviceFused.rows
+records: `self.stream.record(block.event)` in Copies._mark < Copies.download < DeviceFuser.__call__
+records: `self.stream.record(block.event)` in Copies._mark < Copies.download < Rows.__array__ < Rows.__getitem__
+records: `self.stream.record(block.event)` in Copies._mark < Copies.download < Rows.__array__ < Rows.copy
+records: `self.stream.record(block.event)` in Copies._mark < Copies.upload < Cache._queue < Cache.forward
+records: `self.stream.record(block.event)` in Copies._mark < Copies.upload < DeviceFuser.__call__
+records: `self.stream.record(block.event)` in Copies._mark < Copies.upload < DeviceFuser._address < DeviceFuser.__call__
+records: `stream.record(free)` in Cache._queue < Cache.forward
+records: `stream.record(self.done)` in Cache._queue < Cache.forward
 stream waits: `reader.wait(block.event)` in Copies.upload < Cache._queue < Cache.forward
 stream waits: `reader.wait(block.event)` in Copies.upload < DeviceFuser.__call__
 stream waits: `reader.wait(block.event)` in Copies.upload < DeviceFuser._address < DeviceFuser.__call__
@@ -59,7 +73,7 @@ def player(kind: str, name: str, folder: Path) -> Callable[[Machine], Any]:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[tuple[str, str], Any]]:
-    """Where the runtime waits → kinds and scenarios in which it does, and what those give."""
+    """Where the runtime waits or records → kinds and scenarios in which it does, and what those give."""
     sites: dict[str, list[tuple[str, str]]] = {}
     results = {}
     for kind, options in KINDS.items():
@@ -72,12 +86,12 @@ def found(folder: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[tuple[st
 
 
 def test_the_list_is_complete(found: tuple[dict[str, Any], dict[Any, Any]]) -> None:
-    assert sorted(found[0]) == sorted(WAITS.strip().splitlines())
+    assert sorted(found[0]) == sorted(EVENTS.strip().splitlines())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("site", WAITS.strip().splitlines())
-def test_without_this_wait_a_schedule_goes_wrong(
+@pytest.mark.parametrize("site", EVENTS.strip().splitlines())
+def test_without_it_a_schedule_goes_wrong(
     site: str, folder: Path, found: tuple[dict[str, list[tuple[str, str]]], dict[tuple[str, str], Any]]
 ) -> None:
     sites, results = found
@@ -91,4 +105,4 @@ def test_without_this_wait_a_schedule_goes_wrong(
             if not right:
                 print(f"{site} | {kind}, {name}, {policy}, seed {seed} | {how}")
                 return
-    pytest.fail("no schedule shows that this wait is needed")
+    pytest.fail("no schedule shows that it is needed")
