@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fr_export.export import Request, export
 from fr_export.families import FAMILIES
+from fr_export.precision import SCHEMES
 from fr_export.stages import Stages
 from runtime import FusionRuntime
 from runtime.manifest import Manifest
@@ -22,41 +23,44 @@ RUNS = [("late", False, None), ("random", True, None), ("starved", False, None),
 PROMPTS = ("12+30= and then 7*8=", "def add(a, b):")
 
 
-@pytest.fixture(scope="module", params=["gemma2", "llama3"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped system of a family in half precision and two quantisations."""
-    family = FAMILIES[request.param]
-    preset, out = family.preset("tiny"), tmp_path_factory.mktemp(request.param) / "bundle"
+def exported(name: str, folder: Path, precisions: tuple[str, ...], calibration: str) -> Path:
+    """The shipped system of a family, with engines that the simulated library runs."""
+    preset, out = FAMILIES[name].preset("tiny"), folder / "bundle"
     assert preset.router
     wanted = Request(
-        family,
-        preset.router,
-        dict(preset.experts),
-        (family.half, "int8-wo", "int4"),
-        ("tensorrt",),
-        out,
-        max_seq_len=192,
-        calibration="none",
+        FAMILIES[name], preset.router, dict(preset.experts), precisions, ("tensorrt",), out, max_seq_len=192, calibration=calibration
     )
     with patch("fr_export.export.measure", return_value=({}, "a test compares it")):
         export(wanted, Stages(Console(quiet=True)))
     return add_engines(out, CHUNK)
 
 
-def test_tokens_are_those_of_the_graphs_run_in_turn(exported: Path) -> None:
-    for precision in [variant.precision for variant in Manifest.read(exported).variants]:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_are_those_of_the_graphs_run_in_turn(name: str, tmp_path: Path) -> None:
+    check(exported(name, tmp_path, (FAMILIES[name].half, "int4"), "none"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_precisions_calibrated(name: str, tmp_path: Path) -> None:
+    check(exported(name, tmp_path, tuple(SCHEMES["tensorrt"]), "builtin"))
+
+
+def check(bundle: Path) -> None:
+    """In every precision, order and kind of memory, two prompts give what they must."""
+    for precision in [variant.precision for variant in Manifest.read(bundle).variants]:
         expected: dict[str, tuple[list[int], list[str]]] = {}
         for seed, (policy, integrated, budget) in enumerate(RUNS):
             with (
                 patch("runtime.session.CHUNK", CHUNK),
                 simulated(Machine(seed, policy, integrated)),
-                FusionRuntime.load(exported, precision, "rtx", expert_memory=budget) as rt,
+                FusionRuntime.load(bundle, precision, "rtx", expert_memory=budget) as rt,
             ):
                 for prompt in PROMPTS:
                     ids = rt.encode(prompt)
                     result = rt.generate(ids, 12)
                     if prompt not in expected:
-                        expected[prompt] = in_turn(exported, ids, 12, CHUNK, precision)
+                        expected[prompt] = in_turn(bundle, ids, 12, CHUNK, precision)
                     tokens, experts = (part[: len(result.token_ids)] for part in expected[prompt])
                     assert (result.token_ids, result.experts) == (tokens, experts), (precision, policy, integrated)
                     if len(tokens) < 12:  # it ended, and rightly so
