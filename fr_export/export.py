@@ -360,6 +360,8 @@ def check_space(system: System, request: Request, folder: Path) -> None:
     """Refuse before any work where the disk cannot hold the bundle."""
     values = sum(int(np.prod(entry.shape)) for model in system.models for entry in model.weights.entries.values())
     bits = {p: SCHEMES[target][p].bits for target in request.targets for p in request.precisions if p in SCHEMES[target]}
+    if request.gpus:  # engines hold the weights again
+        bits |= {f"{p} engines": SCHEMES[ENGINES_OF][p].bits for p in request.precisions if p in SCHEMES[ENGINES_OF]}
     needed = sum(bits.values()) * values / 8  # targets share the weights of one precision
     free = shutil.disk_usage(folder).free
     if needed > free:

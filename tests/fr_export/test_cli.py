@@ -53,6 +53,8 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "unknown flag": ((*LLAMA, "--colour", "red"), ("--colour",)),
     "unknown preset": ((*LLAMA, "--preset", "huge"), ("--preset", "'huge'", "tiny or paper")),
     "unknown target": ((*LLAMA, "--target", "ort,tpu"), ("--target", "'tpu'", "ort")),
+    "GPUs that are none": ((*LLAMA, "--target", "rtx:sm86,sm89"), ("--target", "'sm89'", "rtx[:sm86+sm89+sm120]")),
+    "a GPU without a number": ((*LLAMA, "--target", "rtx:ampere"), ("--target", "'ampere' is no compute capability", "sm86+sm89+sm120")),
     "unknown precision": ((*LLAMA, "--precision", "fp32,int3"), ("--precision", "'int3'", "fp32, fp16, bf16, int8, int4")),
     "no precision": ((*LLAMA, "--precision", ""), ("--precision", "fp32, fp16, bf16, int8, int4")),
     "unknown fusion": ((*LLAMA, "--fusion", "product"), ("--fusion", "'product'", "weighted or additive")),

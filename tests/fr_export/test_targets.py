@@ -11,7 +11,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from fr_export.cli import parse_precisions, parse_targets
+from fr_export.cli import parse_gpus, parse_precisions, parse_targets
 from fr_export.export import Request, export
 from fr_export.families import FAMILIES
 from fr_export.precision import SCHEMES
@@ -100,6 +100,14 @@ def test_default_precisions_are_those_that_the_targets_have() -> None:
         assert parse_precisions(None, parse_targets("ort:cuda"), chosen) == (half,)
         assert parse_precisions(None, parse_targets("ort"), chosen) == ("fp32", "int8")
         assert parse_precisions(None, parse_targets("ort,ort:cuda"), chosen) == ("fp32", "int8", half)
+
+
+def test_rtx_means_the_graphs_of_tensorrt_and_engines_for_some_gpus() -> None:
+    assert parse_targets("ort,rtx:sm86+sm89,tensorrt") == ("ort:cpu", "tensorrt")
+    assert parse_gpus("ort,rtx:sm86+sm89,rtx:sm120") == (86, 89, 120) == parse_gpus("rtx")
+    assert parse_gpus("ort,tensorrt") == ()
+    for family, half in (("gemma2", "bf16"), ("llama3", "fp16")):
+        assert parse_precisions(None, parse_targets("rtx"), FAMILIES[family]) == (half, "int8")
 
 
 def test_named_precisions_must_serve_every_target() -> None:

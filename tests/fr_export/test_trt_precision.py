@@ -17,13 +17,16 @@ from calibration.record import Text
 from calibration.served import Mask
 from fr_export.bind import bind
 from fr_export.families import FAMILIES
+from fr_export.graph import Graph
 from fr_export.in_place import InPlace
 from fr_export.lowerings import tensorrt
 from fr_export.precision.evidence import Evidence
-from fr_export.precision.scheme import Fitting
+from fr_export.precision.scheme import Fitted, Fitting
 from fr_export.precision.trt import SCHEMES
 from fr_export.precision.trt.forms import SMALLEST, block_grid, row_grid, stepped
+from fr_export.precision.trt.int8 import Planned
 from fr_export.reference import load
+from fr_export.rows import rows
 from fr_export.store import Store
 from fr_export.system import System
 from fr_export.targets import TARGETS
@@ -49,6 +52,7 @@ class Made(NamedTuple):
     shape: Shape
     system: System
     written: dict[str, tuple[Path, dict[str, Any]]]
+    fits: dict[str, tuple[Graph, Fitted]]
     logits: np.ndarray
 
 
@@ -62,7 +66,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     known = Evidence(texts, [Mask(60, np.arange(60))] * 8, observe(graph, weights, [text.ids.tolist() for text in texts]))
     target = TARGETS["tensorrt"]
     plain = trace(system.family, system.router.config, system.vocab_size, CAPACITY, tensorrt)
-    written = {}
+    written, fits = {}, {}
     for name in QUANTISED:
         scheme, store = SCHEMES[name], Store(folder / name)
         assert isinstance(scheme, Fitting)
@@ -73,10 +77,11 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             target.lowering.end_with(own, system.head)
             bind(own, weights, fitted, store, lambda _: None)
             ir.save(own.model, folder / name / file)
+        fits[name] = (fit, fitted)
         written[name] = (folder / name / "model.onnx", fitted.about)
     with torch.no_grad():
         logits = load(system.router)(input_ids=torch.tensor([IDS]), use_cache=False).logits[0].numpy()
-    return Made(shape, system, written, logits)
+    return Made(shape, system, written, fits, logits)
 
 
 def weights_of(graph: ir.Graph) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
@@ -142,6 +147,29 @@ def test_a_graph_computes_what_torch_computes_with_the_rounded_values(made: Made
         # half precision loses something by itself, and moves values across steps
         noise = {"fp16": 6e-3, "bf16": 3e-2}[made.system.family.half] * np.abs(expected).std()
         assert np.abs(shipped - exact).mean() < max(noise, 0.8 * lost if precision == "int8" else 0)
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_weights_are_the_checkpoints_and_steps_the_calibrations(made: Made, precision: str) -> None:
+    """Up to rounding, which GPTQ spreads over a row: by a few steps for one value, by less than a step for most."""
+    graph = ir.load(made.written[precision][0]).graph
+    fit, fitted = made.fits[precision]
+    stored = weights_of(graph)
+    assert stored.keys() == {n for n, s in fit.sources.items() if s.tensors and len(fit.model.graph.initializers[n].shape) == 2}
+    for name, (values, scale, block) in stored.items():
+        exact = np.concatenate(list(rows(fit.sources[name], made.system.router.weights)))
+        error = np.abs(widened(values, scale, block) - exact) / np.repeat(scale.reshape(len(values), -1), block, axis=1)
+        assert error.mean() < 0.6 and np.median(error) < 0.5, (name, error.mean())
+        assert np.abs(values).max() > (6 if scale.ndim == 2 else 120), "ranges are used"
+    if isinstance(fitted, Planned):
+        steps = {
+            str(n.inputs[1].name).removesuffix(".turned"): float(found.inputs[1].const_value.numpy().astype(np.float32))
+            for n in graph
+            if n.op_type == "MatMul" and (found := n.inputs[0].producer()) is not None and found.op_type == "DequantizeLinear"
+        }
+        assert steps.keys() == fitted.plan.scales.keys() and steps
+        for name, step in steps.items():
+            assert 1 <= step / fitted.plan.scales[name] <= 1 + 2**-7
 
 
 @pytest.mark.parametrize("precision", QUANTISED)

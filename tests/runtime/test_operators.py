@@ -1,6 +1,7 @@
 """The table of TensorRT's operators, engines held against machines, and what can be refused before a library is there."""
 
 import itertools
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from runtime.commands.build import build
 from runtime.errors import InputError, UnavailableError
 from runtime.manifest import Engines, Profile, Variant
 from runtime.tensorrt.build import one_at_a_time, told
@@ -111,6 +113,16 @@ def test_a_missing_library_is_one_sentence(flavour: str, module: str, extra: str
 def test_a_librarys_error_is_told_in_a_few_words(message: str, short: str) -> None:
     assert told(message).startswith(short)
     assert len(told(message * 50)) < 400
+
+
+def test_building_needs_neither_torch_nor_onnx() -> None:
+    code = "import sys, runtime.commands.build; print({'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxruntime'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_bundle_without_graphs_for_tensorrt_says_how_to_get_them(bundles: list[Path]) -> None:
+    with pytest.raises(UnavailableError, match=r"has no graphs for tensorrt, only for ort:cpu: export it with --target tensorrt\.$"):
+        build(bundles[0])
 
 
 def test_one_build_at_a_time() -> None:

@@ -39,11 +39,12 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store, enter: 
     values = initializer(
         inner, f"{name}.int{form.bits}", integers, (out, width), stored.values.tensor(f"{name}.int{form.bits}", integers, (out, width))
     )
-    shape = (out,) if blocks == 1 else (out, blocks)
+    by_row = form.bits == 8
+    shape = (out,) if by_row else (out, blocks)
     scales = store.put(stored.scales.read(form.scale_type).astype(numpy_type(matrix.dtype)))
     scale = initializer(inner, f"{name}.scale", matrix.dtype, shape, scales.tensor(f"{name}.scale", matrix.dtype, shape))
     wide = ir.Value(name=f"{name}.wide", type=ir.TensorType(matrix.dtype), shape=matrix.shape)
-    where = {"axis": 0} if blocks == 1 else {"axis": 1, "block_size": form.block}
+    where = {"axis": 0} if by_row else {"axis": 1, "block_size": form.block}
     node(inner, (lookups or products)[0], "DequantizeLinear", [values, scale], [wide], **where)
     multiply(graph, matrix, wide, enter)
     for lookup in lookups:
