@@ -34,16 +34,16 @@ class TensorRt:
         manifest = bundle.manifest
         device = Device()
         device.enter()
-        engines = Loader(bundle, variant, flavour, device)
-        router_engine, self._fusion = engines.load(manifest.models[0].name), engines.load(FUSION)
-        self._profile = engines.profile
+        loader = Loader(bundle, variant, flavour, device)
+        router_engine, self._fusion = loader.load(manifest.models[0].name), loader.load(FUSION)
+        self._profile = loader.profile
         keys = Block(device, {"key_positions": ((manifest.max_seq_len,), np.int64)})
         self._shared = shared = Shared(
             device,
             Mapped() if device.integrated else Copies(device),
             RLock(),
             manifest.max_seq_len,
-            engines.profile.tokens,
+            loader.profile.tokens,
             manifest.vocab_size,
             keys,
         )
@@ -54,7 +54,7 @@ class TensorRt:
         residency = None if expert_memory is None else Residency(device, expert_memory)
         loaded = []
         for spec in manifest.models[1:]:
-            engine = engines.load(spec.name)
+            engine = loader.load(spec.name)
             weights = engine.weights() if residency else None
             if residency and weights:
                 residency.adopt(weights)  # before the next one is loaded: the budget holds from the beginning

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -17,7 +16,7 @@ Layout = Mapping[str, tuple[tuple[int, ...], Any]]  # name → shape, dtype
 class Block:
     """Named arrays in one piece of pinned host memory, and where the device finds them.
 
-    `arrays` are the host's views. `event` is reached when the last transfer is over: `number` counts transfers (see Copies).
+    `arrays` are the host's views. `event` is reached when the last transfer is over; `number` is that transfer's (see Copies).
     """
 
     def __init__(self, device: Device, layout: Layout):
@@ -114,23 +113,19 @@ class Copies:
 class Mapped:
     """Host and device share their memory: nothing is copied, but neither may touch a block while the other uses it."""
 
-    def __init__(self) -> None:
-        self._last: WeakKeyDictionary[Block, Event] = WeakKeyDictionary()
-
     def upload(self, block: Block, reader: Stream | None, free: Event | None = None) -> None:
         """See `Transfers`. The block is in use until `free` is reached again, which its reader records."""
         if free is not None:
-            self._last[block] = free
+            block.event = free
 
     def download(self, block: Block, ready: Event | None) -> None:
         """See `Transfers`."""
         if ready is not None:
-            self._last[block] = ready
+            block.event = ready
 
     def settle(self, block: Block) -> None:
         """See `Transfers`."""
-        if (last := self._last.get(block)) is not None:
-            last.wait()
+        block.event.wait()
 
     def release(self, blocks: Iterable[Block], done: Event, read: Event) -> None:
         """See `Transfers`."""

@@ -21,17 +21,17 @@ host waits: `block.event.wait()` in Copies.settle < DeviceFuser._settle < Device
 host waits: `block.event.wait()` in Copies.settle < DeviceFuser._settle < DeviceFuser.__del__
 host waits: `block.event.wait()` in Copies.settle < Rows.__array__ < Rows.__getitem__
 host waits: `block.event.wait()` in Copies.settle < Rows.__array__ < Rows.copy
+host waits: `block.event.wait()` in Mapped.settle < Answer.routing
+host waits: `block.event.wait()` in Mapped.settle < Cache._settle < Cache.forward
+host waits: `block.event.wait()` in Mapped.settle < Cache.forward
+host waits: `block.event.wait()` in Mapped.settle < DeviceFused.__getattr__
+host waits: `block.event.wait()` in Mapped.settle < DeviceFused.rows
+host waits: `block.event.wait()` in Mapped.settle < DeviceFuser._settle < DeviceFuser.__call__
+host waits: `block.event.wait()` in Mapped.settle < DeviceFuser._settle < DeviceFuser.__del__
+host waits: `block.event.wait()` in Mapped.settle < Rows.__array__ < Rows.__getitem__
+host waits: `block.event.wait()` in Mapped.settle < Rows.__array__ < Rows.copy
 host waits: `done.wait()` in Copies.release < Cache.__del__
 host waits: `done.wait()` in Mapped.release < Cache.__del__
-host waits: `last.wait()` in Mapped.settle < Answer.routing
-host waits: `last.wait()` in Mapped.settle < Cache._settle < Cache.forward
-host waits: `last.wait()` in Mapped.settle < Cache.forward
-host waits: `last.wait()` in Mapped.settle < DeviceFused.__getattr__
-host waits: `last.wait()` in Mapped.settle < DeviceFused.rows
-host waits: `last.wait()` in Mapped.settle < DeviceFuser._settle < DeviceFuser.__call__
-host waits: `last.wait()` in Mapped.settle < DeviceFuser._settle < DeviceFuser.__del__
-host waits: `last.wait()` in Mapped.settle < Rows.__array__ < Rows.__getitem__
-host waits: `last.wait()` in Mapped.settle < Rows.__array__ < Rows.copy
 host waits: `read.wait()` in Copies.release < Cache.__del__
 host waits: `read.wait()` in Mapped.release < Cache.__del__
 records: `self._stream.record(ready)` in Residency.bring < Cache._queue < Cache.forward
