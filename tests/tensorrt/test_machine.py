@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +131,19 @@ def test_captured_work_runs_when_it_is_launched_and_only_then() -> None:
     for _ in range(2):
         bench.cuda.cudaGraphLaunch(graph, bench.a)
     assert len(bench.machine.timeline) == 2
+
+
+def test_a_context_changed_after_capture(folder: Path) -> None:
+    """What TensorRT leaves undefined: each captured graph needs a context of its own."""
+    bench = Bench("early")
+    library = simulated_tensorrt.TensorRt(bench.cuda)
+    engine = library.Runtime(None).deserialize_cuda_engine(simulated_tensorrt.plan(folder / "graphs/fusion.onnx"))
+    assert engine is not None
+    context = engine.create_execution_context(2)
+    context.set_input_shape("k", (1,))
+    context.captured = True
+    with pytest.raises(Fault, match="changed after a graph was captured"):
+        context.set_input_shape("k", (1,))
 
 
 def test_the_simulated_names_are_those_of_cuda() -> None:
