@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
@@ -65,6 +66,7 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, loweri
         graph.sources[name] = Source((stored,), family.norm_offset if name in norms else 0.0, cut)
     if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= parameters:
         raise FusionError("The trace separated the tied embedding from the head; this release of torch or transformers is not supported.")
+    ClearMetadataAndDocStringPass()(graph.model)  # torch's notes: half of the file, with paths of this machine
     lowering.finish(graph, max_seq_len)
     return graph
 

@@ -182,6 +182,11 @@ def test_both_dialects_read_the_same_weights(name: str) -> None:
     assert weights[0] == weights[1] and one.cache == other.cache
 
 
+def test_graphs_say_nothing_of_the_machine_that_made_them(made: Made) -> None:
+    for path in made.bundle.glob("graphs/*.onnx"):
+        assert b".py" not in path.read_bytes() and b"/" not in b"".join(name.encode() for name in ir.load(path).metadata_props)
+
+
 def test_attention_is_one_operator_where_nothing_caps_its_scores(made: Made) -> None:
     graph = ir.load(made.graph("fp16")).graph
     found = [n.op_type for n in graph]
