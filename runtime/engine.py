@@ -71,11 +71,12 @@ class FusionRuntime:
         fusion: str | None,
         lam: float | None,
         threads: int | None,
+        expert_memory: int | None = None,
     ):
         manifest = bundle.manifest
         self.bundle = bundle
         self._backend: Backend | None
-        self._backend, self.precision = open_backend(bundle, precision, device, threads)
+        self._backend, self.precision = open_backend(bundle, precision, device, threads, expert_memory)
         self.expert_names: list[str] = manifest.experts
         self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
         self.fusion: str = fusion or manifest.fusion
@@ -101,9 +102,12 @@ class FusionRuntime:
         catch_up: str = "lazy",
         speculation: str = "off",
         threads: int | None = None,
+        expert_memory: int | None = None,
         verify: bool = False,
     ) -> FusionRuntime:
         """Open a bundle. `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every file.
+
+        `expert_memory`, bytes: on TensorRT devices, weights of experts beyond it wait in host memory until they are chosen.
 
         Raises FusionError subclasses only: BundleError, UnavailableError, InputError.
         """
@@ -116,7 +120,7 @@ class FusionRuntime:
         opened = Bundle.open(bundle)
         if verify:
             opened.verify()
-        return cls(opened, precision, device, fusion, lam, threads)
+        return cls(opened, precision, device, fusion, lam, threads, expert_memory)
 
     # -- text ---------------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ class Session:
         self._tokens: list[int] = []
         self._router: Cache | None = None
         self._experts: list[Cache | None] = [None] * len(runtime.expert_names)
+        self._last: int | None = None  # the expert chosen last
         self._fuse = runtime.backend.fuser()
         self._sampler = Sampler(Sampling())
         self._text = TextStream(runtime.text)
@@ -84,6 +85,7 @@ class Session:
         for cache in (self._router, *self._experts):
             if cache is not None:
                 cache.length = min(cache.length, n)
+        self._last = self._last if n else None
         self._text = TextStream(self._runtime.text)
 
     def step(self, *, fusion: str | None = None, lam: float | None = None, **sampling: Any) -> Token:
@@ -111,21 +113,43 @@ class Session:
             raise InputError("The session holds no tokens: append a prompt of at least one token first.")
         if len(self._tokens) >= runtime.max_seq_len:
             raise InputError(f"The context of {runtime.max_seq_len} tokens is full: rewind, or export with a larger --max-seq-len.")
-        routed = self._read(None) if pinned is None or coefficients[0] else None
-        routing = runtime.unrouted if routed is None or routed.routing is None else routed.routing[0].copy()
-        choice = int(routing.argmax()) if pinned is None else pinned
-        answered = self._read(choice) if routed is None or coefficients[1] else routed
-        routed = routed or answered  # a stand-in, read with weight zero
         settings = sampler.sampling
         penalised = np.unique(np.asarray(self._tokens, np.int64)) if settings.repetition_penalty != 1.0 else _NONE
-        fused = self._fuse(
-            routed.logits, answered.logits, coefficients, sampler.wanted(runtime.vocab_size), penalised,
-            settings.repetition_penalty, settings.temperature or 1.0,
-        )  # fmt: skip
+
+        def fused_with(expert: int) -> tuple[Output, Output, Fused]:
+            answered = self._read(expert) if routed is None or coefficients[1] else routed
+            router = routed or answered  # a stand-in, read with weight zero
+            return router, answered, self._fuse(
+                router.logits, answered.logits, coefficients, sampler.wanted(runtime.vocab_size), penalised,
+                settings.repetition_penalty, settings.temperature or 1.0,
+            )  # fmt: skip
+
+        routed = self._read(None) if pinned is None or coefficients[0] else None
+        guess = self._guess() if pinned is None and coefficients[1] else pinned
+        found = fused_with(guess) if guess is not None else None  # queued behind the router, which may still run
+        routing = runtime.unrouted if routed is None or routed.routing is None else routed.routing[0].copy()
+        choice = int(routing.argmax()) if pinned is None else pinned
+        if choice != guess:
+            self._take_back(guess)
+            found = None
+        router, answered, fused = found or fused_with(choice)
+        self._last = choice
         chosen = sampler.choose(Candidates(fused.ids[0], fused.logits[0], float(fused.sampling_normaliser[0])), lambda: fused.rows[0])
-        logprob = self._logprob(chosen, fused, routed, answered, coefficients)
+        logprob = self._logprob(chosen, fused, router, answered, coefficients)
         self._tokens.append(chosen)
         return Token(chosen, runtime.expert_names[choice], logprob, routing)
+
+    def _guess(self) -> int | None:
+        """The expert to run before the routing is known, where models run side by side: the last one, if it has read all but one token."""
+        cache = None if self._last is None else self._experts[self._last]
+        active = cache is not None and cache.length >= len(self._tokens) - 1
+        return self._last if active and self._runtime.backend.side_by_side else None
+
+    def _take_back(self, guess: int | None) -> None:
+        """Forget what a wrongly guessed expert has read: what each expert reads, and in which chunks, must not depend on guesses."""
+        cache = None if guess is None else self._experts[guess]
+        if cache is not None:
+            cache.length = len(self._tokens) - 1
 
     def score(self, positions: Sequence[int], chunk: int, coefficients: tuple[float, float]) -> Scores:
         """Fused logits at sorted `positions` of the committed tokens, read from the first one in chunks of `chunk` tokens."""

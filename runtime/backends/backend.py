@@ -66,6 +66,9 @@ class Fuser(Protocol):
 class Backend(Protocol):
     """Router, experts and fusion of one variant of a bundle on one device."""
 
+    side_by_side: bool
+    """Whether `forward` and the fuser only queue their work, and what they return waits for it when it is read."""
+
     @property
     def router(self) -> LanguageModel:
         """The router, whose outputs carry routing scores."""

@@ -21,6 +21,8 @@ TARGET = "ort:cpu"
 class OrtCpu:
     """All models of one variant, each in its own inference session."""
 
+    side_by_side = False
+
     def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None):
         try:
             import onnxruntime

@@ -38,6 +38,9 @@ def generate(
     lam: Annotated[float | None, typer.Option("--lambda", help="λ of the weighted fusion; default as exported.")] = None,
     expert: Annotated[str | None, typer.Option(help="Let this expert answer every token; default: the routed one.")] = None,
     show_routing: Annotated[bool, typer.Option("--show-routing", help="Colour each token by its expert, and list them.")] = False,
+    expert_memory: Annotated[
+        int | None, typer.Option(min=1, help="MiB of GPU memory for the experts' weights; those beyond it wait in host memory.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text, token ids and experts.")] = False,
 ) -> None:
     """Generate from a bundle."""
@@ -59,7 +62,8 @@ def generate(
         FusionRuntime.coefficients(fusion or FUSIONS[0], 0.5 if lam is None else lam)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
-    with FusionRuntime.load(bundle, precision, device) as runtime:
+    budget = None if expert_memory is None else expert_memory << 20
+    with FusionRuntime.load(bundle, precision, device, expert_memory=budget) as runtime:
         stream = runtime.stream(
             asked,
             max_new_tokens,

@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: engines are built here from a bundle's graphs, with either library alone. Nothing is imported before it is used."""
+"""TensorRT and TensorRT-RTX: engines built from a bundle's graphs, and run on a CUDA device. Nothing is imported before it is used."""

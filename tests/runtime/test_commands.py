@@ -148,7 +148,11 @@ FAILURES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "no bundle": (("generate", "nowhere", "--prompt", "a"), ("no bundle at nowhere", "export.py")),
     "nothing to inspect": (("inspect", "nowhere"), ("no bundle at nowhere",)),
     "precision": (("generate", "BUNDLE", "--prompt", "a", "--precision", "int3"), ("int3", "--precision")),
-    "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "rtx"), ("rtx",)),
+    "expert memory": (
+        ("generate", "BUNDLE", "--prompt", "a", "--expert-memory", "5"),
+        ("limit on device memory", "device='tensorrt' or 'rtx'"),
+    ),
+    "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "rtx"), ("no graphs for tensorrt", "--target tensorrt")),
     "expert": (("generate", "BUNDLE", "--prompt", "a", "--expert", "history"), ("'history'", "expert0, expert1")),
     "no such id": (("generate", "BUNDLE", "--prompt-ids", "99999999"), ("99999999", "vocabulary")),
     "negative id": (("generate", "BUNDLE", "--prompt-ids", "-3"), ("-3", "vocabulary")),
@@ -173,6 +177,10 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "two prompts": (("generate", "BUNDLE", "--prompt", "a", "--prompt-ids", "1"), ("--prompt",)),
     "ids that are none": (("generate", "BUNDLE", "--prompt-ids", "1,x"), ("'1,x'", "2,17,5")),
     "chat of ids": (("generate", "BUNDLE", "--prompt-ids", "1", "--chat"), ("--prompt TEXT",)),
+    "expert memory": (
+        ("generate", "BUNDLE", "--prompt", "a", "--expert-memory", "5"),
+        ("limit on device memory", "device='tensorrt' or 'rtx'"),
+    ),
     "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "tpu"), ("'tpu'", "auto, cpu, cuda")),
     "fusion": (("generate", "BUNDLE", "--prompt", "a", "--fusion", "product"), ("'product'", "additive")),
     "lambda": (("generate", "BUNDLE", "--prompt", "a", "--lambda", "2"), ("2.0", "from 0")),

@@ -1,0 +1,87 @@
+"""The TensorRT backend: router, experts and fusion of a bundle as engines on one CUDA device."""
+
+from __future__ import annotations
+
+from threading import RLock
+
+import numpy as np
+
+from runtime.backends.backend import Fuser
+from runtime.bundle import Bundle
+from runtime.errors import BundleError
+from runtime.manifest import Model as Spec
+from runtime.manifest import Variant
+from runtime.tensorrt.device import Device
+from runtime.tensorrt.engines import FUSION
+from runtime.tensorrt.fusion import DeviceFuser
+from runtime.tensorrt.loading import BYTES, Engine, Loader
+from runtime.tensorrt.model import Model, Scratch, Shared
+from runtime.tensorrt.residency import Residency
+from runtime.tensorrt.transfers import Block, Copies, Mapped
+
+TARGET = "tensorrt"
+
+
+class TensorRt:
+    """All models of one variant. `expert_memory` bytes of device memory hold the weights of as many experts as fit; None: all.
+
+    Router and fusion share the router's stream and scratch memory. The experts share another one, since the router may run beside them.
+    """
+
+    side_by_side = True  # a forward pass is queued and not waited for: see Session.advance
+
+    def __init__(self, bundle: Bundle, variant: Variant, flavour: str, expert_memory: int | None = None):
+        manifest = bundle.manifest
+        device = Device()
+        device.enter()
+        loader = Loader(bundle, variant, flavour, device)
+        router_engine, self._fusion = loader.load(manifest.models[0].name), loader.load(FUSION)
+        self._profile = loader.profile
+        keys = Block(device, {"key_positions": ((manifest.max_seq_len,), np.int64)})
+        self._shared = shared = Shared(
+            device,
+            Mapped() if device.integrated else Copies(device),
+            RLock(),
+            manifest.max_seq_len,
+            loader.profile.tokens,
+            manifest.vocab_size,
+            keys,
+        )
+        self._stream = device.stream()
+        main = Scratch(device.memory(max(router_engine.scratch, self._fusion.scratch)), None)
+        self._scratch = main.memory
+        self.router = Model(router_engine, manifest.models[0], shared, self._stream, main, len(manifest.experts))
+        residency = None if expert_memory is None else Residency(device, expert_memory)
+        loaded = []
+        for spec in manifest.models[1:]:
+            engine = loader.load(spec.name)
+            weights = engine.weights() if residency else None
+            if residency and weights:
+                residency.adopt(weights)  # before the next one is loaded: the budget holds from the beginning
+            loaded.append((engine, spec, weights))
+        side = Scratch(device.memory(max(engine.scratch for engine, *_ in loaded)), device.event())
+        self.experts = [
+            Model(engine, spec, shared, device.stream(), side, weights=weights, residency=residency) for engine, spec, weights in loaded
+        ]
+        for model in (self.router, *self.experts):
+            check(model.engine, model.spec, shared, model.experts, f"{bundle.folder}")
+        keys.arrays["key_positions"][...] = np.arange(manifest.max_seq_len)
+        shared.transfers.upload(keys, None)
+
+    def fuser(self) -> Fuser:
+        """A fuser with buffers of its own."""
+        return DeviceFuser(self._fusion, self._shared, self._stream, self._scratch, self._profile)
+
+
+def check(engine: Engine, spec: Spec, shared: Shared, routed: int, bundle: str) -> None:
+    """Raise BundleError unless an engine's tensors are those of the manifest: buffers are bound by address."""
+    kv = (1, spec.kv_heads, shared.capacity, spec.head_size)
+    expected = {f"{when}.{layer}.{kind}": kv for when in ("past", "present") for layer in range(spec.layers) for kind in ("key", "value")}
+    found = {name: shape for name, shape in engine.shapes.items() if name.startswith(("past.", "present."))}
+    known = all(engine.types[name] in BYTES for name in found)
+    rows = engine.shapes.get("logits", ())[-1:] == (shared.vocab,) and engine.shapes.get("routing", (0,))[-1] == routed
+    if found != expected or not known or not rows or engine.on_host:
+        raise BundleError(
+            f"The engine of {spec.name} does not have the inputs and outputs that the manifest describes; "
+            f"rebuild it with `python -m runtime build {bundle}`."
+        )

@@ -1,0 +1,238 @@
+"""Language models as engines: one stream each, KV caches written in place, decode steps as captured CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import RLock
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runtime.errors import InputError
+from runtime.manifest import Model as Spec
+from runtime.tensorrt.device import Device, Event, Graph, Memory, Stream, aligned
+from runtime.tensorrt.loading import BYTES, Context, Engine, Weights
+from runtime.tensorrt.residency import Residency
+from runtime.tensorrt.transfers import Block, Transfers
+
+SHORTEST = 128  # keys that attention reads at least: the lengths are powers of two from here, so that few graphs are captured
+
+
+class Scratch(NamedTuple):
+    """Working memory of engines that never run at the same time. `free` is None where one stream alone uses it."""
+
+    memory: Memory
+    free: Event | None
+
+
+class Shared(NamedTuple):
+    """What the models of a backend have in common. `lock` is held while work is queued, never while it is waited for."""
+
+    device: Device
+    transfers: Transfers
+    lock: RLock
+    capacity: int
+    chunk: int
+    vocab: int
+    key_positions: Block  # int64 0 … capacity − 1, of which a step reads the beginning
+
+
+class Model:
+    """One language model's engine and stream. Sessions share both."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        spec: Spec,
+        shared: Shared,
+        stream: Stream,
+        scratch: Scratch,
+        experts: int = 0,
+        weights: Weights | None = None,
+        residency: Residency | None = None,
+    ):
+        self.engine, self.spec, self.shared, self.stream, self.scratch, self.experts = engine, spec, shared, stream, scratch, experts
+        self.weights, self.residency = weights, residency
+
+    def cache(self) -> Cache:
+        """Device buffers of the full capacity."""
+        return Cache(self)
+
+
+class Rows:
+    """Logits that stay on the device, float32 [1, V]: reading them copies them, and waits."""
+
+    def __init__(self, cache: Cache, block: Block):
+        self.block = block
+        self.ready, self.read, self.stream = cache.done, cache.read, cache.model.stream
+        self._transfers = cache.model.shared.transfers
+        self._lock = cache.model.shared.lock
+
+    def __len__(self) -> int:
+        return 1
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        with self._lock:
+            self._transfers.download(self.block, self.ready)
+        self._transfers.settle(self.block)
+        return np.array(self.block.arrays["logits"], dtype)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.__array__()[key]
+
+    def copy(self) -> np.ndarray:
+        """The logits on the host."""
+        return self.__array__()
+
+
+class Answer:
+    """One forward pass, perhaps still under way (see `backend.Output`). `routing` waits for it."""
+
+    def __init__(self, cache: Cache, logits: Block, routing: Block | None):
+        self.logits = Rows(cache, logits)
+        self._routing, self._arrived = routing, False
+        self._cache = cache
+
+    @property
+    def routing(self) -> np.ndarray | None:
+        """Routing scores, float32 [1, n_experts], valid until the next forward pass; None for an expert."""
+        if self._routing is None:
+            return None
+        if not self._arrived:
+            shared = self._cache.model.shared
+            with shared.lock:
+                shared.transfers.download(self._routing, self._cache.done)
+            shared.transfers.settle(self._routing)
+            self._arrived = True
+        return self._routing.arrays["routing"]
+
+
+class Known(NamedTuple):
+    """One forward pass whose rows are on the host already: float32 [K, V] and [K, n_experts]."""
+
+    logits: np.ndarray
+    routing: np.ndarray | None
+
+
+class Cache:
+    """One model's KV buffers and bound contexts for one session (see `backend.Cache`)."""
+
+    def __init__(self, model: Model):
+        self.model, self.length = model, 0
+        shared, spec, engine = model.shared, model.spec, model.engine
+        device = shared.device
+        device.enter()
+        each = aligned(spec.kv_heads * shared.capacity * spec.head_size * BYTES[engine.types["past.0.key"]])
+        names = [f"{layer}.{kind}" for layer in range(spec.layers) for kind in ("key", "value")]
+        self.done = device.event()  # reached when the last forward pass is over
+        self.read = device.event()  # reached when the last fusion has read the logits
+        self._keys_values = device.memory(each * len(names))
+        self._inputs = Block(
+            device,
+            {
+                "write_index": ((1,), np.int64),
+                "logit_positions": ((shared.chunk,), np.int64),
+                "input_ids": ((shared.chunk,), np.int64),
+            },
+        )
+        self._outputs = self._buffers(1)
+        self._addresses = {**self._inputs.addresses, "key_positions": shared.key_positions.device}
+        for number, name in enumerate(names):
+            self._addresses[f"past.{name}"] = self._addresses[f"present.{name}"] = self._keys_values.address + number * each
+        self._steps: dict[int, tuple[Context, Graph | None]] = {}  # decode steps by the number of keys that they read
+        self._chunks: Context | None = None
+        with shared.lock:
+            model.stream.zero(self._keys_values)  # keys beyond the text are masked, but 0 · NaN is NaN
+
+    def __del__(self) -> None:
+        if hasattr(self, "_outputs"):
+            self.model.shared.transfers.release(self._outputs.values(), self.done, self.read)
+
+    def _settle(self) -> None:
+        """Wait for copies of the last pass, which were waited for already unless a step was given up or a text is read in chunks."""
+        for block in (self._inputs, *self._outputs.values()):
+            self.model.shared.transfers.settle(block)
+
+    def _buffers(self, wanted: int) -> dict[str, Block]:
+        """Output blocks for `wanted` rows."""
+        device, model = self.model.shared.device, self.model
+        blocks = {"logits": Block(device, {"logits": ((wanted, model.shared.vocab), np.float32)})}
+        if model.experts:
+            blocks["routing"] = Block(device, {"routing": ((wanted, model.experts), np.float32)})
+        return blocks
+
+    def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Any:
+        """See `backend.Cache.forward`. One row stays on the device, and the pass may still be under way; several are waited for."""
+        count, wanted, shared = len(ids), len(positions), self.model.shared
+        if count > shared.chunk:
+            raise InputError(f"{count} tokens at a time are more than the engines read: at most {shared.chunk}.")
+        blocks = self._outputs if wanted == 1 else self._buffers(wanted)
+        self._settle()
+        arrays = self._inputs.arrays
+        arrays["write_index"][0] = self.length
+        arrays["input_ids"][:count] = ids
+        arrays["logit_positions"][:wanted] = positions
+        with shared.lock:
+            shared.device.enter()
+            self._queue(count, wanted, blocks)
+            self.length += count
+            if wanted == 1:
+                return Answer(self, blocks["logits"], blocks.get("routing"))
+            for block in blocks.values():
+                shared.transfers.download(block, self.done)
+        for block in blocks.values():
+            shared.transfers.settle(block)
+        rows = {name: block.arrays[name].copy() for name, block in blocks.items()}
+        return Known(rows["logits"], rows.get("routing"))
+
+    def _queue(self, count: int, wanted: int, blocks: dict[str, Block]) -> None:
+        """Everything of one pass that runs on the device."""
+        model = self.model
+        stream, free = model.stream, model.scratch.free
+        if model.residency is not None and model.weights is not None and free is not None:
+            model.residency.bring(model.weights, stream, free)
+        model.shared.transfers.upload(self._inputs, stream, self.done)
+        if free is not None:
+            stream.wait(free)
+            stream.wait(self.read)
+        if (count, wanted) == (1, 1):
+            self._decode(reach(self.length + 1, model.shared.capacity))
+        else:
+            self._read(count, wanted, blocks)
+        stream.record(self.done)
+        if free is not None:
+            stream.record(free)
+
+    def _read(self, count: int, wanted: int, blocks: dict[str, Block]) -> None:
+        """A chunk of any shape, in a context that changes with it."""
+        addresses = {name: block.device for name, block in blocks.items()}
+        shapes = self._shapes(count, wanted, reach(self.length + count, self.model.shared.capacity))
+        if self._chunks is None:
+            self._chunks = self.model.engine.context(self.model.scratch.memory, self._addresses | addresses, shapes)
+        else:
+            self._chunks.bind(addresses)
+            self._chunks.shape(shapes)
+        self._chunks.run(self.model.stream)
+
+    def _decode(self, keys: int) -> None:
+        """One token. The first step of a length runs as it is, and is then captured, in a context of its own that stays as it is."""
+        stream = self.model.stream
+        if (step := self._steps.get(keys)) is None:
+            addresses = self._addresses | {name: block.device for name, block in self._outputs.items()}
+            context = self.model.engine.context(self.model.scratch.memory, addresses, self._shapes(1, 1, keys))
+            context.run(stream)
+            graph = stream.capture(lambda: context.run(stream)) if context.capturable(stream) else None
+            self._steps[keys] = context, graph
+        elif (graph := step[1]) is not None:
+            stream.launch(graph)
+        else:
+            step[0].run(stream)
+
+    @staticmethod
+    def _shapes(count: int, wanted: int, keys: int) -> dict[str, tuple[int, ...]]:
+        return {"input_ids": (1, count), "write_index": (1,), "key_positions": (keys,), "logit_positions": (wanted,)}
+
+
+def reach(length: int, capacity: int) -> int:
+    """How many keys attention reads for a text of `length` tokens: the next power of two from SHORTEST on, or the capacity."""
+    return min(max(SHORTEST, 1 << (length - 1).bit_length()), capacity)

@@ -1,0 +1,49 @@
+"""Which experts' weights are on the device, when not all fit a budget: the least recently used makes room, and comes back from pinned memory."""
+
+from __future__ import annotations
+
+from runtime.errors import InputError
+from runtime.tensorrt.device import Device, Event, Memory, Stream
+from runtime.tensorrt.loading import Weights
+
+
+class Residency:
+    """Weights within a byte budget. They are read-only, so one pinned copy of each is made at loading, and evicting copies nothing.
+
+    Raises InputError where the budget does not hold one expert, and on devices that share the host's memory, where evicting saves none.
+    """
+
+    def __init__(self, device: Device, budget: int):
+        if device.integrated:
+            raise InputError("This device shares the host's memory, where evicting experts saves nothing: load without expert_memory.")
+        self._device, self._budget = device, budget
+        self._stream = device.stream()
+        self._copies: dict[Weights, tuple[Memory, Event]] = {}  # pinned, and an event that is reached when they are on the device
+        self._resident: dict[Weights, None] = {}  # the least recently used first
+
+    def adopt(self, weights: Weights) -> None:
+        """Keep a pinned copy of weights just loaded and take them off the device; they come back at first use."""
+        if weights.size > self._budget:
+            raise InputError(
+                f"expert_memory={self._budget} does not hold the {weights.size} bytes of one expert: allow at least as much, or none."
+            )
+        memory = self._device.pinned(weights.size)
+        weights.save(memory, self._stream)
+        weights.unload(self._stream)
+        self._copies[weights] = memory, self._device.event()
+
+    def bring(self, weights: Weights, reader: Stream, idle: Event) -> None:
+        """Have weights on the device before later work of `reader`, the one stream that uses them. `idle` is reached when no expert runs any more."""
+        if weights in self._resident:  # and their only reader has waited for them
+            del self._resident[weights]
+        else:
+            while sum(other.size for other in self._resident) + weights.size > self._budget:
+                victim = next(iter(self._resident))
+                del self._resident[victim]
+                self._stream.wait(idle)
+                victim.unload(self._stream)
+            memory, ready = self._copies[weights]
+            weights.restore(memory, self._stream)
+            self._stream.record(ready)
+            reader.wait(ready)
+        self._resident[weights] = None

@@ -1,0 +1,67 @@
+"""Whatever order the streams run in, tokens are those of the same graphs run one after another."""
+
+from itertools import product
+from pathlib import Path
+from threading import Thread
+from unittest.mock import patch
+
+import pytest
+
+from runtime import FusionRuntime
+from runtime.tensorrt.model import reach
+from tests.simulated.bundles import CHUNK
+from tests.simulated.install import simulated
+from tests.simulated.machine import POLICIES, Machine
+from tests.simulated.plain import in_turn
+from tests.simulated.tensorrt import WEIGHTS
+from tests.tensorrt.scenarios import PROMPT, SCENARIOS, greedy, play
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("integrated", [False, True])
+def test_tokens_are_those_of_the_graphs_run_in_turn(folder: Path, policy: str, integrated: bool) -> None:
+    for seed in range(4):
+        texts = play(greedy, folder, Machine(seed, policy, integrated))
+        for prompt, (tokens, experts, _) in zip((PROMPT, [30, 2]), texts, strict=True):
+            assert (tokens, experts) == in_turn(folder, prompt, 14, CHUNK)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_no_schedule_changes_a_result(folder: Path, name: str) -> None:
+    expected = play(SCENARIOS[name], folder, Machine())
+    for policy, integrated, seed in product(("late", "random", "starved"), (False, True), range(2)):
+        assert play(SCENARIOS[name], folder, Machine(seed, policy, integrated)) == expected, (policy, integrated, seed)
+
+
+def test_long_texts_cross_the_lengths_that_graphs_are_captured_for(folder: Path) -> None:
+    machine = Machine(0, "random")
+    with patch("runtime.session.CHUNK", CHUNK), simulated(machine) as cuda, FusionRuntime.load(folder, device="rtx") as rt:
+        result = rt.generate([3], 270)
+    assert (result.token_ids, result.experts) == in_turn(folder, [3], 270, CHUNK)
+    lengths = {reach(length, rt.max_seq_len) for length in range(1, 272)}
+    assert lengths == {128, 256, 320}
+    assert cuda.launches > 0.9 * 3 * 270, "nearly all steps of router, expert and fusion are captured graphs"
+
+
+@pytest.mark.parametrize("experts", [None, 1])
+def test_threads_get_what_one_thread_gets(folder: Path, experts: int | None) -> None:
+    prompts = [[3 + number, 7, 20 - number] for number in range(6)]
+    found: dict[int, list[int]] = {}
+    machine = Machine(3, "random")
+    budget = None if experts is None else experts * WEIGHTS
+    with patch("runtime.session.CHUNK", CHUNK), simulated(machine), FusionRuntime.load(folder, device="rtx", expert_memory=budget) as rt:
+
+        def work(number: int) -> None:
+            found[number] = rt.generate(prompts[number], 12).token_ids
+
+        workers = [Thread(target=work, args=(number,)) for number in range(len(prompts))]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    machine.run_out()
+    assert [found[number] for number in range(len(prompts))] == [in_turn(folder, prompt, 12, CHUNK)[0] for prompt in prompts]
+
+
+def test_lengths_are_powers_of_two() -> None:
+    assert [reach(n, 4000) for n in (1, 128, 129, 256, 257, 2049, 4000)] == [128, 128, 256, 256, 512, 4000, 4000]
