@@ -177,10 +177,6 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "two prompts": (("generate", "BUNDLE", "--prompt", "a", "--prompt-ids", "1"), ("--prompt",)),
     "ids that are none": (("generate", "BUNDLE", "--prompt-ids", "1,x"), ("'1,x'", "2,17,5")),
     "chat of ids": (("generate", "BUNDLE", "--prompt-ids", "1", "--chat"), ("--prompt TEXT",)),
-    "expert memory": (
-        ("generate", "BUNDLE", "--prompt", "a", "--expert-memory", "5"),
-        ("limit on device memory", "device='tensorrt' or 'rtx'"),
-    ),
     "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "tpu"), ("'tpu'", "auto, cpu, cuda")),
     "fusion": (("generate", "BUNDLE", "--prompt", "a", "--fusion", "product"), ("'product'", "additive")),
     "lambda": (("generate", "BUNDLE", "--prompt", "a", "--lambda", "2"), ("2.0", "from 0")),
