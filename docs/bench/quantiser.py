@@ -182,17 +182,18 @@ def main(
 def draw(found: dict[str, Any], path: Path) -> None:
     """Bits against loss, weight-only rows."""
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for kind, mark in (("nearest", "o"), ("GPTQ", "s")):
+    for kind, mark, below in (("nearest", "o", False), ("GPTQ", "s", True)):
         rows = {name: row for name, row in found.items() if kind in name}
         axes.scatter([row["bits"] for row in rows.values()], [row["kl_mean"] for row in rows.values()], marker=mark, label=kind)
         for name, row in rows.items():
             axes.annotate(
                 name.partition(" ")[2].partition(", ")[2],
                 (row["bits"], row["kl_mean"]),
-                xytext=(5, 4),
+                xytext=(5, -12 if below else 5),
                 textcoords="offset points",
                 fontsize=8,
             )
+    axes.margins(x=0.2, y=0.1)
     axes.set(xlabel="bits per weight, all matrices", ylabel="mean KL from fp32 (nats)", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

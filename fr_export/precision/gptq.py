@@ -36,14 +36,17 @@ class Hessian:
         total = self.sum[order][:, order]
         damping = DAMPING
         while True:
-            damped = total.clone()
-            damped.diagonal().copy_(importance[order] + damping * importance.mean())
+            damped = total.flip(0, 1)
+            damped.diagonal().copy_((importance[order] + damping * importance.mean()).flip(0))
             lower, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
-                inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return Factor(order, inverse, importance.numpy())
+                break
             damping *= 10  # too few inputs, or too alike, for single precision
+        del total, damped
+        # J·L⁻¹·J is the upper factor of the inverse, where L is the lower one of the Hessian in reverse order, J·H·J
+        identity = torch.eye(len(order))
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False, out=identity).flip(0, 1)
+        return Factor(order, inverse, importance.numpy())
 
 
 @dataclass(frozen=True)
