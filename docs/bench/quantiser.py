@@ -189,11 +189,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axes.annotate(
                 name.partition(" ")[2].partition(", ")[2],
                 (row["bits"], row["kl_mean"]),
-                xytext=(5, -12 if below else 5),
+                xytext=(2, -5) if below else (5, 5),
+                rotation=-40 if below else 0,
+                rotation_mode="anchor",
+                va="top" if below else "baseline",
                 textcoords="offset points",
                 fontsize=8,
             )
-    axes.margins(x=0.2, y=0.1)
+    axes.margins(x=0.2, y=0.25)
     axes.set(xlabel="bits per weight, all matrices", ylabel="mean KL from fp32 (nats)", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
