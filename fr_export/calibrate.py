@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from fr_export.blocks import matrices, reader, split
 from fr_export.graph import Graph
 from fr_export.stages import Stages
 from fr_export.system import System
-from runtime import FusionRuntime
+from runtime import FusionRuntime, files
 from runtime.errors import InputError
 from runtime.manifest import Manifest
 
@@ -31,7 +30,7 @@ TOGETHER = 8  # prompts recorded between two savings
 
 def cache_folder() -> Path:
     """Where unfinished and finished calibrations are kept: `fusionroute/calibration` in $XDG_CACHE_HOME, else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fusionroute" / "calibration"
+    return files.cache_folder() / "calibration"
 
 
 def calibrate(

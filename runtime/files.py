@@ -1,8 +1,14 @@
-"""Files that appear under their name only when they are complete."""
+"""Files that appear under their name only when they are complete, and the folder for those that are only kept to save time."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """`fusionroute` in $XDG_CACHE_HOME, else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fusionroute"
 
 
 @contextmanager

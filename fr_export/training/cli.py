@@ -1,7 +1,6 @@
 """The command line of `python -m fr_export.training`."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +13,10 @@ from rich.table import Table
 from fr_export.cli import check_family, parse_experts
 from fr_export.ending import one_sentence
 from fr_export.families import FAMILIES
+from runtime.files import cache_folder
 
 T = TypeVar("T", int, float)
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fusionroute" / "scores"
+CACHE = cache_folder() / "scores"
 
 
 def per_stage(text: str | None, kind: type[T], stages: int, hint: str) -> Sequence[T | None]:

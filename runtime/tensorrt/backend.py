@@ -19,8 +19,6 @@ from runtime.tensorrt.model import Model, Scratch, Shared
 from runtime.tensorrt.residency import Residency
 from runtime.tensorrt.transfers import Block, Copies, Mapped
 
-TARGET = "tensorrt"
-
 
 class TensorRt:
     """All models of one variant. `expert_memory` bytes of device memory hold the weights of as many experts as fit; None: all.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import FusionError, one_line
-from runtime.files import replacing
+from runtime.files import cache_folder, replacing
 from runtime.tensorrt.library import NAMES, capabilities, load
 from runtime.tensorrt.operators import check
 
@@ -146,11 +145,6 @@ def progress(library: Any, advance: Advance) -> Any:
                 raise self.raised
 
     return Monitor()
-
-
-def cache_folder() -> Path:
-    """`fusionroute` in $XDG_CACHE_HOME, else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fusionroute"
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ from typing import Any
 
 from runtime.errors import InputError, UnavailableError
 
-MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # flavour → module
+MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # flavour, and extra of the package → module
 NAMES = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
-EXTRAS = {"tensorrt": "tensorrt", "rtx": "rtx"}
 
 
 def load(flavour: str) -> Any:
@@ -20,7 +19,7 @@ def load(flavour: str) -> Any:
     except ImportError as error:
         missing = "is not installed" if error.name == MODULES[flavour] else f"does not load ({error})"
         raise UnavailableError(
-            f"{NAMES[flavour]} {missing}: install the extra '{EXTRAS[flavour]}' (pip install 'fusionroute[{EXTRAS[flavour]}]')."
+            f"{NAMES[flavour]} {missing}: install the extra '{flavour}' (pip install 'fusionroute[{flavour}]')."
         ) from error
 
 

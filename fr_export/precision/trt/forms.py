@@ -54,8 +54,3 @@ def in_blocks(width: int) -> Format:
     """4 bits in blocks, which TensorRT wants to divide the width; 8 bits where none does."""
     block = next((block for block in BLOCKS if width % block == 0), None)
     return Format(4, block, np.dtype(np.float32), False, block_grid, LARGEST * 7, signed=True) if block else by_row(width)
-
-
-def bits(form: Format) -> float:
-    """Per weight, with scales of 16 bits."""
-    return form.bits + 16 / form.block
