@@ -25,7 +25,7 @@ from fr_export.in_place import System as InPlaceSystem
 from fr_export.lowerings import Lowering, ort
 from fr_export.precision import SCHEMES, Scheme
 from fr_export.precision.evidence import Evidence, evidence
-from fr_export.precision.int4 import Int4
+from fr_export.precision.int4 import LEAN, Int4
 from fr_export.precision.scheme import Fitting
 from fr_export.reference import reference
 from fr_export.report import write_report
@@ -47,7 +47,7 @@ GRAPHS = "graphs"
 FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
 TABLE = "calibration.safetensors"
 RECORDED = SCHEMES["ort:cpu"]["int8"]  # what the calibration texts are generated with
-RECORDED_LARGE, LARGE = Int4(block=128), 3_000_000_000  # and from how many parameters on, since the runtime holds all models in memory
+RECORDED_LARGE, LARGE = Int4(LEAN), 3_000_000_000  # and from how many parameters on, since the runtime holds all models in memory
 REFERENCE_LIMIT = 1 << 30  # bytes of one model in fp32 up to which the whole of it is loaded into torch for the comparison
 
 

@@ -55,6 +55,7 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
 
 
 FORMAT = Format(4, BLOCK, np.dtype(np.float16), True, grid, 65_504 * TOP / 2)
+LEAN = replace(FORMAT, block=128, scale_type=np.dtype(np.float32))  # loses more; ONNX Runtime keeps few scales and no widened copies
 
 
 def quantise(rows: np.ndarray) -> Quantised:
@@ -63,13 +64,13 @@ def quantise(rows: np.ndarray) -> Quantised:
 
 
 class Int4:
-    """Weights in 4 bits, activations rounded to 8 bits inside the product. Larger blocks need less memory and lose more."""
+    """Weights in 4 bits, activations rounded to 8 bits inside the product."""
 
     name = "int4"
 
-    def __init__(self, block: int = BLOCK):
-        self.form = replace(FORMAT, block=block)
-        self.bits = self.form.bits_per_weight
+    def __init__(self, form: Format = FORMAT):
+        self.form = form
+        self.bits = form.bits_per_weight
 
     def form_of(self, matrix: ir.Value) -> Format:
         """4 bits, or 8 for an embedding whose rows have an odd number of blocks: ONNX Runtime 1.23 misreads their packed zero points."""
