@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from runtime.chat import render
 from runtime.errors import ClosedError, InputError, UnavailableError
 from runtime.sampling import Sampler, sampling_of
 from runtime.session import CHUNK, Scores, Session
+from runtime.speculation import Costs, costs_of
 from runtime.text import Text, TextStream, Token
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 DEFAULT_NEW_TOKENS = 128
 POOLED = 4  # sessions whose buffers are kept for the next text
 FUSIONS = ("weighted", "additive")
+SPECULATION = ("off", "auto")
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,17 @@ class FusionRuntime:
         lam: float | None,
         threads: int | None,
         expert_memory: int | None = None,
+        speculation: str = "off",
+        exact: bool = False,
     ):
         manifest = bundle.manifest
         self.bundle = bundle
         self._backend: Backend | None
         self._backend, self.precision = open_backend(bundle, precision, device, threads, expert_memory)
+        self.exact = exact
+        self.costs: Costs | None = None  # of speculation, where it is on
+        if speculation == "auto":
+            self.costs = costs_of(bundle, self._backend, self.precision, device, threads)
         self.expert_names: list[str] = manifest.experts
         self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
         self.fusion: str = fusion or manifest.fusion
@@ -101,11 +110,16 @@ class FusionRuntime:
         lam: float | None = None,
         catch_up: str = "lazy",
         speculation: str = "off",
+        exact: bool = False,
         threads: int | None = None,
         expert_memory: int | None = None,
         verify: bool = False,
     ) -> FusionRuntime:
         """Open a bundle. `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every file.
+
+        `speculation="auto"` guesses ahead where that pays on this machine: greedy output is the same in fp32, sampling keeps its distribution.
+        Quantised models round a single token differently from several; with `exact` none is read alone, and greedy output is the same
+        with speculation and without.
 
         `expert_memory`, bytes: on TensorRT devices, weights of experts beyond it wait in host memory until they are chosen.
 
@@ -113,14 +127,14 @@ class FusionRuntime:
         """
         if catch_up != "lazy":
             raise UnavailableError(f"catch_up='{catch_up}' is not available in this version: use 'lazy'.")
-        if speculation != "off":
-            raise UnavailableError(f"speculation='{speculation}' is not available in this version: use 'off'.")
+        if speculation not in SPECULATION:
+            raise InputError(f"Unknown speculation '{speculation}': use 'off' or 'auto'.")
         if threads is not None and threads < 1:
             raise InputError(f"threads={threads} is out of range: expected at least 1, or None for all cores.")
         opened = Bundle.open(bundle)
         if verify:
             opened.verify()
-        return cls(opened, precision, device, fusion, lam, threads, expert_memory)
+        return cls(opened, precision, device, fusion, lam, threads, expert_memory, speculation, exact)
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -220,11 +234,14 @@ class FusionRuntime:
         """Tokens, then the reason why they ended."""
         try:
             reason = "length"
-            for _ in range(min(limit, self.max_seq_len - len(session))):
+            ready: deque[Token] = deque()
+            for left in range(min(limit, self.max_seq_len - len(session)), 0, -1):
                 if cancel is not None and cancel.is_set():
                     reason = "cancelled"
                     break
-                token = session.advance(sampler, coefficients, pinned)
+                if not ready:
+                    ready.extend(session.advance_some(sampler, coefficients, pinned, left))
+                token = ready.popleft()
                 if token.id in self._eos:
                     reason = "stop"
                     break

@@ -71,7 +71,7 @@ class Sampler:
     def __init__(self, sampling: Sampling):
         self.sampling = sampling
         self._filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-        self._random = np.random.default_rng(sampling.seed)
+        self.random = np.random.default_rng(sampling.seed)
 
     def wanted(self, vocabulary: int) -> int:
         """How many candidates are worth asking the fusion graph for."""
@@ -83,7 +83,7 @@ class Sampler:
         """The id of the next token; `row` is called only where the candidates do not decide."""
         if self.sampling.temperature == 0:
             return int(candidates.ids[0])
-        draw = self._random.random()  # one per step, whatever happens next
+        draw = self.random.random()  # one per step, whatever happens next
         ids, logits, log_normaliser = candidates
         place = self._place(logits, log_normaliser, draw, whole=False)
         if place is None:
@@ -92,17 +92,45 @@ class Sampler:
             assert place is not None  # the whole vocabulary always decides
         return int(ids[place])
 
+    def distribution(self, candidates: Candidates, row: Row) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.float64]]:
+        """What `choose` draws from: ids int64 [n] and their probabilities float64 [n]; None for the whole vocabulary in order."""
+        if self.sampling.temperature == 0:
+            return candidates.ids[:1].copy(), np.ones(1)
+        if not self._filtered:
+            mass = row().astype(np.float64)
+            mass /= self.sampling.temperature
+            mass -= mass.max()
+            np.exp(mass, out=mass)
+            mass /= mass.sum()
+            return None, mass
+        ids, logits, log_normaliser = candidates
+        kept = self._count(logits, log_normaliser, whole=False)
+        if kept is None:
+            ids, logits = _descending(row())
+            kept = self._count(logits, log_normaliser, whole=True)
+        weights = np.exp((logits[:kept].astype(np.float64) - float(logits[0])) / self.sampling.temperature)
+        return ids[:kept].copy(), weights / weights.sum()
+
+    def _count(self, logits: npt.NDArray[np.float32], log_normaliser: float, *, whole: bool) -> int | None:
+        """How many of these descending logits the filters keep, None where that is more than are given."""
+        scaled, mass, first = self._scaled(logits)
+        return self._kept(scaled, mass, math.exp(min(log_normaliser - first, 700.0)), whole=whole)
+
+    def _scaled(self, logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
+        """Descending logits / temperature relative to the first one, their weights' running sum, and the first one."""
+        scaled = logits.astype(np.float64)
+        scaled /= self.sampling.temperature
+        first = float(scaled[0])
+        scaled -= first
+        return scaled, np.cumsum(np.exp(scaled)), first
+
     def _place(self, logits: npt.NDArray[np.float32], log_normaliser: float, draw: float, *, whole: bool) -> int | None:
         """The rank that a uniform draw falls on; None where more than these logits are needed to know.
 
         Every bound and sum below reads the descending logits from the first on, so it is the same number, bit for bit,
         for any count of candidates. Weights are relative to the first token's.
         """
-        scaled = logits.astype(np.float64)
-        scaled /= self.sampling.temperature
-        first = float(scaled[0])
-        scaled -= first
-        mass = np.cumsum(np.exp(scaled))
+        scaled, mass, first = self._scaled(logits)
         if self._filtered:
             kept = self._kept(scaled, mass, math.exp(min(log_normaliser - first, 700.0)), whole=whole)
             if kept is None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends.backend import Cache, Fused, Output
+from runtime.backends.backend import REUSED, Cache, Fused, Output
 from runtime.errors import InputError
 from runtime.sampling import Candidates, Sampler, Sampling, sampling_of
+from runtime.speculation import Rounds
 from runtime.text import TextStream, Token
 
 if TYPE_CHECKING:
@@ -38,28 +39,30 @@ class Session:
 
     def __init__(self, runtime: FusionRuntime, fusion: str, lam: float, pinned: int | None = None):
         self._runtime = runtime
+        self.names, self.unrouted = runtime.expert_names, runtime.unrouted
         self._fusion, self._lam, self._pinned = fusion, lam, pinned
-        self._tokens: list[int] = []
+        self.tokens: list[int] = []
         self._router: Cache | None = None
         self._experts: list[Cache | None] = [None] * len(runtime.expert_names)
-        self._last: int | None = None  # the expert chosen last
+        self.last: int | None = None  # the expert chosen last
         self._fuse = runtime.backend.fuser()
         self._sampler = Sampler(Sampling())
         self._text = TextStream(runtime.text)
+        self.rounds = Rounds(self, runtime.costs, runtime.vocab_size) if runtime.costs is not None else None
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self.tokens)
 
     @property
     def token_ids(self) -> list[int]:
         """The committed tokens: what was appended and what steps have chosen."""
-        return list(self._tokens)
+        return list(self.tokens)
 
     @property
     def lags(self) -> dict[str, int]:
         """How many committed tokens each expert has not read yet."""
         caches = zip(self._runtime.expert_names, self._experts, strict=True)
-        return {name: len(self._tokens) - (cache.length if cache else 0) for name, cache in caches}
+        return {name: len(self.tokens) - (cache.length if cache else 0) for name, cache in caches}
 
     def append(self, ids: Iterable[int]) -> None:
         """Commit tokens without running a model. Raises InputError for ids outside the vocabulary or beyond the context."""
@@ -70,22 +73,24 @@ class Session:
         vocab, capacity = self._runtime.vocab_size, self._runtime.max_seq_len
         if wrong := next((i for i in new if not 0 <= i < vocab), None):
             raise InputError(f"Token id {wrong} is outside the vocabulary: expected 0 to {vocab - 1}.")
-        if len(self._tokens) + len(new) > capacity:
+        if len(self.tokens) + len(new) > capacity:
             raise InputError(
-                f"{len(self._tokens) + len(new)} tokens do not fit the context of {capacity}: shorten the prompt or export with a larger --max-seq-len."
+                f"{len(self.tokens) + len(new)} tokens do not fit the context of {capacity}: shorten the prompt or export with a larger --max-seq-len."
             )
-        self._tokens += new
+        self.tokens += new
         self._text = TextStream(self._runtime.text)
 
     def rewind(self, n: int) -> None:
         """Keep the first n tokens and forget the rest, in every model."""
-        if not 0 <= n <= len(self._tokens):
-            raise InputError(f"Cannot rewind to {n} tokens: the session holds {len(self._tokens)}.")
-        del self._tokens[n:]
+        if not 0 <= n <= len(self.tokens):
+            raise InputError(f"Cannot rewind to {n} tokens: the session holds {len(self.tokens)}.")
+        del self.tokens[n:]
         for cache in (self._router, *self._experts):
             if cache is not None:
                 cache.length = min(cache.length, n)
-        self._last = self._last if n else None
+        self.last = self.last if n else None
+        if self.rounds is not None:
+            self.rounds.clear()
         self._text = TextStream(self._runtime.text)
 
     def step(self, *, fusion: str | None = None, lam: float | None = None, **sampling: Any) -> Token:
@@ -109,22 +114,18 @@ class Session:
         logits nor its choice count; routing is then NaN.
         """
         runtime = self._runtime
-        if not self._tokens:
+        if not self.tokens:
             raise InputError("The session holds no tokens: append a prompt of at least one token first.")
-        if len(self._tokens) >= runtime.max_seq_len:
+        if len(self.tokens) >= runtime.max_seq_len:
             raise InputError(f"The context of {runtime.max_seq_len} tokens is full: rewind, or export with a larger --max-seq-len.")
-        settings = sampler.sampling
-        penalised = np.unique(np.asarray(self._tokens, np.int64)) if settings.repetition_penalty != 1.0 else _NONE
 
         def fused_with(expert: int) -> tuple[Output, Output, Fused]:
-            answered = self._read(expert) if routed is None or coefficients[1] else routed
+            answered = self.read(expert, newest) if routed is None or coefficients[1] else routed
             router = routed or answered  # a stand-in, read with weight zero
-            return router, answered, self._fuse(
-                router.logits, answered.logits, coefficients, sampler.wanted(runtime.vocab_size), penalised,
-                settings.repetition_penalty, settings.temperature or 1.0,
-            )  # fmt: skip
+            return router, answered, self.fused(router.logits, answered.logits, coefficients, sampler, len(self.tokens))
 
-        routed = self._read(None) if pinned is None or coefficients[0] else None
+        newest = (len(self.tokens) - 1,)
+        routed = self.read(None, newest) if pinned is None or coefficients[0] else None
         guess = self._guess() if pinned is None and coefficients[1] else pinned
         found = fused_with(guess) if guess is not None else None  # queued behind the router, which may still run
         routing = runtime.unrouted if routed is None or routed.routing is None else routed.routing[0].copy()
@@ -133,23 +134,29 @@ class Session:
             self._take_back(guess)
             found = None
         router, answered, fused = found or fused_with(choice)
-        self._last = choice
+        self.last = choice
         chosen = sampler.choose(Candidates(fused.ids[0], fused.logits[0], float(fused.sampling_normaliser[0])), lambda: fused.rows[0])
-        logprob = self._logprob(chosen, fused, router, answered, coefficients)
-        self._tokens.append(chosen)
+        logprob = self.logprob(chosen, fused, router.logits, answered.logits, coefficients)
+        self.tokens.append(chosen)
         return Token(chosen, runtime.expert_names[choice], logprob, routing)
+
+    def advance_some(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
+        """One step, or with speculation as many tokens as one round gives, at most `most`."""
+        if self.rounds is None or not self.tokens:
+            return [self.advance(sampler, coefficients, pinned)]
+        return self.rounds.advance(sampler, coefficients, pinned, most)
 
     def _guess(self) -> int | None:
         """The expert to run before the routing is known, where models run side by side: the last one, if it has read all but one token."""
-        cache = None if self._last is None else self._experts[self._last]
-        active = cache is not None and cache.length >= len(self._tokens) - 1
-        return self._last if active and self._runtime.backend.side_by_side else None
+        cache = None if self.last is None else self._experts[self.last]
+        active = cache is not None and cache.length >= len(self.tokens) - 1
+        return self.last if active and self._runtime.backend.side_by_side else None
 
     def _take_back(self, guess: int | None) -> None:
         """Forget what a wrongly guessed expert has read: what each expert reads, and in which chunks, must not depend on guesses."""
         cache = None if guess is None else self._experts[guess]
         if cache is not None:
-            cache.length = len(self._tokens) - 1
+            cache.length = len(self.tokens) - 1
 
     def score(self, positions: Sequence[int], chunk: int, coefficients: tuple[float, float]) -> Scores:
         """Fused logits at sorted `positions` of the committed tokens, read from the first one in chunks of `chunk` tokens."""
@@ -160,7 +167,7 @@ class Session:
         wanted = np.asarray(positions, np.int64)
         step = max(1, FUSED // runtime.vocab_size)
         for start in range(0, positions[-1] + 1 if positions else 0, chunk):
-            piece = self._tokens[start : start + chunk]
+            piece = self.tokens[start : start + chunk]
             rows = np.flatnonzero((wanted >= start) & (wanted < start + len(piece)))
             local = wanted[rows] - start
             routed = self._forward(None, piece, [*local] or [len(piece) - 1])
@@ -183,27 +190,56 @@ class Session:
         found = []
         start = self._cache(expert).length
         while start <= wanted[-1]:
-            piece = self._tokens[start : min(start + chunk, int(wanted[-1]) + 1)]
+            piece = self.tokens[start : min(start + chunk, int(wanted[-1]) + 1)]
             local = [int(p) - start for p in wanted if start <= p < start + len(piece)]
             answered = self._forward(expert, piece, local or [len(piece) - 1])
             if local:
-                found.append(answered.logits.copy() if len(local) == 1 else answered.logits)
+                found.append(answered.logits.copy() if len(local) <= REUSED else answered.logits)
             start += len(piece)
         return np.concatenate(found) if len(found) != 1 else found[0]
 
-    def _read(self, expert: int | None) -> Output:
-        """Bring a model up to the committed tokens; its output for the last one (which is read again where it was read before)."""
+    def fused(self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int) -> Fused:
+        """Fusion of logits float32 [1, V] at one position, whose text so far are the first `length` tokens."""
+        settings = sampler.sampling
+        penalised = np.unique(np.asarray(self.tokens[:length], np.int64)) if settings.repetition_penalty != 1.0 else _NONE
+        wanted, temperature = sampler.wanted(self._runtime.vocab_size), settings.temperature or 1.0
+        return self._fuse(router, expert, coefficients, wanted, penalised, settings.repetition_penalty, temperature)
+
+    def read(self, expert: int | None, positions: Sequence[int]) -> Output:
+        """Bring a model (None: the router) up to the last of some ascending positions close together; its output at each of them.
+
+        What it has read behind the first of them is read again.
+        """
         cache = self._cache(expert)
-        total = len(self._tokens)
-        cache.length = min(cache.length, total - 1)
-        while True:
-            piece = self._tokens[cache.length : cache.length + CHUNK]
-            output = self._forward(expert, piece, (len(piece) - 1,))
-            if cache.length == total:
-                return output
+        cache.length, end = min(cache.length, positions[0]), positions[-1] + 1
+        while end - cache.length > CHUNK:
+            piece = self.tokens[cache.length : min(cache.length + CHUNK, positions[0])]
+            self._forward(expert, piece, (len(piece) - 1,))
+        start = cache.length
+        return self._forward(expert, self.tokens[start:end], [position - start for position in positions])
 
     def _forward(self, expert: int | None, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        return self._cache(expert).forward(ids, positions)
+        cache = self._cache(expert)
+        if not self._runtime.exact or (len(ids) > 1 and len(positions) > 1):
+            return cache.forward(ids, positions)
+        # Products of one row have kernels of their own, which round differently: nothing is read or answered alone.
+        surplus = int(len(ids) == 1 and not cache.length)
+        if surplus:
+            ids = (*ids, *ids)
+        elif len(ids) == 1:
+            cache.length -= 1
+            ids, positions = (self.tokens[cache.length], *ids), (1,)
+        answer = cache.forward(ids, positions if len(positions) > 1 else (*positions, *positions))
+        cache.length -= surplus
+        return answer if len(positions) > 1 else Output(answer.logits[1:], None if answer.routing is None else answer.routing[1:])
+
+    def commit(self, tokens: Sequence[Token], right: int) -> None:
+        """Append tokens that were verified. Of what the models have read, the first `right` positions agree with them."""
+        self.tokens += [token.id for token in tokens]
+        self.last = self.names.index(tokens[-1].expert)
+        for cache in (self._router, *self._experts):
+            if cache is not None:
+                cache.length = min(cache.length, right)
 
     def _cache(self, expert: int | None) -> Cache:
         """The cache of the router (None) or of an expert, made at first use: an expert that is never chosen costs nothing."""
@@ -224,13 +260,13 @@ class Session:
         self.rewind(0)
         self._sampler = Sampler(Sampling())
 
-    def _logprob(self, chosen: int, fused: Fused, routed: Output, answered: Output, coefficients: tuple[float, float]) -> float:
-        """Log-probability of the chosen token in the fused distribution at temperature 1, without penalty."""
+    def logprob(self, chosen: int, fused: Fused, router: Any, expert: Any, coefficients: tuple[float, float]) -> float:
+        """Log-probability of the chosen token in the fused distribution at temperature 1, without penalty. Logits are float32 [1, V]."""
         place = np.flatnonzero(fused.ids[0] == chosen)
         if len(place):
             raw = float(fused.unpenalised[0, place[0]])
-        else:  # sampled from beyond the candidates
-            raw = coefficients[0] * float(routed.logits[0, chosen]) + coefficients[1] * float(answered.logits[0, chosen])
+        else:  # chosen from beyond the candidates
+            raw = sum(weight * float(logits[0, chosen]) for weight, logits in zip(coefficients, (router, expert), strict=True) if weight)
         return raw - float(fused.log_normaliser[0])
 
 

@@ -87,7 +87,7 @@ class Reader:
         logits, routing = self._cache.forward((*self._prompt, *self._guess), wanted)
         for row, ids in enumerate((self._prompt, *((token,) for token in self._guess))):
             place = self._held.following[ids] = Place(self._held, ids, self._held.length + len(ids))
-            self._keep(place, Output(logits[row], None if routing is None else routing[row]))
+            self._keep(place, Output(logits[row].copy(), None if routing is None else routing[row].copy()))
             self._held = place
 
     def _keep(self, place: Place, output: Output) -> None:

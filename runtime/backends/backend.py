@@ -5,9 +5,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+REUSED = 16  # rows of logits up to which a cache answers from buffers that it keeps
+
 
 class Output(NamedTuple):
-    """One forward pass. `logits` stays where the backend computed it; `routing` is float32 [K, n_experts] for a router, else None."""
+    """One forward pass. `logits` stays where the backend computed it; `routing` is float32 [K, n_experts] for a router, else None.
+
+    With K ≤ REUSED both are buffers that the next pass through the same cache overwrites; with more they are the caller's.
+    """
 
     logits: Any
     routing: np.ndarray | None

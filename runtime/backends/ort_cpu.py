@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends.backend import Fused, Output
+from runtime.backends.backend import REUSED, Fused, Output
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, FusionError, UnavailableError, one_line
 
@@ -121,16 +121,25 @@ class OrtCache:
         binding.bind_input("seqlens_k", "cpu", 0, np.int32, (1,), self._seqlens.ctypes.data)
         binding.bind_input("total_sequence_length", "cpu", 0, np.int32, (), self._total.ctypes.data)
         self._bound = (0, 0)  # (S, K) that ids, positions and outputs are bound for
-        self._last = self._outputs(1)
+        self._kept = self._outputs(1)  # grows with the rows that are asked for, up to REUSED
         self._positions = np.zeros(1, np.int64)
-        self._logits, self._routing = self._last
+        self._logits, self._routing = self._kept
 
     def _outputs(self, wanted: int) -> tuple[np.ndarray, np.ndarray | None]:
         logits = np.empty((wanted, self._model.vocab), np.float32)
         return logits, np.empty((wanted, self._model.experts), np.float32) if self._model.experts else None
 
+    def _rows(self, wanted: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Output buffers for so many rows: the first of those that are kept, or the caller's own."""
+        if wanted > REUSED:
+            return self._outputs(wanted)
+        if wanted > len(self._kept[0]):
+            self._kept = self._outputs(wanted)
+        logits, routing = self._kept
+        return logits[:wanted], None if routing is None else routing[:wanted]
+
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """See `backend.Cache.forward`. With K = 1 the arrays returned are reused by the next call with K = 1."""
+        """See `backend.Cache.forward`."""
         count, wanted = len(ids), len(positions)
         if self._bound != (count, wanted):
             self._bind(count, wanted)
@@ -144,9 +153,9 @@ class OrtCache:
             raise FusionError(f"ONNX Runtime failed on {count} tokens of {self._model.model.name}: {one_line(error)}") from error
         self.length += count
         output = Output(self._logits, self._routing)
-        if wanted > 1:  # those arrays now belong to the caller
+        if wanted > REUSED:  # those arrays now belong to the caller
             self._bound = (0, 0)
-            self._logits, self._routing = self._last
+            self._logits, self._routing = self._rows(1)
         return output
 
     def _bind(self, count: int, wanted: int) -> None:
@@ -155,7 +164,7 @@ class OrtCache:
         binding.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
         self._positions = np.zeros(wanted, np.int64)
         binding.bind_input("logit_positions", "cpu", 0, np.int64, (wanted,), self._positions.ctypes.data)
-        self._logits, self._routing = self._last if wanted == 1 else self._outputs(wanted)
+        self._logits, self._routing = self._rows(wanted)
         binding.bind_output("logits", "cpu", 0, np.float32, (1, wanted, model.vocab), self._logits.ctypes.data)
         if self._routing is not None:
             binding.bind_output("routing", "cpu", 0, np.float32, (1, wanted, model.experts), self._routing.ctypes.data)

@@ -40,7 +40,7 @@ class Draws:
 
 def choose_at(sampling: Sampling, draw: float, given_candidates: Candidates, row: Callable[[], Floats]) -> int:
     sampler = Sampler(sampling)
-    sampler._random = Draws(draw)  # type: ignore[assignment]
+    sampler.random = Draws(draw)  # type: ignore[assignment]
     return sampler.choose(given_candidates, row)
 
 
@@ -205,7 +205,7 @@ def test_tokens_of_no_probability_are_never_chosen() -> None:
 
 def test_greedy_takes_the_first_candidate_and_draws_nothing() -> None:
     sampler = Sampler(Sampling(seed=1))
-    sampler._random = Draws()  # type: ignore[assignment]
+    sampler.random = Draws()  # type: ignore[assignment]
     assert sampler.choose(candidates(np.array([1.0, 5.0, 5.0], np.float32), 1, 0), refuse) == 1
 
 
