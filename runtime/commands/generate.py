@@ -24,7 +24,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_ids: Annotated[str | None, typer.Option(help="The prompt as token ids with commas between, instead of --prompt.")] = None,
     precision: Annotated[str | None, typer.Option(help="Default: the fastest in the bundle.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, tensorrt or rtx.")] = "auto",
+    device: Annotated[str, typer.Option(help=f"{', '.join(KNOWN)}.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = DEFAULT_NEW_TOKENS,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template as the user's message.")] = False,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
