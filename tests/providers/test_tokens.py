@@ -88,6 +88,25 @@ def test_scores(pair: Pair) -> None:
     assert np.abs(one.logits - logits).max() <= 5e-3 * np.abs(logits).max(), "half precision rounds one token otherwise"
 
 
+def test_fusion_penalises_what_it_is_told_and_rows_read_stay_as_they_were(pair: Pair) -> None:
+    rt, _ = pair
+    router, expert = rt.backend.router.cache(), rt.backend.experts[0].cache()
+    first, second = router.forward([5, 9], (1,)), expert.forward([5, 9], (1,))
+    read = [output.logits.copy() for output in (first, second)]
+    kept = [row.copy() for row in read]
+    for ids in ([7], [7, 250, 31], []):
+        fused = rt.backend.fuser()(first.logits, second.logits, (0.25, 0.75), 4, np.array(ids, np.int64), 1.7, 0.5)
+        raw = (0.25 * read[0] + 0.75 * read[1])[0].astype(np.float64)
+        expected = raw.copy()
+        expected[ids] = np.where(raw[ids] > 0, raw[ids] / 1.7, raw[ids] * 1.7)
+        assert np.allclose(fused.rows[0], expected, rtol=1e-5, atol=1e-5)
+        best = np.argsort(-expected)[:4]
+        assert np.array_equal(fused.ids[0], best) and np.allclose(fused.unpenalised[0], raw[best], rtol=1e-5, atol=1e-5)
+        assert np.allclose(fused.sampling_normaliser, np.log(np.exp(expected / 0.5).sum()))
+    router.forward([200], (0,))
+    assert all(np.array_equal(row, before) for row, before in zip(read, kept, strict=True))
+
+
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.9, "seed": 4},
     {"temperature": 1.5, "top_p": 0.999, "seed": 5, "repetition_penalty": 1.2},
