@@ -17,7 +17,7 @@ Options, and why (nothing is set that these sources do not speak of):
   (https://github.com/microsoft/onnxruntime/pull/16081), and prompts and decoding share a session.
 
 The package holds libraries that are looked for only when a session is made: without CUDA or cuDNN, ONNX Runtime 1.31 opens it on the CPU and only
-logs that (seen here), so that every session is asked for its providers.
+logs that (seen here), so that a session is asked for its providers. The first one is of a tiny model: an fp16 graph on the CPU can crash the process.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 CUDA = "CUDAExecutionProvider"
 CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+NEGATION = bytes.fromhex(  # the ONNX model y = −x, float32 [1]
+    "08083a320a0b0a017812017922034e65671201705a0f0a0178120a0a08080112040a020801620f0a0179120a0a08080112040a02080142040a00100d"
+)
 RANGES = ("min", "opt", "max")
 
 Options = Callable[["Manifest", Path], dict[str, str]]  # (manifest, folder for what is worth keeping) → the provider's options
@@ -124,6 +127,8 @@ class Opener:
             with redirect_stdout(StringIO()):  # it prints what it does not find; the session tells whether that matters
                 onnxruntime.preload_dlls()  # CUDA and cuDNN where pip put them
 
+        self._session(NEGATION, [(provider.name, {}), *self._fallback()], self._devices)
+
     def _missing(self) -> str:
         """The sentence for a provider that this onnxruntime does not have."""
         provider, extra = self.provider, self.provider.extra
@@ -175,7 +180,7 @@ class Opener:
         name = self.provider.fallback
         return [(name, dict(CUDA_OPTIONS))] if name is not None and name in self._built_in else []
 
-    def _session(self, path: Path, providers: list[tuple[str, dict[str, str]]], devices: list[Any]) -> Any:
+    def _session(self, graph: Path | bytes, providers: list[tuple[str, dict[str, str]]], devices: list[Any]) -> Any:
         onnxruntime = self._ort
         settings = ort.settings(onnxruntime, 1)  # the host only computes shapes
         settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, self.provider.level)
@@ -186,11 +191,13 @@ class Opener:
                 settings.add_provider_for_devices(devices, providers[0][1])
                 arguments = {}
             # without the fallback to other providers: it prints, and hides what is wrong
-            session = onnxruntime.InferenceSession(str(path), settings, enable_fallback=0, **arguments)
+            session = onnxruntime.InferenceSession(
+                graph if isinstance(graph, bytes) else str(graph), settings, enable_fallback=0, **arguments
+            )
         except Exception as error:
             raise UnavailableError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot open {path} with {names[0]} ({one_line(error)}): use device='cpu', or mend "
-                "its libraries."
+                f"ONNX Runtime {onnxruntime.__version__} cannot open {'a model' if isinstance(graph, bytes) else graph} with {names[0]} "
+                f"({one_line(error)}): use device='cpu', or mend its libraries."
             ) from error
         if names[0] not in session.get_providers():
             raise UnavailableError(

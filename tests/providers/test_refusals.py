@@ -46,15 +46,21 @@ def package(monkeypatch: pytest.MonkeyPatch, available: list[str], opens: Any = 
     """A stand-in for onnxruntime with some providers; returns what its sessions were opened with."""
     opened: list[Any] = []
 
-    def session(path: str, settings: Any, **arguments: Any) -> Any:
-        opened.append((path, arguments, settings))
+    def session(path: str | bytes, settings: Any, **arguments: Any) -> Any:
+        opened.append((path, arguments, settings)) if isinstance(path, str) else None
+        assert isinstance(path, bytes) or not opens, "a graph is opened on a provider that does not load"
         if isinstance(opens, Exception):
             raise opens
-        return SimpleNamespace(get_providers=lambda: opens or [name for name, _ in arguments["providers"]] + ["CPUExecutionProvider"])
+        names = [name for name, _ in arguments.get("providers", ())] or [device.ep_name for device in settings.devices]
+        return SimpleNamespace(get_providers=lambda: opens or [*names, "CPUExecutionProvider"])
+
+    class Settings(onnxruntime.SessionOptions):
+        def add_provider_for_devices(self, found: list[Any], options: dict[str, str]) -> None:
+            self.devices = found
 
     module = SimpleNamespace(
         __version__="1.99", get_available_providers=lambda: available, preload_dlls=lambda: print("Failed to load libcudnn.so"),
-        SessionOptions=onnxruntime.SessionOptions, GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel, InferenceSession=session,
+        SessionOptions=Settings, GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel, InferenceSession=session,
         get_ep_devices=lambda: devices or [], register_execution_provider_library=lambda name, path: None,
     )  # fmt: skip
     monkeypatch.setattr("runtime.backends.ort.import_module", lambda name: module)
@@ -106,7 +112,7 @@ def test_a_provider_that_does_not_load_is_not_mistaken_for_the_cpu(
     package(monkeypatch, [CUDA], opens=RuntimeError("CUDA failure 35"))
     with (
         patch(GPU, return_value=86),
-        pytest.raises(UnavailableError, match=r"cannot open .* with CUDAExecutionProvider \(CUDA failure 35\): use"),
+        pytest.raises(UnavailableError, match=r"cannot open a model with CUDAExecutionProvider \(CUDA failure 35\): use"),
     ):
         FusionRuntime.load(bundles["llama3"], device="cuda")
     assert capsys.readouterr() == ("", "")
