@@ -70,16 +70,21 @@ class Bundle:
                     f"{path} does not belong to the bundle (the manifest does not name it); remove it or export the bundle again."
                 )
 
-    def variant(self, target: str, precision: str | None) -> Variant:
-        """The variant for a target such as `ort:cpu`. Raises UnavailableError naming what the bundle has."""
+    def variants(self, target: str) -> list[Variant]:
+        """The variants for a target such as `ort:cpu`, the fastest first."""
         found = {variant.precision: variant for variant in self.manifest.variants if variant.target == target}
+        return [found[name] for name in sorted(found, key=lambda name: PREFERRED.index(name) if name in PREFERRED else len(PREFERRED))]
+
+    def variant(self, target: str, precision: str | None) -> Variant:
+        """The variant for a target and a precision, by default the fastest. Raises UnavailableError naming what the bundle has."""
+        found = {variant.precision: variant for variant in self.variants(target)}
         if not found:
             targets = sorted({variant.target for variant in self.manifest.variants})
             raise UnavailableError(
                 f"The bundle {self.folder} has no graphs for {target}, only for {', '.join(targets)}: export it with --target {target}."
             )
         if precision is None:
-            precision = next((name for name in PREFERRED if name in found), next(iter(found)))
+            precision = next(iter(found))
         if precision not in found:
             raise UnavailableError(
                 f"The bundle {self.folder} has no precision '{precision}' for {target}, only {', '.join(found)}: export it with --precision {precision}."

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Result:
     """A finished generation. `token_ids` and `experts` (one name per token) exclude the end-of-sequence token.
 
     finish_reason: "stop" (end of sequence or a stop string), "length" (max_new_tokens or the context), "cancelled".
+    drafted, accepted: tokens that speculation guessed, and how many of them held.
     """
 
     text: str
@@ -40,21 +41,32 @@ class Result:
     experts: list[str]
     logprobs: list[float]
     finish_reason: str
+    drafted: int = 0
+    accepted: int = 0
+
+
+class End(NamedTuple):
+    """The last thing that a stream is told."""
+
+    reason: str
+    drafted: int
+    accepted: int
 
 
 class Stream(Iterator[Token]):
-    """Tokens as they become certain; `finish_reason` is set when the iteration ends."""
+    """Tokens as they become certain; `finish_reason` and the counts of speculation (see `Result`) are set when the iteration ends."""
 
     finish_reason: str | None = None
+    drafted = accepted = 0
 
-    def __init__(self, tokens: Iterator[Token | str]):
+    def __init__(self, tokens: Iterator[Token | End]):
         self._tokens = tokens
 
     def __next__(self) -> Token:
         for item in self._tokens:
             if isinstance(item, Token):
                 return item
-            self.finish_reason = item
+            self.finish_reason, self.drafted, self.accepted = item
         raise StopIteration
 
     def close(self) -> None:
@@ -178,6 +190,8 @@ class FusionRuntime:
             experts=[token.expert for token in tokens],
             logprobs=[token.logprob for token in tokens],
             finish_reason=stream.finish_reason or "cancelled",
+            drafted=stream.drafted,
+            accepted=stream.accepted,
         )
 
     def stream(
@@ -230,7 +244,7 @@ class FusionRuntime:
         text: TextStream,
         limit: int,
         cancel: threading.Event | None,
-    ) -> Iterator[Token | str]:
+    ) -> Iterator[Token | End]:
         """Tokens, then the reason why they ended."""
         try:
             reason = "length"
@@ -250,7 +264,8 @@ class FusionRuntime:
                     reason = "stop"
                     break
             yield from text.finish()
-            yield "stop" if text.stopped else reason
+            rounds = session.rounds
+            yield End("stop" if text.stopped else reason, rounds.drafted if rounds else 0, rounds.accepted if rounds else 0)
         finally:
             self._give(session)
 

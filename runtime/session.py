@@ -84,10 +84,7 @@ class Session:
         """Keep the first n tokens and forget the rest, in every model."""
         if not 0 <= n <= len(self.tokens):
             raise InputError(f"Cannot rewind to {n} tokens: the session holds {len(self.tokens)}.")
-        del self.tokens[n:]
-        for cache in (self._router, *self._experts):
-            if cache is not None:
-                cache.length = min(cache.length, n)
+        self.keep(n)
         self.last = self.last if n else None
         if self.rounds is not None:
             self.rounds.clear()
@@ -233,13 +230,17 @@ class Session:
         cache.length -= surplus
         return answer if len(positions) > 1 else Output(answer.logits[1:], None if answer.routing is None else answer.routing[1:])
 
-    def commit(self, tokens: Sequence[Token], right: int) -> None:
-        """Append tokens that were verified. Of what the models have read, the first `right` positions agree with them."""
-        self.tokens += [token.id for token in tokens]
-        self.last = self.names.index(tokens[-1].expert)
+    def commit(self, token: Token) -> None:
+        """Append a token that was verified."""
+        self.tokens.append(token.id)
+        self.last = self.names.index(token.expert)
+
+    def keep(self, n: int) -> None:
+        """Keep the first n tokens, here and in every model."""
+        del self.tokens[n:]
         for cache in (self._router, *self._experts):
             if cache is not None:
-                cache.length = min(cache.length, right)
+                cache.length = min(cache.length, n)
 
     def _cache(self, expert: int | None) -> Cache:
         """The cache of the router (None) or of an expert, made at first use: an expert that is never chosen costs nothing."""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.backends import ort
 from runtime.backends.backend import REUSED, Fused, Output
 from runtime.bundle import Bundle
-from runtime.errors import BundleError, FusionError, UnavailableError, one_line
+from runtime.errors import BundleError, FusionError, one_line
 
 if TYPE_CHECKING:
     from runtime.manifest import Model, Variant
@@ -24,21 +25,11 @@ class OrtCpu:
     side_by_side = False
 
     def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None):
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UnavailableError(
-                "The CPU backend needs onnxruntime: install the extra 'cpu' (pip install 'fusionroute[cpu]')."
-            ) from error
+        onnxruntime = ort.package("cpu")
         manifest = bundle.manifest
 
         def session(name: str, graph: str, threads: int | None) -> Any:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4  # failures are raised; nothing is printed
-            options.inter_op_num_threads = 1
-            options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-            # idle pools must not spin: router and expert take turns, and a spinning pool steals the other's cores
-            options.add_session_config_entry("session.force_spinning_stop", "1")
+            options = ort.settings(onnxruntime, threads or len(os.sched_getaffinity(0)))
             try:
                 return onnxruntime.InferenceSession(str(bundle.folder / graph), options, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime has no public base class for its errors
@@ -47,22 +38,13 @@ class OrtCpu:
                     "export the bundle again."
                 ) from error
 
+        sessions = [session(model.name, variant.graphs[model.name], threads) for model in manifest.models]
+        paths = [bundle.folder / variant.graphs[model.name] for model in manifest.models]
+        ort.check(sessions, manifest.models, paths, manifest.vocab_size)
         models = [
-            OrtModel(
-                session(model.name, variant.graphs[model.name], threads),
-                model,
-                manifest.max_seq_len,
-                manifest.vocab_size,
-                len(manifest.experts),
-            )
-            for model in manifest.models
+            OrtModel(session, model, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
+            for session, model in zip(sessions, manifest.models, strict=True)
         ]
-        for number, model in enumerate(models):
-            if not model.fits(0 if number else len(manifest.experts)):
-                raise BundleError(
-                    f"The graph {bundle.folder / variant.graphs[model.model.name]} does not have the inputs and outputs that the manifest "
-                    "describes; export the bundle again."
-                )
         self.router, self.experts = models[0], models[1:]
         self._fusion = session("the fusion graph", variant.fusion_graph, 1)  # one pass over a row: threads cost more than they give
         self._vocab = manifest.vocab_size
@@ -82,17 +64,6 @@ class OrtModel:
         self.vocab = vocab
         outputs = {output.name for output in session.get_outputs()}
         self.experts = experts if "routing" in outputs else 0
-
-    def fits(self, routed: int) -> bool:
-        """Whether the graph's caches, logits and routing scores are those of the manifest: buffers are bound by address."""
-        found = {value.name: tuple(value.shape) for value in (*self.session.get_inputs(), *self.session.get_outputs())}
-        caches = [name for name in found if name.startswith(("past.", "present."))]
-        return (
-            len(caches) == 4 * self.model.layers
-            and all(found[name][1::2] == (self.model.kv_heads, self.model.head_size) for name in caches)
-            and found.get("logits", ())[-1:] == (self.vocab,)
-            and found.get("routing", (0,))[-1:] == (routed,)
-        )
 
     def cache(self) -> OrtCache:
         """Buffers of the full capacity; the system hands out their memory as it is first written."""

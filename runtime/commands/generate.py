@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.text import Text as Styled
 
 from runtime.backends import KNOWN
-from runtime.engine import DEFAULT_NEW_TOKENS, FUSIONS, FusionRuntime, Prompt
+from runtime.engine import DEFAULT_NEW_TOKENS, FUSIONS, SPECULATION, FusionRuntime, Prompt
 from runtime.errors import InputError
 from runtime.sampling import Sampling
 from runtime.text import Token
@@ -24,7 +24,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_ids: Annotated[str | None, typer.Option(help="The prompt as token ids with commas between, instead of --prompt.")] = None,
     precision: Annotated[str | None, typer.Option(help="Default: the fastest in the bundle.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, tensorrt or rtx.")] = "auto",
+    device: Annotated[str, typer.Option(help=f"{', '.join(KNOWN)}.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = DEFAULT_NEW_TOKENS,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template as the user's message.")] = False,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
@@ -37,6 +37,10 @@ def generate(
     fusion: Annotated[str | None, typer.Option(help="weighted or additive; default as exported.")] = None,
     lam: Annotated[float | None, typer.Option("--lambda", help="λ of the weighted fusion; default as exported.")] = None,
     expert: Annotated[str | None, typer.Option(help="Let this expert answer every token; default: the routed one.")] = None,
+    speculation: Annotated[str, typer.Option(help="auto: draft tokens ahead where that pays on this machine; or off.")] = "off",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Read no token alone: quantised greedy output is then the same with drafts and without.")
+    ] = False,
     show_routing: Annotated[bool, typer.Option("--show-routing", help="Colour each token by its expert, and list them.")] = False,
     expert_memory: Annotated[
         int | None, typer.Option(min=1, help="MiB of GPU memory for the experts' weights; those beyond it wait in host memory.")
@@ -50,6 +54,8 @@ def generate(
         raise typer.BadParameter("the chat template takes text: give the prompt as --prompt TEXT", param_hint="--chat")
     if device not in KNOWN:
         raise typer.BadParameter(f"unknown device '{device}'; expected {', '.join(KNOWN)}", param_hint="--device")
+    if speculation not in SPECULATION:
+        raise typer.BadParameter(f"unknown speculation '{speculation}'; expected {', '.join(SPECULATION)}", param_hint="--speculation")
     if max_new_tokens < 1:
         raise typer.BadParameter(f"{max_new_tokens} is out of range; expected at least 1", param_hint="--max-new-tokens")
     try:
@@ -63,7 +69,7 @@ def generate(
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     budget = None if expert_memory is None else expert_memory << 20
-    with FusionRuntime.load(bundle, precision, device, expert_memory=budget) as runtime:
+    with FusionRuntime.load(bundle, precision, device, speculation=speculation, exact=exact, expert_memory=budget) as runtime:
         stream = runtime.stream(
             asked,
             max_new_tokens,
@@ -95,6 +101,8 @@ def generate(
                 "logprobs": [token.logprob for token in tokens],
                 "finish_reason": stream.finish_reason,
                 "precision": runtime.precision,
+                "drafted": stream.drafted,
+                "accepted": stream.accepted,
             }
             print(json.dumps(result, ensure_ascii=False), flush=True)
 

@@ -1,7 +1,7 @@
-"""One round of speculation: guess some tokens ahead, let every chosen expert verify its positions in one chunk, keep what holds.
+"""One round of speculation: draft some tokens ahead, let every chosen expert verify its positions in one chunk, keep what holds.
 
-The router's guesses cost a step of its own each, in which it also says which expert answers (it is a language model of the same vocabulary);
-guesses looked up in the text cost nothing, and router and experts read them in chunks. An expert's chunk is its catch-up at the same time.
+The router's drafts cost a step of its own each, in which it also says which expert answers (it is a language model of the same vocabulary);
+drafts looked up in the text cost nothing, and router and experts read them in chunks. An expert's chunk is its catch-up at the same time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rounds:
     def clear(self) -> None:
         """Another text begins."""
         self._lookup, self.pace = Lookup(), Pace(self._costs)
-        self.guesses = self.right = 0
+        self.drafted = self.accepted = 0
 
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
         """Choose and append one to `most` tokens, distributed as those of `Session.advance`, which are the same ones when greedy."""
@@ -46,13 +46,14 @@ class Rounds:
         if plan.rows == 1:
             found = [session.advance(sampler, coefficients, pinned)]
         else:
+            accepted = 0
             try:
-                found, right = self._round(sampler, coefficients, pinned, plan, offered)
+                found, accepted = self._round(sampler, coefficients, pinned, plan, offered)
             finally:
-                del session.tokens[start:]
-            session.commit(found, start + right)
-            self.pace.saw(plan.source, right, plan.rows - 1)
-            self.guesses, self.right = self.guesses + plan.rows - 1, self.right + right
+                session.keep(start + accepted)
+            session.commit(found[-1])
+            self.pace.saw(plan.source, accepted, plan.rows - 1)
+            self.drafted, self.accepted = self.drafted + plan.rows - 1, self.accepted + accepted
         names = [previous, *(session.names.index(token.expert) for token in found)]
         self.pace.produced(len(found), sum(a is not None and a != b for a, b in pairwise(names)))
         return found
@@ -60,17 +61,17 @@ class Rounds:
     def _round(
         self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, plan: Plan, offered: list[int]
     ) -> tuple[list[Token], int]:
-        """The tokens of a round and how many guesses were right. Leaves the guesses at the end of the session's tokens."""
+        """The tokens of a round and how many drafts were accepted. Leaves the drafts at the end of the session's tokens."""
         session, start = self._session, len(self._session.tokens)
         routed: Output | None = None
         if plan.source == "lookup":
-            guesses = offered[: plan.rows - 1]
-            drawn = [certain(guess) for guess in guesses]
-            session.tokens += guesses
+            drafts = offered[: plan.rows - 1]
+            drawn = [certain(draft) for draft in drafts]
+            session.tokens += drafts
             if pinned is None or coefficients[0]:
-                routed = session.read(None, range(start - 1, start + len(guesses)))
+                routed = session.read(None, range(start - 1, start + len(drafts)))
         else:
-            routed, guesses, drawn = self._draft(sampler, plan.rows)
+            routed, drafts, drawn = self._draft(sampler, plan.rows)
         routing = None if routed is None else routed.routing
         if pinned is not None:
             choices = [pinned] * plan.rows
@@ -84,26 +85,26 @@ class Rounds:
             if not coefficients[1]:
                 assert router is not None
                 answers[row] = router
-            elif row not in answers:  # the chosen expert reads up to its last guess; one whose turn never comes does not run
+            elif row not in answers:  # the chosen expert reads up to its last draft; one whose turn never comes does not run
                 mine = [other for other in range(row, plan.rows) if choices[other] == choice]
                 rows = session.read(choice, [start - 1 + other for other in mine]).logits
                 answers |= {other: rows[at : at + 1] for at, other in enumerate(mine)}
             expert = answers[row]
             fused = session.fused(router if router is not None else expert, expert, coefficients, sampler, start + row)
-            if row < len(guesses) and sampler.sampling.temperature:
-                token = verify(distribution(sampler, fused), drawn[row], guesses[row], sampler.random)
+            if row < len(drafts) and sampler.sampling.temperature:
+                token = verify(distribution(sampler, fused), drawn[row], drafts[row], sampler.random)
             else:
                 token = sampler.choose(candidates(fused), lambda fused=fused: fused.rows[0])  # type: ignore[misc]
             scores = session.unrouted if routing is None else routing[row].copy()
             found.append(Token(token, session.names[choice], session.logprob(token, fused, router, expert, coefficients), scores))
-            if row < len(guesses) and token != guesses[row]:
+            if row < len(drafts) and token != drafts[row]:
                 return found, row
-        return found, len(guesses)
+        return found, len(drafts)
 
     def _draft(self, sampler: Sampler, rows: int) -> tuple[Output, list[int], list[Distribution]]:
-        """Let the router go on alone for so many steps; each but the last gives a guess, chosen from its logits as tokens are from fused ones."""
+        """Let the router go on alone for so many steps; each but the last gives a draft, chosen from its logits as tokens are from fused ones."""
         session = self._session
-        guesses: list[int] = []
+        drafts: list[int] = []
         drawn: list[Distribution] = []
         routing = np.empty((rows, len(session.names)), np.float32)
         for row in range(rows):
@@ -116,13 +117,13 @@ class Rounds:
                 break
             if sampler.sampling.temperature:
                 drawn.append(distribution(sampler, session.fused(own, own, (1.0, 0.0), sampler, len(session.tokens))))
-                guesses.append(drawn[-1].draw(sampler.random.random()))
+                drafts.append(drawn[-1].draw(sampler.random.random()))
             elif sampler.sampling.repetition_penalty != 1.0:
-                guesses.append(int(session.fused(own, own, (1.0, 0.0), sampler, len(session.tokens)).ids[0, 0]))
+                drafts.append(int(session.fused(own, own, (1.0, 0.0), sampler, len(session.tokens)).ids[0, 0]))
             else:
-                guesses.append(int(own.argmax()))
-            session.tokens.append(guesses[-1])
-        return Output(self._rows[:rows], routing), guesses, drawn
+                drafts.append(int(own.argmax()))
+            session.tokens.append(drafts[-1])
+        return Output(self._rows[:rows], routing), drafts, drawn
 
 
 def candidates(fused: Fused) -> Candidates:

@@ -49,11 +49,11 @@ def test_a_bundle_for_both_targets_is_compared_where_it_runs_and_shares_its_weig
             assert entry["compared"]["decode"]["greedy_agreement"] > 0.9 and entry["not_compared"] is None
         else:
             assert entry["compared"] is None and entry["missed"] == []
-            assert entry["not_compared"] == "this version's runtime has no backend for ort:cuda"
+            assert entry["not_compared"] == "graphs for ort:cuda need a GPU, and this comparison runs on the CPU"
     shown = io.StringIO()
     show_report(Console(file=shown, width=300), report, mixed.out)
     assert (
-        "Not compared with torch: fp16 for ort:cuda, bf16 for ort:cuda (this version's runtime has no backend for ort:cuda)."
+        "Not compared with torch: fp16 for ort:cuda, bf16 for ort:cuda (graphs for ort:cuda need a GPU, and this comparison runs on the CPU)."
         in shown.getvalue()
     )
     assert "held against torch in fp32 over" in shown.getvalue()
@@ -73,7 +73,7 @@ def matrices(file: Path) -> set[str]:
 def test_strict_refuses_what_could_not_be_compared(mixed: Request) -> None:
     for targets in (mixed.targets, ("ort:cuda",)):
         with pytest.raises(
-            FusionError, match=r"^The precision fp16 for ort:cuda could not be compared with torch \(.*no backend.*\); .*--strict\.$"
+            FusionError, match=r"^The precision fp16 for ort:cuda could not be compared with torch \(.*need a GPU.*\); .*--strict\.$"
         ):
             export(replace(mixed, targets=targets, precisions=("fp16",), out=mixed.out.with_name("strict"), strict=True), quiet())
         assert not mixed.out.with_name("strict").exists()

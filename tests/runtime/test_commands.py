@@ -14,7 +14,7 @@ import pytest
 from runtime import FusionRuntime
 from runtime.__main__ import main
 from runtime.commands import generate as generate_module
-from runtime.engine import Stream
+from runtime.engine import End, Stream
 from runtime.manifest import Manifest
 from runtime.text import Token
 from tests.commands import Command
@@ -61,6 +61,8 @@ def test_generate_json(bundles: list[Path], command: Command) -> None:
             "experts": expected.experts,
             "logprobs": expected.logprobs,
             "finish_reason": expected.finish_reason,
+            "drafted": 0,
+            "accepted": 0,
         }
 
 
@@ -84,7 +86,7 @@ def test_generate_shows_the_routing(bundles: list[Path], command: Command) -> No
 def test_text_is_printed_as_it_is(bundles: list[Path], command: Command, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]) -> None:
     text = "a\tb\r[bold]\u2028\nc  "
     tokens = [Token(1, "expert0", 0.0, np.zeros(1, np.float32), text)]
-    monkeypatch.setattr(FusionRuntime, "stream", lambda *_, **__: Stream(iter([*tokens, "stop"])))
+    monkeypatch.setattr(FusionRuntime, "stream", lambda *_, **__: Stream(iter([*tokens, End("stop", 0, 0)])))
     assert command("generate", bundles[0], "--prompt", PROMPT, *option).out.startswith(text + "\n")
 
 

@@ -305,7 +305,7 @@ def test_bad_sessions_and_scores(rt: FusionRuntime) -> None:
 LOADS = {
     "precision": ({"precision": "int2"}, UnavailableError, "no precision 'int2'.*--precision int2"),
     "device": ({"device": "tpu"}, InputError, "Unknown device 'tpu'"),
-    "backend": ({"device": "cuda"}, UnavailableError, "no cuda backend"),
+    "backend": ({"device": "cuda"}, UnavailableError, "no graphs for ort:cuda"),
     "threads": ({"threads": 0}, InputError, "threads=0"),
     "lambda": ({"lam": -0.1}, InputError, "lam=-0.1"),
 }

@@ -30,7 +30,7 @@ def steps(rt: FusionRuntime, count: int, **options: Any) -> Iterator[tuple[bool,
     session = rt.session()
     session.append(PROMPT)
     for expert in range(len(rt.expert_names)):
-        session._read(expert)
+        session.read(expert, [len(session) - 1])
     for _ in range(count):
         guess = session._guess()
         token = session.step(**options)

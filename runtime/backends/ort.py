@@ -1,0 +1,55 @@
+"""What the backends on ONNX Runtime have in common: the package, sessions, and whether a graph is what the manifest describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import BundleError, UnavailableError
+
+if TYPE_CHECKING:
+    from runtime.manifest import Model
+
+
+def package(extra: str) -> Any:
+    """The module onnxruntime. Raises UnavailableError where no package brings it; `extra` is the one that should."""
+    try:
+        return import_module("onnxruntime")
+    except ImportError as error:
+        raise UnavailableError(
+            f"This backend needs onnxruntime: install the extra '{extra}' (pip install 'fusionroute[{extra}]')."
+        ) from error
+
+
+def settings(onnxruntime: Any, threads: int) -> Any:
+    """Session options: `threads` for one operator, one operator at a time."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # failures are raised; nothing is printed
+    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = threads
+    # idle pools must not spin: router and expert take turns, and a spinning pool steals the other's cores
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def fits(session: Any, spec: Model, vocab: int, routed: int) -> bool:
+    """Whether a graph's caches, logits and routing scores are those of the manifest: buffers are bound by address."""
+    found = {value.name: tuple(value.shape) for value in (*session.get_inputs(), *session.get_outputs())}
+    caches = [name for name in found if name.startswith(("past.", "present."))]
+    return (
+        len(caches) == 4 * spec.layers
+        and all(found[name][1::2] == (spec.kv_heads, spec.head_size) for name in caches)
+        and found.get("logits", ())[-1:] == (vocab,)
+        and found.get("routing", (0,))[-1:] == (routed,)
+    )
+
+
+def check(sessions: Sequence[Any], specs: Sequence[Model], paths: Sequence[Path], vocab: int) -> None:
+    """Raise BundleError unless every model's graph (the router's first) fits the manifest."""
+    for number, (session, spec, path) in enumerate(zip(sessions, specs, paths, strict=True)):
+        if not fits(session, spec, vocab, 0 if number else len(specs) - 1):
+            raise BundleError(
+                f"The graph {path} does not have the inputs and outputs that the manifest describes; export the bundle again."
+            )
