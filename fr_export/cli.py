@@ -109,7 +109,7 @@ def main(
     target: Annotated[
         str,
         typer.Option(
-            help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs), tensorrt (graphs only), rtx[:sm86+sm89+sm120] (and engines)."
+            help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs), portable (for Optimum), tensorrt (graphs only), rtx[:sm86+sm89+sm120] (and engines)."
         ),
     ] = "ort",
     fusion: Annotated[
