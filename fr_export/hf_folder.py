@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from fr_export.checkpoint import HEAD_FILE, Checkpoint, read_json
 from fr_export.system import RoutingHead
@@ -30,7 +30,7 @@ def complete(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead
         if (model.folder / name).is_file():
             shutil.copyfile(model.folder / name, folder / name)
     if head is not None:
-        save_file({"routing_head.weight": head.weight, "routing_head.bias": head.bias}, folder / HEAD_FILE)
+        (folder / HEAD_FILE).write_bytes(save({"routing_head.weight": head.weight, "routing_head.bias": head.bias}))
 
 
 def write(file: Path, content: dict[str, object]) -> None:
