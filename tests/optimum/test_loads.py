@@ -22,7 +22,19 @@ FILES = {"fp32": None, "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
 
 def exported(out: Path, *arguments: str) -> Path:
     """The bundle that `optimum-cli export fusionroute` writes."""
-    command = [CLI, "export", "fusionroute", *arguments, "--target", "portable", "--precision", ",".join(FILES), "--out", out, "--json"]
+    command: list[str | Path] = [
+        CLI,
+        "export",
+        "fusionroute",
+        *arguments,
+        "--target",
+        "portable",
+        "--precision",
+        ",".join(FILES),
+        "--out",
+        out,
+        "--json",
+    ]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert {entry["target"] for entry in json.loads(ended.stdout)["variants"]} == {"portable"}
