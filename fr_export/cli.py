@@ -110,7 +110,7 @@ def main(
     target: Annotated[
         str,
         typer.Option(
-            help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs), portable (for Optimum), tensorrt (graphs only), rtx[:sm86+sm89+sm120] (and engines)."
+            help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs), portable (for Optimum), tensorrt (graphs only), tensorrt:10.3 (for JetPack 6), rtx[:sm86+sm89+sm120] (and engines)."
         ),
     ] = "ort",
     fusion: Annotated[

@@ -40,8 +40,8 @@ from runtime import FusionRuntime, manifest
 from runtime.backends import DEVICES
 from runtime.bundle import ELSEWHERE, sha256
 from runtime.errors import FusionError, InputError
+from runtime.tensorrt.engines import OLDER, rebuild
 from runtime.tensorrt.engines import TARGET as ENGINES_OF
-from runtime.tensorrt.engines import rebuild
 from runtime.tensorrt.library import capabilities, load
 
 FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
@@ -220,7 +220,7 @@ def write_variant(
                 bind(graph, model.weights, own, store, advance)
             except InputError as error:
                 raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
-            if target == ENGINES_OF:
+            if target in (ENGINES_OF, OLDER):
                 operators |= {n.op_type for n in graph.model.graph}
             graph.model.graph.name = model.name
             ir.save(graph.model, folder / name)
@@ -315,7 +315,7 @@ def measure(
         with stages.stage(f"comparing {label}", 2 * min(TOKENS, sum(map(len, texts)))) as advance:
             found[variant.target, variant.precision] = (
                 compare(str(folder), variant.precision, texts, references, advance)
-                if variant.target != ENGINES_OF
+                if variant.target not in (ENGINES_OF, OLDER)
                 else compare_scores(InPlaceSystem(folder, made, variant, coefficients).score, texts, references, advance)
             )
     return found, None
@@ -323,7 +323,7 @@ def measure(
 
 def obstacle(variant: manifest.Variant) -> str | None:
     """Why a variant cannot be run on this machine; graphs for TensorRT run on ONNX Runtime."""
-    served = {ENGINES_OF, *(target for target, _ in DEVICES.values())}
+    served = {target for targets, _ in DEVICES.values() for target in targets}
     if variant.target in served:
         return None
     if variant.target in ELSEWHERE:

@@ -8,7 +8,7 @@ from fr_export import hf_folder
 from fr_export.checkpoint import Checkpoint
 from fr_export.families import Family
 from fr_export.graph import Graph
-from fr_export.lowerings import Lowering, ort, portable, tensorrt
+from fr_export.lowerings import Lowering, ort, portable, tensorrt, tensorrt_10_3
 from fr_export.passes import narrow, spell_out
 from fr_export.precision.half import TYPES
 from fr_export.system import RoutingHead
@@ -60,16 +60,23 @@ def strongly_typed(graph: Graph, precision: str, family: Family) -> None:
         half_activations(graph, precision, family)
 
 
-def primitive(graph: Graph, precision: str, family: Family) -> None:
+def portable_activations(graph: Graph, precision: str, family: Family) -> None:
     """Activations as the precision's name says, else fp32; norms in primitive operators."""
     if precision in TYPES:
         half_activations(graph, precision, family)
     spell_out(graph)
 
 
+def strongly_typed_primitive(graph: Graph, precision: str, family: Family) -> None:
+    """As `strongly_typed`, with norms in primitive operators."""
+    strongly_typed(graph, precision, family)
+    spell_out(graph)
+
+
 TARGETS: dict[str, Target] = {
     "ort:cpu": Target(ort, as_traced),
     "ort:cuda": Target(ort, half_activations),
-    "portable": Target(portable, primitive, in_folders, hf_folder.complete),
+    "portable": Target(portable, portable_activations, in_folders, hf_folder.complete),
     "tensorrt": Target(tensorrt, strongly_typed),
+    "tensorrt:10.3": Target(tensorrt_10_3, strongly_typed_primitive),
 }

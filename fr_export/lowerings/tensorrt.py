@@ -97,6 +97,8 @@ def emitting(model: Any) -> AbstractContextManager[None]:
 class Forward(layers.Model):
     """The signature of the `tensorrt` dialect: ids and KV buffers in, logits and final hidden states of the wanted positions out."""
 
+    Step = Step
+
     def forward(
         self, input_ids: Tensor, write_index: Tensor, key_positions: Tensor, logit_positions: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
@@ -106,7 +108,7 @@ class Forward(layers.Model):
         """
         positions = write_index + torch.arange(input_ids.shape[1])
         cos, sin = (nn.functional.embedding(positions, table) for table in (self.rotary_cos, self.rotary_sin))
-        step = Step(past, write_index, positions, key_positions, (cos, sin))
+        step = self.Step(past, write_index, positions, key_positions, (cos, sin))
         return *self.answer(input_ids, positions[None], logit_positions, step), step.present
 
 

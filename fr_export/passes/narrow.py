@@ -58,6 +58,11 @@ class _Narrowing:
                     self._widen_all(n.outputs[0])
         if self.types[hidden] != FLOAT:  # the LM head goes on reading it in half precision
             self.inner.outputs[1] = self._swap_name(hidden, self._cast(hidden, FLOAT, None))
+        for place, value in enumerate(list(self.inner.outputs)):
+            if str(value.name).startswith("new.") and self.types[value] != self.half:  # rows of the KV buffers
+                name, rows = value.name, self._cast(value, self.half, None)
+                value.name, rows.name = f"{name}.float", name
+                self.inner.outputs[place] = rows
         RemoveUnusedNodesPass()(self.graph.model)
 
     def _convert(self, n: ir.Node) -> None:

@@ -8,6 +8,7 @@ from fr_export.precision.portable import SCHEMES as PORTABLE
 from fr_export.precision.scheme import Scheme
 from fr_export.precision.throughout import Throughout
 from fr_export.precision.trt import SCHEMES as TENSORRT
+from fr_export.precision.trt import SCHEMES_10_3 as TENSORRT_10_3
 from fr_export.precision.w8a8 import Static
 
 SCHEMES: dict[str, dict[str, Scheme]] = {
@@ -15,6 +16,7 @@ SCHEMES: dict[str, dict[str, Scheme]] = {
     "ort:cuda": {scheme.name: scheme for scheme in (Throughout("fp16"), Throughout("bf16"))},
     "portable": PORTABLE,
     "tensorrt": TENSORRT,
+    "tensorrt:10.3": TENSORRT_10_3,
 }
 
 __all__ = ["SCHEMES", "Scheme"]

@@ -27,10 +27,11 @@ def open_engines(flavour: str) -> Callable[[Bundle, Any, int | None, int | None]
     return opened
 
 
-DEVICES = {
-    "cpu": (ort_cpu.TARGET, open_cpu),
-    "tensorrt": ("tensorrt", open_engines("tensorrt")),
-    "rtx": ("tensorrt", open_engines("rtx")),
+ENGINES_OF = ("tensorrt", "tensorrt:10.3")
+DEVICES = {  # name → targets that it serves, the best first
+    "cpu": ((ort_cpu.TARGET,), open_cpu),
+    "tensorrt": (ENGINES_OF, open_engines("tensorrt")),
+    "rtx": (ENGINES_OF, open_engines("rtx")),
 }
 KNOWN = ("auto", "cpu", "cuda", "tensorrt", "rtx")
 
@@ -47,9 +48,19 @@ def open_backend(
     name = "cpu" if device == "auto" else device
     if name not in DEVICES:
         raise UnavailableError(f"This version has no {name} backend yet: use device='cpu'.")
-    target, opened = DEVICES[name]
-    variant = bundle.variant(target, precision)
+    targets, opened = DEVICES[name]
+    variant = choose(bundle, targets, precision, name)
     return opened(bundle, variant, threads, expert_memory), variant.precision
+
+
+def choose(bundle: Bundle, targets: tuple[str, ...], precision: str | None, device: str) -> Any:
+    """The variant to open: of the first target that has engines for the device, else of the first that the bundle has.
+
+    Raises UnavailableError where it has none.
+    """
+    served = [variant for variant in bundle.manifest.variants if variant.target in targets and precision in (None, variant.precision)]
+    served.sort(key=lambda variant: (not any(built.flavour == device for built in variant.engines), targets.index(variant.target)))
+    return bundle.variant(served[0].target if served else targets[0], precision)
 
 
 __all__ = ["DEVICES", "Backend", "open_backend"]
