@@ -56,7 +56,8 @@ class Model:
     ):
         self.engine, self.spec, self.shared, self.stream, self.scratch, self.experts = engine, spec, shared, stream, scratch, experts
         self.weights, self.residency = weights, residency
-        self.each = spec.kv_heads * spec.head_size * BYTES[engine.types["past.0.key"]]  # bytes of one token in one cache
+        width = BYTES.get(engine.types.get("past.0.key", ""), 0)  # the backend refuses an engine without caches
+        self.each = spec.kv_heads * spec.head_size * width  # bytes of one token in one cache
         # what is new is copied before the stream goes on, so that all sessions share the place where it is written
         self.new_rows = shared.device.memory(2 * spec.layers * aligned(self.each * shared.chunk)) if "new.0.key" in engine.types else None
 
