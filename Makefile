@@ -8,7 +8,7 @@ PROMPT ?= 12+30=
 # The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint slow test-oldest clean
+.PHONY: demo test lint slow test-oldest test-optimum clean
 
 demo: $(VENV)/export
 	$(BIN)/python export.py --family $(FAMILY) --force
@@ -32,6 +32,10 @@ test-oldest: $(VENV)/test .venv-oldest/ready
 	rm -rf dist/oldest
 	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.exporting dist/oldest 2>/dev/null) .venv-oldest/bin/python -m pytest tests/runtime
 
+# What is written for Optimum, read by Optimum, which needs an older transformers.
+test-optimum: .venv-optimum/ready
+	.venv-optimum/bin/python -m pytest -m slow tests/optimum
+
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -51,5 +55,11 @@ $(VENV)/test: $(VENV)/export
 	.venv-oldest/bin/python -m pip install --quiet onnxruntime==1.23.2 pytest hypothesis --editable .
 	touch $@
 
+.venv-optimum/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet $(TORCH)
+	.venv-optimum/bin/python -m pip install --quiet "optimum-onnx[onnxruntime]==0.1.0" pytest hypothesis --editable '.[cpu,export]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest dist
+	rm -rf $(VENV) .venv-oldest .venv-optimum dist

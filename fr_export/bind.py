@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from fr_export.graph import INLINE, Graph
 from fr_export.precision import Scheme
@@ -36,6 +36,7 @@ def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: 
         else:
             value.const_value = store.put(array).tensor(name, value.dtype or ir.DataType.FLOAT, array.shape)
     RemoveUnusedNodesPass()(graph.model)
+    RemoveUnusedOpsetsPass()(graph.model)
 
 
 def in_type(array: np.ndarray, value: ir.Value) -> np.ndarray:

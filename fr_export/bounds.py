@@ -32,7 +32,7 @@ def misses(target: str, precision: str, compared: Mapping[str, Any] | None) -> l
     if compared is None:
         return found
     for how, manner in (("chunks", "in chunks"), ("decode", "token by token")):
-        for name, bound in (OWN.get((target, precision)) or BOUNDS[precision]).items():
+        for name, bound in (OWN.get((target.removesuffix(":10.3"), precision)) or BOUNDS[precision]).items():
             value = compared[how][name]
             if value is None or (value >= bound if name in AT_LEAST else value <= bound):
                 continue

@@ -1,6 +1,7 @@
 """The command line of `export.py`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,7 +110,7 @@ def main(
     target: Annotated[
         str,
         typer.Option(
-            help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs), tensorrt (graphs only), rtx[:sm86+sm89+sm120] (and engines)."
+            help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs), portable (for Optimum), tensorrt (graphs only), tensorrt:10.3 (for JetPack 6), rtx[:sm86+sm89+sm120] (and engines)."
         ),
     ] = "ort",
     fusion: Annotated[
@@ -219,6 +220,8 @@ def show(report: dict[str, Any], folder: Path, as_json: bool) -> None:
         show_report(Console(), report, folder)
 
 
-def app() -> None:
-    """Entry point."""
-    typer.run(main)
+def app(arguments: Sequence[str] | None = None, name: str | None = None) -> None:
+    """Entry point, which always exits; for the arguments of the process where none are given. `name` is what help calls the command."""
+    command = typer.Typer(add_completion=False)
+    command.command()(main)
+    command(args=arguments, prog_name=name)

@@ -29,21 +29,21 @@ from fr_export.precision.int4 import LEAN, Int4
 from fr_export.precision.scheme import Fitting
 from fr_export.reference import reference
 from fr_export.report import write_report
+from fr_export.space import check_space
 from fr_export.stages import Stages
 from fr_export.staging import Staging
 from fr_export.store import FOLDER, Store
 from fr_export.system import System
-from fr_export.targets import TARGETS
+from fr_export.targets import GRAPHS, TARGETS
 from fr_export.trace import architecture, trace
 from runtime import FusionRuntime, manifest
 from runtime.backends.ort_cpu import TARGET as CPU
-from runtime.bundle import sha256
+from runtime.bundle import ELSEWHERE, sha256
 from runtime.errors import FusionError, InputError
+from runtime.tensorrt.engines import OLDER, rebuild
 from runtime.tensorrt.engines import TARGET as ENGINES_OF
-from runtime.tensorrt.engines import rebuild
 from runtime.tensorrt.library import capabilities, load
 
-GRAPHS = "graphs"
 FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
 TABLE = "calibration.safetensors"
 RECORDED = SCHEMES["ort:cpu"]["int8"]  # what the calibration texts are generated with
@@ -83,11 +83,12 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len)
             parts = load_parts(request.calibration)
             fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
-            check_space(system, request, staging.folder)
+            check_space(system, request.precisions, request.targets, bool(request.gpus), staging.folder, request.out)
         traced = functools.cache(lambda lowering: traces(system, stages, lowering))
         graphs: dict[str, Graph] = traced(TARGETS[request.targets[0]].lowering)
         folder = staging.folder
-        store = Store(folder / GRAPHS)
+        stores = functools.cache(Store)  # one per folder that holds graphs
+        stores(folder / GRAPHS)
         write_fusion_graph(folder / FUSION_GRAPH)
         wanted = [(target, SCHEMES[target][name]) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
         table = None
@@ -95,9 +96,13 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             table = learn(system, traced(ort), fusion, request.calibration, parts, folder, stages)
             table.save(folder / TABLE)
         known = evidence(table) if table else {}
-        written = [write_variant(system, traced, target, scheme, known, folder, store, stages) for target, scheme in wanted]
+        firsts = dict(reversed(wanted))
+        written = [
+            write_variant(system, traced, target, scheme, known, folder, stores, stages, scheme is firsts[target])
+            for target, scheme in wanted
+        ]  # fmt: skip
         variants = [variant for variant, _ in written]
-        store.keep({path.name for variant in variants for path in reads(variant, folder)})
+        keep({path for variant in variants for path in reads(variant, folder)}, stores)
         write_texts(system.router, folder)
         made = describe(system, fusion, graphs, variants, folder)
         if request.gpus:
@@ -157,11 +162,12 @@ def learn(
         return table
     recording = folder / "recording"  # a bundle of its own that generates the texts
     try:
-        store = Store(recording / GRAPHS)
+        stores = functools.cache(Store)
+        stores(recording / GRAPHS)
         write_fusion_graph(recording / FUSION_GRAPH)
         large = sum(parameters(graph) for graph in graphs.values()) > LARGE
         scheme = RECORDED_LARGE if large else RECORDED
-        variant, _ = write_variant(system, lambda _: graphs, "ort:cpu", scheme, {}, recording, store, stages)
+        variant, _ = write_variant(system, lambda _: graphs, "ort:cpu", scheme, {}, recording, stores, stages)
         write_texts(system.router, recording)
         describe(system, fusion, graphs, [variant], recording).write(recording)
         return calibrate(system, graphs, parts.calibration, recording, scheme.name, cache_folder(), stages)
@@ -176,42 +182,49 @@ def write_variant(
     scheme: Scheme,
     known: dict[str, Evidence],
     folder: Path,
-    store: Store,
+    stores: Callable[[Path], Store],
     stages: Stages,
+    first: bool = True,
 ) -> tuple[manifest.Variant, dict[str, Any]]:
     """Write the graphs of all models in one precision, fitted to what is known of each model's activations (or of none).
 
-    `traced` gives the traces in a dialect, by model; whatever the target, fitting reads those of `ort`. Returns the variant and, by model, what fitting has to say for the report.
+    `traced` gives the traces in a dialect, by model; whatever the target, fitting reads those of `ort`. `stores` gives the store of a folder;
+    `first` says that this is the target's first precision. Returns the variant and, by model, what fitting has to say for the report.
     """
     precision, chosen = scheme.name, TARGETS[target]
     graphs = traced(chosen.lowering)
     written: dict[str, str] = {}
     bits = 0.0
     total = sum(parameters(graph) for graph in graphs.values())
-    shared: dict[str, Any] = {}
+    shared: dict[Store, dict[str, Any]] = {}
     about: dict[str, Any] = {}
     operators: set[str] = set()
     with stages.stage(f"writing {precision} for {target}", total) as advance:
         for model in system.models:
             graph, own = graphs[model.name], scheme
+            name = chosen.place(model.name, target, precision, first)
+            store = stores((folder / name).parent)
             try:
                 if known and isinstance(scheme, Fitting):
-                    fit, fitted = scheme.fit(traced(ort)[model.name], model.weights, known[model.name], store, shared, advance)
+                    fit, fitted = scheme.fit(
+                        traced(ort)[model.name], model.weights, known[model.name], store, shared.setdefault(store, {}), advance
+                    )
                     graph, own, about[model.name] = graph.fitted(fit), fitted, fitted.about
             except InputError as error:
                 raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
             graph = graph.clone()
             chosen.prepare(graph, precision, system.family)
-            chosen.lowering.end_with(graph, system.head if model is system.router else None)
+            head = system.head if model is system.router else None
+            chosen.lowering.end_with(graph, head)
             try:
                 bind(graph, model.weights, own, store, advance)
             except InputError as error:
                 raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
-            if target == ENGINES_OF:
+            if target in (ENGINES_OF, OLDER):
                 operators |= {n.op_type for n in graph.model.graph}
-            name = f"{GRAPHS}/{model.name}.{target.replace(':', '-')}.{precision}.onnx"
             graph.model.graph.name = model.name
             ir.save(graph.model, folder / name)
+            chosen.complete((folder / name).parent, model, system.vocab_size, head)
             written[model.name] = name
             bits += own.bits * parameters(graphs[model.name]) / total
     found = manifest.Variant(
@@ -302,7 +315,7 @@ def measure(
         with stages.stage(f"comparing {label}", 2 * min(TOKENS, sum(map(len, texts)))) as advance:
             found[variant.target, variant.precision] = (
                 compare(str(folder), variant.precision, texts, references, advance)
-                if variant.target != ENGINES_OF
+                if variant.target not in (ENGINES_OF, OLDER)
                 else compare_scores(InPlaceSystem(folder, made, variant, coefficients).score, texts, references, advance)
             )
     return found, None
@@ -310,7 +323,11 @@ def measure(
 
 def obstacle(variant: manifest.Variant) -> str | None:
     """Why a variant cannot be run on this machine; graphs for TensorRT run on ONNX Runtime."""
-    return None if variant.target in (ENGINES_OF, CPU) else f"graphs for {variant.target} need a GPU, and this comparison runs on the CPU"
+    if variant.target in (CPU, ENGINES_OF, OLDER):
+        return None
+    if variant.target in ELSEWHERE:
+        return f"graphs for {variant.target} are {ELSEWHERE[variant.target]}, which reads one model and does not route"
+    return f"graphs for {variant.target} need a GPU, and this comparison runs on the CPU"
 
 
 def hold(report: dict[str, Any]) -> None:
@@ -352,20 +369,15 @@ def engines(built: manifest.Engines, made: manifest.Manifest) -> dict[str, Any]:
 
 def reads(variant: manifest.Variant, folder: Path) -> set[Path]:
     """The weight files of a variant's graphs."""
-    values = [value.const_value for name in variant.graphs.values() for value in ir.load(folder / name).graph.initializers.values()]
-    return {folder / GRAPHS / value.location for value in values if isinstance(value, ir.ExternalTensor)}
+    found = set()
+    for name in variant.graphs.values():
+        for value in ir.load(folder / name).graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                found.add((folder / name).parent / value.const_value.location)
+    return found
 
 
-def check_space(system: System, request: Request, folder: Path) -> None:
-    """Refuse before any work where the disk cannot hold the bundle."""
-    values = sum(int(np.prod(entry.shape)) for model in system.models for entry in model.weights.entries.values())
-    bits = {p: SCHEMES[target][p].bits for target in request.targets for p in request.precisions if p in SCHEMES[target]}
-    if request.gpus:  # engines hold the weights again
-        bits |= {f"{p} engines": SCHEMES[ENGINES_OF][p].bits for p in request.precisions if p in SCHEMES[ENGINES_OF]}
-    needed = sum(bits.values()) * values / 8  # targets share the weights of one precision
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise FusionError(
-            f"The bundle needs about {needed / 1e9:.1f} GB, but {request.out.absolute().parent} has {free / 1e9:.1f} GB free: "
-            "make room, export fewer precisions, or name another disk with --out."
-        )
+def keep(files: set[Path], stores: Callable[[Path], Store]) -> None:
+    """Remove from every store of `files` what is not among them."""
+    for graphs in {file.parent.parent for file in files}:
+        stores(graphs).keep({file.name for file in files if file.parent.parent == graphs})

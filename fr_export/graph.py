@@ -63,6 +63,16 @@ def node(
     return made
 
 
+def added(
+    inner: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value | None], name: str, shape: ir.Shape | tuple[int, ...] | None = None,
+    dtype: ir.DataType = ir.DataType.FLOAT, **attributes: int | list[int],
+) -> ir.Value:  # fmt: skip
+    """The result of a new node."""
+    made = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape) if isinstance(shape, tuple) else shape)
+    node(inner, before, op, inputs, [made], **attributes)
+    return made
+
+
 def initializer(
     graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], tensor: ir.TensorProtocol | None = None
 ) -> ir.Value:

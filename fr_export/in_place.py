@@ -1,4 +1,4 @@
-"""Graphs of the `tensorrt` dialect run on ONNX Runtime's CPU provider, as their engines run: keys and values stay in buffers of fixed capacity.
+"""Graphs of the `tensorrt` dialects run on ONNX Runtime's CPU provider, as their engines run: keys and values stay in buffers of fixed capacity.
 
 What the CPU has no kernels for, bf16, is computed in fp32 and rounded where the graph rounds (fr_export/emulate.py).
 """
@@ -52,7 +52,11 @@ class InPlace:
             "logit_positions": np.arange(len(ids)) if wanted is None else np.array(wanted, np.int64),
         }
         found = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
-        self._caches = {name: found[name.replace("past.", "present.")] for name in self._caches}
+        for name, cache in self._caches.items():
+            if name.replace("past.", "present.") in found:
+                self._caches[name] = found[name.replace("past.", "present.")]
+            else:  # of TensorRT 10.3: new rows only
+                cache[:, :, self.length : end] = found[name.replace("past.", "new.")]
         self.length = end
         return [found[name][0] for name in ("logits", "routing") if name in found]
 
@@ -67,7 +71,7 @@ class InPlace:
 
 
 class System:
-    """All models of one `tensorrt` variant of a bundle."""
+    """All models of one variant for TensorRT of a bundle."""
 
     def __init__(self, bundle: Path, manifest: Manifest, variant: Variant, coefficients: tuple[float, float]):
         self._models = [InPlace(bundle / variant.graphs[model.name]) for model in manifest.models]

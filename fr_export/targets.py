@@ -2,22 +2,47 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from fr_export import hf_folder
+from fr_export.checkpoint import Checkpoint
 from fr_export.families import Family
 from fr_export.graph import Graph
-from fr_export.lowerings import Lowering, ort, tensorrt
-from fr_export.passes import narrow
+from fr_export.lowerings import Lowering, ort, portable, tensorrt, tensorrt_10_3
+from fr_export.passes import narrow, spell_out
 from fr_export.precision.half import TYPES
+from fr_export.system import RoutingHead
 
+GRAPHS = "graphs"
 Prepare = Callable[[Graph, str, Family], None]  # (graph, precision, family): rewrites the graph
+Place = Callable[
+    [str, str, str, bool], str
+]  # (model, target, precision, whether it is the target's first) → the graph's path in the bundle
+Complete = Callable[[Path, Checkpoint, int, RoutingHead | None], None]  # writes what stands beside a graph; see `hf_folder.complete`
+
+
+def named(model: str, target: str, precision: str, first: bool) -> str:
+    """All graphs in one folder, whose weights they share."""
+    return f"{GRAPHS}/{model}.{target.replace(':', '-')}.{precision}.onnx"
+
+
+def in_folders(model: str, target: str, precision: str, first: bool) -> str:
+    """A folder per model that is complete alone, with the names that readers of such folders look for first."""
+    return f"{target}/{model}/{'model' if first else f'model_{precision}'}.onnx"
+
+
+def nothing(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead | None) -> None:
+    """The graphs are all there is."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The dialect that models are traced in, and what is done to a copy of the trace for one precision."""
+    """The dialect that models are traced in, what is done to a copy of the trace for one precision, and where it is put with what beside it."""
 
     lowering: Lowering
     prepare: Prepare
+    place: Place = named
+    complete: Complete = nothing
 
 
 def as_traced(graph: Graph, precision: str, family: Family) -> None:
@@ -35,8 +60,23 @@ def strongly_typed(graph: Graph, precision: str, family: Family) -> None:
         half_activations(graph, precision, family)
 
 
+def portable_activations(graph: Graph, precision: str, family: Family) -> None:
+    """Activations as the precision's name says, else fp32; norms in primitive operators."""
+    if precision in TYPES:
+        half_activations(graph, precision, family)
+    spell_out(graph)
+
+
+def strongly_typed_primitive(graph: Graph, precision: str, family: Family) -> None:
+    """As `strongly_typed`, with norms in primitive operators."""
+    strongly_typed(graph, precision, family)
+    spell_out(graph)
+
+
 TARGETS: dict[str, Target] = {
     "ort:cpu": Target(ort, as_traced),
     "ort:cuda": Target(ort, half_activations),
+    "portable": Target(portable, portable_activations, in_folders, hf_folder.complete),
     "tensorrt": Target(tensorrt, strongly_typed),
+    "tensorrt:10.3": Target(tensorrt_10_3, strongly_typed_primitive),
 }

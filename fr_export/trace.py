@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from fr_export.families import Family
@@ -55,8 +55,11 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, loweri
     norms = {n.inputs[1].name for n in program.model.graph if n.op_type in NORMS}
     parameters = {name.removeprefix("model.") for name in program.model.graph.initializers}
     for name, value in list(program.model.graph.initializers.items()):
-        value.const_value = None  # the fake: real values are streamed in when a checkpoint is written
+        traced, value.const_value = value.const_value, None  # the fake: real values are streamed in when a checkpoint is written
         short = name.removeprefix("model.")
+        if not isinstance(traced.raw, FakeTensor):  # a number in the model's code, as transformers 4 has
+            graph.sources[name] = Source(constant=traced.numpy())
+            continue
         if short in constants:
             graph.sources[name] = Source(constant=constants[short])
             continue

@@ -11,6 +11,7 @@ from runtime.errors import BundleError, UnavailableError, one_line
 if TYPE_CHECKING:
     from runtime.manifest import Manifest, Variant
 
+ELSEWHERE = {"portable": "for Optimum's ORTModelForCausalLM"}  # targets that no device of the runtime serves
 PREFERRED = ("int8", "fp16", "bf16", "fp32")  # what is opened when no precision is named: the fastest first
 
 
@@ -80,8 +81,9 @@ class Bundle:
         found = {variant.precision: variant for variant in self.variants(target)}
         if not found:
             targets = sorted({variant.target for variant in self.manifest.variants})
+            known = ", ".join(f"{name} ({ELSEWHERE[name]})" if name in ELSEWHERE else name for name in targets)
             raise UnavailableError(
-                f"The bundle {self.folder} has no graphs for {target}, only for {', '.join(targets)}: export it with --target {target}."
+                f"The bundle {self.folder} has no graphs for {target}, only for {known}: export it with --target {target}."
             )
         if precision is None:
             precision = next(iter(found))

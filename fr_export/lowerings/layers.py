@@ -90,8 +90,8 @@ class Model(nn.Module):
             for name in ("rotary_cos", "rotary_sin"):
                 self.register_buffer(name, torch.zeros(max_seq_len, model.config.head_dim // 2))
 
-    def answer(self, input_ids: Tensor, positions: Tensor, logit_positions: Tensor, step: Any) -> tuple[Tensor, Tensor]:
-        """input_ids and positions [1, S], logit_positions [K] → logits [1, K, V], hidden [1, K, H]."""
+    def answer(self, input_ids: Tensor, positions: Tensor, logit_positions: Tensor | int, step: Any) -> tuple[Tensor, Tensor]:
+        """input_ids and positions [B, S], logit_positions [K] (or 0: all) → logits [B, K, V], hidden [B, K, H]."""
         hidden: list[Tensor] = []
         handle = self.model.lm_head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
         logits = self.model(input_ids=input_ids, position_ids=positions, use_cache=False, logits_to_keep=logit_positions, step=step).logits

@@ -16,12 +16,12 @@ from transformers import AttentionInterface
 
 from fr_export.graph import Graph
 from fr_export.lowerings import layers
+from fr_export.lowerings.primitive import attend
 from fr_export.passes import drop_views, split_qkv
 from fr_export.system import RoutingHead
 
 ATTENTION = "fusionroute_tensorrt"
 OPSET = 24  # the first with TensorScatter
-MASKED = -1e30  # in scores, which are always fp32
 
 
 class Step:
@@ -74,7 +74,7 @@ def attention(
     query, key, value = layers.padded(step.rotated(query), step.rotated(key), value)
     keys, values = step.written(int(module.layer_idx), key, value)
     mask = step.mask(sliding_window)
-    out = capped(query, keys, values, mask, scaling, softcap) if softcap else fused(query, keys, values, mask, scaling)
+    out = attend(query, [keys], [values], mask, scaling, softcap) if softcap else fused(query, keys, values, mask, scaling)
     return out[..., :size].transpose(1, 2) if out.shape[-1] != size else out.transpose(1, 2), None
 
 
@@ -82,19 +82,6 @@ def fused(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: fl
     """Attention as one operator. query [1, H, S, D], keys and values [1, KV, T, D], mask [S, T] → [1, H, S, D]."""
     inputs = [query, keys, values, mask[None, None]]
     return symbolic("::Attention", inputs, {"scale": float(scaling)}, dtype=query.dtype, shape=query.shape, version=24)
-
-
-def capped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float, softcap: float) -> Tensor:
-    """The same in primitive operators with scores c·tanh(score / c); the queries of one key head are read together."""
-    _, heads, length, size = query.shape
-    kv_heads, used = keys.shape[1:3]
-    group = heads // kv_heads
-    # the cap's division goes into the queries, so that scores are wide from the product on
-    together = (query * (scaling / softcap)).reshape(1, kv_heads, group * length, size)
-    scores = torch.tanh(together @ keys.transpose(2, 3)) * softcap
-    scores = scores.reshape(1, kv_heads, group, length, used).masked_fill(~mask, MASKED)
-    shares = torch.softmax(scores, -1).reshape(1, kv_heads, group * length, used)
-    return (shares @ values).reshape(1, heads, length, size)
 
 
 AttentionInterface.register(ATTENTION, attention)  # no mask function of this name: transformers then builds no mask
@@ -110,6 +97,8 @@ def emitting(model: Any) -> AbstractContextManager[None]:
 class Forward(layers.Model):
     """The signature of the `tensorrt` dialect: ids and KV buffers in, logits and final hidden states of the wanted positions out."""
 
+    Step = Step
+
     def forward(
         self, input_ids: Tensor, write_index: Tensor, key_positions: Tensor, logit_positions: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
@@ -119,7 +108,7 @@ class Forward(layers.Model):
         """
         positions = write_index + torch.arange(input_ids.shape[1])
         cos, sin = (nn.functional.embedding(positions, table) for table in (self.rotary_cos, self.rotary_sin))
-        step = Step(past, write_index, positions, key_positions, (cos, sin))
+        step = self.Step(past, write_index, positions, key_positions, (cos, sin))
         return *self.answer(input_ids, positions[None], logit_positions, step), step.present
 
 

@@ -14,7 +14,7 @@ from fr_export.graph import Graph, initializer, node
 FLOAT = ir.DataType.FLOAT
 NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
 IN_HALF = ("FusedMatMul", "MatMul", "GroupQueryAttention", "Attention", "TensorScatter")
-IN_FLOAT = ("Tanh", "Softmax")  # what attention in primitive operators has between its products
+IN_FLOAT = ("Tanh", "Where", "Softmax")  # what attention in primitive operators has between its products
 TINY = 1e-30  # a token whose values are all zero is divided by this
 
 
@@ -41,7 +41,7 @@ class _Narrowing:
         hidden = self.inner.outputs[1]
         heads = [n for n in hidden.consumers() if n.op_type == "FusedMatMul"]
         for value in self.inner.inputs:
-            if value.name.startswith("past."):
+            if value.name.startswith("past"):
                 self._set(value, self.half)
         for n in list(self.inner):
             if n.op_type == "Gather" and (source := self.graph.sources.get(n.inputs[0].name)) is not None:
@@ -58,6 +58,11 @@ class _Narrowing:
                     self._widen_all(n.outputs[0])
         if self.types[hidden] != FLOAT:  # the LM head goes on reading it in half precision
             self.inner.outputs[1] = self._swap_name(hidden, self._cast(hidden, FLOAT, None))
+        for place, value in enumerate(list(self.inner.outputs)):
+            if str(value.name).startswith("new.") and self.types[value] != self.half:  # rows of the KV buffers
+                name, rows = value.name, self._cast(value, self.half, None)
+                value.name, rows.name = f"{name}.float", name
+                self.inner.outputs[place] = rows
         RemoveUnusedNodesPass()(self.graph.model)
 
     def _convert(self, n: ir.Node) -> None:

@@ -4,15 +4,19 @@ from fr_export.precision.fp32 import Fp32
 from fr_export.precision.half import Half
 from fr_export.precision.int4 import Int4
 from fr_export.precision.int8 import Int8
+from fr_export.precision.portable import SCHEMES as PORTABLE
 from fr_export.precision.scheme import Scheme
 from fr_export.precision.throughout import Throughout
 from fr_export.precision.trt import SCHEMES as TENSORRT
+from fr_export.precision.trt import SCHEMES_10_3 as TENSORRT_10_3
 from fr_export.precision.w8a8 import Static
 
 SCHEMES: dict[str, dict[str, Scheme]] = {
     "ort:cpu": {scheme.name: scheme for scheme in (Fp32(), Half("fp16"), Half("bf16"), Int8(), Int4(), Static())},
     "ort:cuda": {scheme.name: scheme for scheme in (Throughout("fp16"), Throughout("bf16"))},
+    "portable": PORTABLE,
     "tensorrt": TENSORRT,
+    "tensorrt:10.3": TENSORRT_10_3,
 }
 
 __all__ = ["SCHEMES", "Scheme"]

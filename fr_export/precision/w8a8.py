@@ -13,7 +13,7 @@ import onnx_ir as ir
 from calibration.observe import observe
 from calibration.observers import LEVELS
 from fr_export.blocks import matrices, reader, split
-from fr_export.graph import Graph, initializer, node
+from fr_export.graph import Graph, added, initializer, node
 from fr_export.precision.blockwise import Format, Stored
 from fr_export.precision.compensated import compensate
 from fr_export.precision.evidence import Evidence
@@ -167,13 +167,3 @@ def rounded_input(inner: ir.Graph, product: ir.Node, scale: ir.TensorProtocol) -
     ]
     small = added(inner, product, "QuantizeLinear", [x, *parameters], f"{x.name}.int8", x.shape, ir.DataType.INT8)
     return added(inner, product, "DequantizeLinear", [small, *parameters], f"{x.name}.rounded", x.shape, scale.dtype)
-
-
-def added(
-    inner: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value | None], name: str, shape: ir.Shape | tuple[int, ...] | None = None,
-    dtype: ir.DataType = ir.DataType.FLOAT, **attributes: int | list[int],
-) -> ir.Value:  # fmt: skip
-    """The result of a new node."""
-    made = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape) if isinstance(shape, tuple) else shape)
-    node(inner, before, op, inputs, [made], **attributes)
-    return made

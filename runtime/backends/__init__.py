@@ -50,13 +50,14 @@ def open_provider(name: str) -> Opened:
     return opened
 
 
-DEVICES = {
-    "cpu": (ort_cpu.TARGET, open_cpu),
-    "cuda": ("ort:cuda", open_provider("cuda")),
-    "tensorrt": ("tensorrt", open_engines("tensorrt")),
-    "rtx": ("tensorrt", open_engines("rtx")),
-    "ort-tensorrt": ("tensorrt", open_provider("ort-tensorrt")),
-    "ort-rtx": ("tensorrt", open_provider("ort-rtx")),
+ENGINES_OF = ("tensorrt", "tensorrt:10.3")
+DEVICES = {  # name → targets that it serves, the best first
+    "cpu": ((ort_cpu.TARGET,), open_cpu),
+    "cuda": (("ort:cuda",), open_provider("cuda")),
+    "tensorrt": (ENGINES_OF, open_engines("tensorrt")),
+    "rtx": (ENGINES_OF, open_engines("rtx")),
+    "ort-tensorrt": (("tensorrt",), open_provider("ort-tensorrt")),
+    "ort-rtx": (("tensorrt",), open_provider("ort-rtx")),
 }
 KNOWN = ("auto", *DEVICES)
 AUTOMATIC = ("tensorrt", "rtx", "cuda")  # what `auto` tries where there is a GPU, before the CPU
@@ -76,22 +77,32 @@ def open_backend(
         if (found := on_gpu(bundle, precision, threads, expert_memory)) is not None:
             return found
         device = "cpu"
-    target, opened = DEVICES[device]
-    variant = bundle.variant(target, precision)
+    targets, opened = DEVICES[device]
+    variant = choose(bundle, targets, precision, device)
     return opened(bundle, variant, threads, expert_memory), variant.precision
 
 
 def on_gpu(bundle: Bundle, precision: str | None, threads: int | None, expert_memory: int | None) -> tuple[Backend, str] | None:
     """The first GPU backend that opens a variant of the bundle, the fastest precision first; None without one. Raises nothing."""
     for device in AUTOMATIC if device_sm() is not None else ():
-        target, opened = DEVICES[device]
-        for variant in bundle.variants(target):
+        targets, opened = DEVICES[device]
+        for variant in (variant for target in targets for variant in bundle.variants(target)):
             if precision in (None, variant.precision):
                 try:
                     return opened(bundle, variant, threads, expert_memory), variant.precision
                 except Exception as error:  # a broken driver or library must not keep the CPU from working
                     LOG.warning("device='auto' passes %s in %s over: %s", device, variant.precision, one_line(error))
     return None
+
+
+def choose(bundle: Bundle, targets: tuple[str, ...], precision: str | None, device: str) -> Any:
+    """The variant to open: of the first target that has engines for the device, else of the first that the bundle has.
+
+    Raises UnavailableError where it has none.
+    """
+    served = [variant for variant in bundle.manifest.variants if variant.target in targets and precision in (None, variant.precision)]
+    served.sort(key=lambda variant: (not any(built.flavour == device for built in variant.engines), targets.index(variant.target)))
+    return bundle.variant(served[0].target if served else targets[0], precision)
 
 
 __all__ = ["DEVICES", "KNOWN", "Backend", "open_backend"]

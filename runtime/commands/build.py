@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from runtime.bundle import Bundle
 from runtime.errors import InputError, UnavailableError
-from runtime.tensorrt.engines import TARGET, rebuild
+from runtime.tensorrt.engines import rebuild, target_for
 from runtime.tensorrt.library import MODULES, NAMES, capabilities, device_sm, installed, load, parse_sms
 
 
@@ -29,9 +29,10 @@ def build(
     chosen = flavour or installed() or "tensorrt"
     if chosen not in MODULES:
         raise InputError(f"Unknown flavour '{chosen}': use one of {', '.join(MODULES)}.")
-    found = [variant for variant in opened.manifest.variants if variant.target == TARGET]
+    target = target_for(opened.manifest, chosen, installed_version(chosen))
+    found = [variant for variant in opened.manifest.variants if variant.target == target]
     wanted = [name.strip() for name in precision.split(",")] if precision else [variant.precision for variant in found]
-    variants = [opened.variant(TARGET, name) for name in dict.fromkeys(wanted or [""])]
+    variants = [opened.variant(target, name) for name in dict.fromkeys(wanted or [""])]
     gpus = machine(chosen, sms)
     console = Console(stderr=True, highlight=False)
     with Progress(TextColumn("{task.description:<34}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console) as shown:
@@ -45,12 +46,20 @@ def build(
         made = rebuild(bundle, variants, opened.manifest, chosen, gpus, limit, begin)
     names = {variant.precision for variant in variants}
     for variant in made.variants:
-        if variant.target == TARGET and variant.precision in names:
+        if variant.target == target and variant.precision in names:
             engines = variant.engines[-1]
             size = sum(made.files[path].bytes for path in engines.engines.values())
             where = ", ".join(f"sm{sm}" for sm in engines.sms)
             print(f"{variant.precision}: {len(engines.engines)} engines, {size / 1e6:,.1f} MB, {NAMES[chosen]} {engines.version}, {where}")
     console.print(f"{time.perf_counter() - start:.1f} seconds")
+
+
+def installed_version(flavour: str) -> str:
+    """Of the library; where there is none, one as new as any, so that what is missing is said when it is needed."""
+    try:
+        return str(load(flavour).__version__)
+    except UnavailableError:
+        return "99.0"
 
 
 def machine(flavour: str, sms: str | None) -> tuple[int, ...]:

@@ -74,8 +74,10 @@ class TensorRt:
 def check(engine: Engine, spec: Spec, shared: Shared, routed: int, bundle: str) -> None:
     """Raise BundleError unless an engine's tensors are those of the manifest: buffers are bound by address."""
     kv = (1, spec.kv_heads, shared.capacity, spec.head_size)
-    expected = {f"{when}.{layer}.{kind}": kv for when in ("past", "present") for layer in range(spec.layers) for kind in ("key", "value")}
-    found = {name: shape for name, shape in engine.shapes.items() if name.startswith(("past.", "present."))}
+    rest = {"new": (1, spec.kv_heads, -1, spec.head_size)} if "new.0.key" in engine.shapes else {"present": kv}
+    kinds = {"past": kv} | rest
+    expected = {f"{when}.{layer}.{kind}": kinds[when] for when in kinds for layer in range(spec.layers) for kind in ("key", "value")}
+    found = {name: shape for name, shape in engine.shapes.items() if name.startswith(("past.", "present.", "new."))}
     known = all(engine.types[name] in BYTES for name in found)
     rows = engine.shapes.get("logits", ())[-1:] == (shared.vocab,) and engine.shapes.get("routing", (0,))[-1] == routed
     if found != expected or not known or not rows or engine.on_host:

@@ -29,6 +29,7 @@ class Device:
         )
         self.integrated = bool(self._attribute(kinds.cudaDevAttrIntegrated))  # host and device share their memory (Jetson)
         self._to_device = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._on_device = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._to_host = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -131,6 +132,12 @@ class Stream:
     def download(self, target: int, source: int, size: int) -> None:
         """Copy bytes from the device to pinned host memory."""
         self._device.call("cudaMemcpyAsync", target, source, size, self._device._to_host, self.handle)
+
+    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, count: int) -> None:
+        """Copy `count` rows of `width` bytes within the device, whose beginnings are a pitch apart."""
+        self._device.call(
+            "cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, count, self._device._on_device, self.handle
+        )  # fmt: skip
 
     def zero(self, memory: Memory) -> None:
         """Fill device memory with zeros."""

@@ -10,17 +10,35 @@ from runtime.errors import FusionError, UnavailableError
 from runtime.session import CHUNK, FUSED
 from runtime.tensorrt.build import Advance, Shapes, build
 from runtime.tensorrt.library import NAMES, load
+from runtime.tensorrt.operators import number, since
 
 if TYPE_CHECKING:
     from runtime.manifest import Engines, Manifest, Profile, Variant
 
 FOLDER = "engines"
 TARGET = "tensorrt"  # of the graphs, for either library
+OLDER = "tensorrt:10.3"  # of graphs for libraries before 10.15, in operators that all have
 FUSION = "fusion"
 CANDIDATES = 512
 LARGEST = 3840  # of TopK
 
 Begin = Callable[[str], Advance]  # (name of the engine) → who is told of its progress
+
+
+def target_for(manifest: Manifest, flavour: str, version: str) -> str:
+    """Which graphs of a bundle a library builds: those in its newest operators where it has them and the bundle too.
+
+    Raises UnavailableError where the bundle has graphs for newer libraries only.
+    """
+    has = {variant.target for variant in manifest.variants}
+    needed = max((since(name) or "0" for name in ("TensorScatter", "RMSNormalization")), key=number)
+    if flavour == "rtx" or number(version) >= number(needed):
+        return OLDER if OLDER in has and TARGET not in has else TARGET
+    if OLDER not in has and TARGET in has:
+        raise UnavailableError(
+            f"The bundle's graphs for TensorRT need {needed} or newer, and this machine has {version}: export it with --target {OLDER}."
+        )
+    return OLDER
 
 
 def profile_of(manifest: Manifest) -> Profile:
@@ -65,7 +83,8 @@ def build_engines(
     dimensions = shapes(profile, manifest.vocab_size)
     graphs = variant.graphs | {FUSION: variant.fusion_graph}
     where = "+".join(f"sm{sm}" for sm in sms)
-    made = {name: f"{FOLDER}/{name}.{flavour}.{variant.precision}.{where}.engine" for name in graphs}
+    library = flavour + variant.target.removeprefix(TARGET).replace(":", "-")
+    made = {name: f"{FOLDER}/{name}.{library}.{variant.precision}.{where}.engine" for name in graphs}
     (folder / FOLDER).mkdir(exist_ok=True)
     try:
         for name, graph in graphs.items():

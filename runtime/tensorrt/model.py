@@ -1,4 +1,7 @@
-"""Language models as engines: one stream each, KV caches written in place, decode steps as captured CUDA graphs."""
+"""Language models as engines: one stream each, KV caches written in place, decode steps as captured CUDA graphs.
+
+Engines for TensorRT 10.3 only give the new keys and values, which are copied into the caches behind the step.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,10 @@ class Model:
     ):
         self.engine, self.spec, self.shared, self.stream, self.scratch, self.experts = engine, spec, shared, stream, scratch, experts
         self.weights, self.residency = weights, residency
+        width = BYTES.get(engine.types.get("past.0.key", ""), 0)  # the backend refuses an engine without caches
+        self.each = spec.kv_heads * spec.head_size * width  # bytes of one token in one cache
+        # what is new is copied before the stream goes on, so that all sessions share the place where it is written
+        self.new_rows = shared.device.memory(2 * spec.layers * aligned(self.each * shared.chunk)) if "new.0.key" in engine.types else None
 
     def cache(self) -> Cache:
         """Device buffers of the full capacity."""
@@ -119,10 +126,10 @@ class Cache:
 
     def __init__(self, model: Model):
         self.model, self.length = model, 0
-        shared, spec, engine = model.shared, model.spec, model.engine
+        shared, spec = model.shared, model.spec
         device = shared.device
         device.enter()
-        each = aligned(spec.kv_heads * shared.capacity * spec.head_size * BYTES[engine.types["past.0.key"]])
+        each, rows = aligned(model.each * shared.capacity), aligned(model.each * shared.chunk)
         names = [f"{layer}.{kind}" for layer in range(spec.layers) for kind in ("key", "value")]
         self.done = device.event()  # reached when the last forward pass is over
         self.read = device.event()  # reached when the last fusion has read the logits
@@ -136,9 +143,15 @@ class Cache:
             },
         )
         self._outputs = self._buffers(1)
+        self._appended: list[tuple[int, int]] = []  # where the rows of a cache belong, and where new ones are written
         self._addresses = {**self._inputs.addresses, "key_positions": shared.key_positions.device}
         for number, name in enumerate(names):
-            self._addresses[f"past.{name}"] = self._addresses[f"present.{name}"] = self._keys_values.address + number * each
+            self._addresses[f"past.{name}"] = place = self._keys_values.address + number * each
+            if model.new_rows is None:
+                self._addresses[f"present.{name}"] = place
+            else:
+                self._addresses[f"new.{name}"] = new = model.new_rows.address + number * rows
+                self._appended.append((place, new))
         self._steps: dict[int, tuple[Context, Graph | None]] = {}  # decode steps by the number of keys that they read
         self._chunks: Context | None = None
         with shared.lock:
@@ -199,9 +212,17 @@ class Cache:
             self._decode(reach(self.length + 1, model.shared.capacity))
         else:
             self._read(count, wanted, blocks)
+        self._append(count)
         stream.record(self.done)
         if free is not None:
             stream.record(free)
+
+    def _append(self, count: int) -> None:
+        """Copy new keys and values behind those of the caches. No part of a captured graph: the place differs from step to step."""
+        heads = self.model.spec.kv_heads
+        row = self.model.each // heads
+        for place, new in self._appended:
+            self.model.stream.copy_rows(place + self.length * row, self.model.shared.capacity * row, new, count * row, count * row, heads)
 
     def _read(self, count: int, wanted: int, blocks: dict[str, Block]) -> None:
         """A chunk of any shape, in a context that changes with it."""

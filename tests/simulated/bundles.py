@@ -114,7 +114,7 @@ def add_engines(folder: Path, chunk: int, sms: tuple[int, ...] = (86, 89)) -> Pa
     manifest = Manifest.read(folder)
     files, variants = dict(manifest.files), []
     for variant in manifest.variants:
-        if variant.target == "tensorrt":
+        if variant.target.startswith("tensorrt"):
             built = {}
             for name, graph in (*variant.graphs.items(), ("fusion", variant.fusion_graph)):
                 path = built[name] = f"engines/{name}.{variant.precision}.engine"

@@ -38,7 +38,7 @@ class Cuda:
     cudaDeviceAttr = SimpleNamespace(
         cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor", cudaDevAttrIntegrated="integrated"
     )
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="on")
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaStreamNonBlocking, cudaEventDisableTiming, cudaHostAllocMapped = 1, 2, 2
 
@@ -109,6 +109,26 @@ class Cuda:
         machine.submit(self.streams[stream], work)
         if not up and not self._ran(work):  # it may come at any time from now on: what the host reads before it has waited is lost
             into.data[start : start + size] = POISON
+        return (0,)
+
+    @locked
+    def cudaMemcpy2DAsync(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, kind: str, stream: int
+    ) -> tuple[int]:  # fmt: skip
+        """Between places on the device, which is all that the runtime asks for."""
+        if kind != "on" or width > min(target_pitch, source_pitch):
+            raise Fault("a copy of rows that overlap, or not within the device")
+        pairs = [(target + row * target_pitch, source + row * source_pitch) for row in range(height)]
+        found = [(self.machine.heap.find(a, width, "rows"), self.machine.heap.find(b, width, "rows")) for a, b in pairs]
+
+        def run() -> None:
+            for (into, start), (out, begin) in found:
+                into.data[start : start + width] = out.data[begin : begin + width]
+
+        work = Work(
+            "copy of rows", [Range(b, width) for _, b in pairs], [Range(a, width) for a, _ in pairs], run, 1 + width * height / RATE
+        )
+        self.machine.submit(self.streams[stream], work)
         return (0,)
 
     def _ran(self, work: Work) -> bool:

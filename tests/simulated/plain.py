@@ -28,7 +28,11 @@ class Reader:
             "logit_positions": np.array([len(ids) - 1]),
         }
         found = self._graph.run(feeds | self._caches)
-        self._caches = {name: found[name.replace("past.", "present.")] for name in self._caches}
+        for name, cache in self._caches.items():
+            if name.replace("past.", "new.") in found:
+                cache[:, :, self.length : self.length + len(ids)] = found[name.replace("past.", "new.")]
+            else:
+                self._caches[name] = found[name.replace("past.", "present.")]
         self.length += len(ids)
         return found
 
@@ -36,7 +40,7 @@ class Reader:
 def in_turn(folder: Path, prompt: list[int], count: int, chunk: int, precision: str | None = None) -> tuple[list[int], list[str]]:
     """Greedy tokens, and the expert that gave each."""
     manifest = Manifest.read(folder)
-    variant = next(v for v in manifest.variants if v.target == "tensorrt" and precision in (None, v.precision))
+    variant = next(v for v in manifest.variants if v.target.startswith("tensorrt") and precision in (None, v.precision))
     models = [Reader(folder / variant.graphs[model.name]) for model in manifest.models]
 
     def catch_up(model: Reader, text: list[int]) -> dict[str, np.ndarray]:

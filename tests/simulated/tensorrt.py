@@ -166,7 +166,7 @@ class Context:
                 else:
                     reads.append(Range(addresses[name], size))
                 alias = name.replace("past.", "present.")
-                if alias != name and addresses[alias] != addresses[name]:
+                if alias != name and alias in engine.tensors and addresses[alias] != addresses[name]:
                     raise Fault(f"{alias} is not at the address of {name}")
             scratch = Range(*self.scratch)
 

@@ -23,12 +23,12 @@ RUNS = [("late", False, None), ("random", True, None), ("starved", False, None),
 PROMPTS = ("12+30= and then 7*8=", "def add(a, b):")
 
 
-def exported(name: str, folder: Path, precisions: tuple[str, ...], calibration: str) -> Path:
+def exported(name: str, folder: Path, precisions: tuple[str, ...], calibration: str, target: str = "tensorrt") -> Path:
     """The shipped system of a family, with engines that the simulated library runs."""
     preset, out = FAMILIES[name].preset("tiny"), folder / "bundle"
     assert preset.router
     wanted = Request(
-        FAMILIES[name], preset.router, dict(preset.experts), precisions, ("tensorrt",), out, max_seq_len=192, calibration=calibration
+        FAMILIES[name], preset.router, dict(preset.experts), precisions, (target,), out, max_seq_len=192, calibration=calibration
     )
     with patch("fr_export.export.measure", return_value=({}, "a test compares it")):
         export(wanted, Stages(Console(quiet=True)))
@@ -38,6 +38,12 @@ def exported(name: str, folder: Path, precisions: tuple[str, ...], calibration: 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_are_those_of_the_graphs_run_in_turn(name: str, tmp_path: Path) -> None:
     check(exported(name, tmp_path, (FAMILIES[name].half, "int4"), "none"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_that_the_runtime_appends_give_the_same_tokens(name: str, tmp_path: Path) -> None:
+    """Engines for TensorRT 10.3 give new keys and values only."""
+    check(exported(name, tmp_path, (FAMILIES[name].half,), "none", "tensorrt:10.3"))
 
 
 @pytest.mark.slow

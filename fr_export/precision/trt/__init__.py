@@ -8,5 +8,7 @@ from fr_export.precision.trt.plain import Plain
 
 ALL: tuple[Scheme, ...] = (Plain("fp32"), Plain("fp16"), Plain("bf16"), Int8(), Int8WeightOnly(), Int4())
 SCHEMES = {scheme.name: scheme for scheme in ALL}
+# blocks of int4 are ONNX 21's, and TensorRT 10.3 is only said to read up to 20
+SCHEMES_10_3 = {name: scheme for name, scheme in SCHEMES.items() if name != "int4"}
 
-__all__ = ["SCHEMES"]
+__all__ = ["SCHEMES", "SCHEMES_10_3"]
