@@ -175,7 +175,7 @@ def test_auto_takes_the_first_that_opens_and_logs_the_rest(bundles: dict[str, Pa
         return OrtGpu(bundle, variant, CPU)
 
     broken_engines = {"tensorrt": broken("tensorrt", UnavailableError("No engines.")), "rtx": broken("rtx", OSError("libnvinfer"))}
-    with patch("runtime.backends.device_sm", return_value=86), patch.dict(DEVICES, broken_engines | {"cuda": ("ort:cuda", works)}):
+    with patch("runtime.backends.device_sm", return_value=86), patch.dict(DEVICES, broken_engines | {"cuda": (("ort:cuda",), works)}):
         with FusionRuntime.load(bundles["llama3"]) as rt:
             assert isinstance(rt.backend, OrtGpu) and rt.precision == "fp16"
             assert len(rt.generate([5, 9, 200], 4).token_ids)
