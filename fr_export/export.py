@@ -35,6 +35,7 @@ from fr_export.store import FOLDER, Store
 from fr_export.system import System
 from fr_export.targets import TARGETS
 from fr_export.trace import architecture, trace
+from fr_export.traffic import weight_bytes
 from runtime import FusionRuntime, manifest
 from runtime.backends import DEVICES
 from runtime.bundle import sha256
@@ -190,6 +191,7 @@ def write_variant(
     total = sum(parameters(graph) for graph in graphs.values())
     shared: dict[str, Any] = {}
     about: dict[str, Any] = {}
+    read: dict[str, int] = {}
     operators: set[str] = set()
     with stages.stage(f"writing {precision} for {target}", total) as advance:
         for model in system.models:
@@ -211,11 +213,13 @@ def write_variant(
                 operators |= {n.op_type for n in graph.model.graph}
             name = f"{GRAPHS}/{model.name}.{target.replace(':', '-')}.{precision}.onnx"
             graph.model.graph.name = model.name
+            read[model.name] = weight_bytes(graph.model)
             ir.save(graph.model, folder / name)
             written[model.name] = name
             bits += own.bits * parameters(graphs[model.name]) / total
     found = manifest.Variant(
-        target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=round(bits, 4), operators=sorted(operators)
+        target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=round(bits, 4),
+        weight_bytes=read, operators=sorted(operators),
     )  # fmt: skip
     return found, about
 

@@ -42,14 +42,19 @@ def open_backend(
 
     Raises InputError for an unknown device, UnavailableError for one that the bundle or this version does not serve.
     """
+    target, opened = DEVICES[resolved(device)]
+    variant = bundle.variant(target, precision)
+    return opened(bundle, variant, threads, expert_memory), variant.precision
+
+
+def resolved(device: str) -> str:
+    """The key in DEVICES of a device as users name it. Raises InputError for an unknown one, UnavailableError for one without a backend."""
     if device not in KNOWN:
         raise InputError(f"Unknown device '{device}': use one of {', '.join(KNOWN)}.")
     name = "cpu" if device == "auto" else device
     if name not in DEVICES:
         raise UnavailableError(f"This version has no {name} backend yet: use device='cpu'.")
-    target, opened = DEVICES[name]
-    variant = bundle.variant(target, precision)
-    return opened(bundle, variant, threads, expert_memory), variant.precision
+    return name
 
 
 __all__ = ["DEVICES", "Backend", "open_backend"]

@@ -30,6 +30,7 @@ class Device:
         self.integrated = bool(self._attribute(kinds.cudaDevAttrIntegrated))  # host and device share their memory (Jetson)
         self._to_device = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._to_host = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._within = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
 
     def call(self, name: str, *arguments: Any) -> Any:
         """One function of the CUDA runtime; its result, if it has one. Raises FusionError with CUDA's own words."""
@@ -47,6 +48,10 @@ class Device:
     def enter(self) -> None:
         """Make the device current in this thread: CUDA keeps that per thread."""
         self.call("cudaSetDevice", self.index)
+
+    def free_memory(self) -> int:
+        """Bytes of the device's memory that nobody has taken."""
+        return int(self.call("cudaMemGetInfo"))
 
     def stream(self) -> Stream:
         """A new stream that does not wait for the default stream."""
@@ -131,6 +136,10 @@ class Stream:
     def download(self, target: int, source: int, size: int) -> None:
         """Copy bytes from the device to pinned host memory."""
         self._device.call("cudaMemcpyAsync", target, source, size, self._device._to_host, self.handle)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy bytes within the device's memory."""
+        self._device.call("cudaMemcpyAsync", target, source, size, self._device._within, self.handle)
 
     def zero(self, memory: Memory) -> None:
         """Fill device memory with zeros."""
