@@ -53,6 +53,10 @@ class Device:
         """Bytes of the device's memory that nobody has taken."""
         return int(self.call("cudaMemGetInfo"))
 
+    def finish(self) -> None:
+        """Block the calling thread until all that was queued on the device is done."""
+        self.call("cudaDeviceSynchronize")
+
     def stream(self) -> Stream:
         """A new stream that does not wait for the default stream."""
         return Stream(self, self.call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking))

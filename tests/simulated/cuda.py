@@ -132,6 +132,12 @@ class Cuda:
     # -- streams and events
 
     @locked
+    def cudaDeviceSynchronize(self) -> tuple[int]:
+        for stream in list(self.streams.values()):
+            self.machine.finish(self.machine.record(stream))
+        return (0,)
+
+    @locked
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
         handle = next(self._handles)
         self.streams[handle] = self.machine.stream()
