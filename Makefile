@@ -8,7 +8,7 @@ PROMPT ?= 12+30=
 # The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint slow test-oldest clean
+.PHONY: demo test lint slow test-oldest gpu-check clean
 
 demo: $(VENV)/export
 	$(BIN)/python export.py --family $(FAMILY) --force
@@ -31,6 +31,10 @@ slow: $(VENV)/test
 test-oldest: $(VENV)/test .venv-oldest/ready
 	rm -rf dist/oldest
 	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.exporting dist/oldest 2>/dev/null) .venv-oldest/bin/python -m pytest tests/runtime
+
+# What only a GPU can tell, in one report; without one it says what it skipped. `make gpu-check BUNDLE=dist/mine` checks that bundle.
+gpu-check: $(VENV)/test
+	$(BIN)/python -m docs.bench.gpu_check $(addprefix --bundle ,$(BUNDLE))
 
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)
