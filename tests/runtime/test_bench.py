@@ -20,7 +20,9 @@ from runtime.bench import bandwidth
 from runtime.bench.bench import take_turns
 from runtime.bench.counters import catch_ups, switches
 from runtime.bench.memory import INTERVAL, Growth
+from runtime.bench.row import System
 from runtime.bench.run import Run, generate
+from runtime.bench.summary import summarise
 from runtime.bundle import Bundle
 from runtime.manifest import Manifest
 from tests.commands import Command
@@ -344,3 +346,19 @@ def test_growth_tells_own_memory_from_mapped(tmp_path: Path) -> None:
         assert mapped.sum() == 0
     assert 48 << 20 <= growth.peak.anonymous < 72 << 20
     assert 24 << 20 <= growth.peak.mapped < 40 << 20
+
+
+def test_models_of_different_sizes() -> None:
+    """The first token is not among those that are timed: neither is what it reads."""
+    sizes = {"router": 10, "a": 100, "b": 1000}
+    runs = [Run(9.0, [1.0, 3.0], ["a", "b", "b"]), Run(7.0, [2.0, 4.0], ["a", "b", "b"])]
+    base = [Run(1.0, [4.0, 4.0], []), Run(1.0, [6.0, 6.0], [])]
+    for system, read, counts in (
+        (System("fused", True, True, None, "weighted", 0.5), 1010, (1, [6])),
+        (System("b", False, True, "b", "weighted", 0.0), 1000, (1, [6])),
+        (System("router", True, False, None, "weighted", 1.0), 10, (0, [])),
+    ):
+        row = summarise("fp32", system, runs, base, 5, sizes, 4000.0)
+        assert (row.weight_bytes_per_token, row.seconds_per_token, row.first_token, row.times_first) == (read, 2.5, 8.0, 2.0)
+        assert (row.bytes_per_second, row.bandwidth_share) == (read / 2.5, read / 2.5 / 4000)
+        assert (row.switches, row.catch_ups) == counts
