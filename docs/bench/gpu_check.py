@@ -82,7 +82,7 @@ def outcomes(bundles: list[Path], flavours: list[str], gpu: int | None) -> Itera
             yield from checks(Place(folder, flavour, gpu))
     for flavour in MODULES.keys() - set(flavours):
         mend = f"pip install 'fusionroute[{flavour}]'"
-        yield Outcome("build", f"all, {NAMES[flavour]}", SKIPPED, f"{NAMES[flavour]} is not installed ({mend})")
+        yield Outcome("build", f"all, {NAMES[flavour]}", SKIPPED, f"{NAMES[flavour]} is not installed or does not load ({mend})")
 
 
 def shipped(family: Family, out: Path, console: Console) -> Path:

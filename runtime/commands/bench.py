@@ -35,11 +35,11 @@ def bench(
     """Measure a bundle: time to first token, tokens/s, memory, and the share of the memory bandwidth reached."""
     if device not in KNOWN:
         raise typer.BadParameter(f"unknown device '{device}'; expected {', '.join(KNOWN)}", param_hint="--device")
-    for path in (plot_file, html):
+    for path in (plot_file, html):  # what is missing is found here, not after the measurement
         if path is not None:
-            library()  # what is missing is found here, not after the measurement
             if not path.absolute().parent.is_dir():
                 raise FusionError(f"{path} cannot be written, since {path.absolute().parent} is no folder: make it first.")
+            library()
     names = tuple(name.strip() for name in precision.split(",")) if precision is not None else None
     request = measuring.Request(names, device, prompt, prompt_tokens, new_tokens, repeats, rows, sequential)
     console = Console(stderr=True, highlight=False)
