@@ -8,7 +8,7 @@ PROMPT ?= 12+30=
 # The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint slow test-oldest test-optimum clean
+.PHONY: demo test lint slow test-oldest test-optimum gpu-check clean
 
 demo: $(VENV)/export
 	$(BIN)/python export.py --family $(FAMILY) --force
@@ -35,6 +35,10 @@ test-oldest: $(VENV)/test .venv-oldest/ready
 # What is written for Optimum, read by Optimum, which needs an older transformers.
 test-optimum: .venv-optimum/ready
 	.venv-optimum/bin/python -m pytest -m slow tests/optimum
+
+# What only a GPU can tell, in one report; without one it says what it skipped. `make gpu-check BUNDLE=dist/mine` checks that bundle.
+gpu-check: $(VENV)/test
+	$(BIN)/python -m docs.bench.gpu_check $(addprefix --bundle ,$(BUNDLE))
 
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -36,6 +36,7 @@ from fr_export.store import FOLDER, Store
 from fr_export.system import System
 from fr_export.targets import GRAPHS, TARGETS
 from fr_export.trace import architecture, trace
+from fr_export.traffic import weight_bytes
 from runtime import FusionRuntime, manifest
 from runtime.backends.ort_cpu import TARGET as CPU
 from runtime.bundle import ELSEWHERE, sha256
@@ -198,6 +199,7 @@ def write_variant(
     total = sum(parameters(graph) for graph in graphs.values())
     shared: dict[Store, dict[str, Any]] = {}
     about: dict[str, Any] = {}
+    read: dict[str, int] = {}
     operators: set[str] = set()
     with stages.stage(f"writing {precision} for {target}", total) as advance:
         for model in system.models:
@@ -223,12 +225,14 @@ def write_variant(
             if target in (ENGINES_OF, OLDER):
                 operators |= {n.op_type for n in graph.model.graph}
             graph.model.graph.name = model.name
+            read[model.name] = weight_bytes(graph.model)
             ir.save(graph.model, folder / name)
             chosen.complete((folder / name).parent, model, system.vocab_size, head)
             written[model.name] = name
             bits += own.bits * parameters(graphs[model.name]) / total
     found = manifest.Variant(
-        target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=round(bits, 4), operators=sorted(operators)
+        target=target, precision=precision, graphs=written, fusion_graph=FUSION_GRAPH, bits_per_weight=round(bits, 4),
+        weight_bytes=read, operators=sorted(operators),
     )  # fmt: skip
     return found, about
 

@@ -1,4 +1,4 @@
-"""`python -m runtime`: generate, inspect, build."""
+"""`python -m runtime`: generate, bench, inspect, build."""
 
 import sys
 import traceback
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from runtime.commands.bench import bench
 from runtime.commands.build import build
 from runtime.commands.generate import generate
 from runtime.commands.inspect import inspect
@@ -13,6 +14,7 @@ from runtime.errors import FusionError, one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Run FusionRoute bundles.")
 app.command()(generate)
+app.command()(bench)
 app.command()(inspect)
 app.command()(build)
 

@@ -77,7 +77,9 @@ class Engines(Strict):
 class Variant(Strict):
     """One precision for one target: a graph per model (router first) and the fusion graph.
 
-    `operators` are the ONNX operators of its graphs, where a builder has to know them.
+    `weight_bytes` are the bytes of weights that one token reads of each model: all but the rows of embeddings that it does not look up.
+    Bundles that were exported before it was there do not have it. `operators` are the ONNX operators of its graphs, where a builder has to
+    know them.
     """
 
     target: str
@@ -85,6 +87,7 @@ class Variant(Strict):
     graphs: dict[str, InsidePath]
     fusion_graph: InsidePath
     bits_per_weight: float
+    weight_bytes: dict[str, Annotated[int, Field(ge=0)]] = {}
     operators: list[str] = []
     engines: list[Engines] = []
 

@@ -82,6 +82,16 @@ def open_backend(
     return opened(bundle, variant, threads, expert_memory), variant.precision
 
 
+def resolved(bundle: Bundle, device: str) -> str:
+    """The key in DEVICES of a device as users name it, and what `auto` tries first here. Raises InputError for an unknown one."""
+    if device not in KNOWN:
+        raise InputError(f"Unknown device '{device}': use one of {', '.join(KNOWN)}.")
+    if device != "auto":
+        return device
+    there = AUTOMATIC if device_sm() is not None else ()
+    return next((name for name in there if any(bundle.variants(target) for target in DEVICES[name][0])), "cpu")
+
+
 def on_gpu(bundle: Bundle, precision: str | None, threads: int | None, expert_memory: int | None) -> tuple[Backend, str] | None:
     """The first GPU backend that opens a variant of the bundle, the fastest precision first; None without one. Raises nothing."""
     for device in AUTOMATIC if device_sm() is not None else ():
@@ -105,4 +115,4 @@ def choose(bundle: Bundle, targets: tuple[str, ...], precision: str | None, devi
     return bundle.variant(served[0].target if served else targets[0], precision)
 
 
-__all__ = ["DEVICES", "KNOWN", "Backend", "open_backend"]
+__all__ = ["DEVICES", "KNOWN", "Backend", "choose", "open_backend", "resolved"]

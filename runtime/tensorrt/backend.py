@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from threading import RLock
 
 import numpy as np
@@ -65,6 +66,11 @@ class TensorRt:
             check(model.engine, model.spec, shared, model.experts, f"{bundle.folder}")
         keys.arrays["key_positions"][...] = np.arange(manifest.max_seq_len)
         shared.transfers.upload(keys, None)
+
+    def __del__(self) -> None:
+        # a runtime that is closed unused would free what its first upload still reads
+        with suppress(Exception):  # it was never whole, or the driver is shutting down
+            self._shared.device.finish()
 
     def fuser(self) -> Fuser:
         """A fuser with buffers of its own."""

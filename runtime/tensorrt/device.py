@@ -49,6 +49,14 @@ class Device:
         """Make the device current in this thread: CUDA keeps that per thread."""
         self.call("cudaSetDevice", self.index)
 
+    def free_memory(self) -> int:
+        """Bytes of the device's memory that nobody has taken."""
+        return int(self.call("cudaMemGetInfo"))
+
+    def finish(self) -> None:
+        """Block the calling thread until all that was queued on the device is done."""
+        self.call("cudaDeviceSynchronize")
+
     def stream(self) -> Stream:
         """A new stream that does not wait for the default stream."""
         return Stream(self, self.call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking))
@@ -138,6 +146,10 @@ class Stream:
         self._device.call(
             "cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, count, self._device._on_device, self.handle
         )  # fmt: skip
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy bytes within the device's memory."""
+        self._device.call("cudaMemcpyAsync", target, source, size, self._device._on_device, self.handle)
 
     def zero(self, memory: Memory) -> None:
         """Fill device memory with zeros."""

@@ -137,7 +137,9 @@ def test_what_models_have_read_agrees_with_the_text(bundles: list[Path], eager: 
 @pytest.mark.parametrize("source", ["router", "lookup"])
 def test_samples_have_the_distribution_of_plain_sampling(bundles: list[Path], monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     """Two tokens together against their enumeration. The same test refuses a sampler that skips the residual."""
-    monkeypatch.setattr(Pace, "plan", lambda self, most, looked_up, *_: Plan(source, min(most, 2, looked_up + 1 if source == "lookup" else 2)))
+    monkeypatch.setattr(
+        Pace, "plan", lambda self, most, looked_up, *_: Plan(source, min(most, 2, looked_up + 1 if source == "lookup" else 2))
+    )
     assert distance(bundles[0], verify, source) < 1.0
     assert distance(bundles[0], careless, source) > 2.0
 

@@ -15,6 +15,7 @@ from tests.simulated.machine import Machine, Mark, Range, Stream, Work
 from tests.simulated.memory import POISON, Fault
 
 RATE = 1e3  # bytes in one unit of the simulated time
+ROOM = 64 << 20  # bytes of device memory
 
 
 def locked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,6 +74,10 @@ class Cuda:
         return 0, self.machine.allocate(size, on_host=False).address
 
     @locked
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
+        return 0, ROOM - self.machine.heap.used, ROOM
+
+    @locked
     def cudaHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
         return 0, self.machine.allocate(size, on_host=True).address
 
@@ -96,18 +101,18 @@ class Cuda:
 
     @locked
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
-        machine, up = self.machine, kind == "up"
-        name = "upload" if up else "download"
-        into, start = machine.heap.find(target, size, name, by_device=up)
+        machine, up, down = self.machine, kind == "up", kind == "down"
+        name = {"up": "upload", "down": "download"}.get(kind, "copy")
+        into, start = machine.heap.find(target, size, name, by_device=not down)
         out, begin = machine.heap.find(source, size, name, by_device=not up)
 
         def run() -> None:
             into.data[start : start + size] = out.data[begin : begin + size]
             into.valid[start : start + size] = out.valid[begin : begin + size]  # padding may travel with the rest
 
-        work = Work(f"{name} of {out.name}", [Range(source, size, not up)], [Range(target, size, up)], run, 1 + size / RATE)
+        work = Work(f"{name} of {out.name}", [Range(source, size, not up)], [Range(target, size, not down)], run, 1 + size / RATE)
         machine.submit(self.streams[stream], work)
-        if not up and not self._ran(work):  # it may come at any time from now on: what the host reads before it has waited is lost
+        if down and not self._ran(work):  # it may come at any time from now on: what the host reads before it has waited is lost
             into.data[start : start + size] = POISON
         return (0,)
 
@@ -145,6 +150,12 @@ class Cuda:
         return (0,)
 
     # -- streams and events
+
+    @locked
+    def cudaDeviceSynchronize(self) -> tuple[int]:
+        for stream in list(self.streams.values()):
+            self.machine.finish(self.machine.record(stream))
+        return (0,)
 
     @locked
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:

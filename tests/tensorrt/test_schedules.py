@@ -65,3 +65,9 @@ def test_threads_get_what_one_thread_gets(folder: Path, experts: int | None) -> 
 
 def test_lengths_are_powers_of_two() -> None:
     assert [reach(n, 4000) for n in (1, 128, 129, 256, 257, 2049, 4000)] == [128, 128, 256, 256, 512, 4000, 4000]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_runtime_that_is_closed_unused_frees_nothing_in_use(folder: Path, policy: str) -> None:
+    for budget in (None, WEIGHTS):
+        play(lambda *_: [], folder, Machine(1, policy), budget)

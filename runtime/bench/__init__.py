@@ -1,0 +1,1 @@
+"""What `python -m runtime bench` measures, and how it is shown."""

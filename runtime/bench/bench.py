@@ -1,0 +1,193 @@
+"""A whole benchmark: load every precision once, take turns, and put the figures together."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from runtime import FusionRuntime
+from runtime.backends import DEVICES, choose, resolved
+from runtime.bench import bandwidth
+from runtime.bench.memory import Growth
+from runtime.bench.precision import Precision, size_and_quality
+from runtime.bench.prompt import prompt_ids
+from runtime.bench.row import FUSED, System, systems
+from runtime.bench.run import Run, generate
+from runtime.bench.summary import summarise
+from runtime.bundle import Bundle
+from runtime.errors import InputError
+from runtime.tensorrt.device import Device
+
+Key = TypeVar("Key", bound=Hashable)
+Progress = Callable[[str, float], None]  # (what is done now, share of the whole that it added)
+PACKAGES = ("fusionroute", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy")
+HALF = ("fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. `precisions`: None for all that the bundle has for the device. `rows`: see `row.systems`.
+
+    `sequential`: one precision after the other, where they do not fit in memory together.
+    """
+
+    precisions: tuple[str, ...] | None = None
+    device: str = "auto"
+    prompt: str | None = None
+    prompt_tokens: int | None = None
+    new_tokens: int = 64
+    repeats: int = 5
+    rows: str = FUSED
+    sequential: bool = False
+
+
+def bench(folder: Path, request: Request, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Measure a bundle; returns the object that `--json` prints. Raises FusionError subclasses."""
+    opened = Bundle.open(folder)
+    device = resolved(opened, request.device)
+    gpu = None if device == "cpu" else Device()
+    names = chosen(opened, device, request.precisions)
+    ids = prompt_ids(opened, request.prompt, request.prompt_tokens)
+    manifest = opened.manifest
+    if len(ids) + request.new_tokens > manifest.max_seq_len:
+        raise InputError(
+            f"{len(ids)} tokens of prompt and {request.new_tokens} new ones do not fit the context of {manifest.max_seq_len}: "
+            "ask for fewer, or export with a larger --max-seq-len."
+        )
+    progress("reading memory", 0)
+    ceiling = bandwidth.of_device(gpu) if gpu else bandwidth.of_host()
+    precisions: list[Precision] = []
+    runs: dict[tuple[str, System], list[Run]] = {}
+    for group in [[name] for name in names] if request.sequential else [names]:
+        with ExitStack() as stack:
+            units: dict[tuple[str, System], Callable[[], Run]] = {}
+            for name in group:
+                progress(f"loading {name}", 0.2 / len(names))
+                precision, made = loaded(opened, name, device, gpu, ids, request, stack)
+                precisions.append(precision)
+                units |= made
+            share = 0.8 * len(group) / len(names) / (len(units) * request.repeats)
+            shown = {key: named(key[0], key[1], share, unit, progress) for key, unit in units.items()}
+            runs |= take_turns(shown, request.repeats)
+            units.clear()
+            shown.clear()
+    weights = {name: choose(opened, DEVICES[device][0], name, device).weight_bytes for name in names}
+    base = next(iter(runs.values()))
+    rows = [
+        summarise(name, system, found, base, len(ids), weights[name], ceiling.bytes_per_second) for (name, system), found in runs.items()
+    ]
+    cache = bandwidth.last_level_cache()
+    result: dict[str, Any] = {
+        "bundle": str(folder),
+        "family": manifest.family,
+        "device": device,
+        "prompt_tokens": len(ids),
+        "new_tokens": request.new_tokens,
+        "repeats": request.repeats,
+        "interleaved": not request.sequential,
+        "machine": {
+            "cores": len(os.sched_getaffinity(0)),
+            "architecture": platform.machine(),
+            "compute_capability": gpu.sm if gpu else None,
+            "read_bandwidth": ceiling.bytes_per_second,
+            "bandwidth_buffer": ceiling.buffer,
+            "last_level_cache": cache,
+        },
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
+        "precisions": [asdict(each) | {"memory": each.memory._asdict()} for each in precisions],
+        "rows": [{field.name: getattr(row, field.name) for field in fields(row)} for row in rows],
+    }
+    return result | {"notes": notes(result)}
+
+
+def chosen(bundle: Bundle, device: str, wanted: Sequence[str] | None) -> list[str]:
+    """The precisions to measure: those that were named, or all that the bundle has for the device (of engines: those that are built)."""
+    targets = DEVICES[device][0]
+    if wanted is None:
+        target = choose(bundle, targets, None, device).target  # says what is there, where nothing is for this device
+        mine = [variant for variant in bundle.manifest.variants if variant.target == target]
+        built = [variant for variant in mine if device in {engines.flavour for engines in variant.engines}]
+        return [variant.precision for variant in built or mine]
+    return [choose(bundle, targets, name, device).precision for name in dict.fromkeys(wanted)]
+
+
+def loaded(
+    bundle: Bundle, name: str, device: str, gpu: Device | None, ids: Sequence[int], request: Request, stack: ExitStack
+) -> tuple[Precision, dict[tuple[str, System], Callable[[], Run]]]:
+    """Load a precision until `stack` is left, and warm it up; what it took, and for each of its rows the function that measures a text."""
+    free = gpu.free_memory() if gpu else 0
+    with Growth() as growth:
+        start = time.perf_counter()
+        runtime = stack.enter_context(FusionRuntime.load(bundle.folder, name, device))
+        seconds = time.perf_counter() - start
+        units = {(name, system): unit(system, runtime, ids, request.new_tokens) for system in systems(request.rows, runtime)}
+        for measure in units.values():
+            measure()
+    variant = choose(bundle, DEVICES[device][0], name, device)
+    size, quality = size_and_quality(bundle, variant, device if gpu else None)
+    taken = free - gpu.free_memory() if gpu else None
+    return Precision(name, variant.bits_per_weight, size, quality, seconds, growth.peak, taken), units
+
+
+def unit(system: System, runtime: FusionRuntime, ids: Sequence[int], count: int) -> Callable[[], Run]:
+    """What is measured again and again: one text, in the same buffers each time."""
+    session = system.session(runtime)
+    return lambda: generate(session, ids, count)
+
+
+def named(precision: str, system: System, share: float, measure: Callable[[], Run], progress: Progress) -> Callable[[], Run]:
+    """A unit that tells of itself."""
+
+    def measured() -> Run:
+        progress(f"{precision} {system.name}", share)
+        return measure()
+
+    return measured
+
+
+def take_turns(units: dict[Key, Callable[[], Run]], repeats: int) -> dict[Key, list[Run]]:
+    """Each unit once per round, A B A B …: what slows the machine for a while slows all of them."""
+    found: dict[Key, list[Run]] = {key: [] for key in units}
+    for _ in range(repeats):
+        for key, measure in units.items():
+            found[key].append(measure())
+    return found
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, if it is there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What a reader must know to read the figures right."""
+    found = []
+    names = [each["name"] for each in result["precisions"]]
+    if result["device"] == "cpu" and len(names) > 1:
+        half = [name for name in names if name in HALF]
+        wide = f": {' and '.join(half)} is stored in half precision and computed in fp32 here" if half else ""
+        found.append(f"This compares precisions on the CPU, not engines on a GPU{wide}.")
+    if any(row["weight_bytes_per_token"] is None for row in result["rows"]):
+        found.append("The bundle does not say how many bytes a token reads: export it again to see the share of the bandwidth.")
+    elif result["device"] == "cpu" and (
+        small := [row for row in result["rows"] if row["weight_bytes_per_token"] < result["machine"]["last_level_cache"]]
+    ):
+        which = "all rows" if len(small) == len(result["rows"]) else ", ".join(f"{row['precision']} {row['system']}" for row in small)
+        found.append(
+            f"What a token reads fits the processor's last-level cache ({which}): the share of memory's bandwidth means little there."
+        )
+    if not result["interleaved"]:
+        found.append(
+            "The precisions ran one after the other, not in turns: what slowed the machine for a while may have met only one of them."
+        )
+    return found

@@ -1,0 +1,67 @@
+"""How much memory a precision takes, as the system counts it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+INTERVAL = 0.01  # seconds between looks
+
+
+class Resident(NamedTuple):
+    """Bytes of this process in memory: its own, and pages of files that are mapped."""
+
+    anonymous: int
+    mapped: int
+
+
+def resident() -> Resident:
+    """Now; zeros where the system does not tell."""
+    found = fields("/proc/self/status")
+    return Resident(found.get("RssAnon", 0), found.get("RssFile", 0) + found.get("RssShmem", 0))
+
+
+def available() -> int:
+    """Bytes that new work may take without swapping; a GiB where the system does not tell."""
+    return fields("/proc/meminfo").get("MemAvailable", 1 << 30)
+
+
+def fields(path: str) -> dict[str, int]:
+    """The sizes in one of Linux's tables, in bytes."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if rest.endswith(" kB"):
+                found[name] = int(rest.split()[0]) << 10
+    return found
+
+
+class Growth:
+    """While it is entered, looks at the memory in the background; `peak` is by how much each kind was at most above the beginning."""
+
+    def __enter__(self) -> Growth:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
+        self._before = resident()
+        self.peak = Resident(0, 0)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        now = resident()
+        self.peak = Resident(*(max(old, new - start) for old, new, start in zip(self.peak, now, self._before, strict=True)))
+
+    def _watch(self) -> None:
+        while not self._stop.wait(INTERVAL):
+            self._look()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()

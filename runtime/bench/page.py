@@ -1,0 +1,36 @@
+"""The figures as one page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from runtime.bench.figure import svg
+from runtime.bench.table import COLUMNS, SIZES, cells, heading, sizes
+from runtime.errors import FusionError
+
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+
+
+def write_page(result: dict[str, Any], path: Path) -> None:
+    """Write it. Raises FusionError where that does not work."""
+    from jinja2 import Template
+
+    page = Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True).render(
+        heading=heading(result),
+        charts=svg(result),
+        columns=COLUMNS,
+        rows=[cells(row) for row in result["rows"]],
+        sizes=SIZES,
+        precisions=[sizes(each) for each in result["precisions"]],
+        notes=result["notes"],
+        versions=", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        json=json.dumps(result, indent=1),
+    )
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise FusionError(
+            f"The page cannot be written to {path} ({error.strerror}): name a file in a folder that you may write to."
+        ) from error

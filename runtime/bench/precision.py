@@ -1,0 +1,42 @@
+"""What a bundle says of one of its precisions: its size, and what it loses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from runtime.bench.memory import Resident
+from runtime.bundle import Bundle
+from runtime.manifest import Variant
+
+QUALITY = ("perplexity_ratio", "kl_mean", "greedy_agreement", "routing_agreement")  # of report.json, token by token
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes on disk of graphs and weights, or of engines; `quality` as in the bundle's report, against torch. None: not known.
+
+    memory: the most that loading it and generating once added to this process. device_memory: what they took of a GPU's.
+    """
+
+    name: str
+    bits_per_weight: float
+    bytes: int | None
+    quality: dict[str, float | None] | None
+    load_seconds: float
+    memory: Resident
+    device_memory: int | None
+
+
+def size_and_quality(bundle: Bundle, variant: Variant, flavour: str | None) -> tuple[int | None, dict[str, float | None] | None]:
+    """From the manifest and report.json; `flavour`: of the engines, where engines run."""
+    report = json.loads(bundle.text("report.json") or "{}")
+    entries = [each for each in report.get("variants", ()) if (each["target"], each["precision"]) == (variant.target, variant.precision)]
+    entry = entries[0] if entries else {}
+    compared = entry.get("compared")
+    quality = {name: compared["decode"].get(name) for name in QUALITY} if compared else None
+    if flavour is None:
+        return entry.get("bytes"), quality
+    built = next((each for each in variant.engines if each.flavour == flavour), None)
+    files = bundle.manifest.files
+    return None if built is None else sum(files[path].bytes for path in built.engines.values()), quality

@@ -1,0 +1,83 @@
+"""The arithmetic of a row: medians, percentiles, bytes and shares out of its runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from runtime.bench.counters import catch_ups, switches
+from runtime.bench.row import ROUTER, System
+from runtime.bench.run import Run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system in one precision. Seconds, bytes, and bytes per second; None where the bundle does not say what a token reads.
+
+    seconds_per_token: median over the texts of a text's mean, catch-ups included; p50, p95, p99 over all tokens; first tokens are apart.
+    times_first: speed in multiples of the first row's, the median over the rounds. catch_ups: tokens that an expert read at once.
+    """
+
+    precision: str
+    system: str
+    first_token: float
+    seconds_per_token: float
+    tokens_per_second: float
+    times_first: float
+    p50: float
+    p95: float
+    p99: float
+    switches: int
+    experts: dict[str, int]
+    catch_ups: list[int]
+    weight_bytes_per_token: float | None
+    bytes_per_second: float | None
+    bandwidth_share: float | None
+    runs: list[dict[str, Any]]
+
+
+def summarise(
+    precision: str,
+    system: System,
+    runs: Sequence[Run],
+    base: Sequence[Run],
+    prompt: int,
+    weights: dict[str, int],
+    bandwidth: float,
+) -> Row:
+    """A row from its runs and those of the first row, of the same rounds. `weights`: bytes that a token reads of each model, or nothing."""
+    means = [float(np.mean(run.seconds)) for run in runs]
+    typical = float(np.median(means))
+    tokens = np.concatenate([run.seconds for run in runs])
+    p50, p95, p99 = (float(value) for value in np.percentile(tokens, (50, 95, 99)))
+    experts = runs[0].experts  # greedy texts do not differ
+    read = weight_bytes(system, experts[1:], weights) if weights else None
+    rate = None if read is None else read / typical
+    return Row(
+        precision=precision,
+        system=system.name,
+        first_token=float(np.median([run.first for run in runs])),
+        seconds_per_token=typical,
+        tokens_per_second=1 / typical,
+        times_first=float(np.median([np.mean(first.seconds) / mean for first, mean in zip(base, means, strict=True)])),
+        p50=p50,
+        p95=p95,
+        p99=p99,
+        switches=switches(experts) if system.expert else 0,
+        experts=dict(Counter(experts)) if system.expert else {},
+        catch_ups=catch_ups(experts, prompt) if system.expert else [],
+        weight_bytes_per_token=read,
+        bytes_per_second=rate,
+        bandwidth_share=None if rate is None else rate / bandwidth,
+        runs=[asdict(run) for run in runs],
+    )
+
+
+def weight_bytes(system: System, experts: Sequence[str], weights: dict[str, int]) -> float:
+    """Bytes of weights read per token, a mean over tokens from these experts."""
+    router = weights[ROUTER] if system.router else 0
+    return router + (float(np.mean([weights[name] for name in experts])) if system.expert else 0.0)

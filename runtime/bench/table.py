@@ -1,0 +1,84 @@
+"""The figures on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = (
+    "precision", "row", "first token ms", "tokens/s", "× first", "p50 ms", "p95 ms", "p99 ms", "switches", "catch-ups", "longest", "MB/token",
+    "GB/s", "of memory",
+)  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row in the units that people read."""
+    lengths, read, rate, share = row["catch_ups"], row["weight_bytes_per_token"], row["bytes_per_second"], row["bandwidth_share"]
+    return (
+        row["precision"],
+        row["system"],
+        f"{row['first_token'] * 1e3:,.1f}",
+        f"{row['tokens_per_second']:,.1f}",
+        f"{row['times_first']:.2f}",
+        *(f"{row[name] * 1e3:,.2f}" for name in ("p50", "p95", "p99")),
+        str(row["switches"]),
+        str(len(lengths)),
+        str(max(lengths, default=0)),
+        "–" if read is None else f"{read / 1e6:,.1f}",
+        "–" if rate is None else f"{rate / 1e9:,.2f}",
+        "–" if share is None else f"{share:.0%}",
+    )
+
+
+def megabytes(count: int | None) -> str:
+    """Bytes for people."""
+    return "–" if count is None else f"{count / 1e6:,.1f}"
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """Print the rows, what each precision takes, and the notes."""
+    speed = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in COLUMNS:
+        speed.add_column(column, justify="left" if column in ("precision", "row") else "right")
+    for row in result["rows"]:
+        speed.add_row(*cells(row))
+    memory = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in SIZES:
+        memory.add_column(column, justify="left" if column == "precision" else "right")
+    for each in result["precisions"]:
+        memory.add_row(*sizes(each))
+    console.print(heading(result), soft_wrap=True)
+    console.print(speed, memory)
+    console.print(*result["notes"], sep="\n", soft_wrap=True)
+
+
+SIZES = ("precision", "bits", "bundle MB", "own memory MB", "mapped MB", "GPU MB", "loading s", "perplexity", "top-1")
+
+
+def sizes(each: dict[str, Any]) -> tuple[str, ...]:
+    """A precision in the units that people read."""
+    quality = each["quality"] or {}
+    perplexity, agreement = quality.get("perplexity_ratio"), quality.get("greedy_agreement")
+    return (
+        each["name"],
+        f"{each['bits_per_weight']:.2f}",
+        megabytes(each["bytes"]),
+        megabytes(each["memory"]["anonymous"]),
+        megabytes(each["memory"]["mapped"]),
+        megabytes(each["device_memory"]),
+        f"{each['load_seconds']:.1f}",
+        "–" if perplexity is None else f"{perplexity - 1:+.2%}",
+        "–" if agreement is None else f"{agreement:.1%}",
+    )
+
+
+def heading(result: dict[str, Any]) -> str:
+    """One line: what was measured, on what."""
+    machine = result["machine"]
+    return (
+        f"{result['bundle']} on {result['device']}: {result['prompt_tokens']} tokens of prompt, {result['new_tokens']} new ones, "
+        f"median of {result['repeats']}; {machine['cores']} cores, memory read at {machine['read_bandwidth'] / 1e9:.1f} GB/s"
+    )
