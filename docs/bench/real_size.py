@@ -1,6 +1,7 @@
 """Export a system of real size and generate from it, watching the memory: Gemma-2-2B shapes, random bf16 weights, a router and two experts.
 
     python docs/bench/real_size.py WORK_DIR [--precision int4 --prompts 8]
+    python docs/bench/real_size.py WORK_DIR --precision int4 --target rtx:sm86+sm89+sm120 --experts math
 
 Needs about 26 GB of disk in WORK_DIR (16 GB of checkpoints, 8.5 GB of bundle) and takes some 20 minutes on two cores rounded to nearest,
 some hours calibrated. Prints a Markdown table; what it printed here stands in docs/real-size.md.
@@ -27,7 +28,6 @@ CONFIG = {
     "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1,
     "pad_token_id": 0, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "dtype": "bfloat16",
 }  # fmt: skip
-EXPERTS = ("math", "code")
 
 
 def shapes() -> list[dict[str, tuple[int, ...]]]:
@@ -99,23 +99,31 @@ def resident(pid: int, field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
-def main(work: Path, precision: str = "int8", tokens: int = 16, max_seq_len: int = 2048, prompts: int = 0) -> None:
-    """Write the checkpoints (once), export them (calibrated on so many prompts, or not), generate token ids."""
-    router, experts = work / "router", {name: work / name for name in EXPERTS}
-    for number, folder in enumerate((router, *experts.values())):
+def main(
+    work: Path,
+    precision: str = "int8",
+    tokens: int = 16,
+    max_seq_len: int = 2048,
+    prompts: int = 0,
+    target: str = "ort",
+    experts: str = "math,code",
+) -> None:
+    """Write the checkpoints (once), export them (calibrated on so many prompts, or not), generate token ids where the CPU can."""
+    router, folders = work / "router", {name: work / name for name in experts.split(",")}
+    for number, folder in enumerate((router, *folders.values())):
         if not (folder / "model.safetensors.index.json").is_file():
             write_checkpoint(folder, number)
-    head = torch.randn(len(EXPERTS), 2304, generator=torch.Generator().manual_seed(0)) / 48
+    head = torch.randn(len(folders), 2304, generator=torch.Generator().manual_seed(0)) / 48
     save_file({"routing_head.weight": head}, router / "routing_head.safetensors")
-    named = [argument for name, folder in experts.items() for argument in ("--expert", f"{name}={folder}")]
+    named = [argument for name, folder in folders.items() for argument in ("--expert", f"{name}={folder}")]
     bundle, asked = work / "bundle", work / "prompts.txt"
     asked.write_text("".join(f"prompt {number}\n" for number in range(prompts)))  # only their number counts: there is no tokenizer
     output, seconds, anonymous, mapped = run(
-        "export.py", "--family", "gemma2", "--router", str(router), *named, "--precision", precision, "--max-seq-len", str(max_seq_len),
+        "export.py", "--family", "gemma2", "--router", str(router), *named, "--precision", precision, "--target", target, "--max-seq-len", str(max_seq_len),
         "--calibration", str(asked) if prompts else "none", "--out", str(bundle), "--force", "--json",
     )  # fmt: skip
     report = json.loads(output)
-    source = sum(file.stat().st_size for folder in (router, *experts.values()) for file in folder.glob("*.safetensors"))
+    source = sum(file.stat().st_size for folder in (router, *folders.values()) for file in folder.glob("*.safetensors"))
     written = report["variants"][0]["bytes"]
     print("| step | seconds | peak anonymous memory | peak mapped files |\n|---|---|---|---|")
     print(
@@ -125,6 +133,11 @@ def main(work: Path, precision: str = "int8", tokens: int = 16, max_seq_len: int
         print(f"| – {stage['name']} | {stage['seconds']:.0f} | {stage['peak_anonymous_mib'] * 2**20 / 1e9:.2f} GB | |")
     billions = sum(report["parameters"].values()) / 1e9
     print(f"| – per billion parameters ({billions:.1f}) | {seconds / billions:.0f} | | |")
+    for built in report["variants"][0]["engines"]:
+        sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in built["bytes"].items())
+        print(f"\nEngines for {', '.join(f'SM{sm}' for sm in built['sms'])}, {built['flavour']} {built['version']}: {sizes}")
+    if target != "ort":
+        return
     output, seconds, anonymous, mapped = run(
         "-m", "runtime", "generate", str(bundle), "--prompt-ids", "2,651,6037,576,6081,603", "--max-new-tokens", str(tokens), "--json"
     )
