@@ -95,14 +95,24 @@ class Session:
 
         Raises InputError for an empty session or a full context, ClosedError after the runtime was closed.
         """
+        token = self.advance(*self._settings(fusion, lam, sampling), self._pinned)
+        token.text = "".join(ready.text for ready in self._text.push(token))
+        return token
+
+    def steps(self, most: int, *, fusion: str | None = None, lam: float | None = None, **sampling: Any) -> list[Token]:
+        """Like `step`, but with speculation one to `most` tokens: as many as one round gives."""
+        tokens = self.advance_some(*self._settings(fusion, lam, sampling), self._pinned, most)
+        for token in tokens:
+            token.text = "".join(ready.text for ready in self._text.push(token))
+        return tokens
+
+    def _settings(self, fusion: str | None, lam: float | None, sampling: dict[str, Any]) -> tuple[Sampler, tuple[float, float]]:
+        """The sampler and the weights of a step."""
         if sampling or self._sampler.sampling != Sampling():
             wanted = sampling_of(sampling)
             if wanted != self._sampler.sampling:
                 self._sampler = Sampler(wanted)
-        coefficients = self._runtime.coefficients(fusion or self._fusion, self._lam if lam is None else lam)
-        token = self.advance(self._sampler, coefficients, self._pinned)
-        token.text = "".join(ready.text for ready in self._text.push(token))
-        return token
+        return self._sampler, self._runtime.coefficients(fusion or self._fusion, self._lam if lam is None else lam)
 
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None = None) -> Token:
         """One step with a given sampler: router, the expert it chooses (or the pinned one), fusion, choice. The token's text is left empty.
@@ -139,7 +149,8 @@ class Session:
 
     def advance_some(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
         """One step, or with speculation as many tokens as one round gives, at most `most`."""
-        if self.rounds is None or not self.tokens:
+        most = min(most, self._runtime.max_seq_len - len(self.tokens))
+        if self.rounds is None or not self.tokens or most < 2:
             return [self.advance(sampler, coefficients, pinned)]
         return self.rounds.advance(sampler, coefficients, pinned, most)
 

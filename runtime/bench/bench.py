@@ -18,7 +18,7 @@ from runtime.bench import bandwidth
 from runtime.bench.memory import Growth
 from runtime.bench.precision import Precision, size_and_quality
 from runtime.bench.prompt import prompt_ids
-from runtime.bench.row import FUSED, System, systems
+from runtime.bench.row import DRAFTS, FUSED, System, systems
 from runtime.bench.run import Run, generate
 from runtime.bench.summary import summarise
 from runtime.bundle import Bundle
@@ -125,7 +125,9 @@ def loaded(
     free = gpu.free_memory() if gpu else 0
     with Growth() as growth:
         start = time.perf_counter()
-        runtime = stack.enter_context(FusionRuntime.load(bundle.folder, name, device))
+        runtime = stack.enter_context(
+            FusionRuntime.load(bundle.folder, name, device, speculation="auto" if DRAFTS in request.rows else "off")
+        )
         seconds = time.perf_counter() - start
         units = {(name, system): unit(system, runtime, ids, request.new_tokens) for system in systems(request.rows, runtime)}
         for measure in units.values():
@@ -139,7 +141,7 @@ def loaded(
 def unit(system: System, runtime: FusionRuntime, ids: Sequence[int], count: int) -> Callable[[], Run]:
     """What is measured again and again: one text, in the same buffers each time."""
     session = system.session(runtime)
-    return lambda: generate(session, ids, count)
+    return lambda: generate(session, ids, count, system.drafts)
 
 
 def named(precision: str, system: System, share: float, measure: Callable[[], Run], progress: Progress) -> Callable[[], Run]:
@@ -177,10 +179,11 @@ def notes(result: dict[str, Any]) -> list[str]:
         half = [name for name in names if name in HALF]
         wide = f": {' and '.join(half)} is stored in half precision and computed in fp32 here" if half else ""
         found.append(f"This compares precisions on the CPU, not engines on a GPU{wide}.")
-    if any(row["weight_bytes_per_token"] is None for row in result["rows"]):
+    plain = [row for row in result["rows"] if row["acceptance_rate"] is None]
+    if any(row["weight_bytes_per_token"] is None for row in plain):
         found.append("The bundle does not say how many bytes a token reads: export it again to see the share of the bandwidth.")
     elif result["device"] == "cpu" and (
-        small := [row for row in result["rows"] if row["weight_bytes_per_token"] < result["machine"]["last_level_cache"]]
+        small := [row for row in plain if row["weight_bytes_per_token"] < result["machine"]["last_level_cache"]]
     ):
         which = "all rows" if len(small) == len(result["rows"]) else ", ".join(f"{row['precision']} {row['system']}" for row in small)
         found.append(

@@ -9,6 +9,7 @@ from runtime.errors import InputError
 from runtime.session import Session
 
 FUSED, ROUTER = "fused", "router"
+DRAFTS = "+drafts"  # behind a row's name: with speculation
 
 
 class System(NamedTuple):
@@ -20,6 +21,7 @@ class System(NamedTuple):
     pinned: str | None
     fusion: str
     lam: float
+    drafts: bool = False
 
     def session(self, runtime: FusionRuntime) -> Session:
         """A session that runs it."""
@@ -29,6 +31,8 @@ class System(NamedTuple):
 def systems(names: str, runtime: FusionRuntime) -> list[System]:
     """The systems of a comma list: `fused` (routed), `fused:EXPERT` (always that expert), `router` or EXPERT (that model alone).
 
+    Each may end in `+drafts`: it then speculates.
+
     Raises InputError for any other name.
     """
     return [system(name.strip(), runtime) for name in dict.fromkeys(names.split(","))]
@@ -36,6 +40,8 @@ def systems(names: str, runtime: FusionRuntime) -> list[System]:
 
 def system(name: str, runtime: FusionRuntime) -> System:
     """One of `systems`."""
+    if name.endswith(DRAFTS):
+        return system(name.removesuffix(DRAFTS), runtime)._replace(name=name, drafts=True)
     first, _, pinned = name.partition(":")
     if name == FUSED or (first == FUSED and pinned in runtime.expert_names):
         weights = runtime.coefficients(runtime.fusion, runtime.lam)

@@ -14,20 +14,26 @@ Clock = Callable[[], float]  # seconds
 
 @dataclass(frozen=True)
 class Run:
-    """One text. `first`: seconds from the prompt to the first token; `seconds` of each later one; `experts`: of every token, the first included."""
+    """One text. `first`: seconds from the prompt to the first token; `seconds` of each later one; `experts`: of every token, the first included.
+
+    Tokens of one round of speculation come together: the first of them took its time, the others none. `drafted`, `accepted`: see `Result`.
+    """
 
     first: float
     seconds: list[float]
     experts: list[str]
+    drafted: int = 0
+    accepted: int = 0
 
 
-def generate(session: Session, prompt: Sequence[int], count: int, clock: Clock = time.perf_counter) -> Run:
-    """Choose `count` tokens greedily after a prompt, whether or not the text would end before."""
+def generate(session: Session, prompt: Sequence[int], count: int, drafts: bool = False, clock: Clock = time.perf_counter) -> Run:
+    """Choose `count` tokens greedily after a prompt, whether or not the text would end before; `drafts`: with speculation."""
     session.clear()
-    times, experts = [clock()], []
+    times, experts = [clock()], list[str]()
     session.append(prompt)
-    for _ in range(count):
-        experts.append(session.step().expert)
-        times.append(clock())
+    while len(experts) < count:
+        experts += [token.expert for token in session.steps(count - len(experts))] if drafts else [session.step().expert]
+        times += [clock()] * (len(experts) + 1 - len(times))
     first, *seconds = (after - before for before, after in pairwise(times))
-    return Run(first, seconds, experts)
+    rounds = session.rounds
+    return Run(first, seconds, experts, *((rounds.drafted, rounds.accepted) if rounds else ()))

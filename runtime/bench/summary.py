@@ -18,6 +18,8 @@ from runtime.bench.run import Run
 class Row:
     """One system in one precision. Seconds, bytes, and bytes per second; None where the bundle does not say what a token reads.
 
+    With drafts models read several tokens at once: bytes per token and catch-ups are then left out. acceptance_rate: None without drafts.
+
     seconds_per_token: median over the texts of a text's mean, catch-ups included; p50, p95, p99 over all tokens; first tokens are apart.
     times_first: speed in multiples of the first row's, the median over the rounds. catch_ups: tokens that an expert read at once.
     """
@@ -37,6 +39,7 @@ class Row:
     weight_bytes_per_token: float | None
     bytes_per_second: float | None
     bandwidth_share: float | None
+    acceptance_rate: float | None
     runs: list[dict[str, Any]]
 
 
@@ -55,7 +58,8 @@ def summarise(
     tokens = np.concatenate([run.seconds for run in runs])
     p50, p95, p99 = (float(value) for value in np.percentile(tokens, (50, 95, 99)))
     experts = runs[0].experts  # greedy texts do not differ
-    read = weight_bytes(system, experts[1:], weights) if weights else None
+    read = weight_bytes(system, experts[1:], weights) if weights and not system.drafts else None
+    drafted = sum(run.drafted for run in runs)
     rate = None if read is None else read / typical
     return Row(
         precision=precision,
@@ -69,10 +73,11 @@ def summarise(
         p99=p99,
         switches=switches(experts) if system.expert else 0,
         experts=dict(Counter(experts)) if system.expert else {},
-        catch_ups=catch_ups(experts, prompt) if system.expert else [],
+        catch_ups=catch_ups(experts, prompt) if system.expert and not system.drafts else [],
         weight_bytes_per_token=read,
         bytes_per_second=rate,
         bandwidth_share=None if rate is None else rate / bandwidth,
+        acceptance_rate=sum(run.accepted for run in runs) / max(drafted, 1) if system.drafts else None,
         runs=[asdict(run) for run in runs],
     )
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 COLUMNS = (
     "precision", "row", "first token ms", "tokens/s", "× first", "p50 ms", "p95 ms", "p99 ms", "switches", "catch-ups", "longest", "MB/token",
-    "GB/s", "of memory",
+    "GB/s", "of memory", "accepted",
 )  # fmt: skip
 
 
@@ -30,6 +30,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         "–" if read is None else f"{read / 1e6:,.1f}",
         "–" if rate is None else f"{rate / 1e9:,.2f}",
         "–" if share is None else f"{share:.0%}",
+        "–" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.0%}",
     )
 
 

@@ -19,13 +19,16 @@ from runtime.errors import FusionError
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Folder that export.py wrote.")],
     precision: Annotated[str | None, typer.Option(help="Comma list, compared in turns; default: all in the bundle for the device.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, tensorrt or rtx.")] = "auto",
+    device: Annotated[str, typer.Option(help=f"{', '.join(KNOWN)}.")] = "auto",
     prompt: Annotated[str | None, typer.Option(help="The prompt; default: a built-in text.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Repeat or cut the prompt to so many tokens.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate, whether or not the text ends before.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Texts measured of each row.")] = 5,
     rows: Annotated[
-        str, typer.Option(help="Comma list: fused, fused:EXPERT (always that one), router or EXPERT (that model alone).")
+        str,
+        typer.Option(
+            help="Comma list: fused, fused:EXPERT (always that one), router or EXPERT (that model alone); +drafts behind one: with speculation."
+        ),
     ] = "fused",
     sequential: Annotated[bool, typer.Option("--sequential", help="One precision at a time in memory, not in turns.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from runtime import FusionRuntime
 from runtime.bench import bandwidth
-from runtime.bench.bench import take_turns
+from runtime.bench.bench import Request, bench, take_turns
 from runtime.bench.counters import catch_ups, switches
 from runtime.bench.memory import INTERVAL, Growth
 from runtime.bench.row import System
@@ -25,6 +25,7 @@ from runtime.bench.run import Run, generate
 from runtime.bench.summary import summarise
 from runtime.bundle import Bundle
 from runtime.manifest import Manifest
+from runtime.speculation.pace import Pace, Plan
 from tests.commands import Command
 from tests.runtime.test_commands import assert_one_sentence, command
 
@@ -117,7 +118,7 @@ def test_a_run_by_the_clock(bundles: list[Path]) -> None:
     ticks = count(0)
     with FusionRuntime.load(bundles[0], "fp32") as rt:
         session = rt.session()
-        first = generate(session, [5, 6, 7], 4, lambda: float(next(ticks) ** 2))
+        first = generate(session, [5, 6, 7], 4, clock=lambda: float(next(ticks) ** 2))
         assert first.first == 1 and first.seconds == [3, 5, 7] and len(first.experts) == 4
         assert len(session) == 7
         assert generate(session, [5, 6, 7], 4).experts == first.experts
@@ -144,9 +145,9 @@ def test_loading_and_turns(bundles: list[Path], command: Command, sequential: bo
     events: list[str] = []
     load, close = FusionRuntime.load, FusionRuntime.close
 
-    def loading(bundle: Path, precision: str, *rest: Any) -> FusionRuntime:
+    def loading(bundle: Path, precision: str, *rest: Any, **options: Any) -> FusionRuntime:
         events.append(f"load {precision}")
-        return load(bundle, precision, *rest)
+        return load(bundle, precision, *rest, **options)
 
     def closing(runtime: FusionRuntime) -> None:
         events.append(f"close {runtime.precision}")
@@ -288,7 +289,7 @@ def test_without_matplotlib(bundles: list[Path], command: Command, tmp_path: Pat
 
 
 FAILURES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
-    "precision": (("--precision", "int8,int3"), ("'int3'", "only fp32, int8")),
+    "precision": (("--precision", "int8,int3"), ("'int3'", "only int8, fp32")),
     "row": (("--rows", "fused,history"), ("'history'", "expert0, expert1")),
     "context": (
         ("--prompt-tokens", 1000, "--new-tokens", 30),
@@ -362,3 +363,17 @@ def test_models_of_different_sizes() -> None:
         assert (row.weight_bytes_per_token, row.seconds_per_token, row.first_token, row.times_first) == (read, 2.5, 8.0, 2.0)
         assert (row.bytes_per_second, row.bandwidth_share) == (read / 2.5, read / 2.5 / 4000)
         assert (row.switches, row.catch_ups) == counts
+
+
+def test_drafts_are_a_row_of_their_own(bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Pace, "plan", lambda self, most, *_: Plan("router", min(most, 4)))
+    result = bench(bundles[0], Request(("fp32",), "cpu", prompt_tokens=9, new_tokens=20, repeats=2, rows="fused,fused+drafts"))
+    plain, drafting = result["rows"]
+    assert plain["acceptance_rate"] is None and plain["runs"][0]["drafted"] == 0
+    assert drafting["experts"] == plain["experts"] and drafting["switches"] == plain["switches"]
+    for run in drafting["runs"]:
+        assert run["drafted"] > 0 and len(run["seconds"]) == 19 and run["seconds"].count(0.0) == run["accepted"]
+    drafted, accepted = (sum(run[name] for run in drafting["runs"]) for name in ("drafted", "accepted"))
+    assert drafting["acceptance_rate"] == accepted / drafted
+    assert drafting["weight_bytes_per_token"] is None and not drafting["catch_ups"]
