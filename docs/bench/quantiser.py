@@ -176,7 +176,8 @@ def main(
         shares = (f"{row[key]:.1%}" for key in ("greedy_agreement", "routing_agreement"))
         table.add_row(name, f"{row['bits']:.2f}", f"{row['perplexity_ratio'] - 1:+.1%}", f"{row['kl_mean']:.3g}", *shares)
     Console(width=110).print(table)
-    draw(found, out / "quantiser.png")
+    if any("nearest" in name or "GPTQ" in name for name in found):
+        draw(found, out / "quantiser.png")
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
