@@ -15,6 +15,8 @@ from runtime.bench.page import write_page
 from runtime.bench.table import show
 from runtime.errors import FusionError
 
+WIDEST = 150  # columns that the table needs: a terminal wraps better than a table
+
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Folder that export.py wrote.")],
@@ -57,4 +59,5 @@ def bench(
     if as_json:
         print(json.dumps(result), flush=True)
     else:
-        show(Console(highlight=False), result)
+        shown = Console(highlight=False)
+        show(Console(highlight=False, width=max(shown.width, WIDEST)), result)
