@@ -16,8 +16,11 @@ from tests.simulated.tensorrt import VERSION, plan
 VOCAB, WIDTH, HEADS, SIZE, CAPACITY, CHUNK = 40, 16, 2, 8, 320, 4
 
 
-def language_model(seed: int, experts: int = 0, layers: int = 2) -> onnx.ModelProto:
-    """A transformer without norms or MLPs, in fp32; `experts` > 0 makes it a router."""
+def language_model(seed: int, experts: int = 0, layers: int = 2, rows: bool = False) -> onnx.ModelProto:
+    """A transformer without norms or MLPs, in fp32; `experts` > 0 makes it a router.
+
+    `rows`: it gives back the new keys and values only, as graphs for TensorRT 10.3 do, and has no buffer to write to.
+    """
     random = np.random.default_rng(seed)
     weights: dict[str, np.ndarray] = {
         "embedding": random.normal(size=(VOCAB, WIDTH)),
@@ -55,6 +58,8 @@ def language_model(seed: int, experts: int = 0, layers: int = 2) -> onnx.ModelPr
                 parts[kind] = add("Transpose", [f"{layer}.{kind}.split"], f"{layer}.{kind}", perm=[0, 2, 1, 3])
         for kind in ("key", "value"):
             name = f"{layer}.{kind}"
+            if rows:
+                add("Identity", [parts[kind]], f"new.{name}")
             add("TensorScatter", [f"past.{name}", parts[kind], "write_index"], f"present.{name}", axis=2, mode="linear")
             parts[kind] = add("Slice", [f"present.{name}", "zero", "keys", "two"], f"{name}.used")
         add("Transpose", [parts["key"]], f"{layer}.turned", perm=[0, 1, 3, 2])
@@ -74,6 +79,7 @@ def language_model(seed: int, experts: int = 0, layers: int = 2) -> onnx.ModelPr
         outputs.append(("routing", [1, "K", experts]))
     caches = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
     kv = [1, HEADS, CAPACITY, SIZE]
+    kept: tuple[str, list[int | str]] = ("new", [1, HEADS, "S", SIZE]) if rows else ("present", [*kv])
     constants = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items() if array.size]
     constants += [numpy_helper.from_array(array.astype(np.int64), name) for name, array in whole.items()]
     constants.append(numpy_helper.from_array(np.array(-1e30, np.float32), "far"))
@@ -84,22 +90,23 @@ def language_model(seed: int, experts: int = 0, layers: int = 2) -> onnx.ModelPr
         [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name, shape in integers.items()]
         + [helper.make_tensor_value_info(f"past.{name}", TensorProto.FLOAT, kv) for name in caches],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs]
-        + [helper.make_tensor_value_info(f"present.{name}", TensorProto.FLOAT, kv) for name in caches],
+        + [helper.make_tensor_value_info(f"{kept[0]}.{name}", TensorProto.FLOAT, kept[1]) for name in caches],
         constants,
     )
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
 
 
-def write_bundle(folder: Path, experts: int = 3, seed: int = 0, layers: int = 2) -> Path:
+def write_bundle(folder: Path, experts: int = 3, seed: int = 0, layers: int = 2, rows: bool = False) -> Path:
     """A bundle without tokenizer: router, experts, fusion, and engines that stand for these very graphs."""
     (folder / "graphs").mkdir(parents=True)
     names = ["router", *(f"expert{number}" for number in range(experts))]
     graphs = {name: f"graphs/{name}.tensorrt.fp32.onnx" for name in names}
     for number, path in enumerate(graphs.values()):
-        onnx.save(language_model(seed + number, experts if number == 0 else 0, layers), folder / path)
+        onnx.save(language_model(seed + number, experts if number == 0 else 0, layers, rows), folder / path)
     write_fusion_graph(folder / "graphs/fusion.onnx")
     spec = {"layers": layers, "kv_heads": HEADS, "head_size": SIZE, "parameters": 1000}
-    variant = Variant(target="tensorrt", precision="fp32", graphs=graphs, fusion_graph="graphs/fusion.onnx", bits_per_weight=32)
+    target = "tensorrt:10.3" if rows else "tensorrt"
+    variant = Variant(target=target, precision="fp32", graphs=graphs, fusion_graph="graphs/fusion.onnx", bits_per_weight=32)
     manifest = Manifest(
         format=1, family="llama3", models=[Model(name=name, **spec) for name in names], fusion="weighted", lam=0.5, vocab_size=VOCAB,
         max_seq_len=CAPACITY, bos_token=None, eos_token=None, eos_token_ids=[], variants=[variant],
