@@ -5,15 +5,18 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 
 from runtime.backends import Backend, open_backend
 from runtime.bundle import Bundle
+from runtime.catch_up import MODES
 from runtime.chat import render
 from runtime.errors import ClosedError, InputError, UnavailableError
 from runtime.sampling import Sampler, sampling_of
@@ -89,12 +92,17 @@ class FusionRuntime:
         expert_memory: int | None = None,
         speculation: str = "off",
         exact: bool = False,
+        catch_up: str = "lazy",
+        prefix_cache: int = 1,
     ):
         manifest = bundle.manifest
         self.bundle = bundle
         self._backend: Backend | None
         self._backend, self.precision = open_backend(bundle, precision, device, threads, expert_memory)
         self.exact = exact
+        self.catch_up, self.prefix_cache = catch_up, prefix_cache
+        threaded = catch_up == "background" and not self._backend.side_by_side
+        self.thread = ThreadPoolExecutor(1, "fusionroute-catch-up") if threaded else None  # it starts with its first work
         self.costs: Costs | None = None  # of speculation, where it is on
         if speculation == "auto":
             self.costs = costs_of(bundle, self._backend, self.precision, device, threads)
@@ -109,6 +117,7 @@ class FusionRuntime:
         self._template = bundle.text("chat_template.jinja")
         self._eos = frozenset(manifest.eos_token_ids)
         self._free: list[Session] = []
+        self._sessions: WeakSet[Session] = WeakSet()
         self._lock = threading.RLock()  # a stream may be collected, and give its session back, while it is held
 
     @classmethod
@@ -125,6 +134,7 @@ class FusionRuntime:
         exact: bool = False,
         threads: int | None = None,
         expert_memory: int | None = None,
+        prefix_cache: int = 1,
         verify: bool = False,
     ) -> FusionRuntime:
         """Open a bundle. `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every file.
@@ -133,12 +143,22 @@ class FusionRuntime:
         Quantised models round a single token differently from several; with `exact` none is read alone, and greedy output is the same
         with speculation and without.
 
+        `catch_up="background"`: experts read the text while others answer, so that an expert that wakes late answers at once; it takes
+        their time and memory whether they wake or not.
+
+        `prefix_cache`: finished texts whose keys and values are kept for prompts that begin alike, beside those that were generated at once;
+        what is in use is shared too. 0: every prompt is read from its beginning.
+
         `expert_memory`, bytes: on TensorRT devices, weights of experts beyond it wait in host memory until they are chosen.
 
         Raises FusionError subclasses only: BundleError, UnavailableError, InputError.
         """
-        if catch_up != "lazy":
-            raise UnavailableError(f"catch_up='{catch_up}' is not available in this version: use 'lazy'.")
+        if catch_up not in MODES:
+            raise InputError(f"Unknown catch_up '{catch_up}': use 'lazy' or 'background'.")
+        if catch_up == "background" and expert_memory is not None:
+            raise InputError("catch_up='background' would move all experts' weights in turn, which expert_memory limits: use 'lazy'.")
+        if prefix_cache < 0:
+            raise InputError(f"prefix_cache={prefix_cache} is out of range: expected the number of texts to keep, or 0 for none.")
         if speculation not in SPECULATION:
             raise InputError(f"Unknown speculation '{speculation}': use 'off' or 'auto'.")
         if threads is not None and threads < 1:
@@ -146,7 +166,7 @@ class FusionRuntime:
         opened = Bundle.open(bundle)
         if verify:
             opened.verify()
-        return cls(opened, precision, device, fusion, lam, threads, expert_memory, speculation, exact)
+        return cls(opened, precision, device, fusion, lam, threads, expert_memory, speculation, exact, catch_up, prefix_cache)
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -227,9 +247,9 @@ class FusionRuntime:
         coefficients = self.coefficients(fusion or self.fusion, self.lam if lam is None else lam)
         pinned = self._pinned(expert)
         text = TextStream(self.text, () if stop is None else stop)
-        session = self._take()
+        session = self._take(ids)
         try:
-            session.append(ids)
+            session.restart(ids)
         except InputError:
             self._give(session)
             raise
@@ -291,8 +311,9 @@ class FusionRuntime:
         if chunk < 1:
             raise InputError(f"chunk={chunk} is out of range: expected at least 1.")
         ordered = sorted(set(asked))
-        session = self._take()
+        session = self._take(())
         try:
+            session.clear()
             session.append(token_ids)
             scores = session.score(ordered, chunk, self.coefficients(fusion or self.fusion, self.lam if lam is None else lam))
         finally:
@@ -306,7 +327,7 @@ class FusionRuntime:
         """A new empty session with its own KV caches; `expert`, where given, answers every token instead of the routed one."""
         chosen, weight = fusion or self.fusion, self.lam if lam is None else lam
         self.coefficients(chosen, weight)
-        return Session(self, chosen, weight, self._pinned(expert))
+        return self._register(Session(self, chosen, weight, self._pinned(expert)))
 
     def _pinned(self, expert: str | None) -> int | None:
         """The index of a named expert. Raises InputError for a name that the bundle does not have."""
@@ -327,18 +348,29 @@ class FusionRuntime:
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    def _take(self) -> Session:
-        """A session whose buffers may have served an earlier text."""
+    def _take(self, ids: Sequence[int]) -> Session:
+        """A session whose buffers may have served an earlier text: the one that begins as `ids` do, else the one idle for longest."""
         with self._lock:
-            if self._free:
-                return self._free.pop()
-        return Session(self, self.fusion, self.lam)
+            alike = [session.alike(ids) for session in self._free]
+            if self._free and (max(alike) > 0 or len(self._free) >= self.prefix_cache):
+                return self._free.pop(alike.index(max(alike)))
+        return self._register(Session(self, self.fusion, self.lam))
 
     def _give(self, session: Session) -> None:
-        session.clear()
+        session.pause()
         with self._lock:
-            if self._backend is not None and len(self._free) < POOLED:
+            if self._backend is not None and len(self._free) < max(POOLED, self.prefix_cache):
                 self._free.append(session)
+
+    def _register(self, session: Session) -> Session:
+        with self._lock:
+            self._sessions.add(session)
+        return session
+
+    def sessions(self) -> list[Session]:
+        """Those in use and those that wait for another text."""
+        with self._lock:
+            return list(self._sessions)
 
     @property
     def backend(self) -> Backend:
@@ -353,6 +385,8 @@ class FusionRuntime:
         with self._lock:
             self._backend = None
             self._free.clear()
+        if self.thread is not None:
+            self.thread.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> FusionRuntime:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime import prefix
 from runtime.backends.backend import REUSED, Cache, Fused, Output
+from runtime.catch_up import CatchUp, boundary
 from runtime.errors import InputError
 from runtime.sampling import Candidates, Sampler, Sampling, sampling_of
 from runtime.speculation import Rounds
@@ -49,6 +52,9 @@ class Session:
         self._sampler = Sampler(Sampling())
         self._text = TextStream(runtime.text)
         self.rounds = Rounds(self, runtime.costs, runtime.vocab_size) if runtime.costs is not None else None
+        self._behind = CatchUp(self, runtime.thread) if runtime.catch_up == "background" else None
+        self._prompt = 0  # leading tokens that were there before the first step: every model has read them several at a time, or not yet
+        self._lent = threading.Lock()  # held while another session copies what was read of them, and while that is forgotten
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -84,11 +90,39 @@ class Session:
         """Keep the first n tokens and forget the rest, in every model."""
         if not 0 <= n <= len(self.tokens):
             raise InputError(f"Cannot rewind to {n} tokens: the session holds {len(self.tokens)}.")
+        if self._behind is not None:
+            self._behind.settle()
+        with self._lent:
+            self._prompt = min(self._prompt, n)
         self.keep(n)
         self.last = self.last if n else None
         if self.rounds is not None:
             self.rounds.clear()
         self._text = TextStream(self._runtime.text)
+
+    def restart(self, ids: Sequence[int]) -> None:
+        """Begin another text in the same buffers, keeping what was read of a prompt that begins alike."""
+        read = self.alike(ids) if self._runtime.prefix_cache else 0
+        self.rewind(read)
+        self.last, self._prompt = None, 0
+        self._sampler = Sampler(Sampling())
+        self.append(ids[read:])
+
+    def alike(self, ids: Sequence[int]) -> int:
+        """How many leading tokens of a prompt begin this session's prompt too. The last of either are read where they are answered."""
+        return prefix.common(self.tokens, ids, min(self._prompt - 1, len(ids) - 2))
+
+    def offer(self, model: int | None, ids: Sequence[int]) -> int:
+        """How many leading tokens of a text a model (None: the router) has read here, in a form that can be lent."""
+        cache = self._router if model is None else self._experts[model]
+        return min(self.alike(ids), cache.length) if cache is not None else 0
+
+    def lend(self, model: int | None, ids: Sequence[int], cache: Cache) -> None:
+        """Let another session's cache of a model take over what `offer` says."""
+        with self._lent:
+            own, length = self._router if model is None else self._experts[model], self.offer(model, ids)
+            if own is not None and length:
+                cache.adopt(own, length)
 
     def step(self, *, fusion: str | None = None, lam: float | None = None, **sampling: Any) -> Token:
         """Choose, append and return the next token. Sampling arguments are those of `Sampling`; equal ones continue one random stream.
@@ -123,6 +157,7 @@ class Session:
         runtime = self._runtime
         if not self.tokens:
             raise InputError("The session holds no tokens: append a prompt of at least one token first.")
+        self._prompt = self._prompt or len(self.tokens)
         if len(self.tokens) >= runtime.max_seq_len:
             raise InputError(f"The context of {runtime.max_seq_len} tokens is full: rewind, or export with a larger --max-seq-len.")
 
@@ -145,13 +180,20 @@ class Session:
         chosen = sampler.choose(Candidates(fused.ids[0], fused.logits[0], float(fused.sampling_normaliser[0])), lambda: fused.rows[0])
         logprob = self.logprob(chosen, fused, router.logits, answered.logits, coefficients)
         self.tokens.append(chosen)
+        self._go_on()
         return Token(chosen, runtime.expert_names[choice], logprob, routing)
+
+    def _go_on(self) -> None:
+        """Tokens were committed: what they are is settled until a rewind."""
+        if self._behind is not None:
+            self._behind.go_on(len(self.tokens))
 
     def advance_some(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
         """One step, or with speculation as many tokens as one round gives, at most `most`."""
         most = min(most, self._runtime.max_seq_len - len(self.tokens))
         if self.rounds is None or not self.tokens or most < 2:
             return [self.advance(sampler, coefficients, pinned)]
+        self._prompt = self._prompt or len(self.tokens)
         return self.rounds.advance(sampler, coefficients, pinned, most)
 
     def _guess(self) -> int | None:
@@ -218,13 +260,42 @@ class Session:
 
         What it has read behind the first of them is read again.
         """
+        if expert is not None and self._behind is not None:
+            self._behind.wait(expert)
         cache = self._cache(expert)
+        self._borrow(expert, cache)
         cache.length, end = min(cache.length, positions[0]), positions[-1] + 1
-        while end - cache.length > CHUNK:
-            piece = self.tokens[cache.length : min(cache.length + CHUNK, positions[0])]
-            self._forward(expert, piece, (len(piece) - 1,))
+        while (stop := self._stop(expert, cache.length, positions[0], end)) < end:
+            self._forward(expert, self.tokens[cache.length : stop], (stop - cache.length - 1,))
         start = cache.length
         return self._forward(expert, self.tokens[start:end], [position - start for position in positions])
+
+    def _stop(self, expert: int | None, start: int, first: int, end: int) -> int:
+        """Where the next pass of those that read from `start` to `end` ends, of which the last one answers, from position `first` on.
+
+        No pass but a decode step reads a single token: see `prefix`.
+        """
+        if expert is None or self._behind is None:
+            return min(start + CHUNK, first - 1) if end - start > CHUNK else end
+        stop = boundary(start)
+        return stop if stop < first else end
+
+    def read_piece(self, expert: int, limit: int) -> None:
+        """Let an expert read one piece of the tokens before `limit`, where one is due (see `CatchUp`)."""
+        cache = self._cache(expert)
+        self._borrow(expert, cache)
+        if (stop := boundary(cache.length)) <= limit:
+            self._forward(expert, self.tokens[cache.length : stop], (stop - cache.length - 1,))
+
+    def reached(self, expert: int) -> int:
+        """How many tokens an expert has read."""
+        cache = self._experts[expert]
+        return cache.length if cache is not None else 0
+
+    def _borrow(self, model: int | None, cache: Cache) -> None:
+        """Take over what other sessions have read of this text, before a model reads its first token."""
+        if self._runtime.prefix_cache and not cache.length:
+            prefix.fill(self, model, cache, self._runtime.sessions())
 
     def _forward(self, expert: int | None, ids: Sequence[int], positions: Sequence[int]) -> Output:
         cache = self._cache(expert)
@@ -245,13 +316,14 @@ class Session:
         """Append a token that was verified."""
         self.tokens.append(token.id)
         self.last = self.names.index(token.expert)
+        self._go_on()
 
     def keep(self, n: int) -> None:
         """Keep the first n tokens, here and in every model."""
         del self.tokens[n:]
         for cache in (self._router, *self._experts):
-            if cache is not None:
-                cache.length = min(cache.length, n)
+            if cache is not None and cache.length > n:
+                cache.length = n
 
     def _cache(self, expert: int | None) -> Cache:
         """The cache of the router (None) or of an expert, made at first use: an expert that is never chosen costs nothing."""
@@ -263,9 +335,18 @@ class Session:
         return cache
 
     def _reset(self) -> None:
+        if self._behind is not None:
+            self._behind.settle()
+        with self._lent:
+            self._prompt = 0
         for cache in (self._router, *self._experts):
             if cache is not None:
                 cache.length = 0
+
+    def pause(self) -> None:
+        """The text is over: nothing more of it is read in the background."""
+        if self._behind is not None:
+            self._behind.pause()
 
     def clear(self) -> None:
         """Forget all tokens but keep the buffers."""

@@ -43,6 +43,14 @@ class Cache(Protocol):
         ...
 
 
+    def adopt(self, other: Any, length: int) -> None:
+        """Copy the first `length` tokens of another cache of the same model, where the backend can; else nothing changes.
+
+        Their keys and values must not change meanwhile; later ones may.
+        """
+        ...
+
+
 class LanguageModel(Protocol):
     """A loaded model; caches are made per session and may be used by one thread each."""
 

@@ -129,6 +129,12 @@ class OrtCache:
             self._logits, self._routing = self._rows(1)
         return output
 
+    def adopt(self, other: OrtCache, length: int) -> None:
+        """See `backend.Cache.adopt`."""
+        for mine, theirs in zip(self._buffers, other._buffers, strict=True):
+            mine[:, :, :length] = theirs[:, :, :length]
+        self.length = length
+
     def _bind(self, count: int, wanted: int) -> None:
         self._bound = (0, 0)  # until all is bound: an error on the way must not leave a shape that is not
         binding, model = self._binding, self._model

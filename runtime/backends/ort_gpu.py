@@ -198,6 +198,9 @@ class GpuCache:
         self.length += count
         return output
 
+    def adopt(self, other: GpuCache, length: int) -> None:
+        """ONNX Runtime's Python API copies nothing from device to device: prompts are read again (see `backend.Cache.adopt`)."""
+
     def _chunk(self, count: int, wanted: int) -> tuple[Any, Inputs]:
         """The binding for chunks and its inputs, which change with their shape."""
         binding, inputs = self._chunks or (self._binding(), self._inputs(count, wanted))

@@ -143,10 +143,11 @@ class Cache:
             },
         )
         self._outputs = self._buffers(1)
+        self._places = [self._keys_values.address + number * each for number in range(len(names))]
         self._appended: list[tuple[int, int]] = []  # where the rows of a cache belong, and where new ones are written
         self._addresses = {**self._inputs.addresses, "key_positions": shared.key_positions.device}
         for number, name in enumerate(names):
-            self._addresses[f"past.{name}"] = place = self._keys_values.address + number * each
+            self._addresses[f"past.{name}"] = place = self._places[number]
             if model.new_rows is None:
                 self._addresses[f"present.{name}"] = place
             else:
@@ -216,6 +217,19 @@ class Cache:
         stream.record(self.done)
         if free is not None:
             stream.record(free)
+
+    def adopt(self, other: Cache, length: int) -> None:
+        """See `backend.Cache.adopt`. Both caches are of one model, whose stream keeps the order."""
+        model, shared = self.model, self.model.shared
+        row = model.each // model.spec.kv_heads
+        pitch = shared.capacity * row
+        with shared.lock:
+            shared.device.enter()
+            for mine, theirs in zip(self._places, other._places, strict=True):
+                model.stream.copy_rows(mine, pitch, theirs, pitch, length * row, model.spec.kv_heads)
+            model.stream.record(self.done)
+            model.stream.record(other.done)  # its buffers may be freed after that
+        self.length = length
 
     def _append(self, count: int) -> None:
         """Copy new keys and values behind those of the caches. No part of a captured graph: the place differs from step to step."""
