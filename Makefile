@@ -15,8 +15,9 @@ demo: $(VENV)/export
 	$(BIN)/python -m runtime generate dist/$(FAMILY) --prompt "$(PROMPT)" --show-routing
 	$(BIN)/python -m runtime generate dist/$(FAMILY) --chat --prompt "$(PROMPT)" --show-routing
 
+# A file's tests stay on one worker, which makes its systems once; workers share the cores.
 test: $(VENV)/test lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

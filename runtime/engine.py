@@ -21,7 +21,7 @@ from runtime.chat import render
 from runtime.errors import ClosedError, InputError, UnavailableError
 from runtime.sampling import Sampler, sampling_of
 from runtime.session import CHUNK, Scores, Session
-from runtime.speculation import Costs, costs_of
+from runtime.speculation import MOST, Costs, costs_of
 from runtime.text import Text, TextStream, Token
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
@@ -105,7 +105,7 @@ class FusionRuntime:
         self.thread = ThreadPoolExecutor(1, "fusionroute-catch-up") if threaded else None  # it starts with its first work
         self.costs: Costs | None = None  # of speculation, where it is on
         if speculation == "auto":
-            self.costs = costs_of(bundle, self._backend, self.precision, device, threads)
+            self.costs = costs_of(bundle, self._backend, self.precision, threads)
         self.expert_names: list[str] = manifest.experts
         self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
         self.fusion: str = fusion or manifest.fusion
@@ -115,7 +115,7 @@ class FusionRuntime:
         self.unrouted = np.full(len(self.expert_names), np.nan, np.float32)  # the routing of tokens that no router was asked for
         self.unrouted.flags.writeable = False
         self._template = bundle.text("chat_template.jinja")
-        self._eos = frozenset(manifest.eos_token_ids)
+        self.eos = frozenset(manifest.eos_token_ids)
         self._free: list[Session] = []
         self._sessions: WeakSet[Session] = WeakSet()
         self._lock = threading.RLock()  # a stream may be collected, and give its session back, while it is held
@@ -269,14 +269,15 @@ class FusionRuntime:
         try:
             reason = "length"
             ready: deque[Token] = deque()
+            whole = sampler.sampling.temperature > 0  # rounds that the limit cuts short would draw other random numbers
             for left in range(min(limit, self.max_seq_len - len(session)), 0, -1):
                 if cancel is not None and cancel.is_set():
                     reason = "cancelled"
                     break
                 if not ready:
-                    ready.extend(session.advance_some(sampler, coefficients, pinned, left))
+                    ready.extend(session.advance_some(sampler, coefficients, pinned, MOST if whole else left))
                 token = ready.popleft()
-                if token.id in self._eos:
+                if token.id in self.eos:
                     reason = "stop"
                     break
                 yield from text.push(token)

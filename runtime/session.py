@@ -48,16 +48,22 @@ class Session:
         self._router: Cache | None = None
         self._experts: list[Cache | None] = [None] * len(runtime.expert_names)
         self.last: int | None = None  # the expert chosen last
+        self.routed: Any = None  # the router's logits of the last plain step, float32 [1, V] until its next pass; None where it did not run
         self._fuse = runtime.backend.fuser()
         self._sampler = Sampler(Sampling())
         self._text = TextStream(runtime.text)
-        self.rounds = Rounds(self, runtime.costs, runtime.vocab_size) if runtime.costs is not None else None
+        self.rounds = Rounds(self, runtime.costs, runtime.vocab_size, runtime.eos) if runtime.costs is not None else None
         self._behind = CatchUp(self, runtime.thread) if runtime.catch_up == "background" else None
         self._prompt = 0  # leading tokens that were there before the first step: every model has read them several at a time, or not yet
         self._lent = threading.Lock()  # held while another session copies what was read of them, and while that is forgotten
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def exact(self) -> bool:
+        """Whether no token is read alone."""
+        return self._runtime.exact
 
     @property
     def token_ids(self) -> list[int]:
@@ -135,6 +141,8 @@ class Session:
 
     def steps(self, most: int, *, fusion: str | None = None, lam: float | None = None, **sampling: Any) -> list[Token]:
         """Like `step`, but with speculation one to `most` tokens: as many as one round gives."""
+        if most < 1:
+            raise InputError(f"most={most} is out of range: expected at least 1.")
         tokens = self.advance_some(*self._settings(fusion, lam, sampling), self._pinned, most)
         for token in tokens:
             token.text = "".join(ready.text for ready in self._text.push(token))
@@ -168,6 +176,7 @@ class Session:
 
         newest = (len(self.tokens) - 1,)
         routed = self.read(None, newest) if pinned is None or coefficients[0] else None
+        self.routed = None if routed is None else routed.logits
         guess = self._guess() if pinned is None and coefficients[1] else pinned
         found = fused_with(guess) if guess is not None else None  # queued behind the router, which may still run
         routing = runtime.unrouted if routed is None or routed.routing is None else routed.routing[0].copy()

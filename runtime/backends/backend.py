@@ -42,7 +42,6 @@ class Cache(Protocol):
         """Append S tokens and return outputs for K of their positions (0 … S−1, counted within `ids`)."""
         ...
 
-
     def adopt(self, other: Any, length: int) -> None:
         """Copy the first `length` tokens of another cache of the same model, where the backend can; else nothing changes.
 

@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,71 +19,105 @@ from runtime.bundle import Bundle
 
 MOST = 8  # tokens that one round produces at most
 SIZES = (1, 2, 4, 8)  # tokens at a time that are measured
-CONTEXT, REPEATS = 32, 5
+LENGTHS = (32, 1024)  # of the text so far: attention takes its share of long ones
+REPEATS = 5
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
+
+Passes = tuple[tuple[float, ...], tuple[float, ...]]  # seconds for SIZES tokens, all rows of logits wanted, at both LENGTHS
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a forward pass of the router and of the largest expert for SIZES tokens, all rows of logits wanted, and of one fusion."""
+    """Seconds of forward passes and of one fusion. `beside`: whether router and expert run at the same time in a plain step."""
 
-    router: tuple[float, ...]
-    expert: tuple[float, ...]
+    router: Passes
+    experts: tuple[Passes, ...]
     fusion: float
-
-    def of_router(self, tokens: int) -> float:
-        """Seconds for 1 … MOST tokens."""
-        return float(np.interp(tokens, SIZES, self.router))
-
-    def of_expert(self, tokens: int) -> float:
-        """Seconds for 1 … MOST tokens."""
-        return float(np.interp(tokens, SIZES, self.expert))
+    beside: bool = False
 
 
-def costs_of(bundle: Bundle, backend: Backend, precision: str, device: str, threads: int | None) -> Costs:
-    """The costs kept for this bundle, machine and setting, or measured now (a second for a model of 135 million parameters)."""
+def table(passes: Passes, length: int, exact: bool = False) -> list[float]:
+    """Seconds for 0 … MOST tokens behind `length` others; `exact`: none is read alone."""
+    far = min(max((length - LENGTHS[0]) / (LENGTHS[1] - LENGTHS[0]), 0.0), 1.0)
+    seconds = np.interp(range(1, MOST + 1), SIZES, (1 - far) * np.array(passes[0]) + far * np.array(passes[1])).tolist()
+    if exact:
+        seconds[0] = seconds[1]
+    return [0.0, *seconds]
+
+
+def costs_of(bundle: Bundle, backend: Backend, precision: str, threads: int | None) -> Costs:
+    """The costs kept for this bundle, machine and setting, or measured now (a second or two for models of 135 million parameters).
+
+    What is kept by whoever comes first holds for all, so that a seed gives the same text again; where nothing can be kept it may not.
+    """
     about = [
-        bundle.manifest.model_dump_json(), precision, device, threads, platform.machine(), platform.processor(), processor(), len(SIZES), MOST,
+        bundle.manifest.model_dump_json(), precision, type(backend).__module__, threads or len(os.sched_getaffinity(0)), platform.machine(),
+        processor(), {name: installed(name) for name in PACKAGES}, SIZES, LENGTHS, MOST,
     ]  # fmt: skip
     path = files.cache_folder() / "costs" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        known = json.loads(path.read_text())
-        return Costs(tuple(map(float, known["router"])), tuple(map(float, known["expert"])), float(known["fusion"]))
+    if (known := kept(path)) is not None:
+        return known
     found = measure(bundle, backend)
     with contextlib.suppress(OSError):  # nowhere to write: measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace(path, json.dumps(asdict(found)).encode())
-    return found
+    return kept(path) or found
+
+
+def kept(path: Path) -> Costs | None:
+    """The costs in a file, or None where there are none to be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
+        known = json.loads(path.read_text())
+        return Costs(passes(known["router"]), tuple(map(passes, known["experts"])), float(known["fusion"]), bool(known["beside"]))
+    return None
+
+
+def passes(read: Any) -> Passes:
+    """Those that a file holds."""
+    near, far = (tuple(map(float, seconds)) for seconds in read)
+    if not len(near) == len(far) == len(SIZES):
+        raise ValueError("other sizes")
+    return near, far
 
 
 def measure(bundle: Bundle, backend: Backend) -> Costs:
-    """Time the passes one after the other in rounds, so that a disturbance touches all sizes alike; medians."""
-    models = bundle.manifest.models
-    largest = max(range(1, len(models)), key=lambda number: models[number].parameters) - 1
-    caches = [backend.router.cache(), backend.experts[largest].cache()]
-    sizes = [min(size, bundle.manifest.max_seq_len - 1) for size in SIZES]
-    context = min(CONTEXT, bundle.manifest.max_seq_len - sizes[-1])
-    fuse = backend.fuser()
-    none = np.zeros(0, np.int64)
+    """Time the passes in rounds, so that a disturbance touches all sizes alike; the fastest of each counts. Equal experts are timed once."""
+    models, capacity = bundle.manifest.models, bundle.manifest.max_seq_len
+    like = {spec.parameters: number for number, spec in enumerate(models[1:], 1)}  # an expert of each size
+    caches = {0: backend.router.cache()} | {number: backend.experts[number - 1].cache() for number in like.values()}
+    sizes = [min(size, capacity) for size in SIZES]
+    lengths = [max(0, min(length, capacity - sizes[-1])) for length in LENGTHS]
+    fuse, none = backend.fuser(), np.zeros(0, np.int64)
     taken: dict[Any, list[float]] = {}
-    for cache in caches:
-        cache.forward([0] * context, [context - 1])
     for _ in range(REPEATS + 1):
-        for who, cache in enumerate(caches):
-            for size in sizes:
-                start = time.perf_counter()
-                answer = cache.forward([0] * size, range(size))
-                np.asarray(answer.logits)
-                taken.setdefault((who, size), []).append(time.perf_counter() - start)
-                cache.length = context
-        rows = [cache.forward([0], [0]).logits for cache in caches]
-        for cache in caches:
-            cache.length = context
+        for who, cache in caches.items():
+            for at, length in enumerate(lengths):
+                for size in sizes:
+                    cache.length = length  # of zeros: what they hold costs nothing
+                    start = time.perf_counter()
+                    answer = cache.forward([0] * size, range(size))
+                    if size > 1 or not backend.side_by_side:
+                        np.asarray(answer.logits)
+                    _ = answer.routing  # waits for the router
+                    taken.setdefault((who, at, size), []).append(time.perf_counter() - start)
+        for cache in caches.values():
+            cache.length = 0
+        rows = [cache.forward([0], [0]).logits for cache in list(caches.values())[:2]]
         start = time.perf_counter()
-        _ = fuse(rows[0], rows[1], (0.5, 0.5), 1, none, 1.0, 1.0).ids
+        _ = fuse(rows[0], rows[-1], (0.5, 0.5), 1, none, 1.0, 1.0).ids
         taken.setdefault("fusion", []).append(time.perf_counter() - start)
-    medians = {what: float(np.median(seconds[1:])) for what, seconds in taken.items()}  # the first round warms up
-    router, expert = (tuple(medians[who, size] for size in sizes) for who in range(2))
-    return Costs(router, expert, medians["fusion"])
+    fastest = {what: min(seconds[1:]) for what, seconds in taken.items()}  # the first round warms up
+    timed = {who: tuple(tuple(fastest[who, at, size] for size in sizes) for at in range(len(lengths))) for who in caches}
+    experts = tuple(passes(timed[like[spec.parameters]]) for spec in models[1:])
+    return Costs(passes(timed[0]), experts, fastest["fusion"], backend.side_by_side)
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, if it is there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def processor() -> str:

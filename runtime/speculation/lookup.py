@@ -21,8 +21,6 @@ class Lookup:
         for size in range(min(LONGEST, len(tokens)), SHORTEST - 1, -1):
             start = self._after.get(tuple(tokens[-size:]))
             if start is not None:
-                found = list(tokens[start : start + most])
-                while len(found) < most:  # the text repeats with a period shorter than the draft
-                    found += found[: most - len(found)]
-                return found
+                period = len(tokens) - start  # a text that repeats itself goes on doing so
+                return [tokens[start + ahead % period] for ahead in range(most)]
         return []

@@ -5,16 +5,16 @@ Costs are measured at load and acceptance comes from the tokens, so that the cho
 
 from dataclasses import dataclass, field
 
-from runtime.speculation.costs import MOST, Costs
+from runtime.speculation.costs import MOST, Costs, table
 
 FORGET = 0.97  # of the weight of what was seen, with every verified draft
-PRIOR = {"router": (0.7, 4.0), "lookup": (0.5, 2.0)}  # acceptance rate before anything is seen, and how many drafts that belief is worth
-RETRY = 64  # tokens after which a source that does not seem to pay is tried again
+PRIOR = {"router": (0.5, 1.0), "lookup": (0.5, 2.0)}  # acceptance rate before anything is seen, and how many drafts that belief is worth
+GRAIN = 128  # tokens after which costs are looked up for the new length
 
 
 @dataclass
 class Rate:
-    """An acceptance rate that forgets."""
+    """A share of hits that forgets."""
 
     hits: float
     trials: float
@@ -24,8 +24,8 @@ class Rate:
         """Between 0 and 1."""
         return self.hits / self.trials
 
-    def saw(self, hits: int, trials: int) -> None:
-        """`hits` of `trials` drafts were accepted."""
+    def saw(self, hits: float, trials: int) -> None:
+        """`hits` of `trials` drafts were accepted, or would have been."""
         keep = FORGET**trials
         self.hits, self.trials = self.hits * keep + hits, self.trials * keep + trials
 
@@ -40,51 +40,55 @@ class Plan:
 
 @dataclass
 class Pace:
-    """The choice for one text."""
+    """The choice for one text. `exact`: no token is read alone."""
 
     costs: Costs
+    exact: bool = False
     rates: dict[str, Rate] = field(default_factory=lambda: {name: Rate(mean * weight, weight) for name, (mean, weight) in PRIOR.items()})
-    switches: Rate = field(default_factory=lambda: Rate(0.5, 4.0))
-    since: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PRIOR, 0))  # tokens since a source was last used
+    switches: Rate = field(default_factory=lambda: Rate(0.5, 2.0))
+    _priced: tuple[int, int] = (-1, -1)  # length in grains and expert that the tables are for
+    _tables: tuple[list[float], list[float]] = field(default=([], []), init=False)
 
-    def plan(self, most: int, looked_up: int, router: bool, expert: bool) -> Plan:
-        """The fastest way to go on, producing at most `most` tokens, where the text offers `looked_up` drafts.
+    def plan(self, most: int, looked_up: int, router: bool, expert: int | None, length: int) -> Plan:
+        """The fastest way to go on behind `length` tokens, producing at most `most`, where the text offers `looked_up` drafts.
 
-        `router` and `expert`: which of them run. Without an expert the router's own drafts verify nothing.
+        `router` and `expert`: whether the router runs, and the expert that is likely to answer (None: none runs; the router's own drafts
+        then verify nothing).
         """
-        best, fastest = Plan("router", 1), self.seconds("router", 1, router, expert)
-        offers = {"lookup": min(looked_up + 1, most, MOST), "router": min(most, MOST) if router and expert else 1}
+        reads, answers = self._prices(length, expert or 0)
+        reads, answers = reads if router else FREE, answers if expert is not None else FREE
+        fusion, switching = self.costs.fusion, self.switches.mean * answers[1]
+        plain = max(reads[1], answers[1]) if self.costs.beside else reads[1] + answers[1]
+        best, fastest = Plan("router", 1), plain + fusion
+        offers = {"lookup": min(looked_up + 1, most, MOST), "router": min(most, MOST) if router and expert is not None else 1}
         for source, limit in offers.items():
+            rate = self.rates[source].mean
+            tokens = power = 1.0
             for rows in range(2, limit + 1):
-                seconds = self.seconds(source, rows, router, expert) / self.tokens(source, rows)
+                power *= rate
+                tokens += power  # expected: 1 + a + a² + …
+                drafting = rows * reads[1] if source == "router" else reads[rows]
+                # experts that take turns within a round are read one after the other, as far as drafts hold
+                seconds = (drafting + answers[rows] + switching * (tokens - 1)) / tokens + fusion
                 if seconds < fastest:
                     best, fastest = Plan(source, rows), seconds
-        if best.rows == 1:
-            for source, limit in offers.items():
-                if self.since[source] >= RETRY and limit > 1:
-                    return Plan(source, 2)
         return best
 
-    def tokens(self, source: str, rows: int) -> float:
-        """Expected tokens of a round with so many rows: 1 + a + a² + …"""
-        rate = self.rates[source].mean
-        return sum(rate**row for row in range(rows))
-
-    def seconds(self, source: str, rows: int, router: bool, expert: bool) -> float:
-        """Expected time of a round. Experts that take turns within it are read one after the other, as far as drafts hold."""
-        costs, tokens = self.costs, self.tokens(source, rows)
-        drafting = rows * costs.router[0] if source == "router" else costs.of_router(rows)
-        more = self.switches.mean * (tokens - 1)
-        return (drafting if router else 0.0) + (costs.of_expert(rows) + more * costs.expert[0] if expert else 0.0) + tokens * costs.fusion
+    def _prices(self, length: int, expert: int) -> tuple[list[float], list[float]]:
+        """Seconds of the router's and of an expert's passes over 0 … MOST tokens."""
+        if self._priced != (length // GRAIN, expert):
+            self._priced = length // GRAIN, expert
+            self._tables = table(self.costs.router, length, self.exact), table(self.costs.experts[expert], length, self.exact)
+        return self._tables
 
     def saw(self, source: str, accepted: int, drafts: int) -> None:
         """Of `drafts` in a row the first `accepted` were accepted; those after the first refused one say nothing."""
         if drafts:
             self.rates[source].saw(accepted, min(accepted + 1, drafts))
-            self.since[source] = 0
 
     def produced(self, tokens: int, switched: int) -> None:
         """So many tokens were committed, so many of them by another expert than the one before."""
         self.switches.saw(switched, tokens)
-        for source in self.since:
-            self.since[source] += tokens
+
+
+FREE = [0.0] * (MOST + 1)

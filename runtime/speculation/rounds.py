@@ -6,7 +6,7 @@ drafts looked up in the text cost nothing, and router and experts read them in c
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,59 +22,93 @@ from runtime.text import Token
 if TYPE_CHECKING:
     from runtime.session import Session
 
+APART = 16  # tokens after which logits that are on a device are worth a copy for `Rounds._compare`
+
 
 class Rounds:
     """Speculation for one session, with buffers of its own and what it learned from the text so far."""
 
-    def __init__(self, session: Session, costs: Costs, vocab: int):
+    def __init__(self, session: Session, costs: Costs, vocab: int, eos: frozenset[int]):
         self._session = session
-        self._costs = costs
+        self._costs, self._eos = costs, eos
         self._rows = np.empty((MOST, vocab), np.float32)  # the router's logits, of which each step overwrites the last
         self.clear()
 
     def clear(self) -> None:
         """Another text begins."""
-        self._lookup, self.pace = Lookup(), Pace(self._costs)
-        self.drafted = self.accepted = 0
+        self._lookup, self.pace = Lookup(), Pace(self._costs, self._session.exact)
+        self.drafted = self.accepted = self._unseen = 0
 
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
         """Choose and append one to `most` tokens, distributed as those of `Session.advance`, which are the same ones when greedy."""
         session = self._session
         start, previous = len(session.tokens), session.last
         offered = self._lookup.propose(session.tokens, min(most, MOST) - 1)
-        plan = self.pace.plan(most, len(offered), pinned is None or bool(coefficients[0]), bool(coefficients[1]))
+        likely = pinned if pinned is not None else previous or 0
+        plan = self.pace.plan(
+            most, len(offered), pinned is None or bool(coefficients[0]), likely if coefficients[1] else None, len(session.tokens)
+        )
+        drafts: list[int] = []
         if plan.rows == 1:
             found = [session.advance(sampler, coefficients, pinned)]
+            rows = session.routed
         else:
-            accepted = 0
+            found = []
             try:
-                found, accepted = self._round(sampler, coefficients, pinned, plan, offered)
-            finally:
-                session.keep(start + accepted)
+                found, drafts, rows = self._round(sampler, coefficients, pinned, plan, offered)
+            finally:  # all but the last are drafts that held; others are forgotten, whatever happened
+                session.keep(start + max(len(found) - 1, 0))
             session.commit(found[-1])
-            self.pace.saw(plan.source, accepted, plan.rows - 1)
-            self.drafted, self.accepted = self.drafted + plan.rows - 1, self.accepted + accepted
+            accepted = held(found, drafts)
+            self.pace.saw(plan.source, accepted, len(drafts))
+            self.drafted, self.accepted = self.drafted + len(drafts), self.accepted + accepted
+        if plan.rows == 1 or plan.source != "lookup":
+            self.pace.saw("lookup", held(found, offered), min(len(offered), len(found)))
+        if coefficients[1] and rows is not None and (plan.rows == 1 or plan.source != "router"):
+            self._compare(found, rows, bool(sampler.sampling.temperature))
         names = [previous, *(session.names.index(token.expert) for token in found)]
         self.pace.produced(len(found), sum(a is not None and a != b for a, b in pairwise(names)))
         return found
 
+    def _compare(self, found: list[Token], rows: Any, sampled: bool) -> None:
+        """Learn from tokens that the router did not draft whether it would have: its logits [≥ len(found), V] are there anyway."""
+        self._unseen += 1
+        if not isinstance(rows, np.ndarray) and self._unseen % APART:
+            return
+        own = np.asarray(rows)[: len(found)]
+        ids = [token.id for token in found]
+        if not sampled:
+            hits = float(np.count_nonzero(own.argmax(-1) == ids))
+        else:  # tokens come from p: the mean of min(1, q/p) over them is the acceptance rate
+            tops = own.max(-1)
+            q = own[range(len(ids)), ids] - tops - np.log(np.exp(own - tops[:, None]).sum(-1))
+            hits = float(np.exp(np.minimum(q - [token.logprob for token in found], 0.0)).sum())
+        self.pace.rates["router"].saw(hits, len(found))
+
     def _round(
         self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, plan: Plan, offered: list[int]
-    ) -> tuple[list[Token], int]:
-        """The tokens of a round and how many drafts were accepted. Leaves the drafts at the end of the session's tokens."""
+    ) -> tuple[list[Token], list[int], Any]:
+        """The tokens of a round, its drafts, and the router's logits [rows, V] (None where it did not run).
+
+        Leaves the drafts at the end of the session's tokens. Nothing is read behind a draft that ends the text.
+        """
         session, start = self._session, len(self._session.tokens)
         routed: Output | None = None
         if plan.source == "lookup":
             drafts = offered[: plan.rows - 1]
+            end = next((at for at, draft in enumerate(drafts) if draft in self._eos), None)
+            drafts = drafts if end is None else drafts[: end + 1]
             drawn = [certain(draft) for draft in drafts]
+            count = len(drafts) + (end is None)
             session.tokens += drafts
             if pinned is None or coefficients[0]:
-                routed = session.read(None, range(start - 1, start + len(drafts)))
+                routed = session.read(None, range(start - 1, start - 1 + count))
         else:
             routed, drafts, drawn = self._draft(sampler, plan.rows)
+            count = len(routed.logits)
         routing = None if routed is None else routed.routing
         if pinned is not None:
-            choices = [pinned] * plan.rows
+            choices = [pinned] * count
         else:
             assert routing is not None
             choices = [int(choice) for choice in routing.argmax(-1)]
@@ -86,7 +120,7 @@ class Rounds:
                 assert router is not None
                 answers[row] = router
             elif row not in answers:  # the chosen expert reads up to its last draft; one whose turn never comes does not run
-                mine = [other for other in range(row, plan.rows) if choices[other] == choice]
+                mine = [other for other in range(row, count) if choices[other] == choice]
                 rows = session.read(choice, [start - 1 + other for other in mine]).logits
                 answers |= {other: rows[at : at + 1] for at, other in enumerate(mine)}
             expert = answers[row]
@@ -98,8 +132,8 @@ class Rounds:
             scores = session.unrouted if routing is None else routing[row].copy()
             found.append(Token(token, session.names[choice], session.logprob(token, fused, router, expert, coefficients), scores))
             if row < len(drafts) and token != drafts[row]:
-                return found, row
-        return found, len(drafts)
+                break
+        return found, drafts, None if routed is None else routed.logits
 
     def _draft(self, sampler: Sampler, rows: int) -> tuple[Output, list[int], list[Distribution]]:
         """Let the router go on alone for so many steps; each but the last gives a draft, chosen from its logits as tokens are from fused ones."""
@@ -123,7 +157,14 @@ class Rounds:
             else:
                 drafts.append(int(own.argmax()))
             session.tokens.append(drafts[-1])
-        return Output(self._rows[:rows], routing), drafts, drawn
+            if drafts[-1] in self._eos:
+                break
+        return Output(self._rows[: row + 1], routing[: row + 1]), drafts, drawn
+
+
+def held(found: list[Token], drafts: list[int]) -> int:
+    """How many drafts in a row are the tokens that were found."""
+    return sum(takewhile(bool, (token.id == draft for token, draft in zip(found, drafts, strict=False))))
 
 
 def candidates(fused: Fused) -> Candidates:

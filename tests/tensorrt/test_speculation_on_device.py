@@ -13,7 +13,7 @@ from tests.simulated.install import simulated
 from tests.simulated.machine import Machine
 
 
-def plan(self: Pace, most: int, looked_up: int, router: bool, expert: bool) -> Plan:
+def plan(self: Pace, most: int, looked_up: int, *_: object) -> Plan:
     """As many drafts as these engines read at a time, from the text where it offers some."""
     return Plan("lookup", min(looked_up + 1, most, CHUNK)) if looked_up else Plan("router", min(most, CHUNK))
 

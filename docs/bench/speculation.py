@@ -1,0 +1,171 @@
+"""What speculation gives on real texts: speed with drafts against speed without, acceptance, switches, and the worst case.
+
+python docs/bench/speculation.py BUNDLE [BUNDLE …] --out FILE.json [--precision int8] [--each 12]
+
+Texts: the built-in prompts (greedy, and sampled at temperature 0.7), prompts that ask for their own input again, and the built-in ones with
+a router whose every draft is wrong (its logits are turned by one place, and do not count in the fusion). Every text is generated without and
+with drafts in turns, in a runtime of its own each; a first round warms up. Ratios are of the summed times of all texts, since a short text
+tells little alone.
+"""
+
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from calibration.prompts import BUILTIN
+from runtime import FusionRuntime
+from runtime.backends.backend import Output
+from runtime.session import Session
+
+TOKENS = 64
+CODE = '''def total(prices, tax):
+    """Sum of the prices with tax."""
+    result = 0.0
+    for price in prices:
+        result += price * (1 + tax)
+    return round(result, 2)
+
+
+def average(prices):
+    """Mean of the prices, or 0 where there are none."""
+    if not prices:
+        return 0.0
+    return sum(prices) / len(prices)
+'''
+QUOTE = (
+    "The harbour was quiet that morning. Two boats had left before dawn, and the third lay at the pier with its engine open. "
+    "Nobody spoke of the storm. The old man mended his net and counted the gulls, as he did every day, and his daughter counted the hours."
+)
+REPEATING = (
+    f"Here is a Python file:\n\n```python\n{CODE}```\n\nHere is the same file once more:\n\n```python\n",
+    f"File a.py:\n{CODE}\nFile b.py, in which `average` is called `mean`:\ndef total(prices, tax):\n",
+    f'Text: "{QUOTE}"\n\nThe text again, word for word: "The harbour was',
+    f"Original:\n{QUOTE}\n\nCopy:\n{QUOTE[:30]}",
+    "apples, pears, plums, cherries, grapes, lemons, oranges\n" * 4 + "apples, pears,",
+    '{"name": "Ada", "born": 1815, "field": "mathematics"}\n{"name": "Alan", "born": 1912, "field": "computing"}\n' * 2 + '{"name": "Ada",',
+)
+
+
+def main(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles to measure.")],
+    out: Annotated[Path, typer.Option(help="JSON file with all figures.")],
+    precision: Annotated[str, typer.Option(help="Precision to load.")] = "int8",
+    each: Annotated[int, typer.Option(help="Built-in prompts, evenly chosen.")] = 12,
+    rounds: Annotated[int, typer.Option(help="Rounds that count.")] = 2,
+) -> None:
+    """Measure and print a table."""
+    chosen = [BUILTIN[at] for at in np.linspace(0, len(BUILTIN) - 1, each).astype(int)]
+    found: dict[str, Any] = {}
+    with Progress(console=Console(stderr=True)) as progress:
+        for bundle in bundles:
+            found[bundle.name] = measure(bundle, precision, chosen, rounds, progress)
+            out.write_text(json.dumps(found, indent=1) + "\n")
+    table = Table("bundle", "texts", "plain tok/s", "drafts tok/s", "×", "slowest ×", "acceptance", "drafted", "switches", "parted")
+    for name, kinds in found.items():
+        for kind, row in kinds.items():
+            figures = (f"{row['plain']:.1f}", f"{row['drafts']:.1f}", f"{row['ratio']:.2f}", f"{row['slowest']:.2f}")
+            table.add_row(
+                name,
+                kind,
+                *figures,
+                f"{row['acceptance']:.0%}",
+                str(row["drafted"]),
+                f"{row['switches']:.0%}",
+                f"{row['parted']}/{row['texts']}",
+            )
+    Console(width=140).print(table)
+
+
+def measure(bundle: Path, precision: str, chosen: list[str], rounds: int, progress: Progress) -> dict[str, Any]:
+    """All kinds of texts on one bundle."""
+    options: dict[str, Any] = {"precision": precision, "device": "cpu", "prefix_cache": 0}
+    kinds: dict[str, tuple[Any, dict[str, Any], bool]] = {
+        "built-in, greedy": (chosen, {}, False),
+        "built-in, sampled": (chosen, {"temperature": 0.7, "seed": 1}, False),
+        "repeating, greedy": (REPEATING, {}, False),
+        "all drafts wrong": (chosen, {"lam": 0.0}, True),
+    }
+    found = {}
+    with FusionRuntime.load(bundle, **options) as plain, FusionRuntime.load(bundle, speculation="auto", **options) as drafting:
+        for kind, (texts, sampling, wrong) in kinds.items():
+            task = progress.add_task(f"{bundle.name}: {kind}", total=len(texts) * (rounds + 1))
+            taken: dict[bool, list[list[float]]] = {False: [], True: []}
+            runs = {}
+            for lap in range(rounds + 1):
+                laps: dict[bool, list[float]] = {False: [], True: []}
+                for number, text in enumerate(texts):
+                    for speculates, rt in ((False, plain), (True, drafting)):
+                        seconds, runs[number, speculates] = generate(rt, text, sampling, wrong)
+                        laps[speculates].append(seconds)
+                    progress.advance(task)
+                if lap:
+                    for speculates, seconds_of in laps.items():
+                        taken[speculates].append(seconds_of)
+            found[kind] = summary(runs, taken, len(texts))
+            progress.remove_task(task)
+    return found
+
+
+def generate(rt: FusionRuntime, text: str, sampling: dict[str, Any], wrong: bool) -> tuple[float, dict[str, Any]]:
+    """Seconds per token of one text after its first token, and what came out. Texts go on behind their end."""
+    session = rt.session(lam=sampling.get("lam"))
+    if wrong:
+        mislead(session, rt)
+    options = {name: value for name, value in sampling.items() if name != "lam"}
+    session.append(rt.encode(text)[: rt.max_seq_len - TOKENS - 8])
+    tokens = session.steps(1, **options)
+    start = time.perf_counter()
+    while len(tokens) < TOKENS:
+        tokens += session.steps(TOKENS - len(tokens), **options)
+    seconds = time.perf_counter() - start
+    rounds = session.rounds
+    return seconds / (TOKENS - 1), {
+        "ids": [token.id for token in tokens],
+        "experts": [token.expert for token in tokens],
+        "drafted": rounds.drafted if rounds else 0,
+        "accepted": rounds.accepted if rounds else 0,
+    }
+
+
+def mislead(session: Session, rt: FusionRuntime) -> None:
+    """Turn the router's logits by one place, so that what it drafts is never what the expert says."""
+    cache = rt.backend.router.cache()
+    forward = cache.forward
+
+    def turned(ids: Any, positions: Any) -> Output:
+        answer = forward(ids, positions)
+        return Output(np.roll(answer.logits, 1, axis=-1), answer.routing)
+
+    cache.forward = turned  # type: ignore[method-assign]
+    session._router = cache
+
+
+def summary(runs: dict[Any, Any], taken: dict[bool, list[list[float]]], texts: int) -> dict[str, Any]:
+    """Medians over the rounds of each text's time; sums over the texts."""
+    plain, drafts = (np.median(taken[speculates], axis=0) for speculates in (False, True))
+    drafted = sum(runs[number, True]["drafted"] for number in range(texts))
+    experts = [runs[number, True]["experts"] for number in range(texts)]
+    return {
+        "plain": float(1 / plain.mean()),
+        "drafts": float(1 / drafts.mean()),
+        "ratio": float(plain.sum() / drafts.sum()),
+        "slowest": float((plain / drafts).min()),
+        "ratios": (plain / drafts).tolist(),
+        "drafted": drafted,
+        "acceptance": sum(runs[number, True]["accepted"] for number in range(texts)) / max(drafted, 1),
+        "switches": float(np.mean([a != b for names in experts for a, b in pairwise(names)])),
+        "parted": sum(runs[number, False]["ids"] != runs[number, True]["ids"] for number in range(texts)),
+        "texts": texts,
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
