@@ -285,7 +285,8 @@ class Session:
         No pass but a decode step reads a single token: see `prefix`.
         """
         if expert is None or self._behind is None:
-            return min(start + CHUNK, first - 1) if end - start > CHUNK else end
+            stop = min(start + CHUNK, first)
+            return end if end - start <= CHUNK else stop - (end - stop == 1)
         stop = boundary(start)
         return stop if stop < first else end
 

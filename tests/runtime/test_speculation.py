@@ -313,7 +313,7 @@ def test_any_mixture_of_steps_rounds_rewinds_and_errors(bundles: list[Path], eag
     monkeypatch.setattr(OrtCache, "forward", failing)
     struck = 0
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
-        for ids in prompts(12, rt.vocab_size, seed=1):
+        for ids in prompts(5, rt.vocab_size, seed=1):
             plain = rt.session()
             plain.append(ids)
             expected = [*ids, *(plain.step().id for _ in range(60))]
@@ -333,7 +333,7 @@ def test_any_mixture_of_steps_rounds_rewinds_and_errors(bundles: list[Path], eag
                 finally:
                     trouble[0] = 0.0
                 assert session.token_ids == expected[: len(session)]
-    assert struck > 50
+    assert struck > 20
 
 
 def test_nothing_is_read_behind_the_end_of_a_text(bundles: list[Path], eager: None) -> None:
