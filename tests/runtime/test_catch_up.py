@@ -53,8 +53,8 @@ def texts(rt: FusionRuntime, whim: Whim | None) -> list[tuple[int, str, float]]:
         session._behind._thread = whim  # type: ignore[assignment]
     session.append(PROMPT)
     found = []
-    for number in range(120):
-        session._pinned = 0 if number % 50 < 40 else 1
+    for number in range(150):
+        session._pinned = int(len(session) % PIECE < 2)  # wakes where a piece ends
         token = session.step()
         found.append((token.id, token.expert, token.logprob))
         if whim is not None:

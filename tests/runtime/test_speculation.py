@@ -249,7 +249,8 @@ def test_acceptance_is_learnt_without_drafting(bundles: list[Path]) -> None:
     """Rates come near what a recount of the same text says, though nothing was ever drafted; and drafting begins once it pays."""
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
         rt.costs = Costs(LINEAR, (LINEAR,) * len(rt.expert_names), 0.1)  # several tokens cost what they cost one by one
-        for options in ({}, {"temperature": 1.0, "seed": 1}):
+        kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 1}]
+        for options in kinds:
             session = rt.session()
             session.append([7, 9, 30, 7, 9])
             tokens = [session.steps(8, **options)[0] for _ in range(100)]
