@@ -42,6 +42,13 @@ class Cache(Protocol):
         """Append S tokens and return outputs for K of their positions (0 … S−1, counted within `ids`)."""
         ...
 
+    def interrupt(self) -> None:
+        """From another thread: let the forward pass under way end early with Interrupted, as if it had never begun.
+
+        Work that a device has queued cannot be called back: there it does nothing.
+        """
+        ...
+
 
 class LanguageModel(Protocol):
     """A loaded model; caches are made per session and may be used by one thread each."""
@@ -65,6 +72,10 @@ class Fuser(Protocol):
         temperature: float,
     ) -> Fused:
         """Fuse the logits of K positions; `penalty_ids` int64 [P] are penalised at each of them."""
+        ...
+
+    def row(self, fused: Fused) -> np.ndarray:
+        """The full row of the last fusion, of one position, float32 [V]: the caller's array, which later fusions leave alone."""
         ...
 
 
