@@ -1,9 +1,10 @@
 """Run FusionRoute bundles: per-token routing between expert LMs, logits fused with the router's. Needs no torch, transformers or onnx."""
 
-from runtime.engine import FusionRuntime, Result
+from runtime.engine import FusionRuntime
 from runtime.errors import BundleError, ClosedError, FusionError, InputError, UnavailableError
 from runtime.sampling import Sampling
 from runtime.session import Scores, Session
+from runtime.stream import Result, Stream
 from runtime.text import Token
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Sampling",
     "Scores",
     "Session",
+    "Stream",
     "Token",
     "UnavailableError",
 ]

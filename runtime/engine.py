@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
@@ -19,10 +20,15 @@ from runtime.bundle import Bundle
 from runtime.catch_up import MODES
 from runtime.chat import render
 from runtime.errors import ClosedError, InputError, UnavailableError
-from runtime.sampling import Sampler, sampling_of
+from runtime.sampling import Sampler, SamplingOptions, sampling_of
 from runtime.session import CHUNK, Scores, Session
 from runtime.speculation import MOST, Costs, costs_of
+from runtime.stream import End, Result, Stream
 from runtime.text import Text, TextStream, Token
+from runtime.watch import Interrupted, Watch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 DEFAULT_NEW_TOKENS = 128
@@ -31,51 +37,15 @@ FUSIONS = ("weighted", "additive")
 SPECULATION = ("off", "auto")
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished generation. `token_ids` and `experts` (one name per token) exclude the end-of-sequence token.
+class StreamOptions(SamplingOptions, total=False):
+    """The options of `FusionRuntime.stream`, which `generate` passes on."""
 
-    finish_reason: "stop" (end of sequence or a stop string), "length" (max_new_tokens or the context), "cancelled".
-    drafted, accepted: tokens that speculation guessed, and how many of them held.
-    """
-
-    text: str
-    token_ids: list[int]
-    experts: list[str]
-    logprobs: list[float]
-    finish_reason: str
-    drafted: int = 0
-    accepted: int = 0
-
-
-class End(NamedTuple):
-    """The last thing that a stream is told."""
-
-    reason: str
-    drafted: int
-    accepted: int
-
-
-class Stream(Iterator[Token]):
-    """Tokens as they become certain; `finish_reason` and the counts of speculation (see `Result`) are set when the iteration ends."""
-
-    finish_reason: str | None = None
-    drafted = accepted = 0
-
-    def __init__(self, tokens: Iterator[Token | End]):
-        self._tokens = tokens
-
-    def __next__(self) -> Token:
-        for item in self._tokens:
-            if isinstance(item, Token):
-                return item
-            self.finish_reason, self.drafted, self.accepted = item
-        raise StopIteration
-
-    def close(self) -> None:
-        """Stop generating; tokens not yet handed out are dropped."""
-        self._tokens.close()  # type: ignore[attr-defined]
-        self.finish_reason = self.finish_reason or "cancelled"
+    stop: str | Sequence[str] | None
+    fusion: str | None
+    lam: float | None
+    expert: str | None
+    cancel: threading.Event | None
+    deadline: float | None
 
 
 class FusionRuntime:
@@ -118,6 +88,7 @@ class FusionRuntime:
         self.eos = frozenset(manifest.eos_token_ids)
         self._free: list[Session] = []
         self._sessions: WeakSet[Session] = WeakSet()
+        self._process = os.getpid()
         self._lock = threading.RLock()  # a stream may be collected, and give its session back, while it is held
 
     @classmethod
@@ -200,10 +171,25 @@ class FusionRuntime:
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
-    def generate(self, prompt: Prompt, max_new_tokens: int = DEFAULT_NEW_TOKENS, **options: Any) -> Result:
-        """Generate to the end; options are those of `stream`."""
-        stream = self.stream(prompt, max_new_tokens, **options)
-        tokens = list(stream)
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        *,
+        on_token: Callable[[Token], Any] | None = None,
+        **options: Unpack[StreamOptions],
+    ) -> Result:
+        """Generate to the end; options are those of `stream`.
+
+        `on_token` is called in this thread with every token as it becomes certain. Where it returns False the text ends there, as
+        "cancelled"; what it raises is raised here.
+        """
+        tokens: list[Token] = []
+        with closing(self.stream(prompt, max_new_tokens, **options)) as stream:
+            for token in stream:
+                tokens.append(token)
+                if on_token is not None and on_token(token) is False:
+                    break
         return Result(
             text="".join(token.text for token in tokens),
             token_ids=[token.id for token in tokens],
@@ -224,15 +210,20 @@ class FusionRuntime:
         lam: float | None = None,
         expert: str | None = None,
         cancel: threading.Event | None = None,
-        **sampling: Any,
+        deadline: float | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Stream:
-        """Generate token by token. `sampling` are the fields of `Sampling` (greedy by default); `cancel`, once set, ends it within a token.
+        """Generate token by token. `sampling` are the fields of `Sampling` (greedy by default).
+
+        `cancel`, once another thread sets it, and `deadline`, seconds from this call, end the text within a token, also while the prompt is
+        read; `finish_reason` is then "cancelled" or "deadline", and the tokens so far stand.
 
         `expert` answers every token instead of the routed one. With it and `lam=0` the router does not run, and every `routing` is
         NaN [n_experts]; with `lam=1` no expert runs.
         Arguments are checked here, before the first token is asked for. Raises InputError, UnavailableError, ClosedError.
         """
         _ = self.backend  # closed runtimes say so first
+        watch = Watch(cancel, deadline)
         ids = self.prompt_ids(prompt)
         if not ids:
             raise InputError("The prompt is empty: it needs at least one token.")
@@ -253,7 +244,7 @@ class FusionRuntime:
         except InputError:
             self._give(session)
             raise
-        return Stream(self._tokens(session, sampler, coefficients, pinned, text, max_new_tokens, cancel))
+        return Stream(self._tokens(session, sampler, coefficients, pinned, text, max_new_tokens, watch))
 
     def _tokens(
         self,
@@ -263,27 +254,28 @@ class FusionRuntime:
         pinned: int | None,
         text: TextStream,
         limit: int,
-        cancel: threading.Event | None,
+        watch: Watch,
     ) -> Iterator[Token | End]:
         """Tokens, then the reason why they ended."""
+        session.watch = watch
         try:
             reason = "length"
             ready: deque[Token] = deque()
             whole = sampler.sampling.temperature > 0  # rounds that the limit cuts short would draw other random numbers
-            for left in range(min(limit, self.max_seq_len - len(session)), 0, -1):
-                if cancel is not None and cancel.is_set():
-                    reason = "cancelled"
-                    break
-                if not ready:
-                    ready.extend(session.advance_some(sampler, coefficients, pinned, MOST if whole else left))
-                token = ready.popleft()
-                if token.id in self.eos:
-                    reason = "stop"
-                    break
-                yield from text.push(token)
-                if text.stopped:
-                    reason = "stop"
-                    break
+            try:
+                for left in range(min(limit, self.max_seq_len - len(session)), 0, -1):
+                    watch.check()
+                    if not ready:
+                        ready.extend(session.advance_some(sampler, coefficients, pinned, MOST if whole else left))
+                    token = ready.popleft()
+                    if token.id in self.eos:
+                        reason = "stop"
+                        break
+                    yield from text.push(token)
+                    if text.stopped:
+                        break
+            except Interrupted:
+                reason = watch.reason or "cancelled"
             yield from text.finish()
             rounds = session.rounds
             yield End("stop" if text.stopped else reason, rounds.drafted if rounds else 0, rounds.accepted if rounds else 0)
@@ -358,7 +350,10 @@ class FusionRuntime:
         return self._register(Session(self, self.fusion, self.lam))
 
     def _give(self, session: Session) -> None:
+        session.watch = None
         session.pause()
+        if self._forked:
+            return
         with self._lock:
             if self._backend is not None and len(self._free) < max(POOLED, self.prefix_cache):
                 self._free.append(session)
@@ -374,15 +369,24 @@ class FusionRuntime:
             return list(self._sessions)
 
     @property
+    def _forked(self) -> bool:
+        """Whether this is another process, where threads of the old one may have left the lock locked."""
+        return os.getpid() != self._process
+
+    @property
     def backend(self) -> Backend:
-        """The loaded models. Raises ClosedError after `close`."""
+        """The loaded models. Raises ClosedError after `close`, and in another process than the one that loaded them."""
+        if self._forked:
+            raise ClosedError("The runtime was loaded before this process was forked and its threads stayed behind: load the bundle here.")
         backend = self._backend
         if backend is None:
             raise ClosedError("The runtime was closed: load the bundle again.")
         return backend
 
     def close(self) -> None:
-        """Release models and buffers; sessions still in use end with ClosedError at their next step."""
+        """Release models and buffers; sessions still in use, in any thread, end with ClosedError at their next step."""
+        if self._forked:
+            return
         with self._lock:
             self._backend = None
             self._free.clear()

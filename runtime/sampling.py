@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,17 @@ class Sampling:
             raise InputError(f"repetition_penalty is {self.repetition_penalty}, expected a positive number; 1 turns it off.")
         if self.seed is not None and _whole("seed", self.seed) < 0:
             raise InputError(f"seed is {self.seed}, expected a whole number from 0, or None for a fresh one.")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling` as keyword arguments, for type checkers."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
 
 
 def sampling_of(options: Mapping[str, Any]) -> Sampling:

@@ -9,16 +9,20 @@ from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime import prefix
 from runtime.backends.backend import REUSED, Cache, Fused, Output
 from runtime.catch_up import CatchUp, boundary
 from runtime.errors import InputError
-from runtime.sampling import Candidates, Sampler, Sampling, sampling_of
+from runtime.sampling import Candidates, Sampler, Sampling, SamplingOptions, sampling_of
 from runtime.speculation import Rounds
 from runtime.text import TextStream, Token
+from runtime.watch import LONG, Watch
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from runtime.engine import FusionRuntime
 
 CHUNK = 512  # tokens read at a time in prefill and catch-up: bounds memory, and depends on the tokens alone
@@ -50,6 +54,8 @@ class Session:
         self.last: int | None = None  # the expert chosen last
         self.routed: Any = None  # the router's logits of the last plain step, float32 [1, V] until its next pass; None where it did not run
         self._fuse = runtime.backend.fuser()
+        self.watch: Watch | None = None  # over the text in the making
+        self._newest: Fused | None = None  # what the newest token was chosen from
         self._sampler = Sampler(Sampling())
         self._text = TextStream(runtime.text)
         self.rounds = Rounds(self, runtime.costs, runtime.vocab_size, runtime.eos) if runtime.costs is not None else None
@@ -90,6 +96,7 @@ class Session:
                 f"{len(self.tokens) + len(new)} tokens do not fit the context of {capacity}: shorten the prompt or export with a larger --max-seq-len."
             )
         self.tokens += new
+        self._newest = None
         self._text = TextStream(self._runtime.text)
 
     def rewind(self, n: int) -> None:
@@ -101,6 +108,7 @@ class Session:
         with self._lent:
             self._prompt = min(self._prompt, n)
         self.keep(n)
+        self._newest = None
         self.last = self.last if n else None
         if self.rounds is not None:
             self.rounds.clear()
@@ -130,7 +138,7 @@ class Session:
             if own is not None and length:
                 cache.adopt(own, length)
 
-    def step(self, *, fusion: str | None = None, lam: float | None = None, **sampling: Any) -> Token:
+    def step(self, *, fusion: str | None = None, lam: float | None = None, **sampling: Unpack[SamplingOptions]) -> Token:
         """Choose, append and return the next token. Sampling arguments are those of `Sampling`; equal ones continue one random stream.
 
         Raises InputError for an empty session or a full context, ClosedError after the runtime was closed.
@@ -139,7 +147,7 @@ class Session:
         token.text = "".join(ready.text for ready in self._text.push(token))
         return token
 
-    def steps(self, most: int, *, fusion: str | None = None, lam: float | None = None, **sampling: Any) -> list[Token]:
+    def steps(self, most: int, *, fusion: str | None = None, lam: float | None = None, **sampling: Unpack[SamplingOptions]) -> list[Token]:
         """Like `step`, but with speculation one to `most` tokens: as many as one round gives."""
         if most < 1:
             raise InputError(f"most={most} is out of range: expected at least 1.")
@@ -148,7 +156,18 @@ class Session:
             token.text = "".join(ready.text for ready in self._text.push(token))
         return tokens
 
-    def _settings(self, fusion: str | None, lam: float | None, sampling: dict[str, Any]) -> tuple[Sampler, tuple[float, float]]:
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """The fused logits that the newest token was chosen from, float32 [V], after the penalty and before the temperature.
+
+        They are handed over, not copied (from the CPU; from a device they are copied to the host once): the array is the caller's for good,
+        unchanged by later steps and by `close`. Raises InputError where no step came last.
+        """
+        if self._newest is None:
+            raise InputError("There are no logits: call `step` first, and read them before `append` or `rewind`.")
+        return self._fuse.row(self._newest)
+
+    def _settings(self, fusion: str | None, lam: float | None, sampling: SamplingOptions) -> tuple[Sampler, tuple[float, float]]:
         """The sampler and the weights of a step."""
         if sampling or self._sampler.sampling != Sampling():
             wanted = sampling_of(sampling)
@@ -179,7 +198,7 @@ class Session:
         self.routed = None if routed is None else routed.logits
         guess = self._guess() if pinned is None and coefficients[1] else pinned
         found = fused_with(guess) if guess is not None else None  # queued behind the router, which may still run
-        routing = runtime.unrouted if routed is None or routed.routing is None else routed.routing[0].copy()
+        routing = (runtime.unrouted if routed is None or routed.routing is None else routed.routing[0]).copy()
         choice = int(routing.argmax()) if pinned is None else pinned
         if choice != guess:
             self._take_back(guess)
@@ -262,7 +281,8 @@ class Session:
         settings = sampler.sampling
         penalised = np.unique(np.asarray(self.tokens[:length], np.int64)) if settings.repetition_penalty != 1.0 else _NONE
         wanted, temperature = sampler.wanted(self._runtime.vocab_size), settings.temperature or 1.0
-        return self._fuse(router, expert, coefficients, wanted, penalised, settings.repetition_penalty, temperature)
+        self._newest = self._fuse(router, expert, coefficients, wanted, penalised, settings.repetition_penalty, temperature)
+        return self._newest
 
     def read(self, expert: int | None, positions: Sequence[int]) -> Output:
         """Bring a model (None: the router) up to the last of some ascending positions close together; its output at each of them.
@@ -295,7 +315,7 @@ class Session:
         cache = self._cache(expert)
         self._borrow(expert, cache)
         if (stop := boundary(cache.length)) <= limit:
-            self._forward(expert, self.tokens[cache.length : stop], (stop - cache.length - 1,))
+            cache.forward(self.tokens[cache.length : stop], (stop - cache.length - 1,))
 
     def reached(self, expert: int) -> int:
         """How many tokens an expert has read."""
@@ -310,7 +330,7 @@ class Session:
     def _forward(self, expert: int | None, ids: Sequence[int], positions: Sequence[int]) -> Output:
         cache = self._cache(expert)
         if not self._runtime.exact or (len(ids) > 1 and len(positions) > 1):
-            return cache.forward(ids, positions)
+            return self._run(cache, ids, positions)
         # Products of one row have kernels of their own, which round differently: nothing is read or answered alone.
         surplus = int(len(ids) == 1 and not cache.length)
         if surplus:
@@ -318,9 +338,17 @@ class Session:
         elif len(ids) == 1:
             cache.length -= 1
             ids, positions = (self.tokens[cache.length], *ids), (1,)
-        answer = cache.forward(ids, positions if len(positions) > 1 else (*positions, *positions))
+        answer = self._run(cache, ids, positions if len(positions) > 1 else (*positions, *positions))
         cache.length -= surplus
         return answer if len(positions) > 1 else Output(answer.logits[1:], None if answer.routing is None else answer.routing[1:])
+
+    def _run(self, cache: Cache, ids: Sequence[int], positions: Sequence[int]) -> Output:
+        """A forward pass. A long one can be interrupted on its way: what it has written lies beyond the cache's length."""
+        if self.watch is None or not self.watch.armed or len(ids) <= LONG:
+            return cache.forward(ids, positions)
+        self.watch.check()
+        with self.watch.over(cache.interrupt):
+            return cache.forward(ids, positions)
 
     def commit(self, token: Token) -> None:
         """Append a token that was verified."""

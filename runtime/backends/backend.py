@@ -49,6 +49,13 @@ class Cache(Protocol):
         """
         ...
 
+    def interrupt(self) -> None:
+        """From another thread: let the forward pass under way end early with Interrupted, as if it had never begun.
+
+        Work that a device has queued cannot be called back: there it does nothing.
+        """
+        ...
+
 
 class LanguageModel(Protocol):
     """A loaded model; caches are made per session and may be used by one thread each."""
@@ -72,6 +79,10 @@ class Fuser(Protocol):
         temperature: float,
     ) -> Fused:
         """Fuse the logits of K positions; `penalty_ids` int64 [P] are penalised at each of them."""
+        ...
+
+    def row(self, fused: Fused) -> np.ndarray:
+        """The full row of the last fusion, of one position, float32 [V]: the caller's array, which later fusions leave alone."""
         ...
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from runtime.errors import BundleError, UnavailableError
 
@@ -21,6 +24,25 @@ def package(extra: str) -> Any:
         raise UnavailableError(
             f"This backend needs onnxruntime: install the extra '{extra}' (pip install 'fusionroute[{extra}]')."
         ) from error
+
+
+OPEN: WeakSet[Any] = WeakSet()  # every session of this process
+
+
+def open_session(onnxruntime: Any, graph: Path | bytes, options: Any, **arguments: Any) -> Any:
+    """An inference session. Raises what ONNX Runtime raises: its errors have no public base class."""
+    session = onnxruntime.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, **arguments)
+    OPEN.add(session)
+    return session
+
+
+def abandon() -> None:
+    """In a child that was forked: never destroy the sessions, which would wait for threads that stayed behind."""
+    for session in list(OPEN):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+os.register_at_fork(after_in_child=abandon)
 
 
 def settings(onnxruntime: Any, threads: int) -> Any:

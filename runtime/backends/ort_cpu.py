@@ -12,6 +12,7 @@ from runtime.backends import ort
 from runtime.backends.backend import REUSED, Fused, Output
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, FusionError, one_line
+from runtime.watch import Interrupted
 
 if TYPE_CHECKING:
     from runtime.manifest import Model, Variant
@@ -31,7 +32,7 @@ class OrtCpu:
         def session(name: str, graph: str, threads: int | None) -> Any:
             options = ort.settings(onnxruntime, threads or len(os.sched_getaffinity(0)))
             try:
-                return onnxruntime.InferenceSession(str(bundle.folder / graph), options, providers=["CPUExecutionProvider"])
+                return ort.open_session(onnxruntime, bundle.folder / graph, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime has no public base class for its errors
                 raise BundleError(
                     f"ONNX Runtime {onnxruntime.__version__} cannot load {name} from {bundle.folder / graph} ({one_line(error)}); "
@@ -42,7 +43,7 @@ class OrtCpu:
         paths = [bundle.folder / variant.graphs[model.name] for model in manifest.models]
         ort.check(sessions, manifest.models, paths, manifest.vocab_size)
         models = [
-            OrtModel(session, model, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
+            OrtModel(session, onnxruntime.RunOptions, model, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
             for session, model in zip(sessions, manifest.models, strict=True)
         ]
         self.router, self.experts = models[0], models[1:]
@@ -57,13 +58,14 @@ class OrtCpu:
 class OrtModel:
     """One language model's inference session."""
 
-    def __init__(self, session: Any, model: Model, capacity: int, vocab: int, experts: int):
+    def __init__(self, session: Any, run_options: Any, model: Model, capacity: int, vocab: int, experts: int):
         self.session = session
         self.model = model
         self.capacity = capacity
         self.vocab = vocab
         outputs = {output.name for output in session.get_outputs()}
         self.experts = experts if "routing" in outputs else 0
+        self.run_options = run_options
 
     def cache(self) -> OrtCache:
         """Buffers of the full capacity; the system hands out their memory as it is first written."""
@@ -77,6 +79,7 @@ class OrtCache:
         self.length = 0
         self._model = model
         self._run = model.session.run_with_iobinding
+        self._options = model.run_options()
         self._binding = binding = model.session.io_binding()
         spec = model.model
         shape = (1, spec.kv_heads, model.capacity, spec.head_size)
@@ -118,9 +121,12 @@ class OrtCache:
         self._positions[:] = positions
         self._seqlens[0] = self.length + count - 1
         self._total[()] = self.length + count
+        self._options.terminate = False
         try:
-            self._run(self._binding)
+            self._run(self._binding, self._options)
         except Exception as error:
+            if self._options.terminate:
+                raise Interrupted from error
             raise FusionError(f"ONNX Runtime failed on {count} tokens of {self._model.model.name}: {one_line(error)}") from error
         self.length += count
         output = Output(self._logits, self._routing)
@@ -134,6 +140,10 @@ class OrtCache:
         for mine, theirs in zip(self._buffers, other._buffers, strict=True):
             mine[:, :, :length] = theirs[:, :, :length]
         self.length = length
+
+    def interrupt(self) -> None:
+        """See `backend.Cache.interrupt`. ONNX Runtime looks between two operators."""
+        self._options.terminate = True
 
     def _bind(self, count: int, wanted: int) -> None:
         self._bound = (0, 0)  # until all is bound: an error on the way must not leave a shape that is not
@@ -201,6 +211,12 @@ class OrtFuser:
         except Exception as error:
             raise FusionError(f"ONNX Runtime failed on the fusion graph: {one_line(error)}") from error
         return self._fused
+
+    def row(self, fused: Fused) -> np.ndarray:
+        """See `backend.Fuser.row`. Not copied: the next fusion writes into new buffers."""
+        self._shape = (0, 0)
+        row: np.ndarray = fused.rows[0]
+        return row
 
     def _allocate(self, count: int, k: int) -> None:
         self._fused = Fused(

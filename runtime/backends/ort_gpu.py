@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from runtime.backends import ort
-from runtime.backends.backend import Output
+from runtime.backends.backend import Fused, Output
 from runtime.backends.placed import Inputs, Layout, Place, aligned, start
 from runtime.backends.providers import Opener, Provider
 from runtime.bundle import Bundle
@@ -201,6 +201,9 @@ class GpuCache:
     def adopt(self, other: GpuCache, length: int) -> None:
         """ONNX Runtime's Python API copies nothing from device to device: prompts are read again (see `backend.Cache.adopt`)."""
 
+    def interrupt(self) -> None:
+        """See `backend.Cache.interrupt`: a run goes on to its end."""
+
     def _chunk(self, count: int, wanted: int) -> tuple[Any, Inputs]:
         """The binding for chunks and its inputs, which change with their shape."""
         binding, inputs = self._chunks or (self._binding(), self._inputs(count, wanted))
@@ -293,6 +296,11 @@ class GpuFuser:
         except Exception as error:  # ONNX Runtime has no public base class for its errors
             raise FusionError(f"ONNX Runtime failed on the fusion graph: {one_line(error)}") from error
         return plan.fused
+
+    def row(self, fused: Fused) -> np.ndarray:
+        """See `backend.Fuser.row`."""
+        row: np.ndarray = fused.rows[0].copy()
+        return row
 
     def _plan(self, shape: tuple[int, int, int]) -> Plan:
         """The buffers of a shape. Those of one row, which decoding needs, are kept; those of scoring serve once."""

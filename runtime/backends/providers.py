@@ -191,9 +191,7 @@ class Opener:
                 settings.add_provider_for_devices(devices, providers[0][1])
                 arguments = {}
             # without the fallback to other providers: it prints, and hides what is wrong
-            session = onnxruntime.InferenceSession(
-                graph if isinstance(graph, bytes) else str(graph), settings, enable_fallback=0, **arguments
-            )
+            session = ort.open_session(onnxruntime, graph, settings, enable_fallback=0, **arguments)
         except Exception as error:
             raise UnavailableError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot open {'a model' if isinstance(graph, bytes) else graph} with {names[0]} "

@@ -129,7 +129,7 @@ class Rounds:
                 token = verify(distribution(sampler, fused), drawn[row], drafts[row], sampler.random)
             else:
                 token = sampler.choose(candidates(fused), lambda fused=fused: fused.rows[0])  # type: ignore[misc]
-            scores = session.unrouted if routing is None else routing[row].copy()
+            scores = (session.unrouted if routing is None else routing[row]).copy()
             found.append(Token(token, session.names[choice], session.logprob(token, fused, router, expert, coefficients), scores))
             if row < len(drafts) and token != drafts[row]:
                 break

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends.backend import Fused
 from runtime.manifest import Profile
 from runtime.tensorrt.device import Graph, Memory, Stream
 from runtime.tensorrt.loading import Context, Engine
@@ -108,6 +109,11 @@ class DeviceFuser:
                     self._stream.record(rows.read)
             self.shared.transfers.download(plan.candidates, self.done)
         return DeviceFused(self, plan)
+
+    def row(self, fused: Fused) -> np.ndarray:
+        """See `backend.Fuser.row`."""
+        row: np.ndarray = fused.rows[0].copy()
+        return row
 
     def _address(self, rows: Any, plan: Plan) -> int:
         """Where logits are on the device, and that the fusion waits for them; those on the host are uploaded."""

@@ -199,6 +199,9 @@ class Cache:
         rows = {name: block.arrays[name].copy() for name, block in blocks.items()}
         return Known(rows["logits"], rows.get("routing"))
 
+    def interrupt(self) -> None:
+        """See `backend.Cache.interrupt`: what is queued runs to its end."""
+
     def _queue(self, count: int, wanted: int, blocks: dict[str, Block]) -> None:
         """Everything of one pass that runs on the device."""
         model = self.model

@@ -19,6 +19,7 @@ from fr_export.evaluation import Outcomes, Results, evaluate, pool
 from fr_export.evaluation.run import SLACK
 from fr_export.evaluation.tasks import Line, Tasks
 from runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
+from runtime.engine import StreamOptions
 
 METHODS = ["fused", "sequence", "sequence-routed", "collab"]
 ALONE = [f"expert:expert{number}" for number in range(3)]
@@ -56,7 +57,8 @@ def test_outcomes_are_those_of_the_runtime(random_bundle: Path, tasks: Tasks, re
         assert rt.text is not None
         for domain, questions in tasks.items():
             limit = SLACK + max(len(rt.text.encode(question.answer, special=False)) for question in questions)
-            for method, options in (("fused", {}), ("expert:expert1", {"expert": "expert1", "lam": 0.0})):
+            asked: dict[str, StreamOptions] = {"fused": {}, "expert:expert1": {"expert": "expert1", "lam": 0.0}}
+            for method, options in asked.items():
                 found = results[method][domain]
                 expected = [rt.generate(question.prompt, limit, **options) for question in questions]
                 assert found.answers == [one.text for one in expected]

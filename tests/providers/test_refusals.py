@@ -42,6 +42,13 @@ def log() -> Iterator[list[str]]:
     LOG.removeHandler(handler)
 
 
+class Opened:
+    """A stand-in for a session."""
+
+    def __init__(self, providers: list[str]):
+        self.get_providers = lambda: providers
+
+
 def package(monkeypatch: pytest.MonkeyPatch, available: list[str], opens: Any = None, devices: Any = None) -> list[Any]:
     """A stand-in for onnxruntime with some providers; returns what its sessions were opened with."""
     opened: list[Any] = []
@@ -52,7 +59,7 @@ def package(monkeypatch: pytest.MonkeyPatch, available: list[str], opens: Any = 
         if isinstance(opens, Exception):
             raise opens
         names = [name for name, _ in arguments.get("providers", ())] or [device.ep_name for device in settings.devices]
-        return SimpleNamespace(get_providers=lambda: opens or [*names, "CPUExecutionProvider"])
+        return Opened(opens or [*names, "CPUExecutionProvider"])
 
     class Settings(onnxruntime.SessionOptions):
         def add_provider_for_devices(self, found: list[Any], options: dict[str, str]) -> None:

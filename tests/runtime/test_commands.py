@@ -14,8 +14,8 @@ import pytest
 from runtime import FusionRuntime
 from runtime.__main__ import main
 from runtime.commands import generate as generate_module
-from runtime.engine import End, Stream
 from runtime.manifest import Manifest
+from runtime.stream import End, Stream
 from runtime.text import Token
 from tests.commands import Command
 

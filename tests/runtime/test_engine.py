@@ -292,7 +292,7 @@ def test_bad_sessions_and_scores(rt: FusionRuntime) -> None:
     with pytest.raises(InputError, match="holds no tokens"):
         session.step()
     with pytest.raises(InputError, match="Unknown option temprature"):
-        session.step(temprature=1.0)
+        session.step(temprature=1.0)  # type: ignore[call-arg]
     with pytest.raises(InputError, match="Cannot rewind to 3 tokens"):
         session.rewind(3)
     with pytest.raises(InputError, match=r"Position 9 is outside the 2 tokens"):

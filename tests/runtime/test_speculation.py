@@ -154,7 +154,8 @@ def careless(p: Distribution, q: Distribution, draft: int, random: np.random.Gen
 
 def distance(folder: Path, check: Any, source: str) -> float:
     """χ² of pairs of sampled tokens against their enumerated probabilities, over its 99.9 % quantile."""
-    draws, options = 700, {"temperature": 1.5, "top_k": 4}
+    draws = 700
+    options: dict[str, Any] = {"temperature": 1.5, "top_k": 4}
     with pytest.MonkeyPatch.context() as patch, FusionRuntime.load(folder, device="cpu", precision="fp32", speculation="auto") as rt:
         patch.setattr("runtime.speculation.rounds.verify", check)
 

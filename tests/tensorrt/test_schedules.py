@@ -2,12 +2,12 @@
 
 from itertools import product
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 from unittest.mock import patch
 
 import pytest
 
-from runtime import FusionRuntime
+from runtime import ClosedError, FusionRuntime
 from runtime.tensorrt.model import reach
 from tests.simulated.bundles import CHUNK
 from tests.simulated.install import simulated
@@ -71,3 +71,33 @@ def test_lengths_are_powers_of_two() -> None:
 def test_a_runtime_that_is_closed_unused_frees_nothing_in_use(folder: Path, policy: str) -> None:
     for budget in (None, WEIGHTS):
         play(lambda *_: [], folder, Machine(1, policy), budget)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_closing_under_way_ends_every_thread_and_frees_nothing_in_use(folder: Path, policy: str) -> None:
+    machine, ends = Machine(3, policy), list[str]()
+    with patch("runtime.session.CHUNK", CHUNK), simulated(machine):
+        rt = FusionRuntime.load(folder, device="rtx")
+        started = Barrier(3)
+
+        def work(rt: FusionRuntime) -> None:
+            first = rt.stream(PROMPT, 12)
+            next(first)
+            started.wait(60)
+            try:
+                list(first)
+                while True:
+                    rt.generate(PROMPT, 12)
+            except ClosedError as error:
+                ends.append(str(error))
+
+        workers = [Thread(target=work, args=(rt,), daemon=True) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        started.wait(60)
+        rt.close()
+        del rt
+        for worker in workers:
+            worker.join(60)
+        machine.run_out()
+    assert ends == ["The runtime was closed: load the bundle again."] * 2

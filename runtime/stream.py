@@ -1,0 +1,59 @@
+"""What a generation gives: its tokens as they come, and the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from runtime.text import Token
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished generation. `token_ids` and `experts` (one name per token) exclude the end-of-sequence token.
+
+    finish_reason: "stop" (end of sequence or a stop string), "length" (max_new_tokens or the context), "cancelled", "deadline".
+    drafted, accepted: tokens that speculation guessed, and how many of them held.
+    """
+
+    text: str
+    token_ids: list[int]
+    experts: list[str]
+    logprobs: list[float]
+    finish_reason: str
+    drafted: int = 0
+    accepted: int = 0
+
+
+class End(NamedTuple):
+    """The last thing that a stream is told."""
+
+    reason: str
+    drafted: int
+    accepted: int
+
+
+class Stream(Iterator[Token]):
+    """Tokens as they become certain; `finish_reason` and the counts of speculation (see `Result`) are set when the iteration ends.
+
+    Belongs to the thread that iterates it: other threads end it through `cancel`.
+    """
+
+    finish_reason: str | None = None
+    drafted = accepted = 0
+
+    def __init__(self, tokens: Iterator[Token | End]):
+        self._tokens = tokens
+
+    def __next__(self) -> Token:
+        for item in self._tokens:
+            if isinstance(item, Token):
+                return item
+            self.finish_reason, self.drafted, self.accepted = item
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop generating; tokens not yet handed out are dropped."""
+        self._tokens.close()  # type: ignore[attr-defined]
+        self.finish_reason = self.finish_reason or "cancelled"

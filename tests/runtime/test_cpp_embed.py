@@ -1,0 +1,69 @@
+"""The C++ example is built and run: it streams what Python streams, and ends where it is told to."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from runtime import FusionRuntime
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "12+30="
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example, built without optimisation: that is quicker."""
+    for tool in ("cmake", "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed: nothing to build the C++ example with")
+    if importlib.util.find_spec("pybind11") is None:
+        pytest.skip("pybind11 is not installed: pip install pybind11")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        pytest.skip("Python.h is not installed (on Debian and Ubuntu: apt install python3-dev)")
+    folder = tmp_path_factory.mktemp("cpp_embed")
+    source = ROOT / "examples" / "cpp_embed"
+    options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Debug"]
+    for command in (["cmake", "-S", str(source), "-B", str(folder), *options], ["cmake", "--build", str(folder)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "warning:" not in done.stderr, done.stdout + done.stderr
+    return folder / "cpp_embed"
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [str(program), sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_example_streams_what_python_does_and_can_be_stopped(program: Path, bundles: list[Path]) -> None:
+    for folder in bundles:
+        done = run(program, str(folder), PROMPT)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        said = {line.split(" ", 1)[0]: line.split(" ", 1)[1].strip() for line in done.stdout.splitlines()}
+        with FusionRuntime.load(folder) as rt:
+            expected = rt.generate(PROMPT, 24)
+            free = rt.generate(PROMPT, 400, temperature=1.0, seed=1)
+        pairs = zip(expected.token_ids, expected.experts, strict=True)
+        assert said["tokens"] == " ".join(f"{id}:{expert}" for id, expert in pairs)
+        assert said["reason"] == expected.finish_reason
+        assert said["session"] == f"{expected.token_ids[0]} best {expected.token_ids[0]}"
+        assert said["InputError"].startswith("temperature is -1.0, expected 0 or at least")
+        assert said["logic_error"] == "thrown by a callback"
+        assert said["ClosedError"] == "The runtime was closed: load the bundle again."
+        if len(free.token_ids) > 300:  # long enough to be stopped on the way
+            reason, _, more, _ = said["cancel"].split()
+            assert reason == "cancelled" and int(more) <= 4, "the token under way, and up to three that waited for a character's end"
+            assert said["deadline"].split()[0] == "deadline"
+
+
+def test_the_example_ends_with_the_sentence_of_what_is_wrong(program: Path, bundles: list[Path], tmp_path: Path) -> None:
+    done = run(program, str(tmp_path), PROMPT)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and str(tmp_path) in done.stderr and done.stderr.count("\n") == 1
+    done = run(program, str(bundles[0]), PROMPT, "int2")
+    assert done.returncode == 1 and "has no precision 'int2'" in done.stderr

@@ -1,0 +1,127 @@
+"""One runtime in many threads: the same tokens as in one, an end for everybody when it is closed, and no memory that grows."""
+
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime import ClosedError, FusionError, FusionRuntime
+
+PROMPT = "12+30= and more"
+
+
+def test_a_session_in_each_thread_gives_what_one_thread_gives(bundles: list[Path]) -> None:
+    for folder in bundles:
+        with FusionRuntime.load(folder, threads=1) as rt:
+
+            def text(number: int, rt: FusionRuntime = rt) -> list[int]:
+                session = rt.session()
+                session.append(rt.encode(f"{number}+{PROMPT}"))
+                found = [session.step().id for _ in range(10)]
+                session.rewind(5)
+                return [*found, *(session.step(temperature=1.0, seed=number).id for _ in range(10))]
+
+            expected = [text(number) for number in range(4)]
+            found: dict[int, list[int]] = {}
+            start = threading.Barrier(4)
+
+            def work(number: int, start: threading.Barrier = start, found: dict[int, list[int]] = found) -> None:
+                start.wait()
+                found[number] = text(number)
+
+            workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            assert [found[number] for number in range(4)] == expected
+
+
+def until_closed(use: Callable[[], object], started: threading.Barrier, ends: list[str]) -> None:
+    """Use a runtime until it is closed, and note how that ended."""
+    started.wait()
+    try:
+        while True:
+            use()
+    except FusionError as error:
+        ends.append(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("repeats", [15, pytest.param(200, marks=pytest.mark.slow)])
+def test_closing_under_way_ends_every_thread_with_an_error(bundles: list[Path], repeats: int) -> None:
+    delay = random.Random(0)
+    for repeat in range(repeats):
+        rt = FusionRuntime.load(bundles[repeat % 2], threads=1)
+        session = rt.session()
+        session.append([3, 4])
+
+        def step(session: object = session) -> None:
+            assert hasattr(session, "step") and hasattr(session, "rewind")
+            session.step()
+            session.rewind(2)
+
+        uses: list[Callable[[], object]] = [
+            step,
+            lambda rt=rt: rt.generate(PROMPT, 20),  # type: ignore[misc]
+            lambda rt=rt: list(rt.stream([5] * 300, 5, deadline=60)),  # type: ignore[misc]
+            lambda rt=rt: rt.score([3] * 40, chunk=7),  # type: ignore[misc]
+        ]
+        started, ends = threading.Barrier(len(uses) + 1), list[str]()
+        workers = [threading.Thread(target=until_closed, args=(use, started, ends), daemon=True) for use in uses]
+        for worker in workers:
+            worker.start()
+        started.wait()
+        threading.Event().wait(delay.uniform(0, 0.05))
+        rt.close()
+        del rt, session, step, uses
+        for worker in workers:
+            worker.join(60)
+        assert ends == [f"{ClosedError.__name__}: The runtime was closed: load the bundle again."] * len(workers)
+
+
+SOAK = """
+import gc, sys, threading
+from pathlib import Path
+from runtime import FusionRuntime
+
+def memory():
+    gc.collect()
+    return int(next(line.split()[1] for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Private_Dirty:")))
+
+def request(number):
+    kind, prompt = number % 5, f"{number % 90 + 10}+{number % 70 + 10}="
+    if kind == 0:
+        rt.generate(prompt, 8)
+    elif kind == 1:
+        rt.generate(prompt, 8, temperature=0.8, top_p=0.9, seed=number, repetition_penalty=1.1)
+    elif kind == 2:
+        rt.generate(prompt, 8, on_token=lambda token: False)
+    elif kind == 3:
+        cancel = threading.Event()
+        cancel.set()
+        rt.generate([5] * 40, 8, cancel=cancel)
+        rt.generate([5] * 40, 2, deadline=60)
+    else:
+        session = rt.session()
+        session.append(rt.encode(prompt))
+        rows = [(session.step(), session.logits) for _ in range(4)]
+
+with FusionRuntime.load(sys.argv[1], threads=1) as rt:
+    for number in range(250):
+        request(number)
+    warm = memory()
+    for number in range(int(sys.argv[2])):
+        request(number)
+    print(warm, memory())
+"""
+
+
+@pytest.mark.parametrize("requests", [250, pytest.param(2000, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_requests(bundles: list[Path], requests: int) -> None:
+    done = subprocess.run([sys.executable, "-c", SOAK, str(bundles[0]), str(requests)], capture_output=True, text=True, check=True)
+    warm, after = map(int, done.stdout.split())
+    assert after <= 1.01 * warm, f"{warm} KiB of its own after the first 250 requests, {after} KiB after {requests} more"
