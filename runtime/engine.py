@@ -59,11 +59,12 @@ class FusionRuntime:
         expert_memory: int | None = None,
         speculation: str = "off",
         exact: bool = False,
+        share_weights: bool = False,
     ):
         manifest = bundle.manifest
         self.bundle = bundle
         self._backend: Backend | None
-        self._backend, self.precision = open_backend(bundle, precision, device, threads, expert_memory)
+        self._backend, self.precision = open_backend(bundle, precision, device, threads, expert_memory, share_weights)
         self.exact = exact
         self.costs: Costs | None = None  # of speculation, where it is on
         if speculation == "auto":
@@ -96,6 +97,7 @@ class FusionRuntime:
         exact: bool = False,
         threads: int | None = None,
         expert_memory: int | None = None,
+        share_weights: bool = False,
         verify: bool = False,
     ) -> FusionRuntime:
         """Open a bundle. `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every file.
@@ -105,6 +107,9 @@ class FusionRuntime:
         with speculation and without.
 
         `expert_memory`, bytes: on TensorRT devices, weights of experts beyond it wait in host memory until they are chosen.
+
+        `share_weights`: processes that load the same bundle in fp32 on the CPU share its weights in memory, at some cost of speed. By default
+        each makes a packed copy of its own, which is faster.
 
         Raises FusionError subclasses only: BundleError, UnavailableError, InputError.
         """
@@ -117,7 +122,7 @@ class FusionRuntime:
         opened = Bundle.open(bundle)
         if verify:
             opened.verify()
-        return cls(opened, precision, device, fusion, lam, threads, expert_memory, speculation, exact)
+        return cls(opened, precision, device, fusion, lam, threads, expert_memory, speculation, exact, share_weights)
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
