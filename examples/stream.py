@@ -1,10 +1,9 @@
-"""Use the runtime from a Python program: stream text as it is made, see the expert of each token, stop it from another thread.
+"""Use the runtime from a Python program: stream text as it is made, see the expert of each token, stop in time.
 
 python examples/stream.py dist/gemma2 "12+30="
 """
 
 import sys
-import threading
 
 from runtime import FusionError, FusionRuntime
 
@@ -12,13 +11,9 @@ from runtime import FusionError, FusionRuntime
 def main(bundle: str, prompt: str, seconds: float = 10.0) -> None:
     """Stream an answer for at most so many seconds."""
     with FusionRuntime.load(bundle) as rt:
-        deadline = threading.Event()
-        timer = threading.Timer(seconds, deadline.set)
-        timer.start()
-        stream = rt.stream(prompt, max_new_tokens=64, cancel=deadline)
+        stream = rt.stream(prompt, max_new_tokens=64, deadline=seconds)
         for token in stream:
             print(f"{token.text!r:>12}  {token.expert:<12} p = {2.718281828**token.logprob:.2f}")
-        timer.cancel()
         print(f"ended by {stream.finish_reason}")
 
 

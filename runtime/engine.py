@@ -64,11 +64,12 @@ class FusionRuntime:
         exact: bool = False,
         catch_up: str = "lazy",
         prefix_cache: int = 1,
+        share_weights: bool = False,
     ):
         manifest = bundle.manifest
         self.bundle = bundle
         self._backend: Backend | None
-        self._backend, self.precision = open_backend(bundle, precision, device, threads, expert_memory)
+        self._backend, self.precision = open_backend(bundle, precision, device, threads, expert_memory, share_weights)
         self.exact = exact
         self.catch_up, self.prefix_cache = catch_up, prefix_cache
         threaded = catch_up == "background" and not self._backend.side_by_side
@@ -106,6 +107,7 @@ class FusionRuntime:
         threads: int | None = None,
         expert_memory: int | None = None,
         prefix_cache: int = 1,
+        share_weights: bool = False,
         verify: bool = False,
     ) -> FusionRuntime:
         """Open a bundle. `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every file.
@@ -122,6 +124,9 @@ class FusionRuntime:
 
         `expert_memory`, bytes: on TensorRT devices, weights of experts beyond it wait in host memory until they are chosen.
 
+        `share_weights`: processes that load the same bundle in fp32 on the CPU share its weights in memory, at some cost of speed. By default
+        each makes a packed copy of its own, which is faster.
+
         Raises FusionError subclasses only: BundleError, UnavailableError, InputError.
         """
         if catch_up not in MODES:
@@ -137,7 +142,9 @@ class FusionRuntime:
         opened = Bundle.open(bundle)
         if verify:
             opened.verify()
-        return cls(opened, precision, device, fusion, lam, threads, expert_memory, speculation, exact, catch_up, prefix_cache)
+        return cls(
+            opened, precision, device, fusion, lam, threads, expert_memory, speculation, exact, catch_up, prefix_cache, share_weights
+        )
 
     # -- text ---------------------------------------------------------------------------------------------------------
 

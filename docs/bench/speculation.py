@@ -4,7 +4,7 @@ python docs/bench/speculation.py BUNDLE [BUNDLE …] --out FILE.json [--precisio
 
 Texts: the built-in prompts (greedy, and sampled at temperature 0.7), prompts that ask for their own input again, and the built-in ones with
 a router whose every draft is wrong (its logits are turned by one place, and do not count in the fusion). Every text is generated without and
-with drafts in turns, in a runtime of its own each; a first round warms up. Ratios are of the summed times of all texts, since a short text
+with drafts in turns, in a runtime of its own each; one text of each kind warms up. Ratios are of the summed times of all texts, since a short text
 tells little alone.
 """
 
@@ -96,19 +96,20 @@ def measure(bundle: Path, precision: str, chosen: list[str], rounds: int, progre
     found = {}
     with FusionRuntime.load(bundle, **options) as plain, FusionRuntime.load(bundle, speculation="auto", **options) as drafting:
         for kind, (texts, sampling, wrong) in kinds.items():
-            task = progress.add_task(f"{bundle.name}: {kind}", total=len(texts) * (rounds + 1))
+            task = progress.add_task(f"{bundle.name}: {kind}", total=len(texts) * rounds)
+            for rt in (plain, drafting):
+                generate(rt, texts[0], sampling, wrong)
             taken: dict[bool, list[list[float]]] = {False: [], True: []}
             runs = {}
-            for lap in range(rounds + 1):
-                laps: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(rounds):
+                lap: dict[bool, list[float]] = {False: [], True: []}
                 for number, text in enumerate(texts):
                     for speculates, rt in ((False, plain), (True, drafting)):
                         seconds, runs[number, speculates] = generate(rt, text, sampling, wrong)
-                        laps[speculates].append(seconds)
+                        lap[speculates].append(seconds)
                     progress.advance(task)
-                if lap:
-                    for speculates, seconds_of in laps.items():
-                        taken[speculates].append(seconds_of)
+                for speculates, seconds_of in lap.items():
+                    taken[speculates].append(seconds_of)
             found[kind] = summary(runs, taken, len(texts))
             progress.remove_task(task)
     return found

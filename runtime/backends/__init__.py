@@ -20,6 +20,20 @@ def open_cpu(bundle: Bundle, variant: Any, threads: int | None, expert_memory: i
     return ort_cpu.OrtCpu(bundle, variant, threads)
 
 
+def open_shared(bundle: Bundle, precision: str | None, device: str, threads: int | None, expert_memory: int | None) -> tuple[Backend, str]:
+    """ONNX Runtime on the CPU on weights that processes share. Raises InputError where that is not to be had, or does not pay."""
+    refuse_budget(expert_memory)
+    if device not in ("auto", "cpu"):
+        raise InputError(f"share_weights=True is for the host's memory: use it with device='cpu', not '{device}'.")
+    variant = bundle.variant(ort_cpu.TARGET, precision)
+    if variant.precision not in ort_cpu.SHAREABLE:
+        raise InputError(
+            f"share_weights=True does not pay in {variant.precision}, whose fast kernels need a packed copy in each process: "
+            "use precision='fp32', or leave it out."
+        )
+    return ort_cpu.OrtCpu(bundle, variant, threads, share_weights=True), variant.precision
+
+
 def refuse_budget(expert_memory: int | None) -> None:
     """Raise InputError for a budget where weights cannot leave the device."""
     if expert_memory is not None:
@@ -64,7 +78,12 @@ AUTOMATIC = ("tensorrt", "rtx", "cuda")  # what `auto` tries where there is a GP
 
 
 def open_backend(
-    bundle: Bundle, precision: str | None, device: str, threads: int | None, expert_memory: int | None = None
+    bundle: Bundle,
+    precision: str | None,
+    device: str,
+    threads: int | None,
+    expert_memory: int | None = None,
+    share_weights: bool = False,
 ) -> tuple[Backend, str]:
     """Load a bundle's models on a device; returns the backend and the precision chosen.
 
@@ -73,6 +92,8 @@ def open_backend(
     """
     if device not in KNOWN:
         raise InputError(f"Unknown device '{device}': use one of {', '.join(KNOWN)}.")
+    if share_weights:
+        return open_shared(bundle, precision, device, threads, expert_memory)
     if device == "auto":
         if (found := on_gpu(bundle, precision, threads, expert_memory)) is not None:
             return found

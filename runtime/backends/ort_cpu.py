@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,19 +19,22 @@ if TYPE_CHECKING:
     from runtime.manifest import Model, Variant
 
 TARGET = "ort:cpu"
+SHAREABLE = ("fp32",)  # precisions whose kernels read the weights as they lie in the file, at most a quarter slower (docs/embedding.md)
 
 
 class OrtCpu:
-    """All models of one variant, each in its own inference session."""
+    """All models of one variant, each in its own inference session. `share_weights`: read in place in the mapped file, not packed."""
 
     side_by_side = False
 
-    def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None):
+    def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None, *, share_weights: bool = False):
         onnxruntime = ort.package("cpu")
         manifest = bundle.manifest
 
         def session(name: str, graph: str, threads: int | None) -> Any:
             options = ort.settings(onnxruntime, threads or len(os.sched_getaffinity(0)))
+            if share_weights:
+                options.add_session_config_entry("session.disable_prepacking", "1")
             try:
                 return ort.open_session(onnxruntime, bundle.folder / graph, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime has no public base class for its errors
@@ -39,7 +43,8 @@ class OrtCpu:
                     "export the bundle again."
                 ) from error
 
-        sessions = [session(model.name, variant.graphs[model.name], threads) for model in manifest.models]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # packing weights takes most of the time, on one core for each model
+            sessions = list(pool.map(lambda model: session(model.name, variant.graphs[model.name], threads), manifest.models))
         paths = [bundle.folder / variant.graphs[model.name] for model in manifest.models]
         ort.check(sessions, manifest.models, paths, manifest.vocab_size)
         models = [

@@ -241,3 +241,17 @@ def test_the_types_of_options_are_those_of_the_options() -> None:
     keywords = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
     assert set(StreamOptions.__annotations__) - set(SamplingOptions.__annotations__) == set(keywords)
     assert (Path(sys.modules["runtime"].__file__ or "").parent / "py.typed").exists()
+
+
+def test_shared_weights_change_no_token_and_are_refused_where_they_do_not_pay(bundles: list[Path], rt: FusionRuntime) -> None:
+    with FusionRuntime.load(bundles[0], "fp32", threads=1, share_weights=True) as shared:
+        assert shared.generate(PROMPT, 12).token_ids == rt.generate(PROMPT, 12).token_ids
+        assert shared.backend.router.session.get_session_options().get_session_config_entry("session.disable_prepacking") == "1"  # type: ignore[attr-defined]
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({}, "does not pay in int8.*use precision='fp32'"),
+        ({"device": "cuda"}, "use it with device='cpu', not 'cuda'"),
+        ({"precision": "fp32", "expert_memory": 1}, "expert_memory is a limit on device memory"),
+    ]
+    for options, sentence in refused:
+        with pytest.raises(InputError, match=sentence):
+            FusionRuntime.load(bundles[0], share_weights=True, **options)
