@@ -144,7 +144,7 @@ def recorded(
     with stages.stage("recording what the system does", len(prompts)) as advance:
         advance(len(texts))
         if len(texts) < len(prompts):
-            with FusionRuntime.load(bundle, precision=precision, device="cpu") as runtime:
+            with FusionRuntime.load(bundle, precision=precision, device="cpu", prefix_cache=0) as runtime:
                 while len(texts) < len(prompts):
                     start = len(texts)
                     texts = texts + record(runtime, prompts[start : start + TOGETHER], new_tokens, seed + start, advance)

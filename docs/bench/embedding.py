@@ -38,7 +38,7 @@ def serve(bundle: str, precision: str, shared: str, threads: str) -> None:
 
     imported, cpu = time.perf_counter() - start, time.process_time()
     start = time.perf_counter()
-    rt = FusionRuntime.load(bundle, precision, "cpu", threads=int(threads), share_weights=shared == "1")
+    rt = FusionRuntime.load(bundle, precision, "cpu", threads=int(threads), share_weights=shared == "1", prefix_cache=0)
     loaded, cpu = time.perf_counter() - start, time.process_time() - cpu
 
     def first() -> float:

@@ -3,7 +3,7 @@
 python docs/bench/speculation.py BUNDLE [BUNDLE …] --out FILE.json [--precision int8] [--each 12]
 
 Texts: the built-in prompts (greedy, and sampled at temperature 0.7), prompts that ask for their own input again, and the built-in ones with
-a router whose every draft is wrong (its logits are turned by one place, and do not count in the fusion). Every text is generated without and
+drafts that are all wrong (the router's logits, which do not count in the fusion then, and what the text offers are turned by one place). Every text is generated without and
 with drafts in turns, in a runtime of its own each; one text of each kind warms up. Ratios are of the summed times of all texts, since a short text
 tells little alone.
 """
@@ -60,13 +60,14 @@ def main(
     precision: Annotated[str, typer.Option(help="Precision to load.")] = "int8",
     each: Annotated[int, typer.Option(help="Built-in prompts, evenly chosen.")] = 12,
     rounds: Annotated[int, typer.Option(help="Rounds that count.")] = 2,
+    only: Annotated[str, typer.Option(help="Kinds of texts whose names hold this.")] = "",
 ) -> None:
     """Measure and print a table."""
     chosen = [BUILTIN[at] for at in np.linspace(0, len(BUILTIN) - 1, each).astype(int)]
     found: dict[str, Any] = {}
     with Progress(console=Console(stderr=True)) as progress:
         for bundle in bundles:
-            found[bundle.name] = measure(bundle, precision, chosen, rounds, progress)
+            found[bundle.name] = measure(bundle, precision, chosen, rounds, only, progress)
             out.write_text(json.dumps(found, indent=1) + "\n")
     table = Table("bundle", "texts", "plain tok/s", "drafts tok/s", "×", "slowest ×", "acceptance", "drafted", "switches", "parted")
     for name, kinds in found.items():
@@ -84,7 +85,7 @@ def main(
     Console(width=140).print(table)
 
 
-def measure(bundle: Path, precision: str, chosen: list[str], rounds: int, progress: Progress) -> dict[str, Any]:
+def measure(bundle: Path, precision: str, chosen: list[str], rounds: int, only: str, progress: Progress) -> dict[str, Any]:
     """All kinds of texts on one bundle."""
     options: dict[str, Any] = {"precision": precision, "device": "cpu", "prefix_cache": 0}
     kinds: dict[str, tuple[Any, dict[str, Any], bool]] = {
@@ -96,6 +97,8 @@ def measure(bundle: Path, precision: str, chosen: list[str], rounds: int, progre
     found = {}
     with FusionRuntime.load(bundle, **options) as plain, FusionRuntime.load(bundle, speculation="auto", **options) as drafting:
         for kind, (texts, sampling, wrong) in kinds.items():
+            if only not in kind:
+                continue
             task = progress.add_task(f"{bundle.name}: {kind}", total=len(texts) * rounds)
             for rt in (plain, drafting):
                 generate(rt, texts[0], sampling, wrong)
@@ -137,7 +140,7 @@ def generate(rt: FusionRuntime, text: str, sampling: dict[str, Any], wrong: bool
 
 
 def mislead(session: Session, rt: FusionRuntime) -> None:
-    """Turn the router's logits by one place, so that what it drafts is never what the expert says."""
+    """Turn the router's logits, and what the text offers, by one place, so that no draft is what the expert says."""
     cache = rt.backend.router.cache()
     forward = cache.forward
 
@@ -147,6 +150,10 @@ def mislead(session: Session, rt: FusionRuntime) -> None:
 
     cache.forward = turned  # type: ignore[method-assign]
     session._router = cache
+    if session.rounds is not None:
+        lookup = session.rounds._lookup
+        propose = lookup.propose
+        lookup.propose = lambda tokens, most: [(token + 1) % rt.vocab_size for token in propose(tokens, most)]  # type: ignore[method-assign]
 
 
 def summary(runs: dict[Any, Any], taken: dict[bool, list[list[float]]], texts: int) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def loaded(
     with Growth() as growth:
         start = time.perf_counter()
         runtime = stack.enter_context(
-            FusionRuntime.load(bundle.folder, name, device, speculation="auto" if DRAFTS in request.rows else "off")
+            # every text is read from its beginning, however often it was read before
+            FusionRuntime.load(bundle.folder, name, device, speculation="auto" if DRAFTS in request.rows else "off", prefix_cache=0)
         )
         seconds = time.perf_counter() - start
         units = {(name, system): unit(system, runtime, ids, request.new_tokens) for system in systems(request.rows, runtime)}
