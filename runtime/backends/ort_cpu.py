@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from runtime.manifest import Model, Variant
 
 TARGET = "ort:cpu"
-SHAREABLE = ("fp32",)  # precisions whose kernels read the weights as they lie in the file, at most a quarter slower (docs/embedding.md)
+SHAREABLE = ("fp32",)  # precisions whose kernels read the weights as they lie in the file at a useful speed (docs/embedding.md)
 
 
 class OrtCpu:
