@@ -1,7 +1,9 @@
 """For all tests."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,3 +15,26 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Exports of equal architectures share one trace, which takes most of a small export's time: an export works on copies of it anyway."""
+    if find_spec("torch") is None:  # tests/runtime alone
+        yield
+        return
+    from fr_export import export
+    from fr_export.lowerings import ort
+    from fr_export.trace import architecture, trace
+
+    kept: dict[Any, Any] = {}
+
+    def remembered(family: Any, config: Any, vocab_size: int, max_seq_len: int, lowering: Any = ort) -> Any:
+        key = family.name, architecture(config, vocab_size), max_seq_len, lowering
+        if key not in kept:
+            kept[key] = trace(family, config, vocab_size, max_seq_len, lowering)
+        return kept[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "trace", remembered)
+        yield
