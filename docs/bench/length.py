@@ -5,6 +5,7 @@ python docs/bench/length.py BUNDLE --out DIR [--precision int8]      the bundle'
 Each part beside its arithmetic: attention reads all keys and values of the text for every token, a cache holds them once per model that ran.
 """
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -72,6 +73,7 @@ def memory(rt: FusionRuntime, ids: list[int], progress: Progress) -> list[dict[s
     found = []
     for length in (512, 1536):
         sessions: list[Any] = []
+        gc.collect()  # the sessions of the length before
         before = resident().anonymous
         for count in (1, 2, 4):
             while len(sessions) < count:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,11 +91,10 @@ class OrtCache:
         self._binding = binding = model.session.io_binding()
         spec = model.model
         shape = (1, spec.kv_heads, model.capacity, spec.head_size)
-        self._buffers: list[np.ndarray] = []
+        self._buffers = zeros((2 * spec.layers, *shape))
         for layer in range(spec.layers):
-            for kind in ("key", "value"):
-                buffer = np.zeros(shape, np.float32)
-                self._buffers.append(buffer)
+            for number, kind in enumerate(("key", "value")):
+                buffer = self._buffers[2 * layer + number]
                 binding.bind_input(f"past.{layer}.{kind}", "cpu", 0, np.float32, shape, buffer.ctypes.data)
                 binding.bind_output(f"present.{layer}.{kind}", "cpu", 0, np.float32, shape, buffer.ctypes.data)
         self._ids = np.zeros((1, model.capacity), np.int64)
@@ -142,8 +144,7 @@ class OrtCache:
 
     def adopt(self, other: OrtCache, length: int) -> None:
         """See `backend.Cache.adopt`."""
-        for mine, theirs in zip(self._buffers, other._buffers, strict=True):
-            mine[:, :, :length] = theirs[:, :, :length]
+        self._buffers[..., :length, :] = other._buffers[..., :length, :]
         self.length = length
 
     def interrupt(self) -> None:
@@ -161,6 +162,16 @@ class OrtCache:
         if self._routing is not None:
             binding.bind_output("routing", "cpu", 0, np.float32, (1, wanted, model.experts), self._routing.ctypes.data)
         self._bound = (count, wanted)
+
+
+def zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 zeros that take memory page by page as they are written. NumPy asks for huge pages, of which a few tokens of each head take many."""
+    if not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros(shape, np.float32)
+    region = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        region.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(region, np.float32).reshape(shape)
 
 
 class OrtFuser:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from runtime import FusionRuntime, InputError, Sampling
-from runtime.backends.ort_cpu import OrtCache
+from runtime.backends.ort_cpu import OrtCache, zeros
+from runtime.bench.memory import resident
 from runtime.engine import StreamOptions
 from runtime.sampling import SamplingOptions
 from runtime.session import CHUNK
@@ -255,3 +256,12 @@ def test_shared_weights_change_no_token_and_are_refused_where_they_do_not_pay(bu
     for options, sentence in refused:
         with pytest.raises(InputError, match=sentence):
             FusionRuntime.load(bundles[0], share_weights=True, **options)
+
+
+def test_a_cache_takes_the_memory_of_its_text() -> None:
+    """32 MB of room in 16 heads, of which 64 tokens write 256 KB: far less than the 2 MB of a huge page each."""
+    buffers = zeros((4, 1, 4, 8192, 64))
+    before = resident().anonymous
+    buffers[..., :16, :] = 1.0
+    assert resident().anonymous - before < 4 << 20
+    assert float(buffers.sum()) == 4 * 4 * 16 * 64
