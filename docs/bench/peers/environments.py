@@ -8,12 +8,13 @@ from pathlib import Path
 OURS = "FusionRoute"
 TORCH = "torch==2.13.0"  # its CPU build, where pip finds one; the build for GPUs works as well and is several GB
 ENVIRONMENTS = {  # folder → packages. Ours is the environment that runs peers.py
-    "genai": ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx-ir==0.1.16", "transformers==4.57.6", TORCH),
-    "llama": ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors"),
-    "openvino": ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0", TORCH),
-    "optimum": ("optimum-onnx[onnxruntime]==0.1.0", "onnxruntime==1.32.0", TORCH),
+    "genai": ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx-ir==0.1.16", "transformers==5.24.0", TORCH),
+    "llama": ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors==0.8.0"),
+    "openvino": ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0", "transformers==5.5.4", TORCH),
+    "optimum": ("optimum-onnx[onnxruntime]==0.1.0", "onnxruntime==1.32.0", "transformers==4.57.6", TORCH),
     "torch": ("transformers==5.24.0", TORCH),
 }
+UNWANTED = "torchvision"  # OpenVINO's exporter asks for it; text models do not need it, and one built for another torch breaks every import
 
 
 @dataclass(frozen=True)
@@ -45,5 +46,6 @@ def python(work: Path, name: str | None) -> Path:
     if not made.is_file() or made.read_text() != packages:  # written last: what was interrupted is made again
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", *ENVIRONMENTS[name]], check=True)
+        subprocess.run([folder / "bin/python", "-m", "pip", "uninstall", "--quiet", "--yes", UNWANTED], check=True)
         made.write_text(packages)
     return folder / "bin/python"

@@ -1,8 +1,6 @@
 """onnxruntime-genai: models of its own builder; one alone, and the fused system with a generator for each model."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,17 +24,16 @@ ROUTED = "include_hidden_states=true"  # the router's, which the routing head re
 
 
 def build(checkpoint: Path, form: str, out: Path) -> None:
-    """Make `out` for generating, `out/all` with logits of every token, and `out/routed` with hidden states if there is a routing head."""
+    """Make `out` for generating; of a router also `out/all` with logits of every token, and `out/routed` with hidden states."""
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
     precision, *options = FORMS[form]
-    kinds = {
-        out: [LAST],
-        out / "all": [],
-        **({out / "routed": [LAST, ROUTED]} if (checkpoint / "routing_head.safetensors").is_file() else {}),
-    }
+    kinds = {out: [LAST]}
+    if (checkpoint / "routing_head.safetensors").is_file():
+        kinds |= {out / "all": [], out / "routed": [LAST, ROUTED]}
     for folder, more in kinds.items():
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", folder, "-p", precision, "-e", "cpu"]
-        extra = [*options, *more]
-        subprocess.run([*command, "-c", folder / "cache", *(["--extra_options", *extra] if extra else [])], check=True)
+        place = (None, str(checkpoint), str(folder), precision, "cpu", str(folder / "cache"))
+        create_model(*place, **parse_extra_options(*place, [*options, *more]))
 
 
 def opened(folder: Path, threads: int | None, entries: dict[str, str]) -> og.Model:

@@ -1,6 +1,8 @@
 """Optimum with ONNX Runtime: its own export of the checkpoint, loaded by ORTModelForCausalLM."""
 
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnxruntime
@@ -11,8 +13,18 @@ from peers.worker import Text, main, stepwise
 
 
 def build(checkpoint: Path, form: str, out: Path) -> None:
-    """Export in fp32, which is what Optimum has for decoders."""
-    ORTModelForCausalLM.from_pretrained(checkpoint, export=True, use_cache=True).save_pretrained(out)
+    """Export in fp32, which is what Optimum has for decoders.
+
+    Its transformers 4 does not know `rope_parameters`, in which transformers 5 writes the base of the rotary embedding.
+    """
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"rope_theta": config["rope_parameters"]["rope_theta"]}
+    with TemporaryDirectory() as folder:
+        for file in checkpoint.iterdir():
+            (Path(folder) / file.name).symlink_to(file.resolve())
+        (Path(folder) / "config.json").unlink()
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        ORTModelForCausalLM.from_pretrained(folder, export=True, use_cache=True).save_pretrained(out)
 
 
 class Optimum:
