@@ -1,6 +1,5 @@
 """The rows of the comparison, precision by precision: one model alone, and fused systems."""
 
-
 import json
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,16 +24,21 @@ CONTEXT = 1024  # tokens that a text may have
 JUDGED = 8  # texts of LONG tokens that perplexity is measured on
 SWEPT = 2  # rounds that choose the workaround's settings
 DEFAULT = "default settings"
-SETTINGS: dict[str, tuple[int | None, dict[str, str]]] = {  # of the workaround: threads of each model, and how idle threads wait
-    DEFAULT: (None, {}),
-    "1 thread": (1, {}),
-    "2 threads": (2, {}),
-    "2 threads, no spinning": (2, {"session.intra_op.allow_spinning": "0"}),
-    "2 threads, spinning ends with a run": (2, {"session.force_spinning_stop": "1"}),
-}
 WORKAROUND = {"fp32": "fp32", "int8": "int8", "int4": "block 32"}  # the forms of onnxruntime-genai that are fused
+Setting = tuple[int | None, dict[str, str]]  # threads of each model (None: the library's choice), entries of the session's configuration
 CONSOLE = Console(stderr=True, highlight=False)
 NAMED = {peer.module: peer for peer in PEERS}
+
+
+def settings(threads: int) -> dict[str, Setting]:
+    """What is tried for the workaround: threads, and how those without work wait."""
+    return {
+        DEFAULT: (None, {}),
+        "1 thread": (1, {}),
+        f"{threads} threads": (threads, {}),
+        f"{threads} threads, no spinning": (threads, {"session.intra_op.allow_spinning": "0"}),
+        f"{threads} threads, spinning ends with a run": (threads, {"session.force_spinning_stop": "1"}),
+    }
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,12 @@ class Comparison:
         folders = {name: str(model(self.work, genai, form, folder, self.bundle)) for name, folder in checkpoints.items()}
 
         def workaround(setting: str) -> Worker:
-            threads, entries = SETTINGS[setting]
+            threads, entries = tried[setting]
             request = {"folder": folders, "form": form, "head": str(self.router), "lam": lam, "threads": threads, "entries": entries}
             return self.start(f"fused {genai.name} {form} {setting}", genai, **request)
 
-        swept = {setting: self.sweep(setting, workaround) for setting in SETTINGS}
+        tried = settings(self.threads)
+        swept = {setting: self.sweep(setting, workaround) for setting in tried}
         best = min(swept, key=lambda setting: swept[setting])
         CONSOLE.print(f"{precision}, fused: {', '.join(f'{setting} {DECODED / seconds:.1f}/s' for setting, seconds in swept.items())}")
         ours = f"{OURS} {precision}"
