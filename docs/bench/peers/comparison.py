@@ -139,7 +139,9 @@ class Comparison:
             found = in_turns(workers, *self.prompts(self.rounds), DECODED)
         speeds = {setting: DECODED / seconds for setting, seconds in swept.items()}
         return [
-            row | {"precision": precision, "swept": speeds} | numbers(found, row["name"], ours) | told(found, row["name"], ours)
+            row
+            | {"precision": precision, "swept": speeds, "changes": changes(found[row["name"]].experts)}
+            | numbers(found, row["name"], ours)
             for row in rows
         ]
 
@@ -159,19 +161,20 @@ def numbers(found: dict[str, Measured], name: str, ours: str) -> Row:
         "prefill_times": times(measured.prefill, own.prefill),
         "peak": measured.peak,
         "idle": measured.idle,
-        "same_tokens": same(measured.tokens, own.tokens),
+        "alike": alike(measured.tokens, own.tokens),
         "seconds": {"decode": measured.decode, "prefill": measured.prefill},
     }
 
 
-def told(found: dict[str, Measured], name: str, ours: str) -> Row:
-    """What only a fused system has: tokens whose expert was another than the one before, per text, and experts equal to ours."""
-    experts = found[name].experts
-    switches = [sum(one != other for one, other in pairwise(text)) for text in experts]
-    return {"switches": sum(switches) / len(switches), "same_experts": same(experts, found[ours].experts)}
+def changes(texts: list[list[str]]) -> float:
+    """How many tokens of a text had another expert than the one before: the mean."""
+    return sum(one != other for experts in texts for one, other in pairwise(experts)) / len(texts)
 
 
-def same(texts: list[list[Any]], others: list[list[Any]]) -> float:
-    """Share of equal places."""
-    pairs = [(one, other) for text, against in zip(texts, others, strict=True) for one, other in zip(text, against, strict=True)]
-    return sum(one == other for one, other in pairs) / len(pairs)
+def alike(texts: list[list[int]], others: list[list[int]]) -> float:
+    """Share of the texts before their first difference: what comes behind it is another text."""
+    until = [
+        next((n for n, (one, other) in enumerate(zip(*pair, strict=True)) if one != other), len(pair[0]))
+        for pair in zip(texts, others, strict=True)
+    ]
+    return sum(until) / sum(map(len, texts))

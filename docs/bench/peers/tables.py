@@ -33,13 +33,13 @@ def alone(rows: list[Row]) -> str:
 def fused(rows: list[Row]) -> str:
     """Fused systems of all precisions."""
     lines = [
-        "| precision | runtime | settings | decode, tokens/s | ours is × | prefill, tokens/s | ours is × | same experts | same tokens | peak memory, MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| precision | runtime | settings | decode, tokens/s | ours is × | prefill, tokens/s | ours is × | same text | peak memory, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         own = row["runtime"] == OURS
         decode, prefill = ("", "") if own else (ratio(row["decode_times"]), ratio(row["prefill_times"]))
-        alike = "| " if own else f"{row['same_experts']:.1%} | {row['same_tokens']:.1%}"
+        alike = "" if own else f"{row['alike']:.0%}"
         best = " (best)" if row["settings"] == max(row["swept"], key=row["swept"].__getitem__) else ""
         lines.append(
             f"| {row['precision']} | {row['runtime']} | {row['settings']}{best} | {row['tokens_per_second']:.1f} | {decode} "
@@ -61,7 +61,7 @@ def render(result: dict[str, Any]) -> str:
     """Everything that was measured."""
     machine, everything = result["machine"], [*result["alone"], *result["fused"]]
     precisions = dict.fromkeys(row["precision"] for row in result["alone"])
-    switches = {row["precision"]: row["switches"] for row in result["fused"] if row["runtime"] == OURS}
+    changes = {row["precision"]: row["changes"] for row in result["fused"] if row["runtime"] == OURS}
     parts = [
         f"{machine['cpu']}, {machine['threads']} threads ({machine['features'] or 'no wide instructions'}), {machine['memory'] / 1e9:.0f} GB, "
         f"Python {machine['python']}. Medians of {result['rounds']} rounds in turns. While others worked, no process used more than "
@@ -72,15 +72,15 @@ def render(result: dict[str, Any]) -> str:
     for precision in precisions:
         parts += [f"**{precision}**", alone([row for row in result["alone"] if row["precision"] == precision])]
     if result["fused"]:
-        changes = ", ".join(f"{count:.1f} ({precision})" for precision, count in switches.items())
+        listed = ", ".join(f"{count:.1f} ({precision})" for precision, count in changes.items())
         parts += [
             "### Fused",
-            f"Router and one of {machine['experts']} experts for every token, λ = {machine['lambda']}; the expert changed {changes} times in a text.",
+            f"Router and one of {machine['experts']} experts for every token, λ = {machine['lambda']}; the expert changed {listed} times in a text.",
             fused(result["fused"]),
             f"The workaround's settings, tokens/s of few rounds (“{DEFAULT}” are onnxruntime-genai's):",
             swept(result["fused"]),
         ]
-    packages = "; ".join(f"{name}: {', '.join(listed)}" for name, listed in result["packages"].items())
+    packages = "; ".join(f"{name}: {', '.join(wanted)}" for name, wanted in result["packages"].items())
     return "\n\n".join([*parts, f"Packages: {packages}."])
 
 
