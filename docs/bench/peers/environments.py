@@ -29,7 +29,7 @@ class Peer:
 
 PEERS = (
     Peer(OURS, None, "ours", {"fp32": ("fp32",), "int8": ("int8",), "int4": ("int4",)}),
-    Peer("onnxruntime-genai", "genai", "genai", {"fp32": ("fp32",), "int8": ("int8",), "int4": ("block 32", "block 32 asymmetric")}),
+    Peer("onnxruntime-genai", "genai", "genai", {"fp32": ("fp32",), "int8": ("int8",), "int4": ("block 32", "k_quant_mixed")}),
     Peer("llama.cpp", "llama", "llama", {"fp32": ("F32",), "int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1")}),
     Peer("OpenVINO", "openvino", "openvino", {"fp32": ("fp32",), "int8": ("int8",), "int4": ("int4",)}),
     Peer("Optimum", "optimum", "optimum", {"fp32": ("fp32",)}),

@@ -13,10 +13,8 @@ from peers.worker import Text, main, stepwise
 FORMS = {  # name → precision and options of the builder
     "fp32": ("fp32",),
     "int8": ("int8", "block_size=32"),
-    "int8 block 64": ("int8", "block_size=64"),
     "block 32": ("int4", "block_size=32"),
-    "block 32 asymmetric": ("int4", "block_size=32", "is_symmetric=false"),
-    "block 64": ("int4", "block_size=64"),
+    "k_quant": ("int4", "block_size=32", "algo_config=k_quant"),
     "k_quant_mixed": ("int4", "block_size=32", "algo_config=k_quant_mixed"),
 }
 LAST = "prune_lm_head=true"  # without it the builder's graphs compute logits of the whole prompt: slower, but what perplexity needs
