@@ -1,0 +1,123 @@
+"""onnxruntime-genai: models of its own builder; one alone, and the fused system with a generator for each model."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai as og
+
+from peers.fusing import Experts, Routing
+from peers.worker import Text, main, stepwise
+
+FORMS = {  # name → precision and options of the builder
+    "fp32": ("fp32",),
+    "int8": ("int8", "block_size=32"),
+    "block 32": ("int4", "block_size=32"),
+    "k_quant": ("int4", "block_size=32", "algo_config=k_quant"),
+    "k_quant_mixed": ("int4", "block_size=32", "algo_config=k_quant_mixed"),
+}
+LAST = "prune_lm_head=true"  # without it the builder's graphs compute logits of the whole prompt: slower, but what perplexity needs
+ROUTED = "include_hidden_states=true"  # the router's, which the routing head reads
+
+
+def build(checkpoint: Path, form: str, out: Path) -> None:
+    """Make `out` for generating; of a router also `out/all` with logits of every token, and `out/routed` with hidden states."""
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    precision, *options = FORMS[form]
+    kinds = {out: [LAST]}
+    if (checkpoint / "routing_head.safetensors").is_file():
+        kinds |= {out / "all": [], out / "routed": [LAST, ROUTED]}
+    for folder, more in kinds.items():
+        place = (None, str(checkpoint), str(folder), precision, "cpu", str(folder / "cache"))
+        create_model(*place, **parse_extra_options(*place, [*options, *more]))
+
+
+def opened(folder: Path, threads: int | None, entries: dict[str, str]) -> og.Model:
+    """A model whose texts do not end (no token that comes counts as their end); threads None: the library's own choice."""
+    options = dict[str, int | str](entries) if threads is None else {"intra_op_num_threads": threads, **entries}
+    endless = json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"] - 1
+    config = og.Config(str(folder))
+    config.overlay(json.dumps({"model": {"eos_token_id": endless, "decoder": {"session_options": options}}}))
+    return og.Model(config)
+
+
+def generator(model: og.Model, context: int) -> og.Generator:
+    """An empty text."""
+    settings = og.GeneratorParams(model)
+    settings.set_search_options(max_length=context, do_sample=False)
+    return og.Generator(model, settings)
+
+
+class Genai:
+    """One model alone. Idle threads wait as the library has them do."""
+
+    def __init__(self, folder: str, form: str, context: int, threads: int):
+        self.folder, self.context, self.threads = Path(folder), context, threads
+        self.model = opened(self.folder, threads, {})
+
+    def generate(self, prompt: list[int], count: int) -> Text:
+        """See `worker.Model`."""
+        text, reads = generator(self.model, self.context), True
+
+        def step(ids: list[int]) -> int:
+            nonlocal reads
+            if reads:
+                text.append_tokens(np.array(ids, np.int32))
+                reads = False
+            text.generate_next_token()  # reads the token before by itself
+            return int(text.get_next_tokens()[0])
+
+        return stepwise(prompt, count, step)
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """See `worker.Model`."""
+        text = generator(opened(self.folder / "all", self.threads, {}), self.context)
+        text.append_tokens(np.array(ids, np.int32))
+        return np.array(text.get_output("logits")[0], np.float32)
+
+
+class Fused:
+    """The workaround: a generator for each model. The router's logits are read and set; the chosen expert reads all it missed as one chunk."""
+
+    def __init__(self, folders: dict[str, str], head: str, lam: float, context: int, threads: int | None, entries: dict[str, str]):
+        self.routing, self.lam, self.context = Routing.load(Path(head)), lam, context
+        router, *experts = (Path(folder) for folder in folders.values())
+        self.router = opened(router / "routed", threads, entries)
+        self.names = list(folders)[1:]
+        self.models = [opened(folder, threads, entries) for folder in experts]
+
+    def generate(self, prompt: list[int], count: int) -> Text:
+        """See `worker.Model`."""
+        router, experts = generator(self.router, self.context), [generator(model, self.context) for model in self.models]
+        lags = Experts([text.append_tokens for text in experts])
+        chosen: list[str] = []
+        tokens = list(prompt)
+        start = first = time.perf_counter()
+        router.append_tokens(np.array(prompt, np.int32))
+        for number in range(count):
+            logits = router.get_logits()  # reads the token before by itself
+            expert = self.routing.choose(router.get_output("hidden_states")[0, -1])
+            lags.catch_up(expert, tokens)
+            logits = self.lam * logits + (1 - self.lam) * experts[expert].get_logits()
+            router.set_logits(logits)
+            router.generate_next_token()
+            tokens.append(int(router.get_next_tokens()[0]))
+            chosen.append(self.names[expert])
+            if not number:
+                first = time.perf_counter()
+        return Text(first - start, time.perf_counter() - first, tokens[len(prompt) :], chosen)
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Not measured."""
+        raise NotImplementedError
+
+
+def load(folder: str | dict[str, str], form: str, **settings: object) -> Genai | Fused:
+    """Several folders are a fused system, the router's first."""
+    return Fused(folder, **settings) if isinstance(folder, dict) else Genai(folder, form, **settings)
+
+
+if __name__ == "__main__":
+    main(load, build)

@@ -1,0 +1,83 @@
+"""transformers on torch: one model alone, and the fused system with all models in one process."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from peers.fusing import Experts, Routing
+from peers.worker import Text, main, stepwise
+
+
+class Torch:
+    """A checkpoint in fp32, driven without `generate`, whose own work per token costs more than these calls."""
+
+    def __init__(self, folder: str, form: str, context: int, threads: int):
+        torch.set_num_threads(threads)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def generate(self, prompt: list[int], count: int) -> Text:
+        """See `worker.Model`."""
+        cache = DynamicCache(config=self.model.config)
+
+        def step(ids: list[int]) -> int:
+            return int(self.model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+
+        return stepwise(prompt, count, step)
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """See `worker.Model`."""
+        return self.model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+
+class Fused:
+    """Router and chosen expert; an expert reads all that it missed as one chunk."""
+
+    def __init__(self, folders: dict[str, str], lam: float, context: int, threads: int):
+        torch.set_num_threads(threads)
+        router, *experts = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in folders.values())
+        self.router, self.experts, self.names = router, experts, list(folders)[1:]
+        self.routing, self.lam = Routing.load(Path(folders[next(iter(folders))])), lam
+
+    @torch.inference_mode()
+    def generate(self, prompt: list[int], count: int) -> Text:
+        """See `worker.Model`."""
+        cache = DynamicCache(config=self.router.config)
+        experts = Experts([reader(model) for model in self.experts])
+        tokens, unread, chosen = list(prompt), list(prompt), list[str]()
+        start = first = time.perf_counter()
+        for number in range(count):
+            hidden = self.router.model(torch.tensor([unread]), past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+            expert = self.routing.choose(hidden[0, 0].numpy())
+            logits = self.lam * self.router.lm_head(hidden) + (1 - self.lam) * experts.catch_up(expert, tokens)
+            unread = [int(logits[0, -1].argmax())]
+            tokens += unread
+            chosen.append(self.names[expert])
+            if not number:
+                first = time.perf_counter()
+        return Text(first - start, time.perf_counter() - first, tokens[len(prompt) :], chosen)
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Not measured."""
+        raise NotImplementedError
+
+
+def reader(model: torch.nn.Module) -> Callable[[np.ndarray], torch.Tensor]:
+    """Read ids int32 [S] behind those read before; logits float32 [1, 1, V] of the last."""
+    cache = DynamicCache(config=model.config)
+    return lambda ids: model(torch.from_numpy(ids)[None].long(), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+
+def load(folder: str | dict[str, str], form: str, **settings: Any) -> Torch | Fused:
+    """Several folders are a fused system, the router's first."""
+    return Fused(folder, **settings) if isinstance(folder, dict) else Torch(folder, form, **settings)
+
+
+if __name__ == "__main__":
+    main(load)
