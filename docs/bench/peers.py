@@ -60,14 +60,18 @@ def main(
     for folder in ("env", "models", "log"):
         (work / folder).mkdir(parents=True, exist_ok=True)
     names = precision.split(",")
-    result = {
+    result: dict[str, Any] = {
         "machine": machine(threads, bundle),
         "rounds": rounds,
         "packages": {OURS: [f"onnxruntime=={version('onnxruntime')}"], **ENVIRONMENTS},
-        "alone": [row for name in names for row in comparison.alone(name)],
-        "fused": [row for name in names for row in comparison.fused(name)] if fused else [],
+        "alone": [],
+        "fused": [],
     }
-    (work / "peers.json").write_text(json.dumps(result, indent=1))
+    parts = {"alone": comparison.alone, **({"fused": comparison.fused} if fused else {})}
+    for part, measure in parts.items():
+        for name in names:
+            result[part] += measure(name)
+            (work / "peers.json").write_text(json.dumps(result, indent=1))
     print(render(result))
     if renew:
         from peers.chart import draw
