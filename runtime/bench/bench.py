@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from runtime.bench.summary import summarise
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.tensorrt.device import Device
+from runtime.versions import installed
 
 Key = TypeVar("Key", bound=Hashable)
 Progress = Callable[[str, float], None]  # (what is done now, share of the whole that it added)
@@ -162,14 +162,6 @@ def take_turns(units: dict[Key, Callable[[], Run]], repeats: int) -> dict[Key, l
         for key, measure in units.items():
             found[key].append(measure())
     return found
-
-
-def installed(package: str) -> str | None:
-    """The version of a package, if it is there."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def notes(result: dict[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ import os
 import platform
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from runtime import files
 from runtime.backends import Backend
 from runtime.bundle import Bundle
+from runtime.versions import installed
 
 MOST = 8  # tokens that one round produces at most
 SIZES = (1, 2, 4, 8)  # tokens at a time that are measured
@@ -110,14 +110,6 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
     timed = {who: tuple(tuple(fastest[who, at, size] for size in sizes) for at in range(len(lengths))) for who in caches}
     experts = tuple(passes(timed[like[spec.parameters]]) for spec in models[1:])
     return Costs(passes(timed[0]), experts, fastest["fusion"], backend.side_by_side)
-
-
-def installed(package: str) -> str | None:
-    """The version of a package, if it is there."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def processor() -> str:

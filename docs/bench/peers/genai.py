@@ -1,7 +1,7 @@
 """onnxruntime-genai: models of its own builder; one alone, and the fused system with a generator for each model."""
 
 import json
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,22 +92,21 @@ class Fused:
         """See `worker.Model`."""
         router, experts = generator(self.router, self.context), [generator(model, self.context) for model in self.models]
         lags = Experts([text.append_tokens for text in experts])
-        chosen: list[str] = []
-        tokens = list(prompt)
-        start = first = time.perf_counter()
-        router.append_tokens(np.array(prompt, np.int32))
-        for number in range(count):
-            logits = router.get_logits()  # reads the token before by itself
+        tokens, chosen = list[int](), list[str]()
+
+        def step(ids: list[int]) -> int:
+            if not tokens:  # later it reads the token before by itself
+                router.append_tokens(np.array(ids, np.int32))
+            tokens.extend(ids)
+            logits = router.get_logits()
             expert = self.routing.choose(router.get_output("hidden_states")[0, -1])
             lags.catch_up(expert, tokens)
-            logits = self.lam * logits + (1 - self.lam) * experts[expert].get_logits()
-            router.set_logits(logits)
+            router.set_logits(self.lam * logits + (1 - self.lam) * experts[expert].get_logits())
             router.generate_next_token()
-            tokens.append(int(router.get_next_tokens()[0]))
             chosen.append(self.names[expert])
-            if not number:
-                first = time.perf_counter()
-        return Text(first - start, time.perf_counter() - first, tokens[len(prompt) :], chosen)
+            return int(router.get_next_tokens()[0])
+
+        return replace(stepwise(prompt, count, step), experts=chosen)
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Not measured."""

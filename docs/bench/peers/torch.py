@@ -1,7 +1,7 @@
 """transformers on torch: one model alone, and the fused system with all models in one process."""
 
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,16 @@ class Fused:
         """See `worker.Model`."""
         cache = DynamicCache(config=self.router.config)
         experts = Experts([reader(model) for model in self.experts])
-        tokens, unread, chosen = list(prompt), list(prompt), list[str]()
-        start = first = time.perf_counter()
-        for number in range(count):
-            hidden = self.router.model(torch.tensor([unread]), past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+        tokens, chosen = list[int](), list[str]()
+
+        def step(ids: list[int]) -> int:
+            tokens.extend(ids)
+            hidden = self.router.model(torch.tensor([ids]), past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
             expert = self.routing.choose(hidden[0, 0].numpy())
-            logits = self.lam * self.router.lm_head(hidden) + (1 - self.lam) * experts.catch_up(expert, tokens)
-            unread = [int(logits[0, -1].argmax())]
-            tokens += unread
             chosen.append(self.names[expert])
-            if not number:
-                first = time.perf_counter()
-        return Text(first - start, time.perf_counter() - first, tokens[len(prompt) :], chosen)
+            return int((self.lam * self.router.lm_head(hidden) + (1 - self.lam) * experts.catch_up(expert, tokens))[0, -1].argmax())
+
+        return replace(stepwise(prompt, count, step), experts=chosen)
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Not measured."""
