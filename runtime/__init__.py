@@ -3,7 +3,8 @@
 from runtime.engine import FusionRuntime
 from runtime.errors import BundleError, ClosedError, FusionError, InputError, UnavailableError
 from runtime.sampling import Sampling
-from runtime.session import Scores, Session
+from runtime.scoring import Scores
+from runtime.session import Session
 from runtime.stream import Result, Stream
 from runtime.text import Token
 

@@ -11,7 +11,6 @@ from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import numpy as np
 
@@ -20,8 +19,10 @@ from runtime.bundle import Bundle
 from runtime.catch_up import MODES
 from runtime.chat import render
 from runtime.errors import ClosedError, InputError, UnavailableError
+from runtime.pool import Pool
 from runtime.sampling import Sampler, SamplingOptions, sampling_of
-from runtime.session import CHUNK, Scores, Session
+from runtime.scoring import Scores, score
+from runtime.session import CHUNK, Session
 from runtime.speculation import MOST, Costs, costs_of
 from runtime.stream import End, Result, Stream
 from runtime.text import Text, TextStream, Token
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 DEFAULT_NEW_TOKENS = 128
-POOLED = 4  # sessions whose buffers are kept for the next text
 FUSIONS = ("weighted", "additive")
 SPECULATION = ("off", "auto")
 
@@ -87,10 +87,8 @@ class FusionRuntime:
         self.unrouted.flags.writeable = False
         self._template = bundle.text("chat_template.jinja")
         self.eos = frozenset(manifest.eos_token_ids)
-        self._free: list[Session] = []
-        self._sessions: WeakSet[Session] = WeakSet()
+        self.pool = Pool(prefix_cache)
         self._process = os.getpid()
-        self._lock = threading.RLock()  # a stream may be collected, and give its session back, while it is held
 
     @classmethod
     def load(
@@ -315,7 +313,7 @@ class FusionRuntime:
         try:
             session.clear()
             session.append(token_ids)
-            scores = session.score(ordered, chunk, self.coefficients(fusion or self.fusion, self.lam if lam is None else lam))
+            scores = score(session, ordered, chunk, self.coefficients(fusion or self.fusion, self.lam if lam is None else lam))
         finally:
             self._give(session)
         if list(asked) == ordered:
@@ -327,7 +325,7 @@ class FusionRuntime:
         """A new empty session with its own KV caches; `expert`, where given, answers every token instead of the routed one."""
         chosen, weight = fusion or self.fusion, self.lam if lam is None else lam
         self.coefficients(chosen, weight)
-        return self._register(Session(self, chosen, weight, self._pinned(expert)))
+        return self.pool.add(Session(self, chosen, weight, self._pinned(expert)))
 
     def _pinned(self, expert: str | None) -> int | None:
         """The index of a named expert. Raises InputError for a name that the bundle does not have."""
@@ -349,31 +347,13 @@ class FusionRuntime:
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def _take(self, ids: Sequence[int]) -> Session:
-        """A session whose buffers may have served an earlier text: the one that begins as `ids` do, else the one idle for longest."""
-        with self._lock:
-            alike = [session.alike(ids) for session in self._free]
-            if self._free and (max(alike) > 0 or len(self._free) >= self.prefix_cache):
-                return self._free.pop(alike.index(max(alike)))
-        return self._register(Session(self, self.fusion, self.lam))
+        return self.pool.take(ids, lambda: Session(self, self.fusion, self.lam))
 
     def _give(self, session: Session) -> None:
         session.watch = None
         session.pause()
-        if self._forked:
-            return
-        with self._lock:
-            if self._backend is not None and len(self._free) < max(POOLED, self.prefix_cache):
-                self._free.append(session)
-
-    def _register(self, session: Session) -> Session:
-        with self._lock:
-            self._sessions.add(session)
-        return session
-
-    def sessions(self) -> list[Session]:
-        """Those in use and those that wait for another text."""
-        with self._lock:
-            return list(self._sessions)
+        if not self._forked:
+            self.pool.give(session)
 
     @property
     def _forked(self) -> bool:
@@ -394,9 +374,8 @@ class FusionRuntime:
         """Release models and buffers; sessions still in use, in any thread, end with ClosedError at their next step."""
         if self._forked:
             return
-        with self._lock:
-            self._backend = None
-            self._free.clear()
+        self._backend = None
+        self.pool.close()
         if self.thread is not None:
             self.thread.shutdown(wait=False, cancel_futures=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime import prefix
-from runtime.backends.backend import REUSED, Cache, Fused, Output
+from runtime.backends.backend import Cache, Fused, Output
 from runtime.catch_up import CatchUp, boundary
 from runtime.errors import InputError
 from runtime.sampling import Candidates, Sampler, Sampling, SamplingOptions, sampling_of
@@ -26,19 +25,6 @@ if TYPE_CHECKING:
     from runtime.engine import FusionRuntime
 
 CHUNK = 512  # tokens read at a time in prefill and catch-up: bounds memory, and depends on the tokens alone
-FUSED = 1 << 24  # logits fused at a time in scoring: 64 MB, of which the fusion graph makes several copies
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Teacher-forced results. logits float32 [P, V]: row t is the fused distribution of the token after position t.
-
-    experts int64 [P] and routing float32 [P, n_experts] at the same positions (all of them unless `positions` said otherwise).
-    """
-
-    logits: np.ndarray
-    experts: np.ndarray
-    routing: np.ndarray
 
 
 class Session:
@@ -46,14 +32,14 @@ class Session:
 
     def __init__(self, runtime: FusionRuntime, fusion: str, lam: float, pinned: int | None = None):
         self._runtime = runtime
-        self.names, self.unrouted = runtime.expert_names, runtime.unrouted
+        self.names, self.unrouted, self.vocab_size = runtime.expert_names, runtime.unrouted, runtime.vocab_size
         self._fusion, self._lam, self._pinned = fusion, lam, pinned
         self.tokens: list[int] = []
         self._router: Cache | None = None
         self._experts: list[Cache | None] = [None] * len(runtime.expert_names)
         self.last: int | None = None  # the expert chosen last
         self.routed: Any = None  # the router's logits of the last plain step, float32 [1, V] until its next pass; None where it did not run
-        self._fuse = runtime.backend.fuser()
+        self.fuse = runtime.backend.fuser()
         self.watch: Watch | None = None  # over the text in the making
         self._newest: Fused | None = None  # what the newest token was chosen from
         self._sampler = Sampler(Sampling())
@@ -165,7 +151,7 @@ class Session:
         """
         if self._newest is None:
             raise InputError("There are no logits: call `step` first, and read them before `append` or `rewind`.")
-        return self._fuse.row(self._newest)
+        return self.fuse.row(self._newest)
 
     def _settings(self, fusion: str | None, lam: float | None, sampling: SamplingOptions) -> tuple[Sampler, tuple[float, float]]:
         """The sampler and the weights of a step."""
@@ -236,52 +222,12 @@ class Session:
         if cache is not None:
             cache.length = len(self.tokens) - 1
 
-    def score(self, positions: Sequence[int], chunk: int, coefficients: tuple[float, float]) -> Scores:
-        """Fused logits at sorted `positions` of the committed tokens, read from the first one in chunks of `chunk` tokens."""
-        runtime = self._runtime
-        self._reset()
-        logits = np.empty((len(positions), runtime.vocab_size), np.float32)
-        routing = np.empty((len(positions), len(runtime.expert_names)), np.float32)
-        wanted = np.asarray(positions, np.int64)
-        step = max(1, FUSED // runtime.vocab_size)
-        for start in range(0, positions[-1] + 1 if positions else 0, chunk):
-            piece = self.tokens[start : start + chunk]
-            rows = np.flatnonzero((wanted >= start) & (wanted < start + len(piece)))
-            local = wanted[rows] - start
-            routed = self._forward(None, piece, [*local] or [len(piece) - 1])
-            if not len(rows):
-                continue
-            assert routed.routing is not None
-            routing[rows] = routed.routing
-            choice = routed.routing.argmax(-1)
-            for expert in np.unique(choice):
-                mine = np.flatnonzero(choice == expert)
-                answered = self._catch_up(int(expert), wanted[rows[mine]], chunk) if coefficients[1] else routed.logits[mine]
-                for begin in range(0, len(mine), step):
-                    part = mine[begin : begin + step]
-                    router = np.ascontiguousarray(routed.logits[part])
-                    logits[rows[part]] = self._fuse(router, answered[begin : begin + step], coefficients, 1, _NONE, 1.0, 1.0).rows
-        return Scores(logits, routing.argmax(-1).astype(np.int64), routing)
-
-    def _catch_up(self, expert: int, wanted: np.ndarray, chunk: int) -> np.ndarray:
-        """Let an expert read up to the last wanted position in chunks; its logits at all of them, float32 [len(wanted), V]."""
-        found = []
-        start = self._cache(expert).length
-        while start <= wanted[-1]:
-            piece = self.tokens[start : min(start + chunk, int(wanted[-1]) + 1)]
-            local = [int(p) - start for p in wanted if start <= p < start + len(piece)]
-            answered = self._forward(expert, piece, local or [len(piece) - 1])
-            if local:
-                found.append(answered.logits.copy() if len(local) <= REUSED else answered.logits)
-            start += len(piece)
-        return np.concatenate(found) if len(found) != 1 else found[0]
-
     def fused(self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int) -> Fused:
         """Fusion of logits float32 [1, V] at one position, whose text so far are the first `length` tokens."""
         settings = sampler.sampling
         penalised = np.unique(np.asarray(self.tokens[:length], np.int64)) if settings.repetition_penalty != 1.0 else _NONE
         wanted, temperature = sampler.wanted(self._runtime.vocab_size), settings.temperature or 1.0
-        self._newest = self._fuse(router, expert, coefficients, wanted, penalised, settings.repetition_penalty, temperature)
+        self._newest = self.fuse(router, expert, coefficients, wanted, penalised, settings.repetition_penalty, temperature)
         return self._newest
 
     def read(self, expert: int | None, positions: Sequence[int]) -> Output:
@@ -295,9 +241,9 @@ class Session:
         self._borrow(expert, cache)
         cache.length, end = min(cache.length, positions[0]), positions[-1] + 1
         while (stop := self._stop(expert, cache.length, positions[0], end)) < end:
-            self._forward(expert, self.tokens[cache.length : stop], (stop - cache.length - 1,))
+            self.forward(expert, self.tokens[cache.length : stop], (stop - cache.length - 1,))
         start = cache.length
-        return self._forward(expert, self.tokens[start:end], [position - start for position in positions])
+        return self.forward(expert, self.tokens[start:end], [position - start for position in positions])
 
     def _stop(self, expert: int | None, start: int, first: int, end: int) -> int:
         """Where the next pass of those that read from `start` to `end` ends, of which the last one answers, from position `first` on.
@@ -325,9 +271,10 @@ class Session:
     def _borrow(self, model: int | None, cache: Cache) -> None:
         """Take over what other sessions have read of this text, before a model reads its first token."""
         if self._runtime.prefix_cache and not cache.length:
-            prefix.fill(self, model, cache, self._runtime.sessions())
+            prefix.fill(self, model, cache, self._runtime.pool.sessions())
 
-    def _forward(self, expert: int | None, ids: Sequence[int], positions: Sequence[int]) -> Output:
+    def forward(self, expert: int | None, ids: Sequence[int], positions: Sequence[int]) -> Output:
+        """Let a model (None: the router) read the next tokens; its output at some of their places."""
         cache = self._cache(expert)
         if not self._runtime.exact or (len(ids) > 1 and len(positions) > 1):
             return self._run(cache, ids, positions)
@@ -372,7 +319,8 @@ class Session:
         cache = self._experts[expert] = self._experts[expert] or backend.experts[expert].cache()
         return cache
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Forget what was read of the tokens, which stay."""
         if self._behind is not None:
             self._behind.settle()
         with self._lent:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.errors import FusionError, UnavailableError
-from runtime.session import CHUNK, FUSED
+from runtime.scoring import FUSED
+from runtime.session import CHUNK
 from runtime.tensorrt.build import Advance, Shapes, build
 from runtime.tensorrt.library import NAMES, load
 from runtime.tensorrt.operators import number, since

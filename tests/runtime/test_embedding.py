@@ -47,10 +47,10 @@ def test_a_callback_ends_the_text_by_false_or_by_what_it_raises(rt: FusionRuntim
 
     cut = rt.generate(PROMPT, 12, on_token=three)
     assert cut.token_ids == seen == whole.token_ids[:3] and cut.finish_reason == "cancelled"
-    free = len(rt._free)
+    free = len(rt.pool.idle)
     with pytest.raises(ZeroDivisionError):
         rt.generate(PROMPT, 12, on_token=lambda token: 1 // 0)
-    assert len(rt._free) == free, "the session goes back"
+    assert len(rt.pool.idle) == free, "the session goes back"
     assert rt.generate(PROMPT, 12) == whole
 
 
@@ -155,7 +155,7 @@ def test_logits_are_handed_over_without_a_copy_and_stay(bundles: list[Path]) -> 
             tokens.append(session.step())
             rows.append(session.logits)
             assert np.shares_memory(session.logits, rows[-1]), "asked twice, the same memory"
-        newest = session._fuse
+        newest = session.fuse
         assert np.shares_memory(rows[-1], newest._fused.rows), "not a copy"  # type: ignore[attr-defined]
         assert not any(np.shares_memory(first, second) for first in rows for second in rows if first is not second)
         session.step()

@@ -347,7 +347,7 @@ def test_nothing_is_read_behind_the_end_of_a_text(bundles: list[Path], eager: No
         ends = set(rt.generate([7, 9, 30], 30).token_ids)
         for end in ends:
             rt.eos = plain.eos = frozenset({end})
-            rt._free.clear()  # sessions made with other ends
+            rt.pool.idle.clear()  # sessions made with other ends
             found, expected = rt.generate([7, 9, 30], 30), plain.generate([7, 9, 30], 30)
             assert (found.token_ids, found.finish_reason) == (expected.token_ids, "stop")
         session = rt.session()

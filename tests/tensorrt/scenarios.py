@@ -119,7 +119,7 @@ def given_up(rt: FusionRuntime, machine: Machine) -> list[Any]:
             session.rewind(8)
             found += [session.step(lam=0.9, repetition_penalty=1.5).id for _ in range(3)]
         if number >= 12:
-            session._fuse = session._newest = None  # type: ignore[assignment]  # they go first, while the caches stay
+            session.fuse = session._newest = None  # type: ignore[assignment]  # they go first, while the caches stay
         del session
     return found
 
