@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from runtime.backends.backend import LanguageModel, Output
-from runtime.session import CHUNK, FUSED
+from runtime.scoring import FUSED
+from runtime.session import CHUNK
 
 Ids = tuple[int, ...]
 
