@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from runtime.engine import FusionRuntime
 
-CHUNK = 512  # tokens read at a time in prefill and catch-up: bounds memory, and depends on the tokens alone
+CHUNK = 512  # most tokens read at a time in prefill and catch-up: bounds memory, and depends on the tokens alone
+GREEDY = Sampling()
 
 
 class Session:
@@ -42,7 +43,7 @@ class Session:
         self.fuse = runtime.backend.fuser()
         self.watch: Watch | None = None  # over the text in the making
         self._newest: Fused | None = None  # what the newest token was chosen from
-        self._sampler = Sampler(Sampling())
+        self._sampler = Sampler(GREEDY)
         self._text = TextStream(runtime.text)
         self.rounds = Rounds(self, runtime.costs, runtime.vocab_size, runtime.eos) if runtime.costs is not None else None
         self._behind = CatchUp(self, runtime.thread) if runtime.catch_up == "background" else None
@@ -105,7 +106,7 @@ class Session:
         read = self.alike(ids) if self._runtime.prefix_cache else 0
         self.rewind(read)
         self.last, self._prompt = None, 0
-        self._sampler = Sampler(Sampling())
+        self._sampler = Sampler(GREEDY)
         self.append(ids[read:])
 
     def alike(self, ids: Sequence[int]) -> int:
@@ -155,7 +156,7 @@ class Session:
 
     def _settings(self, fusion: str | None, lam: float | None, sampling: SamplingOptions) -> tuple[Sampler, tuple[float, float]]:
         """The sampler and the weights of a step."""
-        if sampling or self._sampler.sampling != Sampling():
+        if sampling or self._sampler.sampling != GREEDY:
             wanted = sampling_of(sampling)
             if wanted != self._sampler.sampling:
                 self._sampler = Sampler(wanted)
@@ -251,8 +252,9 @@ class Session:
         No pass but a decode step reads a single token: see `prefix`.
         """
         if expert is None or self._behind is None:
-            stop = min(start + CHUNK, first)
-            return end if end - start <= CHUNK else stop - (end - stop == 1)
+            chunk = min(CHUNK, self._runtime.backend.chunk)
+            stop = min(start + chunk, first)
+            return end if end - start <= chunk else stop - (end - stop == 1)
         stop = boundary(start)
         return stop if stop < first else end
 
@@ -337,7 +339,7 @@ class Session:
     def clear(self) -> None:
         """Forget all tokens but keep the buffers."""
         self.rewind(0)
-        self._sampler = Sampler(Sampling())
+        self._sampler = Sampler(GREEDY)
 
     def logprob(self, chosen: int, fused: Fused, router: Any, expert: Any, coefficients: tuple[float, float]) -> float:
         """Log-probability of the chosen token in the fused distribution at temperature 1, without penalty. Logits are float32 [1, V]."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from runtime.backends.backend import LanguageModel, Output
 from runtime.scoring import FUSED
-from runtime.session import CHUNK
 
 Ids = tuple[int, ...]
 
@@ -33,7 +32,8 @@ class Reader:
     of fp32, visibly in int8.
     """
 
-    def __init__(self, model: LanguageModel, vocab_size: int, guessing: bool):
+    def __init__(self, model: LanguageModel, vocab_size: int, chunk: int, guessing: bool):
+        self._chunk = chunk
         self._cache = model.cache()
         self._room = max(64, FUSED // vocab_size)  # rows of logits that are kept
         self._guessing = guessing
@@ -46,7 +46,7 @@ class Reader:
             self._kept.pop().output = None
         self.root = self._held = Place(None, (), 0)  # _held: what the KV cache holds
         self._prompt = prompt
-        self._guess = guess[: self._room - 1] if self._guessing and len(prompt) + len(guess) <= CHUNK else ()
+        self._guess = guess[: self._room - 1] if self._guessing and len(prompt) + len(guess) <= self._chunk else ()
 
     def read(self, place: Place, ids: Ids) -> tuple[Place, Output]:
         """The place after `ids` (at least one) and the model's output there. Ids are read in chunks as the runtime's sessions do."""
@@ -56,7 +56,7 @@ class Reader:
             while known := place.following.get(ids[: 1 if place.length else len(self._prompt)]):
                 place, ids = known, ids[len(known.ids) :]
         while ids:
-            chunk, ids = ids[:CHUNK], ids[CHUNK:]
+            chunk, ids = ids[: self._chunk], ids[self._chunk :]
             if chunk not in place.following:
                 place.following[chunk] = Place(place, chunk, place.length + len(chunk))
             place = place.following[chunk]

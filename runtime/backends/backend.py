@@ -89,6 +89,9 @@ class Fuser(Protocol):
 class Backend(Protocol):
     """Router, experts and fusion of one variant of a bundle on one device."""
 
+    chunk: int
+    """How many tokens it reads at a time most quickly, where there are as many."""
+
     side_by_side: bool
     """Whether `forward` and the fuser only queue their work, and what they return waits for it when it is read."""
 

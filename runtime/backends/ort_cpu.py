@@ -14,6 +14,7 @@ import numpy as np
 
 from runtime.backends import ort
 from runtime.backends.backend import REUSED, Fused, Output
+from runtime.backends.greedy import GreedyFuser
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, FusionError, one_line
 from runtime.watch import Interrupted
@@ -28,6 +29,7 @@ SHAREABLE = ("fp32",)  # precisions whose kernels read the weights as they lie i
 class OrtCpu:
     """All models of one variant, each in its own inference session. `share_weights`: read in place in the mapped file, not packed."""
 
+    chunk = 256  # what 512 tokens leave between two operators does not stay in the cores' caches (docs/performance.md)
     side_by_side = False
 
     def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None, *, share_weights: bool = False):
@@ -175,7 +177,7 @@ def zeros(shape: tuple[int, ...]) -> np.ndarray:
 
 
 class OrtFuser:
-    """The fusion graph with outputs bound for one position and few candidates, rebound when the shape changes."""
+    """The fusion graph with outputs bound for one position and few candidates, rebound when the shape changes; without it where one will do."""
 
     def __init__(self, session: Any, vocab: int):
         self._run = session.run_with_iobinding
@@ -192,6 +194,7 @@ class OrtFuser:
             self._bind(name, array)
         self._penalty_ids = np.zeros((0, 0), np.int64)
         self._addresses: dict[str, int] = {}
+        self._greedy = GreedyFuser(vocab)
 
     def _bind(self, name: str, array: np.ndarray) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
@@ -208,6 +211,8 @@ class OrtFuser:
     ) -> Fused:
         """See `backend.Fuser`. `router` and `expert` are float32 [K, V]."""
         count = len(router)
+        if k == count == 1 and not len(penalty_ids) and temperature == 1.0:
+            return self._greedy(router, expert, coefficients)
         inputs = self._inputs
         inputs["coefficients"][:] = coefficients
         inputs["penalty"][()], inputs["temperature"][()], inputs["k"][0] = penalty, temperature, k
@@ -231,6 +236,7 @@ class OrtFuser:
     def row(self, fused: Fused) -> np.ndarray:
         """See `backend.Fuser.row`. Not copied: the next fusion writes into new buffers."""
         self._shape = (0, 0)
+        self._greedy.hand_over()
         row: np.ndarray = fused.rows[0]
         return row
 

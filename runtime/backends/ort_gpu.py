@@ -54,6 +54,7 @@ DIALECTS = {
 class OrtGpu:
     """All models of one variant, each in its own inference session on one provider."""
 
+    chunk = 512
     side_by_side = False
 
     def __init__(self, bundle: Bundle, variant: Variant, provider: Provider):

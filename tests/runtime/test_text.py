@@ -235,7 +235,8 @@ def test_time_is_linear(kind: str) -> None:
         return time.process_time() - start
 
     seconds(100)
-    assert seconds(16_000) < 40 * seconds(2_000)  # quadratic: 64 times; the rest is room for a busy machine
+    # quadratic: 64 times, whenever it is measured; the rest is room for a busy machine
+    assert any(seconds(16_000) < 40 * seconds(2_000) for _ in range(3))
 
 
 # Stop strings
