@@ -122,8 +122,8 @@ class FusionRuntime:
 
         `expert_memory`, bytes: on TensorRT devices, weights of experts beyond it wait in host memory until they are chosen.
 
-        `share_weights`: processes that load the same bundle in fp32 on the CPU share its weights in memory, at some cost of speed. By default
-        each makes a packed copy of its own, which is faster.
+        `share_weights`: processes that load the same bundle on the CPU share its weights in memory: packed once, in the user's cache folder,
+        some 2.3 times their size. By default each process packs a copy of its own in memory.
 
         Raises FusionError subclasses only: BundleError, UnavailableError, InputError.
         """

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 PROMPT = "The capital of France is a city of"
-TOKENS, LOADS, ROUNDS = 24, 2, 3
+TOKENS, LOADS, ROUNDS = 24, 3, 5
 
 
 def smaps() -> dict[str, int]:
@@ -134,6 +134,39 @@ class Process:
         self._process.communicate()
 
 
+def rows(bundle: str, precision: str, threads: str) -> None:
+    """One row for private and one for shared weights; loads and speeds of the two take turns."""
+    Process(bundle, precision, "1", threads).end()  # packs what is shared
+    starts: dict[str, list[dict[str, float]]] = {"0": [], "1": []}
+    for _ in range(LOADS):
+        for shared, found in starts.items():
+            process = Process(bundle, precision, shared, threads)
+            found.append(process.start)
+            process.end()
+    pairs = {shared: [Process(bundle, precision, shared, threads) for _ in range(2)] for shared in starts}
+    alone = {}
+    for shared, (first, second) in pairs.items():
+        first.ask("speed"), second.ask("speed")
+        together = [process.ask("memory")["Pss"] for process in (first, second)]
+        second.end()
+        alone[shared] = (first.ask("memory")["Pss"], together)
+    speeds: dict[str, list[dict[str, float]]] = {shared: [] for shared in starts}
+    for _ in range(ROUNDS):
+        for shared, (first, _second) in pairs.items():
+            speeds[shared].append(first.ask("speed"))
+    for shared, found in starts.items():
+        pairs[shared][0].end()
+        best = {key: min(start[key] for start in found) for key in found[0]}
+        ratio = median(start["cold"] / start["warm"] for start in found)
+        tokens, per_cpu = (median(speed[key] for speed in speeds[shared]) for key in ("tokens", "per_cpu"))
+        own, (one, other) = alone[shared]
+        print(
+            f"| {precision} | {'shared' if shared == '1' else 'private'} | {best['imported']:.2f} | {best['loaded']:.2f} ({best['cpu']:.2f}) "
+            f"| {ratio:.2f} | {tokens:.1f} | {per_cpu:.1f} | {own} | {one}, {other} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Print one table as Markdown and the rest as lines."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -146,27 +179,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for precision in arguments.precision.split(","):
-        for shared in ("0", "1") if precision == "fp32" else ("0",):
-            starts = []
-            for _ in range(LOADS):
-                process = Process(arguments.bundle, precision, shared, arguments.threads)
-                starts.append(process.start)
-                speed = max((process.ask("speed") for _ in range(ROUNDS)), key=lambda found: found["tokens"])
-                alone = process.ask("memory")["Pss"]
-                process.end()
-            pair = [Process(arguments.bundle, precision, shared, arguments.threads) for _ in range(2)]
-            for process in pair:
-                process.ask("speed")
-            together = [process.ask("memory")["Pss"] for process in pair]
-            for process in pair:
-                process.end()
-            best = {key: min(start[key] for start in starts) for key in starts[0]}
-            ratio = median(start["cold"] / start["warm"] for start in starts)
-            print(
-                f"| {precision} | {'shared' if shared == '1' else 'packed'} | {best['imported']:.2f} | {best['loaded']:.2f} ({best['cpu']:.2f}) "
-                f"| {ratio:.2f} | {speed['tokens']:.1f} | {speed['per_cpu']:.1f} | {alone} | {together[0]}, {together[1]} |",
-                flush=True,
-            )
+        rows(arguments.bundle, precision, arguments.threads)
     first = arguments.precision.split(",")[0]
     one, other = (Process(arguments.bundle, first, "0", "1") for _ in range(2))
     apart, beside = [], []

@@ -21,16 +21,11 @@ def open_cpu(bundle: Bundle, variant: Any, threads: int | None, expert_memory: i
 
 
 def open_shared(bundle: Bundle, precision: str | None, device: str, threads: int | None, expert_memory: int | None) -> tuple[Backend, str]:
-    """ONNX Runtime on the CPU on weights that processes share. Raises InputError where that is not to be had, or does not pay."""
+    """ONNX Runtime on the CPU on weights that processes share. Raises InputError where that is not to be had."""
     refuse_budget(expert_memory)
     if device not in ("auto", "cpu"):
         raise InputError(f"share_weights=True is for the host's memory: use it with device='cpu', not '{device}'.")
     variant = bundle.variant(ort_cpu.TARGET, precision)
-    if variant.precision not in ort_cpu.SHAREABLE:
-        raise InputError(
-            f"share_weights=True does not pay in {variant.precision}, whose fast kernels need a packed copy in each process: "
-            "use precision='fp32', or leave it out."
-        )
     return ort_cpu.OrtCpu(bundle, variant, threads, share_weights=True), variant.precision
 
 

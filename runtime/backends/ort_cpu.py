@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from runtime.backends import ort
 from runtime.backends.backend import REUSED, Fused, Output
 from runtime.backends.greedy import GreedyFuser
+from runtime.backends.packed import packed
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, FusionError, one_line
 from runtime.watch import Interrupted
@@ -23,11 +25,10 @@ if TYPE_CHECKING:
     from runtime.manifest import Model, Variant
 
 TARGET = "ort:cpu"
-SHAREABLE = ("fp32",)  # precisions whose kernels read the weights as they lie in the file at a useful speed (docs/embedding.md)
 
 
 class OrtCpu:
-    """All models of one variant, each in its own inference session. `share_weights`: read in place in the mapped file, not packed."""
+    """All models of one variant, each in its own inference session. `share_weights`: packed in a file that is mapped, see `packed`."""
 
     chunk = 256  # what 512 tokens leave between two operators does not stay in the cores' caches (docs/performance.md)
     side_by_side = False
@@ -36,20 +37,32 @@ class OrtCpu:
         onnxruntime = ort.package("cpu")
         manifest = bundle.manifest
 
-        def session(name: str, graph: str, threads: int | None) -> Any:
+        def opened(graph: Path, threads: int | None, entries: dict[str, str], out: Path | None = None) -> Any:
             options = ort.settings(onnxruntime, threads or len(os.sched_getaffinity(0)))
-            if share_weights:
-                options.add_session_config_entry("session.disable_prepacking", "1")
+            for name, value in entries.items():
+                options.add_session_config_entry(name, value)
+            if out is not None:
+                options.optimized_model_filepath = str(out)
+            return ort.open_session(onnxruntime, graph, options, providers=["CPUExecutionProvider"])
+
+        def session(name: str, graph: str, threads: int | None, share: bool = False) -> Any:
+            path = bundle.folder / graph
             try:
-                return ort.open_session(onnxruntime, bundle.folder / graph, options, providers=["CPUExecutionProvider"])
+                if share:
+                    release: str = onnxruntime.__version__
+                    path = packed(bundle, variant, name, release, lambda entries, out: opened(bundle.folder / graph, 1, entries, out))
+                return opened(path, threads, {})
+            except FusionError:
+                raise
             except Exception as error:  # ONNX Runtime has no public base class for its errors
                 raise BundleError(
-                    f"ONNX Runtime {onnxruntime.__version__} cannot load {name} from {bundle.folder / graph} ({one_line(error)}); "
-                    "export the bundle again."
+                    f"ONNX Runtime {onnxruntime.__version__} cannot load {name} from {path} ({one_line(error)}); export the bundle again."
                 ) from error
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # packing weights takes most of the time, on one core for each model
-            sessions = list(pool.map(lambda model: session(model.name, variant.graphs[model.name], threads), manifest.models))
+            sessions = list(
+                pool.map(lambda model: session(model.name, variant.graphs[model.name], threads, share_weights), manifest.models)
+            )
         paths = [bundle.folder / variant.graphs[model.name] for model in manifest.models]
         ort.check(sessions, manifest.models, paths, manifest.vocab_size)
         models = [

@@ -22,8 +22,8 @@ from runtime.bench.run import Run, generate
 from runtime.bench.summary import summarise
 from runtime.bundle import Bundle
 from runtime.errors import InputError
+from runtime.machine import installed
 from runtime.tensorrt.device import Device
-from runtime.versions import installed
 
 Key = TypeVar("Key", bound=Hashable)
 Progress = Callable[[str, float], None]  # (what is done now, share of the whole that it added)

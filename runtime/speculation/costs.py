@@ -15,7 +15,7 @@ import numpy as np
 from runtime import files
 from runtime.backends import Backend
 from runtime.bundle import Bundle
-from runtime.versions import installed
+from runtime.machine import installed, processor
 
 MOST = 8  # tokens that one round produces at most
 SIZES = (1, 2, 4, 8)  # tokens at a time that are measured
@@ -110,12 +110,3 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
     timed = {who: tuple(tuple(fastest[who, at, size] for size in sizes) for at in range(len(lengths))) for who in caches}
     experts = tuple(passes(timed[like[spec.parameters]]) for spec in models[1:])
     return Costs(passes(timed[0]), experts, fastest["fusion"], backend.side_by_side)
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Hardware")):
-                return line
-    return ""

@@ -243,20 +243,6 @@ def test_the_types_of_options_are_those_of_the_options() -> None:
     assert (Path(sys.modules["runtime"].__file__ or "").parent / "py.typed").exists()
 
 
-def test_shared_weights_change_no_token_and_are_refused_where_they_do_not_pay(bundles: list[Path], rt: FusionRuntime) -> None:
-    with FusionRuntime.load(bundles[0], "fp32", threads=1, share_weights=True) as shared:
-        assert shared.generate(PROMPT, 12).token_ids == rt.generate(PROMPT, 12).token_ids
-        assert shared.backend.router.session.get_session_options().get_session_config_entry("session.disable_prepacking") == "1"  # type: ignore[attr-defined]
-    refused: list[tuple[dict[str, Any], str]] = [
-        ({}, "does not pay in int8.*use precision='fp32'"),
-        ({"device": "cuda"}, "use it with device='cpu', not 'cuda'"),
-        ({"precision": "fp32", "expert_memory": 1}, "expert_memory is a limit on device memory"),
-    ]
-    for options, sentence in refused:
-        with pytest.raises(InputError, match=sentence):
-            FusionRuntime.load(bundles[0], share_weights=True, **options)
-
-
 def test_a_cache_takes_the_memory_of_its_text() -> None:
     """32 MB of room in 16 heads, of which 64 tokens write 256 KB: far less than the 2 MB of a huge page each."""
     buffers = zeros((4, 1, 4, 8192, 64))
