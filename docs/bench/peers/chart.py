@@ -19,6 +19,9 @@ def draw(result: dict[str, Any], file: Path) -> None:
     for places, precision in zip(grid, precisions, strict=True):
         for axes, (part, what, title) in zip(places, panels, strict=True):
             rows = [row for row in result[part] if row["precision"] == precision][::-1]
+            if not rows:  # not every precision is fused
+                axes.set_axis_off()
+                continue
             names = [" ".join(dict.fromkeys((row["runtime"], row.get("form", row.get("settings", ""))))) for row in rows]
             colours = [OWN if row["runtime"] == OURS else OTHER for row in rows]
             bars = axes.barh([name.removesuffix(f" {precision}").strip() for name in names], [row[what] for row in rows], color=colours)
