@@ -146,7 +146,8 @@ def rows(bundle: str, precision: str, threads: str) -> None:
     pairs = {shared: [Process(bundle, precision, shared, threads) for _ in range(2)] for shared in starts}
     alone = {}
     for shared, (first, second) in pairs.items():
-        first.ask("speed"), second.ask("speed")
+        for process in (first, second):
+            process.ask("speed")
         together = [process.ask("memory")["Pss"] for process in (first, second)]
         second.end()
         alone[shared] = (first.ask("memory")["Pss"], together)
@@ -182,16 +183,15 @@ def main() -> None:
         rows(arguments.bundle, precision, arguments.threads)
     first = arguments.precision.split(",")[0]
     one, other = (Process(arguments.bundle, first, "0", "1") for _ in range(2))
-    apart, beside = [], []
+    alone, apart, beside = [], [], []
     for _ in range(ROUNDS):  # side by side: the generation runs in another process, then in another thread
+        alone.append(one.ask("count"))
         other.send("count beside")
         apart.append(one.ask("count"))
         other._read()
         beside.append(one.ask("count beside"))
-    print(
-        f"pure-Python counter beside a generating thread: {median(b['counts'] / a['counts'] for a, b in zip(apart, beside, strict=True)):.1%} "
-        "of its speed beside a generating process"
-    )
+    shares = (f"{median(b['counts'] / a['counts'] for a, b in zip(found, beside, strict=True)):.1%}" for found in (alone, apart))
+    print("pure-Python counter beside a generating thread: {} of its speed alone, {} of that beside a generating process".format(*shares))
     other.end()
     print("stopping, in token times:", one.ask("stop"))
     one.end()

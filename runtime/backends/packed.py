@@ -8,8 +8,6 @@ another processor costs memory, not correctness.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -55,8 +53,9 @@ def packed(bundle: Bundle, variant: Variant, model: str, release: str, write: Ca
 
 def key(bundle: Bundle, graph: str, release: str) -> str:
     """A name for what a graph of these very files gives with this release on this processor."""
-    stats = {name: (file.sha256, (bundle.folder / name).stat().st_mtime_ns) for name, file in bundle.manifest.files.items()}
-    about = [graph, {name: stats[name] for name in sorted(stats) if name == graph or name.endswith(".bin")}, release, processor()]
+    read = [name for name in sorted(bundle.manifest.files) if name == graph or name.endswith(".bin")]
+    stamps = [(name, bundle.manifest.files[name].sha256, (bundle.folder / name).stat().st_mtime_ns) for name in read]
+    about = [graph, stamps, release, processor()]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
@@ -71,10 +70,7 @@ def whole(folder: Path) -> bool:
 
 def make(folder: Path, needed: float, write: Callable[[dict[str, str], Path], Any]) -> None:
     """Write a folder that appears when it is complete, unless another process was quicker. Raises OSError."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / "lock").open("w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)  # making takes the memory of a model and its packed copy: one at a time
+    with files.locked(folder.parent / "lock"):  # making takes the memory of a model and its packed copy: one at a time
         for left in folder.parent.glob(".*.partial"):  # by a process that was killed
             shutil.rmtree(left)
         if whole(folder):

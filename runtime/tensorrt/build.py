@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import FusionError, one_line
-from runtime.files import cache_folder, replacing
+from runtime.files import cache_folder, locked, replacing
 from runtime.tensorrt.library import NAMES, capabilities, load
 from runtime.tensorrt.operators import check
 
@@ -150,14 +149,11 @@ def progress(library: Any, advance: Advance) -> Any:
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Wait for other builds of this user on this machine: each may take all of its memory."""
-    try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        lock = (cache_folder() / "build.lock").open("w")
-    except OSError as error:
-        raise FusionError(
-            f"The lock for builds cannot be made in {cache_folder()} ({one_line(error)}): name another with XDG_CACHE_HOME."
-        ) from error
-    with lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(cache_folder() / "build.lock"))
+        except OSError as error:
+            raise FusionError(
+                f"The lock for builds cannot be made in {cache_folder()} ({one_line(error)}): name another with XDG_CACHE_HOME."
+            ) from error
         yield
