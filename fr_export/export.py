@@ -48,7 +48,7 @@ from runtime.tensorrt.library import capabilities, load
 FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
 TABLE = "calibration.safetensors"
 RECORDED = SCHEMES["ort:cpu"]["int8"]  # what the calibration texts are generated with
-RECORDED_LARGE, LARGE = Int4(LEAN), 3_000_000_000  # and from how many parameters on, since the runtime holds all models in memory
+RECORDED_LARGE, LARGE = Int4(LEAN, LEAN), 3_000_000_000  # and from how many parameters on, since the runtime holds all models in memory
 REFERENCE_LIMIT = 1 << 30  # bytes of one model in fp32 up to which the whole of it is loaded into torch for the comparison
 
 

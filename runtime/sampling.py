@@ -81,7 +81,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling):
         self.sampling = sampling
-        self._filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+        self.filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
         self.random = np.random.default_rng(sampling.seed)
 
     def wanted(self, vocabulary: int) -> int:
@@ -103,22 +103,24 @@ class Sampler:
             assert place is not None  # the whole vocabulary always decides
         return int(ids[place])
 
-    def distribution(self, candidates: Candidates, row: Row) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.float64]]:
-        """What `choose` draws from: ids int64 [n] and their probabilities float64 [n]; None for the whole vocabulary in order."""
-        if self.sampling.temperature == 0:
-            return candidates.ids[:1].copy(), np.ones(1)
-        if not self._filtered:
-            mass = row().astype(np.float64)
-            mass /= self.sampling.temperature
-            mass -= mass.max()
-            np.exp(mass, out=mass)
-            mass /= mass.sum()
-            return None, mass
+    def distribution(self, candidates: Candidates, row: Row) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """What a filtered `choose` draws from at a temperature: ids int64 [n] and their probabilities float64 [n]."""
         ids, logits, log_normaliser = candidates
         kept = self._count(logits, log_normaliser, whole=False)
         if kept is None:
             ids, logits = _descending(row())
             kept = self._count(logits, log_normaliser, whole=True)
+        return self._first(ids, logits, kept)
+
+    def among(self, ids: npt.NDArray[np.int64], logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """What `choose` would draw from at a temperature if these tokens [n], in descending order, were all: as `distribution`."""
+        scaled, mass, _ = self._scaled(logits)
+        return self._first(ids, logits, self._kept(scaled, mass, float(mass[-1]), whole=True))
+
+    def _first(
+        self, ids: npt.NDArray[np.int64], logits: npt.NDArray[np.float32], kept: int | None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """The first tokens alone, with their shares."""
         weights = np.exp((logits[:kept].astype(np.float64) - float(logits[0])) / self.sampling.temperature)
         return ids[:kept].copy(), weights / weights.sum()
 
@@ -142,7 +144,7 @@ class Sampler:
         for any count of candidates. Weights are relative to the first token's.
         """
         scaled, mass, first = self._scaled(logits)
-        if self._filtered:
+        if self.filtered:
             kept = self._kept(scaled, mass, math.exp(min(log_normaliser - first, 700.0)), whole=whole)
             if kept is None:
                 return None

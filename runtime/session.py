@@ -223,11 +223,16 @@ class Session:
         if cache is not None:
             cache.length = len(self.tokens) - 1
 
-    def fused(self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int) -> Fused:
-        """Fusion of logits float32 [1, V] at one position, whose text so far are the first `length` tokens."""
+    def fused(
+        self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int, single: bool = False
+    ) -> Fused:
+        """Fusion of logits float32 [1, V] at one position, whose text so far are the first `length` tokens.
+
+        `single`: with one candidate, not as many as the sampler wants.
+        """
         settings = sampler.sampling
         penalised = np.unique(np.asarray(self.tokens[:length], np.int64)) if settings.repetition_penalty != 1.0 else _NONE
-        wanted, temperature = sampler.wanted(self._runtime.vocab_size), settings.temperature or 1.0
+        wanted, temperature = 1 if single else sampler.wanted(self._runtime.vocab_size), settings.temperature or 1.0
         self._newest = self.fuse(router, expert, coefficients, wanted, penalised, settings.repetition_penalty, temperature)
         return self._newest
 

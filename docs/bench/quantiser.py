@@ -35,7 +35,7 @@ from fr_export.precision.compensated import Compensated, compensate
 from fr_export.precision.evidence import Evidence
 from fr_export.precision.plan_w8a8 import plan
 from fr_export.precision.rounding import measure
-from fr_export.precision.scheme import Fitted, Scheme
+from fr_export.precision.scheme import Fitted, Scheme, users
 from fr_export.precision.sensitive import sensitive
 from fr_export.reference import reference
 from fr_export.smooth import smooth
@@ -59,11 +59,11 @@ class Nearest:
 
 
 class Gptq(Nearest):
-    """The same by GPTQ, after smoothing or with sensitive matrices at 8 bits up to a budget where asked for."""
+    """The same by GPTQ, after smoothing, with another format for the embedding or with sensitive matrices at 8 bits up to a budget."""
 
-    def __init__(self, name: str, form: Format, smoothed: bool = False, budget: float = 0.0):
+    def __init__(self, name: str, form: Format, smoothed: bool = False, embedding: Format | None = None, budget: float = 0.0):
         super().__init__(name, form)
-        self.smoothed, self.budget = smoothed, budget
+        self.smoothed, self.embedding, self.budget = smoothed, embedding or form, budget
 
     def fit(
         self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
@@ -71,9 +71,10 @@ class Gptq(Nearest):
         """See `scheme.Fitting`."""
         if self.smoothed:
             graph, _ = smooth(graph, weights, known.observed, taken=shared.setdefault("scales", {}))
-        forms = dict.fromkeys(matrices(graph), self.form)
+        values = graph.model.graph.initializers
+        forms = {name: self.embedding if users(values[name])[1] else self.form for name in matrices(graph)}
         if self.budget:
-            forms |= dict.fromkeys(sensitive(graph, weights, known, self.form, int8.SMALL, self.budget), int8.SMALL)
+            forms |= dict.fromkeys(sensitive(graph, weights, known, forms, int8.SMALL, self.budget), int8.SMALL)
         return graph, Compensated(self, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
 
 
@@ -124,6 +125,8 @@ STEPS: tuple[Scheme, ...] = (
     Nearest("int4 nearest, clipped ranges, 32", four(32)),
     Gptq("int4 GPTQ, 128", four(128)),
     Gptq("int4 GPTQ, 64", four(64)),
+    Gptq("int4 GPTQ, 64, embedding 32", four(64), embedding=four(32)),
+    Gptq("int4 GPTQ, 64, embedding 32, sensitive at 8 bits", four(64), embedding=four(32), budget=int4.BUDGET),
     Gptq("int4 GPTQ, 32", four(32)),
     Gptq("int4 GPTQ, 32, sensitive at 8 bits", four(32), budget=int4.BUDGET),
     Gptq("int4 GPTQ, 16", four(16)),

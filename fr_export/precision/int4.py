@@ -1,4 +1,6 @@
-"""int4, weight-only: blocks of 32 along the input axis, each with an fp16 scale and a 4-bit zero point (4.625 bits per weight).
+"""int4, weight-only: blocks of 64 along the input axis, each with an fp16 scale and a 4-bit zero point (4.31 bits per weight).
+
+An embedding, with the head that is tied to it, has blocks of 32: every token passes through it.
 
 Every block's range is clipped where that lowers its squared rounding error. With calibration the weights are rounded by GPTQ, and matrices
 that it finds sensitive are kept at 8 bits; without, they are rounded to nearest.
@@ -22,7 +24,7 @@ from fr_export.precision.sensitive import sensitive
 from fr_export.store import Store
 from fr_export.weights import Weights
 
-BLOCK, TOP = 32, 15
+BLOCK, TOP = 64, 15
 BUDGET = 5.0  # bits per weight, on average over all matrices, that sensitive ones may bring it to
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of the block's range that are tried
 
@@ -55,6 +57,7 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
 
 
 FORMAT = Format(4, BLOCK, np.dtype(np.float16), True, grid, 65_504 * TOP / 2)
+FINE = replace(FORMAT, block=32)  # for embeddings
 LEAN = replace(FORMAT, block=128, scale_type=np.dtype(np.float32))  # loses more; ONNX Runtime keeps few scales and no widened copies
 
 
@@ -68,14 +71,16 @@ class Int4:
 
     name = "int4"
 
-    def __init__(self, form: Format = FORMAT):
-        self.form = form
-        self.bits = form.bits_per_weight
+    def __init__(self, form: Format = FORMAT, embedding: Format = FINE):
+        self.form, self.embedding = form, embedding
+        self.bits = max(form.bits_per_weight, embedding.bits_per_weight)
 
     def form_of(self, matrix: ir.Value) -> Format:
         """4 bits, or 8 for an embedding whose rows have an odd number of blocks: ONNX Runtime 1.23 misreads their packed zero points."""
-        blocks = -(-int(matrix.shape[1]) // self.form.block)
-        return SMALL if users(matrix)[1] and blocks % 2 else self.form
+        if not users(matrix)[1]:
+            return self.form
+        blocks = -(-int(matrix.shape[1]) // self.embedding.block)
+        return SMALL if blocks % 2 else self.embedding
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Quantise slice by slice and replace the operators that read the matrix.
@@ -91,5 +96,5 @@ class Int4:
     ) -> tuple[Graph, Fitted]:
         """Keep what is sensitive at 8 bits, then round with `compensate`; see `scheme.Fitting`."""
         forms = {name: self.form_of(graph.model.graph.initializers[name]) for name in matrices(graph)}
-        forms |= dict.fromkeys(sensitive(graph, weights, known, self.form, SMALL, BUDGET), SMALL)
+        forms |= dict.fromkeys(sensitive(graph, weights, known, forms, SMALL, BUDGET), SMALL)
         return graph, Compensated(self, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))

@@ -1,11 +1,11 @@
 """Which matrices a model cannot bear in few bits: measured where it shows, on what their decoder block passes on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from calibration.walk import Walk
-from fr_export.blocks import matrices, reader, split
+from fr_export.blocks import reader, split
 from fr_export.graph import Graph
 from fr_export.precision.blockwise import Format, held, nearest, widened
 from fr_export.precision.effect import effect, few, stream
@@ -16,30 +16,30 @@ TOKENS = 2048  # read for the measurement
 TIMES = 3.0  # the median error per weight from which on a matrix is sensitive
 
 
-def sensitive(graph: Graph, weights: Weights, known: Evidence, form: Format, wide: Format, budget: float) -> tuple[str, ...]:
-    """The matrices to store as `wide` instead of as `form`, the most sensitive first, within `budget` bits per weight on average.
+def sensitive(graph: Graph, weights: Weights, known: Evidence, forms: Mapping[str, Format], wide: Format, budget: float) -> tuple[str, ...]:
+    """The matrices to store as `wide` instead of as `forms` says, the most sensitive first, within `budget` bits per weight on average.
 
-    Counted are all matrices that products read, but only those within decoder blocks are measured. None where the model was never asked.
+    `forms` has all matrices that products read, which all count, but only those within decoder blocks are measured. None where the model was
+    never asked.
     """
     texts = few(known.texts, TOKENS)
     if not texts:
         return ()
-    errors = measure(graph, weights, texts, form)
-    shapes = {name: [int(size) for size in graph.model.graph.initializers[name].shape] for name in errors}
-    sizes = {name: out * width for name, (out, width) in shapes.items()}
+    errors = measure(graph, weights, texts, forms)
+    sizes = {name: int(np.prod(graph.model.graph.initializers[name].shape)) for name in forms}
     per_weight = {name: error / sizes[name] for name, error in errors.items()}
     limit = TIMES * float(np.median(list(per_weight.values())))
-    room = (budget - form.bits_per_weight) * total(graph)
+    room = sum((budget - form.bits_per_weight) * sizes[name] for name, form in forms.items())
     kept = []
     for name in sorted(per_weight, key=lambda name: per_weight[name], reverse=True):
-        cost = (wide.bits_per_weight - form.bits_per_weight) * sizes[name]
+        cost = (wide.bits_per_weight - forms[name].bits_per_weight) * sizes[name]
         if per_weight[name] >= limit and cost <= room:
             kept.append(name)
             room -= cost
     return tuple(kept)
 
 
-def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], form: Format) -> dict[str, float]:
+def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], forms: Mapping[str, Format]) -> dict[str, float]:
     """Matrix → `effect.effect` when it alone is rounded."""
     embed, read = reader(graph, weights)
     walk = Walk(split(graph), texts, embed, read)
@@ -47,13 +47,9 @@ def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], form: F
     while walk.position < len(walk.blocks) - 1:
         exact = stream(walk.peek())
         for matrix, width in walk.block.channels.items():
+            form = forms[matrix]
             (values,) = held([read(matrix)], form, matrix)
             rounded = widened(nearest(values, form), form, width)
             found[matrix] = effect(walk.peek({matrix: rounded}), exact)
         walk.advance()
     return found
-
-
-def total(graph: Graph) -> int:
-    """Values of all matrices that products read."""
-    return sum(int(np.prod(graph.model.graph.initializers[name].shape)) for name in matrices(graph))

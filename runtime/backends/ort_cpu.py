@@ -15,8 +15,8 @@ import numpy as np
 
 from runtime.backends import ort
 from runtime.backends.backend import REUSED, Fused, Output
-from runtime.backends.greedy import GreedyFuser
 from runtime.backends.packed import packed
+from runtime.backends.single import SingleFuser
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, FusionError, one_line
 from runtime.watch import Interrupted
@@ -207,7 +207,7 @@ class OrtFuser:
             self._bind(name, array)
         self._penalty_ids = np.zeros((0, 0), np.int64)
         self._addresses: dict[str, int] = {}
-        self._greedy = GreedyFuser(vocab)
+        self._single = SingleFuser(vocab)
 
     def _bind(self, name: str, array: np.ndarray) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
@@ -224,8 +224,8 @@ class OrtFuser:
     ) -> Fused:
         """See `backend.Fuser`. `router` and `expert` are float32 [K, V]."""
         count = len(router)
-        if k == count == 1 and not len(penalty_ids) and temperature == 1.0:
-            return self._greedy(router, expert, coefficients)
+        if k == count == 1 and not len(penalty_ids):
+            return self._single(router, expert, coefficients, temperature)
         inputs = self._inputs
         inputs["coefficients"][:] = coefficients
         inputs["penalty"][()], inputs["temperature"][()], inputs["k"][0] = penalty, temperature, k
@@ -249,7 +249,7 @@ class OrtFuser:
     def row(self, fused: Fused) -> np.ndarray:
         """See `backend.Fuser.row`. Not copied: the next fusion writes into new buffers."""
         self._shape = (0, 0)
-        self._greedy.hand_over()
+        self._single.hand_over()
         row: np.ndarray = fused.rows[0]
         return row
 

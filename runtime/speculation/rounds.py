@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.backends.backend import Fused, Output
-from runtime.sampling import Candidates, Sampler
+from runtime.sampling import CANDIDATES, Candidates, Sampler
 from runtime.speculation.costs import MOST, Costs
 from runtime.speculation.lookup import Lookup
 from runtime.speculation.pace import Pace, Plan
-from runtime.speculation.rejection import Distribution, certain, verify
+from runtime.speculation.rejection import Distribution, Softmax, certain, verify
 from runtime.text import Token
 
 if TYPE_CHECKING:
     from runtime.session import Session
 
+REACH = 8.0  # below the best logit / temperature, from where on a token is not drafted: it weighs less than e⁻⁸ of the best
 APART = 16  # tokens after which logits that are on a device are worth a copy for `Rounds._compare`
 
 
@@ -124,9 +125,11 @@ class Rounds:
                 rows = session.read(choice, [start - 1 + other for other in mine]).logits
                 answers |= {other: rows[at : at + 1] for at, other in enumerate(mine)}
             expert = answers[row]
-            fused = session.fused(router if router is not None else expert, expert, coefficients, sampler, start + row)
-            if row < len(drafts) and sampler.sampling.temperature:
-                token = verify(distribution(sampler, fused), drawn[row], drafts[row], sampler.random)
+            drawing = row < len(drafts) and sampler.sampling.temperature > 0
+            few = drawing and not sampler.filtered  # then the row says all
+            fused = session.fused(router if router is not None else expert, expert, coefficients, sampler, start + row, few)
+            if drawing:
+                token = verify(target(sampler, fused), drawn[row], drafts[row], sampler.random)
             else:
                 token = sampler.choose(candidates(fused), lambda fused=fused: fused.rows[0])  # type: ignore[misc]
             scores = (session.unrouted if routing is None else routing[row]).copy()
@@ -141,25 +144,26 @@ class Rounds:
         drafts: list[int] = []
         drawn: list[Distribution] = []
         routing = np.empty((rows, len(session.names)), np.float32)
-        for row in range(rows):
+        for place in range(rows):
             answer = session.read(None, [len(session.tokens) - 1])
-            own = self._rows[row : row + 1]
+            own = self._rows[place : place + 1]
             own[...] = answer.logits
             assert answer.routing is not None
-            routing[row] = answer.routing[0]
-            if row == rows - 1:
+            routing[place] = answer.routing[0]
+            if place == rows - 1:
                 break
+            row = own[0]
+            if sampler.sampling.repetition_penalty != 1.0:
+                row = session.fused(own, own, (1.0, 0.0), sampler, len(session.tokens), single=True).rows[0]
             if sampler.sampling.temperature:
-                drawn.append(distribution(sampler, session.fused(own, own, (1.0, 0.0), sampler, len(session.tokens))))
+                drawn.append(proposal(sampler, row))
                 drafts.append(drawn[-1].draw(sampler.random.random()))
-            elif sampler.sampling.repetition_penalty != 1.0:
-                drafts.append(int(session.fused(own, own, (1.0, 0.0), sampler, len(session.tokens)).ids[0, 0]))
             else:
-                drafts.append(int(own.argmax()))
+                drafts.append(int(row.argmax()))
             session.tokens.append(drafts[-1])
             if drafts[-1] in self._eos:
                 break
-        return Output(self._rows[: row + 1], routing[: row + 1]), drafts, drawn
+        return Output(self._rows[: place + 1], routing[: place + 1]), drafts, drawn
 
 
 def held(found: list[Token], drafts: list[int]) -> int:
@@ -172,6 +176,20 @@ def candidates(fused: Fused) -> Candidates:
     return Candidates(fused.ids[0], fused.logits[0], float(fused.sampling_normaliser[0]))
 
 
-def distribution(sampler: Sampler, fused: Fused) -> Distribution:
-    """What sampling would draw from at the only position."""
+def target(sampler: Sampler, fused: Fused) -> Distribution | Softmax:
+    """What sampling draws from at the only position."""
+    if not sampler.filtered:
+        return Softmax(fused.rows[0], sampler.sampling.temperature, float(fused.sampling_normaliser[0]))
     return Distribution(*sampler.distribution(candidates(fused), lambda: fused.rows[0]))
+
+
+def proposal(sampler: Sampler, row: np.ndarray) -> Distribution:
+    """What a draft is drawn from: what sampling would draw from if the likeliest of the router's logits [V] were all.
+
+    Any distribution may propose. This one is as good as the router's own and takes no exponential of the whole vocabulary.
+    """
+    ids = np.flatnonzero(row >= row.max() - np.float32(REACH * sampler.sampling.temperature))
+    if len(ids) > CANDIDATES:
+        ids = np.sort(ids[np.argpartition(row[ids], -CANDIDATES)[-CANDIDATES:]])
+    ids = ids[np.argsort(-row[ids], kind="stable")]
+    return Distribution(*sampler.among(ids, row[ids]))

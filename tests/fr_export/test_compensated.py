@@ -117,7 +117,7 @@ def test_an_export_calibrates_keeps_its_table_and_can_use_it_again(tmp_path: Pat
     names = [stage["name"] for stage in report["stages"]]
     assert "recording what the system does" in names and "calibrating router" in names
     assert not (made.out / "recording").exists()
-    assert 4.6 < report["variants"][1]["bits_per_weight"] < 5.1
+    assert 4.3 < report["variants"][1]["bits_per_weight"] <= 5.0
     table = Table.load(made.out / TABLE)
     assert len(table.texts) == 5 and list(table.models) == ["router", "expert0", "expert1"]
     first = weights_of(made.out, "*.onnx") | weights_of(made.out, "weights/*")

@@ -27,7 +27,8 @@ IDS = [np.random.default_rng(0).integers(3, 300, 50).astype(np.int32), np.array(
 def test_the_measurement_is_that_of_torch(family: str, tmp_path: Path) -> None:
     router, experts = make_system(tmp_path, Shape(family, experts=1, layers=2))
     system = System.open(FAMILIES[family], router, experts)
-    found = sensitive.measure(traced(system), system.router.weights, IDS, int4.FORMAT)
+    graph = traced(system)
+    found = sensitive.measure(graph, system.router.weights, IDS, dict.fromkeys(matrices(graph), int4.FORMAT))
     assert len(found) == 10  # five products a layer
     for layer in range(2):
         for part, names in (("self_attn.qkv_proj", ("q", "k", "v")), ("self_attn.o_proj", ("o",)), ("mlp.down_proj", ("down",))):
@@ -52,8 +53,10 @@ def test_the_worst_are_kept_within_the_budget(tmp_path: Path, monkeypatch: pytes
     errors = {name: (10.0 if "o_proj" in name else 9.0 if "layers.1.mlp.up" in name else 1.0) * sizes[name] for name in names}
     monkeypatch.setattr(sensitive, "measure", lambda *_: errors)
 
+    forms = dict.fromkeys(sizes, int4.FORMAT)
+
     def chosen(budget: float) -> tuple[str, ...]:
-        return sensitive.sensitive(graph, system.router.weights, known(IDS), int4.FORMAT, SMALL, budget)
+        return sensitive.sensitive(graph, system.router.weights, known(IDS), forms, SMALL, budget)
 
     outputs = [name for name in names if "o_proj" in name]
     assert sorted(chosen(8.0)) == sorted([*outputs, "model.model.layers.1.mlp.up_proj.weight"])
@@ -61,7 +64,11 @@ def test_the_worst_are_kept_within_the_budget(tmp_path: Path, monkeypatch: pytes
     two = int4.FORMAT.bits_per_weight + wider * 2 * sizes[outputs[0]] / sum(sizes.values())
     assert sorted(chosen(two + 1e-9)) == outputs[:2] and len(chosen(two - 1e-9)) == 1
     assert chosen(int4.FORMAT.bits_per_weight) == ()
-    assert sensitive.sensitive(graph, system.router.weights, known([]), int4.FORMAT, SMALL, 8.0) == ()
+    assert sensitive.sensitive(graph, system.router.weights, known([]), forms, SMALL, 8.0) == ()
+    head = next(name for name in sizes if "layers" not in name)
+    forms[head] = int4.FINE
+    finer = (int4.FINE.bits_per_weight - int4.FORMAT.bits_per_weight) * sizes[head] / sum(sizes.values())
+    assert len(chosen(two + finer - 1e-9)) == 1 and sorted(chosen(two + finer + 1e-9)) == outputs[:2]
 
 
 def test_an_export_says_which(tmp_path: Path) -> None:
@@ -79,7 +86,7 @@ def test_an_export_says_which(tmp_path: Path) -> None:
     report = export(request, Stages(Console(quiet=True)))
     int4_, w8a8 = report["variants"]
     assert any("qkv_proj" in name for name in int4_["fitted"]["router"]["sensitive"])
-    assert 4.625 < int4_["bits_per_weight"] <= 5.0
+    assert int4.FORMAT.bits_per_weight < int4_["bits_per_weight"] <= 5.0
     for model in ("router", "expert0"):
         assert w8a8["fitted"][model]["w8a8_share"] >= 0.6
         assert all("proj" in name or "head" in name for name in w8a8["fitted"][model]["a16"])

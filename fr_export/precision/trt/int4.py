@@ -41,7 +41,7 @@ class Int4:
     ) -> tuple[Graph, Fitted]:
         """Keep what is sensitive at 8 bits, then round with `compensate`; see `scheme.Fitting`."""
         widths = matrices(graph)
-        kept = sensitive(graph, weights, known, TYPICAL, WIDE, BUDGET)
+        kept = sensitive(graph, weights, known, dict.fromkeys(widths, TYPICAL), WIDE, BUDGET)
         forms = {name: by_row(width) if name in kept else in_blocks(width) for name, width in widths.items()}
         stored = compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance)
         return graph, Compensated(self, stored, attach)
