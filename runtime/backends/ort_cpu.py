@@ -103,6 +103,7 @@ class OrtCache:
         self._model = model
         self._run = model.session.run_with_iobinding
         self._options = model.run_options()
+        self._options.add_run_config_entry("gpu_graph_id", "0")  # 1.32 asks for it at every run: to miss it costs an exception, 40 µs
         self._binding = binding = model.session.io_binding()
         spec = model.model
         shape = (1, spec.kv_heads, model.capacity, spec.head_size)

@@ -21,7 +21,7 @@ MOST = 8  # tokens that one round produces at most
 SIZES = (1, 2, 4, 8)  # tokens at a time that are measured
 LENGTHS = (32, 1024)  # of the text so far: attention takes its share of long ones
 REPEATS = 5
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
+PACKAGES = ("fusionroute", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
 
 Passes = tuple[tuple[float, ...], tuple[float, ...]]  # seconds for SIZES tokens, all rows of logits wanted, at both LENGTHS
 

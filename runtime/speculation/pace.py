@@ -9,6 +9,8 @@ from runtime.speculation.costs import MOST, Costs, table
 
 FORGET = 0.97  # of the weight of what was seen, with every verified draft
 PRIOR = {"router": (0.5, 1.0), "lookup": (0.5, 2.0)}  # acceptance rate before anything is seen, and how many drafts that belief is worth
+GAIN = 1.1  # times as fast as plain decoding, or no drafts: costs are not known much better than that
+SHORT = 1e-3  # seconds of a plain step below which nothing is drafted: planning and learning would take a tenth of it
 GRAIN = 128  # tokens after which costs are looked up for the new length
 
 
@@ -49,6 +51,12 @@ class Pace:
     _priced: tuple[int, int] = (-1, -1)  # length in grains and expert that the tables are for
     _tables: tuple[list[float], list[float]] = field(default=([], []), init=False)
 
+    @property
+    def pays(self) -> bool:
+        """Whether drafts can pay at all: steps are not so short that thinking about drafts takes longer than they can save."""
+        expert = min((passes[0][0] for passes in self.costs.experts), default=0.0)
+        return self.costs.router[0][0] + expert >= SHORT
+
     def plan(self, most: int, looked_up: int, router: bool, expert: int | None, length: int) -> Plan:
         """The fastest way to go on behind `length` tokens, producing at most `most`, where the text offers `looked_up` drafts.
 
@@ -59,7 +67,7 @@ class Pace:
         reads, answers = reads if router else FREE, answers if expert is not None else FREE
         fusion, switching = self.costs.fusion, self.switches.mean * answers[1]
         plain = max(reads[1], answers[1]) if self.costs.beside else reads[1] + answers[1]
-        best, fastest = Plan("router", 1), plain + fusion
+        best, fastest = Plan("router", 1), (plain + fusion) / GAIN
         offers = {"lookup": min(looked_up + 1, most, MOST), "router": min(most, MOST) if router and expert is not None else 1}
         for source, limit in offers.items():
             rate = self.rates[source].mean

@@ -38,11 +38,14 @@ class Rounds:
     def clear(self) -> None:
         """Another text begins."""
         self._lookup, self.pace = Lookup(), Pace(self._costs, self._session.exact)
+        self._pays = self.pace.pays
         self.drafted = self.accepted = self._unseen = 0
 
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
         """Choose and append one to `most` tokens, distributed as those of `Session.advance`, which are the same ones when greedy."""
         session = self._session
+        if not self._pays:
+            return [session.advance(sampler, coefficients, pinned)]
         start, previous = len(session.tokens), session.last
         offered = self._lookup.propose(session.tokens, min(most, MOST) - 1)
         likely = pinned if pinned is not None else previous or 0

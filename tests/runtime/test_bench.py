@@ -368,6 +368,7 @@ def test_models_of_different_sizes() -> None:
 def test_drafts_are_a_row_of_their_own(bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(Pace, "plan", lambda self, most, *_: Plan("router", min(most, 4)))
+    monkeypatch.setattr("runtime.speculation.pace.SHORT", 0.0)
     result = bench(bundles[0], Request(("fp32",), "cpu", prompt_tokens=9, new_tokens=20, repeats=2, rows="fused,fused+drafts"))
     plain, drafting = result["rows"]
     assert plain["acceptance_rate"] is None and plain["runs"][0]["drafted"] == 0

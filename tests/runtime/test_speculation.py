@@ -17,12 +17,13 @@ from runtime.backends.ort_cpu import OrtCache
 from runtime.speculation import costs
 from runtime.speculation.costs import LENGTHS, MOST, SIZES, Costs, table
 from runtime.speculation.lookup import LONGEST, SHORTEST, Lookup
-from runtime.speculation.pace import Pace, Plan
+from runtime.speculation.pace import GAIN, Pace, Plan
 from runtime.speculation.rejection import Distribution, Softmax, certain, verify
 
 Choose = Callable[..., Plan]
 ONE = ((1.0, 1.1, 1.3, 1.9), (1.1, 1.3, 1.7, 2.7))  # short and long texts
 THREE = tuple(tuple(3 * seconds for seconds in passes) for passes in ONE)
+SHORT = "runtime.speculation.pace.SHORT"
 RARE = 0.004  # pairs of tokens below are counted together
 LINEAR = ((1.0, 2.0, 4.0, 8.0),) * 2
 EVEN = Costs(router=ONE, experts=(ONE, ONE, ONE), fusion=0.05)  # as models of one size on a CPU
@@ -32,6 +33,7 @@ LARGE = Costs(router=ONE, experts=(THREE, THREE, THREE), fusion=0.05)  # type: i
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(SHORT, 0.0)  # the models here are small
 
 
 def draft_always(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +46,7 @@ def draft_always(monkeypatch: pytest.MonkeyPatch) -> None:
         return Plan("router", int(random.integers(1, min(MOST, most) + 1)) if router and expert is not None else 1)
 
     monkeypatch.setattr(Pace, "plan", plan)
+    monkeypatch.setattr(SHORT, 0.0)
 
 
 @pytest.fixture
@@ -236,6 +239,7 @@ def test_drafts_are_as_many_as_pay(known: Costs, rate: float, length: int) -> No
             pace.saw(source, int(np.argmin([*hits, False])), 3)
     choices = [("router", rows) for rows in range(1, MOST + 1)] + [("lookup", rows) for rows in range(2, 6)]
     speeds = {(source, rows): speed(known, source, rows, pace.rates[source].mean, pace.switches.mean, length) for source, rows in choices}
+    speeds["router", 1] *= GAIN
     plan = pace.plan(MOST, 4, True, 1, length)
     assert (plan.source, plan.rows) == max(speeds, key=speeds.__getitem__)
 
@@ -273,9 +277,18 @@ def test_acceptance_is_learnt_without_drafting(bundles: list[Path]) -> None:
             weights = 0.97 ** np.arange(100)[::-1]
             expected = (seen @ weights + 0.5 * 0.97**100) / (weights.sum() + 0.97**100)
             assert session.rounds.pace.rates["router"].mean == pytest.approx(expected, abs=1e-3)
-            session.rounds.pace.costs = replace(EVEN, router=((0.01,) * 4,) * 2)
+            session.rounds.pace.costs = replace(EVEN, router=((0.01,) * 4,) * 2, experts=(((1.0,) * 4,) * 2,) * 2)
             session.rounds.pace._priced = (-1, -1)
             assert len(session.steps(8)) >= 1 and session.rounds.drafted > 0
+
+
+def test_steps_of_less_than_a_millisecond_are_left_alone(bundles: list[Path], eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SHORT, 1e-3)
+    for seconds, drafts in ((4e-4, False), (6e-4, True)):
+        known = ((seconds,) * 4,) * 2
+        monkeypatch.setattr("runtime.engine.costs_of", lambda *_, known=known: Costs(known, (known,) * 2, 1e-5))
+        with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
+            assert (rt.generate([7, 9, 30, 7, 9], 20).drafted > 0) == drafts
 
 
 def test_costs_are_measured_once(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
