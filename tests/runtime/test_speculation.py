@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from runtime import FusionError, FusionRuntime, InputError
 from runtime.backends.ort_cpu import OrtCache
+from runtime.sampling import CANDIDATES, Sampler, Sampling
 from runtime.speculation import costs
 from runtime.speculation.costs import LENGTHS, MOST, SIZES, Costs, table
 from runtime.speculation.lookup import LONGEST, SHORTEST, Lookup
 from runtime.speculation.pace import GAIN, Pace, Plan
 from runtime.speculation.rejection import Distribution, Softmax, certain, verify
+from runtime.speculation.rounds import REACH, proposal
 
 Choose = Callable[..., Plan]
 ONE = ((1.0, 1.1, 1.3, 1.9), (1.1, 1.3, 1.7, 2.7))  # short and long texts
@@ -198,6 +200,29 @@ def test_verified_tokens_are_distributed_as_the_target(size: int, sparse: bool, 
     proposal = certain(int(random.integers(size))) if sure else Distribution(np.arange(size), q)
     drawn = Counter(verify(target, proposal, proposal.draw(random.random()), random) for _ in range(4000))
     assert np.abs(np.array([drawn[token] for token in range(size)]) / 4000 - p).max() < 0.04
+
+
+@given(st.integers(1, 2000), st.sampled_from([0.1, 0.7, 1.0, 5.0]), st.sampled_from([{}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}]))
+@settings(max_examples=40, deadline=None)
+def test_drafts_are_drawn_from_the_likeliest_tokens(vocab: int, temperature: float, filters: dict[str, Any]) -> None:
+    row = (4 * np.random.default_rng(vocab).standard_normal(vocab)).astype(np.float32).round(1)  # with equal ones
+    found = proposal(Sampler(Sampling(temperature, **filters)), row)
+    scaled = row.astype(np.float64) / temperature
+    order = np.lexsort((np.arange(vocab), -scaled))
+    near = order[scaled[order] > scaled.max() - REACH + 1e-4]
+    if len(near) <= CANDIDATES and not filters:
+        assert set(near) <= set(found.ids.tolist())
+    assert len(found.ids) <= min(CANDIDATES, filters.get("top_k", CANDIDATES)) and (scaled[found.ids] > scaled.max() - REACH - 1e-4).all()
+    assert np.array_equal(scaled[found.ids], scaled[order[: len(found.ids)]])  # the first so many, or others equal to the last
+    weights = np.exp(scaled[found.ids] - scaled.max())
+    assert found.probabilities == pytest.approx(weights / weights.sum())
+    everything = np.exp(scaled[order[:CANDIDATES]] - scaled.max())
+    everything = everything[everything >= np.exp(-REACH - 1e-4)]
+    shares = np.cumsum(everything) / everything.sum()
+    if "top_p" in filters and temperature < 5:
+        assert len(found.ids) == np.searchsorted(shares, 0.6) + 1
+    if "min_p" in filters:
+        assert (weights >= 0.2 * (1 - 1e-6)).all()
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 7))
