@@ -129,6 +129,9 @@ def test_tied_embedding_and_head_stand_once_in_every_precision(family: str, tmp_
         graph = ir.load(bundle / f"graphs/router.ort-cpu.{precision}.onnx").graph
         lookup = next(n for n in graph if n.op_type == "GatherBlockQuantized")
         product = next(n for n in graph if n.op_type == "MatMulNBits" and n.attributes["N"].as_int() == shape.vocab)
+        blocks = {n.attributes["block_size"].as_int() for n in graph if n.op_type == "MatMulNBits" and n is not product}
+        assert lookup.attributes["block_size"].as_int() == product.attributes["block_size"].as_int() == (64 if precision == "int8" else 32)
+        assert blocks == {64}
         for place in range(operands):
             mine, other = lookup.inputs[place + (place > 0)], product.inputs[1 + place]
             assert mine is not None and other is not None

@@ -37,9 +37,6 @@ def test_recording(limit: int, recorded: tuple[int, int], tmp_path: Path, monkey
     monkeypatch.setattr(export, "calibrate", spied)
     out = export_checkpoints(tmp_path / "bundle", shape, router, experts, ("int4",), 64, calibration=str(prompts))
     assert found == [{recorded}] * 3
-    assert {block for bits, block in forms(out / "graphs" / "router.ort-cpu.int4.onnx") if bits == 4} == {
-        32,
-        64,
-    }  # the embedding, all others
+    assert {block for bits, block in forms(out / "graphs" / "router.ort-cpu.int4.onnx") if bits == 4} == {64}
     assert len(Table.load(out / "calibration.safetensors").texts) == 1  # the other prompt is held out
     assert not (out / "recording").exists()
