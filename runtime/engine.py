@@ -111,7 +111,7 @@ class FusionRuntime:
         """Open a bundle. `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every file.
 
         `speculation="auto"` guesses ahead where that pays on this machine: greedy output is the same in fp32, sampling keeps its distribution.
-        Quantised models round a single token differently from several; with `exact` none is read alone, and greedy output is the same
+        Quantised models round a single token differently from several; with `exact` they are read by twos, and greedy output is the same
         with speculation and without.
 
         `catch_up="background"`: experts read the text while others answer, so that an expert that wakes late answers at once; it takes

@@ -283,18 +283,21 @@ class Session:
     def forward(self, expert: int | None, ids: Sequence[int], positions: Sequence[int]) -> Output:
         """Let a model (None: the router) read the next tokens; its output at some of their places."""
         cache = self._cache(expert)
-        if not self._runtime.exact or (len(ids) > 1 and len(positions) > 1):
+        if not self._runtime.exact:
             return self._run(cache, ids, positions)
-        # Products of one row have kernels of their own, which round differently: nothing is read or answered alone.
-        surplus = int(len(ids) == 1 and not cache.length)
-        if surplus:
-            ids = (*ids, *ids)
-        elif len(ids) == 1:
+        # Products take rows by twos; a last one alone has a kernel of its own, which rounds differently: none is read or answered alone.
+        surplus = 0
+        if len(ids) % 2 and cache.length:
             cache.length -= 1
-            ids, positions = (self.tokens[cache.length], *ids), (1,)
-        answer = self._run(cache, ids, positions if len(positions) > 1 else (*positions, *positions))
+            ids, positions = (self.tokens[cache.length], *ids), [position + 1 for position in positions]
+        elif len(ids) % 2 and len(ids) < self._runtime.max_seq_len:
+            ids, surplus = (*ids, ids[-1]), 1
+        alone = len(positions) % 2
+        answer = self._run(cache, ids, (positions[0], *positions) if alone else positions)
         cache.length -= surplus
-        return answer if len(positions) > 1 else Output(answer.logits[1:], None if answer.routing is None else answer.routing[1:])
+        if not alone:
+            return answer
+        return Output(answer.logits[1:], None if answer.routing is None else answer.routing[1:])
 
     def _run(self, cache: Cache, ids: Sequence[int], positions: Sequence[int]) -> Output:
         """A forward pass. A long one can be interrupted on its way: what it has written lies beyond the cache's length."""

@@ -37,11 +37,11 @@ class Costs:
 
 
 def table(passes: Passes, length: int, exact: bool = False) -> list[float]:
-    """Seconds for 0 … MOST tokens behind `length` others; `exact`: none is read alone."""
+    """Seconds for 0 … MOST tokens behind `length` others; `exact`: they are read by twos."""
     far = min(max((length - LENGTHS[0]) / (LENGTHS[1] - LENGTHS[0]), 0.0), 1.0)
     seconds = np.interp(range(1, MOST + 1), SIZES, (1 - far) * np.array(passes[0]) + far * np.array(passes[1])).tolist()
     if exact:
-        seconds[0] = seconds[1]
+        seconds[::2] = seconds[1::2]
     return [0.0, *seconds]
 
 

@@ -42,7 +42,7 @@ class Plan:
 
 @dataclass
 class Pace:
-    """The choice for one text. `exact`: no token is read alone."""
+    """The choice for one text. `exact`: tokens are read by twos."""
 
     costs: Costs
     exact: bool = False

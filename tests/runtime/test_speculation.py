@@ -126,6 +126,23 @@ def test_an_expert_whose_turn_never_came_did_not_run(bundles: list[Path], eager:
                 assert names == {"router", *found.experts}
 
 
+def test_exact_reads_and_answers_by_twos(bundles: list[Path], eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 4 bits the last row of an odd number has the kernel of a single one."""
+    counts: list[tuple[int, int]] = []
+    forward = OrtCache.forward
+
+    def noted(cache: OrtCache, ids: Any, positions: Any) -> Any:
+        counts.append((len(ids), len(positions)))
+        return forward(cache, ids, positions)
+
+    with FusionRuntime.load(bundles[0], device="cpu", precision="int8", speculation="auto", exact=True) as rt:
+        monkeypatch.setattr(OrtCache, "forward", noted)
+        for ids in prompts(10, rt.vocab_size):
+            rt.generate(ids, 12)
+        rt.score([5, 6, 7], chunk=2)
+    assert len(counts) > 50 and all(read % 2 == answered % 2 == 0 for read, answered in counts)
+
+
 def test_what_models_have_read_agrees_with_the_text(bundles: list[Path], eager: None) -> None:
     """After rounds that ended anywhere, plain steps go on as from a text read anew."""
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
