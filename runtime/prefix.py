@@ -1,7 +1,7 @@
 """The prefix cache: prompts that begin alike are read once. What one session has read of its prompt, others of the runtime take over.
 
-Only tokens that were read several at a time count: such passes agree bit for bit however a text is cut, those of a single token may not.
-So text does not depend on what happens to be kept.
+Only tokens that were read several at a time count, an even number of them: such passes agree bit for bit however a text is cut, where the
+last of an odd number, or a single token, may not. So text does not depend on what happens to be kept.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ LEAST = 16  # tokens that are worth a copy
 def common(one: Sequence[int], other: Sequence[int], most: int) -> int:
     """How many leading tokens two texts have in common, at most `most`."""
     return sum(takewhile(bool, map(eq, one[: max(most, 0)], other)))
+
+
+def even(length: int) -> int:
+    """The even number up to `length`."""
+    return length - length % 2
 
 
 def fill(session: Session, model: int | None, cache: Cache, others: Iterable[Session]) -> None:

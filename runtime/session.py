@@ -111,12 +111,12 @@ class Session:
 
     def alike(self, ids: Sequence[int]) -> int:
         """How many leading tokens of a prompt begin this session's prompt too. The last of either are read where they are answered."""
-        return prefix.common(self.tokens, ids, min(self._prompt - 1, len(ids) - 2))
+        return prefix.even(prefix.common(self.tokens, ids, min(self._prompt - 1, len(ids) - 2)))
 
     def offer(self, model: int | None, ids: Sequence[int]) -> int:
         """How many leading tokens of a text a model (None: the router) has read here, in a form that can be lent."""
         cache = self._router if model is None else self._experts[model]
-        return min(self.alike(ids), cache.length) if cache is not None else 0
+        return prefix.even(min(self.alike(ids), cache.length)) if cache is not None else 0
 
     def lend(self, model: int | None, ids: Sequence[int], cache: Cache) -> None:
         """Let another session's cache of a model take over what `offer` says."""
