@@ -39,7 +39,7 @@ def generate(
     expert: Annotated[str | None, typer.Option(help="Let this expert answer every token; default: the routed one.")] = None,
     speculation: Annotated[str, typer.Option(help="auto: draft tokens ahead where that pays on this machine; or off.")] = "off",
     exact: Annotated[
-        bool, typer.Option("--exact", help="Read no token alone: quantised greedy output is then the same with drafts and without.")
+        bool, typer.Option("--exact", help="Read tokens by twos: quantised greedy output is then the same with drafts and without.")
     ] = False,
     show_routing: Annotated[bool, typer.Option("--show-routing", help="Colour each token by its expert, and list them.")] = False,
     expert_memory: Annotated[

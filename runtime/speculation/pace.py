@@ -55,7 +55,7 @@ class Pace:
     def pays(self) -> bool:
         """Whether drafts can pay at all: steps are not so short that thinking about drafts takes longer than they can save."""
         expert = min((passes[0][0] for passes in self.costs.experts), default=0.0)
-        return self.costs.router[0][0] + expert >= SHORT
+        return self.costs.beside or self.costs.router[0][0] + expert >= SHORT  # side by side, an expert's single pass is only queued
 
     def plan(self, most: int, looked_up: int, router: bool, expert: int | None, length: int) -> Plan:
         """The fastest way to go on behind `length` tokens, producing at most `most`, where the text offers `looked_up` drafts.

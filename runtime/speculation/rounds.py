@@ -142,7 +142,7 @@ class Rounds:
         return found, drafts, None if routed is None else routed.logits
 
     def _draft(self, sampler: Sampler, rows: int) -> tuple[Output, list[int], list[Distribution]]:
-        """Let the router go on alone for so many steps; each but the last gives a draft, chosen from its logits as tokens are from fused ones."""
+        """Let the router go on alone for so many steps; each but the last gives a draft: its likeliest token, or one drawn from `proposal`."""
         session = self._session
         drafts: list[int] = []
         drawn: list[Distribution] = []
