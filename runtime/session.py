@@ -254,12 +254,13 @@ class Session:
     def _stop(self, expert: int | None, start: int, first: int, end: int) -> int:
         """Where the next pass of those that read from `start` to `end` ends, of which the last one answers, from position `first` on.
 
-        No pass but a decode step reads a single token: see `prefix`.
+        No pass but a decode step reads a single token, and only the last one an odd number: see `prefix`.
         """
         if expert is None or self._behind is None:
             chunk = min(CHUNK, self._runtime.backend.chunk)
             stop = min(start + chunk, first)
-            return end if end - start <= chunk else stop - (end - stop == 1)
+            stop -= 2 * (end - stop == 1)
+            return end if end - start <= chunk else max(stop - (stop - start) % 2, start + 1)
         stop = boundary(start)
         return stop if stop < first else end
 
