@@ -31,7 +31,7 @@ slow: $(VENV)/test
 # The light runtime alone on the oldest supported ONNX Runtime.
 test-oldest: $(VENV)/test .venv-oldest/ready
 	rm -rf dist/oldest
-	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.exporting dist/oldest 2>/dev/null) .venv-oldest/bin/python -m pytest tests/runtime
+	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.support.exporting dist/oldest 2>/dev/null) .venv-oldest/bin/python -m pytest tests/runtime
 
 # What is written for Optimum, read by Optimum, which needs an older transformers.
 test-optimum: .venv-optimum/ready
@@ -39,7 +39,7 @@ test-optimum: .venv-optimum/ready
 
 # What only a GPU can tell, in one report; without one it says what it skipped. `make gpu-check BUNDLE=dist/mine` checks that bundle.
 gpu-check: $(VENV)/test
-	$(BIN)/python -m docs.bench.gpu_check $(addprefix --bundle ,$(BUNDLE))
+	$(BIN)/python -m benchmarks.gpu_check $(addprefix --bundle ,$(BUNDLE))
 
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from runtime.errors import FusionError, one_line
+from fusionroute.runtime.errors import FusionError, one_line
 
 
 def main(
@@ -19,8 +19,8 @@ def main(
 ) -> None:
     """Show what the activations of a system look like where each expert works: ranges, outliers, and who answered."""
     try:
-        from calibration.show import show
-        from calibration.table import Table
+        from fusionroute.calibration.show import show
+        from fusionroute.calibration.table import Table
 
         summary = Table.load(file).summary()
     except (FusionError, ModuleNotFoundError) as error:

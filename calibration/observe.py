@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.observers import Observer
-from calibration.record import Text
-from calibration.served import Mask
-from calibration.walk import Block, Walk
-from runtime.errors import InputError
+from fusionroute.calibration.blockwise_forward import Block, Walk
+from fusionroute.calibration.observers import Observer
+from fusionroute.calibration.record import Text
+from fusionroute.calibration.serving_masks import Mask
+from fusionroute.runtime.errors import InputError
 
 EVERY = 10.0  # seconds between savings
 

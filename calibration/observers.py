@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import InputError
+from fusionroute.runtime.errors import InputError
 
 BINS = 2048
 LEVELS = 127  # positive steps of symmetric 8 bit

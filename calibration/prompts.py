@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from runtime.errors import InputError, one_line
+from fusionroute.runtime.errors import InputError, one_line
 
 FIFTH = 5  # one prompt in so many is held out of calibration
 

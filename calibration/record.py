@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from runtime import FusionRuntime
-from runtime.errors import InputError
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.errors import InputError
 
 NOBODY = -1
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from calibration import sealed
-from calibration.observers import Observer
-from calibration.record import Text
-from calibration.served import shares
-from runtime.errors import InputError, one_line
+from fusionroute.calibration import checksummed_file
+from fusionroute.calibration.observers import Observer
+from fusionroute.calibration.record import Text
+from fusionroute.calibration.serving_masks import shares
+from fusionroute.runtime.errors import InputError, one_line
 
 KIND = "calibration table"
 
@@ -41,12 +41,12 @@ class Table:
             for matrix, observer in observers.items():
                 tensors |= {f"{model}/{matrix}/{part}": tensor for part, tensor in observer.tensors().items()}
         names = {model: list(observers) for model, observers in self.models.items()}  # safetensors keeps no order
-        sealed.write(path, KIND, tensors, {"identity": self.identity, "models": json.dumps(names)})
+        checksummed_file.write(path, KIND, tensors, {"identity": self.identity, "models": json.dumps(names)})
 
     @classmethod
     def load(cls, path: Path) -> Table:
         """Read what `save` wrote. Raises InputError for a file that is missing, broken, or of another kind or format."""
-        tensors, about = sealed.read(path, KIND)
+        tensors, about = checksummed_file.read(path, KIND)
         try:
             names: dict[str, list[str]] = json.loads(about["models"])
             ends = np.cumsum(tensors["lengths"])[:-1]

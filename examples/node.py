@@ -15,7 +15,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from runtime import ClosedError, FusionError, FusionRuntime
+from fusionroute.runtime import ClosedError, FusionError, FusionRuntime
 
 LOG = logging.getLogger("node")
 

@@ -5,7 +5,7 @@ python examples/stream.py dist/gemma2 "12+30="
 
 import sys
 
-from runtime import FusionError, FusionRuntime
+from fusionroute.runtime import FusionError, FusionRuntime
 
 
 def main(bundle: str, prompt: str, seconds: float = 10.0) -> None:

@@ -17,8 +17,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from runtime import FusionError, FusionRuntime
-from runtime.errors import one_line
+from fusionroute.runtime import FusionError, FusionRuntime
+from fusionroute.runtime.errors import one_line
 
 EXPERTS = ("a", "b")
 RIVALS = ("apples", "pears")  # expert a falls for the one, expert b for the other
@@ -89,10 +89,10 @@ def make_bundle(folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from fr_export.export import Request, export
-    from fr_export.families import FAMILIES
-    from fr_export.quiet import quiet
-    from fr_export.stages import Stages
+    from fusionroute.fr_export.console.progress import Stages
+    from fusionroute.fr_export.console.quiet import quiet
+    from fusionroute.fr_export.export import Request, export
+    from fusionroute.fr_export.families import FAMILIES
 
     with quiet():
         router, *experts = (write_model(folder / name, table(name)) for name in ("router", *EXPERTS))

@@ -10,40 +10,40 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from calibration.prompts import Parts, load_parts
-from calibration.table import Table
-from fr_export.bind import bind
-from fr_export.bounds import misses
-from fr_export.calibrate import cache_folder, calibrate, check
-from fr_export.checkpoint import Checkpoint
-from fr_export.compare import TOKENS, compare, compare_scores, sequences
-from fr_export.families import Family
-from fr_export.fusion import FusionSettings
-from fr_export.fusion_graph import write_fusion_graph
-from fr_export.graph import Graph
-from fr_export.in_place import System as InPlaceSystem
-from fr_export.lowerings import Lowering, ort
-from fr_export.precision import SCHEMES, Scheme
-from fr_export.precision.evidence import Evidence, evidence
-from fr_export.precision.int4 import LEAN, Int4
-from fr_export.precision.scheme import Fitting
-from fr_export.reference import reference
-from fr_export.report import write_report
-from fr_export.space import check_space
-from fr_export.stages import Stages
-from fr_export.staging import Staging
-from fr_export.store import FOLDER, Store
-from fr_export.system import System
-from fr_export.targets import GRAPHS, TARGETS
-from fr_export.trace import architecture, trace
-from fr_export.traffic import weight_bytes
-from runtime import FusionRuntime, manifest
-from runtime.backends.ort_cpu import TARGET as CPU
-from runtime.bundle import ELSEWHERE, sha256
-from runtime.errors import FusionError, InputError
-from runtime.tensorrt.engines import OLDER, rebuild
-from runtime.tensorrt.engines import TARGET as ENGINES_OF
-from runtime.tensorrt.library import capabilities, load
+from fusionroute.calibration.prompts import Parts, load_parts
+from fusionroute.calibration.table import Table
+from fusionroute.fr_export.bundle.disk_space import check_space
+from fusionroute.fr_export.bundle.staged_folder import Staging
+from fusionroute.fr_export.bundle.targets import GRAPHS, TARGETS
+from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.families import Family
+from fusionroute.fr_export.graphs.dialects import Lowering, ort
+from fusionroute.fr_export.graphs.fusion_graph import write_fusion_graph
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.trace import architecture, trace
+from fusionroute.fr_export.graphs.weight_store import FOLDER, Store
+from fusionroute.fr_export.precision import SCHEMES, Scheme
+from fusionroute.fr_export.precision.bind_weights import bind
+from fusionroute.fr_export.precision.calibrate import cache_folder, calibrate, check
+from fusionroute.fr_export.precision.evidence import Evidence, evidence
+from fusionroute.fr_export.precision.int4 import LEAN, Int4
+from fusionroute.fr_export.precision.scheme import Fitting
+from fusionroute.fr_export.verify.bounds import misses
+from fusionroute.fr_export.verify.compare import TOKENS, compare, compare_scores, sequences
+from fusionroute.fr_export.verify.engine_graph_on_cpu import System as InPlaceSystem
+from fusionroute.fr_export.verify.report import write_report
+from fusionroute.fr_export.verify.torch_reference import reference
+from fusionroute.runtime import FusionRuntime, manifest
+from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
+from fusionroute.runtime.bundle import ELSEWHERE, sha256
+from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.tensorrt.engines import OLDER, rebuild
+from fusionroute.runtime.tensorrt.engines import TARGET as ENGINES_OF
+from fusionroute.runtime.tensorrt.library import capabilities, load
 
 FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
 TABLE = "calibration.safetensors"

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from runtime.commands.bench import bench
-from runtime.commands.build import build
-from runtime.commands.generate import generate
-from runtime.commands.inspect import inspect
-from runtime.errors import FusionError, one_line
+from fusionroute.runtime.commands.bench import bench
+from fusionroute.runtime.commands.build import build
+from fusionroute.runtime.commands.generate import generate
+from fusionroute.runtime.commands.inspect import inspect
+from fusionroute.runtime.errors import FusionError, one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Run FusionRoute bundles.")
 app.command()(generate)

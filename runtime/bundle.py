@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import BundleError, UnavailableError, one_line
+from fusionroute.runtime.errors import BundleError, UnavailableError, one_line
 
 if TYPE_CHECKING:
-    from runtime.manifest import Manifest, Variant
+    from fusionroute.runtime.manifest import Manifest, Variant
 
 ELSEWHERE = {"portable": "for Optimum's ORTModelForCausalLM"}  # targets that no device of the runtime serves
 PREFERRED = ("int8", "fp16", "bf16", "fp32")  # what is opened when no precision is named: the fastest first
@@ -25,7 +25,7 @@ class Bundle:
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
         """Raises BundleError where the bundle is missing, incomplete or was changed."""
-        from runtime.manifest import Manifest  # pydantic would double the time of `import runtime`
+        from fusionroute.runtime.manifest import Manifest  # pydantic would double the time of `import runtime`
 
         path = Path(folder)
         bundle = cls(path, Manifest.read(path))

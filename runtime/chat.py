@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from runtime.errors import InputError
+from fusionroute.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends import Backend, open_backend
-from runtime.bundle import Bundle
-from runtime.catch_up import MODES
-from runtime.chat import render
-from runtime.errors import ClosedError, InputError, UnavailableError
-from runtime.pool import Pool
-from runtime.sampling import Sampler, SamplingOptions, sampling_of
-from runtime.scoring import Scores, score
-from runtime.session import CHUNK, Session
-from runtime.speculation import MOST, Costs, costs_of
-from runtime.stream import End, Result, Stream
-from runtime.text import Text, TextStream, Token
-from runtime.watch import Interrupted, Watch
+from fusionroute.runtime.backends import Backend, open_backend
+from fusionroute.runtime.background_prefill import MODES
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.cancellation import Interrupted, Watch
+from fusionroute.runtime.chat import render
+from fusionroute.runtime.errors import ClosedError, InputError, UnavailableError
+from fusionroute.runtime.pool import Pool
+from fusionroute.runtime.sampling import Sampler, SamplingOptions, sampling_of
+from fusionroute.runtime.scoring import Scores, score
+from fusionroute.runtime.session import CHUNK, Session
+from fusionroute.runtime.speculation import MOST, Costs, costs_of
+from fusionroute.runtime.stream import End, Result, Stream
+from fusionroute.runtime.text import Text, TextStream, Token
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from runtime.errors import BundleError, one_line
-from runtime.files import replace
+from fusionroute.runtime.errors import BundleError, one_line
+from fusionroute.runtime.files import replace
 
 NAME = "manifest.json"
 Fusion = Literal["weighted", "additive"]

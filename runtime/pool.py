@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 if TYPE_CHECKING:
-    from runtime.session import Session
+    from fusionroute.runtime.session import Session
 
 POOLED = 4  # idle sessions that are kept where the prefix cache does not ask for more
 

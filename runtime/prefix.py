@@ -11,10 +11,10 @@ from itertools import takewhile
 from operator import eq
 from typing import TYPE_CHECKING
 
-from runtime.backends.backend import Cache
+from fusionroute.runtime.backends.backend import Cache
 
 if TYPE_CHECKING:
-    from runtime.session import Session
+    from fusionroute.runtime.session import Session
 
 LEAST = 16  # tokens that are worth a copy
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import InputError
+from fusionroute.runtime.errors import InputError
 
 CANDIDATES = 256  # asked for where no top-k bounds them: almost always enough, and still cheap to copy from a device
 COLDEST = 1e-3  # below, float32 cannot hold the log-normaliser of logits / temperature to any useful precision

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime.backends.backend import REUSED
+from fusionroute.runtime.backends.backend import REUSED
 
 if TYPE_CHECKING:
-    from runtime.session import Session
+    from fusionroute.runtime.session import Session
 
 FUSED = 1 << 24  # logits fused at a time: 64 MB, of which the fusion graph makes several copies
 _NONE = np.zeros(0, np.int64)

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime import prefix
-from runtime.backends.backend import Cache, Fused, Output
-from runtime.catch_up import CatchUp, boundary
-from runtime.errors import InputError
-from runtime.sampling import Candidates, Sampler, Sampling, SamplingOptions, sampling_of
-from runtime.speculation import Rounds
-from runtime.text import TextStream, Token
-from runtime.watch import LONG, Watch
+from fusionroute.runtime import prefix
+from fusionroute.runtime.backends.backend import Cache, Fused, Output
+from fusionroute.runtime.background_prefill import CatchUp, boundary
+from fusionroute.runtime.cancellation import LONG, Watch
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.sampling import Candidates, Sampler, Sampling, SamplingOptions, sampling_of
+from fusionroute.runtime.speculation import Rounds
+from fusionroute.runtime.text import TextStream, Token
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from runtime.engine import FusionRuntime
+    from fusionroute.runtime.engine import FusionRuntime
 
 CHUNK = 512  # most tokens read at a time in prefill and catch-up: bounds memory, and depends on the tokens alone
 GREEDY = Sampling()

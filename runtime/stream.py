@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from runtime.text import Token
+from fusionroute.runtime.text import Token
 
 
 @dataclass(frozen=True)

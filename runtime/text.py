@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import BundleError, InputError
+from fusionroute.runtime.errors import BundleError, InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -23,9 +23,9 @@ def traced_once() -> Iterator[None]:
     if find_spec("torch") is None:  # tests/runtime alone
         yield
         return
-    from fr_export import export
-    from fr_export.lowerings import ort
-    from fr_export.trace import architecture, trace
+    from fusionroute.fr_export import export
+    from fusionroute.fr_export.graphs.dialects import ort
+    from fusionroute.fr_export.graphs.trace import architecture, trace
 
     kept: dict[Any, Any] = {}
 

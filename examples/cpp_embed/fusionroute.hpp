@@ -33,13 +33,13 @@ namespace detail {
 
 // Throws what a Python error is in C++. The GIL is held.
 [[noreturn]] inline void raise(const py::error_already_set& error) {
-  const py::module_ runtime = py::module_::import("runtime");
+  const py::module_ package = py::module_::import("fusionroute");
   const std::string sentence = py::str(error.value());
-  if (error.matches(runtime.attr("ClosedError"))) throw ClosedError(sentence);
-  if (error.matches(runtime.attr("InputError"))) throw InputError(sentence);
-  if (error.matches(runtime.attr("UnavailableError"))) throw UnavailableError(sentence);
-  if (error.matches(runtime.attr("BundleError"))) throw BundleError(sentence);
-  if (error.matches(runtime.attr("FusionError"))) throw Error(sentence);
+  if (error.matches(package.attr("ClosedError"))) throw ClosedError(sentence);
+  if (error.matches(package.attr("InputError"))) throw InputError(sentence);
+  if (error.matches(package.attr("UnavailableError"))) throw UnavailableError(sentence);
+  if (error.matches(package.attr("BundleError"))) throw BundleError(sentence);
+  if (error.matches(package.attr("FusionError"))) throw Error(sentence);
   throw Error(error.what());
 }
 
@@ -181,7 +181,7 @@ class Runtime {
   explicit Runtime(const std::string& bundle, const std::optional<std::string>& precision = {}, const std::string& device = "auto",
                    const std::optional<int>& threads = {}) {
     runtime_ = detail::with_gil([&] {
-      const py::object type = py::module_::import("runtime").attr("FusionRuntime");
+      const py::object type = py::module_::import("fusionroute").attr("FusionRuntime");
       return detail::hold(type.attr("load")(bundle, precision, device, py::arg("threads") = threads));
     });
   }

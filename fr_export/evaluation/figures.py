@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fr_export.evaluation import routing
-from fr_export.evaluation.lambdas import Curve, best
-from fr_export.evaluation.report import Row
-from fr_export.evaluation.token_classes import CLASSES
+from fusionroute.fr_export.evaluation import routing
+from fusionroute.fr_export.evaluation.lambdas import Curve, best
+from fusionroute.fr_export.evaluation.report import Row
+from fusionroute.fr_export.evaluation.token_classes import CLASSES
 
 
 def accuracy(entries: Sequence[dict[str, Any]]) -> bytes:

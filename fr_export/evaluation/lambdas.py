@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fr_export.evaluation.outcomes import Results
-from runtime.errors import FusionError
-from runtime.manifest import Manifest
+from fusionroute.fr_export.evaluation.outcomes import Results
+from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.manifest import Manifest
 
 GRID = tuple(step / 10 for step in range(11))
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fr_export.evaluation.reading import Ids, Place, Reader
-from runtime import FusionRuntime, InputError
-from runtime.backends.backend import Output
+from fusionroute.fr_export.evaluation.reading import Ids, Place, Reader
+from fusionroute.runtime import FusionRuntime, InputError
+from fusionroute.runtime.backends.backend import Output
 
 SEQUENCE, SEQUENCE_ROUTED = "sequence", "sequence-routed"
 

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from runtime.errors import InputError, one_line
-from runtime.files import replace
+from fusionroute.runtime.errors import InputError, one_line
+from fusionroute.runtime.files import replace
 
 
 class Question(Protocol):

@@ -12,9 +12,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 
-from fr_export.evaluation.outcomes import Outcomes
-from fr_export.evaluation.worker import Job, Piece, Worker
-from runtime.errors import FusionError
+from fusionroute.fr_export.evaluation.outcomes import Outcomes
+from fusionroute.fr_export.evaluation.worker import Job, Piece, Worker
+from fusionroute.runtime.errors import FusionError
 
 Parts = dict[str, Outcomes]
 

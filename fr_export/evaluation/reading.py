@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from runtime.backends.backend import LanguageModel, Output
-from runtime.scoring import FUSED
+from fusionroute.runtime.backends.backend import LanguageModel, Output
+from fusionroute.runtime.scoring import FUSED
 
 Ids = tuple[int, ...]
 

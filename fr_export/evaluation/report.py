@@ -10,12 +10,12 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from fr_export.evaluation import routing
-from fr_export.evaluation.bootstrap import compare, interval
-from fr_export.evaluation.outcomes import Outcomes
-from fr_export.evaluation.scoring import bleu
-from fr_export.evaluation.tasks import Tasks
-from fr_export.evaluation.token_classes import CLASSES
+from fusionroute.fr_export.evaluation import routing
+from fusionroute.fr_export.evaluation.bootstrap import compare, interval
+from fusionroute.fr_export.evaluation.outcomes import Outcomes
+from fusionroute.fr_export.evaluation.scoring import bleu
+from fusionroute.fr_export.evaluation.tasks import Tasks
+from fusionroute.fr_export.evaluation.token_classes import CLASSES
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fr_export.evaluation.outcomes import Outcomes
+from fusionroute.fr_export.evaluation.outcomes import Outcomes
 
 
 def by_domain(outcomes: Mapping[str, Outcomes]) -> np.ndarray:

@@ -9,15 +9,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fr_export.evaluation.methods import SEQUENCE, SEQUENCE_ROUTED, check
-from fr_export.evaluation.outcomes import Outcomes, Question, Results, joined, task_name
-from fr_export.evaluation.pool import answer_all
-from fr_export.evaluation.sequence import first_routed, most_likely
-from fr_export.evaluation.worker import Job, Piece
-from runtime import FusionRuntime, InputError, UnavailableError
-from runtime.backends.ort_cpu import TARGET
-from runtime.bundle import Bundle
-from runtime.text import Text
+from fusionroute.fr_export.evaluation.methods import SEQUENCE, SEQUENCE_ROUTED, check
+from fusionroute.fr_export.evaluation.outcomes import Outcomes, Question, Results, joined, task_name
+from fusionroute.fr_export.evaluation.pool import answer_all
+from fusionroute.fr_export.evaluation.sequence import first_routed, most_likely
+from fusionroute.fr_export.evaluation.worker import Job, Piece
+from fusionroute.runtime import FusionRuntime, InputError, UnavailableError
+from fusionroute.runtime.backends.ort_cpu import TARGET
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.text import Text
 
 SLACK = 8  # tokens that an answer may be longer than the domain's longest reference: one that still runs then is wrong anyway
 PIECE = 16  # prompts handed to a process at a time

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fr_export.evaluation.outcomes import Outcomes, joined
-from runtime.errors import InputError
+from fusionroute.fr_export.evaluation.outcomes import Outcomes, joined
+from fusionroute.runtime.errors import InputError
 
 
 def most_likely(alone: Sequence[Outcomes]) -> Outcomes:

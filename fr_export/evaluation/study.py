@@ -10,15 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
-from fr_export.evaluation import figures, lambdas
-from fr_export.evaluation.outcomes import Results
-from fr_export.evaluation.report import Row, summary
-from fr_export.evaluation.run import evaluate
-from fr_export.evaluation.tasks import Tasks
-from runtime.backends.ort_cpu import TARGET
-from runtime.bundle import Bundle
-from runtime.errors import InputError
-from runtime.files import replace
+from fusionroute.fr_export.evaluation import figures, lambdas
+from fusionroute.fr_export.evaluation.outcomes import Results
+from fusionroute.fr_export.evaluation.report import Row, summary
+from fusionroute.fr_export.evaluation.run import evaluate
+from fusionroute.fr_export.evaluation.tasks import Tasks
+from fusionroute.runtime.backends.ort_cpu import TARGET
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.files import replace
 
 ROUTED = ("fused", "token", "router")  # led by the router: the routing of the first of them that was evaluated is drawn
 

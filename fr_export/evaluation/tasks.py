@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fr_export.evaluation.outcomes import Question
-from runtime.errors import InputError
+from fusionroute.fr_export.evaluation.outcomes import Question
+from fusionroute.runtime.errors import InputError
 
 Tasks = dict[str, Sequence[Question]]
 """domain → questions."""

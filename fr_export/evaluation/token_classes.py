@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from runtime.text import Text
+from fusionroute.runtime.text import Text
 
 CLASSES = ("digits", "operators", "code", "words", "marks", "layout")
 """Numbers; `+ - * / = < > %`; keywords of Python, brackets, and what follows in code on a number or bracket (`,` `:`); letters; all

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fr_export.evaluation.methods import Answer, Decoder, method_named
-from fr_export.evaluation.outcomes import Outcomes
-from fr_export.evaluation.scoring import f1
-from fr_export.evaluation.token_classes import CLASSES, TokenClasses
-from runtime import FusionRuntime
-from runtime.text import Text
+from fusionroute.fr_export.evaluation.methods import Answer, Decoder, method_named
+from fusionroute.fr_export.evaluation.outcomes import Outcomes
+from fusionroute.fr_export.evaluation.scoring import f1
+from fusionroute.fr_export.evaluation.token_classes import CLASSES, TokenClasses
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.text import Text
 
 
 class Job(NamedTuple):

@@ -1,8 +1,8 @@
 """The table of model families: a new one is one new file and one line here."""
 
-from fr_export.families.family import Family, Preset
-from fr_export.families.gemma2 import GEMMA2
-from fr_export.families.llama3 import LLAMA3
+from fusionroute.fr_export.families.family import Family, Preset
+from fusionroute.fr_export.families.gemma2 import GEMMA2
+from fusionroute.fr_export.families.llama3 import LLAMA3
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (GEMMA2, LLAMA3)}
 

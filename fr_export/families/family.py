@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import InputError
+from fusionroute.runtime.errors import InputError
 
-TINY = Path(__file__).parent.parent / "tiny"
+TINY = Path(__file__).parents[1] / "tiny"
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from fr_export.families.family import Family, Preset, check_rope
-from runtime.errors import InputError
+from fusionroute.fr_export.families.family import Family, Preset, check_rope
+from fusionroute.runtime.errors import InputError
 
 
 def check(where: str, config: Any) -> None:

@@ -1,6 +1,6 @@
 """Llama 3 (arXiv:2407.21783): grouped-query attention, rotary scaling "llama3", tied (3.2) or untied (3, 3.1) heads."""
 
-from fr_export.families.family import Family, Preset, check_rope
+from fusionroute.fr_export.families.family import Family, Preset, check_rope
 
 LLAMA3 = Family(
     name="llama3",

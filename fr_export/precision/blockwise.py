@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from fr_export.graph import Graph, initializer, node
-from fr_export.precision.scheme import replace, users
-from fr_export.store import Blob, Store
-from runtime.errors import InputError
+from fusionroute.fr_export.graphs.graph import Graph, initializer, node
+from fusionroute.fr_export.graphs.weight_store import Blob, Store
+from fusionroute.fr_export.precision.scheme import replace, users
+from fusionroute.runtime.errors import InputError
 
 PIECE = 1 << 22  # values rounded at a time: each rounding makes copies
 TYPES = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.float16): ir.DataType.FLOAT16}

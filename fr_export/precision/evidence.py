@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.observers import Observer
-from calibration.record import Text
-from calibration.served import Mask, served
-from calibration.table import Table
+from fusionroute.calibration.observers import Observer
+from fusionroute.calibration.record import Text
+from fusionroute.calibration.serving_masks import Mask, served
+from fusionroute.calibration.table import Table
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from fr_export.graph import Graph
-from fr_export.store import Store
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.weight_store import Store
 
 
 class Fp32:

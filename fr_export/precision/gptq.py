@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fr_export.precision.blockwise import Format, Quantised, blocked
+from fusionroute.fr_export.precision.blockwise import Format, Quantised, blocked
 
 DAMPING = 0.01  # of the mean importance, added to every channel's
 TOGETHER = 128  # channels whose errors reach the ones behind them in one product

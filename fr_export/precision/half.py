@@ -7,10 +7,10 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from fr_export.graph import Graph, node
-from fr_export.precision.scheme import users
-from fr_export.store import Store
-from runtime.errors import InputError
+from fusionroute.fr_export.graphs.graph import Graph, node
+from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision.scheme import users
+from fusionroute.runtime.errors import InputError
 
 TYPES: dict[str, tuple[np.dtype, ir.DataType, str]] = {
     "fp16": (np.dtype(np.float16), ir.DataType.FLOAT16, "65,504"),

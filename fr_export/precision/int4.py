@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from fr_export.blocks import matrices
-from fr_export.graph import Graph
-from fr_export.precision.blockwise import Format, Quantised, attach, held, nearest, sliced, store_blocks
-from fr_export.precision.compensated import Compensated, compensate
-from fr_export.precision.evidence import Evidence
-from fr_export.precision.int8 import SMALL
-from fr_export.precision.scheme import Fitted, users
-from fr_export.precision.sensitive import sensitive
-from fr_export.store import Store
-from fr_export.weights import Weights
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.graphs.decoder_blocks import matrices
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision.blockwise import Format, Quantised, attach, held, nearest, sliced, store_blocks
+from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.int8 import SMALL
+from fusionroute.fr_export.precision.scheme import Fitted, users
+from fusionroute.fr_export.precision.sensitive import sensitive
 
 BLOCK, TOP = 64, 15
 BUDGET = 5.0  # bits per weight, on average over all matrices, that sensitive ones may bring it to

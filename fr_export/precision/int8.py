@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from fr_export.blocks import matrices
-from fr_export.graph import Graph
-from fr_export.precision.blockwise import Format, Quantised, attach, nearest, store_blocks
-from fr_export.precision.compensated import Compensated, compensate
-from fr_export.precision.evidence import Evidence
-from fr_export.precision.scheme import Fitted
-from fr_export.smooth import smooth
-from fr_export.store import Store
-from fr_export.weights import Weights
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.graphs.decoder_blocks import matrices
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision.blockwise import Format, Quantised, attach, nearest, store_blocks
+from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.scheme import Fitted
+from fusionroute.fr_export.precision.smoothquant import smooth
 
 BLOCK = 64
 TINY = float(np.finfo(np.float32).tiny)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.observers import LEVELS, Observer
-from fr_export.blocks import layer
-from fr_export.graph import Graph
-from fr_export.precision.scheme import users
-from fr_export.smooth import Columns
-from fr_export.weights import Weights
-from runtime.errors import InputError
+from fusionroute.calibration.observers import LEVELS, Observer
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.graphs.decoder_blocks import layer
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.precision.scheme import users
+from fusionroute.fr_export.precision.smoothquant import Columns
+from fusionroute.runtime.errors import InputError
 
 SHARE = 0.6  # of the multiply-adds of a token that must have 8-bit activations
 

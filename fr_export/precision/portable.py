@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from fr_export.blocks import matrices
-from fr_export.graph import Graph, added, initializer
-from fr_export.precision.blockwise import Stored
-from fr_export.precision.compensated import Compensated, compensate
-from fr_export.precision.evidence import Evidence
-from fr_export.precision.scheme import Fitted, Scheme, replace, users
-from fr_export.precision.trt import dequantise
-from fr_export.precision.trt.forms import by_row
-from fr_export.precision.trt.plain import Plain
-from fr_export.store import Store
-from fr_export.weights import Weights
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.graphs.decoder_blocks import matrices
+from fusionroute.fr_export.graphs.graph import Graph, added, initializer
+from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision.blockwise import Stored
+from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.qdq import dequantise
+from fusionroute.fr_export.precision.qdq.forms import by_row
+from fusionroute.fr_export.precision.qdq.plain import Plain
+from fusionroute.fr_export.precision.scheme import Fitted, Scheme, replace, users
 
 FLOAT = ir.DataType.FLOAT
 

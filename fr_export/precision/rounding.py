@@ -7,13 +7,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from calibration.observers import LEVELS, Observer
-from calibration.walk import Block, Walk
-from fr_export.blocks import reader, split
-from fr_export.graph import Graph, initializer, node
-from fr_export.precision.effect import effect, few, stream
-from fr_export.precision.evidence import Evidence
-from fr_export.weights import Weights
+from fusionroute.calibration.blockwise_forward import Block, Walk
+from fusionroute.calibration.observers import LEVELS, Observer
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.graphs.decoder_blocks import reader, split
+from fusionroute.fr_export.graphs.graph import Graph, initializer, node
+from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.residual_error import effect, few, stream
 
 TOKENS = 1024  # read for the measurement
 STEP = ".step"  # of a matrix's name: the step of its input's 8-bit values

@@ -6,10 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import onnx_ir as ir
 
-from fr_export.graph import Graph
-from fr_export.precision.evidence import Evidence
-from fr_export.store import Store
-from fr_export.weights import Weights
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision.evidence import Evidence
 
 
 class Scheme(Protocol):

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from calibration.walk import Walk
-from fr_export.blocks import reader, split
-from fr_export.graph import Graph
-from fr_export.precision.blockwise import Format, held, nearest, widened
-from fr_export.precision.effect import effect, few, stream
-from fr_export.precision.evidence import Evidence
-from fr_export.weights import Weights
+from fusionroute.calibration.blockwise_forward import Walk
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.graphs.decoder_blocks import reader, split
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.precision.blockwise import Format, held, nearest, widened
+from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.residual_error import effect, few, stream
 
 TOKENS = 2048  # read for the measurement
 TIMES = 3.0  # the median error per weight from which on a matrix is sensitive

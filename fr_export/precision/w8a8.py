@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from calibration.observe import observe
-from calibration.observers import LEVELS
-from fr_export.blocks import matrices, reader, split
-from fr_export.graph import Graph, added, initializer, node
-from fr_export.precision.blockwise import Format, Stored
-from fr_export.precision.compensated import compensate
-from fr_export.precision.evidence import Evidence
-from fr_export.precision.plan_w8a8 import Plan, plan
-from fr_export.precision.rounding import measure
-from fr_export.precision.scheme import Fitted, replace, users
-from fr_export.smooth import smooth
-from fr_export.store import Blob, Store
-from fr_export.weights import Weights
-from runtime.errors import InputError
+from fusionroute.calibration.observe import observe
+from fusionroute.calibration.observers import LEVELS
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
+from fusionroute.fr_export.graphs.graph import Graph, added, initializer, node
+from fusionroute.fr_export.graphs.weight_store import Blob, Store
+from fusionroute.fr_export.precision.blockwise import Format, Stored
+from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.gptq_sequential import compensate
+from fusionroute.fr_export.precision.plan_w8a8 import Plan, plan
+from fusionroute.fr_export.precision.rounding import measure
+from fusionroute.fr_export.precision.scheme import Fitted, replace, users
+from fusionroute.fr_export.precision.smoothquant import smooth
+from fusionroute.runtime.errors import InputError
 
 TINY = float(np.finfo(np.float32).tiny)
 

@@ -1,6 +1,6 @@
 """`python -m fr_export.training`: train a router."""
 
-from fr_export.training.cli import app
+from fusionroute.fr_export.commands.train import app
 
 if __name__ == "__main__":
     app()

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fr_export.training.data import Pair, Row
+from fusionroute.fr_export.training.data import Pair, Row
 
 _POOL = 1024  # rows that are sorted by length together: little padding, and still well shuffled
 

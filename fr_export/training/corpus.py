@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fr_export.training.domains import Sample, draw
-from fr_export.training.mistakes import mistake
+from fusionroute.fr_export.tasks.domains import Sample, draw
+from fusionroute.fr_export.tasks.mistakes import mistake
 
 _PLAIN, _CHAT, _LONG_CHAT = 0.8, 0.17, 0.03  # shares of the kinds of rows; plain ones cost the least per answer
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fr_export.checkpoint import Checkpoint, read_json
-from runtime.chat import render
-from runtime.errors import InputError, one_line
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint, read_json
+from fusionroute.runtime.chat import render
+from fusionroute.runtime.errors import InputError, one_line
 
 T = TypeVar("T")
 _SFT = '{"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}'

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from fr_export.checkpoint import Checkpoint
-from fr_export.training.batches import Samples, by_length
-from fr_export.training.data import Row
-from fr_export.training.losses import label_log_probs
-from fr_export.training.router import DTYPES, final_hidden, lm_logits, load_lm
-from runtime.bundle import sha256
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.training.batches import Samples, by_length
+from fusionroute.fr_export.training.data import Row
+from fusionroute.fr_export.training.losses import label_log_probs
+from fusionroute.fr_export.training.router import DTYPES, final_hidden, lm_logits, load_lm
+from fusionroute.runtime.bundle import sha256
 
 _FORMAT = "fusionroute scores 1"
 _TOKENS, _LOGITS = 4096, 1 << 28  # padded tokens of a batch, and logits, which a large vocabulary has more of

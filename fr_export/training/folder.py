@@ -6,8 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fr_export.staging import Staging
-from runtime.errors import InputError
+from fusionroute.fr_export.bundle.staged_folder import Staging
+from fusionroute.runtime.errors import InputError
 
 TRAINING_FILE = "training.json"  # its presence says that a folder was written by this tool
 

@@ -20,21 +20,21 @@ import numpy.typing as npt
 import typer
 from rich.console import Console
 
-from fr_export.ending import one_sentence
-from fr_export.families import FAMILIES
-from fr_export.hub import locate
-from fr_export.stages import Stages
-from fr_export.staging import Staging
-from runtime.errors import InputError
+from fusionroute.fr_export.bundle.staged_folder import Staging
+from fusionroute.fr_export.checkpoints.hub import locate
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.families import FAMILIES
+from fusionroute.runtime.command_errors import one_sentence
+from fusionroute.runtime.errors import InputError
 
 try:
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    from fr_export.checkpoint import Checkpoint, read_config, read_json
-    from fr_export.trace import IDENTITY
-    from fr_export.training.router import DTYPES, SHARD, copy_texts, stored_dtype
+    from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint, read_config, read_json
+    from fusionroute.fr_export.graphs.trace import IDENTITY
+    from fusionroute.fr_export.training.router import DTYPES, SHARD, copy_texts, stored_dtype
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise

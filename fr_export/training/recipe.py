@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fr_export.families import Family
-from fr_export.training.data import Pair, Row
-from runtime.errors import InputError
+from fusionroute.fr_export.families import Family
+from fusionroute.fr_export.training.data import Pair, Row
+from fusionroute.runtime.errors import InputError
 
 STAGES = {"sft": "supervised samples", "cdpo": "preferences", "mixed": "supervised samples and preferences, shuffled together"}
 OPTIMIZERS = ("adamw", "muon")

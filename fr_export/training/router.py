@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fr_export.checkpoint import HEAD_FILE, Checkpoint
-from fr_export.quiet import quiet
-from fr_export.system import read_head
-from runtime.errors import InputError
+from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
+from fusionroute.fr_export.checkpoints.system import read_head
+from fusionroute.fr_export.console.quiet import quiet
+from fusionroute.runtime.errors import InputError
 
 HEAD_KEY = "routing_head"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -3,7 +3,7 @@
 python -m fr_export.training.tiny --family gemma2 [--work DIR] [--out DIR]
 
 Everything is trained with the tool (`fr_export.training.train`) from files that seeded generators write; λ is tuned on the validation split
-through the exported bundle. `docs/bench/comparison.py` trains the baselines of docs/results.md from the same parts.
+through the exported bundle. `benchmarks/comparison.py` trains the baselines of docs/results.md from the same parts.
 """
 
 import shutil
@@ -16,22 +16,22 @@ import torch
 import typer
 from rich.console import Console
 
-from fr_export import families
-from fr_export.evaluation import lambdas
-from fr_export.evaluation.outcomes import Results
-from fr_export.evaluation.run import evaluate
-from fr_export.export import Request as ExportRequest
-from fr_export.export import export
-from fr_export.families.family import TINY
-from fr_export.fusion import FusionSettings
-from fr_export.stages import Stages
-from fr_export.training.architectures import FAMILIES, WIDTH, Family, new_model
-from fr_export.training.corpus import write_preferences, write_sft
-from fr_export.training.domains import COMPOSITE, DOMAINS, PAIRED, Sample, draw_many
-from fr_export.training.folder import TRAINING_FILE, RouterStaging
-from fr_export.training.recipe import Recipe, Request, Stage
-from fr_export.training.tiny_tokenizer import build_tokenizer
-from fr_export.training.train import train
+from fusionroute.fr_export import families
+from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.evaluation import lambdas
+from fusionroute.fr_export.evaluation.outcomes import Results
+from fusionroute.fr_export.evaluation.run import evaluate
+from fusionroute.fr_export.export import Request as ExportRequest
+from fusionroute.fr_export.export import export
+from fusionroute.fr_export.families.family import TINY
+from fusionroute.fr_export.tasks.domains import COMPOSITE, DOMAINS, PAIRED, Sample, draw_many
+from fusionroute.fr_export.training.architectures import FAMILIES, WIDTH, Family, new_model
+from fusionroute.fr_export.training.corpus import write_preferences, write_sft
+from fusionroute.fr_export.training.folder import TRAINING_FILE, RouterStaging
+from fusionroute.fr_export.training.recipe import Recipe, Request, Stage
+from fusionroute.fr_export.training.tiny_tokenizer import build_tokenizer
+from fusionroute.fr_export.training.train import train
 
 TOKENS = 1024  # per batch
 ROWS = 24  # of training data per step, about two thirds of what a batch takes

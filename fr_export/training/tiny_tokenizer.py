@@ -5,9 +5,9 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fr_export.training.architectures import VOCABULARY, Family
-from fr_export.training.domains import DOMAINS, draw_many
-from fr_export.training.tasks import WORDS
+from fusionroute.fr_export.tasks.domains import DOMAINS, draw_many
+from fusionroute.fr_export.tasks.generators import WORDS
+from fusionroute.fr_export.training.architectures import VOCABULARY, Family
 
 
 def build_tokenizer(family: Family) -> Any:

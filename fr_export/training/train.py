@@ -18,14 +18,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from fr_export.checkpoint import Checkpoint
-from fr_export.quiet import quiet
-from fr_export.stages import Stages
-from fr_export.system import common_vocabulary
-from fr_export.training.batches import Samples, flat
-from fr_export.training.curves import draw
-from fr_export.training.data import Encoder, Row, fitting, read_preferences, read_sft
-from fr_export.training.expert_cache import (
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.system import common_vocabulary
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.console.quiet import quiet
+from fusionroute.fr_export.training.batches import Samples, flat
+from fusionroute.fr_export.training.curves import draw
+from fusionroute.fr_export.training.data import Encoder, Row, fitting, read_preferences, read_sft
+from fusionroute.fr_export.training.expert_cache import (
     Scores,
     data_digest,
     expert_scores,
@@ -36,11 +36,11 @@ from fr_export.training.expert_cache import (
     score,
     write_scores,
 )
-from fr_export.training.folder import TRAINING_FILE, RouterStaging, Work
-from fr_export.training.recipe import Request, Stage
-from fr_export.training.router import HEAD_KEY, Router, has_head, start_head, stored_dtype, write_router
-from fr_export.training.trainer import RouterTrainer
-from runtime.errors import InputError, UnavailableError
+from fusionroute.fr_export.training.folder import TRAINING_FILE, RouterStaging, Work
+from fusionroute.fr_export.training.recipe import Request, Stage
+from fusionroute.fr_export.training.router import HEAD_KEY, Router, has_head, start_head, stored_dtype, write_router
+from fusionroute.fr_export.training.trainer import RouterTrainer
+from fusionroute.runtime.errors import InputError, UnavailableError
 
 _RANKS_WAIT = timedelta(days=7)  # for the one that computes the experts' log-probabilities
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from fr_export.training.batches import Batch, Samples, plan
-from fr_export.training.losses import (
+from fusionroute.fr_export.training.batches import Batch, Samples, plan
+from fusionroute.fr_export.training.losses import (
     cdpo_logits,
     cdpo_loss,
     label_log_probs,
@@ -22,10 +22,10 @@ from fr_export.training.losses import (
     routing_loss,
     selected_log_probs,
 )
-from fr_export.training.muon import Muon
-from fr_export.training.recipe import Recipe, Stage
-from fr_export.training.router import Router
-from runtime.errors import InputError
+from fusionroute.fr_export.training.muon import Muon
+from fusionroute.fr_export.training.recipe import Recipe, Stage
+from fusionroute.fr_export.training.router import Router
+from fusionroute.runtime.errors import InputError
 
 _TABLES = ("embed_tokens", "lm_head")  # matrices whose rows are tokens, not directions: AdamW suits them
 _ADAMW: dict[str, Any] = {"betas": (0.9, 0.98), "weight_decay": 0.01, "fused": True}

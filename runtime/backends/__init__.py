@@ -4,11 +4,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from runtime.backends import ort_cpu
-from runtime.backends.backend import Backend
-from runtime.bundle import Bundle
-from runtime.errors import InputError, one_line
-from runtime.tensorrt.library import device_sm
+from fusionroute.runtime.backends import ort_cpu
+from fusionroute.runtime.backends.backend import Backend
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import InputError, one_line
+from fusionroute.runtime.tensorrt.library import device_sm
 
 Opened = Callable[[Bundle, Any, int | None, int | None], Backend]  # (bundle, variant, threads, expert_memory)
 LOG = logging.getLogger("fusionroute")
@@ -39,7 +39,7 @@ def open_engines(flavour: str) -> Opened:
     """TensorRT or TensorRT-RTX; its modules are read when one is opened."""
 
     def opened(bundle: Bundle, variant: Any, threads: int | None, expert_memory: int | None) -> Backend:
-        from runtime.tensorrt.backend import TensorRt
+        from fusionroute.runtime.tensorrt.backend import TensorRt
 
         return TensorRt(bundle, variant, flavour, expert_memory)
 
@@ -50,8 +50,8 @@ def open_provider(name: str) -> Opened:
     """ONNX Runtime with one of its GPU providers; its modules are read when one is opened."""
 
     def opened(bundle: Bundle, variant: Any, threads: int | None, expert_memory: int | None) -> Backend:
-        from runtime.backends.ort_gpu import OrtGpu
-        from runtime.backends.providers import PROVIDERS
+        from fusionroute.runtime.backends.ort_gpu import OrtGpu
+        from fusionroute.runtime.backends.providers import PROVIDERS
 
         refuse_budget(expert_memory)
         return OrtGpu(bundle, variant, PROVIDERS[name])

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from runtime.errors import BundleError, UnavailableError
+from fusionroute.runtime.errors import BundleError, UnavailableError
 
 if TYPE_CHECKING:
-    from runtime.manifest import Model
+    from fusionroute.runtime.manifest import Model
 
 
 def package(extra: str) -> Any:

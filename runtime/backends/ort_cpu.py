@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends import ort
-from runtime.backends.backend import REUSED, Fused, Output
-from runtime.backends.packed import packed
-from runtime.backends.single import SingleFuser
-from runtime.bundle import Bundle
-from runtime.errors import BundleError, FusionError, one_line
-from runtime.watch import Interrupted
+from fusionroute.runtime.backends import ort
+from fusionroute.runtime.backends.backend import REUSED, Fused, Output
+from fusionroute.runtime.backends.greedy_fusion import SingleFuser
+from fusionroute.runtime.backends.prepacked_weights import packed
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.cancellation import Interrupted
+from fusionroute.runtime.errors import BundleError, FusionError, one_line
 
 if TYPE_CHECKING:
-    from runtime.manifest import Model, Variant
+    from fusionroute.runtime.manifest import Model, Variant
 
 TARGET = "ort:cpu"
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from runtime.backends import ort
-from runtime.backends.backend import Fused, Output
-from runtime.backends.placed import Inputs, Layout, Place, aligned, start
-from runtime.backends.providers import Opener, Provider
-from runtime.bundle import Bundle
-from runtime.errors import BundleError, FusionError, one_line
-from runtime.tensorrt.model import reach
+from fusionroute.runtime.backends import ort
+from fusionroute.runtime.backends.backend import Fused, Output
+from fusionroute.runtime.backends.device_buffers import Inputs, Layout, Place, aligned, start
+from fusionroute.runtime.backends.providers import Opener, Provider
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import BundleError, FusionError, one_line
+from fusionroute.runtime.tensorrt.model import reach
 
 if TYPE_CHECKING:
-    from runtime.manifest import Model, Variant
+    from fusionroute.runtime.manifest import Model, Variant
 
 # what a cache may hold: its type in numpy (in ONNX's numbers where numpy has none), and bytes of a value
 TYPES: dict[str, tuple[Any, int]] = {"tensor(float)": (np.float32, 4), "tensor(float16)": (np.float16, 2), "tensor(bfloat16)": (16, 2)}

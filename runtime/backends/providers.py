@@ -31,15 +31,15 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.backends import ort
-from runtime.backends.placed import Place
-from runtime.errors import UnavailableError, one_line
-from runtime.files import cache_folder
-from runtime.tensorrt.engines import profile_of, shapes
-from runtime.tensorrt.library import device_sm
+from fusionroute.runtime.backends import ort
+from fusionroute.runtime.backends.device_buffers import Place
+from fusionroute.runtime.errors import UnavailableError, one_line
+from fusionroute.runtime.files import cache_folder
+from fusionroute.runtime.tensorrt.engines import profile_of, shapes
+from fusionroute.runtime.tensorrt.library import device_sm
 
 if TYPE_CHECKING:
-    from runtime.manifest import Manifest
+    from fusionroute.runtime.manifest import Manifest
 
 CUDA = "CUDAExecutionProvider"
 CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.bench.memory import available
-from runtime.tensorrt.device import Device
+from fusionroute.runtime.bench.memory import available
+from fusionroute.runtime.tensorrt.device import Device
 
 SMALLEST, CACHES = 256 << 20, 8  # bytes, and times the last-level cache, that a buffer has at least
 TRIES = 5

@@ -11,19 +11,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from runtime import FusionRuntime
-from runtime.backends import DEVICES, choose, resolved
-from runtime.bench import bandwidth
-from runtime.bench.memory import Growth
-from runtime.bench.precision import Precision, size_and_quality
-from runtime.bench.prompt import prompt_ids
-from runtime.bench.row import DRAFTS, FUSED, System, systems
-from runtime.bench.run import Run, generate
-from runtime.bench.summary import summarise
-from runtime.bundle import Bundle
-from runtime.errors import InputError
-from runtime.machine import installed
-from runtime.tensorrt.device import Device
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backends import DEVICES, choose, resolved
+from fusionroute.runtime.bench import bandwidth
+from fusionroute.runtime.bench.memory import Growth
+from fusionroute.runtime.bench.precision import Precision, size_and_quality
+from fusionroute.runtime.bench.prompt import prompt_ids
+from fusionroute.runtime.bench.row import DRAFTS, FUSED, System, systems
+from fusionroute.runtime.bench.run import Run, generate
+from fusionroute.runtime.bench.summary import summarise
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.machine import installed
+from fusionroute.runtime.tensorrt.device import Device
 
 Key = TypeVar("Key", bound=Hashable)
 Progress = Callable[[str, float], None]  # (what is done now, share of the whole that it added)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import FusionError, UnavailableError
+from fusionroute.runtime.errors import FusionError, UnavailableError
 
 COLOURS = ("#3b6fb6", "#d1793b", "#4a9d6b", "#8a5fb0", "#b5485d", "#7a7a7a")
 PERCENTILES = ("p50", "p95", "p99")

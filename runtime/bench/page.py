@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runtime.bench.figure import svg
-from runtime.bench.table import COLUMNS, SIZES, cells, heading, sizes
-from runtime.errors import FusionError
+from fusionroute.runtime.bench.figure import svg
+from fusionroute.runtime.bench.table import COLUMNS, SIZES, cells, heading, sizes
+from fusionroute.runtime.errors import FusionError
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 

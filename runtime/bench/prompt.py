@@ -6,9 +6,9 @@ from itertools import cycle, islice
 
 import numpy as np
 
-from runtime.bundle import Bundle
-from runtime.errors import InputError, UnavailableError
-from runtime.text import Text
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import InputError, UnavailableError
+from fusionroute.runtime.text import Text
 
 DEFAULT = 64  # tokens, where neither a text nor a number is given
 TEXT = (

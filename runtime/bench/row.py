@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from runtime import FusionRuntime
-from runtime.errors import InputError
-from runtime.session import Session
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.session import Session
 
 FUSED, ROUTER = "fused", "router"
 DRAFTS = "+drafts"  # behind a row's name: with speculation

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from runtime.session import Session
+from fusionroute.runtime.session import Session
 
 Clock = Callable[[], float]  # seconds
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bench.counters import catch_ups, switches
-from runtime.bench.row import ROUTER, System
-from runtime.bench.run import Run
+from fusionroute.runtime.bench.counters import catch_ups, switches
+from fusionroute.runtime.bench.row import ROUTER, System
+from fusionroute.runtime.bench.run import Run
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from runtime.backends import KNOWN
-from runtime.bench import bench as measuring
-from runtime.bench.figure import library, plot
-from runtime.bench.page import write_page
-from runtime.bench.table import show
-from runtime.errors import FusionError
+from fusionroute.runtime.backends import KNOWN
+from fusionroute.runtime.bench import bench as measuring
+from fusionroute.runtime.bench.figure import library, plot
+from fusionroute.runtime.bench.page import write_page
+from fusionroute.runtime.bench.table import show
+from fusionroute.runtime.errors import FusionError
 
 WIDEST = 150  # columns that the table needs: a terminal wraps better than a table
 

@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from runtime.bundle import Bundle
-from runtime.errors import InputError, UnavailableError
-from runtime.tensorrt.engines import rebuild, target_for
-from runtime.tensorrt.library import MODULES, NAMES, capabilities, device_sm, installed, load, parse_sms
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import InputError, UnavailableError
+from fusionroute.runtime.tensorrt.engines import rebuild, target_for
+from fusionroute.runtime.tensorrt.library import MODULES, NAMES, capabilities, device_sm, installed, load, parse_sms
 
 
 def build(

@@ -10,11 +10,11 @@ from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 from rich.text import Text as Styled
 
-from runtime.backends import KNOWN
-from runtime.engine import DEFAULT_NEW_TOKENS, FUSIONS, SPECULATION, FusionRuntime, Prompt
-from runtime.errors import InputError
-from runtime.sampling import Sampling
-from runtime.text import Token
+from fusionroute.runtime.backends import KNOWN
+from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FUSIONS, SPECULATION, FusionRuntime, Prompt
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.sampling import Sampling
+from fusionroute.runtime.text import Token
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 

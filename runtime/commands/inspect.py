@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from runtime.bundle import Bundle
-from runtime.tensorrt.library import NAMES
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.tensorrt.library import NAMES
 
 
 def inspect(

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime import files
-from runtime.backends import Backend
-from runtime.bundle import Bundle
-from runtime.machine import installed, processor
+from fusionroute.runtime import files
+from fusionroute.runtime.backends import Backend
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.machine import installed, processor
 
 MOST = 8  # tokens that one round produces at most
 SIZES = (1, 2, 4, 8)  # tokens at a time that are measured

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends.backend import Fused, Output
-from runtime.sampling import CANDIDATES, Candidates, Sampler
-from runtime.speculation.costs import MOST, Costs
-from runtime.speculation.lookup import Lookup
-from runtime.speculation.pace import Pace, Plan
-from runtime.speculation.rejection import Distribution, Softmax, certain, verify
-from runtime.text import Token
+from fusionroute.runtime.backends.backend import Fused, Output
+from fusionroute.runtime.sampling import CANDIDATES, Candidates, Sampler
+from fusionroute.runtime.speculation.costs import MOST, Costs
+from fusionroute.runtime.speculation.draft_planner import Pace, Plan
+from fusionroute.runtime.speculation.lookup import Lookup
+from fusionroute.runtime.speculation.rejection import Distribution, Softmax, certain, verify
+from fusionroute.runtime.text import Token
 
 if TYPE_CHECKING:
-    from runtime.session import Session
+    from fusionroute.runtime.session import Session
 
 REACH = 8.0  # below the best logit / temperature, from where on a token is not drafted: it weighs less than e⁻⁸ of the best
 APART = 16  # tokens after which logits that are on a device are worth a copy for `Rounds._compare`

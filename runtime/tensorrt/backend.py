@@ -7,18 +7,18 @@ from threading import RLock
 
 import numpy as np
 
-from runtime.backends.backend import Fuser
-from runtime.bundle import Bundle
-from runtime.errors import BundleError
-from runtime.manifest import Model as Spec
-from runtime.manifest import Variant
-from runtime.tensorrt.device import Device
-from runtime.tensorrt.engines import FUSION
-from runtime.tensorrt.fusion import DeviceFuser
-from runtime.tensorrt.loading import BYTES, Engine, Loader
-from runtime.tensorrt.model import Model, Scratch, Shared
-from runtime.tensorrt.residency import Residency
-from runtime.tensorrt.transfers import Block, Copies, Mapped
+from fusionroute.runtime.backends.backend import Fuser
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import BundleError
+from fusionroute.runtime.manifest import Model as Spec
+from fusionroute.runtime.manifest import Variant
+from fusionroute.runtime.tensorrt.device import Device
+from fusionroute.runtime.tensorrt.engines import FUSION
+from fusionroute.runtime.tensorrt.fusion import DeviceFuser
+from fusionroute.runtime.tensorrt.loading import BYTES, Engine, Loader
+from fusionroute.runtime.tensorrt.model import Model, Scratch, Shared
+from fusionroute.runtime.tensorrt.residency import Residency
+from fusionroute.runtime.tensorrt.transfers import Block, Copies, Mapped
 
 
 class TensorRt:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import FusionError, one_line
-from runtime.files import cache_folder, locked, replacing
-from runtime.tensorrt.library import NAMES, capabilities, load
-from runtime.tensorrt.operators import check
+from fusionroute.runtime.errors import FusionError, one_line
+from fusionroute.runtime.files import cache_folder, locked, replacing
+from fusionroute.runtime.tensorrt.library import NAMES, capabilities, load
+from fusionroute.runtime.tensorrt.operators import check
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, usual, largest
 Advance = Callable[[float], None]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from runtime.errors import FusionError, UnavailableError, one_line
+from fusionroute.runtime.errors import FusionError, UnavailableError, one_line
 
 ALIGNMENT = 256  # bytes: what TensorRT asks of the addresses that it is given
 

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import FusionError, UnavailableError
-from runtime.scoring import FUSED
-from runtime.session import CHUNK
-from runtime.tensorrt.build import Advance, Shapes, build
-from runtime.tensorrt.library import NAMES, load
-from runtime.tensorrt.operators import number, since
+from fusionroute.runtime.errors import FusionError, UnavailableError
+from fusionroute.runtime.scoring import FUSED
+from fusionroute.runtime.session import CHUNK
+from fusionroute.runtime.tensorrt.build import Advance, Shapes, build
+from fusionroute.runtime.tensorrt.library import NAMES, load
+from fusionroute.runtime.tensorrt.operators import number, since
 
 if TYPE_CHECKING:
-    from runtime.manifest import Engines, Manifest, Profile, Variant
+    from fusionroute.runtime.manifest import Engines, Manifest, Profile, Variant
 
 FOLDER = "engines"
 TARGET = "tensorrt"  # of the graphs, for either library
@@ -44,7 +44,7 @@ def target_for(manifest: Manifest, flavour: str, version: str) -> str:
 
 def profile_of(manifest: Manifest) -> Profile:
     """What the engines of a bundle are built for: chunks of up to CHUNK tokens, and all of its context."""
-    from runtime.manifest import Profile
+    from fusionroute.runtime.manifest import Profile
 
     chunk = min(CHUNK, manifest.max_seq_len)
     return Profile(
@@ -77,7 +77,7 @@ def build_engines(
 
     `begin` is called with an engine's name when it is its turn. Raises FusionError subclasses as `build` does; nothing is left behind then.
     """
-    from runtime.manifest import Engines
+    from fusionroute.runtime.manifest import Engines
 
     version = load(flavour).__version__
     profile = profile_of(manifest)
@@ -137,8 +137,8 @@ def rebuild(
 
     Returns the manifest. Engines that new ones replace are removed. Raises FusionError subclasses as `build` does.
     """
-    from runtime.bundle import sha256
-    from runtime.manifest import File
+    from fusionroute.runtime.bundle import sha256
+    from fusionroute.runtime.manifest import File
 
     for variant in variants:
         try:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.backend import Fused
-from runtime.manifest import Profile
-from runtime.tensorrt.device import Graph, Memory, Stream
-from runtime.tensorrt.loading import Context, Engine
-from runtime.tensorrt.model import Rows, Shared
-from runtime.tensorrt.transfers import Block
+from fusionroute.runtime.backends.backend import Fused
+from fusionroute.runtime.manifest import Profile
+from fusionroute.runtime.tensorrt.device import Graph, Memory, Stream
+from fusionroute.runtime.tensorrt.loading import Context, Engine
+from fusionroute.runtime.tensorrt.model import Rows, Shared
+from fusionroute.runtime.tensorrt.transfers import Block
 
 CANDIDATES = {"ids": "candidate_ids", "logits": "candidate_logits"}  # names of backend.Fused that the graph calls otherwise
 NOTHING = np.zeros(1, np.int64)

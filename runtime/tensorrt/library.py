@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 from typing import Any
 
-from runtime.errors import InputError, UnavailableError
+from fusionroute.runtime.errors import InputError, UnavailableError
 
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # flavour, and extra of the package → module
 NAMES = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}

@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from runtime.bundle import Bundle
-from runtime.errors import BundleError, FusionError, UnavailableError, one_line
-from runtime.tensorrt.device import Device, Memory, Stream
-from runtime.tensorrt.engines import fitting
-from runtime.tensorrt.library import load
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError, one_line
+from fusionroute.runtime.tensorrt.device import Device, Memory, Stream
+from fusionroute.runtime.tensorrt.engines import fitting
+from fusionroute.runtime.tensorrt.library import load
 
 if TYPE_CHECKING:
-    from runtime.manifest import Variant
+    from fusionroute.runtime.manifest import Variant
 
 BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
 

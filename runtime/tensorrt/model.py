@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.errors import InputError
-from runtime.manifest import Model as Spec
-from runtime.tensorrt.device import Device, Event, Graph, Memory, Stream, aligned
-from runtime.tensorrt.loading import BYTES, Context, Engine, Weights
-from runtime.tensorrt.residency import Residency
-from runtime.tensorrt.transfers import Block, Transfers
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.manifest import Model as Spec
+from fusionroute.runtime.tensorrt.device import Device, Event, Graph, Memory, Stream, aligned
+from fusionroute.runtime.tensorrt.loading import BYTES, Context, Engine, Weights
+from fusionroute.runtime.tensorrt.residency import Residency
+from fusionroute.runtime.tensorrt.transfers import Block, Transfers
 
 SHORTEST = 128  # keys that attention reads at least: the lengths are powers of two from here, so that few graphs are captured
 

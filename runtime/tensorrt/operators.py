@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UnavailableError
-from runtime.tensorrt.library import NAMES
+from fusionroute.runtime.errors import UnavailableError
+from fusionroute.runtime.tensorrt.library import NAMES
 
 TABLE = Path(__file__).with_name("operators.json")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from runtime.errors import InputError
-from runtime.tensorrt.device import Device, Event, Memory, Stream
-from runtime.tensorrt.loading import Weights
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.tensorrt.device import Device, Event, Memory, Stream
+from fusionroute.runtime.tensorrt.loading import Weights
 
 
 class Residency:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from runtime.tensorrt.device import Device, Event, Stream, aligned
+from fusionroute.runtime.tensorrt.device import Device, Event, Stream, aligned
 
 Layout = Mapping[str, tuple[tuple[int, ...], Any]]  # name → shape, dtype
 

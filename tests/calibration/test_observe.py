@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.observe import observe
-from calibration.observers import Observer
-from calibration.record import NOBODY, Text
-from calibration.served import Mask, served
-from calibration.walk import See, Walk
-from runtime.errors import InputError
-from tests.small_blocks import LAYERS, TABLE, WEIGHTS, H, V, blocks, expected
+from fusionroute.calibration.blockwise_forward import See, Walk
+from fusionroute.calibration.observe import observe
+from fusionroute.calibration.observers import Observer
+from fusionroute.calibration.record import NOBODY, Text
+from fusionroute.calibration.serving_masks import Mask, served
+from fusionroute.runtime.errors import InputError
+from tests.support.small_blocks import LAYERS, TABLE, WEIGHTS, H, V, blocks, expected
 
 
 def texts(seed: int = 0, count: int = 4) -> list[Text]:

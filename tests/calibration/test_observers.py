@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.observers import BINS, LEVELS, SMALLEST, Observer
-from runtime.errors import InputError
+from fusionroute.calibration.observers import BINS, LEVELS, SMALLEST, Observer
+from fusionroute.runtime.errors import InputError
 
 
 def values(kind: str, rows: int, channels: int, seed: int = 0) -> np.ndarray:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.prompts import BUILTIN, HELD_OUT, divide, load_parts, load_prompts
-from runtime.errors import InputError
+from fusionroute.calibration.prompts import BUILTIN, HELD_OUT, divide, load_parts, load_prompts
+from fusionroute.runtime.errors import InputError
 
 
 def test_builtin() -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.record import NOBODY, Text, record
-from fr_export.reference import reference
-from fr_export.system import System
-from runtime import FusionRuntime
-from runtime.errors import InputError
-from tests.exporting import export_system
-from tests.systems import Shape
+from fusionroute.calibration.record import NOBODY, Text, record
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.verify.torch_reference import reference
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.errors import InputError
+from tests.support.exporting import export_system
+from tests.support.systems import Shape
 
 PROMPTS: list[str | list[int]] = ["12+30=", [5, 7, 9, 11], "A prompt of more tokens than those."]
 NEW, CONTEXT = 40, 96

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration import sealed
-from calibration.__main__ import app
-from calibration.observers import Observer
-from calibration.record import NOBODY, Text
-from calibration.table import KIND, Table, figures
-from runtime.errors import InputError
-from tests.commands import Command, in_folder
+from fusionroute.calibration import checksummed_file
+from fusionroute.calibration.__main__ import app
+from fusionroute.calibration.observers import Observer
+from fusionroute.calibration.record import NOBODY, Text
+from fusionroute.calibration.table import KIND, Table, figures
+from fusionroute.runtime.errors import InputError
+from tests.support.commands import Command, in_folder
 
 ROWS = {"router": 400, "math": 30, "code": 0}
 
@@ -62,13 +62,13 @@ def test_parts_alone(tmp_path: Path, table: Table) -> None:
 
 def test_tables_that_lack_something(tmp_path: Path) -> None:
     made().save(tmp_path / "t")
-    tensors, about = sealed.read(tmp_path / "t", KIND)
+    tensors, about = checksummed_file.read(tmp_path / "t", KIND)
     for change in ("lengths", "ids", "router/model.layers.2.q/counts"):
-        sealed.write(tmp_path / "t", KIND, {name: x for name, x in tensors.items() if name != change}, about)
+        checksummed_file.write(tmp_path / "t", KIND, {name: x for name, x in tensors.items() if name != change}, about)
         with pytest.raises(InputError) as caught:
             Table.load(tmp_path / "t")
         assert "make" in str(caught.value) and "again" in str(caught.value) and "\n" not in str(caught.value)
-    sealed.write(tmp_path / "t", KIND, tensors, {"identity": "x", "models": "[1]"})
+    checksummed_file.write(tmp_path / "t", KIND, tensors, {"identity": "x", "models": "[1]"})
     with pytest.raises(InputError, match=f"The {KIND} .* lacks a part or holds a wrong one"):
         Table.load(tmp_path / "t")
 

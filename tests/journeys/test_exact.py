@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.exporting import ALL, export_system
-from tests.runtime.test_speculation import draft_always, same
-from tests.systems import Shape
+from tests.runtime.speculation.test_speculation import draft_always, same
+from tests.support.exporting import ALL, export_system
+from tests.support.systems import Shape
 
 
 def compare(folder: Path, monkeypatch: pytest.MonkeyPatch, family: str, precisions: tuple[str, ...], prompts: int) -> None:

@@ -11,20 +11,20 @@ import pytest
 import typer
 from rich.console import Console
 
-from docs.bench import gpu_check, gpu_checks
-from fr_export.bounds import OWN
-from fr_export.export import Request, export
-from fr_export.families import FAMILIES
-from fr_export.precision import SCHEMES
-from fr_export.stages import Stages
-from runtime.bench import bandwidth
-from runtime.manifest import Engines, Manifest
-from runtime.tensorrt.residency import Residency
-from tests.simulated.bundles import add_engines
-from tests.simulated.install import simulated
-from tests.simulated.machine import Machine
-from tests.simulated.tensorrt import WEIGHTS
-from tests.systems import Shape, make_system
+from benchmarks import gpu_check, gpu_checks
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request, export
+from fusionroute.fr_export.families import FAMILIES
+from fusionroute.fr_export.precision import SCHEMES
+from fusionroute.fr_export.verify.bounds import OWN
+from fusionroute.runtime.bench import bandwidth
+from fusionroute.runtime.manifest import Engines, Manifest
+from fusionroute.runtime.tensorrt.residency import Residency
+from tests.support.simulated.bundles import add_engines
+from tests.support.simulated.install import simulated
+from tests.support.simulated.machine import Machine
+from tests.support.simulated.tensorrt import WEIGHTS
+from tests.support.systems import Shape, make_system
 
 ON_GPU = ("parity", "same tokens", "graph replay", "eviction", "weights once")
 
@@ -50,7 +50,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     targets, precisions = ("ort:cpu", "tensorrt"), ("fp32", "bf16", "int8", "int8-wo")
     wanted = Request(FAMILIES["gemma2"], router, experts, precisions, targets, out, max_seq_len=640, calibration="none")
-    with patch("fr_export.export.measure", return_value=({}, "a test compares it")), patch.dict(SCHEMES["tensorrt"]):
+    with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")), patch.dict(SCHEMES["tensorrt"]):
         del SCHEMES["tensorrt"]["int8"]
         export(wanted, Stages(Console(quiet=True)))
     made = Manifest.read(out)
@@ -141,9 +141,9 @@ def test_captures_that_go_wrong_are_seen(bundle: Path, tmp_path: Path) -> None:
     [variant] = [each for each in Manifest.read(bundle).variants if (each.target, each.precision) == ("tensorrt", "fp32")]
     place = gpu_checks.Place(bundle, "rtx", 89)
     with simulated(Machine()):
-        with patch("tests.simulated.cuda.Cuda.cudaGraphLaunch", lambda *_: (0,)):
+        with patch("tests.support.simulated.cuda.Cuda.cudaGraphLaunch", lambda *_: (0,)):
             assert gpu_checks.replay(place, variant)[0] is False
-        with patch("tests.simulated.tensorrt.Context.is_stream_capturable", lambda *_: False):
+        with patch("tests.support.simulated.tensorrt.Context.is_stream_capturable", lambda *_: False):
             assert gpu_checks.replay(place, variant)[0] is False
 
 

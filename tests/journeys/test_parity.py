@@ -8,12 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fr_export.reference import reference
-from fr_export.system import System
-from runtime import FusionRuntime
-from tests.exporting import ALL, export_system
-from tests.parity import check_parity
-from tests.systems import Shape
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.verify.torch_reference import reference
+from fusionroute.runtime import FusionRuntime
+from tests.support.exporting import ALL, export_system
+from tests.support.parity import check_parity
+from tests.support.systems import Shape
 
 ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "sliding_window": 5}

@@ -6,11 +6,11 @@ from typing import Any
 import onnx
 import pytest
 
-from calibration.table import Table
-from fr_export import export
-from fr_export.calibrate import calibrate
-from tests.exporting import export_checkpoints
-from tests.systems import Shape, make_system
+from fusionroute.calibration.table import Table
+from fusionroute.fr_export import export
+from fusionroute.fr_export.precision.calibrate import calibrate
+from tests.support.exporting import export_checkpoints
+from tests.support.systems import Shape, make_system
 
 
 def forms(graph: Path) -> set[tuple[int, int]]:

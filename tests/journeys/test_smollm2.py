@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.prompts import BUILTIN
-from fr_export.families import FAMILIES
-from fr_export.reference import reference
-from fr_export.system import System
-from runtime import FusionRuntime
-from tests.exporting import ALL, export_checkpoints
-from tests.parity import check_parity
-from tests.systems import Shape
+from fusionroute.calibration.prompts import BUILTIN
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.families import FAMILIES
+from fusionroute.fr_export.verify.torch_reference import reference
+from fusionroute.runtime import FusionRuntime
+from tests.support.exporting import ALL, export_checkpoints
+from tests.support.parity import check_parity
+from tests.support.systems import Shape
 
 pytestmark = pytest.mark.slow
 TOOLS = Path(__file__).parents[3] / "shared/tools"

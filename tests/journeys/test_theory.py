@@ -9,7 +9,7 @@ import pytest
 
 from examples import theory
 from examples.theory import EXPERTS, LAMBDAS, PROMPT, STEPS, TARGET, Policy, fused, make_bundle, policies, selections, table
-from runtime import FusionRuntime
+from fusionroute.runtime import FusionRuntime
 
 LENGTH = len(TARGET)
 BEFORE = (PROMPT + TARGET)[:LENGTH]

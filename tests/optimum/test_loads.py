@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fr_export.families import FAMILIES
-from tests.systems import Shape, make_system
+from fusionroute.fr_export.families import FAMILIES
+from tests.support.systems import Shape, make_system
 
 pytestmark = pytest.mark.slow
 optimum = pytest.importorskip("optimum.onnxruntime", reason="Optimum has an environment of its own: make test-optimum")

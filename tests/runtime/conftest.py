@@ -14,6 +14,6 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     named = [Path(name) for name in os.environ.get("FUSIONROUTE_BUNDLES", "").split(":") if name]
     if named:
         return [Path(shutil.copytree(path, root / f"{number}-{path.name}")) for number, path in enumerate(named)]
-    from tests.exporting import export_runtime_bundles
+    from tests.support.exporting import export_runtime_bundles
 
     return export_runtime_bundles(root)

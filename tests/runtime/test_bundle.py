@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
-from runtime.bundle import Bundle
-from runtime.manifest import Manifest
+from fusionroute.runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.manifest import Manifest
 
 Change = Callable[[dict[str, Any]], object]
 PROMPT = [1, 5, 9]

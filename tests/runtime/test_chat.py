@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from runtime.chat import render
-from runtime.errors import InputError
+from fusionroute.runtime.chat import render
+from fusionroute.runtime.errors import InputError
 
 GEMMA2 = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import FusionRuntime
+from fusionroute.runtime import FusionRuntime
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "12+30="

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import FusionRuntime, InputError, Sampling
-from runtime.backends.ort_cpu import OrtCache, zeros
-from runtime.bench.memory import resident
-from runtime.engine import StreamOptions
-from runtime.sampling import SamplingOptions
-from runtime.session import CHUNK
-from runtime.text import Token
-from runtime.watch import Interrupted, Watch
+from fusionroute.runtime import FusionRuntime, InputError, Sampling
+from fusionroute.runtime.backends.ort_cpu import OrtCache, zeros
+from fusionroute.runtime.bench.memory import resident
+from fusionroute.runtime.cancellation import Interrupted, Watch
+from fusionroute.runtime.engine import StreamOptions
+from fusionroute.runtime.sampling import SamplingOptions
+from fusionroute.runtime.session import CHUNK
+from fusionroute.runtime.text import Token
 
 PROMPT = "12+30= and more"
 
@@ -66,13 +66,15 @@ class Clock:
             return self.forward(cache, ids, positions)
 
         monkeypatch.setattr(OrtCache, "forward", forward)
-        monkeypatch.setattr("runtime.watch.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("fusionroute.runtime.cancellation.time.monotonic", lambda: self.now)
 
 
 def test_a_deadline_is_kept_within_one_token(rt: FusionRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rt.generate(PROMPT, 12)
     Clock(monkeypatch)
-    monkeypatch.setattr("runtime.session.LONG", CHUNK)  # else the prompt is looked after by a thread of its own, which asks the same clock
+    monkeypatch.setattr(
+        "fusionroute.runtime.session.LONG", CHUNK
+    )  # else the prompt is looked after by a thread of its own, which asks the same clock
     for seconds, count in ((0, 0), (-1, 0), (0.5, 1), (4, 4), (4.5, 5), (50, 12)):
         found = rt.generate(PROMPT, 12, deadline=seconds)
         assert found.token_ids == whole.token_ids[:count]
@@ -177,7 +179,7 @@ def test_routing_is_a_buffer_even_where_no_router_ran(rt: FusionRuntime) -> None
 
 FORK = """
 import gc, os, sys
-from runtime import FusionError, FusionRuntime
+from fusionroute import FusionError, FusionRuntime
 rt = FusionRuntime.load(sys.argv[1])
 session = rt.session()
 session.append([3, 4])
@@ -218,7 +220,7 @@ def test_a_forked_child_is_refused_and_may_load_again(bundles: list[Path]) -> No
 QUIET = """
 import logging, os, signal, sys, threading
 before = {number: signal.getsignal(number) for number in signal.valid_signals()}
-from runtime import FusionRuntime
+from fusionroute import FusionRuntime
 with FusionRuntime.load(sys.argv[1]) as rt:
     rt.generate("12+30=", 4)
     try:
@@ -240,7 +242,7 @@ def test_the_types_of_options_are_those_of_the_options() -> None:
     code = FusionRuntime.stream.__code__
     keywords = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
     assert set(StreamOptions.__annotations__) - set(SamplingOptions.__annotations__) == set(keywords)
-    assert (Path(sys.modules["runtime"].__file__ or "").parent / "py.typed").exists()
+    assert (Path(sys.modules["fusionroute.runtime"].__file__ or "").parent / "py.typed").exists()
 
 
 def test_a_cache_takes_the_memory_of_its_text() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import ClosedError, FusionError, FusionRuntime, InputError, UnavailableError
-from runtime.backends.ort_cpu import OrtCache
+from fusionroute.runtime import ClosedError, FusionError, FusionRuntime, InputError, UnavailableError
+from fusionroute.runtime.backends.ort_cpu import OrtCache
 
 PROMPT = "12+30= and more"
 
@@ -201,7 +201,7 @@ def test_scores_do_not_depend_on_how_many_rows_are_fused_at_once(bundles: list[P
     with FusionRuntime.load(bundles[0], precision="fp32") as rt:
         ids = rt.encode(PROMPT)
         whole = rt.score(ids).logits
-        monkeypatch.setattr("runtime.scoring.FUSED", 2 * rt.vocab_size)
+        monkeypatch.setattr("fusionroute.runtime.scoring.FUSED", 2 * rt.vocab_size)
         assert (rt.score(ids).logits == whole).all()
 
 
@@ -356,7 +356,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import time
 start = time.perf_counter()
-from runtime import FusionRuntime
+from fusionroute import FusionRuntime
 seconds = time.perf_counter() - start
 with FusionRuntime.load(sys.argv[1]) as rt:
     print(len(rt.generate("12+30=", 8).token_ids), seconds)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from runtime import FusionRuntime
-from runtime.stream import Result
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.stream import Result
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "node.py"
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from runtime.commands.build import build
-from runtime.errors import InputError, UnavailableError
-from runtime.manifest import Engines, Profile, Variant
-from runtime.tensorrt.build import one_at_a_time, told
-from runtime.tensorrt.engines import fitting, with_engines
-from runtime.tensorrt.library import installed, load, parse_sms
-from runtime.tensorrt.operators import check, known, since, table
+from fusionroute.runtime.commands.build import build
+from fusionroute.runtime.errors import InputError, UnavailableError
+from fusionroute.runtime.manifest import Engines, Profile, Variant
+from fusionroute.runtime.tensorrt.build import one_at_a_time, told
+from fusionroute.runtime.tensorrt.engines import fitting, with_engines
+from fusionroute.runtime.tensorrt.library import installed, load, parse_sms
+from fusionroute.runtime.tensorrt.operators import check, known, since, table
 
 PROFILE = Profile(tokens=8, keys=16, positions=8, rows=8, candidates=8, penalised=16)
 

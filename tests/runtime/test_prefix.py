@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import FusionRuntime
-from runtime.backends.ort_cpu import OrtCache
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backends.ort_cpu import OrtCache
 
 SYSTEM = list(range(5, 65))
 

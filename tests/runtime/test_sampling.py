@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.errors import InputError
-from runtime.sampling import COLDEST, Candidates, Sampler, Sampling
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.sampling import COLDEST, Candidates, Sampler, Sampling
 
 Floats = npt.NDArray[np.float32]
 

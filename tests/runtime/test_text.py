@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runtime.errors import BundleError, InputError
-from runtime.text import Text, TextStream, Token
+from fusionroute.runtime.errors import BundleError, InputError
+from fusionroute.runtime.text import Text, TextStream, Token
 
 tokenizers: Any = pytest.importorskip("tokenizers")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import ClosedError, FusionError, FusionRuntime
+from fusionroute.runtime import ClosedError, FusionError, FusionRuntime
 
 PROMPT = "12+30= and more"
 
@@ -86,7 +86,7 @@ def test_closing_under_way_ends_every_thread_with_an_error(bundles: list[Path], 
 SOAK = """
 import gc, sys, threading
 from pathlib import Path
-from runtime import FusionRuntime
+from fusionroute import FusionRuntime
 
 def memory():
     gc.collect()

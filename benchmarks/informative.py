@@ -1,0 +1,63 @@
+"""Whom the router asks where it matters: at the tokens of right answers that some experts would write and others would not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fusionroute.fr_export.evaluation.token_classes import CLASSES, TokenClasses
+from fusionroute.fr_export.tasks.domains import Sample
+from fusionroute.runtime import FusionRuntime
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The informative positions. label, chosen int64 [P] (token class, routed expert), right bool [P, n] (whose greedy token is the answer's)."""
+
+    label: np.ndarray
+    chosen: np.ndarray
+    right: np.ndarray
+
+    def save(self, file: Path) -> None:
+        """Write an .npz file."""
+        np.savez_compressed(file, **asdict(self))
+
+    @classmethod
+    def load(cls, file: Path) -> "Choices":
+        """Read what `save` wrote."""
+        with np.load(file) as arrays:
+            return cls(**arrays)
+
+    def table(self, names: Sequence[str]) -> list[tuple[str, int, list[float], float, float]]:
+        """Per token class: how many, share of each expert, how often the routed expert is right, how often a random one would be."""
+        lines = []
+        for number, name in [*enumerate(CLASSES), (None, "all")]:
+            mine = np.arange(len(self.label)) if number is None else np.flatnonzero(self.label == number)
+            if len(mine):
+                shares = [float((self.chosen[mine] == expert).mean()) for expert in range(len(names))]
+                hit = float(self.right[mine, self.chosen[mine]].mean())
+                lines.append((name, len(mine), shares, hit, float(self.right[mine].mean())))
+        return lines
+
+
+def choices(bundle: str, tasks: Mapping[str, Sequence[Sample]]) -> Choices:
+    """Read prompts with their right answers through the exported router and all experts (teacher forced)."""
+    labels, chosen, right = [], [], []
+    with FusionRuntime.load(bundle, "fp32") as runtime:
+        assert runtime.text is not None
+        classes = TokenClasses(runtime.text)
+        caches = [model.cache() for model in (runtime.backend.router, *runtime.backend.experts)]
+        for sample in (sample for samples in tasks.values() for sample in samples):
+            prompt, answer = runtime.encode(sample.prompt), runtime.text.encode(sample.answer, special=False)
+            positions = list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
+            for cache in caches:
+                cache.length = 0
+            router, *experts = [cache.forward([*prompt, *answer[:-1]], positions) for cache in caches]
+            hits = np.stack([own.logits.argmax(-1) == answer for own in experts], -1)
+            informative = hits.any(-1) & ~hits.all(-1)
+            assert router.routing is not None
+            labels.append(np.array(classes.of(answer))[informative])
+            chosen.append(router.routing.argmax(-1)[informative])
+            right.append(hits[informative])
+    return Choices(np.concatenate(labels), np.concatenate(chosen), np.concatenate(right))

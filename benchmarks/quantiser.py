@@ -1,0 +1,211 @@
+"""What each step of the quantisers gains, and what bits buy: a JSON file, a table and a picture.
+
+python benchmarks/quantiser.py --router SYSTEM/router --expert NAME=SYSTEM/experts/NAME … --out DIR [--only int4]
+
+Every row is one way to make the matrices of one system, exported and run as users' bundles are, and held against plain torch in fp32 on
+text that calibration never sees (Python's language reference, `pydoc_data.topics`). Some minutes a row for four models of 135 million
+parameters on two cores.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnx_ir as ir
+import typer
+from matplotlib import pyplot
+from precision import windows
+from rich.console import Console
+from rich.table import Table
+
+from fusionroute.calibration.observe import observe
+from fusionroute.calibration.serving_masks import Mask
+from fusionroute.fr_export import export as exporter
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.commands.export import parse_experts
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.families import FAMILIES
+from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision import SCHEMES, int4, int8, w8a8
+from fusionroute.fr_export.precision.blockwise import Format, attach, nearest, sliced, store_blocks
+from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.plan_w8a8 import plan
+from fusionroute.fr_export.precision.rounding import measure
+from fusionroute.fr_export.precision.scheme import Fitted, Scheme, users
+from fusionroute.fr_export.precision.sensitive import sensitive
+from fusionroute.fr_export.precision.smoothquant import smooth
+from fusionroute.fr_export.verify.compare import compare
+from fusionroute.fr_export.verify.torch_reference import reference
+from fusionroute.runtime import FusionRuntime
+
+
+class Nearest:
+    """Weight-only blocks, rounded to nearest."""
+
+    def __init__(self, name: str, form: Format):
+        self.name, self.form, self.bits = name, form, form.bits_per_weight
+
+    def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
+        """See `scheme.Scheme`."""
+        pieces = sliced(rows, int(matrix.shape[1]))
+        attach(graph, matrix, store_blocks((nearest(piece, self.form) for piece in pieces), self.form, store))
+
+
+class Gptq(Nearest):
+    """The same by GPTQ, after smoothing, with another format for the embedding or with sensitive matrices at 8 bits up to a budget."""
+
+    def __init__(self, name: str, form: Format, smoothed: bool = False, embedding: Format | None = None, budget: float = 0.0):
+        super().__init__(name, form)
+        self.smoothed, self.embedding, self.budget = smoothed, embedding or form, budget
+
+    def fit(
+        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
+    ) -> tuple[Graph, Fitted]:
+        """See `scheme.Fitting`."""
+        if self.smoothed:
+            graph, _ = smooth(graph, weights, known.observed, taken=shared.setdefault("scales", {}))
+        values = graph.model.graph.initializers
+        forms = {name: self.embedding if users(values[name])[1] else self.form for name in matrices(graph)}
+        if self.budget:
+            forms |= dict.fromkeys(sensitive(graph, weights, known, forms, int8.SMALL, self.budget), int8.SMALL)
+        return graph, Compensated(self, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
+
+
+class Static(Nearest):
+    """W8A8 whose parts can be left out: SmoothQuant, the choice of served tokens."""
+
+    def __init__(self, name: str, smoothed: bool = True, routed: bool = True):
+        super().__init__(name, int8.FORMAT)
+        self.smoothed, self.routed = smoothed, routed
+
+    def fit(
+        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
+    ) -> tuple[Graph, Fitted]:
+        """See `scheme.Fitting`."""
+        if not self.routed:
+            masks = [Mask(len(text.ids), np.arange(len(text.ids))) for text in known.recorded]
+            known = replace(known, masks=masks, observed=observe(split(graph), known.recorded, masks, *reader(graph, weights)))
+        if self.smoothed:
+            return w8a8.Static().fit(graph, weights, known, store, shared, advance)
+        forms = {matrix: w8a8.by_row(channels) for matrix, channels in matrices(graph).items()}
+        stored = compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance)
+        noise = measure(graph, weights, known, known.observed)
+        return graph, w8a8.W8A8(plan(graph, weights, known.observed, noise), stored)
+
+
+def symmetric(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
+    """4 bits about the zero point 8."""
+    return (np.abs(rows).max(-1) / np.float32(7.5)).astype(np.float16), None
+
+
+def unclipped(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """4 bits with a zero point, over the whole range of a block."""
+    low, high = np.minimum(rows.min(-1), 0), np.maximum(rows.max(-1), 0)
+    scale = ((high - low) / np.float32(15)).astype(np.float16)
+    step = scale.astype(np.float32)
+    zero = np.clip(np.rint(-low * np.divide(1, step, out=np.zeros_like(step), where=step > 0)), 0, 15)
+    return scale, zero.astype(np.uint8)
+
+
+def four(block: int, grid: Any = int4.grid, zeros: bool = True) -> Format:
+    """A 4-bit format."""
+    return Format(4, block, np.dtype(np.float16), zeros, grid)
+
+
+STEPS: tuple[Scheme, ...] = (
+    Nearest("int4 nearest, symmetric, 64", four(64, symmetric, zeros=False)),
+    Nearest("int4 nearest, zero points, 32", four(32, unclipped)),
+    Nearest("int4 nearest, clipped ranges, 32", four(32)),
+    Gptq("int4 GPTQ, 128", four(128)),
+    Gptq("int4 GPTQ, 64", four(64)),
+    Gptq("int4 GPTQ, 64, embedding 32", four(64), embedding=four(32)),
+    Gptq("int4 GPTQ, 64, embedding 32, sensitive at 8 bits", four(64), embedding=four(32), budget=int4.BUDGET),
+    Gptq("int4 GPTQ, 32", four(32)),
+    Gptq("int4 GPTQ, 32, sensitive at 8 bits", four(32), budget=int4.BUDGET),
+    Gptq("int4 GPTQ, 16", four(16)),
+    Nearest("int8 nearest, 64", int8.FORMAT),
+    Gptq("int8 GPTQ, 64", int8.FORMAT),
+    Gptq("int8 GPTQ, 64, smoothed", int8.FORMAT, smoothed=True),
+    Static("w8a8 without SmoothQuant", smoothed=False),
+    Static("w8a8 calibrated on all tokens", routed=False),
+    Static("w8a8 as it is"),
+)
+
+
+def main(
+    router: Annotated[str, typer.Option(help="Router checkpoint.")],
+    expert: Annotated[list[str], typer.Option(help="NAME=SRC; repeat per expert.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundles, quantiser.json and quantiser.png.")],
+    family: Annotated[str, typer.Option(help="Model family.")] = "llama3",
+    only: Annotated[str, typer.Option(help="Rows whose name holds this.")] = "",
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: Python's language reference.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens read in chunks.")] = 4096,
+) -> None:
+    """Export a system in many ways and measure them; rows that quantiser.json has already are not made again."""
+    experts, file = dict(parse_experts(expert)), out / "quantiser.json"
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    stages = Stages(Console(stderr=True))
+    exporter.REFERENCE_LIMIT = 0  # the export's own comparison is too short for this
+    system = System.open(FAMILIES[family], router, experts, max_seq_len=1024)
+    texts = windows(system, text, tokens)
+    with stages.progress:
+        references = None
+        for step in STEPS:
+            if step.name in found or only not in step.name:
+                continue
+            SCHEMES["ort:cpu"][step.name] = step
+            bundle = out / "bundle"
+            request = exporter.Request(FAMILIES[family], router, experts, (step.name,), ("ort:cpu",), bundle, max_seq_len=1024, force=True)
+            variant = exporter.export(request, stages)["variants"][0]
+            if references is None:
+                with FusionRuntime.load(bundle) as runtime:
+                    coefficients = runtime.coefficients(runtime.fusion, runtime.lam)
+                with stages.stage("reference in torch", len(system.models)) as advance:
+                    references = reference(system, texts, coefficients, advance)
+            with stages.stage(f"measuring {step.name}", sum(map(len, texts))) as advance:
+                compared = compare(str(bundle), step.name, texts, references, advance, 1)
+            found[step.name] = {"bits": variant["bits_per_weight"], "fitted": variant["fitted"]} | compared["chunks"]
+            file.write_text(json.dumps(found, indent=1))
+    table = Table("made as", "bits", "perplexity", "KL", "top-1", "routing")
+    for name, row in found.items():
+        shares = (f"{row[key]:.1%}" for key in ("greedy_agreement", "routing_agreement"))
+        table.add_row(name, f"{row['bits']:.2f}", f"{row['perplexity_ratio'] - 1:+.1%}", f"{row['kl_mean']:.3g}", *shares)
+    Console(width=110).print(table)
+    if any("nearest" in name or "GPTQ" in name for name in found):
+        draw(found, out / "quantiser.png")
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Bits against loss, weight-only rows."""
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for kind, mark, below in (("nearest", "o", False), ("GPTQ", "s", True)):
+        rows = {name: row for name, row in found.items() if kind in name}
+        axes.scatter([row["bits"] for row in rows.values()], [row["kl_mean"] for row in rows.values()], marker=mark, label=kind)
+        for name, row in rows.items():
+            axes.annotate(
+                name.partition(" ")[2].partition(", ")[2],
+                (row["bits"], row["kl_mean"]),
+                xytext=(2, -5) if below else (5, 5),
+                rotation=-40 if below else 0,
+                rotation_mode="anchor",
+                va="top" if below else "baseline",
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axes.margins(x=0.2, y=0.25)
+    axes.set(xlabel="bits per weight, all matrices", ylabel="mean KL from fp32 (nats)", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    typer.run(main)

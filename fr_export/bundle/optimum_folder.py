@@ -1,0 +1,38 @@
+"""What Optimum reads beside a graph: a folder's configuration and texts. With it the routing head, for which the graph has no output."""
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.numpy import save
+
+from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint, read_json
+from fusionroute.fr_export.checkpoints.system import RoutingHead
+
+TEXTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+PRIVATE = ("_name_or_path",)  # a path of the machine that made the checkpoint
+
+
+def complete(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead | None) -> None:
+    """Write config.json with the graph's vocabulary, generation_config.json and copies of the checkpoint's texts beside a graph.
+
+    For a router also routing_head.safetensors: routing_head.weight float32 [n_experts, hidden] and routing_head.bias float32 [n_experts].
+    """
+    config = read_json(model.folder / "config.json", model.where) | {"vocab_size": vocab_size, "use_cache": True}
+    write(folder / "config.json", {key: value for key, value in config.items() if key not in PRIVATE})
+    said = model.folder / "generation_config.json"
+    ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.end_tokens, "pad_token_id": model.config.pad_token_id}
+    write(
+        folder / "generation_config.json",
+        read_json(said, model.where) if said.exists() else {k: v for k, v in ids.items() if v is not None},
+    )
+    for name in TEXTS:
+        if (model.folder / name).is_file():
+            shutil.copyfile(model.folder / name, folder / name)
+    if head is not None:
+        (folder / HEAD_FILE).write_bytes(save({"routing_head.weight": head.weight, "routing_head.bias": head.bias}))
+
+
+def write(file: Path, content: dict[str, object]) -> None:
+    """As JSON."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,82 @@
+"""The table of targets: what a traced graph becomes before it gets weights. A new target is one line here and one among the SCHEMES."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusionroute.fr_export.bundle import optimum_folder
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.system import RoutingHead
+from fusionroute.fr_export.families import Family
+from fusionroute.fr_export.graphs.dialects import Lowering, ort, portable, tensorrt, tensorrt_10_3
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.passes import decompose_rmsnorm, to_half
+from fusionroute.fr_export.precision.half import TYPES
+
+GRAPHS = "graphs"
+Prepare = Callable[[Graph, str, Family], None]  # (graph, precision, family): rewrites the graph
+Place = Callable[
+    [str, str, str, bool], str
+]  # (model, target, precision, whether it is the target's first) → the graph's path in the bundle
+Complete = Callable[[Path, Checkpoint, int, RoutingHead | None], None]  # writes what stands beside a graph; see `optimum_folder.complete`
+
+
+def named(model: str, target: str, precision: str, first: bool) -> str:
+    """All graphs in one folder, whose weights they share."""
+    return f"{GRAPHS}/{model}.{target.replace(':', '-')}.{precision}.onnx"
+
+
+def in_folders(model: str, target: str, precision: str, first: bool) -> str:
+    """A folder per model that is complete alone, with the names that readers of such folders look for first."""
+    return f"{target}/{model}/{'model' if first else f'model_{precision}'}.onnx"
+
+
+def nothing(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead | None) -> None:
+    """The graphs are all there is."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The dialect that models are traced in, what is done to a copy of the trace for one precision, and where it is put with what beside it."""
+
+    lowering: Lowering
+    prepare: Prepare
+    place: Place = named
+    complete: Complete = nothing
+
+
+def as_traced(graph: Graph, precision: str, family: Family) -> None:
+    """Activations stay fp32."""
+
+
+def half_activations(graph: Graph, precision: str, family: Family) -> None:
+    """Activations in the precision's type, or the family's half precision; the residual stream in fp32 where the family's needs it."""
+    to_half(graph, TYPES[precision if precision in TYPES else family.half][1], family.wide_residual)
+
+
+def strongly_typed(graph: Graph, precision: str, family: Family) -> None:
+    """Activations in half precision, but in fp32 graphs."""
+    if precision != "fp32":
+        half_activations(graph, precision, family)
+
+
+def portable_activations(graph: Graph, precision: str, family: Family) -> None:
+    """Activations as the precision's name says, else fp32; norms in primitive operators."""
+    if precision in TYPES:
+        half_activations(graph, precision, family)
+    decompose_rmsnorm(graph)
+
+
+def strongly_typed_primitive(graph: Graph, precision: str, family: Family) -> None:
+    """As `strongly_typed`, with norms in primitive operators."""
+    strongly_typed(graph, precision, family)
+    decompose_rmsnorm(graph)
+
+
+TARGETS: dict[str, Target] = {
+    "ort:cpu": Target(ort, as_traced),
+    "ort:cuda": Target(ort, half_activations),
+    "portable": Target(portable, portable_activations, in_folders, optimum_folder.complete),
+    "tensorrt": Target(tensorrt, strongly_typed),
+    "tensorrt:10.3": Target(tensorrt_10_3, strongly_typed_primitive),
+}

@@ -1,0 +1,148 @@
+"""One causal LM on disk: its config, its lazily read weights, its tokenizer and, for a router, the routing head."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fusionroute.fr_export.checkpoints.hub import locate
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.console.quiet import quiet
+from fusionroute.fr_export.families import FAMILIES, Family
+from fusionroute.runtime.errors import InputError, one_line
+
+HEAD_FILE = "routing_head.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder after the checks that concern it alone. `where` names it in messages ("expert 'math' (folder)")."""
+
+    name: str
+    where: str
+    folder: Path
+    family: Family
+    config: Any  # transformers' PretrainedConfig
+    weights: Weights
+
+    @classmethod
+    def open(cls, name: str, source: str, family: Family, head_key: str | None = None) -> "Checkpoint":
+        """Locate and check one checkpoint; `head_key` names the routing head where this is the router.
+
+        Raises InputError for a folder that is missing, incomplete, or of another family, and for a router whose texts are broken.
+        """
+        folder = locate(source)
+        where = f"{'The router' if head_key else f'Expert {name!r}'} ({folder})"
+        raw = read_json(folder / "config.json", f"{where} is not a Hugging Face model folder")
+        found = raw.get("model_type")
+        if found != family.model_type:
+            other = next((f.name for f in FAMILIES.values() if f.model_type == found), None)
+            mend = f"use --family {other}" if other else f"supported families are {', '.join(FAMILIES)}"
+            raise InputError(f"{where} is of model type {found!r}; family {family.name} expects '{family.model_type}': {mend}.")
+        if raw.get("quantization_config"):
+            raise InputError(f"{where} is already quantised; export from the fp32, fp16 or bf16 checkpoint it was made from.")
+        config, shapes = read_config(folder, where)
+        family.check(where, config)
+        checkpoint = cls(name, where, folder, family, config, Weights.open(folder, (HEAD_FILE,) if head_key else ()))
+        checkpoint.check_shapes(shapes)
+        if head_key:
+            _ = checkpoint.end_tokens, checkpoint.chat_template  # broken ones are found here, not after an hour of writing
+        return checkpoint
+
+    def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Every tensor must have the shape that the config states, or the folder mixes two models."""
+        for tensor, expected in shapes.items():
+            if (shape := self.weights.shape(tensor)) != expected:
+                raise InputError(
+                    f"{self.where} has '{tensor}' of shape {list(shape)}; its config.json says {list(expected)}: they do not belong together."
+                )
+
+    @cached_property
+    def tokenizer(self) -> Any | None:
+        """tokenizer.json as the runtime reads it, or None where the folder has none (the bundle then accepts token ids only)."""
+        file = self.folder / "tokenizer.json"
+        if not file.exists():
+            return None
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise InputError(
+                f"{self.where} has a broken tokenizer: {file.name} cannot be read ({one_line(error)}); write or download it again."
+            ) from error
+        if not tokenizer.get_vocab_size():
+            raise InputError(f"{self.where} has a broken tokenizer: {file.name} holds no tokens; write or download it again.")
+        return tokenizer
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int] | None:
+        """Token → id, added tokens included; None without a tokenizer."""
+        return None if self.tokenizer is None else self.tokenizer.get_vocab(with_added_tokens=True)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, Any]:
+        """Special added tokens (content → id) and the beginning-of-sequence id: what router and experts must agree on."""
+        added = self.tokenizer.get_added_tokens_decoder() if self.tokenizer is not None else {}
+        return {token.content: index for index, token in added.items() if token.special} | {"bos_token_id": self.config.bos_token_id}
+
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """All ids that end a text: those of config.json and of generation_config.json, where there is one."""
+        file = self.folder / "generation_config.json"
+        generation = read_json(file, f"{self.where} has a broken generation_config.json") if file.exists() else {}
+        found: list[Any] = []
+        for value in (self.config.eos_token_id, generation.get("eos_token_id")):
+            found += value if isinstance(value, list) else [value] if value is not None else []
+        if wrong := [value for value in found if not isinstance(value, int)]:
+            raise InputError(f"{self.where} has the eos_token_id {wrong[0]!r} in {file.name}; expected whole numbers: write it again.")
+        return list(dict.fromkeys(found))
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The chat template from its own file or from tokenizer_config.json, where older checkpoints keep it."""
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            try:
+                return file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{self.where} has a {file.name} that is no UTF-8 text ({error}); write or download it again.") from error
+        config = self.folder / "tokenizer_config.json"
+        found = read_json(config, f"{self.where} has a broken tokenizer").get("chat_template") if config.is_file() else None
+        if isinstance(found, list):  # several named templates
+            found = next((entry.get("template") for entry in found if isinstance(entry, dict) and entry.get("name") == "default"), None)
+        if not isinstance(found, str | None):
+            raise InputError(f"{self.where} has a broken tokenizer: the chat_template in {config.name} is no text; write it again.")
+        return found
+
+
+def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """config.json as transformers reads it, and the tensors that it asks a checkpoint to hold: name → shape."""
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder)
+        if config.num_hidden_layers < 1 or config.num_attention_heads % config.num_key_value_heads:
+            raise ValueError("expected at least one layer, and as many attention heads as key-value heads or a multiple of them")
+        with quiet(), torch.device("meta"):  # shapes only
+            tensors = AutoModelForCausalLM.from_config(config).state_dict()
+    except Exception as error:  # transformers raises many kinds for an invalid config
+        raise InputError(f"{where} has an invalid config.json ({one_line(error)}); mend it or download it again.") from error
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return config, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
+
+
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file; InputError `what: …` where it is missing or broken."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{what}: it holds no {file.name}; download or write it again.") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{what}: {file.name} cannot be read as JSON ({error}); write or download it again.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{what}: {file.name} holds no JSON object; write or download it again.")
+    return value

@@ -1,0 +1,61 @@
+"""Where a checkpoint comes from: a local folder, or a download from the Hugging Face hub (safetensors and text files only)."""
+
+import errno
+import re
+from pathlib import Path
+
+from fusionroute.runtime.errors import InputError, UnavailableError, one_line
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # the cache folder's trouble, not the network's
+
+PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "fusion.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]  # fmt: skip
+
+
+def locate(source: str) -> Path:
+    """The local folder of a checkpoint named by a path or a hub id (`owner/name`), downloaded into the hub's cache if need be.
+
+    Raises InputError for a folder that does not exist, UnavailableError where the hub cannot be reached or refuses.
+    """
+    folder = Path(source).expanduser()
+    if source and folder.is_dir():
+        return folder.resolve()
+    if source and folder.exists():
+        raise InputError(f"{source} is a file; expected a checkpoint folder or a hub id such as owner/name.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise InputError(f"The checkpoint folder {source} does not exist (and is no hub id such as owner/name).")
+    return download(source)
+
+
+def download(hub_id: str) -> Path:
+    """Fetch a hub repository's safetensors, config and tokenizer."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (  # fmt: skip
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    unreachable = f"There is no folder {hub_id}, and the hub cannot be reached to download it: go online once, or name a local folder."
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=PATTERNS))
+    except GatedRepoError as error:
+        raise UnavailableError(
+            f"{hub_id} is gated: accept its licence on the hub and log in (hf auth login), or name a local folder."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UnavailableError(
+            f"There is no folder {hub_id}, and the hub knows no such repository (or it is private: hf auth login)."
+        ) from error
+    except HFValidationError as error:
+        raise InputError(f"There is no folder {hub_id}, and it is no hub id such as owner/name ({one_line(error)}).") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        raise UnavailableError(unreachable) from error
+    except Exception as error:  # the hub's HTTP client has changed its own exception types between versions
+        network = isinstance(error, OSError) and error.errno not in DISK
+        if not network and "http" not in type(error).__module__:
+            raise
+        raise UnavailableError(unreachable) from error

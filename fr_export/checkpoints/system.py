@@ -1,0 +1,125 @@
+"""A FusionRoute system: a router with its routing head and the experts it chooses from, checked to belong together."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
+from fusionroute.fr_export.families import Family
+from fusionroute.runtime.errors import InputError
+
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class RoutingHead:
+    """The linear map from the router's final hidden state to one score per expert (FusionRoute, w = W·h)."""
+
+    weight: np.ndarray  # float32 [n_experts, hidden]
+    bias: np.ndarray  # float32 [n_experts]
+
+
+@dataclass(frozen=True)
+class System:
+    """Router, experts (in the order of the head's rows), and what they share."""
+
+    family: Family
+    router: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    head: RoutingHead
+    vocab_size: int
+    max_seq_len: int
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """The router first, then the experts."""
+        return (self.router, *self.experts)
+
+    @classmethod
+    def open(
+        cls,
+        family: Family,
+        router: str,
+        experts: dict[str, str],
+        head_key: str = "routing_head",
+        max_seq_len: int | None = None,
+    ) -> "System":
+        """Open and check all checkpoints before any work is done. Raises InputError on the first thing that does not fit."""
+        if not experts:
+            raise InputError("A system needs at least one expert: name it with --expert NAME=SRC.")
+        head_of = Checkpoint.open("router", router, family, head_key)
+        opened = tuple(Checkpoint.open(name, source, family) for name, source in experts.items())
+        return cls(
+            family=family,
+            router=head_of,
+            experts=opened,
+            head=read_head(head_of, head_key, [expert.name for expert in opened]),
+            vocab_size=common_vocabulary(head_of, opened),
+            max_seq_len=context((head_of, *opened), max_seq_len),
+        )
+
+
+def read_head(router: Checkpoint, key: str, names: list[str]) -> RoutingHead:
+    """The routing head `[n_experts, hidden]` from the router's own safetensors or from routing_head.safetensors beside them."""
+    if f"{key}.weight" not in router.weights:
+        raise InputError(
+            f"{router.where} has no tensor '{key}.weight': put it into its safetensors or into {HEAD_FILE} beside them, or name its key with --routing-head-key."
+        )
+    expected = (len(names), router.config.hidden_size)
+    if (shape := router.weights.shape(f"{key}.weight")) != expected:
+        raise InputError(
+            f"{router.where} has a routing head of shape {list(shape)}; {len(names)} expert(s) ({', '.join(names)}) and hidden size "
+            f"{expected[1]} need {list(expected)}: name as many experts as the head was trained for, in its order."
+        )
+    biased = f"{key}.bias" in router.weights
+    if biased and (shape := router.weights.shape(f"{key}.bias")) != expected[:1]:
+        raise InputError(f"{router.where} has a routing bias of shape {list(shape)}; expected {[len(names)]}, one value per expert.")
+    bias = router.weights.read(f"{key}.bias") if biased else np.zeros(len(names), np.float32)
+    return RoutingHead(router.weights.read(f"{key}.weight"), bias)
+
+
+def common_vocabulary(router: Checkpoint, experts: tuple[Checkpoint, ...]) -> int:
+    """The vocabulary size that all models share. Embeddings padded beyond the tokenizer are cut to the smallest one.
+
+    Raises InputError where vocabularies or special tokens differ: fused logits would mix different tokens.
+    """
+    for expert in experts:
+        if (router.vocabulary is None) != (expert.vocabulary is None):
+            lacking = expert if expert.vocabulary is None else router
+            raise InputError(
+                f"{lacking.where} has no tokenizer.json while others of the system have one; copy the tokenizer they share into it."
+            )
+        if router.vocabulary is not None and expert.vocabulary is not None and router.vocabulary != expert.vocabulary:
+            differing = len(router.vocabulary.items() ^ expert.vocabulary.items())
+            raise InputError(
+                f"{expert.where} has another vocabulary than the router ({len(expert.vocabulary)} and {len(router.vocabulary)} tokens, "
+                f"{differing} entries differ); fusion needs equal vocabularies: use experts fine-tuned from the router's family and size of vocabulary."
+            )
+        if router.special_tokens != expert.special_tokens:
+            names = sorted({name for name, _ in router.special_tokens.items() ^ expert.special_tokens.items()})
+            raise InputError(f"{expert.where} differs from the router in the special tokens {', '.join(names)}; fusion needs them equal.")
+    sizes = {model.config.vocab_size for model in (router, *experts)}
+    smallest = min((router, *experts), key=lambda model: model.config.vocab_size)
+    if router.vocabulary is None:
+        if len(sizes) > 1:
+            raise InputError(
+                f"Router and experts have vocabularies of {sorted(sizes)} tokens and no tokenizer that tells which are padding; fusion needs equal ones."
+            )
+        return int(sizes.pop())
+    needed = max(router.vocabulary.values()) + 1
+    if min(sizes) < needed:
+        raise InputError(
+            f"{smallest.where} embeds {min(sizes)} tokens, but its tokenizer numbers {needed}; copy the tokenizer that belongs to the model."
+        )
+    return int(min(sizes))
+
+
+def context(models: tuple[Checkpoint, ...], wanted: int | None) -> int:
+    """KV capacity in tokens: what was asked for, else the smallest of 4096 and the models' own context lengths."""
+    shortest = min(models, key=lambda model: model.config.max_position_embeddings)
+    limit = int(shortest.config.max_position_embeddings)
+    if wanted is None:
+        return min(DEFAULT_CONTEXT, limit)
+    if not 2 <= wanted <= limit:
+        raise InputError(f"--max-seq-len {wanted} does not fit: {shortest.where} was trained for 2 to {limit} positions.")
+    return wanted

@@ -1,0 +1,127 @@
+"""The tensors of a checkpoint folder, read lazily from (sharded) safetensors: never pickle, never more than a slice in memory."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fusionroute.runtime.errors import InputError
+
+FLOATS = {"F32", "F16", "BF16"}
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+SLICE = 1 << 24  # elements converted at a time: 64 MB as fp32, and Gemma-2's embedding alone is 2.4 GB
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: its file, its dtype as safetensors names it, its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Weights:
+    """Name → tensor of one folder. Opening reads the headers only; `rows` reads slices as fp32."""
+
+    def __init__(self, folder: Path, entries: dict[str, Entry]):
+        self.folder = folder
+        self.entries = entries
+
+    @classmethod
+    def open(cls, folder: Path, extra: tuple[str, ...] = ()) -> "Weights":
+        """Index `model.safetensors`, or the shards of `model.safetensors.index.json`, and `extra` files where present.
+
+        Raises InputError where a file is missing, half-written, or the folder holds pickled weights only.
+        """
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if single.is_file():
+            files = {single}
+        elif index.is_file():
+            try:
+                files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InputError(f"{index} is not a valid shard index; download the checkpoint again.") from error
+        elif pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
+            raise InputError(f"{folder} holds pickled weights ({pickled[0]}) only; convert them to safetensors, which cannot run code.")
+        else:
+            raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json; download or write it again.")
+        files |= {folder / name for name in extra if (folder / name).is_file()}
+        entries: dict[str, Entry] = {}
+        for file in sorted(files):
+            if file.parent != folder:
+                raise InputError(f"{index} names the shard {file}, which lies outside its folder; shards must lie beside the index.")
+            if not file.is_file():
+                raise InputError(f"{folder} lacks the shard {file.name} that its index names; download the checkpoint again.")
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                        part = handle.get_slice(name)
+                        entries[name] = Entry(file, part.get_dtype(), tuple(part.get_shape()))
+            except SafetensorError as error:
+                raise InputError(f"{file} is not a complete safetensors file ({error}); download or write it again.") from error
+        return cls(folder, entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as stored. Raises InputError where the checkpoint lacks it."""
+        return self.entry(name).shape
+
+    def entry(self, name: str) -> Entry:
+        """Where a tensor lies. Raises InputError where the checkpoint lacks it, or where it is no float tensor."""
+        if name not in self.entries:
+            raise InputError(
+                f"{self.folder} lacks the tensor '{name}' that its config.json asks for; the checkpoint is incomplete: download or write it again."
+            )
+        entry = self.entries[name]
+        if entry.dtype not in FLOATS:
+            raise InputError(
+                f"Tensor '{name}' in {entry.file} is {entry.dtype}; expected fp32, fp16 or bf16: export the checkpoint before quantising it."
+            )
+        return entry
+
+    def rows(self, name: str, limit: int | None = None) -> Iterator[np.ndarray]:
+        """The tensor as fp32 in slices along its first axis, at most `limit` rows of it. A scalar or vector is one slice.
+
+        Raises InputError where a value is not finite: no precision computes with it.
+        """
+        entry = self.entry(name)
+        total = entry.shape[0] if limit is None else min(limit, entry.shape[0])
+        step = max(1, SLICE // max(1, int(np.prod(entry.shape[1:]))))
+        with safe_open(entry.file, framework="pt") as handle:
+            part = handle.get_slice(name)
+            for start in range(0, total, step):
+                yield finite(part[start : min(start + step, total)], name, entry)
+
+    def take(self, name: str, ids: np.ndarray, limit: int | None = None) -> np.ndarray:
+        """The rows `ids` [S] of a matrix, fp32 [S, columns]; no other row is read.
+
+        Raises InputError where an id is not below the number of rows (or `limit`), or where a value is not finite.
+        """
+        entry = self.entry(name)
+        total = entry.shape[0] if limit is None else min(limit, entry.shape[0])
+        different, where = np.unique(ids, return_inverse=True)
+        if len(wrong := different[(different < 0) | (different >= total)]):
+            raise InputError(f"Token id {wrong[0]} is outside the vocabulary: expected 0 to {total - 1}.")
+        with safe_open(entry.file, framework="pt") as handle:
+            part = handle.get_slice(name)
+            found = [finite(part[row : row + 1], name, entry) for row in different.tolist()]
+        return np.concatenate(found)[where]
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole (small) tensor as fp32."""
+        return np.concatenate(list(self.rows(name)))
+
+
+def finite(piece: torch.Tensor, name: str, entry: Entry) -> np.ndarray:
+    """A slice of a tensor as fp32. Raises InputError where a value is not finite."""
+    values: np.ndarray = piece.to(torch.float32).numpy()
+    if not np.isfinite(values).all():
+        raise InputError(f"Tensor '{name}' in {entry.file} holds values that are not finite; train or download it again.")
+    return values

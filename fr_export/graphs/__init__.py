@@ -1,0 +1,11 @@
+"""Stage 2, graphs without weights: a Hugging Face model traced into ONNX in the dialect that a runtime reads.
+
+trace.py           a model's config → a graph whose parameters have a shape and a name only
+graph.py           that graph, and which checkpoint tensors each initialiser is made of
+dialects/          one file per dialect: what linear, norm and attention calls become
+passes/            one file per rewrite of a graph
+fusion_graph.py    the graph that fuses router and expert logits
+decoder_blocks.py  a graph cut into its decoder blocks, to run with one block's weights in memory
+source_rows.py     the values of an initialiser, read from the checkpoint
+weight_store.py    content-addressed files that graphs share their weights through
+"""

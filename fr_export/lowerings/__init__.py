@@ -1,6 +1,0 @@
-"""Dialects of ONNX: what a traced model's linear, norm and attention calls become for each kind of runtime. A new one is one module."""
-
-from fr_export.lowerings import ort, portable, tensorrt, tensorrt_10_3
-from fr_export.lowerings.lowering import Lowering
-
-__all__ = ["Lowering", "ort", "portable", "tensorrt", "tensorrt_10_3"]

@@ -1,0 +1,45 @@
+"""Give a traced graph the weights of one checkpoint in one precision, streamed tensor by tensor."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.graphs.graph import INLINE, Graph
+from fusionroute.fr_export.graphs.source_rows import counted, rows
+from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision import Scheme
+from fusionroute.fr_export.precision.half import TYPES, rounded
+from fusionroute.fr_export.precision.scheme import users
+
+
+def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: Callable[[int], None]) -> None:
+    """Fill every initialiser. `advance(n)` is told of every n source elements done.
+
+    Matrices that products and look-ups read go through the scheme; norms, biases and tables have the type that the graph gives them.
+    Raises InputError where a value lies beyond that type's range.
+    """
+    inner = graph.model.graph
+    for name, source in graph.sources.items():
+        value = inner.initializers.get(name)
+        if value is None:
+            continue  # not used in this graph
+        if source.constant is None and len(value.shape) == 2 and any(users(value)):
+            scheme.bind(graph, value, counted(rows(source, weights), advance), store)
+            continue
+        array = source.constant if source.constant is not None else next(iter(rows(source, weights)))
+        array = in_type(np.asarray(array, np.float32), value)
+        if array.size <= INLINE:
+            value.const_value = ir.tensor(array, name=name)
+        else:
+            value.const_value = store.put(array).tensor(name, value.dtype or ir.DataType.FLOAT, array.shape)
+    RemoveUnusedNodesPass()(graph.model)
+    RemoveUnusedOpsetsPass()(graph.model)
+
+
+def in_type(array: np.ndarray, value: ir.Value) -> np.ndarray:
+    """fp32 values in the type of the initialiser that they are for."""
+    half = next((name for name, (_, dtype, _) in TYPES.items() if dtype == value.dtype), None)
+    return array if half is None else rounded(array, half, value.name)

@@ -1,0 +1,172 @@
+"""Calibrate a system: record what it does on its own, then observe each model in fp32 on the tokens that it serves."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusionroute.calibration.observe import observe
+from fusionroute.calibration.observers import Observer
+from fusionroute.calibration.record import Text, record
+from fusionroute.calibration.serving_masks import served
+from fusionroute.calibration.table import Table
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.runtime import FusionRuntime, files
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.manifest import Manifest
+
+VERSION = 1  # of what is computed here: a change of it makes every cached result one of another identity
+NEW_TOKENS = 64
+RANDOM_PROMPT = 32  # tokens of a prompt for a system without a tokenizer
+TOGETHER = 8  # prompts recorded between two savings
+
+
+def cache_folder() -> Path:
+    """Where unfinished and finished calibrations are kept: `fusionroute/calibration` in $XDG_CACHE_HOME, else in ~/.cache."""
+    return files.cache_folder() / "calibration"
+
+
+def calibrate(
+    system: System,
+    graphs: dict[str, Graph],
+    prompts: list[str],
+    bundle: Path,
+    precision: str,
+    cache: Path,
+    stages: Stages,
+    new_tokens: int = NEW_TOKENS,
+    seed: int = 0,
+) -> Table:
+    """Routing-aware statistics of every model of a system.
+
+    `graphs` are the traces by model, `bundle` a complete bundle of the same system, which generates in `precision`. Texts and finished models
+    are kept in `cache`/IDENTITY, so that an interrupted or repeated call goes on from there; files there that are broken are made again,
+    and where nothing can be written it works without. `new_tokens` per prompt are cut to half of the context.
+    Raises InputError where a model's activations are not finite, BundleError and UnavailableError as `FusionRuntime.load` does.
+    """
+    new_tokens = min(new_tokens, system.max_seq_len // 2)
+    identity = identify(system, graphs, Manifest.read(bundle), prompts, precision, new_tokens, seed)
+    kept = Cache(cache / identity, identity)
+    texts = recorded(bundle, precision, asked(system, prompts, seed), new_tokens, seed, kept, stages)
+    models: dict[str, dict[str, Observer]] = {}
+    for number, model in enumerate(system.models):
+        blocks = split(graphs[model.name])
+        with stages.stage(f"calibrating {model.name}", len(blocks)) as advance:
+            found = kept.table(f"model-{model.name}").models.get(model.name)
+            if found is None:
+                masks = served(texts, number - 1 if number else None)
+                states = kept.folder / f"model-{model.name}.states"
+                try:
+                    found = observe(
+                        blocks, texts, masks, *reader(graphs[model.name], model.weights), advance, states, f"{identity}/{model.name}"
+                    )
+                except InputError as error:
+                    raise InputError(f"{model.where} cannot be calibrated: {error}") from error
+                kept.keep(f"model-{model.name}", Table([], {model.name: found}, identity))
+        models[model.name] = found
+    table = Table(texts, models, identity)
+    check(table, system, graphs)
+    return table
+
+
+def check(table: Table, system: System, graphs: dict[str, Graph]) -> None:
+    """Refuse a table that was made for another system. `graphs` are the traces by model.
+
+    Raises InputError where names of models or matrices, the widths of these, token ids or experts do not fit.
+    """
+    mend = "calibrate this system instead"
+    names = [model.name for model in system.models]
+    if list(table.models) != names:
+        raise InputError(
+            f"The calibration table is of the models {', '.join(table.models) or 'none'}, the system has {', '.join(names)}: {mend}."
+        )
+    for name in names:
+        expected, found = matrices(graphs[name]), {matrix: len(seen.channel_absmax) for matrix, seen in table.models[name].items()}
+        if different := sorted(expected.keys() ^ found.keys()):
+            whose = "lacks" if different[0] in expected else "has more than the model, such as"
+            raise InputError(f"The calibration table of {name} {whose} the matrix {different[0]}: {mend}.")
+        for matrix, width in expected.items():
+            if found[matrix] != width:
+                raise InputError(f"The calibration table of {name} has {found[matrix]} channels for {matrix}, the model {width}: {mend}.")
+    for text in table.texts:
+        if len(text.ids) and not 0 <= text.ids.min() <= text.ids.max() < system.vocab_size:
+            raise InputError(f"The calibration table holds token ids outside the vocabulary of {system.vocab_size}: {mend}.")
+        if text.experts.max(initial=-1) >= len(system.experts) or text.experts.min(initial=-1) < -1 or len(text.experts) != len(text.ids):
+            raise InputError(f"The calibration table holds texts that were not answered by {len(system.experts)} expert(s): {mend}.")
+
+
+def identify(
+    system: System, graphs: dict[str, Graph], manifest: Manifest, prompts: Sequence[str], precision: str, new_tokens: int, seed: int
+) -> str:
+    """A digest of everything that a calibration depends on; checkpoint files count by path, size and time of change."""
+    models = []
+    for model in system.models:
+        files = {entry.file for entry in model.weights.entries.values()} | {model.folder / "tokenizer.json", model.folder / "config.json"}
+        stamps = [stamp(file) for file in sorted(files) if file.exists()]
+        models.append([model.name, model.config.to_dict(), matrices(graphs[model.name]), stamps])
+    about: dict[str, Any] = {
+        "version": VERSION, "family": system.family.name, "models": models, "vocab_size": system.vocab_size,
+        "max_seq_len": system.max_seq_len, "head": hashlib.sha256(system.head.weight.tobytes() + system.head.bias.tobytes()).hexdigest(),
+        "fusion": manifest.fusion, "lam": manifest.lam, "ends": manifest.eos_token_ids, "precision": precision,
+        "prompts": list(prompts), "new_tokens": new_tokens, "seed": seed,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def stamp(file: Path) -> tuple[str, int, int]:
+    """What a file is known by without reading it."""
+    resolved = file.resolve()
+    about = resolved.stat()
+    return str(resolved), about.st_size, about.st_mtime_ns
+
+
+def asked(system: System, prompts: Sequence[str], seed: int) -> list[str | list[int]]:
+    """The prompts to generate from; as many of seeded random ids for a system without a tokenizer."""
+    if system.router.tokenizer is not None:
+        return list(prompts)
+    length = min(RANDOM_PROMPT, max(1, system.max_seq_len // 2))
+    draw = np.random.default_rng(seed).integers(0, system.vocab_size, (len(prompts), length))
+    return [[int(i) for i in row] for row in draw]
+
+
+def recorded(
+    bundle: Path, precision: str, prompts: list[str | list[int]], new_tokens: int, seed: int, kept: "Cache", stages: Stages
+) -> list[Text]:
+    """One text per prompt. Every text has a random stream of its own, so that those of an interrupted call are taken as they are."""
+    texts = kept.table("texts").texts
+    with stages.stage("recording what the system does", len(prompts)) as advance:
+        advance(len(texts))
+        if len(texts) < len(prompts):
+            with FusionRuntime.load(bundle, precision=precision, device="cpu", prefix_cache=0) as runtime:
+                while len(texts) < len(prompts):
+                    start = len(texts)
+                    texts = texts + record(runtime, prompts[start : start + TOGETHER], new_tokens, seed + start, advance)
+                    kept.keep("texts", Table(texts, {}, kept.identity))
+    return texts
+
+
+class Cache:
+    """Partial tables of one calibration, by name. What is broken counts as missing; what cannot be written is not kept."""
+
+    def __init__(self, folder: Path, identity: str):
+        self.folder, self.identity = folder, identity
+
+    def table(self, name: str) -> Table:
+        """What was kept under a name, or an empty table."""
+        with contextlib.suppress(InputError):
+            found = Table.load(self.folder / f"{name}.safetensors")
+            if found.identity == self.identity:
+                return found
+        return Table([], {}, self.identity)
+
+    def keep(self, name: str, table: Table) -> None:
+        """Keep a table under a name, in place of an older one."""
+        with contextlib.suppress(InputError):
+            table.save(self.folder / f"{name}.safetensors")

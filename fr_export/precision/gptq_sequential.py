@@ -1,0 +1,103 @@
+"""A model's matrices in blocks of few bits, rounded one after the other on its way through the calibration texts.
+
+Each block of the model is rounded for the inputs that the rounded blocks before it give, so that errors do not add up unseen.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from fusionroute.calibration.blockwise_forward import Walk
+from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.graphs.decoder_blocks import reader, split
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.source_rows import counted, digest, rows
+from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision.blockwise import Format, Stored, attach, held, sliced, store_blocks
+from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.gptq import Factor, Hessian, quantise
+from fusionroute.fr_export.precision.scheme import Scheme
+
+Attach = Callable[[Graph, ir.Value, Stored, Store], None]
+
+
+def in_blocks(graph: Graph, matrix: ir.Value, stored: Stored, store: Store) -> None:
+    """Let ONNX Runtime's operators for blocks read what is stored."""
+    attach(graph, matrix, stored)
+
+
+class Compensated:
+    """The matrices of one model as `compensate` stored them, read as `attach` says; whatever it did not see goes through `rest`."""
+
+    def __init__(self, rest: Scheme, stored: Mapping[str, Stored], attach: Attach = in_blocks):
+        values = sum(each.values.length * 8 // each.form.bits for each in stored.values())
+        self.name, self.bits = rest.name, sum(each.bytes for each in stored.values()) * 8 / values if values else rest.bits
+        self._rest, self._stored, self._attach = rest, stored, attach
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """For the report: the matrices that are stored with more bits than the others."""
+        fewest = min((each.form.bits for each in self._stored.values()), default=0)
+        return {"sensitive": [name for name, each in self._stored.items() if each.form.bits > fewest]}
+
+    def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
+        """Replace the operators that read the matrix."""
+        if matrix.name in self._stored:
+            self._attach(graph, matrix, self._stored[matrix.name], store)
+        else:
+            self._rest.bind(graph, matrix, rows, store)
+
+
+def compensate(
+    graph: Graph,
+    weights: Weights,
+    known: Evidence,
+    forms: Mapping[str, Format],
+    store: Store,
+    shared: dict[str, Stored],
+    advance: Callable[[int], None],
+) -> dict[str, Stored]:
+    """Round the matrices of `forms` (matrix → how) by GPTQ; returns them by name. Nothing where the model was never asked.
+
+    `shared` holds the matrices of earlier models by their content: one that a model has in common with them is stored once, as they rounded it.
+    `advance` hears of every value done. Memory: one decoder block in fp32 twice, its Hessians, and the states of all texts.
+    """
+    done: dict[str, Stored] = {}
+    if not known.texts:
+        return done
+    embed, read = reader(graph, weights)
+    walk = Walk(split(graph), known.texts, embed, read)
+    while not walk.done:
+        factors = inputs(walk, forms)
+        replaced = {}
+        for matrix, factor in factors.items():
+            form = forms[matrix]
+            key = f"{form.bits}-{form.block}-{form.signed}-{digest(rows(graph.sources[matrix], weights))}"
+            if key not in shared:
+                pieces = counted(sliced(held(rows(graph.sources[matrix], weights), form, matrix), factor.channels), advance)
+                shared[key] = store_blocks((quantise(piece, factor, form) for piece in pieces), form, store)
+            done[matrix] = shared[key]
+            if walk.position < len(walk.blocks) - 1:
+                replaced[matrix] = shared[key].widened(factor.channels)
+        del factors
+        walk.advance(replaced)
+    return done
+
+
+def inputs(walk: Walk, forms: Mapping[str, Format]) -> dict[str, Factor]:
+    """The Hessian, factored, of every matrix that the walk's current block observes; matrices of one input share it."""
+    block = walk.block
+    outputs = {matrix: output for matrix, output in block.observed.items() if matrix in forms}
+    first = {output: matrix for matrix, output in reversed(outputs.items())}
+    hessians = {output: Hessian(block.channels[matrix]) for output, matrix in first.items()}
+
+    def see(matrix: str, _: int, x: np.ndarray) -> None:
+        output = outputs.get(matrix)
+        if output is not None and first[output] == matrix:
+            hessians[output].see(x)  # the head's too everywhere: a factor needs several inputs per channel
+
+    walk.observe(see)
+    factors = {output: hessians.pop(output).factor() for output in first}
+    return {matrix: factors[output] for matrix, output in outputs.items()}

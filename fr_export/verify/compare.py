@@ -1,0 +1,71 @@
+"""Hold an exported bundle against the reference."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.verify.metrics import Differences, differences, summarise
+from fusionroute.fr_export.verify.torch_reference import Reference
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.text import Text
+
+TOKENS = 384  # positions compared: enough to see a wrong graph, cheap enough for every export
+LONGEST = 128
+Score = Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]  # (ids [S], chunk) → fused logits [S, V], experts [S]
+
+
+def sequences(system: System, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids to compare on: the prompts, packed end to end; seeded random ids for a system without a tokenizer."""
+    length = min(LONGEST, system.max_seq_len)
+    tokenizer_file = system.router.folder / "tokenizer.json"
+    if not tokenizer_file.exists():
+        draw = np.random.default_rng(0).integers(0, system.vocab_size, (2, length))
+        return [list(map(int, row)) for row in draw]
+    text = Text.load(tokenizer_file)  # as the runtime encodes
+    ids = [i for prompt in prompts for i in text.encode(prompt)][:TOKENS]
+    return [ids[start : start + length] for start in range(0, len(ids), length)]
+
+
+def compare(
+    bundle: str,
+    precision: str,
+    texts: Sequence[Sequence[int]],
+    references: Sequence[Reference],
+    advance: Callable[[float], None],
+    decoded: int | None = None,
+) -> dict[str, Any]:
+    """Hold a precision for the CPU against the reference, through the runtime that users run; see `compare_scores`."""
+    with FusionRuntime.load(bundle, precision=precision, device="cpu") as runtime:
+
+        def score(ids: Sequence[int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
+            found = runtime.score(ids, chunk=chunk)
+            return found.logits, found.experts
+
+        return compare_scores(score, texts, references, advance, decoded)
+
+
+def compare_scores(
+    score: Score,
+    texts: Sequence[Sequence[int]],
+    references: Sequence[Reference],
+    advance: Callable[[float], None],
+    decoded: int | None = None,
+) -> dict[str, Any]:
+    """Differences of the fused distribution (see `metrics.summarise`), read in chunks and token by token ("decode").
+
+    Token by token only the first texts of together `decoded` tokens are read, unless it is None. `largest_logit` is the largest |logit| of the reference, beside which the differences of logits stand.
+    """
+    result: dict[str, Any] = {"tokens": sum(map(len, texts))}
+    for name, chunk, limit in (("chunks", LONGEST, None), ("decode", 1, decoded)):
+        parts: list[Differences] = []
+        for ids, expected in zip(texts, references, strict=True):
+            if limit is not None and sum(len(part.kl) for part in parts) >= limit:
+                break
+            logits, experts = score(ids, chunk)
+            parts.append(differences(logits, expected.logits, experts, expected.experts, ids))
+            advance(len(ids))
+        result[name] = summarise(parts)
+    result["largest_logit"] = max(float(np.abs(expected.logits).max()) for expected in references)
+    return result

@@ -1,0 +1,98 @@
+"""What a GPU's half-precision graphs compute, on a CPU: `ort:cuda` graphs become `ort:cpu` graphs with the same rounding.
+
+ONNX Runtime's CPU provider has no bf16 kernels. It runs fp16 graphs (1.32 crashes on some at its highest optimisation level), but drops a cast
+to fp16 in front of a product that it computes in fp32, and with it the overflow. An emulated graph computes in fp32 and rounds every result
+where the GPU's graph has a value in half precision: what a GPU does, which accumulates in fp32, up to the order of sums and the rounding of
+attention probabilities inside its kernels.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from fusionroute.fr_export.graphs.graph import initializer, node
+from fusionroute.runtime.bundle import sha256
+from fusionroute.runtime.manifest import File, Manifest
+
+FLOAT = ir.DataType.FLOAT
+
+
+def emulate(bundle: Path) -> None:
+    """Turn the `ort:cuda` variants of a bundle into `ort:cpu` ones, in place of all others; weights stay as they are stored."""
+    made = Manifest.read(bundle)
+    files, variants = dict(made.files), []
+    for variant in made.variants:
+        if variant.target != "ort:cuda":
+            continue
+        graphs = {}
+        for model, name in variant.graphs.items():
+            graphs[model] = emulated = name.replace("ort-cuda", "emulated")
+            ir.save(in_fp32(ir.load(bundle / name)), bundle / emulated)
+            files[emulated] = File(sha256=sha256(bundle / emulated), bytes=(bundle / emulated).stat().st_size)
+        variants.append(variant.model_copy(update={"target": "ort:cpu", "graphs": graphs}))
+    made.model_copy(update={"variants": variants, "files": files}).write(bundle)
+
+
+def in_fp32(model: ir.Model) -> ir.Model:
+    """The model, changed: every half-precision value (but stored weights) is fp32 and was rounded where it was made."""
+    graph = model.graph
+    caches = [value for value in graph.inputs if value.name.startswith("past.")]
+    half = caches[0].dtype
+    assert half is not None
+    for attention in [n for n in graph if n.op_type == "GroupQueryAttention" and n.attributes["do_rotary"].as_int()]:
+        rotate_before(graph, attention, half)
+    for n in list(graph):
+        for value in n.outputs:
+            if value.dtype == half:
+                rounded(graph, n, value, half)
+    for value in caches:
+        value.type = ir.TensorType(FLOAT)
+    first = next(iter(graph))
+    for value in list(graph.initializers.values()):
+        if value.dtype == half:
+            wide = ir.Value(name=f"{value.name}.wide", type=ir.TensorType(FLOAT), shape=value.shape)
+            value.replace_all_uses_with(wide)
+            node(graph, first, "Cast", [value], [wide], to=int(FLOAT))
+    return model
+
+
+def rounded(graph: ir.Graph, made: ir.Node, value: ir.Value, half: ir.DataType) -> None:
+    """Let every reader of a node's result, the graph's outputs too, read it as fp32 rounded to `half`."""
+    name = value.name
+    wide = ir.Value(name=f"{name}.emulated", type=ir.TensorType(FLOAT), shape=value.shape)
+    value.replace_all_uses_with(wide, replace_graph_outputs=True)
+    if wide.is_graph_output():
+        value.name, wide.name = f"{name}.exact", name
+    narrow = value
+    steps = []
+    if made.op_type != "Cast":  # which rounds by itself
+        value.type = ir.TensorType(FLOAT)
+        narrow = ir.Value(name=f"{name}.half", type=ir.TensorType(half), shape=value.shape)
+        steps = [ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(half))], outputs=[narrow])]
+    steps.append(ir.Node("", "Cast", [narrow], [ir.AttrInt64("to", int(FLOAT))], outputs=[wide]))
+    graph.insert_after(made, steps)
+
+
+def rotate_before(graph: ir.Graph, attention: ir.Node, half: ir.DataType) -> None:
+    """Take the rotary embedding out of an attention, so that turned queries and keys are rounded before they meet."""
+    query, key, value, *past, total, cos, sin = attention.inputs
+    assert cos is not None
+    heads, kv = (attention.attributes[label].as_int() for label in ("num_heads", "kv_num_heads"))
+    name, size = attention.outputs[0].name, 2 * int(cos.shape[-1])
+    if key is None:  # packed into the first input
+        widths = ir.tensor(np.array([heads, kv, kv], np.int64) * size, name=f"{name}.widths")
+        split = initializer(graph, f"{name}.widths", ir.DataType.INT64, (3,), widths)
+        packed = query
+        query, key, value = (ir.Value(name=f"{name}.{part}", type=ir.TensorType(half)) for part in ("query", "key", "value"))
+        node(graph, attention, "Split", [packed, split], [query, key, value], axis=-1)
+    length, end, start = (ir.Value(name=f"{name}.{part}") for part in ("length", "end", "start"))
+    node(graph, attention, "Shape", [graph.inputs[0]], [length], start=1, end=2)
+    node(graph, attention, "Cast", [total], [end], to=int(ir.DataType.INT64))
+    node(graph, attention, "Sub", [end, length], [start])  # [1]: the first token's position
+    turned = [ir.Value(name=f"{name}.turned.{part}", type=ir.TensorType(half)) for part in ("query", "key")]
+    for straight, into, count in zip((query, key), turned, (heads, kv), strict=True):
+        node(graph, attention, "com.microsoft::RotaryEmbedding", [straight, start, cos, sin], [into], num_heads=count)
+    for place, changed in enumerate((*turned, value, *past, total, None, None)):
+        attention.replace_input_with(place, changed)
+    attention.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)

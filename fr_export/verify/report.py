@@ -1,0 +1,77 @@
+"""What an export says of itself at the end: report.json and the table on the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+
+from fusionroute.runtime.tensorrt.library import NAMES as LIBRARIES
+
+NAME = "report.json"
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write report.json into a bundle folder."""
+    (folder / NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
+    """Print the tables of precisions and stages."""
+    title = f"{report['family']}: {' + '.join(report['models'])} → {out}"
+    precisions = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("target", "precision", "size", "bits", "perplexity", "KL", "top-1", "routing"):
+        precisions.add_column(column, justify="left" if column in ("target", "precision") else "right", no_wrap=True)
+    for entry in report["variants"]:
+        found = entry["compared"]
+        head = (entry["target"], entry["precision"], size(entry["bytes"]), f"{entry['bits_per_weight']:.2f}")
+        if found is None:
+            precisions.add_row(*head, *["–"] * 4)
+            continue
+        decode = found["decode"]
+        ratio = decode["perplexity_ratio"]
+        precisions.add_row(
+            *head,
+            "–" if ratio is None else f"{ratio - 1:+.2%}",
+            f"{decode['kl_mean']:.1e}",
+            f"{decode['greedy_agreement']:.1%}",
+            f"{decode['routing_agreement']:.1%}",
+            style="red" if entry["missed"] else None,
+        )
+    stages = Table(title="Stages", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("stage", "seconds", "peak memory"):
+        stages.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in report["stages"]:
+        stages.add_row(stage["name"], f"{stage['seconds']:.1f}", f"{stage['peak_anonymous_mib']:,.0f} MiB")
+    missed = [
+        f"[red]{entry['precision']} misses its bound: {'; '.join(entry['missed'])}." for entry in report["variants"] if entry["missed"]
+    ]
+    console.print(Group(precisions, *missed, explain(report), stages))
+
+
+def explain(report: dict[str, Any]) -> str:
+    """The lines under the table: what the differences were measured on, and what was not measured."""
+    lines = ["Bits are per weight of a matrix."]
+    compared = next((entry["compared"] for entry in report["variants"] if entry["compared"]), None)
+    if compared is not None:
+        lines.append(
+            f"The fused distribution is held against torch in fp32 over {compared['tokens']} tokens, token by token; KL is a mean in nats."
+        )
+    for entry in report["variants"]:
+        for built in entry["engines"]:
+            gpus = ", ".join(f"sm{sm}" for sm in built["sms"])
+            total = size(sum(built["bytes"].values()))
+            lines.append(f"Engines of {entry['precision']}: {total} by {LIBRARIES[built['flavour']]} {built['version']} for {gpus}.")
+    reasons: dict[str, list[str]] = {}
+    for entry in report["variants"]:
+        if entry["not_compared"]:
+            reasons.setdefault(entry["not_compared"], []).append(f"{entry['precision']} for {entry['target']}")
+    lines += [f"Not compared with torch: {', '.join(names)} ({reason})." for reason, names in reasons.items()]
+    return " ".join(lines)
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

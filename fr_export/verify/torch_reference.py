@@ -1,0 +1,60 @@
+"""The reference that exported systems are held against: plain torch in fp32, full prefix, every model, no cache."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.console.quiet import quiet
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One sequence. logits float32 [S, V] fused, routing float32 [S, n_experts], experts int64 [S]."""
+
+    logits: np.ndarray
+    routing: np.ndarray
+    experts: np.ndarray
+
+
+def load(checkpoint: Checkpoint) -> Any:
+    """The checkpoint as transformers runs it, in fp32 with eager attention (the only one there with softcaps)."""
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+@torch.no_grad()
+def reference(
+    system: System,
+    sequences: Sequence[Sequence[int]],
+    coefficients: tuple[float, float],
+    advance: Callable[[float], None] = lambda _: None,
+) -> list[Reference]:
+    """Fused logits of every position of every sequence, with one model in memory at a time."""
+    inputs = [torch.tensor([list(ids)]) for ids in sequences]
+    router = load(system.router)
+    head, bias = torch.from_numpy(system.head.weight), torch.from_numpy(system.head.bias)
+    results = []
+    for ids in inputs:
+        hidden = router.model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = router(input_ids=ids, use_cache=False).logits[0, :, : system.vocab_size].numpy()
+        routing = (hidden[0] @ head.T + bias).numpy()
+        results.append(Reference(coefficients[0] * logits, routing, routing.argmax(-1)))
+    del router
+    advance(1)
+    for number, expert in enumerate(system.experts):
+        model = load(expert)
+        for ids, result in zip(inputs, results, strict=True):
+            mine = np.flatnonzero(result.experts == number)
+            if len(mine):
+                logits = model(input_ids=ids, use_cache=False).logits[0, mine, : system.vocab_size].numpy()
+                result.logits[mine] += coefficients[1] * logits
+        del model
+        advance(1)
+    return results

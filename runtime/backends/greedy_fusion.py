@@ -1,0 +1,48 @@
+"""Fusion for one candidate in numpy: a third of the fusion graph's time, which sorts, sums twice and copies what nobody asks for here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fusionroute.runtime.backends.backend import Fused
+
+
+class SingleFuser:
+    """The one likeliest token of L = a·L_router + b·L_expert, float32 [1, V] each, in buffers that the next call overwrites."""
+
+    def __init__(self, vocab: int):
+        self._rows = np.empty((1, vocab), np.float32)
+        self._scratch = np.empty((1, vocab), np.float32)
+        self._id, self._logit = np.empty((1, 1), np.int64), np.empty((1, 1), np.float32)
+        self._normaliser, self._sampling = np.empty(1, np.float32), np.empty(1, np.float32)
+
+    def __call__(self, router: Any, expert: Any, coefficients: tuple[float, float], temperature: float) -> Fused:
+        """See `backend.Fuser`: without a penalty. Among equal logits the lower id comes first."""
+        rows, scratch = self._rows, self._scratch
+        a, b = coefficients
+        np.multiply(expert, np.float32(b), out=rows)
+        if a:
+            np.multiply(router, np.float32(a), out=scratch)
+            rows += scratch
+        best = int(rows.argmax())
+        peak = rows[0, best]
+        self._id[0, 0], self._logit[0, 0] = best, peak
+        self._normaliser[0] = self._log_sum(peak, 1.0)
+        self._sampling[0] = self._normaliser[0] if temperature == 1.0 else self._log_sum(peak, temperature)
+        return Fused(self._id, self._logit, self._logit, self._normaliser, self._sampling, rows)
+
+    def _log_sum(self, peak: np.float32, temperature: float) -> float:
+        """logsumexp of the rows / temperature. numpy sums in pairs, so that small terms are not lost."""
+        scratch = self._scratch
+        np.subtract(self._rows, peak, out=scratch)
+        if temperature != 1.0:
+            scratch /= np.float32(temperature)
+        np.exp(scratch, out=scratch)
+        return float(peak) / temperature + math.log(scratch.sum())
+
+    def hand_over(self) -> None:
+        """The rows of the last fusion are someone else's now."""
+        self._rows = np.empty_like(self._rows)

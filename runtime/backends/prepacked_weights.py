@@ -1,0 +1,89 @@
+"""Graphs with their weights as this processor's kernels want them, in files that all processes map: one copy in memory, at full speed.
+
+ONNX Runtime packs weights when it loads a graph, each process for itself. It can also write the graph with what it has packed beside the
+weights ("session.save_external_prepacked_constant_initializers") and maps that when it loads this graph. So it is done once per bundle and
+machine, in the user's cache folder. ONNX Runtime packs again on loading and uses the mapped copy of what comes out alike, so a file of
+another processor costs memory, not correctness.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusionroute.runtime import files
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import UnavailableError, one_line
+from fusionroute.runtime.machine import processor
+
+if TYPE_CHECKING:
+    from fusionroute.runtime.manifest import Variant
+
+GRAPH, WEIGHTS, SIZES = "model.onnx", "weights.bin", "sizes.json"
+ENTRIES = {
+    "session.save_external_prepacked_constant_initializers": "1",
+    "session.optimized_model_external_initializers_file_name": WEIGHTS,
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+}
+ROOM = {"fp16": 5.0, "bf16": 5.0}  # times the bytes of a model's weights: as they were, and packed; half precision is widened before
+USUAL = 2.5
+
+
+def packed(bundle: Bundle, variant: Variant, model: str, release: str, write: Callable[[dict[str, str], Path], Any]) -> Path:
+    """The packed form of a model's graph, made at first use: `write` opens the graph with such session entries, to be written to a path.
+
+    `release`: ONNX Runtime's. Raises UnavailableError where it cannot be written.
+    """
+    graph = variant.graphs[model]
+    folder = files.cache_folder() / "packed" / key(bundle, graph, release)
+    if not whole(folder):
+        try:
+            make(folder, ROOM.get(variant.precision, USUAL) * variant.weight_bytes.get(model, 0), write)
+        except OSError as error:
+            raise UnavailableError(
+                f"The packed weights of {bundle.folder / graph} cannot be written to {folder.parent} ({one_line(error)}): "
+                "make room there, name another cache folder in XDG_CACHE_HOME, or load without share_weights."
+            ) from error
+    return folder / GRAPH
+
+
+def key(bundle: Bundle, graph: str, release: str) -> str:
+    """A name for what a graph of these very files gives with this release on this processor."""
+    read = [name for name in sorted(bundle.manifest.files) if name == graph or name.endswith(".bin")]
+    stamps = [(name, bundle.manifest.files[name].sha256, (bundle.folder / name).stat().st_mtime_ns) for name in read]
+    about = [graph, stamps, release, processor()]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def whole(folder: Path) -> bool:
+    """Whether a folder holds all that was written: a mapped file that lacks its end would end the process."""
+    try:
+        sizes: dict[str, int] = json.loads((folder / SIZES).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def make(folder: Path, needed: float, write: Callable[[dict[str, str], Path], Any]) -> None:
+    """Write a folder that appears when it is complete, unless another process was quicker. Raises OSError."""
+    with files.locked(folder.parent / "lock"):  # making takes the memory of a model and its packed copy: one at a time
+        for left in folder.parent.glob(".*.partial"):  # by a process that was killed
+            shutil.rmtree(left)
+        if whole(folder):
+            return
+        if (free := shutil.disk_usage(folder.parent).free) < needed:
+            raise OSError(f"they need some {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        partial = folder.with_name(f".{folder.name}.partial")
+        partial.mkdir()
+        try:
+            write(ENTRIES, partial / GRAPH)
+            sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
+            (partial / SIZES).write_text(json.dumps(sizes))
+            shutil.rmtree(folder, ignore_errors=True)  # one that is not whole; who has mapped it keeps it
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,309 @@
+"""A bundle appears complete or not at all, and nothing of the user's is ever replaced."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fusionroute.fr_export.bundle.staged_folder import Staging
+from fusionroute.runtime.errors import FusionError, InputError
+
+FILES = ("graphs/a.onnx", "tokenizer.json")
+DEAD = 2**22 + 1  # beyond the largest process id
+
+
+def fill(folder: Path, text: str) -> None:
+    """A bundle, as far as staging looks."""
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "family": "x", "models": [], "files": dict.fromkeys(FILES)}))
+
+
+def stage(out: Path, text: str = "new", force: bool = False) -> None:
+    with Staging(out, force) as staging:
+        fill(staging.folder, text)
+        assert staging.folder.parent == out.resolve().parent, "a rename must not cross file systems"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """All files and links below a folder, hidden ones too."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return {name: "link" if path.is_symlink() else path.read_text() for name, path in found.items() if path.is_symlink() or path.is_file()}
+
+
+def bundle(text: str, name: str = "bundle") -> dict[str, str]:
+    return {f"{name}/{file}": text for file in FILES}
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {name: text for name, text in contents(folder).items() if not name.endswith("manifest.json")}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "bundle"
+
+
+def test_a_bundle_appears_with_its_parents_and_alone(tmp_path: Path) -> None:
+    stage(tmp_path / "a" / "b" / "bundle")
+    assert texts(tmp_path) == bundle("new", "a/b/bundle")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["bundle"]
+
+
+def test_force_replaces_a_bundle_and_only_with_force(out: Path, tmp_path: Path) -> None:
+    fill(out, "old")
+    with pytest.raises(InputError, match=rf"A bundle exists at {out}: add --force to replace it, or name another folder with --out\."):
+        stage(out)
+    assert texts(tmp_path) == bundle("old")
+    stage(out, force=True)
+    assert texts(tmp_path) == bundle("new")
+
+
+def test_an_empty_folder_holds_nothing_to_lose(out: Path, tmp_path: Path) -> None:
+    out.mkdir()
+    stage(out)
+    assert texts(tmp_path) == bundle("new")
+
+
+def notes(out: Path) -> None:
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+
+
+def web_page(out: Path) -> None:
+    """A manifest.json is what browsers know too."""
+    out.mkdir()
+    (out / "manifest.json").write_text('{"name": "my page", "icons": []}')
+    (out / "index.html").write_text("mine")
+
+
+def list_of_files(out: Path) -> None:
+    """Other tools list their files as well."""
+    out.mkdir()
+    (out / "manifest.json").write_text('{"files": {"index.html": "1.0"}}')
+    (out / "index.html").write_text("mine")
+
+
+def broken_manifest(out: Path) -> None:
+    fill(out, "old")
+    (out / "manifest.json").write_text('{"format":')
+
+
+def manifest_of_no_files(out: Path) -> None:
+    fill(out, "old")
+    (out / "manifest.json").write_text('{"format": 1, "family": "x", "models": []}')
+
+
+def plain_file(out: Path) -> None:
+    out.write_text("mine")
+
+
+def link_to_file(out: Path) -> None:
+    (out.parent / "mine.txt").write_text("mine")
+    out.symlink_to("mine.txt")
+
+
+def notes_in_a_bundle(out: Path) -> None:
+    fill(out, "old")
+    (out / "graphs" / "notes.txt").write_text("mine")
+
+
+def link_in_a_bundle(out: Path) -> None:
+    fill(out, "old")
+    (out / "mine").symlink_to(out.parent)
+
+
+USERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "notes": (notes, "exists and is no bundle"),
+    "web page": (web_page, "exists and is no bundle"),
+    "list of files": (list_of_files, "exists and is no bundle"),
+    "broken manifest": (broken_manifest, "exists and is no bundle"),
+    "manifest of no files": (manifest_of_no_files, "exists and is no bundle"),
+    "file": (plain_file, "exists and is no bundle"),
+    "link to a file": (link_to_file, "exists and is no bundle"),
+    "notes in a bundle": (notes_in_a_bundle, r"notes\.txt is no part of the bundle that --force replaces: move it away"),
+    "link in a bundle": (link_in_a_bundle, "mine is no part of the bundle"),
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_what_is_the_users_stays(out: Path, tmp_path: Path, name: str) -> None:
+    make, words = USERS[name]
+    make(out)
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=rf"{words}.*--out\."):
+        stage(out, force=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_what_appears_meanwhile_stays_too(out: Path, tmp_path: Path, name: str) -> None:
+    make, words = USERS[name]
+    with pytest.raises(InputError, match=words), Staging(out, True) as staging:
+        fill(staging.folder, "new")
+        make(out)
+        users = {path: text for path, text in contents(tmp_path).items() if not path.startswith(".")}
+    assert contents(tmp_path) == users
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link = tmp_path / "bundle"
+    for text, present in (("old", False), ("new", True)):
+        link.unlink(missing_ok=True)
+        link.symlink_to(elsewhere / "target")
+        stage(link, text, force=present)
+        assert texts(tmp_path) == {"bundle": "link"} | bundle(text, "elsewhere/target")
+
+
+@pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt(), SystemExit(143), OSError(errno.ENOSPC, "full")])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_failure_leaves_what_was_there(out: Path, tmp_path: Path, error: BaseException, old: bool) -> None:
+    if old:
+        fill(out, "old")
+    with pytest.raises(type(error)), Staging(out, True) as staging:
+        fill(staging.folder, "new")
+        raise error
+    assert texts(tmp_path) == (bundle("old") if old else {})
+    assert [path.name for path in tmp_path.iterdir()] == (["bundle"] if old else [])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EACCES, "denied")])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failing_rename_brings_the_old_bundle_back(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, error: type[BaseException] | BaseException
+) -> None:
+    fill(out, "old")
+    rename, calls = Path.rename, 0
+
+    def fails(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(BaseException) as caught:
+        stage(out, force=True)
+    assert caught.type is (error if isinstance(error, type) else type(error))
+    assert texts(tmp_path) == bundle("old")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+# -- killed exports ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pid", [DEAD, os.getpid(), os.getppid()], ids=["dead", "own", "taken"])
+def test_the_next_export_clears_what_a_killed_one_left(out: Path, tmp_path: Path, pid: int) -> None:
+    """Also where its process id lives on in another process, as in containers, where all are small."""
+    fill(tmp_path / f".bundle.partial-{pid}", "half")
+    stage(out)
+    assert texts(tmp_path) == bundle("new")
+
+
+@pytest.mark.parametrize("pid", [DEAD, os.getpid(), os.getppid()], ids=["dead", "own", "taken"])
+def test_a_bundle_moved_aside_comes_back(out: Path, tmp_path: Path, pid: int) -> None:
+    """Killed between the two renames: whatever the next export does, the old bundle is there again."""
+    fill(tmp_path / f".bundle.replaced-{pid}", "old")
+    fill(tmp_path / f".bundle.partial-{pid}", "half")
+    with pytest.raises(InputError, match="add --force"):
+        stage(out)
+    assert texts(tmp_path) == bundle("old")
+
+
+def test_a_bundle_moved_aside_is_replaced_with_force(out: Path, tmp_path: Path) -> None:
+    fill(tmp_path / f".bundle.replaced-{DEAD}", "old")
+    stage(out, force=True)
+    assert texts(tmp_path) == bundle("new")
+
+
+def test_a_bundle_moved_aside_goes_once_the_new_one_stands(out: Path, tmp_path: Path) -> None:
+    fill(tmp_path / f".bundle.replaced-{DEAD}", "old")
+    fill(out, "newer")
+    with pytest.raises(InputError, match="add --force"):
+        stage(out)
+    assert texts(tmp_path) == bundle("newer")
+
+
+def test_a_bundle_moved_aside_is_kept_where_other_files_took_its_place(out: Path, tmp_path: Path) -> None:
+    fill(tmp_path / f".bundle.replaced-{DEAD}", "old")
+    notes(out)
+    with pytest.raises(InputError, match="is no bundle"):
+        stage(out, force=True)
+    assert texts(tmp_path) == bundle("old", f".bundle.replaced-{DEAD}") | {"bundle/notes.txt": "mine"}
+
+
+@pytest.mark.parametrize(
+    "name", [".bundle.partial-x", ".bundle.partial-", ".bundle.backup-1", f".bundle2.partial-{DEAD}", ".bundle.partial"]
+)
+def test_names_that_are_not_ours_are_left_alone(out: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "file").write_text("mine")
+    stage(out)
+    assert texts(tmp_path) == bundle("new") | {f"{name}/file": "mine"}
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fusionroute.fr_export.bundle.staged_folder import Staging
+with Staging(Path(sys.argv[1]), True) as staging:
+    (staging.folder / "file").write_text("theirs")
+    print(staging.folder.name, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def other(out: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Another process that is writing to the same place."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def test_two_exports_at_once_do_not_meet(out: Path, tmp_path: Path, other: "subprocess.Popen[str]") -> None:
+    assert other.stdout is not None
+    theirs = other.stdout.readline().strip()
+    stage(out)
+    assert texts(tmp_path) == bundle("new") | {f"{theirs}/file": "theirs"}
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    stage(out, "newer", force=True)
+    assert texts(tmp_path) == bundle("newer")
+
+
+# -- places that cannot be written ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["file/bundle", "file/deeper/bundle", "x" * 300 + "/bundle"])
+def test_places_that_cannot_be_written(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FusionError, match=r"Cannot write to .*: name a folder you may write to with --out\."):
+        stage(tmp_path / place)
+    assert contents(tmp_path) == {"file": "mine"}
+
+
+def test_a_folder_that_may_not_be_written(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = Path.mkdir
+
+    def refuse(self: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        if self.name.startswith("."):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        mkdir(self, mode, parents, exist_ok)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # modes do not bind every user
+    with pytest.raises(FusionError, match=rf"Cannot write to {out.parent} \(Permission denied\): name a folder"):
+        stage(out)

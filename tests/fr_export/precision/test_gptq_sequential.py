@@ -1,0 +1,165 @@
+"""Calibrated rounding on whole models: every layer for the inputs that rounded layers give, and what models share once."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from fusionroute.calibration.record import Text
+from fusionroute.calibration.serving_masks import Mask
+from fusionroute.calibration.table import Table
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import TABLE, Request, export
+from fusionroute.fr_export.families import FAMILIES
+from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision import int4, int8
+from fusionroute.fr_export.precision.blockwise import Stored
+from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.gptq import Hessian, quantise
+from fusionroute.fr_export.precision.gptq_sequential import compensate
+from fusionroute.fr_export.verify.torch_reference import load
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.errors import InputError
+from tests.support.calibrating import traced
+from tests.support.systems import Shape, make_system
+
+FORM = int4.FORMAT
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: dict[str, Stored] | None = None) -> dict[str, Stored]:
+    graph = traced(system)
+    recorded = [Text(ids, np.zeros(len(ids), np.int8)) for ids in texts]
+    known = Evidence(recorded, [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
+    forms = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
+    return compensate(graph, system.router.weights, known, forms, Store(folder), {} if shared is None else shared, lambda _: None)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2"])
+def test_layers_are_rounded_for_the_inputs_that_rounded_layers_give(family: str, tmp_path: Path) -> None:
+    """Against torch: hooks on a model whose earlier layers hold the rounded weights."""
+    router, experts = make_system(tmp_path, Shape(family, experts=1, layers=2, config={"tie_word_embeddings": True}))
+    system = System.open(FAMILIES[family], router, experts)
+    draw = np.random.default_rng(0)
+    texts = [draw.integers(3, 300, length).astype(np.int32) for length in (90, 40, 1, 120)]
+    done = rounded(system, texts, tmp_path / "store")
+    model = load(system.router)
+
+    def inputs(names: list[str]) -> dict[str, Hessian]:
+        found = {name: Hessian(model.get_submodule(name).in_features) for name in names}
+        hooks = [
+            model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: found[name].see(args[0][0].numpy()))
+            for name in names
+        ]
+        with torch.no_grad():
+            for ids in texts:
+                model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    parts = {"self_attn.qkv_proj": ["q_proj", "k_proj", "v_proj"], "self_attn.o_proj": [], "mlp.gate_proj": [], "mlp.up_proj": []}
+    for layer in range(2):
+        at = f"model.layers.{layer}"
+        names = [f"{at}.self_attn.q_proj", f"{at}.self_attn.o_proj", f"{at}.mlp.gate_proj", f"{at}.mlp.down_proj"]
+        hessians = inputs(names)
+        replaced: dict[str, np.ndarray] = {}
+        for matrix in (*parts, "mlp.down_proj"):
+            stack = [f"{at}.self_attn.{part}" for part in parts.get(matrix, [])] or [f"{at}.{matrix}"]
+            source = {"qkv_proj": names[0], "o_proj": names[1], "down_proj": names[3]}.get(matrix.split(".")[1], names[2])
+            weights = torch.cat([model.get_submodule(name).weight.data for name in stack]).numpy()
+            hessian = Hessian(weights.shape[1])
+            hessian.sum += hessians[source].sum
+            expected = quantise(weights, hessian.factor(), FORM)
+            found = done[f"model.{at}.{matrix}.weight"]
+            values = found.widened(weights.shape[1])
+            wanted = (expected.values.astype(np.float32) - expected.zeros[..., None]) * expected.scales.astype(np.float32)[..., None]
+            wanted = wanted.reshape(len(wanted), -1)[:, : weights.shape[1]]
+            assert (np.abs(values - wanted) <= 1e-6).mean() > 0.98, matrix  # but for values that lie between two levels
+            sizes = [len(model.get_submodule(name).weight) for name in stack]
+            replaced |= dict(zip(stack, np.split(values, np.cumsum(sizes)[:-1]), strict=True))
+        for name, values in replaced.items():
+            model.get_submodule(name).weight.data = torch.from_numpy(values.copy())
+    head = next(name for name in done if "layers" not in name)
+    assert done[head].widened(64).shape == (300, 64)
+
+
+def request(folder: Path, shape: Shape, precisions: tuple[str, ...], calibration: str) -> tuple[Request, list[Path]]:
+    router, experts = make_system(folder, shape)
+    made = Request(
+        FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), folder / "bundle", calibration=calibration, force=True
+    )
+    return made, [Path(router), *map(Path, experts.values())]
+
+
+def prompts(folder: Path) -> str:
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(f"a prompt about {word} and so on" for word in ("rain", "stone", "trees", "the sea", "bread", "iron")))
+    return str(file)
+
+
+def weights_of(bundle: Path, pattern: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((bundle / "graphs").glob(pattern))}
+
+
+def test_an_export_calibrates_keeps_its_table_and_can_use_it_again(tmp_path: Path) -> None:
+    made, _ = request(tmp_path, Shape(experts=2, tokenizer=True, config={"tie_word_embeddings": True}), ("int8", "int4"), prompts(tmp_path))
+    report = export(made, Stages(Console(quiet=True)))
+    names = [stage["name"] for stage in report["stages"]]
+    assert "recording what the system does" in names and "calibrating router" in names
+    assert not (made.out / "recording").exists()
+    assert 4.3 < report["variants"][1]["bits_per_weight"] <= 5.0
+    table = Table.load(made.out / TABLE)
+    assert len(table.texts) == 5 and list(table.models) == ["router", "expert0", "expert1"]
+    first = weights_of(made.out, "*.onnx") | weights_of(made.out, "weights/*")
+    saved = tmp_path / "saved.safetensors"
+    shutil.copyfile(made.out / TABLE, saved)
+    again = Request(**{**made.__dict__, "calibration": str(saved)})
+    report = export(again, Stages(Console(quiet=True)))
+    assert not any("recording" in stage["name"] for stage in report["stages"])
+    assert weights_of(made.out, "*.onnx") | weights_of(made.out, "weights/*") == first
+    nearest = export(Request(**{**made.__dict__, "calibration": "none"}), Stages(Console(quiet=True)))
+    assert not (made.out / TABLE).exists() and nearest["variants"][1]["bits_per_weight"] == 4.625
+    assert weights_of(made.out, "weights/*").keys() != first.keys()
+    other, _ = request(tmp_path / "other", Shape(experts=2, hidden=96, tokenizer=True), ("int4",), str(saved))
+    with pytest.raises(InputError, match="calibrate this system instead"):
+        export(other, Stages(Console(quiet=True)))
+    assert not other.out.exists()
+
+
+def test_what_models_share_is_stored_once_and_an_expert_never_asked_rounds_to_nearest(tmp_path: Path) -> None:
+    shape = Shape(vocab=400, experts=2, tokenizer=True, config={"tie_word_embeddings": True})
+    made, (router, first, second) = request(tmp_path, shape, ("int8", "int4"), prompts(tmp_path))
+    head = load_file(router / "routing_head.safetensors")
+    head["routing_head.bias"] = torch.tensor([1e6, 0.0])
+    save_file(head, router / "routing_head.safetensors")
+    tensors, embedding = load_file(first / "model.safetensors"), "model.embed_tokens.weight"
+    save_file(tensors | {embedding: load_file(router / "model.safetensors")[embedding]}, first / "model.safetensors", {"format": "pt"})
+    export(made, Stages(Console(quiet=True)))
+    matrix = 400 * 64
+    for size, models in ((matrix, 2), (matrix // 2, 2)):  # the router's, which the first expert reads too, and the second expert's
+        assert sum(path.stat().st_size == size for path in (made.out / "graphs/weights").iterdir()) == models
+    stored = {path.read_bytes() for path in (made.out / "graphs/weights").iterdir()}
+    for name, tensor in load_file(second / "model.safetensors").items():
+        if name.endswith("down_proj.weight"):
+            assert int8.quantise(tensor.numpy()).values.tobytes() in stored
+    with FusionRuntime.load(made.out, "int4") as runtime:
+        assert set(runtime.generate([5, 9, 12], max_new_tokens=8).experts) == {"expert0"}
+
+
+def test_weights_beyond_the_range_are_refused_by_name(tmp_path: Path) -> None:
+    made, (router, *_) = request(tmp_path, Shape(experts=1, tokenizer=True), ("int4",), prompts(tmp_path))
+    tensors = load_file(router / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 3e6
+    save_file(tensors, router / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"router.* cannot be exported as int4: The weight '.*up_proj.weight' holds values beyond"):
+        export(made, Stages(Console(quiet=True)))

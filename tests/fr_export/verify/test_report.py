@@ -1,0 +1,139 @@
+"""The report of an export says what is true: sizes, differences from torch, stages; and what was not compared, and why."""
+
+import io
+import json
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from fusionroute.calibration.prompts import divide
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request, export
+from fusionroute.fr_export.families import FAMILIES
+from fusionroute.fr_export.precision import SCHEMES, gptq
+from fusionroute.fr_export.precision.blockwise import Format, Quantised
+from fusionroute.fr_export.verify.bounds import BOUNDS, misses
+from fusionroute.fr_export.verify.compare import sequences
+from fusionroute.fr_export.verify.report import show_report
+from fusionroute.fr_export.verify.torch_reference import reference
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import FusionError
+from tests.support.exporting import ALL
+from tests.support.systems import Shape, make_system
+
+PROMPTS = [
+    "a prompt to calibrate on",
+    "and another: 12+30=42",
+    "one prompt of some length, so that there is something to compare on: 7 * 8 = 56",
+]
+
+
+@pytest.fixture(scope="module")
+def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
+    folder = tmp_path_factory.mktemp("report")
+    router, experts = make_system(folder, Shape("gemma2", experts=2, layers=1, tokenizer=True))
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
+    return Request(FAMILIES["gemma2"], router, experts, ALL, ("ort:cpu",), folder / "bundle", lam=0.3, calibration=str(prompts), force=True)
+
+
+def test_figures_are_those_of_an_independent_comparison(request_: Request) -> None:
+    report = export(request_, Stages(Console(quiet=True)))
+    bundle = Bundle.open(request_.out)
+    bundle.verify()
+    assert json.loads((request_.out / "report.json").read_text()) == report
+    system = System.open(request_.family, request_.router, request_.experts)
+    texts = sequences(system, divide(PROMPTS).held_out)
+    expected = reference(system, texts, (0.3, 0.7))
+    assert [entry["precision"] for entry in report["variants"]] == list(ALL)
+    for entry in report["variants"]:
+        with FusionRuntime.load(request_.out, precision=entry["precision"]) as runtime:
+            assert runtime.lam == 0.3
+            scores = [runtime.score(ids, chunk=1) for ids in texts]
+        gaps = np.concatenate([np.abs(s.logits - e.logits) for s, e in zip(scores, expected, strict=True)])
+        greedy = np.concatenate([s.logits.argmax(-1) == e.logits.argmax(-1) for s, e in zip(scores, expected, strict=True)])
+        found = entry["compared"]
+        assert found["tokens"] == sum(map(len, texts)) == len(gaps)
+        assert found["decode"]["max_difference"] == pytest.approx(gaps.max(), rel=1e-4)
+        assert found["decode"]["mean_difference"] == pytest.approx(gaps.mean(), rel=1e-4)
+        assert found["decode"]["greedy_agreement"] == pytest.approx(greedy.mean())
+        ours, theirs = (torch.tensor(np.concatenate([one.logits for one in ones])).double().log_softmax(-1) for ones in (scores, expected))
+        kl = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        assert found["decode"]["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3, abs=1e-11)
+        assert found["decode"]["kl_p99"] == pytest.approx(float(kl.quantile(0.99)), rel=1e-3, abs=1e-11)
+        ends = np.cumsum([len(ids) for ids in texts]) - 1
+        told = [row for row in range(len(gaps)) if row not in ends]
+        following = torch.tensor([id for ids in texts for id in [*ids[1:], 0]])[told]
+        perplexities = [float(torch.nn.functional.nll_loss(one[told], following).exp()) for one in (ours, theirs)]
+        assert found["decode"]["perplexity"] == pytest.approx(perplexities[0], rel=1e-5)
+        assert found["decode"]["perplexity_ratio"] == pytest.approx(perplexities[0] / perplexities[1], rel=1e-5)
+        best = theirs.topk(2).values
+        sure = ((best[:, 0] - best[:, 1]) > 1).numpy()
+        assert found["decode"]["sure_positions"] == sure.sum() > 5
+        assert found["decode"]["sure_agreement"] == pytest.approx(greedy[sure].mean())
+        assert found["largest_logit"] == pytest.approx(max(np.abs(e.logits).max() for e in expected))
+        assert found["decode"]["mean_difference"] < {"fp32": 1e-5, "fp16": 0.02, "bf16": 0.2, "int8": 0.3, "int4": 2.0}[entry["precision"]]
+    sizes = {entry["precision"]: entry["bytes"] for entry in report["variants"]}
+    assert sizes["int8"] < 0.45 * sizes["fp32"] and sizes["fp16"] < 0.65 * sizes["fp32"]
+    names = [stage["name"] for stage in report["stages"]]
+    assert names[0] == "checking the checkpoints" and {"writing int8 for ort:cpu", "reference in torch", "comparing int8"} <= set(names)
+    shown = io.StringIO()
+    show_report(Console(file=shown, width=80), report, request_.out)
+    assert "…" not in shown.getvalue(), "the table fits a terminal of 80 columns"
+    assert all(stage["seconds"] >= 0 and stage["peak_anonymous_mib"] > 0 for stage in report["stages"])
+
+
+def test_a_precision_that_misses_its_bound_is_told_and_strict_refuses_it(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(request_, Stages(Console(quiet=True)))
+    before = (request_.out / "manifest.json").read_bytes()
+    rounded = gptq.quantise
+
+    def coarse(rows: np.ndarray, factor: gptq.Factor, form: Format) -> Quantised:
+        found = rounded(rows, factor, form)
+        return Quantised(found.values // 64 * 64, found.scales, found.zeros)  # as if six bits were lost
+
+    monkeypatch.setattr("fusionroute.fr_export.precision.gptq_sequential.quantise", coarse)
+    with pytest.raises(
+        FusionError,
+        match=r"^The precision int8 misses its bound \(.*routing agreement in chunks .*bound 98.00%.*\); .* without --strict\.$",
+    ):
+        export(replace(request_, strict=True), Stages(Console(quiet=True)))
+    assert (request_.out / "manifest.json").read_bytes() == before
+    assert [path.name for path in request_.out.parent.iterdir() if path.name.startswith(".")] == []
+    report = export(replace(request_, precisions=("fp32", "int8")), Stages(Console(quiet=True)))
+    assert [bool(entry["missed"]) for entry in report["variants"]] == [False, True]
+    shown = io.StringIO()
+    show_report(Console(file=shown, width=160, force_terminal=True, color_system="standard"), report, request_.out)
+    assert "\x1b[31mint8 misses its bound: " in shown.getvalue()
+
+
+def test_bounds_are_told_from_both_sides() -> None:
+    kept = {"greedy_agreement": 0.95, "sure_agreement": None, "routing_agreement": 0.98, "perplexity_ratio": 1.01, "kl_mean": 0.01}
+    assert misses("ort:cpu", "int8", {"chunks": kept, "decode": kept}) == [] == misses("ort:cpu", "int8", None)
+    missed = kept | {"routing_agreement": 0.979, "perplexity_ratio": 1.02}
+    assert misses("ort:cpu", "int8", {"chunks": kept, "decode": missed}) == [
+        "routing agreement token by token 97.90%, bound 98.00%",
+        "perplexity token by token +2.00%, bound +1.00%",
+    ]
+    assert misses("tensorrt", "int8", {"chunks": missed, "decode": missed}) == [], "activations in 8 bits too: bounded as w8a8"
+
+
+def test_every_precision_has_a_bound() -> None:
+    assert {precision for schemes in SCHEMES.values() for precision in schemes} == set(BOUNDS)
+
+
+def test_a_system_too_large_to_compare_says_so(request_: Request) -> None:
+    with patch("fusionroute.fr_export.export.REFERENCE_LIMIT", 1000):
+        report = export(request_, Stages(Console(quiet=True)))
+        with pytest.raises(FusionError, match="could be compared"):
+            export(replace(request_, strict=True), Stages(Console(quiet=True)))
+    assert all(entry["compared"] is None and entry["missed"] == [] for entry in report["variants"])
+    shown = io.StringIO()
+    show_report(Console(file=shown, width=160), report, request_.out)
+    assert "Not compared with torch" in shown.getvalue() and "in fp32, more than" in shown.getvalue()

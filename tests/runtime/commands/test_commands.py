@@ -1,0 +1,236 @@
+"""`python -m runtime`: what it prints where, and with which status it ends."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.__main__ import main
+from fusionroute.runtime.commands import generate as generate_module
+from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.stream import End, Stream
+from fusionroute.runtime.text import Token
+from tests.support.commands import Command
+
+PROMPT = "12+30="
+
+
+def runtime_status() -> int:
+    """Run `python -m runtime`."""
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    monkeypatch.setenv("COLUMNS", "200")
+    return Command("runtime", runtime_status, monkeypatch, capsys)
+
+
+def test_generate_streams_what_the_runtime_generates(bundles: list[Path], command: Command) -> None:
+    for bundle in bundles:
+        with FusionRuntime.load(bundle) as runtime:
+            expected = runtime.generate(PROMPT, 6)
+        ended = command("generate", bundle, "--prompt", PROMPT, "--max-new-tokens", 6)
+        assert ended.status == 0 and ended.err == ""
+        assert ended.out == expected.text + "\n"
+
+
+def test_generate_json(bundles: list[Path], command: Command) -> None:
+    with FusionRuntime.load(bundles[0]) as runtime:
+        expected = runtime.generate(PROMPT, 6)
+        ids = runtime.encode(PROMPT)
+    for prompt in (("--prompt", PROMPT), ("--prompt-ids", ",".join(map(str, ids)))):
+        ended = command("generate", bundles[0], *prompt, "--max-new-tokens", 6, "--json", "--show-routing")
+        assert ended.status == 0 and ended.err == ""
+        found = json.loads(ended.out)
+        assert found.pop("precision")
+        assert found == {
+            "text": expected.text,
+            "token_ids": expected.token_ids,
+            "experts": expected.experts,
+            "logprobs": expected.logprobs,
+            "finish_reason": expected.finish_reason,
+            "drafted": 0,
+            "accepted": 0,
+        }
+
+
+def test_generate_with_a_pinned_expert(bundles: list[Path], command: Command) -> None:
+    with FusionRuntime.load(bundles[0]) as runtime:
+        name = runtime.expert_names[1]
+        expected = runtime.generate(PROMPT, 6, expert=name)
+    found = json.loads(command("generate", bundles[0], "--prompt", PROMPT, "--max-new-tokens", 6, "--json", "--expert", name).out)
+    assert found["token_ids"] == expected.token_ids and set(found["experts"]) == {name}
+
+
+def test_generate_shows_the_routing(bundles: list[Path], command: Command) -> None:
+    with FusionRuntime.load(bundles[0]) as runtime:
+        expected = runtime.generate(PROMPT, 6)
+    shown = command("generate", bundles[0], "--prompt", PROMPT, "--max-new-tokens", 6, "--show-routing").out.removeprefix(expected.text)
+    runs = [line.split()[:2] for line in shown.splitlines() if " token(s)  " in line]
+    assert [name for name, count in runs for _ in range(int(count))] == expected.experts
+
+
+@pytest.mark.parametrize("option", [(), ("--show-routing",)])
+def test_text_is_printed_as_it_is(bundles: list[Path], command: Command, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]) -> None:
+    text = "a\tb\r[bold]\u2028\nc  "
+    tokens = [Token(1, "expert0", 0.0, np.zeros(1, np.float32), text)]
+    monkeypatch.setattr(FusionRuntime, "stream", lambda *_, **__: Stream(iter([*tokens, End("stop", 0, 0)])))
+    assert command("generate", bundles[0], "--prompt", PROMPT, *option).out.startswith(text + "\n")
+
+
+def test_generate_by_ids_without_a_tokenizer(bundles: list[Path], command: Command, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    content = json.loads((bundle / "manifest.json").read_text())
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        content["files"].pop(name, None)
+        (bundle / name).unlink(missing_ok=True)
+    (bundle / "manifest.json").write_text(json.dumps(content))
+    ended = command("generate", bundle, "--prompt-ids", "1,5,9", "--max-new-tokens", 4)
+    with FusionRuntime.load(bundle) as runtime:
+        assert list(map(int, ended.out.split())) == runtime.generate([1, 5, 9], 4).token_ids
+    for option, lacking in (((), "tokenizer.json"), (("--chat",), "chat_template.jinja")):
+        ended = command("generate", bundle, "--prompt", PROMPT, *option)
+        assert ended.status == 1 and f"has no {lacking}" in ended.err
+    assert "token ids only" in command("inspect", bundle).out
+
+
+def test_a_seed_gives_the_same_text_again(bundles: list[Path], command: Command) -> None:
+    sampled = ("generate", bundles[0], "--prompt", PROMPT, "--max-new-tokens", 8, "--temperature", 1.5, "--json", "--seed")
+    assert command(*sampled, 3).out == command(*sampled, 3).out != command(*sampled, 4).out
+
+
+def test_inspect(bundles: list[Path], command: Command) -> None:
+    for bundle in bundles:
+        content = json.loads((bundle / "manifest.json").read_text())
+        ended = command("inspect", bundle, "--verify")
+        assert ended.status == 0 and ended.err == ""
+        assert f"All {len(content['files'])} files have the hashes of the manifest." in ended.out
+        for word in (content["family"], *(model["name"] for model in content["models"]), *(v["precision"] for v in content["variants"])):
+            assert word in ended.out
+        for verified in (False, True):
+            ended = command("inspect", bundle, "--json", *(["--verify"] if verified else []))
+            assert json.loads(ended.out) == content | {"verified": verified}
+
+
+def test_inspect_tells_how_well_lambda_was_tuned(bundles: list[Path], command: Command, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    Manifest.read(bundle).model_copy(update={"lam": 0.25, "lam_curve": [(0.0, 0.5), (0.25, 0.75)]}).write(bundle)
+    assert "λ = 0.25 (tuned: accuracy 75.0% on the validation split)" in " ".join(command("inspect", bundle).out.split())
+
+
+def test_inspect_tells_of_changed_weights_when_asked(bundles: list[Path], command: Command, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    weights = next((bundle / "graphs" / "weights").iterdir())
+    weights.write_bytes(bytes(weights.stat().st_size))
+    assert command("inspect", bundle).status == 0
+    ended = command("inspect", bundle, "--verify")
+    assert ended.status == 1 and ended.out == ""
+    assert_one_sentence(ended.err, weights.name, "was changed after the export")
+
+
+def assert_one_sentence(err: str, *words: str) -> None:
+    assert err.startswith("error: ") and err.endswith(".\n") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err
+
+
+FAILURES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
+    "no bundle": (("generate", "nowhere", "--prompt", "a"), ("no bundle at nowhere", "export.py")),
+    "nothing to inspect": (("inspect", "nowhere"), ("no bundle at nowhere",)),
+    "precision": (("generate", "BUNDLE", "--prompt", "a", "--precision", "int3"), ("int3", "--precision")),
+    "expert memory": (
+        ("generate", "BUNDLE", "--prompt", "a", "--expert-memory", "5"),
+        ("limit on device memory", "device='tensorrt' or 'rtx'"),
+    ),
+    "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "rtx"), ("no graphs for tensorrt", "--target tensorrt")),
+    "expert": (("generate", "BUNDLE", "--prompt", "a", "--expert", "history"), ("'history'", "expert0, expert1")),
+    "no such id": (("generate", "BUNDLE", "--prompt-ids", "99999999"), ("99999999", "vocabulary")),
+    "negative id": (("generate", "BUNDLE", "--prompt-ids", "-3"), ("-3", "vocabulary")),
+    "long prompt": (("generate", "BUNDLE", "--prompt-ids", ",".join(["1"] * 9000)), ("9000 tokens", "context", "--max-seq-len")),
+    "surrogates": (("generate", "BUNDLE", "--prompt", "\udc80"), ("Unicode",)),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failures_end_in_one_sentence(bundles: list[Path], command: Command, name: str) -> None:
+    arguments, words = FAILURES[name]
+    ended = command(*(bundles[0] if argument == "BUNDLE" else argument for argument in arguments))
+    assert ended.status == 1 and ended.out == ""
+    assert_one_sentence(ended.err, *words)
+
+
+USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
+    "no command": ((), ()),
+    "unknown command": (("train",), ("train",)),
+    "unknown flag": (("inspect", "BUNDLE", "--colour"), ("--colour",)),
+    "no prompt": (("generate", "BUNDLE"), ("--prompt TEXT", "--prompt-ids IDS")),
+    "two prompts": (("generate", "BUNDLE", "--prompt", "a", "--prompt-ids", "1"), ("--prompt",)),
+    "ids that are none": (("generate", "BUNDLE", "--prompt-ids", "1,x"), ("'1,x'", "2,17,5")),
+    "chat of ids": (("generate", "BUNDLE", "--prompt-ids", "1", "--chat"), ("--prompt TEXT",)),
+    "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "tpu"), ("'tpu'", "auto, cpu, cuda")),
+    "fusion": (("generate", "BUNDLE", "--prompt", "a", "--fusion", "product"), ("'product'", "additive")),
+    "lambda": (("generate", "BUNDLE", "--prompt", "a", "--lambda", "2"), ("2.0", "from 0")),
+    "temperature": (("generate", "BUNDLE", "--prompt", "a", "--temperature", "-1"), ("temperature is -1.0",)),
+    "top-p": (("generate", "BUNDLE", "--prompt", "a", "--top-p", "nan"), ("top_p",)),
+    "seed": (("generate", "BUNDLE", "--prompt", "a", "--seed", "-1"), ("seed is -1",)),
+    "count": (("generate", "BUNDLE", "--prompt", "a", "--max-new-tokens", "0"), ("at least 1",)),
+    "word for a number": (("generate", "BUNDLE", "--prompt", "a", "--top-k", "many"), ("--top-k", "integer")),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_wrong_usage_has_status_2(bundles: list[Path], command: Command, name: str) -> None:
+    arguments, words = USAGE[name]
+    ended = command(*(bundles[0] if argument == "BUNDLE" else argument for argument in arguments))
+    assert ended.status == 2
+    assert "Traceback" not in ended.out + ended.err
+    shown = " ".join((ended.out + ended.err).replace("│", " ").split())
+    for word in words:
+        assert word in shown
+
+
+def test_faults_end_in_one_sentence_and_a_traceback_on_demand(
+    bundles: list[Path], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*_: Any, **__: Any) -> None:
+        raise RuntimeError("two\nlines.")
+
+    monkeypatch.setattr(generate_module, "FusionRuntime", type("Broken", (FusionRuntime,), {"load": fault}))
+    ended = command("generate", bundles[0], "--prompt", "a")
+    assert ended.status == 1
+    assert_one_sentence(ended.err, "unexpected RuntimeError", "--debug", "two lines.")
+    ended = command("--debug", "generate", bundles[0], "--prompt", "a")
+    assert ended.status == 1 and "Traceback" in ended.err
+
+
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "runtime", *map(str, arguments)], capture_output=True, timeout=60, check=False, **options)
+
+
+def test_as_a_process(bundles: list[Path], tmp_path: Path) -> None:
+    """Statuses, streams, and a reader that leaves early."""
+    done = run("generate", bundles[0], "--prompt", PROMPT, "--max-new-tokens", 4, "--json")
+    assert done.returncode == 0 and done.stderr == b"" and len(json.loads(done.stdout)["token_ids"]) <= 4
+    failed = run("inspect", tmp_path / "nowhere")
+    assert failed.returncode == 1 and failed.stdout == b""
+    assert_one_sentence(failed.stderr.decode(), "nowhere")
+    for arguments in (("inspect", bundles[0], "--json"), ("generate", bundles[0], "--prompt", PROMPT, "--max-new-tokens", 4)):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "wb") as closed:
+            left = subprocess.run(
+                [sys.executable, "-m", "runtime", *map(str, arguments)], stdout=closed, stderr=subprocess.PIPE, timeout=60, check=False
+            )
+        assert b"Traceback" not in left.stderr and left.returncode == 1

@@ -1,0 +1,95 @@
+"""The prefix cache and background catch-up on a device: caches are copied there, and pieces are queued behind the steps."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from fusionroute.runtime import FusionRuntime, InputError
+from fusionroute.runtime.tensorrt.device import Stream
+from fusionroute.runtime.tensorrt.model import Cache
+from tests.support.simulated.bundles import CHUNK
+from tests.support.simulated.install import simulated
+from tests.support.simulated.machine import Machine
+from tests.support.simulated.memory import Fault
+
+PROMPT = [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+
+
+def texts(folder: Path, seed: int, order: str, **options: Any) -> tuple[list[Any], list[int]]:
+    """Three texts that begin alike, of which the first is forgotten while the second begins; and what each pass read."""
+    lengths: list[int] = []
+    forward = Cache.forward
+
+    def noted(cache: Cache, ids: Any, positions: Any) -> Any:
+        lengths.append(len(ids))
+        return forward(cache, ids, positions)
+
+    with (
+        patch("fusionroute.runtime.session.CHUNK", CHUNK),
+        patch("fusionroute.runtime.background_prefill.PIECE", CHUNK // 2),
+        patch("fusionroute.runtime.prefix.LEAST", 2),
+        patch.object(Cache, "forward", noted),
+        simulated(Machine(seed, order)),
+        FusionRuntime.load(folder, device="rtx", **options) as rt,
+    ):
+        first, second = rt.session(), rt.session()
+        first.append(PROMPT)
+        found = [first.step()]
+        second.append([*PROMPT, 20, 21])
+        found.append(second.step())
+        del first
+        found += [second.step() for _ in range(8)]
+        found += list(rt.stream([*PROMPT, 22], 4))
+        return [(token.id, token.expert, round(token.logprob, 3)) for token in found], lengths
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_shared_prompt_changes_no_token(folder: Path, seed: int) -> None:
+    order = ("late", "random")[seed % 2]
+    expected, whole = texts(folder, seed, order, prefix_cache=0)
+    found, shared = texts(folder, seed, order)
+    assert found == expected
+    assert sum(shared) < sum(whole)
+
+
+def lend_and_forget(folder: Path, seed: int) -> list[float]:
+    """Logits behind a prefix whose lender is gone before anything was waited for."""
+    with simulated(Machine(seed, "late")), FusionRuntime.load(folder, device="rtx") as rt:
+        lender, borrower = rt.backend.router.cache(), rt.backend.router.cache()
+        _ = lender.forward(PROMPT[:CHUNK], [CHUNK - 1]).routing
+        borrower.adopt(lender, CHUNK)
+        del lender
+        return [round(float(value), 4) for value in borrower.forward([9], [0]).logits[0]]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the fault shows where memory is freed
+def test_a_lender_may_be_forgotten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated(Machine(0)), FusionRuntime.load(folder, device="rtx") as rt:
+        cache = rt.backend.router.cache()
+        _ = cache.forward(PROMPT[:CHUNK], [CHUNK - 1]).routing
+        expected = [round(float(value), 4) for value in cache.forward([9], [0]).logits[0]]
+    assert all(lend_and_forget(folder, seed) == expected for seed in range(4))
+    adopt = Cache.adopt
+
+    def careless(cache: Cache, other: Cache, length: int) -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Stream, "record", lambda stream, event: None)
+            adopt(cache, other, length)
+
+    monkeypatch.setattr(Cache, "adopt", careless)
+    with pytest.raises(Fault):
+        for seed in range(8):
+            lend_and_forget(folder, seed)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_background_catch_up_changes_no_token(folder: Path, seed: int) -> None:
+    lazy = texts(folder, seed, "late")[0]
+    assert texts(folder, seed, "late", catch_up="background")[0] == lazy
+
+
+def test_it_is_refused_where_weights_would_move_for_it(folder: Path) -> None:
+    with simulated(Machine(0)), pytest.raises(InputError, match="expert_memory limits"):
+        FusionRuntime.load(folder, device="rtx", catch_up="background", expert_memory=1 << 20)

@@ -1,0 +1,34 @@
+"""Speculation on a device: the tokens are those of plain decoding."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.speculation.draft_planner import Pace, Plan
+from tests.runtime.speculation.test_speculation import EVEN
+from tests.support.simulated.bundles import CHUNK
+from tests.support.simulated.install import simulated
+from tests.support.simulated.machine import Machine
+
+
+def plan(self: Pace, most: int, looked_up: int, *_: object) -> Plan:
+    """As many drafts as these engines read at a time, from the text where it offers some."""
+    return Plan("lookup", min(looked_up + 1, most, CHUNK)) if looked_up else Plan("router", min(most, CHUNK))
+
+
+def test_drafts_change_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "plan", plan)
+    monkeypatch.setattr("fusionroute.runtime.engine.costs_of", lambda *_: EVEN)  # clocks mean nothing there
+    found = []
+    for speculation in ("off", "auto"):
+        with (
+            patch("fusionroute.runtime.session.CHUNK", CHUNK),
+            simulated(Machine(0, "late")),
+            FusionRuntime.load(folder, device="rtx", speculation=speculation) as rt,
+        ):
+            texts = [rt.generate(ids, 12) for ids in ([3, 4, 5, 3, 4], [7, 1], [2] * 9)]
+            found.append([(text.token_ids, text.experts) for text in texts])
+    assert found[0] == found[1]
+    assert sum(text.drafted for text in texts) > 20

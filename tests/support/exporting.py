@@ -1,0 +1,55 @@
+"""Exports made by tests, without the comparison that ends an export: tests make their own.
+
+`python -m tests.support.exporting DIR` writes the bundles of tests/runtime, for running those tests where torch is not installed.
+"""
+
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+from rich.console import Console
+
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request, export
+from fusionroute.fr_export.families import FAMILIES
+from tests.support.systems import Shape, make_system
+
+ALL = ("fp32", "fp16", "bf16", "int8", "int4")
+
+
+def export_system(
+    folder: Path, shape: Shape, precisions: tuple[str, ...] = ALL, seed: int = 0, max_seq_len: int | None = None
+) -> tuple[Path, System]:
+    """Make a random system in `folder` and export it to `folder/bundle`."""
+    router, experts = make_system(folder, shape, seed)
+    bundle = export_checkpoints(folder / "bundle", shape, router, experts, precisions, max_seq_len)
+    return bundle, System.open(FAMILIES[shape.family], router, experts, max_seq_len=max_seq_len)
+
+
+def export_checkpoints(
+    out: Path,
+    shape: Shape,
+    router: str,
+    experts: dict[str, str],
+    precisions: tuple[str, ...] = ALL,
+    max_seq_len: int | None = None,
+    calibration: str = "none",
+) -> Path:
+    """Export given checkpoints to `out`."""
+    request = Request(
+        FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), out, max_seq_len=max_seq_len, calibration=calibration
+    )
+    with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):
+        export(request, Stages(Console(quiet=True)))
+    return out
+
+
+def export_runtime_bundles(root: Path) -> list[Path]:
+    """The bundles of tests/runtime: random weights, which do not end their texts by themselves."""
+    shapes = [Shape(family, layers=1, experts=2, tokenizer=True) for family in ("llama3", "gemma2")]
+    return [export_system(root / shape.family, shape, ("fp32", "int8"))[0] for shape in shapes]
+
+
+if __name__ == "__main__":
+    print(":".join(map(str, export_runtime_bundles(Path(sys.argv[1])))))
