@@ -19,10 +19,16 @@ demo: $(VENV)/export
 test: $(VENV)/test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-lint: $(VENV)/test
+lint: $(VENV)/test build/house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The package as a wheel lays it out, in links to the folders here: tools that read code and run nothing see `fusionroute` there.
+build/house:
+	mkdir -p $@/fusionroute
+	ln -sfn ../../../fusionroute.py $@/fusionroute/__init__.py
+	for folder in runtime calibration fr_export; do ln -sfn ../../../$$folder $@/fusionroute/$$folder; done
 
 # Real sizes and other environments; see docs/testing.md.
 slow: $(VENV)/test

@@ -11,17 +11,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.limits import boundary
 
 if TYPE_CHECKING:
     from fusionroute.runtime.session import Session
 
 MODES = ("lazy", "background")
-PIECE = 64  # tokens: a chosen expert waits for at most one piece, and reads less than another two
-
-
-def boundary(start: int) -> int:
-    """Where a pass that begins at `start` ends: the next multiple of PIECE that leaves it two tokens or more (see `Session.read`)."""
-    return ((start + 1) // PIECE + 1) * PIECE
 
 
 class CatchUp:

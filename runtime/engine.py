@@ -20,10 +20,11 @@ from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Interrupted, Watch
 from fusionroute.runtime.chat import render
 from fusionroute.runtime.errors import ClosedError, InputError, UnavailableError
+from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.pool import Pool
 from fusionroute.runtime.sampling import Sampler, SamplingOptions, sampling_of
 from fusionroute.runtime.scoring import Scores, score
-from fusionroute.runtime.session import CHUNK, Session
+from fusionroute.runtime.session import Session
 from fusionroute.runtime.speculation import MOST, Costs, costs_of
 from fusionroute.runtime.stream import End, Result, Stream
 from fusionroute.runtime.text import Text, TextStream, Token
@@ -72,7 +73,7 @@ class FusionRuntime:
         self._backend, self.precision = open_backend(bundle, precision, device, threads, expert_memory, share_weights)
         self.exact = exact
         self.catch_up, self.prefix_cache = catch_up, prefix_cache
-        threaded = catch_up == "background" and not self._backend.side_by_side
+        threaded = catch_up == "background" and not self._backend.async_dispatch
         self.thread = ThreadPoolExecutor(1, "fusionroute-catch-up") if threaded else None  # it starts with its first work
         self.costs: Costs | None = None  # of speculation, where it is on
         if speculation == "auto":

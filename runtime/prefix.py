@@ -24,11 +24,6 @@ def common(one: Sequence[int], other: Sequence[int], most: int) -> int:
     return sum(takewhile(bool, map(eq, one[: max(most, 0)], other)))
 
 
-def even(length: int) -> int:
-    """The even number up to `length`."""
-    return length - length % 2
-
-
 def fill(session: Session, model: int | None, cache: Cache, others: Iterable[Session]) -> None:
     """Copy into the empty cache of a model (None: the router) what other sessions have read of the session's tokens."""
     offers = ((other.offer(model, session.tokens), other) for other in others if other is not session)

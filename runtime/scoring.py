@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fusionroute.runtime import limits
 from fusionroute.runtime.backends.backend import REUSED
 
 if TYPE_CHECKING:
     from fusionroute.runtime.session import Session
 
-FUSED = 1 << 24  # logits fused at a time: 64 MB, of which the fusion graph makes several copies
 _NONE = np.zeros(0, np.int64)
 
 
@@ -36,7 +36,7 @@ def score(session: Session, positions: Sequence[int], chunk: int, coefficients: 
     logits = np.empty((len(positions), vocab), np.float32)
     routing = np.empty((len(positions), len(session.names)), np.float32)
     wanted = np.asarray(positions, np.int64)
-    step = max(1, FUSED // vocab)
+    step = max(1, limits.FUSED // vocab)
     for start in range(0, positions[-1] + 1 if positions else 0, chunk):
         piece = tokens[start : start + chunk]
         rows = np.flatnonzero((wanted >= start) & (wanted < start + len(piece)))

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.runtime import prefix
+from fusionroute.runtime import limits, prefix
 from fusionroute.runtime.backends.backend import Cache, Fused, Output
-from fusionroute.runtime.background_prefill import CatchUp, boundary
+from fusionroute.runtime.background_prefill import CatchUp
 from fusionroute.runtime.cancellation import LONG, Watch
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.sampling import Candidates, Sampler, Sampling, SamplingOptions, sampling_of
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from fusionroute.runtime.engine import FusionRuntime
 
-CHUNK = 512  # most tokens read at a time in prefill and catch-up: bounds memory, and depends on the tokens alone
 GREEDY = Sampling()
 
 
@@ -111,19 +110,19 @@ class Session:
 
     def alike(self, ids: Sequence[int]) -> int:
         """How many leading tokens of a prompt begin this session's prompt too. The last of either are read where they are answered."""
-        return prefix.even(prefix.common(self.tokens, ids, min(self._prompt - 1, len(ids) - 2)))
+        return limits.even(prefix.common(self.tokens, ids, min(self._prompt - 1, len(ids) - 2)))
 
     def offer(self, model: int | None, ids: Sequence[int]) -> int:
         """How many leading tokens of a text a model (None: the router) has read here, in a form that can be lent."""
         cache = self._router if model is None else self._experts[model]
-        return prefix.even(min(self.alike(ids), cache.length)) if cache is not None else 0
+        return limits.even(min(self.alike(ids), cache.length)) if cache is not None else 0
 
     def lend(self, model: int | None, ids: Sequence[int], cache: Cache) -> None:
         """Let another session's cache of a model take over what `offer` says."""
         with self._lent:
             own, length = self._router if model is None else self._experts[model], self.offer(model, ids)
             if own is not None and length:
-                cache.adopt(own, length)
+                cache.copy_prefix(own, length)
 
     def step(self, *, fusion: str | None = None, lam: float | None = None, **sampling: Unpack[SamplingOptions]) -> Token:
         """Choose, append and return the next token. Sampling arguments are those of `Sampling`; equal ones continue one random stream.
@@ -215,7 +214,7 @@ class Session:
         """The expert to run before the routing is known, where models run side by side: the last one, if it has read all but one token."""
         cache = None if self.last is None else self._experts[self.last]
         active = cache is not None and cache.length >= len(self.tokens) - 1
-        return self.last if active and self._runtime.backend.side_by_side else None
+        return self.last if active and self._runtime.backend.async_dispatch else None
 
     def _take_back(self, guess: int | None) -> None:
         """Forget what a wrongly guessed expert has read: what each expert reads, and in which chunks, must not depend on guesses."""
@@ -257,18 +256,18 @@ class Session:
         No pass but a decode step reads a single token, and only the last one an odd number: see `prefix`.
         """
         if expert is None or self._behind is None:
-            chunk = min(CHUNK, self._runtime.backend.chunk)
+            chunk = min(limits.CHUNK, self._runtime.backend.prefill_chunk)
             stop = min(start + chunk, first)
             stop -= 2 * (end - stop == 1)
             return end if end - start <= chunk else max(stop - (stop - start) % 2, start + 1)
-        stop = boundary(start)
+        stop = limits.boundary(start)
         return stop if stop < first else end
 
     def read_piece(self, expert: int, limit: int) -> None:
         """Let an expert read one piece of the tokens before `limit`, where one is due (see `CatchUp`)."""
         cache = self._cache(expert)
         self._borrow(expert, cache)
-        if (stop := boundary(cache.length)) <= limit:
+        if (stop := limits.boundary(cache.length)) <= limit:
             cache.forward(self.tokens[cache.length : stop], (stop - cache.length - 1,))
 
     def reached(self, expert: int) -> int:

@@ -123,7 +123,7 @@ class Decoder:
         self.runtime = runtime
         guessing = runtime.precision == "fp32"
         models = (runtime.backend.router, *runtime.backend.experts)
-        self._readers = [Reader(model, runtime.vocab_size, runtime.backend.chunk, guessing) for model in models]
+        self._readers = [Reader(model, runtime.vocab_size, runtime.backend.prefill_chunk, guessing) for model in models]
         self._ends = frozenset(runtime.bundle.manifest.eos_token_ids)
         self._prompt: Ids = ()
 

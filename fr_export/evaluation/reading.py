@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from fusionroute.runtime.backends.backend import LanguageModel, Output
-from fusionroute.runtime.scoring import FUSED
+from fusionroute.runtime.limits import FUSED
 
 Ids = tuple[int, ...]
 

@@ -42,7 +42,7 @@ class Cache(Protocol):
         """Append S tokens and return outputs for K of their positions (0 … S−1, counted within `ids`)."""
         ...
 
-    def adopt(self, other: Any, length: int) -> None:
+    def copy_prefix(self, other: Any, length: int) -> None:
         """Copy the first `length` tokens of another cache of the same model, where the backend can; else nothing changes.
 
         Their keys and values must not change meanwhile; later ones may.
@@ -89,10 +89,10 @@ class Fuser(Protocol):
 class Backend(Protocol):
     """Router, experts and fusion of one variant of a bundle on one device."""
 
-    chunk: int
+    prefill_chunk: int
     """How many tokens it reads at a time most quickly, where there are as many."""
 
-    side_by_side: bool
+    async_dispatch: bool
     """Whether `forward` and the fuser only queue their work, and what they return waits for it when it is read."""
 
     @property

@@ -30,8 +30,8 @@ TARGET = "ort:cpu"
 class OrtCpu:
     """All models of one variant, each in its own inference session. `share_weights`: packed in a file that is mapped, see `packed`."""
 
-    chunk = 256  # what 512 tokens leave between two operators does not stay in the cores' caches: a tenth slower
-    side_by_side = False
+    prefill_chunk = 256  # what 512 tokens leave between two operators does not stay in the cores' caches: a tenth slower
+    async_dispatch = False
 
     def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None, *, share_weights: bool = False):
         onnxruntime = ort.package("cpu")
@@ -158,7 +158,7 @@ class OrtCache:
             self._logits, self._routing = self._rows(1)
         return output
 
-    def adopt(self, other: OrtCache, length: int) -> None:
+    def copy_prefix(self, other: OrtCache, length: int) -> None:
         """See `backend.Cache.adopt`."""
         self._buffers[..., :length, :] = other._buffers[..., :length, :]
         self.length = length

@@ -54,8 +54,8 @@ DIALECTS = {
 class OrtGpu:
     """All models of one variant, each in its own inference session on one provider."""
 
-    chunk = 512
-    side_by_side = False
+    prefill_chunk = 512
+    async_dispatch = False
 
     def __init__(self, bundle: Bundle, variant: Variant, provider: Provider):
         opener = Opener(provider)
@@ -199,7 +199,7 @@ class GpuCache:
         self.length += count
         return output
 
-    def adopt(self, other: GpuCache, length: int) -> None:
+    def copy_prefix(self, other: GpuCache, length: int) -> None:
         """ONNX Runtime's Python API copies nothing from device to device: prompts are read again (see `backend.Cache.adopt`)."""
 
     def interrupt(self) -> None:

@@ -96,7 +96,7 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
                     cache.length = length  # of zeros: what they hold costs nothing
                     start = time.perf_counter()
                     answer = cache.forward([0] * size, range(size))
-                    if size > 1 or not backend.side_by_side:
+                    if size > 1 or not backend.async_dispatch:
                         np.asarray(answer.logits)
                     _ = answer.routing  # waits for the router
                     taken.setdefault((who, at, size), []).append(time.perf_counter() - start)
@@ -109,4 +109,4 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
     fastest = {what: min(seconds[1:]) for what, seconds in taken.items()}  # the first round warms up
     timed = {who: tuple(tuple(fastest[who, at, size] for size in sizes) for at in range(len(lengths))) for who in caches}
     experts = tuple(passes(timed[like[spec.parameters]]) for spec in models[1:])
-    return Costs(passes(timed[0]), experts, fastest["fusion"], backend.side_by_side)
+    return Costs(passes(timed[0]), experts, fastest["fusion"], backend.async_dispatch)

@@ -27,8 +27,8 @@ class TensorRt:
     Router and fusion share the router's stream and scratch memory. The experts share another one, since the router may run beside them.
     """
 
-    chunk = 512  # the largest of the engines' profile: see `engines`
-    side_by_side = True  # a forward pass is queued and not waited for: see Session.advance
+    prefill_chunk = 512  # the largest of the engines' profile: see `engines`
+    async_dispatch = True  # a forward pass is queued and not waited for: see Session.advance
 
     def __init__(self, bundle: Bundle, variant: Variant, flavour: str, expert_memory: int | None = None):
         manifest = bundle.manifest

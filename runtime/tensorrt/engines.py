@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusionroute.runtime import limits
 from fusionroute.runtime.errors import FusionError, UnavailableError
-from fusionroute.runtime.scoring import FUSED
-from fusionroute.runtime.session import CHUNK
 from fusionroute.runtime.tensorrt.build import Advance, Shapes, build
 from fusionroute.runtime.tensorrt.library import NAMES, load
 from fusionroute.runtime.tensorrt.operators import number, since
@@ -46,12 +45,12 @@ def profile_of(manifest: Manifest) -> Profile:
     """What the engines of a bundle are built for: chunks of up to CHUNK tokens, and all of its context."""
     from fusionroute.runtime.manifest import Profile
 
-    chunk = min(CHUNK, manifest.max_seq_len)
+    chunk = min(limits.CHUNK, manifest.max_seq_len)
     return Profile(
         tokens=chunk,
         keys=manifest.max_seq_len,
         positions=chunk,
-        rows=max(1, min(chunk, FUSED // manifest.vocab_size)),
+        rows=max(1, min(chunk, limits.FUSED // manifest.vocab_size)),
         candidates=min(CANDIDATES, manifest.vocab_size, LARGEST - 1),
         penalised=manifest.max_seq_len,
     )

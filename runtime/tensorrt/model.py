@@ -221,7 +221,7 @@ class Cache:
         if free is not None:
             stream.record(free)
 
-    def adopt(self, other: Cache, length: int) -> None:
+    def copy_prefix(self, other: Cache, length: int) -> None:
         """See `backend.Cache.adopt`. Both caches are of one model, whose stream keeps the order."""
         model, shared = self.model, self.model.shared
         row = model.each // model.spec.kv_heads

@@ -11,7 +11,7 @@ import pytest
 
 from fusionroute.runtime import ClosedError, FusionError, FusionRuntime, InputError
 from fusionroute.runtime.backends.ort_cpu import OrtCache
-from fusionroute.runtime.background_prefill import PIECE, boundary
+from fusionroute.runtime.limits import PIECE, boundary
 
 PROMPT = [5 + number % 80 for number in range(150)]
 

@@ -17,8 +17,8 @@ from fusionroute.runtime.backends.ort_cpu import OrtCache, zeros
 from fusionroute.runtime.bench.memory import resident
 from fusionroute.runtime.cancellation import Interrupted, Watch
 from fusionroute.runtime.engine import StreamOptions
+from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.sampling import SamplingOptions
-from fusionroute.runtime.session import CHUNK
 from fusionroute.runtime.text import Token
 
 PROMPT = "12+30= and more"

@@ -201,7 +201,7 @@ def test_scores_do_not_depend_on_how_many_rows_are_fused_at_once(bundles: list[P
     with FusionRuntime.load(bundles[0], precision="fp32") as rt:
         ids = rt.encode(PROMPT)
         whole = rt.score(ids).logits
-        monkeypatch.setattr("fusionroute.runtime.scoring.FUSED", 2 * rt.vocab_size)
+        monkeypatch.setattr("fusionroute.runtime.limits.FUSED", 2 * rt.vocab_size)
         assert (rt.score(ids).logits == whole).all()
 
 

@@ -56,7 +56,7 @@ def on_cpu(target: str) -> Iterator[None]:
     with (
         patch.dict(DEVICES, {"bound": (target, opened)}),
         patch("fusionroute.runtime.backends.KNOWN", (*DEVICES, "bound")),
-        patch("fusionroute.runtime.session.CHUNK", CHUNK),
+        patch("fusionroute.runtime.limits.CHUNK", CHUNK),
     ):
         yield
 

@@ -149,7 +149,7 @@ SCENARIOS: dict[str, Scenario] = {
 def play(scenario: Scenario, folder: Path, machine: Machine, expert_memory: int | None = None) -> list[Any]:
     """A scenario's results on a machine."""
     with (
-        patch("fusionroute.runtime.session.CHUNK", CHUNK),
+        patch("fusionroute.runtime.limits.CHUNK", CHUNK),
         simulated(machine),
         FusionRuntime.load(folder, device="rtx", expert_memory=expert_memory) as rt,
     ):

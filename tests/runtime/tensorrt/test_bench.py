@@ -19,7 +19,7 @@ from tests.support.simulated.tensorrt import WEIGHTS
 @pytest.mark.parametrize("policy", POLICIES)
 def test_bench_on_engines(folder: Path, policy: str) -> None:
     machine = Machine(2, policy)
-    with patch("fusionroute.runtime.session.CHUNK", CHUNK), simulated(machine):
+    with patch("fusionroute.runtime.limits.CHUNK", CHUNK), simulated(machine):
         result = bench(folder, Request(device="rtx", prompt_tokens=9, new_tokens=8, repeats=2, rows="fused,router,expert1"))
         with FusionRuntime.load(folder, device="rtx") as rt:
             session = rt.session()

@@ -58,7 +58,7 @@ def check(bundle: Path) -> None:
         expected: dict[str, tuple[list[int], list[str]]] = {}
         for seed, (policy, integrated, budget) in enumerate(RUNS):
             with (
-                patch("fusionroute.runtime.session.CHUNK", CHUNK),
+                patch("fusionroute.runtime.limits.CHUNK", CHUNK),
                 simulated(Machine(seed, policy, integrated)),
                 FusionRuntime.load(bundle, precision, "rtx", expert_memory=budget) as rt,
             ):

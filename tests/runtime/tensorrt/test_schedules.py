@@ -35,7 +35,7 @@ def test_no_schedule_changes_a_result(folder: Path, name: str) -> None:
 
 def test_long_texts_cross_the_lengths_that_graphs_are_captured_for(folder: Path) -> None:
     machine = Machine(0, "random")
-    with patch("fusionroute.runtime.session.CHUNK", CHUNK), simulated(machine) as cuda, FusionRuntime.load(folder, device="rtx") as rt:
+    with patch("fusionroute.runtime.limits.CHUNK", CHUNK), simulated(machine) as cuda, FusionRuntime.load(folder, device="rtx") as rt:
         result = rt.generate([3], 270)
     assert (result.token_ids, result.experts) == in_turn(folder, [3], 270, CHUNK)
     lengths = {reach(length, rt.max_seq_len) for length in range(1, 272)}
@@ -50,7 +50,7 @@ def test_threads_get_what_one_thread_gets(folder: Path, experts: int | None) -> 
     machine = Machine(3, "random")
     budget = None if experts is None else experts * WEIGHTS
     with (
-        patch("fusionroute.runtime.session.CHUNK", CHUNK),
+        patch("fusionroute.runtime.limits.CHUNK", CHUNK),
         simulated(machine),
         FusionRuntime.load(folder, device="rtx", expert_memory=budget) as rt,
     ):
@@ -80,7 +80,7 @@ def test_a_runtime_that_is_closed_unused_frees_nothing_in_use(folder: Path, poli
 @pytest.mark.parametrize("policy", POLICIES)
 def test_closing_under_way_ends_every_thread_and_frees_nothing_in_use(folder: Path, policy: str) -> None:
     machine, ends = Machine(3, policy), list[str]()
-    with patch("fusionroute.runtime.session.CHUNK", CHUNK), simulated(machine):
+    with patch("fusionroute.runtime.limits.CHUNK", CHUNK), simulated(machine):
         rt = FusionRuntime.load(folder, device="rtx")
         started = Barrier(3)
 

@@ -27,8 +27,8 @@ def texts(folder: Path, seed: int, order: str, **options: Any) -> tuple[list[Any
         return forward(cache, ids, positions)
 
     with (
-        patch("fusionroute.runtime.session.CHUNK", CHUNK),
-        patch("fusionroute.runtime.background_prefill.PIECE", CHUNK // 2),
+        patch("fusionroute.runtime.limits.CHUNK", CHUNK),
+        patch("fusionroute.runtime.limits.PIECE", CHUNK // 2),
         patch("fusionroute.runtime.prefix.LEAST", 2),
         patch.object(Cache, "forward", noted),
         simulated(Machine(seed, order)),
@@ -59,7 +59,7 @@ def lend_and_forget(folder: Path, seed: int) -> list[float]:
     with simulated(Machine(seed, "late")), FusionRuntime.load(folder, device="rtx") as rt:
         lender, borrower = rt.backend.router.cache(), rt.backend.router.cache()
         _ = lender.forward(PROMPT[:CHUNK], [CHUNK - 1]).routing
-        borrower.adopt(lender, CHUNK)
+        borrower.copy_prefix(lender, CHUNK)
         del lender
         return [round(float(value), 4) for value in borrower.forward([9], [0]).logits[0]]
 
@@ -71,14 +71,14 @@ def test_a_lender_may_be_forgotten(folder: Path, monkeypatch: pytest.MonkeyPatch
         _ = cache.forward(PROMPT[:CHUNK], [CHUNK - 1]).routing
         expected = [round(float(value), 4) for value in cache.forward([9], [0]).logits[0]]
     assert all(lend_and_forget(folder, seed) == expected for seed in range(4))
-    adopt = Cache.adopt
+    copy_prefix = Cache.copy_prefix
 
     def careless(cache: Cache, other: Cache, length: int) -> None:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(Stream, "record", lambda stream, event: None)
-            adopt(cache, other, length)
+            copy_prefix(cache, other, length)
 
-    monkeypatch.setattr(Cache, "adopt", careless)
+    monkeypatch.setattr(Cache, "copy_prefix", careless)
     with pytest.raises(Fault):
         for seed in range(8):
             lend_and_forget(folder, seed)

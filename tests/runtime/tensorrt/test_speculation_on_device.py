@@ -24,7 +24,7 @@ def test_drafts_change_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     found = []
     for speculation in ("off", "auto"):
         with (
-            patch("fusionroute.runtime.session.CHUNK", CHUNK),
+            patch("fusionroute.runtime.limits.CHUNK", CHUNK),
             simulated(Machine(0, "late")),
             FusionRuntime.load(folder, device="rtx", speculation=speculation) as rt,
         ):

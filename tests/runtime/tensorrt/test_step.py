@@ -21,7 +21,7 @@ Running = tuple[FusionRuntime, Machine, Cuda]
 @pytest.fixture
 def running(folder: Path) -> Iterator[Running]:
     machine = Machine(0, "late")
-    with patch("fusionroute.runtime.session.CHUNK", CHUNK), simulated(machine) as cuda, FusionRuntime.load(folder, device="rtx") as rt:
+    with patch("fusionroute.runtime.limits.CHUNK", CHUNK), simulated(machine) as cuda, FusionRuntime.load(folder, device="rtx") as rt:
         yield rt, machine, cuda
 
 

@@ -1,0 +1,15 @@
+"""Constants and arithmetic that several rooms of the runtime share."""
+
+CHUNK = 512  # most tokens read at a time in prefill and catch-up: bounds memory, and depends on the tokens alone
+FUSED = 1 << 24  # logits fused at a time: 64 MB, of which the fusion graph makes several copies
+PIECE = 64  # tokens that background prefill reads at a time: a chosen expert waits for at most one piece, and reads less than another two
+
+
+def boundary(start: int) -> int:
+    """Where a background pass that begins at `start` ends: the next multiple of PIECE that leaves it two tokens or more."""
+    return ((start + 1) // PIECE + 1) * PIECE
+
+
+def even(length: int) -> int:
+    """The even number up to `length`."""
+    return length - length % 2
