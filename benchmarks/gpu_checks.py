@@ -20,6 +20,7 @@ from fusionroute.runtime.bench.bench import Request, bench
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import FusionError, UnavailableError, one_line
 from fusionroute.runtime.manifest import Manifest, Variant
+from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.tensorrt.device import Device, Stream
 from fusionroute.runtime.tensorrt.engines import TARGET, fitting, rebuild
 from fusionroute.runtime.tensorrt.library import NAMES, load
@@ -109,7 +110,7 @@ def checks(place: Place) -> Iterator[Outcome]:
 def graphs(folder: Path, variant: Variant) -> tuple[bool, str, dict[str, Any]]:
     """The graphs for TensorRT on ONNX Runtime against the CPU backend."""
     manifest = Manifest.read(folder)
-    system = OnOnnxRuntime(folder, manifest, variant, FusionRuntime.coefficients(manifest.fusion, manifest.lam))
+    system = OnOnnxRuntime(folder, manifest, variant, fusion_coefficients(manifest.fusion, manifest.lam))
     return held(folder, variant, system.score)
 
 

@@ -25,6 +25,7 @@ from fusionroute.fr_export.verify.compare import LONGEST, compare
 from fusionroute.fr_export.verify.half_on_cpu import emulate
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.text import Text
 
 TOP_1 = {"fp16": 0.995, "bf16": 0.97}  # bf16's rounding alone moves the fused argmax on about 2 % of the tokens
@@ -53,7 +54,7 @@ def main(
         ids = Text.load(system.router.folder / "tokenizer.json").encode(words)[:tokens]
         texts = [ids[start : start + LONGEST] for start in range(0, len(ids), LONGEST)]
         with FusionRuntime.load(bundle) as runtime:
-            coefficients = runtime.coefficients(runtime.fusion, runtime.lam)
+            coefficients = fusion_coefficients(runtime.fusion, runtime.lam)
         with stages.stage("reference in torch", len(system.models)) as advance:
             references = reference(system, texts, coefficients, advance)
         found = {}

@@ -24,6 +24,7 @@ from fusionroute.fr_export.verify.bounds import BOUNDS, misses
 from fusionroute.fr_export.verify.compare import LONGEST, compare
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.text import Text
 
 
@@ -55,7 +56,7 @@ def main(
         system = System.open(FAMILIES[family], router, experts, max_seq_len=1024)
         texts = windows(system, text, tokens)
         with FusionRuntime.load(bundle) as runtime:
-            coefficients = runtime.coefficients(runtime.fusion, runtime.lam)
+            coefficients = fusion_coefficients(runtime.fusion, runtime.lam)
         with stages.stage("reference in torch", len(system.models)) as advance:
             references = reference(system, texts, coefficients, advance)
         found = {}

@@ -44,6 +44,7 @@ from fusionroute.fr_export.precision.smoothquant import smooth
 from fusionroute.fr_export.verify.compare import compare
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.options import fusion_coefficients
 
 
 class Nearest:
@@ -167,7 +168,7 @@ def main(
             variant = exporter.export(request, stages)["variants"][0]
             if references is None:
                 with FusionRuntime.load(bundle) as runtime:
-                    coefficients = runtime.coefficients(runtime.fusion, runtime.lam)
+                    coefficients = fusion_coefficients(runtime.fusion, runtime.lam)
                 with stages.stage("reference in torch", len(system.models)) as advance:
                     references = reference(system, texts, coefficients, advance)
             with stages.stage(f"measuring {step.name}", sum(map(len, texts))) as advance:

@@ -157,13 +157,12 @@ def generate(
     while len(tokens) < count:
         tokens += session.steps(count - len(tokens), **options)
     seconds = time.perf_counter() - start
-    rounds = session.rounds
     return seconds / (count - 1), {
         "prompt": len(session) - count,
         "ids": [token.id for token in tokens],
         "experts": [token.expert for token in tokens],
-        "drafted": rounds.drafted if rounds else 0,
-        "accepted": rounds.accepted if rounds else 0,
+        "drafted": session.drafted,
+        "accepted": session.accepted,
     }
 
 
@@ -184,9 +183,16 @@ def model(known: costs.Costs, run: dict[str, Any], names: list[str]) -> float:
         length = run["prompt"] + number
         missed, read[name] = length - read[name], length
         if number:  # the first token is not timed
-            router, expert = costs.table(known.router, length), costs.table(known.experts[names.index(name)], length)
-            beyond = max(missed - costs.MOST, 0) * (expert[costs.MOST] - expert[costs.MOST // 2]) / (costs.MOST // 2)
-            total += router[1] + expert[min(missed, costs.MOST)] + beyond + known.fusion
+            router, expert = (
+                costs.seconds_by_tokens(known.router, length),
+                costs.seconds_by_tokens(known.experts[names.index(name)], length),
+            )
+            beyond = (
+                max(missed - costs.MAX_ROUND_TOKENS, 0)
+                * (expert[costs.MAX_ROUND_TOKENS] - expert[costs.MAX_ROUND_TOKENS // 2])
+                / (costs.MAX_ROUND_TOKENS // 2)
+            )
+            total += router[1] + expert[min(missed, costs.MAX_ROUND_TOKENS)] + beyond + known.fusion
     return total / (len(run["experts"]) - 1)
 
 
@@ -200,9 +206,9 @@ def mislead(session: Session, rt: FusionRuntime) -> None:
         return Output(np.roll(answer.logits, 1, axis=-1), answer.routing)
 
     cache.forward = turned  # type: ignore[method-assign]
-    session._router = cache
-    if session.rounds is not None:
-        lookup = session.rounds._lookup
+    session._decoder.readers.router._cache = cache
+    if session._decoder.rounds is not None:
+        lookup = session._decoder.rounds._lookup
         propose = lookup.propose
         lookup.propose = lambda tokens, most: [(token + 1) % rt.vocab_size for token in propose(tokens, most)]  # type: ignore[method-assign]
 

@@ -37,10 +37,11 @@ from fusionroute.fr_export.verify.compare import TOKENS, compare, compare_scores
 from fusionroute.fr_export.verify.engine_graph_on_cpu import System as InPlaceSystem
 from fusionroute.fr_export.verify.report import write_report
 from fusionroute.fr_export.verify.torch_reference import reference
-from fusionroute.runtime import FusionRuntime, manifest
+from fusionroute.runtime import manifest
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.bundle import ELSEWHERE, sha256
 from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.tensorrt.engines import OLDER, rebuild
 from fusionroute.runtime.tensorrt.engines import TARGET as ENGINES_OF
 from fusionroute.runtime.tensorrt.library import capabilities, load
@@ -311,7 +312,7 @@ def measure(
     made.write(folder)  # the runtime that compares reads the bundle as users will
     texts = sequences(system, prompts)
     with stages.stage("reference in torch", len(system.models)) as advance:
-        coefficients = FusionRuntime.coefficients(made.fusion, made.lam)
+        coefficients = fusion_coefficients(made.fusion, made.lam)
         references = reference(system, texts, coefficients, advance)
     found = {}
     for variant in variants:

@@ -18,9 +18,9 @@ from fusionroute.fr_export.evaluation.study import Request, expanded, run
 from fusionroute.fr_export.evaluation.tasks import Tasks, read_tasks
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, Split, draw_many
 from fusionroute.runtime.command_errors import one_sentence
-from fusionroute.runtime.engine import FUSIONS
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.options import FUSIONS
 
 SPLITS: tuple[Split, ...] = ("test", "validation")
 METHODS = "fused,token,router,experts,sequence,sequence-routed,collab"

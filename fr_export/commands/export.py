@@ -10,8 +10,8 @@ from rich.console import Console
 
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.runtime.command_errors import fail, one_sentence
-from fusionroute.runtime.engine import FUSIONS
 from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.options import FUSIONS
 from fusionroute.runtime.tensorrt.library import parse_sms
 
 ALIASES = {"ort": "ort:cpu", "rtx": "tensorrt"}

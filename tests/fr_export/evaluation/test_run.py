@@ -54,9 +54,9 @@ def equal(first: Results, second: Results) -> bool:
 def test_outcomes_are_those_of_the_runtime(random_bundle: Path, tasks: Tasks, results: Results) -> None:
     assert list(results) == [*METHODS, *ALONE]
     with FusionRuntime.load(random_bundle, "fp32") as rt:
-        assert rt.text is not None
+        assert rt.tokenizer is not None
         for domain, questions in tasks.items():
-            limit = SLACK + max(len(rt.text.encode(question.answer, special=False)) for question in questions)
+            limit = SLACK + max(len(rt.tokenizer.encode(question.answer, special=False)) for question in questions)
             asked: dict[str, StreamOptions] = {"fused": {}, "expert:expert1": {"expert": "expert1", "lam": 0.0}}
             for method, options in asked.items():
                 found = results[method][domain]

@@ -31,7 +31,7 @@ def sampled(rt: FusionRuntime, machine: Machine) -> list[Any]:
     found: list[Any] = [list(rt.stream(PROMPT, 6, temperature=2.0, top_p=0.999, repetition_penalty=1.4, seed=1))]
     found.append(list(rt.stream(PROMPT, 5, temperature=30.0, top_k=3, seed=2)))
     found.append(list(rt.stream(PROMPT, 4, temperature=30.0, seed=4)))
-    with patch("fusionroute.runtime.sampling.CANDIDATES", 2):  # so few that rows must be fetched
+    with patch("fusionroute.runtime.sampling.DEFAULT_CANDIDATES", 2):  # so few that rows must be fetched
         found.append(list(rt.stream(PROMPT, 6, temperature=5.0, seed=3)))
     found += [list(rt.stream(PROMPT, 4, lam=lam, expert="expert1")) for lam in (0.0, 0.5)]
     found.append(list(rt.stream(PROMPT, 4, lam=1.0)))
@@ -119,7 +119,7 @@ def given_up(rt: FusionRuntime, machine: Machine) -> list[Any]:
             session.rewind(8)
             found += [session.step(lam=0.9, repetition_penalty=1.5).id for _ in range(3)]
         if number >= 12:
-            session.fuse = session._newest = None  # type: ignore[assignment]  # they go first, while the caches stay
+            session._decoder.step.fuser = session._decoder.step.newest = None  # type: ignore[assignment]  # they go first, while the caches stay
         del session
     return found
 

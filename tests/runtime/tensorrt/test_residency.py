@@ -33,7 +33,7 @@ def test_the_least_recently_used_expert_leaves(folder: Path) -> None:
         fetched = []
         for expert in (0, 1, 0, 2, 0, 1):
             before = len(fetches(machine))
-            session.read(expert, [len(session) - 1])
+            session._decoder.readers.read_expert(expert, [len(session) - 1])
             fetched.append(len(fetches(machine)) - before)
     assert fetched == [1, 1, 0, 1, 0, 1]  # expert 1 left for 2, and 2 for 1: 0 was used more recently both times
 
