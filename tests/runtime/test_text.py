@@ -4,7 +4,6 @@ import functools
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -228,15 +227,29 @@ def test_endless_invalid_bytes_are_not_held_for_ever() -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
-def test_time_is_linear(kind: str) -> None:
-    def seconds(count: int) -> float:
-        start = time.process_time()
-        streamed(made(kind), [one_byte(kind, 0x80)] * count, ["never met", "\ufffd!"])
-        return time.process_time() - start
+def test_work_is_linear(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens decoded and characters searched for 4,000 invalid bytes, against those for 1,000."""
+    work = 0
+    decode, search = Text.decode, TextStream._search
 
-    seconds(100)
-    # quadratic: 64 times, whenever it is measured; the rest is room for a busy machine
-    assert any(seconds(16_000) < 40 * seconds(2_000) for _ in range(3))
+    def counted_decode(text: Text, ids: Sequence[int], **options: Any) -> str:
+        nonlocal work
+        work += len(ids)
+        return decode(text, ids, **options)
+
+    def counted_search(stream: TextStream, text: str) -> tuple[int, int]:
+        nonlocal work
+        work += len(text)
+        return search(stream, text)
+
+    monkeypatch.setattr(Text, "decode", counted_decode)
+    monkeypatch.setattr(TextStream, "_search", counted_search)
+    counts = []
+    for count in (1_000, 4_000):
+        work = 0
+        streamed(made(kind), [one_byte(kind, 0x80)] * count, ["never met", "\ufffd!"])
+        counts.append(work)
+    assert counts[1] < 4.1 * counts[0]
 
 
 # Stop strings

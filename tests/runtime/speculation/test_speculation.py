@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionError, FusionRuntime, InputError
@@ -154,6 +154,7 @@ def test_what_models_have_read_agrees_with_the_text(bundles: list[Path], eager: 
                 assert token.id == expected.id and token.routing == pytest.approx(expected.routing, abs=1e-4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 7))
 def test_lookup_finds_what_a_search_finds(text: list[int], most: int) -> None:
     lookup = Lookup()
@@ -167,6 +168,26 @@ def test_lookup_finds_what_a_search_finds(text: list[int], most: int) -> None:
                 expected = [whole[n % len(whole)] for n in range(most)]
                 break
         assert lookup.propose(now, most) == expected
+
+
+class Counted(list[int]):
+    """Token ids that count how often they are read."""
+
+    reads = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        Counted.reads += 1
+        return super().__getitem__(place)
+
+
+def test_lookup_reads_a_text_once_however_often_it_is_asked() -> None:
+    lookup, tokens, most = Lookup(), Counted(), 7
+    Counted.reads = 0
+    for token in np.random.default_rng(0).integers(0, 4, 2000).tolist():
+        tokens.append(token)
+        lookup.propose(tokens, most)
+    sizes = LONGEST - SHORTEST + 1
+    assert Counted.reads <= len(tokens) * (2 * sizes + most), "n-grams of one new token, the search for the last ones, the drafts"
 
 
 def speed(known: Costs, source: str, rows: int, rate: float, switches: float, length: int) -> float:
