@@ -39,7 +39,7 @@ def test_samples_have_the_distribution_of_plain_sampling(
 
 def careless(p: Distribution | Softmax, q: Distribution, draft: int, random: np.random.Generator) -> int:
     """Verification that draws a refused token anew from p instead of from what is left of p."""
-    if random.random() * q.at(np.array([draft]))[0] < p.at(np.array([draft]))[0]:
+    if random.random() * q.probabilities_of(np.array([draft]))[0] < p.probabilities_of(np.array([draft]))[0]:
         return draft
     return p.draw(random.random())
 

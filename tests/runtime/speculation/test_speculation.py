@@ -17,7 +17,7 @@ from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.speculation import costs
 from fusionroute.runtime.speculation.costs import LENGTHS, MAX_ROUND_TOKENS, SIZES, Costs, seconds_by_tokens
 from fusionroute.runtime.speculation.draft_planner import MIN_SPEEDUP, DraftPlan, DraftPlanner
-from fusionroute.runtime.speculation.lookup import LONGEST, SHORTEST, Lookup
+from fusionroute.runtime.speculation.lookup import MAX_NGRAM, MIN_NGRAM, Lookup
 
 Choose = Callable[..., DraftPlan]
 ONE = ((1.0, 1.1, 1.3, 1.9), (1.1, 1.3, 1.7, 2.7))  # short and long texts
@@ -161,7 +161,7 @@ def test_lookup_finds_what_a_search_finds(text: list[int], most: int) -> None:
     for end in range(1, len(text) + 1):
         now = text[:end]
         expected: list[int] = []
-        for size in range(min(LONGEST, end), SHORTEST - 1, -1):
+        for size in range(min(MAX_NGRAM, end), MIN_NGRAM - 1, -1):
             starts = [at + size for at in range(end - size) if now[at : at + size] == now[end - size :]]
             if starts:
                 whole = now[starts[-1] :]
@@ -186,7 +186,7 @@ def test_lookup_reads_a_text_once_however_often_it_is_asked() -> None:
     for token in np.random.default_rng(0).integers(0, 4, 2000).tolist():
         tokens.append(token)
         lookup.propose(tokens, most)
-    sizes = LONGEST - SHORTEST + 1
+    sizes = MAX_NGRAM - MIN_NGRAM + 1
     assert Counted.reads <= len(tokens) * (2 * sizes + most), "n-grams of one new token, the search for the last ones, the drafts"
 
 
