@@ -23,7 +23,7 @@ def generate_tokens(
     eos: frozenset[int],
     cancellation: Cancellation,
 ) -> Iterator[Token | End]:
-    """At most `limit` tokens behind a prompt that was appended, as their text becomes certain; then the reason why they ended.
+    """At most `limit` tokens behind the appended prompt, as their text becomes certain; then the reason for the end.
 
     Raises ClosedError after the runtime was closed.
     """

@@ -6,7 +6,7 @@ PIECE = 64  # tokens in one background pass: a chosen expert waits for at most o
 
 
 def boundary(start: int) -> int:
-    """Where a background pass that begins at `start` ends: the next multiple of PIECE that leaves it two tokens or more."""
+    """Where a background pass from `start` on ends: the next multiple of PIECE that leaves it two tokens or more."""
     return ((start + 1) // PIECE + 1) * PIECE
 
 

@@ -1,4 +1,4 @@
-"""The choice of the next token: exact sampling from a few top candidates, with the full row of logits only if they do not decide."""
+"""The choice of the next token: exact sampling from a few top candidates, and from the full row only if it must be."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,8 +19,8 @@ COLDEST = 1e-3  # below, float32 cannot hold the log-normaliser of logits / temp
 class Sampling:
     """How tokens are chosen. Raises InputError for a value out of its range.
 
-    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p within the top-k, min-p. Among equal logits the lower
-    token id comes first, so top-k keeps exactly k tokens.
+    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p within the top-k, min-p. Among equal
+    logits the lower token id comes first, so top-k keeps exactly k tokens.
     """
 
     temperature: float = 0.0  # 0: greedy
@@ -113,7 +113,7 @@ class Sampler:
         return self._head(ids, logits, count)
 
     def among(self, ids: npt.NDArray[np.int64], logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """What `choose` would draw from at a temperature if these tokens [n], in descending order, were all: as `distribution`."""
+        """`distribution` if these tokens [n], in descending order, were the whole vocabulary."""
         scaled, mass, _ = self._scaled(logits)
         return self._head(ids, logits, self._filter_prefix(scaled, mass, float(mass[-1]), whole=True))
 
@@ -130,7 +130,7 @@ class Sampler:
         return self._filter_prefix(scaled, mass, math.exp(min(log_normaliser - first, 700.0)), whole=whole)
 
     def _scaled(self, logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
-        """Descending logits / temperature relative to the first one, the cumulative sum of their weights, and the first one."""
+        """Descending logits / temperature relative to the first, their weights' cumulative sum, and the first."""
         scaled = logits.astype(np.float64)
         scaled /= self.sampling.temperature
         first = float(scaled[0])
@@ -140,8 +140,8 @@ class Sampler:
     def _rank(self, logits: npt.NDArray[np.float32], log_normaliser: float, draw: float, *, whole: bool) -> int | None:
         """The rank that a uniform draw in [0, 1) falls on; None if more logits than these are needed to know.
 
-        Every bound and sum below reads the descending logits from the first on. So it is the same number, bit for bit, for any
-        number of candidates. Weights are relative to the first token's.
+        Every bound and sum below reads the descending logits from the first on. So it is the same number, bit for bit,
+        for any number of candidates. Weights are relative to the first token's.
         """
         scaled, mass, first = self._scaled(logits)
         if self.filtered:
@@ -150,8 +150,8 @@ class Sampler:
                 return None
             target = draw * mass[count - 1]
         else:
-            # The normaliser comes in float32. Here it is a little too large, and the excess is shared out over all tokens, which
-            # keeps the distribution exact. Too small, it would cut the tail off.
+            # The normaliser comes in float32. Here it is a little too large, and the excess is shared out over all
+            # tokens, which keeps the distribution exact. Too small, it would cut the tail off.
             total = math.exp(min(log_normaliser - first, 700.0) + 1e-6 * max(10.0, abs(log_normaliser)))
             count = len(mass)
             target = draw * total
@@ -162,7 +162,7 @@ class Sampler:
         return min(int(mass.searchsorted(target, side="right")), count - 1)
 
     def _filter_prefix(self, scaled: npt.NDArray[np.float64], mass: npt.NDArray[np.float64], total: float, *, whole: bool) -> int | None:
-        """How many of the first tokens the filters keep (each filter keeps a prefix); None if that is more than there are here."""
+        """How many of the first tokens the filters keep; None if that is more than there are here."""
         sampling, available = self.sampling, len(scaled)
         count = sampling.top_k or available + 1  # available + 1: more than there are here
         if whole:
@@ -183,8 +183,8 @@ class Sampler:
 
 def _descending(row: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Ids [V] and logits [V] in descending order, the lower id first among equals."""
-    # Float bits sort as integers once those of negative numbers are flipped. With the id in the lower half, one plain sort is
-    # enough: three to four times as fast as a stable argsort of 256k logits. Adding 0 makes -0 equal to 0.
+    # Float bits sort as integers once those of negative numbers are flipped. With the id in the lower half, one plain
+    # sort is enough: three to four times as fast as a stable argsort of 256k logits. Adding 0 makes -0 equal to 0.
     bits = (row + np.float32(0)).view(np.int32)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (~order).astype(np.int64) << 32 | np.arange(len(row))

@@ -1,4 +1,4 @@
-"""Drafts from the text itself: the tokens that followed the newest n-gram when it last occurred (prompt lookup decoding)."""
+"""Prompt lookup decoding: drafts are the tokens that followed the newest n-gram when it last occurred."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ class Lookup:
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
         """Up to `most` drafts: the tokens behind the latest occurrence of the longest n-gram that ends the text."""
-        for end in range(self._indexed, len(tokens)):  # n-grams that end the text are left out: nothing follows them yet
+        for end in range(self._indexed, len(tokens)):  # not those that end the text: nothing follows yet
             for size in range(MIN_NGRAM, min(MAX_NGRAM, end) + 1):
                 self._after[tuple(tokens[end - size : end])] = end
         self._indexed = max(self._indexed, len(tokens))

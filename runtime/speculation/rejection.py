@@ -1,4 +1,4 @@
-"""Speculative sampling (arXiv:2211.17192, algorithm 1): a draft drawn from q is verified so that the token is distributed as p."""
+"""Speculative sampling (arXiv:2211.17192, algorithm 1): drafts drawn from q become tokens distributed as p."""
 
 from dataclasses import dataclass
 
@@ -27,15 +27,15 @@ class Distribution:
         return np.maximum(self.probabilities - other.probabilities_of(self.ids), 0.0)
 
     def draw(self, uniform: float, weights: Floats | None = None) -> int:
-        """The token that a uniform number in [0, 1) falls on, by `weights` [n] instead of the probabilities if given."""
+        """The token that a uniform number in [0, 1) falls on. `weights` [n], if given, replace the probabilities."""
         return int(self.ids[inverse_cdf(uniform, self.probabilities if weights is None else weights)])
 
 
 class Softmax:
     """softmax(logits / temperature) over the whole vocabulary, logits float32 [V], with the methods of `Distribution`.
 
-    Only `excess_over` and `draw` sum over the vocabulary: a draft that holds asks for one probability. `log_normaliser` is the float32
-    logsumexp of logits / temperature.
+    Only `excess_over` and `draw` sum over the vocabulary: a draft that holds asks for one probability. `log_normaliser`
+    is the float32 logsumexp of logits / temperature.
     """
 
     def __init__(self, logits: npt.NDArray[np.float32], temperature: float, log_normaliser: float):
@@ -77,9 +77,9 @@ def certain(token: int) -> Distribution:
 
 
 def verify(p: Distribution | Softmax, q: Distribution, draft: int, random: np.random.Generator) -> int:
-    """A token distributed as p, given `draft` drawn from q: the draft with probability min(1, p/q), else one drawn from max(p − q, 0)."""
+    """A token distributed as p: the `draft` from q with probability min(1, p/q), else one drawn from max(p − q, 0)."""
     token = np.array([draft], np.int64)
     if random.random() * float(q.probabilities_of(token)[0]) < float(p.probabilities_of(token)[0]):
         return draft
     residual = p.excess_over(q)
-    return p.draw(random.random(), residual if residual.sum() > 0 else None)  # p = q up to rounding: any draw from p will do
+    return p.draw(random.random(), residual if residual.sum() > 0 else None)  # else p = q but for rounding

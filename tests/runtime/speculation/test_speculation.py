@@ -222,7 +222,7 @@ def test_drafts_are_as_many_as_pay(known: Costs, rate: float, length: int) -> No
 
 
 def test_models_that_run_side_by_side_leave_less_to_gain() -> None:
-    planner = DraftPlanner(replace(EVEN, beside=True))
+    planner = DraftPlanner(replace(EVEN, concurrent=True))
     for _ in range(100):
         planner.saw("lookup", 3, 3)
         planner.saw("router", 3, 3)
