@@ -1,4 +1,4 @@
-"""Background prefill: it bounds what an expert chosen late has to read, and the result does not depend on when it runs."""
+"""Background prefill bounds what an expert chosen late has to read; its timing does not change the result."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""The public interface on exported bundles: the forms of generation agree, options do what they say, bad arguments are refused."""
+"""The public interface: forms of generation agree, options do what they say, bad arguments are refused."""
 
 import inspect
 import subprocess
@@ -21,7 +21,7 @@ PROMPT = "12+30= and more"
 
 @pytest.fixture(params=["int8", "fp32"])
 def rt(request: pytest.FixtureRequest, bundles: list[Path]) -> Iterator[FusionRuntime]:
-    """Every bundle in turn would double the time; the first one in both precisions, the second in the test of all bundles."""
+    """The first bundle in both precisions; one test below runs all bundles."""
     with FusionRuntime.load(bundles[0], precision=request.param) as runtime:
         yield runtime
 
@@ -54,7 +54,7 @@ def test_rewind_forgets(rt: FusionRuntime) -> None:
         used.step()
     used.rewind(len(ids) + 3)
     assert len(used) == len(ids) + 3
-    # the last chunk before the rewind was another one, so int8 may round differently: its first token is compared in fp32 only
+    # the pass before the rewind was another one, and int8 may round differently: only fp32 is compared
     continued = [used.step().id for _ in range(7)]
     if rt.precision == "fp32":
         assert continued == expected[3:]
@@ -122,11 +122,11 @@ def test_models_without_a_say_do_not_run(bundles: list[Path], ran: set[str]) -> 
 
 def anew(model: Any, ids: list[int], count: int) -> list[int]:
     """Greedy tokens of one model that reads the whole text at every step."""
-    found: list[int] = []
+    tokens: list[int] = []
     for _ in range(count):
-        text = [*ids, *found]
-        found.append(int(model.cache().forward(text, (len(text) - 1,)).logits[0].argmax()))
-    return found
+        text = [*ids, *tokens]
+        tokens.append(int(model.cache().forward(text, (len(text) - 1,)).logits[0].argmax()))
+    return tokens
 
 
 def test_the_router_reads_what_it_missed(bundles: list[Path]) -> None:
@@ -379,17 +379,17 @@ def test_public_names_are_meant_to_be_used(rt: FusionRuntime) -> None:
 def test_threads_get_what_one_thread_gets(rt: FusionRuntime) -> None:
     prompts = [f"{n}+{n + 1}=" for n in range(8)]
     expected = [rt.generate(prompt, 12).token_ids for prompt in prompts]
-    found: dict[int, list[int]] = {}
+    results: dict[int, list[int]] = {}
 
     def work(number: int) -> None:
-        found[number] = rt.generate(prompts[number], 12).token_ids
+        results[number] = rt.generate(prompts[number], 12).token_ids
 
     workers = [threading.Thread(target=work, args=(number,)) for number in range(len(prompts))]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert [found[n] for n in range(len(prompts))] == expected
+    assert [results[n] for n in range(len(prompts))] == expected
 
 
 def test_a_closed_runtime_says_so(bundles: list[Path]) -> None:
@@ -423,7 +423,7 @@ assert not {"torch", "transformers", "onnx"} & set(sys.modules)
 
 
 def test_the_runtime_needs_no_exporter_packages_and_imports_little(bundles: list[Path]) -> None:
-    """What `import fusionroute` costs is what it imports beyond NumPy and pydantic: nothing heavy, and few modules of the library."""
+    """Beyond NumPy and pydantic, `import fusionroute` imports nothing heavy and few modules of the library."""
     run = subprocess.run([sys.executable, "-c", LIGHT, str(bundles[0])], capture_output=True, text=True, check=True)
     count, *modules = run.stdout.split()
     packages = {module.partition(".")[0] for module in modules}

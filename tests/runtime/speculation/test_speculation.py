@@ -66,11 +66,11 @@ def same(folder: Path, precision: str, count: int, exact: bool, **options: Any) 
     settings: dict[str, Any] = {"precision": precision, "device": "cpu", "exact": exact}
     with FusionRuntime.load(folder, **settings) as plain, FusionRuntime.load(folder, speculation="auto", **settings) as guessing:
         for ids in prompts(count, plain.vocab_size):
-            expected, found = plain.generate(ids, 24, **options), guessing.generate(ids, 24, **options)
-            assert (found.token_ids, found.experts) == (expected.token_ids, expected.experts)
-            assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
-            assert expected.drafted == 0 and 0 <= found.accepted <= found.drafted
-            drafted += found.drafted
+            expected, result = plain.generate(ids, 24, **options), guessing.generate(ids, 24, **options)
+            assert (result.token_ids, result.experts) == (expected.token_ids, expected.experts)
+            assert result.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+            assert expected.drafted == 0 and 0 <= result.accepted <= result.drafted
+            drafted += result.drafted
     return drafted
 
 
@@ -117,9 +117,9 @@ def test_an_expert_whose_turn_never_came_did_not_run(bundles: list[Path], eager:
         monkeypatch.setattr(OrtCache, "forward", noted)
         for ids in prompts(20, rt.vocab_size):
             names.clear()
-            found = rt.generate(ids, 12)
-            if found.finish_reason == "length":
-                assert names == {"router", *found.experts}
+            result = rt.generate(ids, 12)
+            if result.finish_reason == "length":
+                assert names == {"router", *result.experts}
 
 
 def test_exact_reads_and_answers_by_twos(bundles: list[Path], eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_without_reading_alone_a_plain_step_costs_two_tokens() -> None:
 
 
 def test_acceptance_is_learnt_without_drafting(bundles: list[Path]) -> None:
-    """Rates come near what a recount of the same text says, though nothing was ever drafted; and drafting begins once it pays."""
+    """Rates are those of a recount of the same text, though nothing was drafted; drafting begins once it pays."""
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
         rt._costs = Costs(LINEAR, (LINEAR,) * len(rt.expert_names), 0.1)  # several tokens cost what they cost one by one
         kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 1}]
@@ -341,7 +341,7 @@ def test_any_mixture_of_steps_rounds_rewinds_and_errors(bundles: list[Path], eag
 
 
 def test_nothing_is_read_behind_the_end_of_a_text(bundles: list[Path], eager: None) -> None:
-    """With every token an end in turn: texts end where those of plain decoding do, and no round goes on behind the end."""
+    """Each token in turn is made the end: texts end where plain ones do, and no round goes on behind the end."""
     with (
         FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt,
         FusionRuntime.load(bundles[0], device="cpu", precision="fp32") as plain,
@@ -350,8 +350,8 @@ def test_nothing_is_read_behind_the_end_of_a_text(bundles: list[Path], eager: No
         for end in ends:
             rt._eos = plain._eos = frozenset({end})
             rt._pool.idle.clear()  # sessions made with other ends
-            found, expected = rt.generate([7, 9, 30], 30), plain.generate([7, 9, 30], 30)
-            assert (found.token_ids, found.finish_reason) == (expected.token_ids, "stop")
+            result, expected = rt.generate([7, 9, 30], 30), plain.generate([7, 9, 30], 30)
+            assert (result.token_ids, result.finish_reason) == (expected.token_ids, "stop")
         session = rt.session()
         session.append([7, 9, 30])
         for _ in range(8):
