@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusionroute.runtime import limits
-from fusionroute.runtime.backends.backend import REUSED
+from fusionroute.runtime.backends.backend import REUSED, FusionInputs
 
 if TYPE_CHECKING:
     from fusionroute.runtime.session import Session
-
-_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def score(session: Session, positions: Sequence[int], chunk: int, coefficients: 
             for begin in range(0, len(mine), step):
                 part = mine[begin : begin + step]
                 router = np.ascontiguousarray(routed.logits[part])
-                logits[rows[part]] = fuse(router, answered[begin : begin + step], coefficients, 1, _NONE, 1.0, 1.0).rows
+                logits[rows[part]] = fuse(FusionInputs(router, answered[begin : begin + step], coefficients)).rows
     return Scores(logits, routing.argmax(-1).astype(np.int64), routing)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusionroute.runtime import limits, prefix
-from fusionroute.runtime.backends.backend import Cache, Fused, Output
+from fusionroute.runtime.backends.backend import NO_IDS, Cache, Fused, FusionInputs, Output
 from fusionroute.runtime.background_prefill import CatchUp
 from fusionroute.runtime.cancellation import LONG, Watch
 from fusionroute.runtime.errors import InputError
@@ -230,9 +230,9 @@ class Session:
         `single`: with one candidate, not as many as the sampler wants.
         """
         settings = sampler.sampling
-        penalised = np.unique(np.asarray(self.tokens[:length], np.int64)) if settings.repetition_penalty != 1.0 else _NONE
+        penalised = np.unique(np.asarray(self.tokens[:length], np.int64)) if settings.repetition_penalty != 1.0 else NO_IDS
         wanted, temperature = 1 if single else sampler.wanted(self._runtime.vocab_size), settings.temperature or 1.0
-        self._newest = self.fuse(router, expert, coefficients, wanted, penalised, settings.repetition_penalty, temperature)
+        self._newest = self.fuse(FusionInputs(router, expert, coefficients, wanted, penalised, settings.repetition_penalty, temperature))
         return self._newest
 
     def read(self, expert: int | None, positions: Sequence[int]) -> Output:
@@ -357,6 +357,3 @@ class Session:
         else:  # chosen from beyond the candidates
             raw = sum(weight * float(logits[0, chosen]) for weight, logits in zip(coefficients, (router, expert), strict=True) if weight)
         return raw - float(fused.log_normaliser[0])
-
-
-_NONE = np.zeros(0, np.int64)

@@ -18,6 +18,25 @@ class Output(NamedTuple):
     routing: np.ndarray | None
 
 
+NO_IDS = np.zeros(0, np.int64)
+
+
+class FusionInputs(NamedTuple):
+    """What one fusion reads: logits of K positions, float32 [K, V], where the models left them or on the host.
+
+    coefficients: weights of the router's and the expert's logits. k: how many candidates are returned for each position.
+    penalty_ids: int64 [P], the token ids that the repetition penalty touches at each position. temperature: of `sampling_normaliser`.
+    """
+
+    router: Any
+    expert: Any
+    coefficients: tuple[float, float]
+    k: int = 1
+    penalty_ids: np.ndarray = NO_IDS
+    penalty: float = 1.0
+    temperature: float = 1.0
+
+
 class Fused(NamedTuple):
     """What fusion returns for K positions. The arrays are the backend's buffers: read or copy them before the next call.
 
@@ -68,17 +87,8 @@ class LanguageModel(Protocol):
 class Fuser(Protocol):
     """The fusion graph, bound for one session."""
 
-    def __call__(
-        self,
-        router: Any,
-        expert: Any,
-        coefficients: tuple[float, float],
-        k: int,
-        penalty_ids: np.ndarray,
-        penalty: float,
-        temperature: float,
-    ) -> Fused:
-        """Fuse the logits of K positions; `penalty_ids` int64 [P] are penalised at each of them."""
+    def __call__(self, inputs: FusionInputs) -> Fused:
+        """Fuse the logits of K positions. Raises FusionError where the device fails."""
         ...
 
     def row(self, fused: Fused) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fusionroute.runtime.backends import ort
-from fusionroute.runtime.backends.backend import Fused, Output
+from fusionroute.runtime.backends.backend import Fused, FusionInputs, Output
 from fusionroute.runtime.backends.device_buffers import Inputs, Layout, Place, aligned, start
 from fusionroute.runtime.backends.providers import Opener, Provider
 from fusionroute.runtime.bundle import Bundle
@@ -270,17 +270,9 @@ class GpuFuser:
         self._plans: dict[tuple[int, int, int], Plan] = {}
         self._row = place.buffer((1, vocab), np.float32)
 
-    def __call__(
-        self,
-        router: Any,
-        expert: Any,
-        coefficients: tuple[float, float],
-        k: int,
-        penalty_ids: np.ndarray,
-        penalty: float,
-        temperature: float,
-    ) -> Any:
+    def __call__(self, inputs: FusionInputs) -> Any:
         """A GpuFused, see `backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host."""
+        router, expert, coefficients, k, penalty_ids, penalty, temperature = inputs
         if not len(penalty_ids):
             penalty_ids, penalty = np.zeros(1, np.int64), 1.0  # changes nothing, and no tensor is empty
         plan = self._plan((len(router), k, 1 << (len(penalty_ids) - 1).bit_length()))  # powers of two: few shapes

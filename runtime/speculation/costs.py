@@ -14,6 +14,7 @@ import numpy as np
 
 from fusionroute.runtime import files
 from fusionroute.runtime.backends import Backend
+from fusionroute.runtime.backends.backend import FusionInputs
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.machine import installed, processor
 
@@ -87,7 +88,7 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
     caches = {0: backend.router.cache()} | {number: backend.experts[number - 1].cache() for number in like.values()}
     sizes = [min(size, capacity) for size in SIZES]
     lengths = [max(0, min(length, capacity - sizes[-1])) for length in LENGTHS]
-    fuse, none = backend.fuser(), np.zeros(0, np.int64)
+    fuse = backend.fuser()
     taken: dict[Any, list[float]] = {}
     for _ in range(REPEATS + 1):
         for who, cache in caches.items():
@@ -104,7 +105,7 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
             cache.length = 0
         rows = [cache.forward([0], [0]).logits for cache in list(caches.values())[:2]]
         start = time.perf_counter()
-        _ = fuse(rows[0], rows[-1], (0.5, 0.5), 1, none, 1.0, 1.0).ids
+        _ = fuse(FusionInputs(rows[0], rows[-1], (0.5, 0.5))).ids
         taken.setdefault("fusion", []).append(time.perf_counter() - start)
     fastest = {what: min(seconds[1:]) for what, seconds in taken.items()}  # the first round warms up
     timed = {who: tuple(tuple(fastest[who, at, size] for size in sizes) for at in range(len(lengths))) for who in caches}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backends.backend import Fused
+from fusionroute.runtime.backends.backend import Fused, FusionInputs
 from fusionroute.runtime.manifest import Profile
 from fusionroute.runtime.tensorrt.device import Graph, Memory, Stream
 from fusionroute.runtime.tensorrt.loading import Context, Engine
@@ -72,20 +72,12 @@ class DeviceFuser:
             self.shared.transfers.settle(self._last.candidates)
             self.shared.transfers.settle(self._last.rows)
 
-    def __call__(
-        self,
-        router: Any,
-        expert: Any,
-        coefficients: tuple[float, float],
-        k: int,
-        penalty_ids: np.ndarray,
-        penalty: float,
-        temperature: float,
-    ) -> Any:
+    def __call__(self, inputs: FusionInputs) -> Any:
         """A DeviceFused, see `backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host.
 
         Nothing is waited for. Fewer than k candidates come back where the engine is built for fewer: sampling then reads the row.
         """
+        router, expert, coefficients, k, penalty_ids, penalty, temperature = inputs
         if not len(penalty_ids):
             penalty_ids, penalty = NOTHING, 1.0  # changes nothing, and no tensor is empty
         penalised = min(1 << (len(penalty_ids) - 1).bit_length(), self._profile.penalised)
