@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,16 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 DEFAULT_NEW_TOKENS = 128
 FUSIONS = ("weighted", "additive")
 SPECULATION = ("off", "auto")
+
+
+class Options(NamedTuple):
+    """What backends read of the options of `FusionRuntime.load`."""
+
+    precision: str | None
+    device: str
+    threads: int | None
+    expert_memory: int | None
+    share_weights: bool
 
 
 class StreamOptions(SamplingOptions, total=False):
@@ -70,7 +80,7 @@ class FusionRuntime:
         manifest = bundle.manifest
         self.bundle = bundle
         self._backend: Backend | None
-        self._backend, self.precision = open_backend(bundle, precision, device, threads, expert_memory, share_weights)
+        self._backend, self.precision = open_backend(bundle, Options(precision, device, threads, expert_memory, share_weights))
         self.exact = exact
         self.catch_up, self.prefix_cache = catch_up, prefix_cache
         threaded = catch_up == "background" and not self._backend.async_dispatch

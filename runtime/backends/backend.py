@@ -96,14 +96,43 @@ class Fuser(Protocol):
         ...
 
 
+class BackendOptions(Protocol):
+    """What `open_backend` reads of the options of a runtime; see `FusionRuntime.load` for their meaning."""
+
+    @property
+    def precision(self) -> str | None:
+        """None: the fastest that the bundle has."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """A key of DEVICES, or `auto`."""
+        ...
+
+    @property
+    def threads(self) -> int | None:
+        """Of the CPU; None: one for each core."""
+        ...
+
+    @property
+    def expert_memory(self) -> int | None:
+        """Bytes of device memory for experts' weights; None: no limit."""
+        ...
+
+    @property
+    def share_weights(self) -> bool:
+        """Whether processes share the weights in host memory."""
+        ...
+
+
 class Backend(Protocol):
     """Router, experts and fusion of one variant of a bundle on one device."""
 
     prefill_chunk: int
-    """How many tokens it reads at a time most quickly, where there are as many."""
+    """Preferred number of tokens per prefill pass."""
 
     async_dispatch: bool
-    """Whether `forward` and the fuser only queue their work, and what they return waits for it when it is read."""
+    """Whether `forward` and the fuser only queue their work; reading what they return then waits for it."""
 
     @property
     def router(self) -> LanguageModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +19,7 @@ from fusionroute.runtime.backends.prepacked_weights import packed
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import BundleError, FusionError, one_line
+from fusionroute.runtime.machine import cores
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model, Variant
@@ -38,7 +38,7 @@ class OrtCpu:
         manifest = bundle.manifest
 
         def opened(graph: Path, threads: int | None, entries: dict[str, str], out: Path | None = None) -> Any:
-            options = ort.settings(onnxruntime, threads or len(os.sched_getaffinity(0)))
+            options = ort.settings(onnxruntime, threads or cores())
             for name, value in entries.items():
                 options.add_session_config_entry(name, value)
             if out is not None:
@@ -59,7 +59,7 @@ class OrtCpu:
                     f"ONNX Runtime {onnxruntime.__version__} cannot load {name} from {path} ({one_line(error)}); export the bundle again."
                 ) from error
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # packing weights takes most of the time, on one core for each model
+        with ThreadPoolExecutor(cores()) as pool:  # packing weights takes most of the time, on one core for each model
             sessions = list(
                 pool.map(lambda model: session(model.name, variant.graphs[model.name], threads, share_weights), manifest.models)
             )

@@ -26,7 +26,6 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +34,9 @@ from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.device_buffers import Place
 from fusionroute.runtime.errors import UnavailableError, one_line
 from fusionroute.runtime.files import cache_folder
-from fusionroute.runtime.tensorrt.engines import profile_of, shapes
+from fusionroute.runtime.machine import installed
 from fusionroute.runtime.tensorrt.library import device_sm
+from fusionroute.runtime.tensorrt.profile import profile_of, shapes
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Manifest
@@ -203,12 +203,3 @@ class Opener:
                 "them: install those, or use device='cpu'."
             )
         return session
-
-
-def installed(distribution: str) -> bool:
-    """Whether pip has installed a package."""
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return False
-    return True

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from fusionroute.runtime import files
 from fusionroute.runtime.backends import Backend
 from fusionroute.runtime.backends.backend import FusionInputs
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.machine import installed, processor
+from fusionroute.runtime.machine import cores, installed, processor
 
 MOST = 8  # tokens that one round produces at most
 SIZES = (1, 2, 4, 8)  # tokens at a time that are measured
@@ -52,7 +51,7 @@ def costs_of(bundle: Bundle, backend: Backend, precision: str, threads: int | No
     What is kept by whoever comes first holds for all, so that a seed gives the same text again; where nothing can be kept it may not.
     """
     about = [
-        bundle.manifest.model_dump_json(), precision, type(backend).__module__, threads or len(os.sched_getaffinity(0)), platform.machine(),
+        bundle.manifest.model_dump_json(), precision, type(backend).__module__, threads or cores(), platform.machine(),
         processor(), {name: installed(name) for name in PACKAGES}, SIZES, LENGTHS, MOST,
     ]  # fmt: skip
     path = files.cache_folder() / "costs" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.json"

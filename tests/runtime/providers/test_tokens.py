@@ -12,7 +12,7 @@ from fusionroute.fr_export.families import FAMILIES
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backends.backend import FusionInputs
 from fusionroute.runtime.backends.device_buffers import Inputs, Place
-from fusionroute.runtime.backends.ort_gpu import GpuFused, Plan
+from fusionroute.runtime.backends.gpu_fusion import BoundFusion, GpuFused
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.session import Session
 from tests.runtime.providers.conftest import CHUNK, CPU, on_cpu, relabelled
@@ -148,7 +148,7 @@ def test_a_decoded_token_allocates_and_binds_nothing_and_leaves_the_row_where_it
         return np.asarray(fused._rows.numpy())
 
     with (
-        noted(Place, "buffer"), noted(Inputs, "__init__"), noted(Inputs, "bind"), noted(Plan, "__init__"),
+        noted(Place, "buffer"), noted(Inputs, "__init__"), noted(Inputs, "bind"), noted(BoundFusion, "__init__"),
         patch.object(GpuFused, "rows", property(row)),
     ):  # fmt: skip
         session = rt.session(expert=rt.expert_names[0])

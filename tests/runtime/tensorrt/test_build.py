@@ -23,8 +23,9 @@ from fusionroute.runtime.errors import BundleError, FusionError, InputError, Una
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.tensorrt import build as building
 from fusionroute.runtime.tensorrt.build import build
-from fusionroute.runtime.tensorrt.engines import profile_of, rebuild, shapes
+from fusionroute.runtime.tensorrt.engines import rebuild
 from fusionroute.runtime.tensorrt.operators import known
+from fusionroute.runtime.tensorrt.profile import profile_of, shapes
 from tests.support.systems import Shape, make_system
 
 SMS = (86, 89, 120)
