@@ -1,4 +1,4 @@
-"""What one forward pass costs on this machine by its number of tokens: measured once per bundle and kept in the user's cache folder."""
+"""What one forward pass costs on this machine by its number of tokens: measured once a month per bundle, and kept in the cache folder."""
 
 import contextlib
 import hashlib
@@ -15,6 +15,7 @@ from fusionroute.runtime import files
 from fusionroute.runtime.backends import Backend
 from fusionroute.runtime.backends.backend import FusionInputs
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.cache import AGES, Clock, prune
 from fusionroute.runtime.machine import cores, installed, processor
 
 MOST = 8  # tokens that one round produces at most
@@ -60,14 +61,17 @@ def costs_of(bundle: Bundle, backend: Backend, precision: str, threads: int | No
     found = measure(bundle, backend)
     with contextlib.suppress(OSError):  # nowhere to write: measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, json.dumps(asdict(found)).encode())
+        files.replace(path, json.dumps(asdict(found) | {"measured": time.time()}).encode())
+        prune()
     return kept(path) or found
 
 
-def kept(path: Path) -> Costs | None:
-    """The costs in a file, or None where there are none to be read."""
+def kept(path: Path, clock: Clock = time.time) -> Costs | None:
+    """The costs in a file; None where it cannot be read or is too old: costs measured on a busy machine must not stay for ever."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
         known = json.loads(path.read_text())
+        if clock() - known["measured"] > AGES["costs"]:
+            return None
         return Costs(passes(known["router"]), tuple(map(passes, known["experts"])), float(known["fusion"]), bool(known["beside"]))
     return None
 

@@ -254,3 +254,23 @@ def test_as_a_process(bundles: list[Path], tmp_path: Path) -> None:
                 [sys.executable, "-m", "runtime", *map(str, arguments)], stdout=closed, stderr=subprocess.PIPE, timeout=60, check=False
             )
         assert b"Traceback" not in left.stderr and left.returncode == 1
+
+
+def test_cache_shows_and_clears(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "fusionroute"
+    assert command("cache").out.strip() == f"0 entries, 0.0 MB in {folder}"
+    for name, size in (("costs/a.json", 10), ("costs/b.json", 20), ("calibration/c.npy", 2_000_000)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(size))
+    shown = command("cache").out
+    assert "costs" in shown and "calibration" in shown and f"3 entries, 2.0 MB in {folder}" in shown
+    listed = json.loads(command("cache", "costs", "--json").out)
+    assert listed["folder"] == str(folder) and not listed["cleared"]
+    assert {(entry["kind"], entry["path"], entry["bytes"]) for entry in listed["entries"]} == {
+        ("costs", str(folder / "costs" / "a.json"), 10),
+        ("costs", str(folder / "costs" / "b.json"), 20),
+    }
+    assert f"2 entries, 0.0 MB removed from {folder}" in command("cache", "costs", "--clear").out
+    assert json.loads(command("cache", "--clear", "--json").out)["entries"][0]["kind"] == "calibration"
+    assert not [path for path in folder.rglob("*") if path.is_file()]
