@@ -22,8 +22,8 @@ from fusionroute.runtime.errors import FusionError, UnavailableError, one_line
 from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.tensorrt.device import Device, Stream
-from fusionroute.runtime.tensorrt.engines import TARGET, fitting, rebuild
-from fusionroute.runtime.tensorrt.library import NAMES, load
+from fusionroute.runtime.tensorrt.engines import fitting, rebuild
+from fusionroute.runtime.tensorrt.library import NAMES, TARGET, load
 from fusionroute.runtime.tensorrt.loading import Context
 from fusionroute.runtime.text import Text
 

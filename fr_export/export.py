@@ -42,9 +42,9 @@ from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.bundle import ELSEWHERE, sha256
 from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.options import fusion_coefficients
-from fusionroute.runtime.tensorrt.engines import OLDER, rebuild
-from fusionroute.runtime.tensorrt.engines import TARGET as ENGINES_OF
-from fusionroute.runtime.tensorrt.library import capabilities, load
+from fusionroute.runtime.tensorrt.engines import rebuild
+from fusionroute.runtime.tensorrt.library import OLDER, capabilities, load
+from fusionroute.runtime.tensorrt.library import TARGET as ENGINES_OF
 
 FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
 TABLE = "calibration.safetensors"

@@ -10,7 +10,7 @@ from fusionroute.fr_export.bundle.targets import TARGETS, named
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.runtime.errors import FusionError
-from fusionroute.runtime.tensorrt.engines import TARGET as ENGINES_OF
+from fusionroute.runtime.tensorrt.library import TARGET as ENGINES_OF
 
 
 def check_space(system: System, precisions: Sequence[str], targets: Sequence[str], engines: bool, folder: Path, out: Path) -> None:

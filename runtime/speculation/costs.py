@@ -1,9 +1,8 @@
-"""Seconds of forward passes on this machine by their number of tokens: measured once per bundle and kept in the user's cache folder."""
+"""Seconds of forward passes on this machine by their number of tokens: measured once a month per bundle, kept in the cache folder."""
 
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -13,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from fusionroute.runtime import files
+from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.backends import Backend
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.machine import installed, processor
+from fusionroute.runtime.cache import AGES, Clock, prune
+from fusionroute.runtime.machine import cores, installed, processor
 
 MAX_ROUND_TOKENS = 8
 SIZES = (1, 2, 4, 8)  # tokens in a pass that are measured
@@ -51,7 +52,7 @@ def costs_of(bundle: Bundle, backend: Backend, precision: str, threads: int | No
     The first measurement that is kept holds for all later runs, so that a seed gives the same text again. Without a place to keep it, it may not.
     """
     about = [
-        bundle.manifest.model_dump_json(), precision, type(backend).__module__, threads or len(os.sched_getaffinity(0)), platform.machine(),
+        bundle.manifest.model_dump_json(), precision, type(backend).__module__, threads or cores(), platform.machine(),
         processor(), {name: installed(name) for name in PACKAGES}, SIZES, LENGTHS, MAX_ROUND_TOKENS,
     ]  # fmt: skip
     path = files.cache_folder() / "costs" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.json"
@@ -60,14 +61,17 @@ def costs_of(bundle: Bundle, backend: Backend, precision: str, threads: int | No
     measured = measure(bundle, backend)
     with contextlib.suppress(OSError):  # nowhere to write: measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, json.dumps(asdict(measured)).encode())
+        files.replace(path, json.dumps(asdict(measured) | {"measured": time.time()}).encode())
+        prune()
     return read_costs(path) or measured
 
 
-def read_costs(path: Path) -> Costs | None:
-    """The costs in a file, or None if there are none to read."""
+def read_costs(path: Path, clock: Clock = time.time) -> Costs | None:
+    """The costs in a file; None if it cannot be read or is too old: costs measured on a busy machine must not stay for ever."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
         known = json.loads(path.read_text())
+        if clock() - known["measured"] > AGES["costs"]:
+            return None
         return Costs(passes(known["router"]), tuple(map(passes, known["experts"])), float(known["fusion"]), bool(known["beside"]))
     return None
 
@@ -87,7 +91,7 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
     caches = {0: backend.router.cache()} | {number: backend.experts[number - 1].cache() for number in like.values()}
     sizes = [min(size, capacity) for size in SIZES]
     lengths = [max(0, min(length, capacity - sizes[-1])) for length in LENGTHS]
-    fuse, none = backend.fuser(), np.zeros(0, np.int64)
+    fuse = backend.fuser()
     taken: dict[Any, list[float]] = {}
     for _ in range(REPEATS + 1):
         for who, cache in caches.items():
@@ -104,7 +108,7 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
             cache.length = 0
         rows = [cache.forward([0], [0]).logits for cache in list(caches.values())[:2]]
         start = time.perf_counter()
-        _ = fuse(rows[0], rows[-1], (0.5, 0.5), 1, none, 1.0, 1.0).ids
+        _ = fuse(FusionInputs(rows[0], rows[-1], (0.5, 0.5))).ids
         taken.setdefault("fusion", []).append(time.perf_counter() - start)
     fastest = {what: min(seconds[1:]) for what, seconds in taken.items()}  # the first round warms up
     timed = {who: tuple(tuple(fastest[who, at, size] for size in sizes) for at in range(len(lengths))) for who in caches}
