@@ -14,6 +14,7 @@ from fusionroute.fr_export.graphs.passes import decompose_rmsnorm, to_half
 from fusionroute.fr_export.precision.half import TYPES
 
 GRAPHS = "graphs"
+FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
 Prepare = Callable[[Graph, str, Family], None]  # (graph, precision, family): rewrites the graph
 Place = Callable[
     [str, str, str, bool], str

@@ -70,7 +70,7 @@ class InPlace:
         return [np.concatenate(kind) for kind in zip(*parts, strict=True)]
 
 
-class System:
+class EngineSystemOnCpu:
     """All models of one variant for TensorRT of a bundle."""
 
     def __init__(self, bundle: Path, manifest: Manifest, variant: Variant, coefficients: tuple[float, float]):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fusionroute.fr_export.bundle.staged_folder import Staging
+from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.runtime import FusionRuntime, InputError
 from fusionroute.runtime.bundle import Bundle
 from tests.support.systems import Shape, make_system
@@ -25,11 +25,13 @@ SERVER = """
 import json, os, signal, sys, time
 import torch
 from rich.console import Console
-from fusionroute.fr_export import export
+from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.graphs import weight_store as store
+from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.commands.export import app
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.verify import measure
 
 def stop(reached):
     write, calls = store.Writer.write, []
@@ -43,9 +45,9 @@ def stop(reached):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs, such as some CI runs, inherit it ignored
 torch.set_num_threads(1)  # threads would not survive the fork
-system = export.System.open(FAMILIES["llama3"], sys.argv[1], json.loads(sys.argv[2]))
-graphs = export.traces(system, Stages(Console(quiet=True)))
-export.traces, export.REFERENCE_LIMIT = lambda *_: graphs, 0
+system = System.open(FAMILIES["llama3"], sys.argv[1], json.loads(sys.argv[2]))
+graphs = Traces(system, Stages(Console(quiet=True))).of()
+Traces.of, measure.REFERENCE_LIMIT = lambda *_: graphs, 0
 
 for line in sys.stdin:
     order = json.loads(line)
@@ -149,7 +151,7 @@ def test_killed_exports_and_the_ones_after_them(exporter: Exporter) -> None:
 REPLACE = """
 import os, signal, sys
 from pathlib import Path
-from fusionroute.fr_export.bundle.staged_folder import Staging
+from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 
 rename, calls = Path.rename, []
 
@@ -162,7 +164,7 @@ def renames(self, target):
 Path.rename = renames
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 signal.signal(signal.SIGINT, signal.default_int_handler)
-with Staging(Path(sys.argv[1]), True) as staging:
+with StagedBundle(Path(sys.argv[1]), True) as staging:
     (staging.folder / "manifest.json").write_text('{"format": 1, "family": "new", "models": [], "files": {}}')
 """
 
@@ -179,12 +181,12 @@ def test_killed_while_a_bundle_is_replaced(tmp_path: Path, name: str, done: int)
     assert (killed.returncode == 0) == (done == 2)
     caught = name != "SIGKILL" or done == 2
     assert out.exists() == (caught or done == 0)
-    with pytest.raises(InputError, match="add --force"), Staging(out, False):
+    with pytest.raises(InputError, match="add --force"), StagedBundle(out, False):
         pass
     assert json.loads((out / "manifest.json").read_text())["family"] == ("new" if done == 2 else "old")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     if not caught:
-        with Staging(out, True) as staging:
+        with StagedBundle(out, True) as staging:
             (staging.folder / "manifest.json").write_text("new")
         assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 

@@ -129,7 +129,7 @@ def test_every_precision_has_a_bound() -> None:
 
 
 def test_a_system_too_large_to_compare_says_so(request_: Request) -> None:
-    with patch("fusionroute.fr_export.export.REFERENCE_LIMIT", 1000):
+    with patch("fusionroute.fr_export.verify.measure.REFERENCE_LIMIT", 1000):
         report = export(request_, Stages(Console(quiet=True)))
         with pytest.raises(FusionError, match="could be compared"):
             export(replace(request_, strict=True), Stages(Console(quiet=True)))
