@@ -40,8 +40,9 @@ class Traces:
             return trace(system.family, model.config, system.vocab_size, system.max_seq_len, dialect)
         except (FusionError, ImportError, OSError, MemoryError):
             raise
-        except Exception as error:  # torch.onnx raises many kinds for what it cannot trace
+        except Exception as error:  # torch.onnx raises many kinds, in many coloured lines, for what it cannot trace
+            reason = f"{type(error).__name__}: {one_line(error).partition(chr(27))[0].rstrip(' .')}"
             raise FusionError(
-                f"{model.where} cannot be traced as a model of the family {system.family.name} ({type(error).__name__}: {one_line(error)}): "
-                "use a checkpoint of a supported architecture, or add its family to the exporter (--debug shows where)."
+                f"{model.where} cannot be traced as a model of the family {system.family.name} ({reason}): "
+                "use a checkpoint of a supported architecture, or add this one to the exporter (--debug shows where it fails)."
             ) from error

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -126,6 +127,25 @@ def test_bounds_are_told_from_both_sides() -> None:
 
 def test_every_precision_has_a_bound() -> None:
     assert {precision for schemes in SCHEMES.values() for precision in schemes} == set(BOUNDS)
+
+
+def test_a_precision_without_a_bound_is_refused_before_any_work(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(BOUNDS, "fp16")
+    with pytest.raises(FusionError, match=r"^The precision fp16 for ort:cpu has no bound: .*\.$"):
+        export(replace(request_, router="nowhere"), Stages(Console(quiet=True)))
+
+
+def test_a_single_prompt_is_noted_on_the_console_and_in_the_report(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusionroute.fr_export.export.measure", lambda *_: ({}, "another test compares it"))
+    shown = io.StringIO()
+    for prompts, notes in ((PROMPTS, []), (PROMPTS[:1], [divide(PROMPTS[:1]).note])):
+        (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+        request = replace(request_, precisions=("fp32",), calibration=str(tmp_path / "prompts.txt"), out=tmp_path / "bundle")
+        report = export(request, Stages(Console(file=shown, width=200)))
+        assert report["notes"] == notes == json.loads((request.out / "report.json").read_text())["notes"]
+        assert ("There is a single prompt, so the report is measured on the text of the calibration" in shown.getvalue()) == bool(notes)
 
 
 def test_a_system_too_large_to_compare_says_so(request_: Request) -> None:
