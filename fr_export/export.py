@@ -1,4 +1,4 @@
-"""The whole export, stage by stage: check → trace → calibrate → write variants → describe → build engines → compare → report."""
+"""The export, stage by stage: check → trace → calibrate → write variants → describe → build engines → compare → report."""
 
 from dataclasses import dataclass
 from pathlib import Path

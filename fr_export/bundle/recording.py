@@ -1,4 +1,4 @@
-"""The calibration table of an export: a saved one, or a new one learnt from texts that a small temporary bundle generates."""
+"""The calibration table of an export: a saved one, or a new one from texts that a temporary bundle generates."""
 
 import shutil
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from fusionroute.fr_export.precision.int4 import LEAN, Int4
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 
 SCHEME = SCHEMES[CPU]["int8"]
-LARGE = 3_000_000_000  # parameters of a system from which on texts are generated in 4 bits: the runtime holds all models in memory
+LARGE = 3_000_000_000  # parameters; larger systems generate in 4 bits, since the runtime holds all models in memory
 LARGE_SCHEME = Int4(LEAN, LEAN)
 
 
 def calibration_table(
     system: System, traces: Traces, fusion: FusionSettings, source: str, prompts: Sequence[str], folder: Path, stages: Stages
 ) -> Table:
-    """The table that the .safetensors file `source` holds, or a new one from texts that the system generates from the prompts.
+    """The table in the .safetensors file `source`, or a new one from texts that the system generates from the prompts.
 
     Generating needs a bundle of its own, which is written below `folder` and removed at the end.
     Raises InputError where a saved table does not fit the system, and as `calibrate` does.

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 class Staging:
     """Context manager: write into `.folder`. Leaving it without an error moves the folder to `out`; an error removes it.
 
-    An older folder is replaced only after the new one is complete. Both stand beside `out` until then, as `.NAME.partial-PID` and
-    `.NAME.replaced-PID`. The file `.NAME.lock-PID` is locked meanwhile, which tells the leftovers of a killed process from the work of a
-    running one. The next start recovers or removes such leftovers. Subclasses say what they replace: `mark`, `owns` and `check`.
+    Beside `out`, a process writes `.NAME.partial-PID`. When that is complete, it moves an older folder to
+    `.NAME.replaced-PID` and renames. It holds the file lock `.NAME.lock-PID` meanwhile, so that the next start can tell the
+    leftovers of a killed process from the work of a running one: it recovers or removes them.
+    Subclasses say what they replace: `mark`, `owns` and `check`.
     """
 
-    mark = ""  # a file that says of a folder that the same command wrote it; none where nothing is ever replaced
+    mark = ""  # name of a file that only folders of this kind hold; empty where nothing is ever replaced
 
     def __init__(self, out: Path, force: bool):
         self.out, self.force = out.resolve(), force  # a link stays a link: what it leads to is replaced
@@ -87,12 +88,12 @@ class Staging:
                 Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def _recover(self) -> None:
-        """Clear what killed processes left: their half-written folders, and an old folder moved aside but not yet replaced."""
+        """Remove the half-written folders of killed processes, and bring back an old folder that was not yet replaced."""
         for pid in self._pids():
             lock = FileLock(self._beside("lock", pid))
             try:
                 lock.acquire(timeout=0)
-            except OSError:  # its process lives; or a file system without locks, where a leftover is better than a loss
+            except OSError:  # its process runs, or the file system has no locks: rather leave it than lose a folder in use
                 continue
             try:
                 old = self._beside("replaced", pid)

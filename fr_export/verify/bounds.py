@@ -1,4 +1,4 @@
-"""What each precision may lose against fp32: the table that reports are held to."""
+"""What each precision may lose against fp32, and which bounds a report misses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,10 +20,10 @@ BOUNDS: dict[str, dict[str, float]] = {
     "int8-wo": {"perplexity_ratio": 1.01},
     "w8a8": {"perplexity_ratio": 1.02},
 }
-# where a target computes otherwise than the name says elsewhere: activations in half precision, or in 8 bits by tensor
+# Targets that compute differently: with activations in half precision, or in 8 bits with one scale per tensor.
 OWN: dict[tuple[str, str], dict[str, float]] = {
     ("tensorrt", "fp16"): BOUNDS["fp16"] | {"greedy_agreement": 0.99},
-    # eight bits of mantissa throughout move near ties of tokens, and of experts (measured: docs/precision.md, docs/tensorrt.md)
+    # With 8 bits of mantissa everywhere, near ties of tokens and experts flip (measured: docs/precision.md, docs/tensorrt.md).
     ("tensorrt", "bf16"): BOUNDS["bf16"] | {"greedy_agreement": 0.97, "routing_agreement": 0.98},
     ("tensorrt", "int8"): BOUNDS["w8a8"],
 }

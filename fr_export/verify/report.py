@@ -113,7 +113,7 @@ def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
 
 
 def explain(report: dict[str, Any]) -> str:
-    """The lines under the table: what the differences were measured on, and what was not measured."""
+    """The text under the table: what the differences were measured on, and what could not be compared."""
     lines = ["Bits are per weight of a matrix."]
     compared = next((entry["compared"] for entry in report["variants"] if entry["compared"]), None)
     if compared is not None:

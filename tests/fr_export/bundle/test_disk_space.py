@@ -1,5 +1,6 @@
 """The room that a bundle needs, against what exports of it have on disk."""
 
+import math
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -50,9 +51,7 @@ def test_half_precision_of_one_dialect_is_stored_once(system: System) -> None:
 
 
 def test_engines_hold_the_weights_again(system: System) -> None:
-    values = sum(
-        size for model in system.models for size in (entry.shape[0] * (entry.shape + (1,))[1] for entry in model.weights.entries.values())
-    )
+    values = sum(math.prod(entry.shape) for model in system.models for entry in model.weights.entries.values())
     bits = sum(SCHEMES["tensorrt"][name].bits for name in PRECISIONS)
     assert needed(system, ("ort:cpu", "tensorrt"), True) - needed(system, ("ort:cpu", "tensorrt")) == pytest.approx(
         bits * values / 8, abs=8
