@@ -1,4 +1,4 @@
-"""The export, stage by stage: check → trace → calibrate → write variants → describe → build engines → compare → report."""
+"""The export in order: check → trace → calibrate → write variants → describe → build engines → compare → report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ TABLE = "calibration.safetensors"
 
 @dataclass(frozen=True)
 class Request:
-    """What to export, checked as far as one flag at a time can be. `commands/export.py` makes it from the command line."""
+    """What to export. Each field is checked by itself; what must fit together is checked by `export`."""
 
     family: Family
     router: str

@@ -16,7 +16,7 @@ from fusionroute.runtime.manifest import File, Manifest, Model, Variant
 
 
 def write_common_files(router: Checkpoint, folder: Path) -> None:
-    """Write what all variants share: the fusion graph, and tokenizer.json and the chat template where the router has them."""
+    """Write what all variants share: the fusion graph, and the router's tokenizer.json and chat template, if any."""
     (folder / FUSION_GRAPH).parent.mkdir(parents=True, exist_ok=True)
     write_fusion_graph(folder / FUSION_GRAPH)
     if router.tokenizer is not None:

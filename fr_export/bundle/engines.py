@@ -10,7 +10,7 @@ from fusionroute.runtime.tensorrt.engines import TARGET, rebuild
 def add_engines(manifest: Manifest, gpus: tuple[int, ...], folder: Path, stages: Stages) -> Manifest:
     """Build engines for the compute capabilities `gpus` from every variant that has graphs for them.
 
-    Writes the manifest after each precision and returns the last one. Raises FusionError subclasses as `runtime.tensorrt.build` does.
+    Writes the manifest after each precision and returns the last. Raises FusionError as `runtime.tensorrt.build` does.
     """
     for variant in [each for each in manifest.variants if each.target == TARGET]:
         with stages.stage(f"building {variant.precision} engines", len(manifest.models) + 1) as advance:

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class Staging:
-    """Context manager: write into `.folder`. Leaving it without an error moves the folder to `out`; an error removes it.
+    """Context manager: write into `.folder`. Leaving it without an error moves the folder to `out`, else removes it.
 
-    Beside `out`, a process writes `.NAME.partial-PID`. When that is complete, it moves an older folder to
-    `.NAME.replaced-PID` and renames. It holds the file lock `.NAME.lock-PID` meanwhile, so that the next start can tell the
-    leftovers of a killed process from the work of a running one: it recovers or removes them.
+    A process writes `.NAME.partial-PID` beside `out`. Once that is complete, it moves an older folder to
+    `.NAME.replaced-PID` and takes its place. It locks the file `.NAME.lock-PID` meanwhile. Thus the next start tells
+    leftovers of a killed process from the work of a running one, and recovers or removes them.
     Subclasses say what they replace: `mark`, `owns` and `check`.
     """
 
@@ -88,12 +88,12 @@ class Staging:
                 Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def _recover(self) -> None:
-        """Remove the half-written folders of killed processes, and bring back an old folder that was not yet replaced."""
+        """Remove half-written folders of killed processes, and bring back an old folder that was not yet replaced."""
         for pid in self._pids():
             lock = FileLock(self._beside("lock", pid))
             try:
                 lock.acquire(timeout=0)
-            except OSError:  # its process runs, or the file system has no locks: rather leave it than lose a folder in use
+            except OSError:  # its process runs, or the file system has no locks, where a leftover is the lesser harm
                 continue
             try:
                 old = self._beside("replaced", pid)
@@ -141,7 +141,7 @@ class StagedBundle(Staging):
         return bundled(folder) is not None
 
     def check(self) -> None:
-        """Raise InputError for all but an empty folder and, with `force`, a bundle that holds no files of the user's."""
+        """Raise InputError for all but an empty folder and, with `force`, a bundle without files of the user's."""
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return
         files = bundled(self.out)
@@ -155,7 +155,7 @@ class StagedBundle(Staging):
 
 
 def bundled(folder: Path) -> set[str] | None:
-    """The files that belong to a bundle of any version, as its manifest lists them; None where the folder is no bundle."""
+    """The files of a bundle of any version, as its manifest lists them. None where the folder is no bundle."""
     try:
         manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
         return {NAME, *manifest["files"]} if {"format", "family", "models"} <= manifest.keys() else None

@@ -22,7 +22,7 @@ FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
 Prepare = Callable[[Graph, str, Family], None]
 # (model, target, precision, whether it is the target's first precision) → the graph's path in the bundle
 Place = Callable[[str, str, str, bool], str]
-# (folder of the graph, model, vocabulary size, routing head): writes the files beside a graph; see `optimum_folder.complete`
+# (folder of the graph, model, vocabulary size, routing head): writes the files beside a graph
 Complete = Callable[[Path, Checkpoint, int, RoutingHead | None], None]
 
 

@@ -30,9 +30,9 @@ class WrittenVariant(NamedTuple):
 
 
 class VariantWriter:
-    """Writes a system's graphs into one bundle folder, variant by variant. Equal weights of all variants are stored once.
+    """Writes a system's graphs into one bundle folder, variant by variant. Equal weights are stored once.
 
-    `evidence` holds, by model, what calibration learnt of its activations; it is empty where weights are rounded to nearest.
+    `evidence` holds what calibration learnt of each model's activations; without it weights are rounded to nearest.
     """
 
     def __init__(self, system: System, traces: Traces, evidence: Mapping[str, Evidence], folder: Path, stages: Stages):
@@ -93,7 +93,7 @@ class VariantWriter:
         return WrittenVariant(variant, fitted)
 
     def remove_unread(self, variants: list[Variant]) -> None:
-        """Remove from every store the weights that none of the variants' graphs reads: intermediate results of a precision."""
+        """Remove the weights that none of the variants' graphs reads: intermediate results of a precision."""
         read = {file for variant in variants for file in weight_files(variant, self._folder)}
         for graphs, store in self._stores.items():
             store.keep({file.name for file in read if file.parent.parent == graphs})

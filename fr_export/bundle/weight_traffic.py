@@ -14,8 +14,8 @@ PASSED_ON = {"DequantizeLinear", "Cast"}  # a row of the result needs one row of
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of a graph's initialisers that one token reads. Of tables that are only looked up it reads one row.
 
-    A tied embedding counts whole, since the head's product reads all of it. Weights behind a cast (half precision on the
-    CPU) count as widened, because ONNX Runtime casts them once on loading.
+    A tied embedding counts whole, since the head's product reads all of it. Weights behind a cast (half precision on
+    the CPU) count as widened, because ONNX Runtime casts them once on loading.
     """
     total = 0
     for value in model.graph.initializers.values():

@@ -20,7 +20,7 @@ HEAD_FILE = "routing_head.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder that has passed the checks of its own. `where` names it in messages: "Expert 'math' (folder)"."""
+    """A checkpoint folder that has passed its own checks. `where` names it in messages: "Expert 'math' (folder)"."""
 
     name: str
     where: str
@@ -33,7 +33,8 @@ class Checkpoint:
     def open(cls, name: str, source: str, family: Family, head_key: str | None = None) -> "Checkpoint":
         """Locate and check one checkpoint; `head_key` names the routing head where this is the router.
 
-        Raises InputError for a folder that is missing, incomplete, or of another family, and for a router whose texts are broken.
+        Raises InputError for a folder that is missing, incomplete or of another family, and for a router with a broken
+        tokenizer or chat template.
         """
         folder = locate(source)
         where = f"{'The router' if head_key else f'Expert {name!r}'} ({folder})"
@@ -50,7 +51,7 @@ class Checkpoint:
         checkpoint = cls(name, where, folder, family, config, Weights.open(folder, (HEAD_FILE,) if head_key else ()))
         checkpoint.check_shapes(shapes)
         if head_key:
-            _ = checkpoint.end_tokens, checkpoint.chat_template  # broken ones are refused here, not after an hour of writing
+            _ = checkpoint.end_tokens, checkpoint.chat_template  # refused here if broken, not after an hour of writing
         return checkpoint
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -63,7 +64,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Any | None:
-        """tokenizer.json as the runtime reads it, or None where the folder has none (the bundle then accepts token ids only)."""
+        """tokenizer.json as the runtime reads it. None where there is none: the bundle then accepts token ids only."""
         file = self.folder / "tokenizer.json"
         if not file.exists():
             return None
@@ -86,7 +87,7 @@ class Checkpoint:
 
     @cached_property
     def special_tokens(self) -> dict[str, Any]:
-        """Special added tokens (content → id) and the beginning-of-sequence id: what router and experts must agree on."""
+        """Special added tokens (content → id) and the id that begins a text: router and experts must agree on them."""
         added = self.tokenizer.get_added_tokens_decoder() if self.tokenizer is not None else {}
         return {token.content: index for index, token in added.items() if token.special} | {"bos_token_id": self.config.bos_token_id}
 

@@ -6,13 +6,17 @@ from pathlib import Path
 
 from fusionroute.runtime.errors import InputError, UnavailableError, one_line
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # errors of the cache folder, not of the network
+# errors of the cache folder, not of the network
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "fusion.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]  # fmt: skip
+PATTERNS = [
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "fusion.json", "tokenizer*",
+    "special_tokens_map.json", "chat_template*",
+]  # fmt: skip
 
 
 def locate(source: str) -> Path:
-    """The local folder of a checkpoint, given by a path or a hub id (`owner/name`), downloaded into the hub's cache if need be.
+    """The local folder of a checkpoint: a path, or a hub id (`owner/name`) that is downloaded into the hub's cache.
 
     Raises InputError for a folder that does not exist, UnavailableError where the hub cannot be reached or refuses.
     """

@@ -87,7 +87,7 @@ class Weights:
         return entry
 
     def rows(self, name: str, limit: int | None = None) -> Iterator[np.ndarray]:
-        """The tensor as fp32 in slices along its first axis, at most `limit` rows of it. A scalar or vector is one slice.
+        """The tensor as fp32 in slices along its first axis, at most `limit` rows. A scalar or vector is one slice.
 
         Raises InputError where a value is not finite: no precision computes with it.
         """

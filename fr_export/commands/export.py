@@ -79,7 +79,7 @@ def without_gpus(name: str) -> str:
 
 
 def parse_gpus(text: str) -> tuple[int, ...]:
-    """The compute capabilities that `rtx:sm86+sm89` among the targets names; `SMS` for a plain `rtx`, none without it."""
+    """The compute capabilities in `rtx:sm86+sm89` among the targets: `SMS` for a plain `rtx`, none without it."""
     sms: list[int] = []
     for name in text.split(","):
         if without_gpus(name) == "rtx":
@@ -92,7 +92,7 @@ def parse_gpus(text: str) -> tuple[int, ...]:
 
 
 def parse_precisions(text: str | None, targets: tuple[str, ...], family: Family) -> tuple[str, ...]:
-    """Comma list of precisions, or the family's defaults for the targets. Each is exported for every target that has it."""
+    """Comma list of precisions, or the family's defaults. Each is exported for every target that has it."""
     from fusionroute.fr_export.precision import SCHEMES
 
     if text is None:

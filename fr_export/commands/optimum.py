@@ -1,7 +1,8 @@
 """`optimum-cli export fusionroute …`, with the options of export.py.
 
-The wheel installs this file as optimum/commands/register/register_fusionroute.py, where Optimum looks for commands of other
-packages: https://huggingface.co/docs/optimum/main/en/exporters/overview. Optimum need not be installed: nothing imports this file.
+The wheel installs this file as optimum/commands/register/register_fusionroute.py, where Optimum looks for commands of
+other packages (https://huggingface.co/docs/optimum/main/en/exporters/overview). Nothing here imports this file, so that
+Optimum need not be installed.
 """
 
 from argparse import ArgumentParser

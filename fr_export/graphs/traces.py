@@ -10,7 +10,7 @@ from fusionroute.runtime.errors import FusionError, one_line
 
 
 class Traces:
-    """The graphs of all models of a system, by dialect. Models of equal architecture share one graph: clone it before you change it."""
+    """The graphs of a system's models, by dialect. Equal architectures share a graph: clone it to change it."""
 
     def __init__(self, system: System, stages: Stages):
         self._system, self._stages = system, stages

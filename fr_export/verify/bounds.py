@@ -23,14 +23,14 @@ BOUNDS: dict[str, dict[str, float]] = {
 # Targets that compute differently: with activations in half precision, or in 8 bits with one scale per tensor.
 OWN: dict[tuple[str, str], dict[str, float]] = {
     ("tensorrt", "fp16"): BOUNDS["fp16"] | {"greedy_agreement": 0.99},
-    # With 8 bits of mantissa everywhere, near ties of tokens and experts flip (measured: docs/precision.md, docs/tensorrt.md).
+    # With 8 bits of mantissa everywhere, near ties of tokens and experts flip (docs/precision.md, docs/tensorrt.md).
     ("tensorrt", "bf16"): BOUNDS["bf16"] | {"greedy_agreement": 0.97, "routing_agreement": 0.98},
     ("tensorrt", "int8"): BOUNDS["w8a8"],
 }
 
 
 def bounds_of(target: str, precision: str) -> dict[str, float]:
-    """The bounds of a precision on a target: figure → smallest or largest value. Raises FusionError where the tables have none."""
+    """The bounds of a precision on a target: figure → smallest or largest value. Raises FusionError without any."""
     bounds = OWN.get((target.removesuffix(":10.3"), precision), BOUNDS.get(precision))
     if bounds is None:
         raise FusionError(
@@ -48,7 +48,7 @@ def check_bounds(variants: Sequence[tuple[str, str]]) -> None:
 def misses(target: str, precision: str, compared: Mapping[str, Any] | None) -> list[str]:
     """A phrase for every bound that a variant misses, in chunks or token by token.
 
-    `compared` is the result of `compare`; without one nothing is missed. Raises FusionError where the precision has no bound.
+    `compared` is the result of `compare`; without one nothing is missed. Raises FusionError as `bounds_of` does.
     """
     phrases: list[str] = []
     if compared is None:

@@ -13,7 +13,8 @@ from fusionroute.runtime.text import Text
 
 TOKENS = 384  # compared positions: enough to notice a wrong graph, cheap enough for every export
 LONGEST = 128  # tokens of one sequence, and of a chunk
-Score = Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]  # (ids [S], chunk) → fused logits [S, V], experts [S]
+# (ids [S], chunk) → fused logits float32 [S, V], experts int64 [S]
+Score = Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]
 
 
 def sequences(system: System, prompts: Sequence[str]) -> list[list[int]]:
@@ -55,8 +56,8 @@ def compare_scores(
 ) -> dict[str, Any]:
     """Differences of the fused distribution (see `metrics.summarise`), read in chunks and token by token ("decode").
 
-    Token by token, texts are read until `decoded` tokens are reached; None means all. `references` [len(texts)] belong to
-    the texts. `largest_logit` is the largest |logit| of the reference: the scale of the differences between logits.
+    `references` belong to `texts`, one each. Token by token, texts are read until `decoded` tokens are reached; None
+    means all. `largest_logit` is the largest |logit| of the reference: the scale of the differences between logits.
     """
     result: dict[str, Any] = {"tokens": sum(map(len, texts))}
     for name, chunk, limit in (("chunks", LONGEST, None), ("decode", 1, decoded)):

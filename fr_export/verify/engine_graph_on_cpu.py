@@ -26,7 +26,7 @@ class EngineGraphOnCpu:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # failures are raised, so nothing need be printed
         options.intra_op_num_threads = 1
-        # At higher levels ONNX Runtime 1.32 crashes on fp16 graphs, and it lets products of int8 weights round activations too.
+        # At higher levels ONNX Runtime 1.32 crashes on fp16 graphs, and rounds the activations of int8 products too.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
         model = ir.load(file)

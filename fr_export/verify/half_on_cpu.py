@@ -1,10 +1,11 @@
-"""Compute on a CPU what a GPU's half-precision graphs compute: `ort:cuda` graphs become `ort:cpu` graphs with the same rounding.
+"""Compute on a CPU what a GPU's half-precision graphs compute: its graphs become `ort:cpu` graphs that round alike.
 
-ONNX Runtime's CPU provider has no bf16 kernels. It runs fp16 graphs, but drops a cast to fp16 in front of a product that
-it computes in fp32, and the overflow with it. (1.32 also crashes on some fp16 graphs at its highest optimisation level.)
+ONNX Runtime's CPU provider has no bf16 kernels. It runs fp16 graphs, but drops a cast to fp16 in front of a product
+that it computes in fp32, and the overflow with it. (1.32 also crashes on some fp16 graphs at its highest level.)
 
-An emulated graph computes in fp32 and rounds every result that the GPU's graph holds in half precision. A GPU accumulates
-in fp32 too, so the results are the same but for the order of sums and the rounding of attention probabilities in kernels.
+An emulated graph computes in fp32 and rounds every result that the GPU's graph holds in half precision. A GPU
+accumulates in fp32 too. The results differ only by the order of sums and by the rounding of attention probabilities
+inside kernels.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ FLOAT = ir.DataType.FLOAT
 
 
 def emulate(bundle: Path) -> None:
-    """Replace all variants of a bundle by emulated `ort:cpu` versions of its `ort:cuda` variants. Weights stay as stored."""
+    """Replace a bundle's variants by emulated `ort:cpu` versions of its `ort:cuda` ones. Weights stay as stored."""
     manifest = Manifest.read(bundle)
     files, variants = dict(manifest.files), []
     for variant in manifest.variants:
@@ -36,7 +37,7 @@ def emulate(bundle: Path) -> None:
 
 
 def in_fp32(model: ir.Model) -> ir.Model:
-    """The same model, changed: every half-precision value but stored weights is fp32, rounded by the node that computes it."""
+    """The same model, changed: half-precision values but stored weights are fp32, rounded where they are computed."""
     graph = model.graph
     caches = [value for value in graph.inputs if value.name.startswith("past.")]
     half = caches[0].dtype
@@ -59,7 +60,7 @@ def in_fp32(model: ir.Model) -> ir.Model:
 
 
 def rounded(graph: ir.Graph, producer: ir.Node, value: ir.Value, half: ir.DataType) -> None:
-    """Let every reader of the producer's result `value`, graph outputs included, read fp32 that is rounded to `half`."""
+    """Let all readers of the producer's result `value`, graph outputs too, read fp32 that is rounded to `half`."""
     name = value.name
     wide = ir.Value(name=f"{name}.emulated", type=ir.TensorType(FLOAT), shape=value.shape)
     value.replace_all_uses_with(wide, replace_graph_outputs=True)

@@ -16,7 +16,7 @@ from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.tensorrt.engines import OLDER
 from fusionroute.runtime.tensorrt.engines import TARGET as TENSORRT
 
-REFERENCE_LIMIT = 1 << 30  # bytes of one model in fp32 up to which the whole of it is loaded into torch for the comparison
+REFERENCE_LIMIT = 1 << 30  # bytes in fp32: larger models are not loaded into torch, and not compared
 
 
 class Comparison(NamedTuple):

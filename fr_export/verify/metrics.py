@@ -30,7 +30,7 @@ class Differences:
 def differences(
     logits: np.ndarray, reference: np.ndarray, experts: np.ndarray, reference_experts: np.ndarray, ids: Sequence[int]
 ) -> Differences:
-    """Compare fused logits float32 [S, V] and choices [S] with those of the reference; `ids` [S] is the text they belong to."""
+    """Compare fused logits float32 [S, V] and chosen experts [S] with the reference's. `ids` [S] is the text."""
     pieces = [
         _rows(logits[start : start + ROWS], reference[start : start + ROWS], ids[start + 1 : start + ROWS + 1])
         for start in range(0, len(ids), ROWS)
@@ -59,7 +59,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def summarise(parts: Sequence[Differences]) -> dict[str, float | int | None]:
-    """The figures of one precision over all texts. Shares lie between 0 and 1; None where there was nothing to count."""
+    """The figures of one precision over all texts. Shares lie between 0 and 1. None: there was nothing to count."""
     every = Differences(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Differences)))
     sure = every.margin > SURE
     told = ~np.isnan(every.nll)

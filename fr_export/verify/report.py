@@ -28,8 +28,8 @@ def build_report(
 ) -> dict[str, Any]:
     """The report as plain data, but for its stages.
 
-    `fitted` holds, per variant of the manifest, what fitting reports of each model; `figures` and `reason` come from `measure`;
-    `notes` are sentences for the user.
+    `fitted` holds, per variant of the manifest, what fitting reports of each model. `figures` and `reason` come from
+    `measure`. `notes` are sentences for the user.
     """
     return {
         "family": manifest.family,

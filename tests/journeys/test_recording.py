@@ -27,16 +27,16 @@ def test_recording(limit: int, recorded: tuple[int, int], tmp_path: Path, monkey
     router, experts = make_system(tmp_path, shape)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one two\nthree four\n")
-    found: list[set[tuple[int, int]]] = []
+    recorded_forms: list[set[tuple[int, int]]] = []
 
     def spied(*arguments: Any, **named: Any) -> Table:
-        found.extend(forms(graph) for graph in sorted(arguments[3].glob("graphs/*.int?.onnx")))
+        recorded_forms.extend(forms(graph) for graph in sorted(arguments[3].glob("graphs/*.int?.onnx")))
         return calibrate(*arguments, **named)
 
     monkeypatch.setattr(recording, "LARGE", limit)
     monkeypatch.setattr(recording, "calibrate", spied)
     out = export_checkpoints(tmp_path / "bundle", shape, router, experts, ("int4",), 64, calibration=str(prompts))
-    assert found == [{recorded}] * 3
+    assert recorded_forms == [{recorded}] * 3
     assert {block for bits, block in forms(out / "graphs" / "router.ort-cpu.int4.onnx") if bits == 4} == {64}
     assert len(Table.load(out / "calibration.safetensors").texts) == 1  # the other prompt is held out
     assert not (out / "recording").exists()

@@ -1,4 +1,4 @@
-"""Exports killed half-way: nothing half-written stands, the old bundle survives, and the next export clears what is left."""
+"""Exports killed half-way: no half-written bundle, the old one survives, and the next export cleans up."""
 
 import json
 import os
@@ -19,8 +19,9 @@ from tests.support.systems import Shape, make_system
 SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2)
 REPOSITORY = Path(__file__).parents[3]
 
-# Imports the exporter and traces the system once, then forks one process per line of stdin, which runs `export.py` with the arguments of
-# that line, without the comparison. With `stop`, it creates the file `reached` and waits when it writes its seventh piece of weights.
+# Imports the exporter and traces the system once, then forks one process per line of stdin. That process runs `export.py`
+# with the arguments of the line, without the comparison. With `stop`, it creates the file `reached` and waits when it
+# writes its seventh piece of weights.
 SERVER = """
 import json, os, signal, sys, time
 import torch
@@ -171,7 +172,7 @@ with StagedBundle(Path(sys.argv[1]), True) as staging:
 
 @pytest.mark.parametrize(("name", "done"), [("SIGKILL", 0), ("SIGKILL", 1), ("SIGKILL", 2), ("SIGTERM", 1), ("SIGINT", 1)])
 def test_killed_while_a_bundle_is_replaced(tmp_path: Path, name: str, done: int) -> None:
-    """With 0, 1 or both of the renames done (both: nothing kills it): the next export finds the old bundle or the new one, whole."""
+    """After 0, 1 or both renames (both: nothing kills it) the next export sees the old bundle or the new one, whole."""
     out = tmp_path / "bundle"
     out.mkdir()
     (out / "manifest.json").write_text('{"format": 1, "family": "old", "models": [], "files": {}}')

@@ -34,8 +34,8 @@ def stage(out: Path, text: str = "new", force: bool = False) -> None:
 
 def contents(folder: Path) -> dict[str, str]:
     """All files and links below a folder, hidden ones too."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    return {name: "link" if path.is_symlink() else path.read_text() for name, path in found.items() if path.is_symlink() or path.is_file()}
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return {name: "link" if path.is_symlink() else path.read_text() for name, path in paths.items() if path.is_symlink() or path.is_file()}
 
 
 def bundle(text: str, name: str = "bundle") -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The command line of the exporter: what it prints where, with which status it ends, and that failures leave nothing behind."""
+"""The command line of the exporter: its output, its exit status, and that failures leave nothing behind."""
 
 import errno
 import json
@@ -29,8 +29,8 @@ REPOSITORY = Path(__file__).parents[3]
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
     """In an empty folder, with the system's checkpoints beside it."""
     (tmp_path / "here").mkdir()
-    with in_folder("export.py", verb.app, tmp_path / "here", monkeypatch, capsys) as found:
-        yield found
+    with in_folder("export.py", verb.app, tmp_path / "here", monkeypatch, capsys) as command:
+        yield command
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ class CommandInfo:
 
 
 class Base:
-    """What the command needs of optimum.commands.base.BaseOptimumCLICommand: an instance per parser, and one made to run."""
+    """What the command needs of optimum.commands.base.BaseOptimumCLICommand."""
 
     COMMAND: CommandInfo
 
