@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusionroute.fr_export.commands.export import check_family, parse_experts
+from fusionroute.fr_export.commands.export import parse_experts, parse_family
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.files import cache_folder
@@ -143,7 +143,7 @@ def check_usage(
     family: str, experts: list[tuple[str, str]], direct: bool, batch_size: int | None, batch_tokens: int | None, data: Path | None
 ) -> None:
     """What can be told from the flags alone."""
-    check_family(family)
+    parse_family(family)
     if direct == bool(experts):
         raise typer.BadParameter("name the experts, or add --direct for a model without any", param_hint="--expert / --direct")
     if batch_size is not None and batch_tokens is not None:

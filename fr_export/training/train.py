@@ -79,7 +79,7 @@ class _Run:
     def __init__(self, request: Request, display: Stages, state: Any) -> None:
         self.request, self.recipe, self.display, self.state = request, request.recipe, display, state
         self.staging = RouterStaging(request.out, request.force)
-        self.staging.check()
+        self.staging.prepare()
         self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY)
         self.experts = [Checkpoint.open(name, source, request.family) for name, source in request.experts.items()]
         self.vocab = common_vocabulary(self.router, tuple(self.experts))
