@@ -1,15 +1,13 @@
-"""`python -m calibration FILE`: what a calibration table says."""
+"""`fusionroute calibrate FILE`, `python -m calibration FILE`: what a calibration table says."""
 
 import json
-import sys
-import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from fusionroute.runtime.errors import FusionError, one_line
+from fusionroute.runtime.command_errors import one_sentence
 
 
 def main(
@@ -18,27 +16,18 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Show what the activations of a system look like where each expert works: ranges, outliers, and who answered."""
-    try:
+    missing = "The calibration needs the package '{}': install the extra 'export' (pip install 'fusionroute[export]')."
+    with one_sentence("calibration", missing, file, "", debug):
         from fusionroute.calibration.show import show
         from fusionroute.calibration.table import Table
 
         summary = Table.load(file).summary()
-    except (FusionError, ModuleNotFoundError) as error:
-        if debug:
-            traceback.print_exc()
-        lacking = f"The calibration needs the package '{getattr(error, 'name', '')}': install the extra 'export'."
-        print(f"error: {one_line(error) if isinstance(error, FusionError) else lacking}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    if as_json:
-        print(json.dumps(summary), flush=True)
-    else:
-        show(Console(highlight=False), summary)
+        if as_json:
+            print(json.dumps(summary), flush=True)
+        else:
+            show(Console(highlight=False), summary)
 
 
 def app() -> None:
-    """Entry point."""
+    """Entry point, which always exits."""
     typer.run(main)
-
-
-if __name__ == "__main__":
-    app()

@@ -29,7 +29,7 @@ class Staging:
     def __enter__(self) -> "Staging":
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._recover()
+            self.recover()
             self.check()
             self.folder.mkdir()
             self._lock = os.open(self.folder, os.O_RDONLY)
@@ -54,13 +54,17 @@ class Staging:
             if path.relative_to(self.out).as_posix() not in files and not (path.is_dir() and not path.is_symlink()):
                 raise InputError(f"{path} is no part of the bundle that --force replaces: move it away, or name another folder with --out.")
 
-    def _recover(self) -> None:
-        """Clear what a killed export left: its half-written folder, or an old bundle it had moved aside but not yet replaced."""
+    def complete(self) -> bool:
+        """Whether a folder of the kind that is written here stands at `out`."""
+        return bundled(self.out) is not None
+
+    def recover(self) -> None:
+        """Clear what a killed process left: its half-written folder, or an old one that it had moved aside but not yet replaced."""
         for path in self.out.parent.glob(f".{self.out.name}.*-*"):
             kind, _, pid = path.name.removeprefix(f".{self.out.name}.").partition("-")
             if kind not in ("partial", "replaced") or not pid.isdecimal() or locked(self._beside("partial", int(pid))):
                 continue
-            if kind == "replaced" and bundled(self.out) is None:
+            if kind == "replaced" and not self.complete():
                 with contextlib.suppress(OSError):  # files that are not ours stand in its place: `check` says so
                     path.rename(self.out)
             else:

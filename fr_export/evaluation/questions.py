@@ -1,28 +1,49 @@
-"""What bundles are evaluated on: the synthetic domains, or prompts and references from a file."""
+"""The questions that bundles are evaluated on: prompts with references, by domain, from a file or from the synthetic tasks."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from fusionroute.fr_export.evaluation.outcomes import Question
 from fusionroute.runtime.errors import InputError
 
-Tasks = dict[str, Sequence[Question]]
-"""domain → questions."""
+
+class Question(Protocol):
+    """A prompt and the exact text that counts as right. The samples of `fr_export.tasks` are questions too."""
+
+    @property
+    def prompt(self) -> str:
+        """The text that the system continues."""
+        ...
+
+    @property
+    def answer(self) -> str:
+        """The reference."""
+        ...
 
 
-class Line(NamedTuple):
+class FileQuestion(NamedTuple):
     """A question from a file."""
 
     prompt: str
     answer: str
 
 
-def read_tasks(path: Path, count: int, seed: int) -> Tasks:
+Questions = Mapping[str, Sequence[Question]]
+"""domain → questions."""
+
+
+def digest(questions: Sequence[Question], chat: bool) -> str:
+    """16 hex digits that stand for the prompts, the references and whether the chat template is used."""
+    content = json.dumps([chat, [[question.prompt, question.answer] for question in questions]])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def read_questions(path: Path, count: int, seed: int) -> dict[str, list[FileQuestion]]:
     """Questions by domain from JSON lines {"prompt": str, "answer": str, "domain": str}, at most `count` of each domain.
 
     Of more, a seeded choice in the file's order. Raises InputError, naming file and line, for what cannot be read.
@@ -32,20 +53,21 @@ def read_tasks(path: Path, count: int, seed: int) -> Tasks:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise InputError(f"{path} cannot be read ({reason}): name a file of JSON lines with prompt, answer and domain.") from error
-    found: dict[str, list[Line]] = {}
-    for number, text in enumerate(lines, start=1):
-        if text.strip():
-            domain, line = _line(text, f"{path}:{number}")
-            found.setdefault(domain, []).append(line)
-    if not found:
+    questions: dict[str, list[FileQuestion]] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            domain, question = _parse(line, f"{path}:{number}")
+            questions.setdefault(domain, []).append(question)
+    if not questions:
         raise InputError(f'{path} holds no prompts: expected JSON lines such as {{"prompt": "1+1=", "answer": "2", "domain": "math"}}.')
     rng = random.Random(seed)
-    return {domain: [own[i] for i in sorted(rng.sample(range(len(own)), min(count, len(own))))] for domain, own in found.items()}
+    return {domain: [own[i] for i in sorted(rng.sample(range(len(own)), min(count, len(own))))] for domain, own in questions.items()}
 
 
-def _line(text: str, where: str) -> tuple[str, Line]:
+def _parse(line: str, where: str) -> tuple[str, FileQuestion]:
+    """The domain and the question on one line."""
     try:
-        fields = json.loads(text)
+        fields = json.loads(line)
     except ValueError as error:
         raise InputError(f"{where} is no JSON ({error}): expected one object per line.") from error
     names = ("prompt", "answer", "domain")
@@ -53,4 +75,4 @@ def _line(text: str, where: str) -> tuple[str, Line]:
         raise InputError(f'{where} lacks a string "prompt", "answer" or "domain": every line needs all three.')
     if not fields["prompt"]:
         raise InputError(f"{where} has an empty prompt: give it at least one character.")
-    return fields["domain"], Line(fields["prompt"], fields["answer"])
+    return fields["domain"], FileQuestion(fields["prompt"], fields["answer"])

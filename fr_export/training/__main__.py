@@ -1,4 +1,4 @@
-"""`python -m fr_export.training`: train a router."""
+"""`python -m fr_export.training`: the door to `fusionroute train`."""
 
 from fusionroute.fr_export.commands.train import app
 
