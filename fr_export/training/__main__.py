@@ -1,4 +1,4 @@
-"""`python -m fr_export.training`: the door to `fusionroute train`."""
+"""`python -m fr_export.training`: train a router."""
 
 from fusionroute.fr_export.commands.train import app
 
