@@ -13,7 +13,7 @@ import numpy as np
 from fusionroute.calibration.prompts import HELD_OUT
 from fusionroute.fr_export.verify.bounds import misses
 from fusionroute.fr_export.verify.compare import LONGEST, TOKENS, Score, compare_scores
-from fusionroute.fr_export.verify.engine_graph_on_cpu import System as OnOnnxRuntime
+from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineSystemOnCpu as OnOnnxRuntime
 from fusionroute.fr_export.verify.torch_reference import Reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bench.bench import Request, bench

@@ -16,10 +16,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusionroute.fr_export import export as exporter
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.commands.export import parse_experts
 from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.verify.compare import LONGEST, compare
 from fusionroute.fr_export.verify.half_on_cpu import emulate
@@ -45,8 +45,8 @@ def main(
     stages = Stages(Console(stderr=True))
     with stages.progress:
         if not bundle.exists():
-            request = exporter.Request(FAMILIES[family], router, experts, tuple(TOP_1), ("ort:cuda",), bundle, max_seq_len=LONGEST)
-            exporter.export(request, stages)
+            request = Request(FAMILIES[family], router, experts, tuple(TOP_1), ("ort:cuda",), bundle, max_seq_len=LONGEST)
+            export(request, stages)
             emulate(bundle)
         system = System.open(FAMILIES[family], router, experts, max_seq_len=LONGEST)
         words = text.read_text(encoding="utf-8") if text else "\n\n".join(topics[name] for name in sorted(topics))

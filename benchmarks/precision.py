@@ -15,11 +15,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusionroute.fr_export import export as exporter
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.commands.export import parse_experts
 from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
+from fusionroute.fr_export.verify import measure
 from fusionroute.fr_export.verify.bounds import BOUNDS, misses
 from fusionroute.fr_export.verify.compare import LONGEST, compare
 from fusionroute.fr_export.verify.torch_reference import reference
@@ -50,8 +51,8 @@ def main(
     stages = Stages(console)
     with stages.progress:
         if not bundle.exists():
-            exporter.REFERENCE_LIMIT = 0  # the export's own comparison is too short for this
-            exporter.export(exporter.Request(FAMILIES[family], router, experts, names, ("ort:cpu",), bundle, max_seq_len=1024), stages)
+            measure.REFERENCE_LIMIT = 0  # the export's own comparison is too short for this
+            export(Request(FAMILIES[family], router, experts, names, ("ort:cpu",), bundle, max_seq_len=1024), stages)
         system = System.open(FAMILIES[family], router, experts, max_seq_len=1024)
         texts = windows(system, text, tokens)
         with FusionRuntime.load(bundle) as runtime:

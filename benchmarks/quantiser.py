@@ -23,11 +23,11 @@ from rich.table import Table
 
 from fusionroute.calibration.observe import observe
 from fusionroute.calibration.serving_masks import Mask
-from fusionroute.fr_export import export as exporter
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.commands.export import parse_experts
 from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
 from fusionroute.fr_export.graphs.graph import Graph
@@ -41,6 +41,8 @@ from fusionroute.fr_export.precision.rounding import measure
 from fusionroute.fr_export.precision.scheme import Fitted, Scheme, users
 from fusionroute.fr_export.precision.sensitive import sensitive
 from fusionroute.fr_export.precision.smoothquant import smooth
+from fusionroute.fr_export.verify import measure as comparison
+from fusionroute.fr_export.verify.bounds import BOUNDS
 from fusionroute.fr_export.verify.compare import compare
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
@@ -153,7 +155,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     stages = Stages(Console(stderr=True))
-    exporter.REFERENCE_LIMIT = 0  # the export's own comparison is too short for this
+    comparison.REFERENCE_LIMIT = 0  # the export's own comparison is too short for this
     system = System.open(FAMILIES[family], router, experts, max_seq_len=1024)
     texts = windows(system, text, tokens)
     with stages.progress:
@@ -161,10 +163,10 @@ def main(
         for step in STEPS:
             if step.name in found or only not in step.name:
                 continue
-            SCHEMES["ort:cpu"][step.name] = step
+            SCHEMES["ort:cpu"][step.name], BOUNDS[step.name] = step, {}
             bundle = out / "bundle"
-            request = exporter.Request(FAMILIES[family], router, experts, (step.name,), ("ort:cpu",), bundle, max_seq_len=1024, force=True)
-            variant = exporter.export(request, stages)["variants"][0]
+            request = Request(FAMILIES[family], router, experts, (step.name,), ("ort:cpu",), bundle, max_seq_len=1024, force=True)
+            variant = export(request, stages)["variants"][0]
             if references is None:
                 with FusionRuntime.load(bundle) as runtime:
                     coefficients = runtime.coefficients(runtime.fusion, runtime.lam)

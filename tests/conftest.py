@@ -23,7 +23,7 @@ def traced_once() -> Iterator[None]:
     if find_spec("torch") is None:  # tests/runtime alone
         yield
         return
-    from fusionroute.fr_export import export
+    from fusionroute.fr_export.graphs import traces
     from fusionroute.fr_export.graphs.dialects import ort
     from fusionroute.fr_export.graphs.trace import architecture, trace
 
@@ -36,5 +36,5 @@ def traced_once() -> Iterator[None]:
         return kept[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "trace", remembered)
+        patch.setattr(traces, "trace", remembered)
         yield

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusionroute.fr_export.commands.export import check_family, parse_experts
+from fusionroute.fr_export.commands.export import parse_experts, parse_family
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.training.recipe import PRESETS, Dtype, Optimizer, Precision, PresetName, Recipe, Stage, StageName
 from fusionroute.runtime.command_errors import one_sentence
@@ -60,7 +60,7 @@ def main(
     missing = "Training needs the package '{}': install the extras (pip install 'fusionroute[export,train]')."
     left = "resume it with --resume" if checkpoint_every is not None else "nothing was written"
     with one_sentence("training", missing, out, left, debug):
-        check_family(family)
+        chosen_family = parse_family(family)
         experts = parse_experts(expert or [])
         if direct == bool(experts):
             raise typer.BadParameter("name the experts, or add --direct for a model without any", param_hint="--expert / --direct")
@@ -101,7 +101,7 @@ def main(
             seed=seed,
         )
         request = TrainingRequest(
-            family=FAMILIES[family],
+            family=chosen_family,
             router=router,
             out=out,
             recipe=recipe,

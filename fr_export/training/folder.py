@@ -17,15 +17,11 @@ class RouterStaging(Staging):
 
     mark = TRAINING_FILE
 
-    def complete(self) -> bool:
-        """Whether a folder that this tool has written stands at `out`."""
-        return (self.out / self.mark).is_file()
-
     def check(self) -> None:
         """Raise InputError unless `out` is missing or empty or, with `force`, a router that was trained here."""
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return
-        if not self.complete():
+        if not self.owns(self.out):
             raise InputError(
                 f"{self.out} exists and is no router that was trained here, so it is not replaced: name another folder with --out."
             )

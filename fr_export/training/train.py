@@ -81,10 +81,7 @@ class _Run:
     def __init__(self, request: TrainingRequest, display: Stages, state: Any) -> None:
         self.request, self.recipe, self.display, self.state = request, request.recipe, display, state
         self.staging = RouterStaging(request.out, request.force)
-        if state.is_main_process:
-            self.staging.recover()  # now, not after hours of training: an older router that comes back needs --force
-        state.wait_for_everyone()
-        self.staging.check()
+        self.staging.prepare()  # now, not after hours of training: an older router that comes back needs --force
         self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY)
         self.experts = [Checkpoint.open(name, source, request.family) for name, source in request.experts.items()]
         self.vocab = common_vocabulary(self.router, tuple(self.experts))

@@ -60,9 +60,7 @@ def merge(
 class MergedModelStaging(Staging):
     """The folder of a merged model. It replaces nothing but an empty folder."""
 
-    def complete(self) -> bool:
-        """Whether a model stands at `out`."""
-        return (self.out / "config.json").is_file()
+    mark = "config.json"
 
     def check(self) -> None:
         """Raise InputError unless `out` is missing or an empty folder."""

@@ -1,6 +1,5 @@
-"""The folder of a trained router: what a killed run left there is recovered or removed when the next run starts."""
+"""The folder of a trained router after a run that was killed while it replaced an older one."""
 
-import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,34 +11,43 @@ from fusionroute.fr_export.training.train import train
 from fusionroute.runtime.errors import InputError
 from tests.fr_export.training.conftest import Toy
 
-DEAD = 4194304  # no process has this number: Linux counts to one less
+DEAD = 2**22 + 1  # beyond the largest process id
 
 
-def router(folder: Path, content: str) -> Path:
-    """A folder that counts as a trained router."""
+def router(folder: Path, text: str) -> None:
     folder.mkdir()
-    (folder / TRAINING_FILE).write_text(content)
-    return folder
+    (folder / TRAINING_FILE).write_text(text)
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+@pytest.mark.parametrize("force", [False, True])
+def test_the_old_router_goes_once_the_new_one_stands(tmp_path: Path, force: bool) -> None:
+    out = tmp_path / "router"
+    router(out, "new")
+    router(tmp_path / f".router.replaced-{DEAD}", "old")
+    if force:
+        RouterStaging(out, force).prepare()
+    else:
+        with pytest.raises(InputError, match="add --force"):
+            RouterStaging(out, force).prepare()
+    assert [path.name for path in tmp_path.iterdir()] == ["router"] and (out / TRAINING_FILE).read_text() == "new"
 
 
-def test_an_old_router_that_was_replaced_already_is_removed(tmp_path: Path) -> None:
-    router(tmp_path / "out", "new")
-    router(tmp_path / f".out.replaced-{DEAD}", "old")
-    RouterStaging(tmp_path / "out", force=False).recover()
-    assert names(tmp_path) == ["out"]
-    assert (tmp_path / "out" / TRAINING_FILE).read_text() == "new"
+def test_the_old_router_comes_back_where_there_is_no_new_one(tmp_path: Path) -> None:
+    out = tmp_path / "router"
+    router(tmp_path / f".router.replaced-{DEAD}", "old")
+    with pytest.raises(InputError, match="add --force"):
+        RouterStaging(out, False).prepare()
+    assert [path.name for path in tmp_path.iterdir()] == ["router"] and (out / TRAINING_FILE).read_text() == "old"
 
 
-def test_an_old_router_that_was_not_replaced_yet_comes_back(tmp_path: Path) -> None:
-    router(tmp_path / f".out.replaced-{DEAD}", "old")
-    router(tmp_path / f".out.partial-{DEAD}", "unfinished")
-    RouterStaging(tmp_path / "out", force=False).recover()
-    assert names(tmp_path) == ["out"]
-    assert (tmp_path / "out" / TRAINING_FILE).read_text() == "old"
+def test_the_old_router_is_kept_where_other_files_took_its_place(tmp_path: Path) -> None:
+    out = tmp_path / "router"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    router(tmp_path / f".router.replaced-{DEAD}", "old")
+    with pytest.raises(InputError, match="is no router that was trained here"):
+        RouterStaging(out, True).prepare()
+    assert (tmp_path / f".router.replaced-{DEAD}" / TRAINING_FILE).read_text() == "old"
 
 
 def test_a_run_recovers_before_it_trains(toy: Toy, tmp_path: Path) -> None:
@@ -50,13 +58,4 @@ def test_a_run_recovers_before_it_trains(toy: Toy, tmp_path: Path) -> None:
         pytest.raises(InputError, match="add --force to replace it"),
     ):
         train(toy.request(tmp_path / "out", Stage("sft", max_steps=1)))
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_folder_that_is_no_router_is_left_alone(tmp_path: Path) -> None:
-    shutil.copytree(router(tmp_path / "out", "mine"), tmp_path / f".out.replaced-{DEAD}")
-    (tmp_path / "out" / TRAINING_FILE).rename(tmp_path / "out" / "notes.txt")
-    with pytest.raises(InputError, match="is not replaced"), RouterStaging(tmp_path / "out", force=True):
-        pass
-    assert names(tmp_path) == [f".out.replaced-{DEAD}", "out"]
-    assert names(tmp_path / "out") == ["notes.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
