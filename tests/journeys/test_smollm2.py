@@ -16,10 +16,11 @@ from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from tests.support.exporting import ALL, export_checkpoints
 from tests.support.parity import check_parity
+from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape
 
 pytestmark = pytest.mark.slow
-TOOLS = Path(__file__).parents[3] / "shared/tools"
+TOOLS = REPOSITORY.parent / "shared/tools"
 TEXT = "\n\n".join(BUILTIN)
 
 
