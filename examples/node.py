@@ -144,8 +144,8 @@ class Node:
         self.camera = Camera(self.frames, period, self.stop)
         self.planner = Planner(rt, self.frames, budget, self.stop, max_new_tokens)
         self.watchdog = Watchdog(self.planner, patience, self.stop)
-        workers = {"camera": self.camera, "planner": self.planner, "watchdog": self.watchdog}
-        self._threads = [threading.Thread(target=worker.run, name=name) for name, worker in workers.items()]
+        runs = {"camera": self.camera.run, "planner": self.planner.run, "watchdog": self.watchdog.run}
+        self._threads = [threading.Thread(target=run, name=name) for name, run in runs.items()]
 
     def start(self) -> None:
         """Start all threads."""
