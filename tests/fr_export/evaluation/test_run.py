@@ -20,6 +20,7 @@ from fusionroute.fr_export.evaluation.questions import FileQuestion, Questions
 from fusionroute.fr_export.evaluation.run import SLACK
 from fusionroute.runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
 from fusionroute.runtime.engine import StreamOptions
+from tests.support.paths import REPOSITORY
 
 METHODS = ["fused", "sequence", "sequence-routed", "collab"]
 ALONE = [f"expert:expert{number}" for number in range(3)]
@@ -201,7 +202,7 @@ def wait_for(condition: Callable[[], object]) -> bool:
 def test_nothing_is_left_running(random_bundle: Path, tmp_path: Path, how: str) -> None:
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         [sys.executable, script, random_bundle], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=environment
     ) as process:
