@@ -22,6 +22,7 @@ from fusionroute.runtime import (
     Stream,
     Token,
     UnavailableError,
+    __version__,
 )
 
 __all__ = [
@@ -37,4 +38,10 @@ __all__ = [
     "Stream",
     "Token",
     "UnavailableError",
+    "__version__",
 ]
+
+if __name__ == "__main__":  # `python -m fusionroute` in a checkout; in a wheel there is a __main__.py
+    from fusionroute.fr_export.commands.main import main
+
+    main()

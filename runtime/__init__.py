@@ -11,6 +11,8 @@ from fusionroute.runtime.session import Session
 from fusionroute.runtime.stream import Result, Stream
 from fusionroute.runtime.text import Token
 
+__version__ = "0.1.0"  # the package's; pyproject.toml reads it here
+
 __all__ = [
     "BundleError",
     "ClosedError",
@@ -24,4 +26,5 @@ __all__ = [
     "Stream",
     "Token",
     "UnavailableError",
+    "__version__",
 ]

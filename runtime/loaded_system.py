@@ -19,9 +19,7 @@ class LoadedSystem:
         """Raises FusionError subclasses only: BundleError, UnavailableError, InputError."""
         manifest = bundle.manifest
         self._backend: Backend | None
-        self._backend, self.precision = open_backend(
-            bundle, options.precision, options.device, options.threads, options.expert_memory, options.share_weights
-        )
+        self._backend, self.precision = open_backend(bundle, options)
         self.device = options.device if options.device != "auto" else f"auto ({type(self._backend).__name__})"
         self._process = os.getpid()
         self.expert_names: list[str] = manifest.experts

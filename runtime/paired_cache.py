@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusionroute.runtime.backends.backend import Cache, Output
+from fusionroute.runtime.backend import Cache, Output
 
 
 class PairedCache:

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backends.backend import Fused, Output
+from fusionroute.runtime.backend import NO_IDS, Fused, FusionInputs, Output
 from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.readers import Readers
 from fusionroute.runtime.sampling import Candidates, Sampler
 from fusionroute.runtime.text import Token
-
-NO_IDS = np.zeros(0, np.int64)
 
 
 class PlainStep:
@@ -82,7 +80,9 @@ class PlainStep:
         if sampling.repetition_penalty != 1.0:
             penalised = np.unique(np.asarray(self.readers.sequence.ids[:length], np.int64))
         count = count or sampler.candidate_count(self.vocab_size)
-        self.newest = self.fuser(router, expert, coefficients, count, penalised, sampling.repetition_penalty, sampling.temperature or 1.0)
+        self.newest = self.fuser(
+            FusionInputs(router, expert, coefficients, count, penalised, sampling.repetition_penalty, sampling.temperature or 1.0)
+        )
         return self.newest
 
     def logprob(self, token: int, fused: Fused, router: Any, expert: Any, coefficients: tuple[float, float]) -> float:

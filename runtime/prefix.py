@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 from weakref import WeakSet
 
-from fusionroute.runtime.backends.backend import Cache
+from fusionroute.runtime.backend import Cache
 
 MIN_SHARED_TOKENS = 16  # fewer are not worth a copy
 

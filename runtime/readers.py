@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusionroute.runtime import limits
-from fusionroute.runtime.backends.backend import Cache, Output
+from fusionroute.runtime.backend import Cache, Output
 from fusionroute.runtime.background_prefill import BackgroundPrefill
 from fusionroute.runtime.cancellation import UNWATCHED_TOKENS
 from fusionroute.runtime.loaded_system import LoadedSystem

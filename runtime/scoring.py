@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusionroute.runtime import limits
-from fusionroute.runtime.backends.backend import REUSED, Fuser
+from fusionroute.runtime.backend import REUSED, Fuser, FusionInputs
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.plain_step import NO_IDS
 from fusionroute.runtime.readers import Reader, Readers
 
 
@@ -78,7 +77,7 @@ def _score_sorted(
             for begin in range(0, len(own), rows_at_a_time):
                 part = own[begin : begin + rows_at_a_time]
                 router = np.ascontiguousarray(routed.logits[part])
-                fused = fuser(router, answered[begin : begin + rows_at_a_time], coefficients, 1, NO_IDS, 1.0, 1.0)
+                fused = fuser(FusionInputs(router, answered[begin : begin + rows_at_a_time], coefficients))
                 logits[rows[part]] = fused.rows
     return Scores(logits, routing.argmax(-1).astype(np.int64), routing)
 

@@ -1,4 +1,4 @@
-"""How the two models' logits are fused, and where that comes from: the command line, the router's own fusion.json, or the default."""
+"""How the two models' logits are fused: as the command line, the router's fusion.json or the default says."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ FILE = "fusion.json"
 
 
 class FusionSettings(BaseModel):
-    """Mode and λ; `lam_curve` is the accuracy at other λ on the validation split, where λ was tuned."""
+    """Mode and λ. `lam_curve` holds (λ, accuracy on the validation split) where λ was tuned."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,7 +39,7 @@ class FusionSettings(BaseModel):
             ) from error
 
     def replaced(self, fusion: str | None, lam: float | None) -> "FusionSettings":
-        """These settings with what the caller states; another λ or mode drops the curve, which was measured for this one.
+        """These settings with the given ones instead. Another λ or mode drops the curve, which belongs to the old one.
 
         Raises InputError for an unknown mode or a λ outside of 0 to 1.
         """

@@ -1,9 +1,8 @@
-"""Seconds of a forward pass by its number of tokens: measured once per bundle, kept in the user's cache folder."""
+"""Seconds of a forward pass by its number of tokens: measured once a month per bundle, kept in the cache folder."""
 
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -13,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from fusionroute.runtime import files
+from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.backends import Backend
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.machine import installed, processor
+from fusionroute.runtime.cache import AGES, Clock, prune
+from fusionroute.runtime.machine import cores, installed, processor
 
 MAX_ROUND_TOKENS = 8
 SIZES = (1, 2, 4, 8)  # tokens in a pass that are measured
@@ -51,11 +52,10 @@ def seconds_by_tokens(passes: Passes, length: int, exact: bool = False) -> list[
 def costs_of(bundle: Bundle, backend: Backend, precision: str, threads: int | None) -> Costs:
     """Costs from the cache folder for this bundle, machine and setting, else measured: 1–2 s for 135 M parameters.
 
-    The first measurement holds for all later runs, so that a seed gives the same text again. If it cannot be kept, a
-    seed may not.
+    A measurement holds for a month, in which a seed gives the same text again. If it cannot be kept, a seed may not.
     """
     setting = [
-        bundle.manifest.model_dump_json(), precision, type(backend).__module__, threads or len(os.sched_getaffinity(0)), platform.machine(),
+        bundle.manifest.model_dump_json(), precision, type(backend).__module__, threads or cores(), platform.machine(),
         processor(), {name: installed(name) for name in PACKAGES}, SIZES, LENGTHS, MAX_ROUND_TOKENS,
     ]  # fmt: skip
     path = files.cache_folder() / "costs" / f"{hashlib.sha256(json.dumps(setting).encode()).hexdigest()}.json"
@@ -64,14 +64,17 @@ def costs_of(bundle: Bundle, backend: Backend, precision: str, threads: int | No
     measured = measure(bundle, backend)
     with contextlib.suppress(OSError):  # no place to write: measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, json.dumps(asdict(measured)).encode())
+        files.replace(path, json.dumps(asdict(measured) | {"measured": time.time()}).encode())
+        prune()
     return read_costs(path) or measured
 
 
-def read_costs(path: Path) -> Costs | None:
-    """The costs in a file, or None if there are none to read."""
+def read_costs(path: Path, clock: Clock = time.time) -> Costs | None:
+    """The costs in a file; None if it cannot be read, or is too old: a busy machine may have measured them."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
         known = json.loads(path.read_text())
+        if clock() - known["measured"] > AGES["costs"]:
+            return None
         return Costs(passes(known["router"]), tuple(map(passes, known["experts"])), float(known["fusion"]), bool(known["concurrent"]))
     return None
 
@@ -94,7 +97,7 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
     caches = {0: backend.router.cache()} | {number: backend.experts[number - 1].cache() for number in by_size.values()}
     sizes = [min(size, capacity) for size in SIZES]
     lengths = [max(0, min(length, capacity - sizes[-1])) for length in LENGTHS]
-    fuse, none = backend.fuser(), np.zeros(0, np.int64)
+    fuse = backend.fuser()
     seconds: dict[Any, list[float]] = {}
     for _ in range(REPEATS + 1):
         for model, cache in caches.items():
@@ -111,7 +114,7 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
             cache.length = 0
         rows = [cache.forward([0], [0]).logits for cache in list(caches.values())[:2]]
         start = time.perf_counter()
-        _ = fuse(rows[0], rows[-1], (0.5, 0.5), 1, none, 1.0, 1.0).ids
+        _ = fuse(FusionInputs(rows[0], rows[-1], (0.5, 0.5))).ids
         seconds.setdefault("fusion", []).append(time.perf_counter() - start)
     fastest = {key: min(times[1:]) for key, times in seconds.items()}  # the first round warms up
     tables = {model: tuple(tuple(fastest[model, place, size] for size in sizes) for place in range(len(lengths))) for model in caches}

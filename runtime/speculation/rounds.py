@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backends.backend import Fused, Output
+from fusionroute.runtime.backend import Fused, Output
 from fusionroute.runtime.plain_step import PlainStep, candidates
 from fusionroute.runtime.sampling import DEFAULT_CANDIDATES, Sampler
 from fusionroute.runtime.speculation.costs import MAX_ROUND_TOKENS, Costs

@@ -20,9 +20,9 @@ from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.bench.bench import Request, bench, take_turns
 from fusionroute.runtime.bench.counters import catch_ups, switches
 from fusionroute.runtime.bench.memory import INTERVAL, Growth
-from fusionroute.runtime.bench.row import System
 from fusionroute.runtime.bench.run import Run, generate
 from fusionroute.runtime.bench.summary import summarise
+from fusionroute.runtime.bench.workload import System
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.tensorrt.model import Answer
 from tests.support.simulated.bundles import CHUNK
 from tests.support.simulated.install import simulated
@@ -73,13 +74,13 @@ def interleaved(rt: FusionRuntime, machine: Machine, count: int = 3) -> list[Any
             if cache.length == len(text):
                 return output
 
-    none, settings, seen = np.zeros(0, np.int64), (0.5, 0.5), []
+    settings, seen = (0.5, 0.5), []
     for step in range(5):
         choices = [(step * 2 + number) % len(backend.experts) for number in range(len(texts))]
         routed = [read(cache, text) for cache, text in zip(routers, texts, strict=True)]
         peeked = [float(output.logits[0, 3]) for output in routed] if step == 2 else []
         answered = [read(caches[choice], text) for caches, choice, text in zip(experts, choices, texts, strict=True)]
-        fused = [fuse(a.logits, b.logits, settings, 1, none, 1.0, 1.0) for fuse, a, b in zip(fusers, routed, answered, strict=True)]
+        fused = [fuse(FusionInputs(a.logits, b.logits, settings)) for fuse, a, b in zip(fusers, routed, answered, strict=True)]
         for text, result in zip(texts, fused, strict=True):
             text.append(int(result.ids[0, 0]))
         seen += peeked + nested([(o, "logits") for o in (*routed, *answered)] + [(f, "rows") for f in fused], machine)

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 
 from fusionroute.runtime import FusionRuntime, InputError
-from fusionroute.runtime.backends import open_cpu
-from fusionroute.runtime.bundle import Bundle
 from tests.runtime.tensorrt.scenarios import SCENARIOS, interleaved, play
 from tests.support.simulated.install import simulated
 from tests.support.simulated.machine import POLICIES, Machine, Span
@@ -70,4 +68,4 @@ def test_a_budget_below_one_expert_is_refused(folder: Path) -> None:
     with simulated(Machine(integrated=True)), pytest.raises(InputError, match="shares the host's memory"):
         FusionRuntime.load(folder, device="rtx", expert_memory=10**6)
     with pytest.raises(InputError, match="expert_memory is a limit on device memory"):
-        open_cpu(Bundle.open(folder), None, None, 1)
+        FusionRuntime.load(folder, device="ort-tensorrt", expert_memory=1)

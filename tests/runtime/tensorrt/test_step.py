@@ -1,13 +1,16 @@
 """What one decoded token costs: one wait of the host, no allocation, captured graphs; and what guessing the expert does."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.plain_step import PlainStep
 from fusionroute.runtime.session import Session
 from tests.runtime.tensorrt.scenarios import PROMPT
@@ -63,6 +66,16 @@ def test_nothing_is_allocated_for_a_token_after_warm_up(running: Running) -> Non
         settled = warm[40:]
         assert {entry[1:5] for entry in settled} == {settled[0][1:5]}
         assert settled[-1][5] - settled[0][5] >= 3 * (len(settled) - 1), "all of router, expert and fusion are graphs by now"
+
+
+def test_a_fusion_lacks_other_attributes_as_any_object_does(running: Running) -> None:
+    rt, _, _ = running
+    router, expert = (model.cache().forward(PROMPT[:2], [1]) for model in (rt.backend.router, rt.backend.experts[0]))
+    fused = rt.backend.fuser()(FusionInputs(router.logits, expert.logits, (0.5, 0.5)))
+    assert not hasattr(fused, "candidate_ids") and not hasattr(fused, "__deepcopy__")
+    with pytest.raises(AttributeError, match=r"no 'id': expected one of ids, "):
+        _ = fused.id  # type: ignore[attr-defined]
+    assert np.array_equal(copy.copy(fused).ids, fused.ids)
 
 
 def test_router_and_guessed_expert_run_side_by_side(running: Running) -> None:
