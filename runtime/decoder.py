@@ -24,7 +24,7 @@ class Decoder:
 
     def __init__(self, system: LoadedSystem, costs: Costs | None, eos: frozenset[int]):
         """`costs` None: without speculation. Raises ClosedError once the system is closed."""
-        self._system = system
+        self._system, self.eos = system, eos
         self.sequence = TokenSequence()
         self.readers = Readers(system, self.sequence)
         self.step = PlainStep(system, self.readers)

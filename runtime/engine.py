@@ -215,9 +215,8 @@ class FusionRuntime:
             raise
 
         def tokens() -> Iterator[Token | End]:
-            decoder.sequence.cancellation = cancellation
             try:
-                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, limit, self._eos, cancellation)
+                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, limit, cancellation)
             finally:
                 self._give_back(decoder)
 
