@@ -16,7 +16,7 @@ from fusionroute.fr_export.verify.compare import LONGEST, TOKENS, Score, compare
 from fusionroute.fr_export.verify.engine_graph_on_cpu import System as OnOnnxRuntime
 from fusionroute.fr_export.verify.torch_reference import Reference
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.bench.bench import Request, bench
+from fusionroute.runtime.bench.bench import BenchOptions, bench
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import FusionError, UnavailableError, one_line
 from fusionroute.runtime.manifest import Manifest, Variant
@@ -322,7 +322,7 @@ def speeds(folder: Path, device: str, target: str) -> tuple[bool, str, dict[str,
     pair = [name for name in ("int8", "fp16", "bf16") if name in has][:2]
     if len(pair) < 2:
         raise Skipped(f"the bundle has not int8 and a half precision for {target}, only {', '.join(has) or 'nothing'}")
-    found = bench(folder, Request(tuple(pair), device, new_tokens=BENCHED, repeats=REPEATS, rows="fused,router"))
+    found = bench(folder, BenchOptions(tuple(pair), device, new_tokens=BENCHED, repeats=REPEATS, rows="fused,router"))
     fused = [row for row in found["rows"] if row["system"] == "fused"]
     says = "; ".join(
         f"{row['precision']} {row['tokens_per_second']:.1f} tokens/s, p95 {row['p95'] * 1e3:.2f} ms, first token {row['first_token'] * 1e3:.1f} ms"

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from fusionroute.calibration.prompts import BUILTIN
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends.backend import Output
+from fusionroute.runtime.backend import Output
 from fusionroute.runtime.session import Session
 from fusionroute.runtime.speculation import costs
 

@@ -11,7 +11,7 @@ from itertools import takewhile
 from operator import eq
 from typing import TYPE_CHECKING
 
-from fusionroute.runtime.backends.backend import Cache
+from fusionroute.runtime.backend import Cache
 
 if TYPE_CHECKING:
     from fusionroute.runtime.session import Session

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusionroute.runtime import limits
-from fusionroute.runtime.backends.backend import REUSED, FusionInputs
+from fusionroute.runtime.backend import REUSED, FusionInputs
 
 if TYPE_CHECKING:
     from fusionroute.runtime.session import Session

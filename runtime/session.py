@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusionroute.runtime import limits, prefix
-from fusionroute.runtime.backends.backend import NO_IDS, Cache, Fused, FusionInputs, Output
+from fusionroute.runtime.backend import NO_IDS, Cache, Fused, FusionInputs, Output
 from fusionroute.runtime.background_prefill import CatchUp
 from fusionroute.runtime.cancellation import LONG, Watch
 from fusionroute.runtime.errors import InputError

@@ -24,7 +24,7 @@ import numpy as np
 
 from fusionroute.fr_export.evaluation.reading import Ids, Place, Reader
 from fusionroute.runtime import FusionRuntime, InputError
-from fusionroute.runtime.backends.backend import Output
+from fusionroute.runtime.backend import Output
 
 SEQUENCE, SEQUENCE_ROUTED = "sequence", "sequence-routed"
 

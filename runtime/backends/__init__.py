@@ -9,8 +9,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fusionroute.runtime.backend import Backend, BackendOptions
 from fusionroute.runtime.backends import ort_cpu
-from fusionroute.runtime.backends.backend import Backend, BackendOptions
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError, one_line
 from fusionroute.runtime.tensorrt.library import OLDER, TARGET, device_sm

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backends.backend import Fused, FusionInputs
+from fusionroute.runtime.backend import Fused, FusionInputs
 from fusionroute.runtime.backends.device_buffers import Inputs, Place, Rows
 from fusionroute.runtime.errors import FusionError, one_line
 
@@ -45,7 +45,7 @@ class BoundFusion:
 
 
 class GpuFused:
-    """See `backend.Fused`; `rows` are copied from the device when they are asked for."""
+    """See `runtime.backend.Fused`; `rows` are copied from the device when they are asked for."""
 
     def __init__(self, found: dict[str, np.ndarray], rows: Any):
         self.ids, self.logits, self.unpenalised = found["candidate_ids"], found["candidate_logits"], found["unpenalised"]
@@ -59,7 +59,7 @@ class GpuFused:
 
 
 class GpuFuser:
-    """The fusion graph with one session's buffers (see `backend.Fuser`)."""
+    """The fusion graph with one session's buffers (see `runtime.backend.Fuser`)."""
 
     def __init__(self, session: Any, place: Place, vocab: int):
         self._session, self._place, self._vocab = session, place, vocab
@@ -67,7 +67,7 @@ class GpuFuser:
         self._row = place.buffer((1, vocab), np.float32)
 
     def __call__(self, inputs: FusionInputs) -> Any:
-        """A GpuFused, see `backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host."""
+        """A GpuFused, see `runtime.backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host."""
         router, expert, coefficients, k, penalty_ids, penalty, temperature = inputs
         if not len(penalty_ids):
             penalty_ids, penalty = np.zeros(1, np.int64), 1.0  # changes nothing, and no tensor is empty
@@ -87,7 +87,7 @@ class GpuFuser:
         return plan.fused
 
     def row(self, fused: Fused) -> np.ndarray:
-        """See `backend.Fuser.row`."""
+        """See `runtime.backend.Fuser.row`."""
         row: np.ndarray = fused.rows[0].copy()
         return row
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backends.backend import Fused
+from fusionroute.runtime.backend import Fused
 
 
 class SingleFuser:
@@ -20,7 +20,7 @@ class SingleFuser:
         self._normaliser, self._sampling = np.empty(1, np.float32), np.empty(1, np.float32)
 
     def __call__(self, router: Any, expert: Any, coefficients: tuple[float, float], temperature: float) -> Fused:
-        """See `backend.Fuser`: without a penalty. Among equal logits the lower id comes first."""
+        """See `runtime.backend.Fuser`: without a penalty. Among equal logits the lower id comes first."""
         rows, scratch = self._rows, self._scratch
         a, b = coefficients
         np.multiply(expert, np.float32(b), out=rows)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusionroute.runtime.backend import REUSED, Fused, FusionInputs, Output
 from fusionroute.runtime.backends import ort
-from fusionroute.runtime.backends.backend import REUSED, Fused, FusionInputs, Output
 from fusionroute.runtime.backends.greedy_fusion import SingleFuser
 from fusionroute.runtime.backends.prepacked_weights import packed
 from fusionroute.runtime.bundle import Bundle
@@ -136,7 +136,7 @@ class OrtCache:
         return logits[:wanted], None if routing is None else routing[:wanted]
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """See `backend.Cache.forward`."""
+        """See `runtime.backend.Cache.forward`."""
         count, wanted = len(ids), len(positions)
         if self._bound != (count, wanted):
             self._bind(count, wanted)
@@ -159,12 +159,12 @@ class OrtCache:
         return output
 
     def copy_prefix(self, other: OrtCache, length: int) -> None:
-        """See `backend.Cache.adopt`."""
+        """See `runtime.backend.Cache.copy_prefix`."""
         self._buffers[..., :length, :] = other._buffers[..., :length, :]
         self.length = length
 
     def interrupt(self) -> None:
-        """See `backend.Cache.interrupt`. ONNX Runtime looks between two operators."""
+        """See `runtime.backend.Cache.interrupt`. ONNX Runtime looks between two operators."""
         self._options.terminate = True
 
     def _bind(self, count: int, wanted: int) -> None:
@@ -214,7 +214,7 @@ class OrtFuser:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def __call__(self, inputs: FusionInputs) -> Fused:
-        """See `backend.Fuser`. `router` and `expert` are float32 [K, V]."""
+        """See `runtime.backend.Fuser`. `router` and `expert` are float32 [K, V]."""
         router, expert, coefficients, k, penalty_ids, penalty, temperature = inputs
         count = len(router)
         if k == count == 1 and not len(penalty_ids):
@@ -240,7 +240,7 @@ class OrtFuser:
         return self._fused
 
     def row(self, fused: Fused) -> np.ndarray:
-        """See `backend.Fuser.row`. Not copied: the next fusion writes into new buffers."""
+        """See `runtime.backend.Fuser.row`. Not copied: the next fusion writes into new buffers."""
         self._shape = (0, 0)
         self._single.hand_over()
         row: np.ndarray = fused.rows[0]

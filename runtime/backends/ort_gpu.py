@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fusionroute.runtime.backend import Output
 from fusionroute.runtime.backends import ort
-from fusionroute.runtime.backends.backend import Output
 from fusionroute.runtime.backends.device_buffers import Inputs, Layout, Place, Rows, aligned, start
 from fusionroute.runtime.backends.gpu_fusion import GpuFuser
 from fusionroute.runtime.backends.providers import Opener, Provider
@@ -154,7 +154,7 @@ class GpuCache:
         return Output(logits, routing)
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """See `backend.Cache.forward`. One row stays on the device until the next call; several are arrays that belong to the caller."""
+        """See `runtime.backend.Cache.forward`. One row stays on the device until the next call; several are arrays that belong to the caller."""
         count, wanted, model = len(ids), len(positions), self._model
         output = Output(self._rows, self._routing)
         if (count, wanted) == (1, 1):
@@ -180,10 +180,10 @@ class GpuCache:
         return output
 
     def copy_prefix(self, other: GpuCache, length: int) -> None:
-        """ONNX Runtime's Python API copies nothing from device to device: prompts are read again (see `backend.Cache.adopt`)."""
+        """ONNX Runtime's Python API copies nothing from device to device: prompts are read again (see `runtime.backend.Cache.copy_prefix`)."""
 
     def interrupt(self) -> None:
-        """See `backend.Cache.interrupt`: a run goes on to its end."""
+        """See `runtime.backend.Cache.interrupt`: a run goes on to its end."""
 
     def _chunk(self, count: int, wanted: int) -> tuple[Any, Inputs]:
         """The binding for chunks and its inputs, which change with their shape."""

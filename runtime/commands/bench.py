@@ -46,7 +46,7 @@ def bench(
                 raise FusionError(f"{path} cannot be written, since {path.absolute().parent} is no folder: make it first.")
             library()
     names = tuple(name.strip() for name in precision.split(",")) if precision is not None else None
-    request = measuring.Request(names, device, prompt, prompt_tokens, new_tokens, repeats, rows, sequential)
+    request = measuring.BenchOptions(names, device, prompt, prompt_tokens, new_tokens, repeats, rows, sequential)
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

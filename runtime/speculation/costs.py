@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from fusionroute.runtime import files
+from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.backends import Backend
-from fusionroute.runtime.backends.backend import FusionInputs
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cache import AGES, Clock, prune
 from fusionroute.runtime.machine import cores, installed, processor

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusionroute.runtime.backends.backend import Fused, Output
+from fusionroute.runtime.backend import Fused, Output
 from fusionroute.runtime.sampling import CANDIDATES, Candidates, Sampler
 from fusionroute.runtime.speculation.costs import MOST, Costs
 from fusionroute.runtime.speculation.draft_planner import Pace, Plan

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backends.backend import Fused, FusionInputs
+from fusionroute.runtime.backend import Fused, FusionInputs
 from fusionroute.runtime.manifest import Profile
 from fusionroute.runtime.tensorrt.device import Graph, Memory, Stream
 from fusionroute.runtime.tensorrt.loading import Context, Engine
@@ -35,7 +35,7 @@ class Buffers:
 
 
 class DeviceFused:
-    """See `backend.Fused`: each array waits for the fusion at first use; `rows` is copied only then."""
+    """See `runtime.backend.Fused`: each array waits for the fusion at first use; `rows` is copied only then."""
 
     def __init__(self, fuser: DeviceFuser, plan: Buffers):
         self._fuser, self._plan = fuser, plan
@@ -59,7 +59,7 @@ class DeviceFused:
 
 
 class DeviceFuser:
-    """The fusion engine with one session's buffers (see `backend.Fuser`)."""
+    """The fusion engine with one session's buffers (see `runtime.backend.Fuser`)."""
 
     def __init__(self, engine: Engine, shared: Shared, stream: Stream, scratch: Memory, profile: Profile):
         self.shared, self.done = shared, shared.device.event()
@@ -78,7 +78,7 @@ class DeviceFuser:
             self.shared.transfers.settle(self._last.rows)
 
     def __call__(self, inputs: FusionInputs) -> Any:
-        """A DeviceFused, see `backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host.
+        """A DeviceFused, see `runtime.backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host.
 
         Nothing is waited for. Fewer than k candidates come back where the engine is built for fewer: sampling then reads the row.
         """
@@ -108,7 +108,7 @@ class DeviceFuser:
         return DeviceFused(self, plan)
 
     def row(self, fused: Fused) -> np.ndarray:
-        """See `backend.Fuser.row`."""
+        """See `runtime.backend.Fuser.row`."""
         row: np.ndarray = fused.rows[0].copy()
         return row
 

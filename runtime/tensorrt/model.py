@@ -92,7 +92,7 @@ class Rows:
 
 
 class Answer:
-    """One forward pass, perhaps still under way (see `backend.Output`). `routing` waits for it."""
+    """One forward pass, perhaps still under way (see `runtime.backend.Output`). `routing` waits for it."""
 
     def __init__(self, cache: Cache, logits: Block, routing: Block | None):
         self.logits = Rows(cache, logits)
@@ -121,7 +121,7 @@ class Known(NamedTuple):
 
 
 class Cache:
-    """One model's KV buffers and bound contexts for one session (see `backend.Cache`)."""
+    """One model's KV buffers and bound contexts for one session (see `runtime.backend.Cache`)."""
 
     def __init__(self, model: Model):
         self.model, self.length = model, 0
@@ -175,7 +175,7 @@ class Cache:
         return blocks
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Any:
-        """See `backend.Cache.forward`. One row stays on the device, and the pass may still be under way; several are waited for."""
+        """See `runtime.backend.Cache.forward`. One row stays on the device, and the pass may still be under way; several are waited for."""
         count, wanted, shared = len(ids), len(positions), self.model.shared
         if count > shared.chunk:
             raise InputError(f"{count} tokens at a time are more than the engines read: at most {shared.chunk}.")
@@ -199,7 +199,7 @@ class Cache:
         return Known(rows["logits"], rows.get("routing"))
 
     def interrupt(self) -> None:
-        """See `backend.Cache.interrupt`: what is queued runs to its end."""
+        """See `runtime.backend.Cache.interrupt`: what is queued runs to its end."""
 
     def _queue(self, count: int, wanted: int, blocks: dict[str, Block]) -> None:
         """Everything of one pass that runs on the device."""
@@ -221,7 +221,7 @@ class Cache:
             stream.record(free)
 
     def copy_prefix(self, other: Cache, length: int) -> None:
-        """See `backend.Cache.adopt`. Both caches are of one model, whose stream keeps the order."""
+        """See `runtime.backend.Cache.copy_prefix`. Both caches are of one model, whose stream keeps the order."""
         model, shared = self.model, self.model.shared
         row = model.each // model.spec.kv_heads
         pitch = shared.capacity * row

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends.backend import Fused, FusionInputs
+from fusionroute.runtime.backend import Fused, FusionInputs
 from fusionroute.runtime.backends.greedy_fusion import SingleFuser
 from fusionroute.runtime.backends.ort_cpu import OrtFuser
 

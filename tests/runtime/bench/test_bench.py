@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bench import bandwidth
-from fusionroute.runtime.bench.bench import Request, bench, take_turns
+from fusionroute.runtime.bench.bench import BenchOptions, bench, take_turns
 from fusionroute.runtime.bench.counters import catch_ups, switches
 from fusionroute.runtime.bench.memory import INTERVAL, Growth
-from fusionroute.runtime.bench.row import System
 from fusionroute.runtime.bench.run import Run, generate
 from fusionroute.runtime.bench.summary import summarise
+from fusionroute.runtime.bench.workload import Workload
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.speculation.draft_planner import Pace, Plan
@@ -354,12 +354,12 @@ def test_models_of_different_sizes() -> None:
     sizes = {"router": 10, "a": 100, "b": 1000}
     runs = [Run(9.0, [1.0, 3.0], ["a", "b", "b"]), Run(7.0, [2.0, 4.0], ["a", "b", "b"])]
     base = [Run(1.0, [4.0, 4.0], []), Run(1.0, [6.0, 6.0], [])]
-    for system, read, counts in (
-        (System("fused", True, True, None, "weighted", 0.5), 1010, (1, [6])),
-        (System("b", False, True, "b", "weighted", 0.0), 1000, (1, [6])),
-        (System("router", True, False, None, "weighted", 1.0), 10, (0, [])),
+    for workload, read, counts in (
+        (Workload("fused", True, True, None, "weighted", 0.5), 1010, (1, [6])),
+        (Workload("b", False, True, "b", "weighted", 0.0), 1000, (1, [6])),
+        (Workload("router", True, False, None, "weighted", 1.0), 10, (0, [])),
     ):
-        row = summarise("fp32", system, runs, base, 5, sizes, 4000.0)
+        row = summarise("fp32", workload, runs, base, 5, sizes, 4000.0)
         assert (row.weight_bytes_per_token, row.seconds_per_token, row.first_token, row.times_first) == (read, 2.5, 8.0, 2.0)
         assert (row.bytes_per_second, row.bandwidth_share) == (read / 2.5, read / 2.5 / 4000)
         assert (row.switches, row.catch_ups) == counts
@@ -369,7 +369,7 @@ def test_drafts_are_a_row_of_their_own(bundles: list[Path], tmp_path: Path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(Pace, "plan", lambda self, most, *_: Plan("router", min(most, 4)))
     monkeypatch.setattr("fusionroute.runtime.speculation.draft_planner.SHORT", 0.0)
-    result = bench(bundles[0], Request(("fp32",), "cpu", prompt_tokens=9, new_tokens=20, repeats=2, rows="fused,fused+drafts"))
+    result = bench(bundles[0], BenchOptions(("fp32",), "cpu", prompt_tokens=9, new_tokens=20, repeats=2, rows="fused,fused+drafts"))
     plain, drafting = result["rows"]
     assert plain["acceptance_rate"] is None and plain["runs"][0]["drafted"] == 0
     assert drafting["experts"] == plain["experts"] and drafting["switches"] == plain["switches"]

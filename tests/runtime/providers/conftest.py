@@ -15,8 +15,8 @@ from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.verify.half_on_cpu import emulate
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backend import Backend, BackendOptions
 from fusionroute.runtime.backends import DEVICES
-from fusionroute.runtime.backends.backend import Backend, BackendOptions
 from fusionroute.runtime.backends.ort_gpu import OrtGpu
 from fusionroute.runtime.backends.providers import PROVIDERS, no_options
 from fusionroute.runtime.bundle import Bundle

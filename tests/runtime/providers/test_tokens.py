@@ -10,7 +10,7 @@ import pytest
 
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends.backend import FusionInputs
+from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.backends.device_buffers import Inputs, Place
 from fusionroute.runtime.backends.gpu_fusion import BoundFusion, GpuFused
 from fusionroute.runtime.bundle import Bundle

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import numpy as np
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends.backend import FusionInputs
+from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.tensorrt.model import Answer
 from tests.support.simulated.bundles import CHUNK
 from tests.support.simulated.install import simulated

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends.backend import FusionInputs
+from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.session import Session
 from tests.runtime.tensorrt.scenarios import PROMPT
 from tests.support.simulated.bundles import CHUNK
