@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-REUSED = 16  # rows of logits up to which a cache answers from buffers that it keeps
+REUSED = 16  # most rows of logits that a cache returns in buffers that it uses again
 
 
 class Output(NamedTuple):
@@ -58,29 +58,32 @@ class Cache(Protocol):
     length: int
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """Append S tokens and return outputs for K of their positions (0 … S−1, counted within `ids`)."""
+        """Append S tokens and return outputs for K of their positions (0 … S−1, counted within `ids`, ascending).
+
+        Raises FusionError where the device fails, Interrupted after `interrupt`.
+        """
         ...
 
     def copy_prefix(self, other: Any, length: int) -> None:
-        """Copy the first `length` tokens of another cache of the same model, where the backend can; else nothing changes.
+        """Take over the first `length` tokens of another cache of the same model; does nothing where the backend cannot copy them.
 
-        Their keys and values must not change meanwhile; later ones may.
+        The other cache must keep these tokens meanwhile; it may append others.
         """
         ...
 
     def interrupt(self) -> None:
-        """From another thread: let the forward pass under way end early with Interrupted, as if it had never begun.
+        """Called from another thread: end the running forward pass early with Interrupted, and leave the cache as it was before.
 
-        Work that a device has queued cannot be called back: there it does nothing.
+        Work queued on a device cannot be stopped: backends that queue do nothing.
         """
         ...
 
 
 class LanguageModel(Protocol):
-    """A loaded model; caches are made per session and may be used by one thread each."""
+    """A loaded model. Every session has a cache of its own, which one thread uses at a time."""
 
     def cache(self) -> Cache:
-        """A new empty cache."""
+        """A new empty cache of the full context."""
         ...
 
 
@@ -92,7 +95,7 @@ class Fuser(Protocol):
         ...
 
     def row(self, fused: Fused) -> np.ndarray:
-        """The full row of the last fusion, of one position, float32 [V]: the caller's array, which later fusions leave alone."""
+        """The fused logits of the last fusion, of one position, float32 [V]: an array for the caller, which later fusions do not change."""
         ...
 
 

@@ -59,8 +59,8 @@ def cuda_options(manifest: Manifest, cache: Path) -> dict[str, str]:
 
 def tensorrt_options(manifest: Manifest, cache: Path) -> dict[str, str]:
     """For TensorRT."""
-    kept = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
-    return kept | {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(cache)} | profile("trt", manifest)
+    engine_cache = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+    return engine_cache | {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(cache)} | profile("trt", manifest)
 
 
 def rtx_options(manifest: Manifest, cache: Path) -> dict[str, str]:
@@ -146,16 +146,16 @@ class Opener:
             plugin = import_module(provider.plugin)
             if all(device.ep_name != provider.name for device in onnxruntime.get_ep_devices()):
                 onnxruntime.register_execution_provider_library(provider.name, plugin.get_library_path())
-            found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider.name]
+            devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider.name]
         except ImportError as error:
             raise UnavailableError(self._missing()) from error
         except Exception as error:  # ONNX Runtime has no public base class for its errors
             raise UnavailableError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot register {provider.name} ({one_line(error)}): use device='cpu'."
             ) from error
-        if not found:
+        if not devices:
             raise UnavailableError(f"{provider.name} finds no GPU that it runs on (RTX 30 or later): use device='cuda' or 'cpu'.")
-        return found[:1]
+        return devices[:1]
 
     def open(self, path: Path, manifest: Manifest, digest: str) -> Any:
         """A session of a model's graph, whose SHA-256 names the folder of what the provider keeps for the next start."""

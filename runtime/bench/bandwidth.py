@@ -64,12 +64,12 @@ def of_device(device: Device) -> Bandwidth:
 def seconds(work: Callable[[], Any]) -> float:
     """The shortest of several tries, after one that warms up."""
     work()
-    found = []
+    durations = []
     for _ in range(TRIES):
         start = time.perf_counter()
         work()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        durations.append(time.perf_counter() - start)
+    return min(durations)
 
 
 def last_level_cache() -> int:

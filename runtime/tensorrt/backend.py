@@ -84,10 +84,10 @@ def check(engine: Engine, spec: Spec, shared: Shared, routed: int, bundle: str) 
     rest = {"new": (1, spec.kv_heads, -1, spec.head_size)} if "new.0.key" in engine.shapes else {"present": kv}
     kinds = {"past": kv} | rest
     expected = {f"{when}.{layer}.{kind}": kinds[when] for when in kinds for layer in range(spec.layers) for kind in ("key", "value")}
-    found = {name: shape for name, shape in engine.shapes.items() if name.startswith(("past.", "present.", "new."))}
-    known = all(engine.types[name] in BYTES for name in found)
+    caches = {name: shape for name, shape in engine.shapes.items() if name.startswith(("past.", "present.", "new."))}
+    known = all(engine.types[name] in BYTES for name in caches)
     rows = engine.shapes.get("logits", ())[-1:] == (shared.vocab,) and engine.shapes.get("routing", (0,))[-1] == routed
-    if found != expected or not known or not rows or engine.on_host:
+    if caches != expected or not known or not rows or engine.on_host:
         raise BundleError(
             f"The engine of {spec.name} does not have the inputs and outputs that the manifest describes; "
             f"rebuild it with `python -m runtime build {bundle}`."

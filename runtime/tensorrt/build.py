@@ -49,9 +49,9 @@ def build(
         )
     config = builder.create_builder_config()
     if flavour == "rtx":
-        wanted = capabilities(library, sms)
-        config.num_compute_capabilities = len(wanted)
-        for place, capability in enumerate(wanted):
+        targets = capabilities(library, sms)
+        config.num_compute_capabilities = len(targets)
+        for place, capability in enumerate(targets):
             config.set_compute_capability(capability, place)
     if workspace is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, workspace)
@@ -100,7 +100,7 @@ def logger(library: Any) -> Any:
 def told(message: str) -> str:
     """A library's error in a few words: the layer, where it names one, and the first sentence."""
     text = " ".join(message.split())
-    layer = next((name for found in LAYER.findall(text) for name in found if name), None)
+    layer = next((name for names in LAYER.findall(text) for name in names if name), None)
     text = re.sub(r"^\S*::\S+: Error Code \d+: ", "", text)
     short = text if len(text) <= 300 else text[:297] + "..."
     return f"layer {layer}: {short}" if layer and layer not in short[: len(layer) + 20] else short

@@ -19,8 +19,8 @@ class Device:
             self._api: Any = import_module("cuda.bindings.runtime")
         except ImportError as error:
             raise UnavailableError("The TensorRT backend needs cuda-bindings: pip install cuda-bindings.") from error
-        status, *found = self._api.cudaGetDeviceCount()
-        if int(status) or not found[0]:
+        status, *results = self._api.cudaGetDeviceCount()
+        if int(status) or not results[0]:
             raise UnavailableError(f"No CUDA device answers here ({self._reason(status)}): use device='cpu', or mend the driver.")
         kinds = self._api.cudaDeviceAttr
         self.index: int = self.call("cudaGetDevice")
@@ -34,10 +34,10 @@ class Device:
 
     def call(self, name: str, *arguments: Any) -> Any:
         """One function of the CUDA runtime; its result, if it has one. Raises FusionError with CUDA's own words."""
-        error, *found = getattr(self._api, name)(*arguments)
+        error, *results = getattr(self._api, name)(*arguments)
         if int(error):
             raise FusionError(f"CUDA failed in {name}: {self._reason(error)}; load the bundle again.")
-        return found[0] if found else None
+        return results[0] if results else None
 
     def _reason(self, error: Any) -> str:
         return str(self._api.cudaGetErrorString(error)[1].decode())

@@ -81,24 +81,24 @@ def fitting(bundle: Path, variant: Variant, flavour: str, version: str, sm: int 
     Raises UnavailableError that names what differs and how to rebuild.
     """
     mend = f"rebuild them here with: python -m runtime build {bundle} --precision {variant.precision}"
-    mine = [built for built in variant.engines if built.flavour == flavour]
-    if not mine:
+    of_flavour = [built for built in variant.engines if built.flavour == flavour]
+    if not of_flavour:
         raise UnavailableError(f"The bundle {bundle} has no {NAMES[flavour]} engines for {variant.precision}: {mend}.")
     if sm is None:
         raise UnavailableError(f"{NAMES[flavour]} engines need an NVIDIA GPU, and there is none here: use device='cpu'.")
-    right = [built for built in mine if sm in built.sms]
-    if not right:
-        has = ", ".join(dict.fromkeys(f"sm{each}" for built in mine for each in built.sms))
+    for_gpu = [built for built in of_flavour if sm in built.sms]
+    if not for_gpu:
+        has = ", ".join(dict.fromkeys(f"sm{each}" for built in of_flavour for each in built.sms))
         raise UnavailableError(
             f"The {NAMES[flavour]} engines of {bundle} for {variant.precision} are for {has}, but this machine's GPU is sm{sm}: {mend}."
         )
-    found = next((built for built in right if built.version == version), None)
-    if found is None:
+    engines = next((built for built in for_gpu if built.version == version), None)
+    if engines is None:
         raise UnavailableError(
-            f"The {NAMES[flavour]} engines of {bundle} for {variant.precision} were built by version {right[0].version}, but this machine has "
+            f"The {NAMES[flavour]} engines of {bundle} for {variant.precision} were built by version {for_gpu[0].version}, but this machine has "
             f"{version}: {mend}."
         )
-    return found
+    return engines
 
 
 def rebuild(

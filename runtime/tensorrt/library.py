@@ -48,13 +48,13 @@ def device_sm() -> int | None:
 
 def parse_sms(text: str) -> tuple[int, ...]:
     """`sm86+sm89` → (86, 89). Raises InputError for anything else."""
-    found = []
+    sms = []
     for part in text.split("+"):
         number = part.strip().lower().removeprefix("sm")
         if not number.isdigit():
             raise InputError(f"'{part}' is no compute capability: expected such as sm86+sm89+sm120.")
-        found.append(int(number))
-    return tuple(dict.fromkeys(found))
+        sms.append(int(number))
+    return tuple(dict.fromkeys(sms))
 
 
 def capabilities(library: Any, sms: tuple[int, ...]) -> list[Any]:

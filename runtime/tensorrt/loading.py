@@ -86,10 +86,10 @@ class Engine:
         if context is None:
             raise FusionError(f"TensorRT cannot make an execution context for {self.name} ({self._log.last}); free device memory.")
         context.set_device_memory(scratch.address, scratch.size)
-        made = Context(self.name, context, self._log)
-        made.bind(addresses)
-        made.shape(shapes)
-        return made
+        wrapped = Context(self.name, context, self._log)
+        wrapped.bind(addresses)
+        wrapped.shape(shapes)
+        return wrapped
 
     def weights(self) -> Weights:
         """The weights as a thing that can leave the device and come back. Raises UnavailableError where TensorRT cannot do that."""

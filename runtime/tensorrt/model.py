@@ -166,30 +166,30 @@ class Cache:
         for block in (self._inputs, *self._outputs.values()):
             self.model.shared.transfers.settle(block)
 
-    def _buffers(self, wanted: int) -> dict[str, Block]:
-        """Output blocks for `wanted` rows."""
+    def _buffers(self, row_count: int) -> dict[str, Block]:
+        """Output blocks for `row_count` rows."""
         device, model = self.model.shared.device, self.model
-        blocks = {"logits": Block(device, {"logits": ((wanted, model.shared.vocab), np.float32)})}
+        blocks = {"logits": Block(device, {"logits": ((row_count, model.shared.vocab), np.float32)})}
         if model.experts:
-            blocks["routing"] = Block(device, {"routing": ((wanted, model.experts), np.float32)})
+            blocks["routing"] = Block(device, {"routing": ((row_count, model.experts), np.float32)})
         return blocks
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Any:
         """See `runtime.backend.Cache.forward`. One row stays on the device, and the pass may still be under way; several are waited for."""
-        count, wanted, shared = len(ids), len(positions), self.model.shared
+        count, row_count, shared = len(ids), len(positions), self.model.shared
         if count > shared.chunk:
             raise InputError(f"{count} tokens at a time are more than the engines read: at most {shared.chunk}.")
-        blocks = self._outputs if wanted == 1 else self._buffers(wanted)
+        blocks = self._outputs if row_count == 1 else self._buffers(row_count)
         self._settle()
         arrays = self._inputs.arrays
         arrays["write_index"][0] = self.length
         arrays["input_ids"][:count] = ids
-        arrays["logit_positions"][:wanted] = positions
+        arrays["logit_positions"][:row_count] = positions
         with shared.lock:
             shared.device.enter()
-            self._queue(count, wanted, blocks)
+            self._queue(count, row_count, blocks)
             self.length += count
-            if wanted == 1:
+            if row_count == 1:
                 return Answer(self, blocks["logits"], blocks.get("routing"))
             for block in blocks.values():
                 shared.transfers.download(block, self.done)
@@ -201,7 +201,7 @@ class Cache:
     def interrupt(self) -> None:
         """See `runtime.backend.Cache.interrupt`: what is queued runs to its end."""
 
-    def _queue(self, count: int, wanted: int, blocks: dict[str, Block]) -> None:
+    def _queue(self, count: int, row_count: int, blocks: dict[str, Block]) -> None:
         """Everything of one pass that runs on the device."""
         model = self.model
         stream, free = model.stream, model.scratch.free
@@ -211,10 +211,10 @@ class Cache:
         if free is not None:
             stream.wait(free)
             stream.wait(self.read)
-        if (count, wanted) == (1, 1):
+        if (count, row_count) == (1, 1):
             self._decode(reach(self.length + 1, model.shared.capacity))
         else:
-            self._read(count, wanted, blocks)
+            self._read(count, row_count, blocks)
         self._append(count)
         stream.record(self.done)
         if free is not None:
@@ -227,8 +227,8 @@ class Cache:
         pitch = shared.capacity * row
         with shared.lock:
             shared.device.enter()
-            for mine, theirs in zip(self._places, other._places, strict=True):
-                model.stream.copy_rows(mine, pitch, theirs, pitch, length * row, model.spec.kv_heads)
+            for target, source in zip(self._places, other._places, strict=True):
+                model.stream.copy_rows(target, pitch, source, pitch, length * row, model.spec.kv_heads)
             model.stream.record(self.done)
             model.stream.record(other.done)  # its buffers may be freed after that
         self.length = length
@@ -240,10 +240,10 @@ class Cache:
         for place, new in self._appended:
             self.model.stream.copy_rows(place + self.length * row, self.model.shared.capacity * row, new, count * row, count * row, heads)
 
-    def _read(self, count: int, wanted: int, blocks: dict[str, Block]) -> None:
+    def _read(self, count: int, row_count: int, blocks: dict[str, Block]) -> None:
         """A chunk of any shape, in a context that changes with it."""
         addresses = {name: block.device for name, block in blocks.items()}
-        shapes = self._shapes(count, wanted, reach(self.length + count, self.model.shared.capacity))
+        shapes = self._shapes(count, row_count, reach(self.length + count, self.model.shared.capacity))
         if self._chunks is None:
             self._chunks = self.model.engine.context(self.model.scratch.memory, self._addresses | addresses, shapes)
         else:
@@ -266,5 +266,5 @@ class Cache:
             step[0].run(stream)
 
     @staticmethod
-    def _shapes(count: int, wanted: int, keys: int) -> dict[str, tuple[int, ...]]:
-        return {"input_ids": (1, count), "write_index": (1,), "key_positions": (keys,), "logit_positions": (wanted,)}
+    def _shapes(count: int, row_count: int, keys: int) -> dict[str, tuple[int, ...]]:
+        return {"input_ids": (1, count), "write_index": (1,), "key_positions": (keys,), "logit_positions": (row_count,)}

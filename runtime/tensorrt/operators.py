@@ -17,17 +17,17 @@ TABLE = Path(__file__).with_name("operators.json")
 @functools.cache
 def table() -> dict[str, Any]:
     """operators.json: version → the operators that it has beyond those of the version before, and sources."""
-    found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return content
 
 
 def known(version: str) -> set[str]:
     """The operators of a TensorRT version such as "10.3": those of the last listed one that is no newer."""
-    found: set[str] = set()
+    operators: set[str] = set()
     for listed, entry in table()["versions"].items():
         if number(listed) <= number(version):
-            found |= set(entry["operators"])
-    return found
+            operators |= set(entry["operators"])
+    return operators
 
 
 def since(operator: str) -> str | None:

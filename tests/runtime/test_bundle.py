@@ -62,8 +62,8 @@ def refusal(bundle: Path) -> str:
 
 
 def first(content: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = content["variants"][0]
-    return found
+    variant: dict[str, Any] = content["variants"][0]
+    return variant
 
 
 def escape(path: str) -> dict[str, Change]:

@@ -44,8 +44,8 @@ def known_bandwidth(request: pytest.FixtureRequest) -> Iterator[None]:
 def measured(command: Command, bundle: Path, *options: object) -> dict[str, Any]:
     ended = command("bench", bundle, *FEW, "--json", *options)
     assert ended.status == 0, ended.err
-    found: dict[str, Any] = json.loads(ended.out)
-    return found
+    result: dict[str, Any] = json.loads(ended.out)
+    return result
 
 
 def test_figures_follow_from_the_runs(bundles: list[Path], command: Command) -> None:
@@ -134,9 +134,9 @@ def test_units_take_turns() -> None:
 
         return run
 
-    found = take_turns({name: unit(name) for name in "AB"}, 3)
+    runs_by_unit = take_turns({name: unit(name) for name in "AB"}, 3)
     assert "".join(order) == "ABABAB"
-    assert {name: [run.seconds[0] for run in runs] for name, runs in found.items()} == {"A": [1, 3, 5], "B": [2, 4, 6]}
+    assert {name: [run.seconds[0] for run in runs] for name, runs in runs_by_unit.items()} == {"A": [1, 3, 5], "B": [2, 4, 6]}
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -177,16 +177,16 @@ def test_the_prompt_has_the_length_asked_for(bundles: list[Path]) -> None:
 
 def without(bundle: Path, tmp_path: Path, *, tokenizer: bool = True, weight_bytes: bool = True) -> Path:
     """A copy as it would be without a tokenizer, or as older exports wrote it."""
-    made = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    content = json.loads((made / "manifest.json").read_text())
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    content = json.loads((copy / "manifest.json").read_text())
     if not tokenizer:
         del content["files"]["tokenizer.json"]
-        (made / "tokenizer.json").unlink()
+        (copy / "tokenizer.json").unlink()
     if not weight_bytes:
         for variant in content["variants"]:
             del variant["weight_bytes"]
-    (made / "manifest.json").write_text(json.dumps(content))
-    return made
+    (copy / "manifest.json").write_text(json.dumps(content))
+    return copy
 
 
 def test_older_bundles_say_nothing_of_bytes(bundles: list[Path], command: Command, tmp_path: Path) -> None:
@@ -240,12 +240,12 @@ def test_page_and_picture(bundles: list[Path], command: Command, tmp_path: Path)
     named = Path(shutil.copytree(bundles[0], tmp_path / "<b>&bundle"))
     result = measured(command, named, "--html", page, "--plot", picture)
     text = page.read_text(encoding="utf-8")
-    found = Page(text)
-    assert "http" not in text.lower() and "@import" not in text and all(link.startswith("#") for link in found.links)
-    assert not found.open and found.seen["svg"] == 1 and found.seen["table"] == 2 and "b" not in found.seen
+    parsed = Page(text)
+    assert "http" not in text.lower() and "@import" not in text and all(link.startswith("#") for link in parsed.links)
+    assert not parsed.open and parsed.seen["svg"] == 1 and parsed.seen["table"] == 2 and "b" not in parsed.seen
     for row in result["rows"]:
-        assert f"{row['tokens_per_second']:,.1f}" in found.text
-    assert json.loads(found.figures) == result
+        assert f"{row['tokens_per_second']:,.1f}" in parsed.text
+    assert json.loads(parsed.figures) == result
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
@@ -326,9 +326,9 @@ def test_the_ceiling_reads_all_of_a_large_buffer() -> None:
         lengths.append(part.nbytes)
 
     with patch.object(bandwidth, "KERNELS", (kernel,)), patch.object(bandwidth, "seconds", lambda work: (work(), 0.5)[1]):
-        found = WHOLE()
-    assert sum(lengths) == found.buffer and found.bytes_per_second == 2 * found.buffer
-    assert found.buffer >= min(bandwidth.SMALLEST, 1 << 20)
+        measured = WHOLE()
+    assert sum(lengths) == measured.buffer and measured.bytes_per_second == 2 * measured.buffer
+    assert measured.buffer >= min(bandwidth.SMALLEST, 1 << 20)
     ticks = iter([0.0, 9.0, 20.0, 25.0, 30.0, 38.0, 40.0, 47.0, 50.0, 56.0])
     with patch("time.perf_counter", lambda: next(ticks)):
         assert bandwidth.seconds(lambda: None) == 5.0

@@ -63,8 +63,8 @@ def package(monkeypatch: pytest.MonkeyPatch, available: list[str], opens: Any = 
         return Opened(opens or [*names, "CPUExecutionProvider"])
 
     class Settings(onnxruntime.SessionOptions):
-        def add_provider_for_devices(self, found: list[Any], options: dict[str, str]) -> None:
-            self.devices = found
+        def add_provider_for_devices(self, devices: list[Any], options: dict[str, str]) -> None:
+            self.devices = devices
 
     module = SimpleNamespace(
         __version__="1.99", get_available_providers=lambda: available, preload_dlls=lambda: print("Failed to load libcudnn.so"),

@@ -47,8 +47,8 @@ def test_copies_within_the_device_are_waited_for() -> None:
         device = Device()
         free = device.free_memory()
         with patch.object(bandwidth, "SMALLEST", 1 << 16):
-            found = bandwidth.of_device(device)
-        assert found.buffer == 1 << 16 and found.bytes_per_second > 0
+            measured = bandwidth.of_device(device)
+        assert measured.buffer == 1 << 16 and measured.bytes_per_second > 0
         assert device.free_memory() == free, "nothing stays"
 
 

@@ -27,11 +27,11 @@ def exported(name: str, folder: Path, precisions: tuple[str, ...], calibration: 
     """The shipped system of a family, with engines that the simulated library runs."""
     preset, out = FAMILIES[name].preset("tiny"), folder / "bundle"
     assert preset.router
-    wanted = Request(
+    request = Request(
         FAMILIES[name], preset.router, dict(preset.experts), precisions, (target,), out, max_seq_len=192, calibration=calibration
     )
     with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):
-        export(wanted, Stages(Console(quiet=True)))
+        export(request, Stages(Console(quiet=True)))
     return add_engines(out, CHUNK)
 
 

@@ -49,8 +49,8 @@ class Graph:
     def run(self, feeds: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Outputs in the graph's own types."""
         given = {name: array.astype(np.float32) if name in self._wide else array for name, array in feeds.items()}
-        found = self._session.run(list(self.outputs), given)
-        return {name: array.astype(kind) for (name, (_, kind, _)), array in zip(self.outputs.items(), found, strict=True)}
+        outputs = self._session.run(list(self.outputs), given)
+        return {name: array.astype(kind) for (name, (_, kind, _)), array in zip(self.outputs.items(), outputs, strict=True)}
 
 
 @functools.cache

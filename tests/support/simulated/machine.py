@@ -124,20 +124,20 @@ class Machine:
         if self.shared is not None and self.shared[1] == number:
             size = max(size, ROOM)
         if self.shared is not None and self.shared[0] == number and not self.allocations[self.shared[1]].freed:
-            made = self.allocations[self.shared[1]]
+            allocation = self.allocations[self.shared[1]]
         else:
-            made = self.heap.allocate(f"buffer {number} ({' < '.join(name for name, _ in chain())})", size, on_host)
-        self.allocations.append(made)
-        return made
+            allocation = self.heap.allocate(f"buffer {number} ({' < '.join(name for name, _ in chain())})", size, on_host)
+        self.allocations.append(allocation)
+        return allocation
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
     def stream(self) -> Stream:
         """A new stream; its number is its actor in clocks."""
-        made = Stream(len(self.streams) + 1)
-        self.streams.append(made)
-        self.priorities[made.number] = self.random.random()
-        return made
+        stream = Stream(len(self.streams) + 1)
+        self.streams.append(stream)
+        self.priorities[stream.number] = self.random.random()
+        return stream
 
     def submit(self, stream: Stream, work: Work) -> None:
         """Queue work, or note it where the stream is being captured."""
@@ -283,13 +283,13 @@ class Machine:
 
 def site() -> str:
     """The line of the runtime that makes a call, and the chain of functions that leads to it, the innermost first."""
-    found = chain()
-    return f"`{found[0][1]}` in {' < '.join(name for name, _ in found)}" if found else "the test"
+    frames = chain()
+    return f"`{frames[0][1]}` in {' < '.join(name for name, _ in frames)}" if frames else "the test"
 
 
 def chain() -> list[tuple[str, str]]:
     """The innermost frames of `runtime/tensorrt` above the thin layer that call one another: the function's name and its current line."""
-    found: list[tuple[str, str]] = []
+    frames: list[tuple[str, str]] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename.removeprefix(ROOT)
@@ -297,8 +297,8 @@ def chain() -> list[tuple[str, str]]:
             if not frame.f_code.co_name.startswith("<"):
                 owner = frame.f_locals.get("self")
                 function = f"{type(owner).__name__}.{frame.f_code.co_name}" if owner is not None else frame.f_code.co_name
-                found.append((function, linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()))
-        elif found:
+                frames.append((function, linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()))
+        elif frames:
             break
         frame = frame.f_back
-    return found
+    return frames
