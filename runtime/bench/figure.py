@@ -67,7 +67,7 @@ def against(
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Write the charts as a picture, of the kind that the name ends in. Raises FusionError where that does not work."""
+    """Write the charts as a picture; the suffix of `path` decides its format. Raises FusionError where it cannot be written."""
     try:
         figure(result).savefig(path, dpi=120)
     except (OSError, ValueError) as error:
@@ -75,7 +75,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def svg(result: dict[str, Any]) -> str:
-    """The charts as an SVG element for a page: no names of standards, dates or links in it."""
+    """The charts as an SVG element for a page, without namespaces, dates and links."""
     file = io.StringIO()
     figure(result).savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = file.getvalue()

@@ -1,4 +1,4 @@
-"""The arithmetic of a row: medians, percentiles, bytes and shares out of its runs."""
+"""A row of the result: medians, percentiles, bytes and shares, computed from its runs."""
 
 from __future__ import annotations
 

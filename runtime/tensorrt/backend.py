@@ -22,13 +22,13 @@ from fusionroute.runtime.tensorrt.transfers import Block, Copies, Mapped
 
 
 class TensorRt:
-    """All models of one variant. `expert_memory` bytes of device memory hold the weights of as many experts as fit; None: all.
+    """All models of one variant. `expert_memory`: bytes of device memory for the weights of experts; None: no limit.
 
     Router and fusion share the router's stream and scratch memory. The experts share another one, since the router may run beside them.
     """
 
-    prefill_chunk = 512  # the largest of the engines' profile: see `engines`
-    async_dispatch = True  # a forward pass is queued and not waited for: see Session.advance
+    prefill_chunk = 512  # the largest of the engines' profile: see `profile`
+    async_dispatch = True  # a forward pass is queued, and runs while the host goes on
 
     def __init__(self, bundle: Bundle, variant: Variant, flavour: str, expert_memory: int | None = None):
         manifest = bundle.manifest
@@ -57,7 +57,7 @@ class TensorRt:
             engine = loader.load(spec.name)
             weights = engine.weights() if residency else None
             if residency and weights:
-                residency.adopt(weights)  # before the next one is loaded: the budget holds from the beginning
+                residency.adopt(weights)  # before the next one is loaded, so that the budget always holds
             loaded.append((engine, spec, weights))
         side = Scratch(device.memory(max(engine.scratch for engine, *_ in loaded)), device.event())
         self.experts = [
@@ -69,8 +69,8 @@ class TensorRt:
         shared.transfers.upload(keys, None)
 
     def __del__(self) -> None:
-        # a runtime that is closed unused would free what its first upload still reads
-        with suppress(Exception):  # it was never whole, or the driver is shutting down
+        # a runtime that is closed unused would free memory that its first upload still reads
+        with suppress(Exception):  # it was not built completely, or the driver is shutting down
             self._shared.device.finish()
 
     def fuser(self) -> Fuser:

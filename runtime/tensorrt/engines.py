@@ -1,4 +1,4 @@
-"""The engines of a bundle: built from its graphs, kept in its folder `engines` with an entry in the manifest, and held against the machine."""
+"""The engines of a bundle: built from its graphs into its folder `engines`, listed in its manifest, and chosen for a machine."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 FOLDER = "engines"
 FUSION = "fusion"
 
-Begin = Callable[[str], Advance]  # (name of the engine) → who is told of its progress
+Begin = Callable[[str], Advance]  # called with an engine's name; returns the function that takes its progress
 
 
 def target_for(manifest: Manifest, flavour: str, version: str) -> str:
-    """Which graphs of a bundle a library builds: those in its newest operators where it has them and the bundle too.
+    """The target whose graphs a library builds: TARGET where the library has its operators and the bundle its graphs, else OLDER.
 
     Raises UnavailableError where the bundle has graphs for newer libraries only.
     """
@@ -59,7 +59,7 @@ def build_engines(
     library = flavour + variant.target.removeprefix(TARGET).replace(":", "-")
     paths = {name: f"{FOLDER}/{name}.{library}.{variant.precision}.{gpus}.engine" for name in graphs}
     (folder / FOLDER).mkdir(exist_ok=True)
-    for abandoned in (folder / FOLDER).glob(".*.partial"):  # by a build that was killed
+    for abandoned in (folder / FOLDER).glob(".*.partial"):  # left by a build that was killed
         abandoned.unlink()
     with ExitStack() as stack:
         partial = {name: stack.enter_context(replacing(folder / path)) for name, path in paths.items()}

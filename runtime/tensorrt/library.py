@@ -1,4 +1,4 @@
-"""The two libraries with one API, and what the machine's GPU is."""
+"""TensorRT and TensorRT-RTX, two libraries with one API, and the machine's GPU."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def parse_sms(text: str) -> tuple[int, ...]:
 
 
 def capabilities(library: Any, sms: tuple[int, ...]) -> list[Any]:
-    """The library's names of compute capabilities. Raises InputError for one that it does not build for."""
+    """The library's constants for compute capabilities. Raises InputError for one that it does not build for."""
     known = {int(name[2:]): value for name, value in library.ComputeCapability.__members__.items() if name.startswith("SM")}
     for sm in sms:
         if sm not in known:

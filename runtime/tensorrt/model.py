@@ -1,6 +1,6 @@
 """Language models as engines: one stream each, KV caches written in place, decode steps as captured CUDA graphs.
 
-Engines for TensorRT 10.3 only give the new keys and values, which are copied into the caches behind the step.
+Engines for TensorRT 10.3 return only the new keys and values, which are copied into the caches after the step.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fusionroute.runtime.tensorrt.transfers import Block, Transfers
 
 
 class Scratch(NamedTuple):
-    """Working memory of engines that never run at the same time. `free` is None where one stream alone uses it."""
+    """Working memory of engines that never run at the same time. `free`: reached when no engine uses it; None where only one stream does."""
 
     memory: Memory
     free: Event | None
 
 
 class Shared(NamedTuple):
-    """What the models of a backend have in common. `lock` is held while work is queued, never while it is waited for."""
+    """What the models of a backend share. `lock` is held while work is queued, never while the host waits for it."""
 
     device: Device
     transfers: Transfers
@@ -36,7 +36,7 @@ class Shared(NamedTuple):
     capacity: int
     chunk: int
     vocab: int
-    key_positions: Block  # int64 0 … capacity − 1, of which a step reads the beginning
+    key_positions: Block  # int64 0 … capacity − 1; a step reads the beginning
 
 
 class Model:
@@ -57,7 +57,7 @@ class Model:
         self.weights, self.residency = weights, residency
         width = BYTES.get(engine.types.get("past.0.key", ""), 0)  # the backend refuses an engine without caches
         self.each = spec.kv_heads * spec.head_size * width  # bytes of one token in one cache
-        # what is new is copied before the stream goes on, so that all sessions share the place where it is written
+        # new rows are copied away before the stream goes on, so that all sessions can write them to one place
         self.new_rows = shared.device.memory(2 * spec.layers * aligned(self.each * shared.chunk)) if "new.0.key" in engine.types else None
 
     def cache(self) -> Cache:
@@ -66,7 +66,7 @@ class Model:
 
 
 class Rows:
-    """Logits that stay on the device, float32 [1, V]: reading them copies them, and waits."""
+    """Logits on the device, float32 [1, V]. Reading them waits for them and copies them to the host."""
 
     def __init__(self, cache: Cache, block: Block):
         self.block = block
@@ -143,7 +143,7 @@ class Cache:
         )
         self._outputs = self._buffers(1)
         self._places = [self._keys_values.address + number * each for number in range(len(names))]
-        self._appended: list[tuple[int, int]] = []  # where the rows of a cache belong, and where new ones are written
+        self._appended: list[tuple[int, int]] = []  # of each cache: its address, and the address where its new rows are written
         self._addresses = {**self._inputs.addresses, "key_positions": shared.key_positions.device}
         for number, name in enumerate(names):
             self._addresses[f"past.{name}"] = place = self._places[number]
@@ -162,7 +162,7 @@ class Cache:
             self.model.shared.transfers.release(self._outputs.values(), self.done, self.read)
 
     def _settle(self) -> None:
-        """Wait for copies of the last pass, which were waited for already unless a step was given up or a text is read in chunks."""
+        """Wait for the copies of the last pass. This costs nothing unless a step was interrupted, or a text is read in chunks."""
         for block in (self._inputs, *self._outputs.values()):
             self.model.shared.transfers.settle(block)
 
@@ -175,7 +175,7 @@ class Cache:
         return blocks
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Any:
-        """See `runtime.backend.Cache.forward`. One row stays on the device, and the pass may still be under way; several are waited for."""
+        """See `runtime.backend.Cache.forward`. One row stays on the device, and the pass may still run; for several rows it waits."""
         count, row_count, shared = len(ids), len(positions), self.model.shared
         if count > shared.chunk:
             raise InputError(f"{count} tokens at a time are more than the engines read: at most {shared.chunk}.")
@@ -199,10 +199,10 @@ class Cache:
         return Known(rows["logits"], rows.get("routing"))
 
     def interrupt(self) -> None:
-        """See `runtime.backend.Cache.interrupt`: what is queued runs to its end."""
+        """See `runtime.backend.Cache.interrupt`: queued work cannot be stopped."""
 
     def _queue(self, count: int, row_count: int, blocks: dict[str, Block]) -> None:
-        """Everything of one pass that runs on the device."""
+        """Queue everything of one pass that runs on the device."""
         model = self.model
         stream, free = model.stream, model.scratch.free
         if model.residency is not None and model.weights is not None and free is not None:
@@ -221,7 +221,7 @@ class Cache:
             stream.record(free)
 
     def copy_prefix(self, other: Cache, length: int) -> None:
-        """See `runtime.backend.Cache.copy_prefix`. Both caches are of one model, whose stream keeps the order."""
+        """See `runtime.backend.Cache.copy_prefix`. Both caches are of one model, so its stream keeps the order."""
         model, shared = self.model, self.model.shared
         row = model.each // model.spec.kv_heads
         pitch = shared.capacity * row
@@ -234,14 +234,14 @@ class Cache:
         self.length = length
 
     def _append(self, count: int) -> None:
-        """Copy new keys and values behind those of the caches. No part of a captured graph: the place differs from step to step."""
+        """Append new keys and values to the caches. Not part of a captured graph: the address changes with every step."""
         heads = self.model.spec.kv_heads
         row = self.model.each // heads
         for place, new in self._appended:
             self.model.stream.copy_rows(place + self.length * row, self.model.shared.capacity * row, new, count * row, count * row, heads)
 
     def _read(self, count: int, row_count: int, blocks: dict[str, Block]) -> None:
-        """A chunk of any shape, in a context that changes with it."""
+        """Read a chunk of any shape, in a context whose shapes change."""
         addresses = {name: block.device for name, block in blocks.items()}
         shapes = self._shapes(count, row_count, reach(self.length + count, self.model.shared.capacity))
         if self._chunks is None:
@@ -252,7 +252,7 @@ class Cache:
         self._chunks.run(self.model.stream)
 
     def _decode(self, keys: int) -> None:
-        """One token. The first step of a length runs as it is, and is then captured, in a context of its own that stays as it is."""
+        """Read one token. The first step that reads `keys` keys runs directly and is then captured, in a context that never changes."""
         stream = self.model.stream
         if (step := self._steps.get(keys)) is None:
             addresses = self._addresses | {name: block.device for name, block in self._outputs.items()}

@@ -1,4 +1,4 @@
-"""The same graphs run by `session.run` with copies of everything, without the runtime's backends: what every binding must give."""
+"""The same graphs run by `session.run` with copies of everything, without the runtime's backends: the result that every binding must have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done with a bundle on a simulated machine, and everything that it gives back."""
+"""Scenarios on a simulated machine: each uses a bundle and returns all results."""
 
 from __future__ import annotations
 

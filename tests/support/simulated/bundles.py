@@ -1,4 +1,4 @@
-"""Bundles of hand-written graphs to the exporter's contract: small enough for hundreds of runs, with attention that shows any wrong key."""
+"""Bundles of hand-written graphs with the exporter's inputs and outputs: small enough for hundreds of runs; any wrong key changes the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOCAB, WIDTH, HEADS, SIZE, CAPACITY, CHUNK = 40, 16, 2, 8, 320, 4
 def language_model(seed: int, experts: int = 0, layers: int = 2, rows: bool = False) -> onnx.ModelProto:
     """A transformer without norms or MLPs, in fp32; `experts` > 0 makes it a router.
 
-    `rows`: it gives back the new keys and values only, as graphs for TensorRT 10.3 do, and has no buffer to write to.
+    `rows`: it returns only the new keys and values, as graphs for TensorRT 10.3 do.
     """
     random = np.random.default_rng(seed)
     weights: dict[str, np.ndarray] = {

@@ -55,14 +55,14 @@ class Work:
 
 
 class Recorded(NamedTuple):
-    """A stream's queue says that a mark is reached."""
+    """An entry of a stream's queue: the mark is reached here."""
 
     mark: Mark
     clock: Clock
 
 
 class Awaited(NamedTuple):
-    """A stream's queue waits for a mark."""
+    """An entry of a stream's queue: it waits for the mark here."""
 
     mark: Mark
 
@@ -109,9 +109,9 @@ class Machine:
         self.sites: dict[str, int] = {}  # waits by where they are called
         self.weights = self.most_weights = 0  # bytes of engines on the device
         self.faults: list[Fault] = []
-        self.meanwhile: Callable[[], None] | None = None  # what another thread does while the host waits
-        self.interrupt = 0  # the how manyth wait from now on is interrupted; 0: none
-        self.blocked = 0  # waits of the host that found work undone
+        self.meanwhile: Callable[[], None] | None = None  # called while the host waits: what another thread does meanwhile
+        self.interrupt = 0  # index of the wait that is interrupted, counted from now on; 0: none
+        self.blocked = 0  # waits of the host for work that was not done yet
         self.allocations: list[Allocation] = []
         self.lock = threading.RLock()
         self.priorities: dict[int, float] = {}
@@ -147,7 +147,7 @@ class Machine:
             return
         copy = Work(work.name, work.reads, work.writes, work.run, work.duration)
         copy.clock, copy.time = self.clock.copy(), self.time
-        for part in work.reads:  # what the host wrote must stay as it is until the device has read it
+        for part in work.reads:  # the host must not change what it wrote until the device has read it
             allocation, offset = self.heap.find(*part[:2], work.name, part.by_device)
             if allocation.on_host:
                 copy.host_reads.append((allocation, offset, part.size, allocation.data[offset : offset + part.size].tobytes()))
@@ -275,7 +275,7 @@ class Machine:
     # -- mutations ----------------------------------------------------------------------------------------------------
 
     def skips(self, kind: str) -> bool:
-        """Note where an event is used; whether a mutation leaves it out there."""
+        """Note where an event is used; returns whether a mutation leaves it out there."""
         where = f"{kind}: {site()}"
         self.sites[where] = self.sites.get(where, 0) + 1
         return where == self.skipped

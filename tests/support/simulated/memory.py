@@ -1,4 +1,4 @@
-"""Memory of real bytes that knows who wrote them and in which order: unordered, early, late and wild accesses are faults."""
+"""Memory of real bytes that records who wrote them in which order: unordered, early, late and wild accesses are faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST = 1 << 50  # device addresses are no addresses of this process
 
 
 class Fault(Exception):
-    """The program under test did what only luck makes work on a real device."""
+    """The program did something that works on a real device only by luck."""
 
 
 class Access(NamedTuple):

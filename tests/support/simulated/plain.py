@@ -1,4 +1,4 @@
-"""The same graphs run one after another, without the runtime: what every schedule must give."""
+"""The same graphs run one after another, without the runtime: the result that every schedule must have."""
 
 from __future__ import annotations
 
