@@ -9,9 +9,11 @@ REUSED = 16  # most rows of logits that a cache returns in buffers that it uses 
 
 
 class Output(NamedTuple):
-    """One forward pass. `logits` stays where the backend computed it; `routing` is float32 [K, n_experts] for a router, else None.
+    """One forward pass. `logits` stays where the backend computed it; `routing` is float32 [K, n_experts] for a router,
+    else None.
 
-    With K ≤ REUSED both are buffers that the next pass through the same cache overwrites; with more they are the caller's.
+    With K ≤ REUSED both are buffers that the next pass through the same cache overwrites; with more they are the
+    caller's.
     """
 
     logits: Any
@@ -24,8 +26,9 @@ NO_IDS = np.zeros(0, np.int64)
 class FusionInputs(NamedTuple):
     """What one fusion reads: logits of K positions, float32 [K, V], where the models left them or on the host.
 
-    coefficients: weights of the router's and the expert's logits. k: how many candidates are returned for each position.
-    penalty_ids: int64 [P], the token ids that the repetition penalty touches at each position. temperature: of `sampling_normaliser`.
+    coefficients: weights of the router's and the expert's logits. k: how many candidates are returned for each
+    position. penalty_ids: int64 [P], the token ids that the repetition penalty touches at each position. temperature:
+    of `sampling_normaliser`.
     """
 
     router: Any
@@ -38,10 +41,12 @@ class FusionInputs(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """What fusion returns for K positions. The arrays are the backend's buffers: read or copy them before the next call.
+    """What fusion returns for K positions. The arrays are the backend's buffers: read or copy them before the next
+    call.
 
-    ids int64 [K, k] and logits float32 [K, k] after the penalty, sorted; unpenalised float32 [K, k]; log_normaliser float32 [K] of the
-    fused logits at temperature 1; sampling_normaliser float32 [K] of the penalised logits at the temperature; rows float32 [K, V].
+    ids int64 [K, k] and logits float32 [K, k] after the penalty, sorted; unpenalised float32 [K, k]; log_normaliser
+    float32 [K] of the fused logits at temperature 1; sampling_normaliser float32 [K] of the penalised logits at the
+    temperature; rows float32 [K, V].
     """
 
     ids: np.ndarray
@@ -65,14 +70,16 @@ class Cache(Protocol):
         ...
 
     def copy_prefix(self, other: Any, length: int) -> None:
-        """Take over the first `length` tokens of another cache of the same model; does nothing where the backend cannot copy them.
+        """Take over the first `length` tokens of another cache of the same model; does nothing where the backend cannot
+        copy them.
 
         The other cache must keep these tokens meanwhile; it may append others.
         """
         ...
 
     def interrupt(self) -> None:
-        """Called from another thread: end the running forward pass early with Interrupted, and leave the cache as it was before.
+        """Called from another thread: end the running forward pass early with Interrupted, and leave the cache as it
+        was before.
 
         Work queued on a device cannot be stopped: backends that queue do nothing.
         """
@@ -95,7 +102,9 @@ class Fuser(Protocol):
         ...
 
     def row(self, fused: Fused) -> np.ndarray:
-        """The fused logits of the last fusion, of one position, float32 [V]: an array for the caller, which later fusions do not change."""
+        """The fused logits of the last fusion, of one position, float32 [V]: an array for the caller, which later
+        fusions do not change.
+        """
         ...
 
 

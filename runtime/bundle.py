@@ -16,7 +16,10 @@ PREFERRED = ("int8", "fp16", "bf16", "fp32")  # what is opened when no precision
 
 
 class Bundle:
-    """An opened bundle. Opening checks that every file exists with its size and hashes all but weights; `verify()` hashes these too."""
+    """An opened bundle.
+
+    Opening checks that every file exists with its size and hashes all but weights; `verify()` hashes these too.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
@@ -35,7 +38,8 @@ class Bundle:
             if (size := (path / name).stat().st_size) != file.bytes:
                 raise BundleError(f"{path / name} has {size} bytes where the manifest says {file.bytes}; copy or export the bundle again.")
         for name in bundle.manifest.files:
-            if name.endswith((".onnx", ".engine", ".json", ".jinja")):  # executed or small: always hashed; weights are checked by size only
+            # executed or small: always hashed; weights are checked by size only
+            if name.endswith((".onnx", ".engine", ".json", ".jinja")):
                 bundle.check(name)
         return bundle
 
@@ -60,7 +64,10 @@ class Bundle:
             raise BundleError(f"{self.folder / name} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
 
     def verify(self) -> None:
-        """Hash every file, and look for files that the manifest does not name. Raises BundleError for the first that is wrong."""
+        """Hash every file, and look for files that the manifest does not name.
+
+        Raises BundleError for the first that is wrong.
+        """
         for name in self.manifest.files:
             self.check(name)
         known = set(self.manifest.files) | {"manifest.json"}
@@ -80,7 +87,10 @@ class Bundle:
         ]
 
     def variant(self, target: str, precision: str | None) -> Variant:
-        """The variant for a target and a precision, by default the fastest. Raises UnavailableError naming what the bundle has."""
+        """The variant for a target and a precision, by default the fastest.
+
+        Raises UnavailableError naming what the bundle has.
+        """
         by_precision = {variant.precision: variant for variant in self.variants(target)}
         if not by_precision:
             targets = sorted({variant.target for variant in self.manifest.variants})

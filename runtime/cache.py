@@ -1,6 +1,8 @@
-"""What the cache folder holds, and its limits: entries that were not used for long are removed, and the least recently used of too many bytes.
+"""What the cache folder holds, and its limits: entries that were not used for long are removed, and the least recently
+used of too many bytes.
 
-An entry is a file or folder of a kind, `fusionroute/KIND/ENTRY`. Kinds without a limit here belong to the exporter: only `clear` removes them.
+An entry is a file or folder of a kind, `fusionroute/KIND/ENTRY`. Kinds without a limit here belong to the exporter:
+only `clear` removes them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from pathlib import Path
 from fusionroute.runtime import files
 
 DAY = 86_400.0  # seconds
-AGES = {"costs": 30 * DAY, "packed": 30 * DAY, "providers": 30 * DAY}  # kind → seconds without use after which an entry is removed
+# kind → seconds without use after which an entry is removed
+AGES = {"costs": 30 * DAY, "packed": 30 * DAY, "providers": 30 * DAY}
 MOST_BYTES = 50 * 10**9  # that all entries of these kinds may have together
 RECENT = 3_600.0  # seconds: an entry used since then is not removed to make room
 USER = ".used-by-"  # and a process id: name of a file in an entry's folder, as long as that process may read the folder
@@ -26,7 +29,9 @@ Clock = Callable[[], float]  # seconds since the epoch
 
 @dataclass(frozen=True)
 class Entry:
-    """One file or folder of the cache. last_used: seconds since the epoch. in_use: a process that lives has said that it reads it."""
+    """One file or folder of the cache. last_used: seconds since the epoch. in_use: a process that lives has said that
+    it reads it.
+    """
 
     kind: str
     path: Path
@@ -45,7 +50,10 @@ class Entry:
 
 
 def entries(kind: str | None = None) -> list[Entry]:
-    """All entries, or those of a kind, by kind and the least recently used first. Raises OSError for a folder that cannot be read."""
+    """All entries, or those of a kind, by kind and the least recently used first.
+
+    Raises OSError for a folder that cannot be read.
+    """
     root = files.cache_folder()
     kinds = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     listed = [
@@ -85,7 +93,8 @@ def _lives(user: Path) -> bool:
 
 
 def use(folder: Path) -> None:
-    """Say that this process reads a folder of the cache from now on: it is used now, and is not removed while the process lives.
+    """Say that this process reads a folder of the cache from now on: it is used now, and is not removed while the
+    process lives.
 
     Raises OSError where there is no such folder, or it cannot be written to.
     """
@@ -94,9 +103,11 @@ def use(folder: Path) -> None:
 
 
 def prune(incoming: float = 0.0, clock: Clock = time.time, most_bytes: int = MOST_BYTES) -> list[Entry]:
-    """Remove entries that are too old, then the least recently used until `most_bytes` hold the rest and `incoming` bytes.
+    """Remove entries that are too old, then the least recently used until `most_bytes` hold the rest and `incoming`
+    bytes.
 
-    Called when something new is written. What is in use, or was used in the last hour, stays. Returns what was removed; raises nothing.
+    Called when something new is written. What is in use, or was used in the last hour, stays. Returns what was removed;
+    raises nothing.
     """
     now, doomed = clock(), []
     try:
@@ -113,7 +124,10 @@ def prune(incoming: float = 0.0, clock: Clock = time.time, most_bytes: int = MOS
 
 
 def clear(kind: str | None = None) -> list[Entry]:
-    """Remove all entries, or those of a kind, except those in use; returns what was removed. Raises OSError for an unreadable folder."""
+    """Remove all entries, or those of a kind, except those in use; returns what was removed.
+
+    Raises OSError for an unreadable folder.
+    """
     return _remove(entry for entry in entries(kind) if not entry.in_use)
 
 

@@ -48,9 +48,11 @@ class Model(Strict):
 
 
 class Profile(Strict):
-    """Largest sizes that engines are built for. Of a model: tokens in a call, keys that it reads, positions that it returns logits for.
+    """Largest sizes that engines are built for. Of a model: tokens in a call, keys that it reads, positions that it
+    returns logits for.
 
-    Of the fusion graph: rows that it fuses, candidates that it returns, and ids that it penalises in each row. The smallest are 1 (penalised: 0).
+    Of the fusion graph: rows that it fuses, candidates that it returns, and ids that it penalises in each row. The
+    smallest are 1 (penalised: 0).
     """
 
     tokens: Annotated[int, Field(ge=1)]
@@ -62,7 +64,8 @@ class Profile(Strict):
 
 
 class Engines(Strict):
-    """Engines built from the graphs of one variant, by model name and `fusion`. They run with this version of the library, on these GPUs only.
+    """Engines built from the graphs of one variant, by model name and `fusion`. They run with this version of the
+    library, on these GPUs only.
 
     `sms` are compute capabilities: 86 for SM86.
     """
@@ -77,8 +80,9 @@ class Engines(Strict):
 class Variant(Strict):
     """One precision for one target: a graph per model (router first) and the fusion graph.
 
-    `weight_bytes`: bytes of weights that one token reads of each model, which are all but the embedding rows of other tokens; empty in bundles
-    of older versions. `operators`: the ONNX operators of its graphs, for targets whose builder must know them.
+    `weight_bytes`: bytes of weights that one token reads of each model, which are all but the embedding rows of other
+    tokens; empty in bundles of older versions. `operators`: the ONNX operators of its graphs, for targets whose builder
+    must know them.
     """
 
     target: str

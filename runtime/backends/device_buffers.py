@@ -1,8 +1,9 @@
 """Memory that ONNX Runtime binds by address: buffers on the device, and small inputs that travel to it in one piece.
 
-When an input is bound in another memory than the session reads, ONNX Runtime copies it once, at binding (IOBinding::BindInput in
-core/session/IOBinding.cc), and later changes are lost. So every input is bound where the session reads it, and inputs on the device are updated in
-place. `update_inplace` returns when the bytes have arrived (cudaMemcpy_HostToDevice in core/providers/cuda/cuda_provider_factory.cc).
+When an input is bound in another memory than the session reads, ONNX Runtime copies it once, at binding
+(IOBinding::BindInput in core/session/IOBinding.cc), and later changes are lost. So every input is bound where the
+session reads it, and inputs on the device are updated in place. `update_inplace` returns when the bytes have arrived
+(cudaMemcpy_HostToDevice in core/providers/cuda/cuda_provider_factory.cc).
 """
 
 from __future__ import annotations

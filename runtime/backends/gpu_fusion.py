@@ -1,4 +1,6 @@
-"""The fusion graph on an NVIDIA GPU: logits stay on the device, candidates come back, the full row only where it is asked for."""
+"""The fusion graph on an NVIDIA GPU: logits stay on the device, candidates come back, the full row only where it is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,10 @@ class GpuFuser:
         self._row = place.buffer((1, vocab), np.float32)
 
     def __call__(self, inputs: FusionInputs) -> Any:
-        """A GpuFused, see `runtime.backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host."""
+        """A GpuFused, see `runtime.backend.Fuser`.
+
+        `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host.
+        """
         router, expert, coefficients, k, penalty_ids, penalty, temperature = inputs
         if not len(penalty_ids):
             penalty_ids, penalty = np.zeros(1, np.int64), 1.0  # no penalty; no tensor may be empty

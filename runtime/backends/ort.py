@@ -1,4 +1,6 @@
-"""What the backends on ONNX Runtime have in common: the package, sessions, and whether a graph is what the manifest describes."""
+"""What the backends on ONNX Runtime have in common: the package, sessions, and whether a graph is what the manifest
+describes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""ONNX Runtime's CPU provider: IO binding on numpy buffers, KV caches updated in place, nothing allocated per decoded token."""
+"""ONNX Runtime's CPU provider: IO binding on numpy buffers, KV caches updated in place, nothing allocated per decoded
+token.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ TARGET = "ort:cpu"
 
 
 class OrtCpu:
-    """All models of one variant, each in its own inference session. `share_weights`: processes share packed weights, see `prepacked_weights`."""
+    """All models of one variant, each in its own inference session.
+
+    `share_weights`: processes share packed weights, see `prepacked_weights`.
+    """
 
     prefill_chunk = 256  # activations of 512 tokens spill out of the L2 cache between operators: about 10 % slower
     async_dispatch = False
@@ -70,7 +75,8 @@ class OrtCpu:
             for session, model in zip(sessions, manifest.models, strict=True)
         ]
         self.router, self.experts = models[0], models[1:]
-        self._fusion = session("the fusion graph", variant.fusion_graph, 1)  # one pass over a row is too short for threads
+        # one pass over a row is too short for threads
+        self._fusion = session("the fusion graph", variant.fusion_graph, 1)
         self._vocab = manifest.vocab_size
 
     def fuser(self) -> OrtFuser:
@@ -103,7 +109,8 @@ class OrtCache:
         self._model = model
         self._run = model.session.run_with_iobinding
         self._options = model.run_options()
-        self._options.add_run_config_entry("gpu_graph_id", "0")  # 1.32 reads it at every run; without it that costs an exception, 40 µs
+        # 1.32 reads it at every run; without it that costs an exception, 40 µs
+        self._options.add_run_config_entry("gpu_graph_id", "0")
         self._binding = binding = model.session.io_binding()
         spec = model.model
         shape = (1, spec.kv_heads, model.capacity, spec.head_size)
@@ -181,7 +188,10 @@ class OrtCache:
 
 
 def zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 zeros, mapped page by page as they are written. NumPy asks for huge pages: a few tokens of each head would take many of them."""
+    """Float32 zeros, mapped page by page as they are written.
+
+    NumPy asks for huge pages: a few tokens of each head would take many of them.
+    """
     if not hasattr(mmap, "MADV_NOHUGEPAGE"):
         return np.zeros(shape, np.float32)
     region = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -191,7 +201,10 @@ def zeros(shape: tuple[int, ...]) -> np.ndarray:
 
 
 class OrtFuser:
-    """The fusion graph with bound buffers, bound again when shapes change. One candidate without a penalty goes to GreedyFuser instead."""
+    """The fusion graph with bound buffers, bound again when shapes change.
+
+    One candidate without a penalty goes to GreedyFuser instead.
+    """
 
     def __init__(self, session: Any, vocab: int):
         self._run = session.run_with_iobinding

@@ -1,7 +1,9 @@
-"""ONNX Runtime on an NVIDIA GPU: IO binding on buffers that stay on the device, whatever the execution provider (see providers.py).
+"""ONNX Runtime on an NVIDIA GPU: IO binding on buffers that stay on the device, whatever the execution provider (see
+providers.py).
 
-A run ends when the device is done. Logits stay there and go to the fusion graph. Candidates, normalisers and routing come to the host, a full row
-of logits only where it is read. A decoded token allocates nothing but views of a few arrays.
+A run ends when the device is done. Logits stay there and go to the fusion graph. Candidates, normalisers and routing
+come to the host, a full row of logits only where it is read. A decoded token allocates nothing but views of a few
+arrays.
 """
 
 from __future__ import annotations
@@ -154,7 +156,10 @@ class GpuCache:
         return Output(logits, routing)
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """See `runtime.backend.Cache.forward`. One row stays on the device until the next call; several are arrays for the caller."""
+        """See `runtime.backend.Cache.forward`.
+
+        One row stays on the device until the next call; several are arrays for the caller.
+        """
         count, row_count, model = len(ids), len(positions), self._model
         output = Output(self._rows, self._routing)
         if (count, row_count) == (1, 1):
@@ -180,7 +185,9 @@ class GpuCache:
         return output
 
     def copy_prefix(self, other: GpuCache, length: int) -> None:
-        """Does nothing: ONNX Runtime's Python API cannot copy from device to device (see `runtime.backend.Cache.copy_prefix`)."""
+        """Does nothing: ONNX Runtime's Python API cannot copy from device to device (see
+        `runtime.backend.Cache.copy_prefix`).
+        """
 
     def interrupt(self) -> None:
         """See `runtime.backend.Cache.interrupt`: a run cannot be stopped."""

@@ -1,9 +1,9 @@
 """Weights packed for this processor's kernels, in files that all processes map: one copy in memory, at full speed.
 
-When ONNX Runtime loads a graph it packs the weights, in every process again. It can also write the graph with its packed weights
-("session.save_external_prepacked_constant_initializers") and map them when it loads that graph. This is done once per bundle and machine, in the
-user's cache folder. On loading, ONNX Runtime packs again and uses the mapped copy where both are equal: a file from another processor costs
-memory, but never a wrong number.
+When ONNX Runtime loads a graph it packs the weights, in every process again. It can also write the graph with its
+packed weights ("session.save_external_prepacked_constant_initializers") and map them when it loads that graph. This is
+done once per bundle and machine, in the user's cache folder. On loading, ONNX Runtime packs again and uses the mapped
+copy where both are equal: a file from another processor costs memory, but never a wrong number.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ ENTRIES = {
     "session.optimized_model_external_initializers_file_name": WEIGHTS,
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
 }
-ROOM = {"fp16": 5.0, "bf16": 5.0}  # disk space in multiples of the weights: a copy and the packed one; half precision is packed as fp32
+# disk space in multiples of the weights: a copy and the packed one; half precision is packed as fp32
+ROOM = {"fp16": 5.0, "bf16": 5.0}
 USUAL = 2.5
 
 
 def packed(bundle: Bundle, variant: Variant, model: str, release: str, write: Callable[[dict[str, str], Path], Any]) -> Path:
     """The path of a model's graph with packed weights, which are written at first use.
 
-    `write(entries, path)` opens the original graph with these session entries and lets ONNX Runtime save it to the path. `release`: ONNX Runtime's
-    version. Raises UnavailableError where it cannot be written.
+    `write(entries, path)` opens the original graph with these session entries and lets ONNX Runtime save it to the
+    path. `release`: ONNX Runtime's version. Raises UnavailableError where it cannot be written.
     """
     graph = variant.graphs[model]
     folder = files.cache_folder() / "packed" / key(bundle, graph, release)
@@ -69,7 +70,9 @@ def ready(folder: Path) -> bool:
 
 
 def whole(folder: Path) -> bool:
-    """Whether a folder holds all that was written: reading beyond the end of a truncated mapped file would kill the process."""
+    """Whether a folder holds all that was written: reading beyond the end of a truncated mapped file would kill the
+    process.
+    """
     try:
         sizes: dict[str, int] = json.loads((folder / SIZES).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -78,8 +81,12 @@ def whole(folder: Path) -> bool:
 
 
 def make(folder: Path, needed: float, write: Callable[[dict[str, str], Path], Any]) -> None:
-    """Write a folder, which appears when it is complete; another process may have written it already. Raises OSError."""
-    with files.locked(folder.parent / "lock"):  # packing takes the memory of a model and of its packed copy: one at a time
+    """Write a folder, which appears when it is complete; another process may have written it already.
+
+    Raises OSError.
+    """
+    # packing takes the memory of a model and of its packed copy: one at a time
+    with files.locked(folder.parent / "lock"):
         for left in folder.parent.glob(".*.partial"):  # left by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         if ready(folder):

@@ -2,22 +2,28 @@
 
 Options, and why (nothing is set that these sources do not speak of):
 
-- CUDA, https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html. `arena_extend_strategy=kSameAsRequested`: the default,
-  kNextPowerOfTwo, grows the arena by powers of two, of which weights that are loaded once leave much unused. `use_tf32=0`: the only fp32 product
-  is the routing head, which decides who answers, and TF32 keeps 10 bits of its inputs. Left as they are: `gpu_mem_limit` (no budget is known here),
-  `cudnn_conv_algo_search` and `prefer_nhwc` (there are no convolutions), `user_compute_stream` (every run ends with a wait, which orders models).
-- TensorRT, https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html. `trt_profile_*_shapes`: one engine for every chunk;
-  without them it is built again when a shape leaves the range seen so far. `trt_engine_cache_*` and `trt_timing_cache_*`: the next start loads
-  what this one built. Cached engines are found by the graph's file name and structure, not by its weights (TRTGenerateId in
-  core/providers/tensorrt/tensorrt_execution_provider_utils.h), so that each graph gets a folder named by its hash. `trt_fp16_enable`,
-  `trt_bf16_enable` and `trt_int8_enable` stay off: the network is strongly typed only then (tensorrt_execution_provider.cc), as the graphs ask.
-- TensorRT-RTX, https://nvidia.github.io/TensorRT-RTX-EP-ABI/_generated/provider-options.html: `nv_profile_*_shapes` and `nv_runtime_cache_path` alike.
-- CUDA graphs (`enable_cuda_graph`, `trt_cuda_graph_enable`) stay off. GroupQueryAttention reads `total_sequence_length` on the host at every launch
-  (contrib_ops/cuda/bert/group_query_attention.cc): a captured step would keep the first one. With TensorRT no shape may change between runs
-  (https://github.com/microsoft/onnxruntime/pull/16081), and prompts and decoding share a session.
+- CUDA, https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html.
+  `arena_extend_strategy=kSameAsRequested`: the default, kNextPowerOfTwo, grows the arena by powers of two, of which
+  weights that are loaded once leave much unused. `use_tf32=0`: the only fp32 product is the routing head, which decides
+  who answers, and TF32 keeps 10 bits of its inputs. Left as they are: `gpu_mem_limit` (no budget is known here),
+  `cudnn_conv_algo_search` and `prefer_nhwc` (there are no convolutions), `user_compute_stream` (every run ends with a
+  wait, which orders models).
+- TensorRT, https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html. `trt_profile_*_shapes`: one
+  engine for every chunk; without them it is built again when a shape leaves the range seen so far. `trt_engine_cache_*`
+  and `trt_timing_cache_*`: the next start loads what this one built. Cached engines are found by the graph's file name
+  and structure, not by its weights (TRTGenerateId in core/providers/tensorrt/tensorrt_execution_provider_utils.h), so
+  that each graph gets a folder named by its hash. `trt_fp16_enable`, `trt_bf16_enable` and `trt_int8_enable` stay off:
+  the network is strongly typed only then (tensorrt_execution_provider.cc), as the graphs ask.
+- TensorRT-RTX, https://nvidia.github.io/TensorRT-RTX-EP-ABI/_generated/provider-options.html: `nv_profile_*_shapes` and
+  `nv_runtime_cache_path` alike.
+- CUDA graphs (`enable_cuda_graph`, `trt_cuda_graph_enable`) stay off. GroupQueryAttention reads `total_sequence_length`
+  on the host at every launch (contrib_ops/cuda/bert/group_query_attention.cc): a captured step would keep the first
+  one. With TensorRT no shape may change between runs (https://github.com/microsoft/onnxruntime/pull/16081), and prompts
+  and decoding share a session.
 
-The package holds libraries that are looked for only when a session is made: without CUDA or cuDNN, ONNX Runtime 1.31 opens it on the CPU and only
-logs that (seen here), so that a session is asked for its providers. The first one is of a tiny model: an fp16 graph on the CPU can crash the process.
+The package holds libraries that are looked for only when a session is made: without CUDA or cuDNN, ONNX Runtime 1.31
+opens it on the CPU and only logs that (seen here), so that a session is asked for its providers. The first one is of a
+tiny model: an fp16 graph on the CPU can crash the process.
 """
 
 from __future__ import annotations
@@ -49,7 +55,8 @@ NEGATION = bytes.fromhex(  # the ONNX model y = −x, float32 [1]
 )
 RANGES = ("min", "opt", "max")
 
-Options = Callable[["Manifest", Path], dict[str, str]]  # (manifest, folder for what is worth keeping) → the provider's options
+# (manifest, folder for what is worth keeping) → the provider's options
+Options = Callable[["Manifest", Path], dict[str, str]]
 
 
 def cuda_options(manifest: Manifest, cache: Path) -> dict[str, str]:
@@ -87,10 +94,11 @@ def profile(prefix: str, manifest: Manifest) -> dict[str, str]:
 class Provider:
     """An execution provider and what the backend has to know of it.
 
-    extra: of this package, that installs it. memory: ONNX Runtime's name of the device's memory.
-    fallback: another provider for the nodes that it refuses, and for the fusion graph, whose sums in double precision TensorRT does not have;
-    where that is not in the build either, the CPU does both. plugin: a module that brings the provider to an onnxruntime built without it.
-    level: of graph optimisation. TensorRT must find the graph as it was exported, with its Q/DQ.
+    extra: of this package, that installs it. memory: ONNX Runtime's name of the device's memory. fallback: another
+    provider for the nodes that it refuses, and for the fusion graph, whose sums in double precision TensorRT does not
+    have; where that is not in the build either, the CPU does both. plugin: a module that brings the provider to an
+    onnxruntime built without it. level: of graph optimisation. TensorRT must find the graph as it was exported, with
+    its Q/DQ.
     """
 
     name: str
@@ -113,7 +121,10 @@ PROVIDERS = {
 
 
 class Opener:
-    """Opens graphs on a provider. Raises UnavailableError where this machine lacks the package, the provider or the GPU."""
+    """Opens graphs on a provider.
+
+    Raises UnavailableError where this machine lacks the package, the provider or the GPU.
+    """
 
     def __init__(self, provider: Provider):
         self.provider = provider
@@ -139,7 +150,9 @@ class Opener:
         return f"This onnxruntime ({self._ort.__version__}) has no {provider.name}: uninstall it, then {mend}."
 
     def _register(self) -> list[Any]:
-        """The devices of a provider that comes as a plugin, see https://nvidia.github.io/TensorRT-RTX-EP-ABI/installation.html."""
+        """The devices of a provider that comes as a plugin, see
+        https://nvidia.github.io/TensorRT-RTX-EP-ABI/installation.html.
+        """
         provider, onnxruntime = self.provider, self._ort
         assert provider.plugin is not None
         try:

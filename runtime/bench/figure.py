@@ -24,7 +24,9 @@ def library() -> Any:
 
 
 def figure(result: dict[str, Any]) -> Any:
-    """Four charts: speed of every row, seconds per token, and for each precision speed against quality and against size."""
+    """Four charts: speed of every row, seconds per token, and for each precision speed against quality and against
+    size.
+    """
     drawing = library()(figsize=(11, 7.5), layout="constrained")
     speed, times, quality, size = drawing.subplots(2, 2).flat
     rows, names = result["rows"], [each["name"] for each in result["precisions"]]
@@ -67,7 +69,10 @@ def against(
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Write the charts as a picture; the suffix of `path` decides its format. Raises FusionError where it cannot be written."""
+    """Write the charts as a picture; the suffix of `path` decides its format.
+
+    Raises FusionError where it cannot be written.
+    """
     try:
         figure(result).savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -32,7 +32,9 @@ def available() -> int:
 
 
 class Growth:
-    """A context manager that samples this process's memory in the background; `peak` is the largest growth of each kind since it was entered."""
+    """A context manager that samples this process's memory in the background; `peak` is the largest growth of each kind
+    since it was entered.
+    """
 
     def __enter__(self) -> Growth:
         with contextlib.suppress(OSError, AttributeError, TypeError):

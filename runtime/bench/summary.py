@@ -16,12 +16,15 @@ from fusionroute.runtime.bench.workload import ROUTER, Workload
 
 @dataclass(frozen=True)
 class Row:
-    """One workload in one precision. Seconds, bytes, and bytes per second; None where the bundle does not say what a token reads.
+    """One workload in one precision. Seconds, bytes, and bytes per second; None where the bundle does not say what a
+    token reads.
 
-    With drafts models read several tokens at once: bytes per token and catch-ups are then left out. acceptance_rate: None without drafts.
+    With drafts models read several tokens at once: bytes per token and catch-ups are then left out. acceptance_rate:
+    None without drafts.
 
-    seconds_per_token: median over the texts of a text's mean, catch-ups included; p50, p95, p99 over all tokens; first tokens are apart.
-    times_first: speed in multiples of the first row's, the median over the rounds. catch_ups: tokens that an expert read at once.
+    seconds_per_token: median over the texts of a text's mean, catch-ups included; p50, p95, p99 over all tokens; first
+    tokens are apart. times_first: speed in multiples of the first row's, the median over the rounds. catch_ups: tokens
+    that an expert read at once.
     """
 
     precision: str
@@ -52,7 +55,10 @@ def summarise(
     weights: dict[str, int],
     bandwidth: float,
 ) -> Row:
-    """A row from its runs and those of the first row, of the same rounds. `weights`: bytes that a token reads of each model, or nothing."""
+    """A row from its runs and those of the first row, of the same rounds.
+
+    `weights`: bytes that a token reads of each model, or nothing.
+    """
     means = [float(np.mean(run.seconds)) for run in runs]
     typical = float(np.median(means))
     tokens = np.concatenate([run.seconds for run in runs])

@@ -13,7 +13,10 @@ DRAFTS = "+drafts"  # behind a row's name: with speculation
 
 
 class Workload(NamedTuple):
-    """A way to run a bundle. `router` and `expert`: whether such a model reads each token. `pinned`: the expert of every token; None: routed."""
+    """A way to run a bundle.
+
+    `router` and `expert`: whether such a model reads each token. `pinned`: the expert of every token; None: routed.
+    """
 
     name: str
     router: bool
@@ -29,7 +32,8 @@ class Workload(NamedTuple):
 
 
 def workloads(names: str, runtime: FusionRuntime) -> list[Workload]:
-    """The workloads of a comma list: `fused` (routed), `fused:EXPERT` (always that expert), `router` or EXPERT (that model alone).
+    """The workloads of a comma list: `fused` (routed), `fused:EXPERT` (always that expert), `router` or EXPERT (that
+    model alone).
 
     Each may end in `+drafts`: it then speculates.
 

@@ -24,7 +24,8 @@ from fusionroute.runtime.tensorrt.transfers import Block, Copies, Mapped
 class TensorRt:
     """All models of one variant. `expert_memory`: bytes of device memory for the weights of experts; None: no limit.
 
-    Router and fusion share the router's stream and scratch memory. The experts share another one, since the router may run beside them.
+    Router and fusion share the router's stream and scratch memory. The experts share another one, since the router may
+    run beside them.
     """
 
     prefill_chunk = 512  # the largest of the engines' profile: see `profile`

@@ -30,10 +30,11 @@ def build(
 ) -> None:
     """Write `engine` from the ONNX file `graph`, whose weights may lie beside it.
 
-    `profile` gives the shapes of every input that has a free dimension (of a shape input, its values). `sms` are the compute capabilities
-    (86 for SM86) that TensorRT-RTX builds for; TensorRT builds for the GPU it runs on. `operators` are those of the graph, checked before
-    anything is built. `workspace`: bytes of device memory that layers may use beside their tensors. `advance` is called with the shares of
-    the work as they are done; they sum to 1. Raises FusionError subclasses, with the layer where the library names it, and OSError.
+    `profile` gives the shapes of every input that has a free dimension (of a shape input, its values). `sms` are the
+    compute capabilities (86 for SM86) that TensorRT-RTX builds for; TensorRT builds for the GPU it runs on. `operators`
+    are those of the graph, checked before anything is built. `workspace`: bytes of device memory that layers may use
+    beside their tensors. `advance` is called with the shares of the work as they are done; they sum to 1. Raises
+    FusionError subclasses, with the layer where the library names it, and OSError.
     """
     library = load(flavour)
     log = logger(library)
@@ -107,7 +108,10 @@ def told(message: str) -> str:
 
 
 def progress(library: Any, advance: Advance) -> Any:
-    """A progress monitor that follows the outermost phases. What `advance` raises ends the build and is raised by `check`."""
+    """A progress monitor that follows the outermost phases.
+
+    What `advance` raises ends the build and is raised by `check`.
+    """
 
     class Monitor(library.IProgressMonitor):
         def __init__(self) -> None:
@@ -147,7 +151,10 @@ def progress(library: Any, advance: Advance) -> Any:
 
 @contextlib.contextmanager
 def build_lock(name: str) -> Iterator[None]:
-    """Hold a lock of the cache folder, which builds of this user on this machine wait for. Raises FusionError where it cannot be created."""
+    """Hold a lock of the cache folder, which builds of this user on this machine wait for.
+
+    Raises FusionError where it cannot be created.
+    """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(cache_folder() / name))

@@ -1,4 +1,6 @@
-"""A thin layer over `cuda.bindings.runtime`: streams, events, memory, copies and captured graphs, with every status checked."""
+"""A thin layer over `cuda.bindings.runtime`: streams, events, memory, copies and captured graphs, with every status
+checked.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Device:
         self.sm: int = 10 * self._attribute(kinds.cudaDevAttrComputeCapabilityMajor) + self._attribute(
             kinds.cudaDevAttrComputeCapabilityMinor
         )
-        self.integrated = bool(self._attribute(kinds.cudaDevAttrIntegrated))  # host and device share their memory (Jetson)
+        # host and device share their memory (Jetson)
+        self.integrated = bool(self._attribute(kinds.cudaDevAttrIntegrated))
         self._to_device = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._on_device = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._to_host = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost

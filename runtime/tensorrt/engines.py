@@ -1,4 +1,6 @@
-"""The engines of a bundle: built from its graphs into its folder `engines`, listed in its manifest, and chosen for a machine."""
+"""The engines of a bundle: built from its graphs into its folder `engines`, listed in its manifest, and chosen for a
+machine.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ Begin = Callable[[str], Advance]  # called with an engine's name; returns the fu
 
 
 def target_for(manifest: Manifest, flavour: str, version: str) -> str:
-    """The target whose graphs a library builds: TARGET where the library has its operators and the bundle its graphs, else OLDER.
+    """The target whose graphs a library builds: TARGET where the library has its operators and the bundle its graphs,
+    else OLDER.
 
     Raises UnavailableError where the bundle has graphs for newer libraries only.
     """
@@ -46,8 +49,8 @@ def build_engines(
 ) -> Engines:
     """Build every engine of a variant into the bundle at `folder`; its manifest is left as it is.
 
-    `begin` is called with an engine's name before it is built. Raises FusionError subclasses as `build` does, and OSError; the bundle is then
-    as it was: engines appear, in place of older ones, when the last of them is built.
+    `begin` is called with an engine's name before it is built. Raises FusionError subclasses as `build` does, and
+    OSError; the bundle is then as it was: engines appear, in place of older ones, when the last of them is built.
     """
     from fusionroute.runtime.manifest import Engines  # pydantic is slow to import
 
@@ -106,8 +109,9 @@ def rebuild(
 ) -> Manifest:
     """Build the engines of some variants of a bundle and write its manifest after each, so that what is done stays.
 
-    Builds of one bundle wait for one another, and each adds to the manifest that the one before has written; `manifest` is used where
-    the folder has none yet. Returns the new manifest. Engines that new ones replace are removed. Raises FusionError subclasses as `build` does.
+    Builds of one bundle wait for one another, and each adds to the manifest that the one before has written; `manifest`
+    is used where the folder has none yet. Returns the new manifest. Engines that new ones replace are removed. Raises
+    FusionError subclasses as `build` does.
     """
     lock = f"locks/{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()}.lock"
     for variant in variants:
@@ -122,7 +126,10 @@ def rebuild(
 
 
 def current_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """The manifest that a bundle has now, or `manifest` where none is written yet. Raises BundleError as `Manifest.read` does."""
+    """The manifest that a bundle has now, or `manifest` where none is written yet.
+
+    Raises BundleError as `Manifest.read` does.
+    """
     from fusionroute.runtime.manifest import NAME, Manifest  # pydantic is slow to import
 
     return Manifest.read(folder) if (folder / NAME).exists() else manifest

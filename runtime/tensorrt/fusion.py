@@ -1,4 +1,7 @@
-"""The fusion engine, on the router's stream. It reads both models' logits on the device; a few candidates come back, the full row only if read."""
+"""The fusion engine, on the router's stream.
+
+It reads both models' logits on the device; a few candidates come back, the full row only if read.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ FIRST_ID = np.zeros(1, np.int64)
 
 @dataclass
 class Buffers:
-    """Buffers for K positions, k candidates and P penalised ids. `steps`: contexts and captured graphs by the addresses of both models' logits."""
+    """Buffers for K positions, k candidates and P penalised ids.
+
+    `steps`: contexts and captured graphs by the addresses of both models' logits.
+    """
 
     shape: tuple[int, int, int]
     inputs: Block
@@ -72,15 +78,20 @@ class DeviceFuser:
             self._settle()  # its memory is freed next
 
     def _settle(self) -> None:
-        """Wait for the last fusion and its copies. This costs nothing unless a step was interrupted: reading the results has waited."""
+        """Wait for the last fusion and its copies.
+
+        This costs nothing unless a step was interrupted: reading the results has waited.
+        """
         if self._last is not None:
             self.shared.transfers.settle(self._last.candidates)
             self.shared.transfers.settle(self._last.rows)
 
     def __call__(self, inputs: FusionInputs) -> Any:
-        """A DeviceFused, see `runtime.backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host.
+        """A DeviceFused, see `runtime.backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on
+        the host.
 
-        Waits for nothing. Returns fewer than k candidates where the engine is built for fewer: sampling then reads the row.
+        Waits for nothing. Returns fewer than k candidates where the engine is built for fewer: sampling then reads the
+        row.
         """
         router, expert, coefficients, k, penalty_ids, penalty, temperature = inputs
         if not len(penalty_ids):
@@ -113,7 +124,9 @@ class DeviceFuser:
         return row
 
     def _address(self, rows: Any, buffers: Buffers) -> int:
-        """The address of logits on the device, which the fusion's stream then waits for; logits on the host are uploaded."""
+        """The address of logits on the device, which the fusion's stream then waits for; logits on the host are
+        uploaded.
+        """
         if isinstance(rows, Rows):
             if rows.stream is not self._stream:
                 self._stream.wait(rows.ready)

@@ -21,7 +21,8 @@ BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
 class Loader:
     """The engines of one variant that fit this machine's library and GPU.
 
-    Raises UnavailableError where the library is missing or no engine fits, BundleError where an engine is not the one exported.
+    Raises UnavailableError where the library is missing or no engine fits, BundleError where an engine is not the one
+    exported.
     """
 
     def __init__(self, bundle: Bundle, variant: Variant, flavour: str, device: Device):
@@ -34,7 +35,10 @@ class Loader:
         self._runtime = self._api.Runtime(self._log)
 
     def load(self, name: str) -> Engine:
-        """Deserialise the engine of a model, or the fusion graph's. Engines are native code, so their bytes are hashed first."""
+        """Deserialise the engine of a model, or the fusion graph's.
+
+        Engines are native code, so their bytes are hashed first.
+        """
         path = self._built.engines[name]
         try:
             content = (self._bundle.folder / path).read_bytes()
@@ -81,7 +85,10 @@ class Engine:
         self.scratch = int(engine.device_memory_size_v2)
 
     def context(self, scratch: Memory, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> Context:
-        """A context with tensor addresses and input shapes set. Its working memory is `scratch`, of at least `self.scratch` bytes."""
+        """A context with tensor addresses and input shapes set.
+
+        Its working memory is `scratch`, of at least `self.scratch` bytes.
+        """
         context = self._engine.create_execution_context(self._api.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise FusionError(f"TensorRT cannot make an execution context for {self.name} ({self._log.last}); free device memory.")
@@ -129,7 +136,9 @@ class Context:
 
 
 class Weights:
-    """An engine's weights, which may be evicted from the device: contexts, captured graphs and virtual addresses stay valid."""
+    """An engine's weights, which may be evicted from the device: contexts, captured graphs and virtual addresses stay
+    valid.
+    """
 
     def __init__(self, name: str, manager: Any, host: Any, log: Any):
         self._name, self._manager, self._host, self._log = name, manager, host, log

@@ -21,7 +21,10 @@ from fusionroute.runtime.tensorrt.transfers import Block, Transfers
 
 
 class Scratch(NamedTuple):
-    """Working memory of engines that never run at the same time. `free`: reached when no engine uses it; None where only one stream does."""
+    """Working memory of engines that never run at the same time.
+
+    `free`: reached when no engine uses it; None where only one stream does.
+    """
 
     memory: Memory
     free: Event | None
@@ -143,7 +146,8 @@ class Cache:
         )
         self._outputs = self._buffers(1)
         self._places = [self._keys_values.address + number * each for number in range(len(names))]
-        self._appended: list[tuple[int, int]] = []  # of each cache: its address, and the address where its new rows are written
+        # of each cache: its address, and the address where its new rows are written
+        self._appended: list[tuple[int, int]] = []
         self._addresses = {**self._inputs.addresses, "key_positions": shared.key_positions.device}
         for number, name in enumerate(names):
             self._addresses[f"past.{name}"] = place = self._places[number]
@@ -162,7 +166,10 @@ class Cache:
             self.model.shared.transfers.release(self._outputs.values(), self.done, self.read)
 
     def _settle(self) -> None:
-        """Wait for the copies of the last pass. This costs nothing unless a step was interrupted, or a text is read in chunks."""
+        """Wait for the copies of the last pass.
+
+        This costs nothing unless a step was interrupted, or a text is read in chunks.
+        """
         for block in (self._inputs, *self._outputs.values()):
             self.model.shared.transfers.settle(block)
 
@@ -175,7 +182,10 @@ class Cache:
         return blocks
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Any:
-        """See `runtime.backend.Cache.forward`. One row stays on the device, and the pass may still run; for several rows it waits."""
+        """See `runtime.backend.Cache.forward`.
+
+        One row stays on the device, and the pass may still run; for several rows it waits.
+        """
         count, row_count, shared = len(ids), len(positions), self.model.shared
         if count > shared.chunk:
             raise InputError(f"{count} tokens at a time are more than the engines read: at most {shared.chunk}.")
@@ -234,7 +244,10 @@ class Cache:
         self.length = length
 
     def _append(self, count: int) -> None:
-        """Append new keys and values to the caches. Not part of a captured graph: the address changes with every step."""
+        """Append new keys and values to the caches.
+
+        Not part of a captured graph: the address changes with every step.
+        """
         heads = self.model.spec.kv_heads
         row = self.model.each // heads
         for place, new in self._appended:
@@ -252,7 +265,10 @@ class Cache:
         self._chunks.run(self.model.stream)
 
     def _decode(self, keys: int) -> None:
-        """Read one token. The first step that reads `keys` keys runs directly and is then captured, in a context that never changes."""
+        """Read one token.
+
+        The first step that reads `keys` keys runs directly and is then captured, in a context that never changes.
+        """
         stream = self.model.stream
         if (step := self._steps.get(keys)) is None:
             addresses = self._addresses | {name: block.device for name, block in self._outputs.items()}

@@ -41,7 +41,10 @@ def number(version: str) -> tuple[int, ...]:
 
 
 def check(operators: Iterable[str], parser: Any, flavour: str, version: str) -> None:
-    """Check a graph's operators before it is built. Raises UnavailableError for the first that the parser does not import."""
+    """Check a graph's operators before it is built.
+
+    Raises UnavailableError for the first that the parser does not import.
+    """
     for operator in sorted(operators):
         if not parser.supports_operator(operator):
             newer = since(operator)

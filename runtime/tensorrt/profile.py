@@ -1,4 +1,6 @@
-"""The shapes that engines are built for: one profile for every chunk length up to the limit, so that a bundle needs one engine per model."""
+"""The shapes that engines are built for: one profile for every chunk length up to the limit, so that a bundle needs one
+engine per model.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from fusionroute.runtime import limits
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Manifest, Profile
 
-MOST_CANDIDATES = 512  # tokens that the fusion engine returns for a position; sampling from more of them reads the full row
+# tokens that the fusion engine returns for a position; sampling from more of them reads the full row
+MOST_CANDIDATES = 512
 TOPK_LIMIT = 3840  # TensorRT's TopK takes fewer
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, usual, largest

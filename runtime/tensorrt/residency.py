@@ -1,4 +1,6 @@
-"""Experts' weights within a budget of device memory: the least recently used are evicted, and restored from pinned memory when needed."""
+"""Experts' weights within a budget of device memory: the least recently used are evicted, and restored from pinned
+memory when needed.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,11 @@ from fusionroute.runtime.tensorrt.loading import Weights
 
 
 class Residency:
-    """Weights within a byte budget. Weights are read-only: one pinned copy is made at loading, and evicting copies nothing.
+    """Weights within a byte budget. Weights are read-only: one pinned copy is made at loading, and evicting copies
+    nothing.
 
-    Raises InputError where the budget does not hold one expert, and on devices that share the host's memory, where evicting saves none.
+    Raises InputError where the budget does not hold one expert, and on devices that share the host's memory, where
+    evicting saves none.
     """
 
     def __init__(self, device: Device, budget: int):

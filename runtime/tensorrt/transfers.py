@@ -1,4 +1,6 @@
-"""Small blocks that travel between host and device: copied on a stream of their own, or mapped where both share their memory."""
+"""Small blocks that travel between host and device: copied on a stream of their own, or mapped where both share their
+memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ Layout = Mapping[str, tuple[tuple[int, ...], Any]]  # name → shape, dtype
 class Block:
     """Named arrays in one range of pinned host memory, and their addresses on the device.
 
-    `arrays` are the host's views. `event` is reached when the last transfer is over; `number` is that transfer's (see Copies).
+    `arrays` are the host's views. `event` is reached when the last transfer is over; `number` is that transfer's (see
+    Copies).
     """
 
     def __init__(self, device: Device, layout: Layout):
@@ -45,10 +48,14 @@ def host_array(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 class Transfers(Protocol):
-    """How blocks travel. The host writes a block's arrays only after `settle`, and reads them only after `download` and `settle`."""
+    """How blocks travel.
+
+    The host writes a block's arrays only after `settle`, and reads them only after `download` and `settle`.
+    """
 
     def upload(self, block: Block, reader: Stream | None, free: Event | None = None) -> None:
-        """Let later work of `reader` see what the host wrote. None: its readers wait for a later upload instead, and nobody settles the block.
+        """Let later work of `reader` see what the host wrote. None: its readers wait for a later upload instead, and
+        nobody settles the block.
 
         `free` is reached when the device no longer reads what the block held before; None: that was waited for.
         """

@@ -1,4 +1,6 @@
-"""The cache folder: what is too old or too much goes, what is in use or new stays; on real files, with times that are set."""
+"""The cache folder: what is too old or too much goes, what is in use or new stays; on real files, with times that are
+set.
+"""
 
 import json
 import os

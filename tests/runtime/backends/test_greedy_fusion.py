@@ -51,7 +51,8 @@ def test_the_graph_says_the_same(rt: FusionRuntime, seed: int, coefficients: tup
     router, expert = 9 * np.random.default_rng(seed).standard_normal((2, 1, rt.vocab_size)).astype(np.float32)
     fuse = rt.backend.fuser()
     quick = [np.copy(value) for value in fuse(FusionInputs(router, expert, coefficients, temperature=temperature))]
-    graph = fuse(FusionInputs(router, expert, coefficients, 2, temperature=temperature))  # two candidates: it has to sort
+    # two candidates: it has to sort
+    graph = fuse(FusionInputs(router, expert, coefficients, 2, temperature=temperature))
     assert np.array_equal(quick[5], graph.rows)
     assert quick[0][0, 0] == graph.ids[0, 0]
     assert quick[1][0, 0] == graph.logits[0, 0]

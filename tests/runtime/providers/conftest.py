@@ -1,4 +1,6 @@
-"""Bundles for GPUs, and the GPU's backend opened on the CPU provider, which runs their graphs (bf16 ones in an fp32 copy)."""
+"""Bundles for GPUs, and the GPU's backend opened on the CPU provider, which runs their graphs (bf16 ones in an fp32
+copy).
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,7 +32,9 @@ Load = Callable[[Path, str, str], FusionRuntime]  # (bundle, target, precision)
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By family: `ort:cuda` in fp16 and bf16, `tensorrt` in fp16 and fp32; the bf16 graphs are copies in fp32 that round as bf16 does."""
+    """By family: `ort:cuda` in fp16 and bf16, `tensorrt` in fp16 and fp32; the bf16 graphs are copies in fp32 that
+    round as bf16 does.
+    """
     folders = {}
     for family in FAMILIES:
         folder = tmp_path_factory.mktemp(family)

@@ -1,4 +1,6 @@
-"""The same graphs run by `session.run` with copies of everything, without the runtime's backends: the result that every binding must have."""
+"""The same graphs run by `session.run` with copies of everything, without the runtime's backends: the result that every
+binding must have.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class Step(NamedTuple):
 
 
 class Plain:
-    """One text: greedy steps of router, expert and weighted fusion, with a repetition penalty; every model reads what it missed in chunks."""
+    """One text: greedy steps of router, expert and weighted fusion, with a repetition penalty; every model reads what
+    it missed in chunks.
+    """
 
     def __init__(self, folder: Path, variant: Variant, chunk: int, level: str):
         manifest = Manifest.read(folder)

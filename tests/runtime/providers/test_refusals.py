@@ -1,4 +1,7 @@
-"""What `auto` chooses, and the sentences for machines that lack something. The packages are stand-ins: there is no GPU here."""
+"""What `auto` chooses, and the sentences for machines that lack something.
+
+The packages are stand-ins: there is no GPU here.
+"""
 
 import logging
 from collections.abc import Iterator

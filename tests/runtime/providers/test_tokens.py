@@ -35,7 +35,9 @@ def words(count: int, seed: int = 0) -> list[int]:
 
 
 def check_step(session: Session, plain: Plain, rt: FusionRuntime, penalty: float = 1.0) -> bool:
-    """The token and expert are the best, or next to it within rounding (attention may read more keys than needed); whether the best."""
+    """The token and expert are the best, or next to it within rounding (attention may read more keys than needed);
+    whether the best.
+    """
     token = session.step(repetition_penalty=penalty)
     expert = rt.expert_names.index(token.expert)
     expected = plain.step(token.id, expert, penalty)
@@ -53,7 +55,8 @@ def test_steps_catch_up_rewinds_and_penalties(pair: Pair) -> None:
     session.append(words(100))
     plain.tokens += words(100)
     best = []
-    for count, length, new in ((40, 70, 5), (20, 3, 140), (12, 140, 0), (6, 1, 1)):  # attention comes to read 128, 256 and less again
+    # attention comes to read 128, 256 and less again
+    for count, length, new in ((40, 70, 5), (20, 3, 140), (12, 140, 0), (6, 1, 1)):
         best += [check_step(session, plain, rt, 1.0 if step % 3 else 1.3) for step in range(count)]
         session.rewind(length)
         plain.rewind(length)

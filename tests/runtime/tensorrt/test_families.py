@@ -1,4 +1,6 @@
-"""Both families' trained systems, exported for TensorRT, on the simulated device: the very graphs, their orders and their tokens."""
+"""Both families' trained systems, exported for TensorRT, on the simulated device: the very graphs, their orders and
+their tokens.
+"""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -19,7 +21,8 @@ from tests.support.simulated.plain import in_turn
 from tests.support.simulated.tensorrt import WEIGHTS
 
 CHUNK = 16  # so that prompts take several
-RUNS = [("late", False, None), ("random", True, None), ("starved", False, None), ("random", False, WEIGHTS)]  # the last: experts evicted
+# the last: experts evicted
+RUNS = [("late", False, None), ("random", True, None), ("starved", False, None), ("random", False, WEIGHTS)]
 PROMPTS = ("12+30= and then 7*8=", "def add(a, b):")
 
 

@@ -1,4 +1,6 @@
-"""Engines that give back new keys and values, which the runtime puts into the buffers: nothing else changes, and no wait is spared."""
+"""Engines that give back new keys and values, which the runtime puts into the buffers: nothing else changes, and no
+wait is spared.
+"""
 
 from pathlib import Path
 from typing import Any

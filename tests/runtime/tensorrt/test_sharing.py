@@ -1,4 +1,6 @@
-"""The prefix cache and background catch-up on a device: caches are copied there, and pieces are queued behind the steps."""
+"""The prefix cache and background catch-up on a device: caches are copied there, and pieces are queued behind the
+steps.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,6 @@
-"""Bundles of hand-written graphs with the exporter's inputs and outputs: small enough for hundreds of runs; any wrong key changes the result."""
+"""Bundles of hand-written graphs with the exporter's inputs and outputs: small enough for hundreds of runs; any wrong
+key changes the result.
+"""
 
 from __future__ import annotations
 

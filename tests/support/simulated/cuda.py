@@ -112,7 +112,8 @@ class Cuda:
 
         work = Work(f"{name} of {out.name}", [Range(source, size, not up)], [Range(target, size, not down)], run, 1 + size / RATE)
         machine.submit(self.streams[stream], work)
-        if down and not self._ran(work):  # it may come at any time from now on: what the host reads before it has waited is lost
+        # it may come at any time from now on: what the host reads before it has waited is lost
+        if down and not self._ran(work):
             into.data[start : start + size] = POISON
         return (0,)
 

@@ -1,4 +1,6 @@
-"""The machine: streams as queues of work, a seeded adversarial scheduler, a timeline, and the faults planted by mutation tests."""
+"""The machine: streams as queues of work, a seeded adversarial scheduler, a timeline, and the faults planted by
+mutation tests.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ class Mark:
 
 @dataclass(eq=False)
 class Work:
-    """A piece of work on a stream: a copy, an engine. `run` returns what it wrote beside what `writes` says, where only running tells."""
+    """A piece of work on a stream: a copy, an engine.
+
+    `run` returns what it wrote beside what `writes` says, where only running tells.
+    """
 
     name: str
     reads: list[Range]
@@ -88,7 +93,9 @@ class Stream:
 
 
 class Machine:
-    """`skipped`: the site of a wait that does nothing; `shared`: number of an allocation that gets the memory of another one."""
+    """`skipped`: the site of a wait that does nothing; `shared`: number of an allocation that gets the memory of
+    another one.
+    """
 
     def __init__(
         self,
@@ -109,7 +116,8 @@ class Machine:
         self.sites: dict[str, int] = {}  # waits by where they are called
         self.weights = self.most_weights = 0  # bytes of engines on the device
         self.faults: list[Fault] = []
-        self.meanwhile: Callable[[], None] | None = None  # called while the host waits: what another thread does meanwhile
+        # called while the host waits: what another thread does meanwhile
+        self.meanwhile: Callable[[], None] | None = None
         self.interrupt = 0  # index of the wait that is interrupted, counted from now on; 0: none
         self.blocked = 0  # waits of the host for work that was not done yet
         self.allocations: list[Allocation] = []
@@ -288,7 +296,9 @@ def site() -> str:
 
 
 def chain() -> list[tuple[str, str]]:
-    """The innermost frames of `runtime/tensorrt` above the thin layer that call one another: the function's name and its current line."""
+    """The innermost frames of `runtime/tensorrt` above the thin layer that call one another: the function's name and
+    its current line.
+    """
     frames: list[tuple[str, str]] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -1,4 +1,6 @@
-"""The used part of `tensorrt_rtx` (and of `tensorrt`) on a simulated machine: engines are names of ONNX graphs, which they run."""
+"""The used part of `tensorrt_rtx` (and of `tensorrt`) on a simulated machine: engines are names of ONNX graphs, which
+they run.
+"""
 
 from __future__ import annotations
 
