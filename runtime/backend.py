@@ -12,8 +12,7 @@ class Output(NamedTuple):
     """One forward pass. `logits` stays where the backend computed it; `routing` is float32 [K, n_experts] for a router,
     else None.
 
-    With K ≤ REUSED both are buffers that the next pass through the same cache overwrites; with more they are the
-    caller's.
+    With K ≤ REUSED the next pass through the same cache overwrites both; with more they are arrays for the caller.
     """
 
     logits: Any
@@ -41,8 +40,7 @@ class FusionInputs(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """What fusion returns for K positions. The arrays are the backend's buffers: read or copy them before the next
-    call.
+    """What fusion returns for K positions, in the backend's buffers: read or copy them before the next call.
 
     ids int64 [K, k] and logits float32 [K, k] after the penalty, sorted; unpenalised float32 [K, k]; log_normaliser
     float32 [K] of the fused logits at temperature 1; sampling_normaliser float32 [K] of the penalised logits at the
@@ -70,16 +68,14 @@ class Cache(Protocol):
         ...
 
     def copy_prefix(self, other: Any, length: int) -> None:
-        """Take over the first `length` tokens of another cache of the same model; does nothing where the backend cannot
-        copy them.
+        """Take over the first `length` tokens of another cache of the same model, where the backend can copy them.
 
         The other cache must keep these tokens meanwhile; it may append others.
         """
         ...
 
     def interrupt(self) -> None:
-        """Called from another thread: end the running forward pass early with Interrupted, and leave the cache as it
-        was before.
+        """Called from another thread: end the running pass early with Interrupted, and leave the cache as it was.
 
         Work queued on a device cannot be stopped: backends that queue do nothing.
         """

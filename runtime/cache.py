@@ -29,9 +29,7 @@ Clock = Callable[[], float]  # seconds since the epoch
 
 @dataclass(frozen=True)
 class Entry:
-    """One file or folder of the cache. last_used: seconds since the epoch. in_use: a process that lives has said that
-    it reads it.
-    """
+    """One file or folder of the cache. last_used: seconds since the epoch. in_use: by a living process, see `use`."""
 
     kind: str
     path: Path
@@ -93,8 +91,7 @@ def _lives(user: Path) -> bool:
 
 
 def use(folder: Path) -> None:
-    """Say that this process reads a folder of the cache from now on: it is used now, and is not removed while the
-    process lives.
+    """Note that this process reads a folder of the cache: it is used now, and stays while the process lives.
 
     Raises OSError where there is no such folder, or it cannot be written to.
     """
@@ -103,11 +100,10 @@ def use(folder: Path) -> None:
 
 
 def prune(incoming: float = 0.0, clock: Clock = time.time, most_bytes: int = MOST_BYTES) -> list[Entry]:
-    """Remove entries that are too old, then the least recently used until `most_bytes` hold the rest and `incoming`
-    bytes.
+    """Remove entries that are too old, then the least recently used until `incoming` bytes fit into `most_bytes`.
 
-    Called when something new is written. What is in use, or was used in the last hour, stays. Returns what was removed;
-    raises nothing.
+    Called when something new is written. Entries in use, or used in the last hour, stay. Returns what was removed.
+    Raises nothing.
     """
     now, doomed = clock(), []
     try:

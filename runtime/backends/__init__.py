@@ -1,7 +1,7 @@
 """The table of devices: a new backend is one new file and one line in `DEVICES`.
 
-Backends for GPUs are imported when one is opened: their modules read pydantic, which would double the time of `import
-fusionroute.runtime`.
+Backends for GPUs are imported when one is opened: they import pydantic, which would double the time of importing the
+runtime.
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ def refuse_expert_memory(options: BackendOptions) -> None:
 
 
 def resolved(bundle: Bundle, device: str) -> str:
-    """The key in DEVICES for a device's name; for `auto`, the first device of this machine that the bundle has graphs
-    for.
+    """The key in DEVICES for a device's name; for `auto`, this machine's first device that the bundle serves.
 
     Raises InputError for an unknown name.
     """

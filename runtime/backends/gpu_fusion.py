@@ -1,6 +1,4 @@
-"""The fusion graph on an NVIDIA GPU: logits stay on the device, candidates come back, the full row only where it is
-asked for.
-"""
+"""The fusion graph on an NVIDIA GPU: logits stay on the device, candidates and, where read, a full row come back."""
 
 from __future__ import annotations
 

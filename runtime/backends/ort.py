@@ -1,6 +1,4 @@
-"""What the backends on ONNX Runtime have in common: the package, sessions, and whether a graph is what the manifest
-describes.
-"""
+"""What the backends on ONNX Runtime share: the package, sessions, and the check of graphs against the manifest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""ONNX Runtime's CPU provider: IO binding on numpy buffers, KV caches updated in place, nothing allocated per decoded
-token.
-"""
+"""ONNX Runtime's CPU provider: IO binding on numpy buffers, caches updated in place, no allocation per token."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""ONNX Runtime on an NVIDIA GPU: IO binding on buffers that stay on the device, whatever the execution provider (see
-providers.py).
+"""ONNX Runtime on an NVIDIA GPU, with any of its providers: IO binding on buffers that stay on the device.
 
 A run ends when the device is done. Logits stay there and go to the fusion graph. Candidates, normalisers and routing
-come to the host, a full row of logits only where it is read. A decoded token allocates nothing but views of a few
-arrays.
+come to the host, a full row of logits only where it is read. A decoded token allocates only views of a few arrays.
 """
 
 from __future__ import annotations

@@ -70,9 +70,7 @@ def ready(folder: Path) -> bool:
 
 
 def whole(folder: Path) -> bool:
-    """Whether a folder holds all that was written: reading beyond the end of a truncated mapped file would kill the
-    process.
-    """
+    """Whether a folder holds all that was written: reading beyond the end of a mapped file kills the process."""
     try:
         sizes: dict[str, int] = json.loads((folder / SIZES).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())

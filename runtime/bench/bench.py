@@ -107,8 +107,7 @@ def bench(folder: Path, options: BenchOptions, progress: Progress = lambda *_: N
 
 
 def precision_names(bundle: Bundle, device: str, names: Sequence[str] | None) -> list[str]:
-    """The precisions to measure: those that were named, or all that the bundle has for the device (of engines: those
-    that are built).
+    """The precisions to measure: those that were named, or all that the bundle has for the device (of engines: built).
 
     Raises UnavailableError where the bundle lacks one, or has none for the device.
     """
@@ -124,9 +123,7 @@ def precision_names(bundle: Bundle, device: str, names: Sequence[str] | None) ->
 def load(
     bundle: Bundle, name: str, device: str, gpu: Device | None, ids: Sequence[int], options: BenchOptions, stack: ExitStack
 ) -> tuple[Precision, dict[tuple[str, Workload], Callable[[], Run]]]:
-    """Load a precision until `stack` is left, and warm it up; its size, and for each of its workloads the function that
-    measures a text.
-    """
+    """Load a precision until `stack` is left, and warm it up. Returns its size and a function per workload."""
     free = gpu.free_memory() if gpu else 0
     with Growth() as growth:
         start = time.perf_counter()

@@ -24,9 +24,7 @@ def library() -> Any:
 
 
 def figure(result: dict[str, Any]) -> Any:
-    """Four charts: speed of every row, seconds per token, and for each precision speed against quality and against
-    size.
-    """
+    """Four charts: speed of every row, seconds per token, and per precision speed against quality and size."""
     drawing = library()(figsize=(11, 7.5), layout="constrained")
     speed, times, quality, size = drawing.subplots(2, 2).flat
     rows, names = result["rows"], [each["name"] for each in result["precisions"]]

@@ -29,9 +29,7 @@ class Run:
 
 
 def generate(session: Session, prompt: Sequence[int], count: int, drafts: bool = False, clock: Clock = time.perf_counter) -> Run:
-    """Choose `count` tokens greedily after a prompt, whether or not the text would end before; `drafts`: with
-    speculation.
-    """
+    """Choose `count` tokens greedily after a prompt, also beyond the text's end; `drafts`: with speculation."""
     session.clear()
     times, experts = [clock()], list[str]()
     session.append(prompt)

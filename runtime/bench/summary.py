@@ -16,8 +16,7 @@ from fusionroute.runtime.bench.workload import ROUTER, Workload
 
 @dataclass(frozen=True)
 class Row:
-    """One workload in one precision. Seconds, bytes, and bytes per second; None where the bundle does not say what a
-    token reads.
+    """One workload in one precision: seconds, bytes, and bytes per second; None where the bundle does not tell bytes.
 
     With drafts models read several tokens at once: bytes per token and catch-ups are then left out. acceptance_rate:
     None without drafts.

@@ -32,8 +32,7 @@ class Workload(NamedTuple):
 
 
 def workloads(names: str, runtime: FusionRuntime) -> list[Workload]:
-    """The workloads of a comma list: `fused` (routed), `fused:EXPERT` (always that expert), `router` or EXPERT (that
-    model alone).
+    """The workloads of a comma list: `fused` (routed), `fused:EXPERT` (always that expert), `router` or EXPERT (alone).
 
     Each may end in `+drafts`: it then speculates.
 

@@ -20,9 +20,7 @@ def cache(
     clear_entries: Annotated[bool, typer.Option("--clear", help="Remove them, except those that a running process uses.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every entry.")] = False,
 ) -> None:
-    """Show what the cache folder holds: measured costs of speculation (measured again after --clear), packed weights,
-    unfinished exports.
-    """
+    """Show or clear the cache folder: packed weights, measured costs of speculation, and what exports keep there."""
     listed = clear(kind) if clear_entries else entries(kind)
     if as_json:
         rows = [

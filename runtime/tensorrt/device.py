@@ -1,6 +1,4 @@
-"""A thin layer over `cuda.bindings.runtime`: streams, events, memory, copies and captured graphs, with every status
-checked.
-"""
+"""A thin layer over `cuda.bindings.runtime` that checks every status: streams, events, memory, copies, graphs."""
 
 from __future__ import annotations
 

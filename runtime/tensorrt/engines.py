@@ -1,6 +1,4 @@
-"""The engines of a bundle: built from its graphs into its folder `engines`, listed in its manifest, and chosen for a
-machine.
-"""
+"""A bundle's engines: built from its graphs into its folder `engines`, listed in its manifest, chosen for a machine."""
 
 from __future__ import annotations
 

@@ -90,8 +90,7 @@ class DeviceFuser:
         """A DeviceFused, see `runtime.backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on
         the host.
 
-        Waits for nothing. Returns fewer than k candidates where the engine is built for fewer: sampling then reads the
-        row.
+        Waits for nothing. Returns fewer than k candidates where the engine has fewer: sampling then reads the row.
         """
         router, expert, coefficients, k, penalty_ids, penalty, temperature = inputs
         if not len(penalty_ids):
@@ -124,9 +123,7 @@ class DeviceFuser:
         return row
 
     def _address(self, rows: Any, buffers: Buffers) -> int:
-        """The address of logits on the device, which the fusion's stream then waits for; logits on the host are
-        uploaded.
-        """
+        """The address of logits on the device, which the fusion's stream waits for; logits on the host are uploaded."""
         if isinstance(rows, Rows):
             if rows.stream is not self._stream:
                 self._stream.wait(rows.ready)

@@ -21,8 +21,7 @@ BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
 class Loader:
     """The engines of one variant that fit this machine's library and GPU.
 
-    Raises UnavailableError where the library is missing or no engine fits, BundleError where an engine is not the one
-    exported.
+    Raises UnavailableError where the library is missing or no engine fits, BundleError for an engine that was changed.
     """
 
     def __init__(self, bundle: Bundle, variant: Variant, flavour: str, device: Device):
@@ -136,9 +135,7 @@ class Context:
 
 
 class Weights:
-    """An engine's weights, which may be evicted from the device: contexts, captured graphs and virtual addresses stay
-    valid.
-    """
+    """An engine's weights, which may be evicted: contexts, captured graphs and virtual addresses stay valid."""
 
     def __init__(self, name: str, manager: Any, host: Any, log: Any):
         self._name, self._manager, self._host, self._log = name, manager, host, log

@@ -1,6 +1,4 @@
-"""The shapes that engines are built for: one profile for every chunk length up to the limit, so that a bundle needs one
-engine per model.
-"""
+"""The shapes that engines are built for: one profile for all chunk lengths, so one engine per model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Experts' weights within a budget of device memory: the least recently used are evicted, and restored from pinned
-memory when needed.
-"""
+"""Experts' weights within a budget of device memory: the least recently used are evicted to pinned host memory."""
 
 from __future__ import annotations
 
@@ -10,8 +8,7 @@ from fusionroute.runtime.tensorrt.loading import Weights
 
 
 class Residency:
-    """Weights within a byte budget. Weights are read-only: one pinned copy is made at loading, and evicting copies
-    nothing.
+    """Weights within a byte budget. They are read-only: a pinned copy is made at loading, and evicting copies nothing.
 
     Raises InputError where the budget does not hold one expert, and on devices that share the host's memory, where
     evicting saves none.

@@ -1,6 +1,4 @@
-"""Small blocks that travel between host and device: copied on a stream of their own, or mapped where both share their
-memory.
-"""
+"""Small blocks that travel between host and device: copied on a stream of their own, or mapped in shared memory."""
 
 from __future__ import annotations
 

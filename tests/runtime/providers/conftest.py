@@ -1,6 +1,4 @@
-"""Bundles for GPUs, and the GPU's backend opened on the CPU provider, which runs their graphs (bf16 ones in an fp32
-copy).
-"""
+"""Bundles for GPUs, and the GPU's backend opened on the CPU provider (which runs bf16 graphs as fp32 copies)."""
 
 import shutil
 from collections.abc import Callable, Iterator

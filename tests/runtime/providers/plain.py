@@ -1,6 +1,4 @@
-"""The same graphs run by `session.run` with copies of everything, without the runtime's backends: the result that every
-binding must have.
-"""
+"""The same graphs run by `session.run` with copies of everything: the results that every binding must have."""
 
 from __future__ import annotations
 

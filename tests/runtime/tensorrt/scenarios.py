@@ -89,9 +89,7 @@ def interleaved(rt: FusionRuntime, machine: Machine, count: int = 3) -> list[Any
 
 
 def nested(rows: list[tuple[Any, str]], machine: Machine) -> list[float]:
-    """Read rows to the host, each while the one before is waited for, as threads might do; the first values, the last
-    reading first.
-    """
+    """Read rows to the host, each while the one before is waited for, as threads might do; values in reverse order."""
     values: list[float] = []
 
     def read(number: int) -> None:

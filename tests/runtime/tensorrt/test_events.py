@@ -1,6 +1,4 @@
-"""Every wait and every recording of an event is needed: without any single one, some schedule shows a fault or gives
-other tokens.
-"""
+"""Every wait and every recording of an event is needed: without one, some schedule faults or gives other tokens."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""Both families' trained systems, exported for TensorRT, on the simulated device: the very graphs, their orders and
-their tokens.
-"""
+"""Both families' trained systems, exported for TensorRT, on the simulated device: graphs, orders and tokens."""
 
 from pathlib import Path
 from unittest.mock import patch

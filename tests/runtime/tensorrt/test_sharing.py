@@ -1,6 +1,4 @@
-"""The prefix cache and background catch-up on a device: caches are copied there, and pieces are queued behind the
-steps.
-"""
+"""The prefix cache and background catch-up on a device: caches are copied there, pieces are queued behind steps."""
 
 from pathlib import Path
 from typing import Any

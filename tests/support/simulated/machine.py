@@ -1,6 +1,4 @@
-"""The machine: streams as queues of work, a seeded adversarial scheduler, a timeline, and the faults planted by
-mutation tests.
-"""
+"""The machine: streams as queues of work, an adversarial scheduler, a timeline, and faults for mutation tests."""
 
 from __future__ import annotations
 
@@ -93,9 +91,7 @@ class Stream:
 
 
 class Machine:
-    """`skipped`: the site of a wait that does nothing; `shared`: number of an allocation that gets the memory of
-    another one.
-    """
+    """`skipped`: the site of a wait that does nothing; `shared`: numbers of an allocation and of one it aliases."""
 
     def __init__(
         self,
@@ -296,9 +292,7 @@ def site() -> str:
 
 
 def chain() -> list[tuple[str, str]]:
-    """The innermost frames of `runtime/tensorrt` above the thin layer that call one another: the function's name and
-    its current line.
-    """
+    """The innermost frames of `runtime/tensorrt` above the thin layer: each function's name and current line."""
     frames: list[tuple[str, str]] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

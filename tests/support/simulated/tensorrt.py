@@ -1,6 +1,4 @@
-"""The used part of `tensorrt_rtx` (and of `tensorrt`) on a simulated machine: engines are names of ONNX graphs, which
-they run.
-"""
+"""The used part of `tensorrt_rtx` (and `tensorrt`) on a simulated machine: engines run the ONNX graph they name."""
 
 from __future__ import annotations
 
