@@ -6,18 +6,15 @@ import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fusionroute.runtime.bundle import sha256
 from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError
 from fusionroute.runtime.files import replacing
+from fusionroute.runtime.manifest import NAME, Engines, File, Manifest, Variant
 from fusionroute.runtime.tensorrt.build import Advance, build, build_lock
 from fusionroute.runtime.tensorrt.library import NAMES, OLDER, TARGET, load
 from fusionroute.runtime.tensorrt.operators import number, since
 from fusionroute.runtime.tensorrt.profile import profile_of, shapes
-
-if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import Engines, Manifest, Variant
 
 FOLDER = "engines"
 FUSION = "fusion"
@@ -50,8 +47,6 @@ def build_engines(
     `begin` is called with an engine's name before it is built. Raises FusionError subclasses as `build` does, and
     OSError; the bundle is then as it was: engines appear, in place of older ones, when the last of them is built.
     """
-    from fusionroute.runtime.manifest import Engines  # pydantic is slow to import
-
     version = load(flavour).__version__
     profile = profile_of(manifest)
     dimensions = shapes(profile, manifest.vocab_size)
@@ -128,8 +123,6 @@ def current_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
     Raises BundleError as `Manifest.read` does.
     """
-    from fusionroute.runtime.manifest import NAME, Manifest  # pydantic is slow to import
-
     return Manifest.read(folder) if (folder / NAME).exists() else manifest
 
 
@@ -137,8 +130,6 @@ def add_engines(
     folder: Path, variant: Variant, manifest: Manifest, flavour: str, sms: tuple[int, ...], workspace: int | None, begin: Begin
 ) -> Manifest:
     """Build one variant's engines and write the manifest with them; see `rebuild`. Raises OSError too."""
-    from fusionroute.runtime.manifest import File  # pydantic is slow to import
-
     name = (variant.target, variant.precision)
     current = next((each for each in manifest.variants if (each.target, each.precision) == name), None)
     if current is None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fusionroute.runtime import limits
-
-if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import Manifest, Profile
+from fusionroute.runtime.manifest import Manifest, Profile
 
 # tokens that the fusion engine returns for a position; sampling from more of them reads the full row
 MOST_CANDIDATES = 512
@@ -18,8 +14,6 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, u
 
 def profile_of(manifest: Manifest) -> Profile:
     """What the engines of a bundle are built for: chunks of up to CHUNK tokens, and all of its context."""
-    from fusionroute.runtime.manifest import Profile  # pydantic is slow to import, and only commands that build need it
-
     chunk = min(limits.CHUNK, manifest.max_seq_len)
     return Profile(
         tokens=chunk,

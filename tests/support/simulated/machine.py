@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import linecache
 import random
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 from tests.support.simulated.clocks import Clock
 from tests.support.simulated.memory import HOST, Allocation, Fault, Heap, touch
+from tests.support.simulated.sites import chain, site
 
 POLICIES = ("early", "late", "random", "starved")
 ROOM = 1 << 17  # bytes: a buffer that two names stand for has room for either
-ROOT = str(Path(__file__).parents[3]) + "/"
-RUNTIME = "runtime/tensorrt/"
-LAYER = "runtime/tensorrt/device.py"  # the thin layer, which makes the calls of others
 
 
 class Range(NamedTuple):
@@ -283,26 +277,3 @@ class Machine:
         where = f"{kind}: {site()}"
         self.sites[where] = self.sites.get(where, 0) + 1
         return where == self.skipped
-
-
-def site() -> str:
-    """The line of the runtime that makes a call, and the chain of functions that leads to it, the innermost first."""
-    frames = chain()
-    return f"`{frames[0][1]}` in {' < '.join(name for name, _ in frames)}" if frames else "the test"
-
-
-def chain() -> list[tuple[str, str]]:
-    """The innermost frames of `runtime/tensorrt` above the thin layer: each function's name and current line."""
-    frames: list[tuple[str, str]] = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename.removeprefix(ROOT)
-        if name.startswith(RUNTIME) and name != LAYER:
-            if not frame.f_code.co_name.startswith("<"):
-                owner = frame.f_locals.get("self")
-                function = f"{type(owner).__name__}.{frame.f_code.co_name}" if owner is not None else frame.f_code.co_name
-                frames.append((function, linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()))
-        elif frames:
-            break
-        frame = frame.f_back
-    return frames
