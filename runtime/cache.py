@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 from fusionroute.runtime import files
 
@@ -68,12 +69,12 @@ def _entry(kind: str, path: Path) -> Entry | None:
     """None where another process removes it now."""
     try:
         inner = list(path.rglob("*")) if path.is_dir() else []
-        stats = [each.stat() for each in (path, *inner) if not each.name.startswith(USER)]
-        size = sum(stat.st_size for each, stat in zip((path, *inner), stats, strict=False) if not each.is_dir())
+        statuses = [part.stat() for part in (path, *inner) if not part.name.startswith(USER)]
     except OSError:
         return None
-    users = [each for each in inner if each.name.startswith(USER)]
-    return Entry(kind, path, size, max(stat.st_mtime for stat in stats), any(map(_lives, users)))
+    size = sum(status.st_size for status in statuses if S_ISREG(status.st_mode))
+    users = [part for part in inner if part.name.startswith(USER)]
+    return Entry(kind, path, size, max(status.st_mtime for status in statuses), any(list(map(_lives, users))))
 
 
 def _lives(user: Path) -> bool:
