@@ -13,7 +13,7 @@ from fusionroute.runtime.commands.options import BundleFolder, Debug, Json
 from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.tensorrt.library import NAMES
 
-FP32_TARGETS = ("ort:cpu", "portable")  # activations and caches in fp32, whatever the precision of the weights
+HALF = ("fp16", "bf16")
 
 
 def inspect(
@@ -78,9 +78,10 @@ def precisions_table(manifest: Manifest) -> Table:
 
 
 def kv_bytes_per_token(manifest: Manifest, variant: Variant) -> dict[str, int]:
-    """Bytes of keys and values that a token takes in each model's cache: of 4 bytes in fp32, else of 2, as the variant's graphs have them."""
-    item_size = 4 if variant.target in FP32_TARGETS or variant.precision == "fp32" else 2
-    return {model.name: 2 * model.layers * model.kv_heads * model.head_size * item_size for model in manifest.models}
+    """Bytes of keys and values that one token takes in each model's cache, which has the type of the graph's activations."""
+    on_gpu_only = variant.target.startswith("tensorrt")  # there quantised graphs compute in half precision too
+    half = variant.target != "ort:cpu" and (variant.precision in HALF or (on_gpu_only and variant.precision != "fp32"))
+    return {model.name: 2 * model.layers * model.kv_heads * model.head_size * (2 if half else 4) for model in manifest.models}
 
 
 def engines_table(manifest: Manifest) -> Table:
