@@ -13,8 +13,6 @@ from fusionroute.runtime.commands.options import BundleFolder, Debug, Json
 from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.tensorrt.library import NAMES
 
-HALF = ("fp16", "bf16")
-
 
 def inspect(
     bundle: BundleFolder,
@@ -78,10 +76,8 @@ def precisions_table(manifest: Manifest) -> Table:
 
 
 def kv_bytes_per_token(manifest: Manifest, variant: Variant) -> dict[str, int]:
-    """Bytes of keys and values that one token takes in each model's cache, which has the type of the graph's activations."""
-    on_gpu_only = variant.target.startswith("tensorrt")  # there quantised graphs compute in half precision too
-    half = variant.target != "ort:cpu" and (variant.precision in HALF or (on_gpu_only and variant.precision != "fp32"))
-    return {model.name: 2 * model.layers * model.kv_heads * model.head_size * (2 if half else 4) for model in manifest.models}
+    """Bytes of keys and values that a token takes in each model's cache."""
+    return {model.name: 2 * model.layers * model.kv_heads * model.head_size * variant.cache_width for model in manifest.models}
 
 
 def engines_table(manifest: Manifest) -> Table:
