@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,12 +44,17 @@ VERBS = {
 @pytest.fixture(params=["a verb of many", "a verb alone"])
 def work_command(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Callable[..., Command]]:
+) -> Iterator[Command]:
     """`work`, run as one verb of a program and as a program of its own."""
-    alone = request.param == "a verb alone"
-    entry: Callable[[], None] = (lambda: run_verb("work", VERBS["work"])) if alone else program(VERBS, "Tests.")
+
+    def entry() -> None:
+        if request.param == "a verb alone":
+            run_verb("work", VERBS["work"])
+        else:
+            program(VERBS, "Tests.")(args=["work", *sys.argv[1:]])
+
     with in_folder("program", entry, tmp_path, monkeypatch, capsys) as command:
-        yield command if alone else lambda *arguments: command("work", *arguments)
+        yield command
 
 
 ENDS: dict[str, tuple[int, str]] = {
