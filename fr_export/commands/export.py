@@ -1,7 +1,6 @@
 """`python export.py`, `fusionroute export`: the flags of the exporter, read straight into a `Request`."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from fusionroute.fr_export.families import FAMILIES, Family
 from fusionroute.runtime.command_errors import fail, one_sentence
+from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.manifest import Fusion
 from fusionroute.runtime.tensorrt.library import parse_sms
@@ -157,8 +157,8 @@ def main(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where a precision loses more than its bound; nothing is written then.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout, all else on stderr.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Export a FusionRoute system, a router LM and its expert LMs, into a bundle that the runtime generates from."""
     bundle = out or Path("dist") / family.name
@@ -204,10 +204,3 @@ def show(report: dict[str, Any], bundle: Path, as_json: bool) -> None:
         from fusionroute.fr_export.verify.report import show_report
 
         show_report(Console(), report, bundle)
-
-
-def app(arguments: Sequence[str] | None = None, name: str | None = None) -> None:
-    """Run the command on the arguments, or on those of the process, and exit. `name` is what its help calls it."""
-    command = typer.Typer(add_completion=False)
-    command.command()(main)
-    command(args=arguments, prog_name=name)

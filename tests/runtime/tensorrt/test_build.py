@@ -12,7 +12,7 @@ import pytest
 import tensorrt_rtx
 from rich.console import Console
 
-from fusionroute.fr_export.commands.export import app
+from fusionroute.fr_export.commands.main import run as run_verb
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
@@ -211,7 +211,7 @@ def test_both_embedded_systems_in_every_precision(
     start = time.perf_counter()
     status = run(
         monkeypatch,
-        app,
+        lambda: run_verb("export"),
         "--family",
         family,
         "--target",
