@@ -5,7 +5,7 @@ from fusionroute.fr_export.precision.half import Half
 from fusionroute.fr_export.precision.half_activations import Throughout
 from fusionroute.fr_export.precision.int4 import Int4
 from fusionroute.fr_export.precision.int8 import Int8
-from fusionroute.fr_export.precision.portable import SCHEMES as PORTABLE
+from fusionroute.fr_export.precision.qdq.int8_portable import SCHEMES as PORTABLE
 from fusionroute.fr_export.precision.qdq import SCHEMES as TENSORRT
 from fusionroute.fr_export.precision.qdq import SCHEMES_10_3 as TENSORRT_10_3
 from fusionroute.fr_export.precision.scheme import Scheme

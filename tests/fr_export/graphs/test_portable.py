@@ -24,7 +24,7 @@ from fusionroute.fr_export.graphs.dialects import portable
 from fusionroute.fr_export.graphs.trace import trace
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.bind_weights import bind
-from fusionroute.fr_export.precision.portable import SCHEMES
+from fusionroute.fr_export.precision.qdq.int8_portable import SCHEMES
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
