@@ -30,6 +30,7 @@ from fusionroute.fr_export.precision import SCHEMES, Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.calibrate import cache_folder, calibrate, check
 from fusionroute.fr_export.precision.evidence import Evidence, evidence
+from fusionroute.fr_export.precision.fit_context import FitContext, Shared
 from fusionroute.fr_export.precision.int4 import LEAN, Int4
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.fr_export.verify.bounds import misses
@@ -197,7 +198,7 @@ def write_variant(
     written: dict[str, str] = {}
     bits = 0.0
     total = sum(parameters(graph) for graph in graphs.values())
-    shared: dict[Store, dict[str, Any]] = {}
+    shared: dict[Store, Shared] = {}
     about: dict[str, Any] = {}
     read: dict[str, int] = {}
     operators: set[str] = set()
@@ -208,10 +209,10 @@ def write_variant(
             store = stores((folder / name).parent)
             try:
                 if known and isinstance(scheme, Fitting):
-                    fit, fitted = scheme.fit(
-                        traced(ort)[model.name], model.weights, known[model.name], store, shared.setdefault(store, {}), advance
-                    )
-                    graph, own, about[model.name] = graph.fitted(fit), fitted, fitted.about
+                    common = shared.setdefault(store, Shared())
+                    context = FitContext(traced(ort)[model.name], model.weights, known[model.name], store, common, advance)
+                    fitted_graph, fitted = scheme.fit(context)
+                    graph, own, about[model.name] = graph.with_sources_of(fitted_graph), fitted, fitted.about
             except InputError as error:
                 raise InputError(f"{model.where} cannot be exported as {precision}: {error}") from error
             graph = graph.clone()

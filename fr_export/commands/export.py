@@ -12,6 +12,7 @@ from fusionroute.fr_export.families import FAMILIES
 from fusionroute.runtime.command_errors import fail, one_sentence
 from fusionroute.runtime.engine import FUSIONS
 from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.precisions import RECORDS
 from fusionroute.runtime.tensorrt.library import parse_sms
 
 ALIASES = {"ort": "ort:cpu", "rtx": "tensorrt"}
@@ -105,7 +106,7 @@ def main(
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="NAME=SRC; repeat per expert, in the order of the routing head's rows.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Comma list of fp32, fp16, bf16, int8, int4, w8a8; for tensorrt also int8-wo.")
+        str | None, typer.Option(help="Comma list of: " + "; ".join(f"{each.name} ({each.help})" for each in RECORDS) + ".")
     ] = None,
     target: Annotated[
         str,

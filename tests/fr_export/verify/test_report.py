@@ -17,13 +17,14 @@ from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES, gptq
 from fusionroute.fr_export.precision.blockwise import Format, Quantised
-from fusionroute.fr_export.verify.bounds import BOUNDS, misses
+from fusionroute.fr_export.verify.bounds import misses
 from fusionroute.fr_export.verify.compare import sequences
 from fusionroute.fr_export.verify.report import show_report
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.precisions import PRECISIONS
 from tests.support.exporting import ALL
 from tests.support.systems import Shape, make_system
 
@@ -124,8 +125,8 @@ def test_bounds_are_told_from_both_sides() -> None:
     assert misses("tensorrt", "int8", {"chunks": missed, "decode": missed}) == [], "activations in 8 bits too: bounded as w8a8"
 
 
-def test_every_precision_has_a_bound() -> None:
-    assert {precision for schemes in SCHEMES.values() for precision in schemes} == set(BOUNDS)
+def test_every_precision_has_a_record_and_every_record_a_scheme() -> None:
+    assert {precision for schemes in SCHEMES.values() for precision in schemes} == set(PRECISIONS)
 
 
 def test_a_system_too_large_to_compare_says_so(request_: Request) -> None:
