@@ -21,10 +21,11 @@ from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.verify import measure
-from fusionroute.fr_export.verify.bounds import BOUNDS, misses
+from fusionroute.fr_export.verify.bounds import misses
 from fusionroute.fr_export.verify.compare import LONGEST, compare
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.precisions import PRECISIONS
 from fusionroute.runtime.text import Text
 
 
@@ -63,7 +64,7 @@ def main(
         for name in names:
             with stages.stage(f"measuring {name}", sum(map(len, texts)) + decode) as advance:
                 found[name] = compare(str(bundle), name, texts, references, advance, decode)
-                found[name]["missed"] = misses("ort:cpu", name, found[name]) if name in BOUNDS else []
+                found[name]["missed"] = misses("ort:cpu", name, found[name]) if name in PRECISIONS else []
             (out / "precision.json").write_text(json.dumps(found, indent=1))
     table = Table("precision", "read", "perplexity", "KL mean", "KL p99", "top-1", "sure", "routing")
     for name, compared in found.items():

@@ -15,6 +15,7 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.fit_context import FitContext, Shared
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Variant
@@ -50,7 +51,7 @@ class VariantWriter:
         self._started.add(target)
         traces = self._traces.of(made_for.lowering)
         total = sum(trace.parameters for trace in traces.values())
-        shared: dict[Store, dict[str, Any]] = {}  # what fitting shares between the models of one store
+        shared: dict[Store, Shared] = {}  # what the models of one store have in common
         paths: dict[str, str] = {}
         fitted: dict[str, Any] = {}
         token_bytes: dict[str, int] = {}
@@ -65,10 +66,10 @@ class VariantWriter:
                 graph, own = traces[model.name], scheme
                 try:
                     if isinstance(scheme, Fitting) and self._evidence:
-                        fit, fitted_scheme = scheme.fit(
-                            self._traces.of()[model.name], model.weights, self._evidence[model.name], store, shared.setdefault(store, {}), advance
-                        )  # fmt: skip
-                        graph, own, fitted[model.name] = graph.fitted(fit), fitted_scheme, fitted_scheme.about
+                        evidence, common = self._evidence[model.name], shared.setdefault(store, Shared())
+                        context = FitContext(self._traces.of()[model.name], model.weights, evidence, store, common, advance)
+                        fitted_graph, fitted_scheme = scheme.fit(context)
+                        graph, own, fitted[model.name] = graph.with_sources_of(fitted_graph), fitted_scheme, fitted_scheme.about
                     graph = graph.clone()
                     made_for.prepare(graph, scheme.name, system.family)
                     made_for.lowering.end_with(graph, head)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -16,9 +17,9 @@ from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES
-from fusionroute.fr_export.verify.bounds import OWN
 from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.manifest import Engines, Manifest
+from fusionroute.runtime.precisions import PRECISIONS
 from fusionroute.runtime.tensorrt.residency import Residency
 from tests.support.simulated.bundles import add_engines
 from tests.support.simulated.install import simulated
@@ -69,7 +70,7 @@ def short() -> Iterator[None]:
     """Few tokens, a bandwidth that need not be measured, and bounds for random weights, many of whose choices are near ties."""
     with (
         patch.multiple(gpu_checks, TOKENS=64, NEW_TOKENS=10, BENCHED=8, REPEATS=2),
-        patch.dict(OWN, {("tensorrt", precision): {"kl_mean": 0.05} for precision in ("bf16", "int8")}),
+        patch.dict(PRECISIONS, {name: replace(PRECISIONS[name], bounds_on={"tensorrt": {"kl_mean": 0.05}}) for name in ("bf16", "int8")}),
         patch.object(bandwidth, "of_host", return_value=bandwidth.Bandwidth(1e10, 1)),
     ):
         yield
