@@ -17,12 +17,13 @@ demo: $(VENV)/export
 
 # A file's tests stay on one worker, which makes its systems once; workers share the cores.
 test: $(VENV)/test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations=25
 
 lint: $(VENV)/test build/house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd build/house && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
 
 # The package as a wheel lays it out, in links to the folders here: tools that read code and run nothing see `fusionroute` there.
 build/house:
