@@ -1,7 +1,6 @@
 """`python export.py`, `fusionroute export`: the flags of the exporter, read straight into a `Request`."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -205,10 +204,3 @@ def show(report: dict[str, Any], bundle: Path, as_json: bool) -> None:
         from fusionroute.fr_export.verify.report import show_report
 
         show_report(Console(), report, bundle)
-
-
-def app(arguments: Sequence[str] | None = None, name: str | None = None) -> None:
-    """Run the command on the arguments, or on those of the process, and exit. `name` is what its help calls it."""
-    command = typer.Typer(add_completion=False)
-    command.command()(main)
-    command(args=arguments, prog_name=name)

@@ -1,4 +1,4 @@
-"""Which bounds a report misses. The bounds themselves stand in runtime/precisions.py, in the record of each precision."""
+"""Which bounds a report misses. The bounds stand in runtime/precisions.py, in the record of each precision."""
 
 from collections.abc import Mapping
 from typing import Any

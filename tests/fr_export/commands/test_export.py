@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fusionroute.fr_export import export
-from fusionroute.fr_export.commands import export as verb
+from fusionroute.fr_export.commands.main import run
 from fusionroute.fr_export.graphs import weight_store
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.runtime import FusionRuntime
@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).parents[3]
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
     """In an empty folder, with the system's checkpoints beside it."""
     (tmp_path / "here").mkdir()
-    with in_folder("export.py", verb.app, tmp_path / "here", monkeypatch, capsys) as command:
+    with in_folder("export.py", lambda: run("export"), tmp_path / "here", monkeypatch, capsys) as command:
         yield command
 
 
@@ -222,7 +222,7 @@ def test_debug_shows_where(command: Command, system: tuple[object, ...], monkeyp
 
 @pytest.mark.parametrize("package", ["torch", "onnx_ir"])
 def test_without_a_package_that_the_exporter_needs(package: str, tmp_path: Path) -> None:
-    lacking = f"import sys; sys.modules['{package}'] = None; from fusionroute.fr_export.commands.export import app; app()"
+    lacking = f"import sys; sys.modules['{package}'] = None; from fusionroute.fr_export.commands.main import run; run('export')"
     ended = python("-c", lacking, *LLAMA, "--out", tmp_path / "bundle")
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr == (

@@ -12,7 +12,7 @@ import pytest
 import tensorrt_rtx
 from rich.console import Console
 
-from fusionroute.fr_export.commands.export import app
+from fusionroute.fr_export.commands import main as commands
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
@@ -204,7 +204,7 @@ def test_both_embedded_systems_in_every_precision(
     start = time.perf_counter()
     status = run(
         monkeypatch,
-        app,
+        lambda: commands.run("export"),
         "--family",
         family,
         "--target",
