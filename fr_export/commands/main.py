@@ -13,7 +13,7 @@ VERBS = {
     **runtime.VERBS,
     "train": Verb("fusionroute.fr_export.commands.train:main", "Train a router for given experts.", extra="export,train"),
     "evaluate": Verb("fusionroute.fr_export.commands.evaluate:main", "Measure the accuracy of bundles on tasks.", extra="train"),
-    "calibrate": Verb("fusionroute.calibration.__main__:main", "Show what a calibration recorded.", extra="export"),
+    "calibrate": Verb("fusionroute.calibration.commands:main", "Show what a calibration recorded.", extra="export"),
 }
 
 

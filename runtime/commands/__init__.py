@@ -10,4 +10,5 @@ VERBS = {
     "bench": Verb("fusionroute.runtime.commands.bench:bench", "Measure the speed and the memory of a bundle."),
     "inspect": Verb("fusionroute.runtime.commands.inspect:inspect", "Show what is inside a bundle, and check its hashes."),
     "build": Verb("fusionroute.runtime.commands.build:build", "Build the TensorRT engines of a bundle on this device."),
+    "cache": Verb("fusionroute.runtime.commands.cache:cache", "Show what the cache folder holds, or clear it."),
 }

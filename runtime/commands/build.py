@@ -13,7 +13,7 @@ from fusionroute.runtime.commands.options import BundleFolder, Debug, names
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.tensorrt.engines import rebuild, target_for
-from fusionroute.runtime.tensorrt.library import MODULES, NAMES, capabilities, device_sm, installed, load, parse_sms
+from fusionroute.runtime.tensorrt.library import MODULES, NAMES, capabilities, device_sm, installed_flavour, load, parse_sms
 
 
 def build(
@@ -26,7 +26,7 @@ def build(
 ) -> None:
     """Build the TensorRT engines of a bundle from its graphs. Needs tensorrt or tensorrt-rtx, not torch."""
     opened = Bundle.open(bundle)
-    library = flavour or installed() or "tensorrt"
+    library = flavour or installed_flavour() or "tensorrt"
     if library not in MODULES:
         raise InputError(f"Unknown flavour '{library}': use one of {', '.join(MODULES)}.")
     target = target_for(opened.manifest, library, installed_version(library))

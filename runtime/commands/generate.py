@@ -11,8 +11,10 @@ from rich.style import Style
 from rich.text import Text as Styled
 
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, Precision, one_of
-from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FUSIONS, SPECULATION, FusionRuntime, Prompt
+from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.options import SPECULATION_MODES, check_fusion
+from fusionroute.runtime.prompt import Prompt
 from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.stream import Stream
 from fusionroute.runtime.text import Token
@@ -40,7 +42,9 @@ def generate(
     expert: Annotated[str | None, typer.Option(help="Let this expert answer every token; default: the routed one.")] = None,
     speculation: Annotated[
         str,
-        typer.Option(help="auto: draft tokens ahead where that pays on this machine; or off.", callback=one_of("speculation", SPECULATION)),
+        typer.Option(
+            help="auto: draft tokens ahead where that pays on this machine; or off.", callback=one_of("speculation", SPECULATION_MODES)
+        ),
     ] = "off",
     exact: Annotated[
         bool, typer.Option("--exact", help="Read tokens in pairs: quantised greedy output is then the same with drafts and without.")
@@ -62,7 +66,7 @@ def generate(
     try:  # wrong values end here, before anything is loaded
         given = read_prompt(prompt, prompt_ids, chat)
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        FusionRuntime.coefficients(fusion or FUSIONS[0], 0.5 if lam is None else lam)
+        check_fusion(fusion, lam)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     budget = None if expert_memory is None else expert_memory << 20
@@ -106,7 +110,7 @@ def print_tokens(runtime: FusionRuntime, stream: Stream, show_routing: bool) -> 
     tokens: list[Token] = []
     for token in stream:
         tokens.append(token)
-        text = token.text if runtime.text else f"{token.id} "
+        text = token.text if runtime.tokenizer else f"{token.id} "
         if show_routing:
             text = Style.parse(styles[token.expert]).render(text, color_system=colours)
         print(text, end="", flush=True)  # not by the console, which would expand tabs and drop carriage returns

@@ -13,8 +13,6 @@ from fusionroute.runtime.commands.options import BundleFolder, Debug, Json
 from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.tensorrt.library import NAMES
 
-FP32_TARGETS = ("ort:cpu", "portable")  # activations and caches in fp32, whatever the precision of the weights
-
 
 def inspect(
     bundle: BundleFolder,
@@ -78,9 +76,8 @@ def precisions_table(manifest: Manifest) -> Table:
 
 
 def kv_bytes_per_token(manifest: Manifest, variant: Variant) -> dict[str, int]:
-    """Bytes of keys and values that a token takes in each model's cache: of 4 bytes in fp32, else of 2, as the variant's graphs have them."""
-    item_size = 4 if variant.target in FP32_TARGETS or variant.precision == "fp32" else 2
-    return {model.name: 2 * model.layers * model.kv_heads * model.head_size * item_size for model in manifest.models}
+    """Bytes of keys and values that a token takes in each model's cache."""
+    return {model.name: 2 * model.layers * model.kv_heads * model.head_size * variant.cache_width for model in manifest.models}
 
 
 def engines_table(manifest: Manifest) -> Table:
