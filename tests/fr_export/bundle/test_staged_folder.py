@@ -206,6 +206,7 @@ def test_a_failing_rename_brings_the_old_bundle_back(
 def test_the_next_export_clears_what_a_killed_one_left(out: Path, tmp_path: Path, pid: int) -> None:
     """Also where its process id lives on in another process, as in containers, where all are small."""
     fill(tmp_path / f".bundle.partial-{pid}", "half")
+    (tmp_path / f".bundle.lock-{pid}").touch()
     stage(out)
     assert texts(tmp_path) == bundle("new")
 
