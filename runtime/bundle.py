@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusionroute.runtime.errors import BundleError, UnavailableError, one_line
+from fusionroute.runtime.precisions import fastest_first
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Manifest, Variant
 
 ELSEWHERE = {"portable": "for Optimum's ORTModelForCausalLM"}  # targets that no device of the runtime serves
-PREFERRED = ("int8", "fp16", "bf16", "fp32")  # what is opened when no precision is named: the fastest first
 
 
 class Bundle:
@@ -81,10 +81,7 @@ class Bundle:
     def variants(self, target: str) -> list[Variant]:
         """The variants for a target such as `ort:cpu`, the fastest first."""
         by_precision = {variant.precision: variant for variant in self.manifest.variants if variant.target == target}
-        return [
-            by_precision[name]
-            for name in sorted(by_precision, key=lambda name: PREFERRED.index(name) if name in PREFERRED else len(PREFERRED))
-        ]
+        return [by_precision[name] for name in fastest_first(by_precision, target)]
 
     def variant(self, target: str, precision: str | None) -> Variant:
         """The variant for a target and a precision, by default the fastest.

@@ -12,6 +12,7 @@ from fusionroute.runtime.command_errors import fail, one_sentence
 from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.manifest import Fusion
+from fusionroute.runtime.precisions import RECORDS
 from fusionroute.runtime.tensorrt.library import parse_sms
 
 # as the command line spells them → what they are for
@@ -132,9 +133,11 @@ def main(
         typer.Option(help="Named checkpoints: tiny (ships with the package; the default) or paper (hub ids)."),
     ] = None,
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
-    expert: Annotated[list[str] | None, typer.Option(help="NAME=SRC; repeat per expert, in the order of the routing head's rows.")] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SRC", help="Repeat per expert, in the order of the routing head's rows.")
+    ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Comma list; default: those that suit the family on each target. A wrong name lists them all.")
+        str | None, typer.Option(help=f"Comma list of {', '.join(f'{each.name} ({each.help})' for each in RECORDS)}.")
     ] = None,
     target: Annotated[
         str, typer.Option(help=f"Comma list of {', '.join(f'{name} ({use})' for name, use in TARGET_HELP.items())}.")

@@ -46,9 +46,9 @@ class Graph:
         """A copy whose nodes and initialisers can be rewritten for one model and one precision."""
         return Graph(self.model.clone(), dict(self.sources), self.layers, self.cache)
 
-    def fitted(self, fit: "Graph") -> "Graph":
+    def with_sources_of(self, other: "Graph") -> "Graph":
         """This graph with the sources of one in another dialect, whose initialisers have the same names."""
-        return replace(self, sources={name: fit.sources.get(name, source) for name, source in self.sources.items()})
+        return replace(self, sources={name: other.sources.get(name, source) for name, source in self.sources.items()})
 
 
 def node(
@@ -86,3 +86,19 @@ def initializer(
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=tensor)
     graph.initializers[name] = value
     return value
+
+
+def users(matrix: ir.Value) -> tuple[list[ir.Node], list[ir.Node]]:
+    """The products and the embedding look-ups that read a matrix. A tied embedding has both."""
+    products = [n for n in matrix.consumers() if n.op_type == "FusedMatMul"]
+    lookups = [n for n in matrix.consumers() if n.op_type == "Gather"]
+    return products, lookups
+
+
+def replace_node(inner: ir.Graph, old: ir.Node, fresh: ir.Value) -> None:
+    """Let `fresh` stand where the old node's result stood, and remove the node."""
+    result = old.outputs[0]
+    name = result.name
+    result.replace_all_uses_with(fresh, replace_graph_outputs=True)
+    inner.remove(old, safe=True)
+    fresh.name = name

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.graphs.graph import Graph, initializer, node
+from fusionroute.fr_export.graphs.graph import Graph, initializer, node, replace_node, users
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
-from fusionroute.fr_export.precision.scheme import replace, users
 from fusionroute.runtime.errors import InputError
 
 PIECE = 1 << 22  # values rounded at a time: each rounding makes copies
@@ -188,7 +187,7 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored) -> None:
                 inner, product, "com.microsoft::MatMulNBits", [product.inputs[0], *weight], [fresh],
                 K=width, N=out, bits=form.bits, block_size=form.block, accuracy_level=4,
             )  # fmt: skip
-            replace(inner, product, fresh)
+            replace_node(inner, product, fresh)
     for lookup in lookups:
         result = lookup.outputs[0]
         fresh = ir.Value(name=f"{result.name}.{label}", type=result.type, shape=result.shape)
@@ -199,7 +198,7 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored) -> None:
         )  # fmt: skip
         if blocks * form.block != width:
             fresh = _cut(inner, lookup, fresh, width)
-        replace(inner, lookup, fresh)
+        replace_node(inner, lookup, fresh)
     assert matrix.name is not None
     del inner.initializers[matrix.name]
 

@@ -10,13 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from fusionroute.calibration.blockwise_forward import Walk
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.source_rows import counted, digest, rows
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Format, Stored, attach, held, sliced, store_blocks
-from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq import Factor, Hessian, quantise
 from fusionroute.fr_export.precision.scheme import Scheme
 
@@ -50,25 +49,17 @@ class Compensated:
             self._rest.bind(graph, matrix, rows, store)
 
 
-def compensate(
-    graph: Graph,
-    weights: Weights,
-    known: Evidence,
-    forms: Mapping[str, Format],
-    store: Store,
-    shared: dict[str, Stored],
-    advance: Callable[[int], None],
-) -> dict[str, Stored]:
+def compensate(context: FitContext, forms: Mapping[str, Format]) -> dict[str, Stored]:
     """Round the matrices of `forms` (matrix → how) by GPTQ; returns them by name. Nothing where the model was never asked.
 
-    `shared` holds the matrices of earlier models by their content: one that a model has in common with them is stored once, as they rounded it.
-    `advance` hears of every value done. Memory: one decoder block in fp32 twice, its Hessians, and the states of all texts.
+    Memory: one decoder block in fp32 twice, its Hessians, and the states of all texts. Raises InputError as `Weights` and `Walk` do.
     """
+    graph, weights, shared = context.graph, context.weights, context.shared.stored
     done: dict[str, Stored] = {}
-    if not known.texts:
+    if not context.evidence.texts:
         return done
     embed, read = reader(graph, weights)
-    walk = Walk(split(graph), known.texts, embed, read)
+    walk = Walk(split(graph), context.evidence.texts, embed, read)
     while not walk.done:
         factors = inputs(walk, forms)
         replaced = {}
@@ -76,8 +67,8 @@ def compensate(
             form = forms[matrix]
             key = f"{form.bits}-{form.block}-{form.signed}-{digest(rows(graph.sources[matrix], weights))}"
             if key not in shared:
-                pieces = counted(sliced(held(rows(graph.sources[matrix], weights), form, matrix), factor.channels), advance)
-                shared[key] = store_blocks((quantise(piece, factor, form) for piece in pieces), form, store)
+                pieces = counted(sliced(held(rows(graph.sources[matrix], weights), form, matrix), factor.channels), context.advance)
+                shared[key] = store_blocks((quantise(piece, factor, form) for piece in pieces), form, context.store)
             done[matrix] = shared[key]
             if walk.position < len(walk.blocks) - 1:
                 replaced[matrix] = shared[key].widened(factor.channels)

@@ -6,22 +6,20 @@ Every block's range is clipped where that lowers its squared rounding error. Wit
 that it finds sensitive are kept at 8 bits; without, they are rounded to nearest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
-from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.graph import Graph, users
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Format, Quantised, attach, held, nearest, sliced, store_blocks
-from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
 from fusionroute.fr_export.precision.int8 import SMALL
-from fusionroute.fr_export.precision.scheme import Fitted, users
+from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.sensitive import sensitive
 
 BLOCK, TOP = 64, 15
@@ -91,10 +89,12 @@ class Int4:
         pieces = sliced(held(rows, form, str(matrix.name)), int(matrix.shape[1]))
         attach(graph, matrix, store_blocks((nearest(piece, form) for piece in pieces), form, store))
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """Keep what is sensitive at 8 bits, then round with `compensate`; see `scheme.Fitting`."""
+        graph = context.graph
         forms = {name: self.form_of(graph.model.graph.initializers[name]) for name in matrices(graph)}
-        forms |= dict.fromkeys(sensitive(graph, weights, known, forms, SMALL, BUDGET), SMALL)
-        return graph, Compensated(self, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
+        forms |= dict.fromkeys(sensitive(context, forms, SMALL, BUDGET), SMALL)
+        return graph, Compensated(self, compensate(context, forms))
+
+
+SCHEMES: Schemes = {"ort:cpu": (Int4(),)}

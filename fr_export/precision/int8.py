@@ -1,19 +1,18 @@
 """int8, weight-only: blocks of 64 along the input axis, one fp32 scale each, symmetric about the zero point 128 (8.5 bits per weight)."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Format, Quantised, attach, nearest, store_blocks
-from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
-from fusionroute.fr_export.precision.scheme import Fitted
+from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.smoothquant import smooth
 
 BLOCK = 64
@@ -51,10 +50,11 @@ class Int8:
         """Quantise slice by slice and replace the operators that read the matrix."""
         attach(graph, matrix, store_blocks(map(quantise, rows), FORMAT, store))
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """Even out channels, for the activations' sake, then round with `compensate`; see `scheme.Fitting`."""
-        graph, _ = smooth(graph, weights, known.observed, taken=shared.setdefault("scales", {}))
+        graph, _ = smooth(context.graph, context.weights, context.evidence.observed, taken=context.shared.scales)
         forms = dict.fromkeys(matrices(graph), FORMAT)
-        return graph, Compensated(self, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
+        return graph, Compensated(self, compensate(replace(context, graph=graph), forms))
+
+
+SCHEMES: Schemes = {"ort:cpu": (Int8(),)}

@@ -8,8 +8,7 @@ import numpy as np
 from fusionroute.calibration.observers import LEVELS, Observer
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import layer
-from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.precision.scheme import users
+from fusionroute.fr_export.graphs.graph import Graph, users
 from fusionroute.fr_export.precision.smoothquant import Columns
 from fusionroute.runtime.errors import InputError
 
@@ -42,7 +41,7 @@ class Plan:
     bits: float
 
 
-def plan(
+def choose(
     graph: Graph,
     weights: Weights,
     observed: Mapping[str, Observer],

@@ -9,27 +9,26 @@ import onnx_ir as ir
 
 from fusionroute.calibration.blockwise_forward import Block, Walk
 from fusionroute.calibration.observers import LEVELS, Observer
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
-from fusionroute.fr_export.graphs.graph import Graph, initializer, node
-from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.graphs.graph import initializer, node
+from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.residual_error import effect, few, stream
 
 TOKENS = 1024  # read for the measurement
 STEP = ".step"  # of a matrix's name: the step of its input's 8-bit values
 
 
-def measure(graph: Graph, weights: Weights, known: Evidence, observed: Mapping[str, Observer]) -> dict[str, float]:
+def measure(context: FitContext, observed: Mapping[str, Observer]) -> dict[str, float]:
     """Matrix of a decoder block → `effect.effect` of rounding what enters it to steps of absmax / 127. Nothing where the model was never asked.
 
-    `observed` (matrix → what enters it) are statistics of this very graph.
+    `observed` (matrix → what enters it) are statistics of this very graph, which `smooth` may have changed since `evidence` was gathered.
     """
-    texts = few(known.texts, TOKENS)
+    texts = few(context.evidence.texts, TOKENS)
     if not texts:
         return {}
-    embed, read = reader(graph, weights)
+    embed, read = reader(context.graph, context.weights)
     off = np.zeros(1, np.float32)
-    walk = Walk([stepped(block) for block in split(graph)], texts, embed, lambda name: off if name.endswith(STEP) else read(name))
+    walk = Walk([stepped(block) for block in split(context.graph)], texts, embed, lambda name: off if name.endswith(STEP) else read(name))
     found = {}
     while walk.position < len(walk.blocks) - 1:
         exact = stream(walk.peek())

@@ -9,24 +9,24 @@ from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.precision.blockwise import Format, held, nearest, widened
-from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.residual_error import effect, few, stream
 
 TOKENS = 2048  # read for the measurement
 TIMES = 3.0  # the median error per weight from which on a matrix is sensitive
 
 
-def sensitive(graph: Graph, weights: Weights, known: Evidence, forms: Mapping[str, Format], wide: Format, budget: float) -> tuple[str, ...]:
+def sensitive(context: FitContext, forms: Mapping[str, Format], wide: Format, budget: float) -> tuple[str, ...]:
     """The matrices to store as `wide` instead of as `forms` says, the most sensitive first, within `budget` bits per weight on average.
 
     `forms` has all matrices that products read, which all count, but only those within decoder blocks are measured. None where the model was
     never asked.
     """
-    texts = few(known.texts, TOKENS)
+    texts = few(context.evidence.texts, TOKENS)
     if not texts:
         return ()
-    errors = measure(graph, weights, texts, forms)
-    sizes = {name: int(np.prod(graph.model.graph.initializers[name].shape)) for name in forms}
+    errors = measure(context.graph, context.weights, texts, forms)
+    sizes = {name: int(np.prod(context.graph.model.graph.initializers[name].shape)) for name in forms}
     per_weight = {name: error / sizes[name] for name, error in errors.items()}
     limit = TIMES * float(np.median(list(per_weight.values())))
     room = sum((budget - form.bits_per_weight) * sizes[name] for name, form in forms.items())

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.graphs.graph import Graph, initializer, node
+from fusionroute.fr_export.graphs.graph import Graph, initializer, node, users
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Format, Stored, held, nearest, sliced, store_blocks
 from fusionroute.fr_export.precision.half import TYPES
 from fusionroute.fr_export.precision.qdq.products import multiply
-from fusionroute.fr_export.precision.scheme import users
 
 INTEGERS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 Enter = Callable[[ir.Node], ir.Value]

@@ -3,21 +3,20 @@
 Products that the plan keeps at A16 read weights in 8 bits and activations in half precision.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Stored
-from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.plan_w8a8 import Plan
 from fusionroute.fr_export.precision.qdq.dequantise import attach, numpy_type, round_to_nearest
 from fusionroute.fr_export.precision.qdq.forms import by_row, stepped
-from fusionroute.fr_export.precision.scheme import Fitted
+from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.w8a8 import Static, about, fit, rounded_input
 
 
@@ -27,11 +26,9 @@ class Int8(Static):
     name = "int8"
     bits = 8.1
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """Even out channels, plan, and round the weights by GPTQ, as `w8a8` does; see `scheme.Fitting`."""
-        graph, plan, stored = fit(graph, weights, known, store, shared, advance, by_row)
+        graph, plan, stored = fit(context, by_row)
         return graph, Planned(plan, stored)
 
 
@@ -60,3 +57,6 @@ class Planned:
             return rounded_input(graph.model.graph, product, ir.tensor(stepped(np.array(step, np.float32)).astype(numpy_type(dtype))))
 
         attach(graph, matrix, stored, store, enter if step is not None else None)
+
+
+SCHEMES: Schemes = {"tensorrt": (Int8(),), "tensorrt:10.3": (Int8(),)}

@@ -11,7 +11,7 @@ from fusionroute.fr_export.precision.fp32 import Fp32
 from fusionroute.fr_export.precision.half import TYPES
 from fusionroute.fr_export.precision.half_activations import Throughout
 from fusionroute.fr_export.precision.qdq.products import multiply
-from fusionroute.fr_export.precision.scheme import Scheme
+from fusionroute.fr_export.precision.scheme import Scheme, Schemes
 
 
 class Plain:
@@ -26,3 +26,10 @@ class Plain:
         """Store the rows and rewrite the products. Raises InputError where a weight lies beyond the type's range."""
         self._stored.bind(graph, matrix, rows, store)
         multiply(graph, matrix, matrix)
+
+
+SCHEMES: Schemes = {
+    "portable": (Plain("fp32"), Plain("fp16")),
+    "tensorrt": (Plain("fp32"), Plain("fp16"), Plain("bf16")),
+    "tensorrt:10.3": (Plain("fp32"), Plain("fp16"), Plain("bf16")),
+}

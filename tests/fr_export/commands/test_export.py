@@ -41,7 +41,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
 
 
 def assert_one_sentence(err: str, *words: str) -> None:
-    """The error stands on the last line alone, and no traceback above it."""
+    """The last line is the error; there is no traceback above it."""
     *above, last = err.splitlines()
     assert last.startswith("error: ") and last.endswith("."), err
     assert "Traceback" not in err and not any("error" in line for line in above), err
@@ -236,7 +236,7 @@ def test_wrong_usage_as_a_process() -> None:
 
 
 def test_a_reader_that_has_left(system: tuple[object, ...], command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report cannot be printed any more: no traceback, and the bundle stands."""
+    """If the reader of stdout has left, there is no traceback, and the bundle stays."""
 
     class Closed:
         """A stdout whose other end is closed."""

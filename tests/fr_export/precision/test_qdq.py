@@ -23,9 +23,10 @@ from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.source_rows import rows
 from fusionroute.fr_export.graphs.trace import trace
 from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.qdq import SCHEMES
+from fusionroute.fr_export.precision.fit_context import FitContext, Shared
 from fusionroute.fr_export.precision.qdq.forms import SMALLEST, block_grid, row_grid, stepped
 from fusionroute.fr_export.precision.qdq.int8 import Planned
 from fusionroute.fr_export.precision.scheme import Fitted, Fitting
@@ -68,11 +69,11 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     plain = trace(system.family, system.router.config, system.vocab_size, CAPACITY, tensorrt)
     written, fits = {}, {}
     for name in QUANTISED:
-        scheme, store = SCHEMES[name], Store(folder / name)
+        scheme, store = SCHEMES["tensorrt"][name], Store(folder / name)
         assert isinstance(scheme, Fitting)
-        fit, fitted = scheme.fit(graph, weights, known, store, {}, lambda _: None)
+        fit, fitted = scheme.fit(FitContext(graph, weights, known, store, Shared(), lambda _: None))
         for file, activations in (("model.onnx", name), ("exact.onnx", "fp32")):
-            own = plain.fitted(fit).clone()
+            own = plain.with_sources_of(fit).clone()
             target.prepare(own, activations, system.family)
             target.lowering.end_with(own, system.head)
             bind(own, weights, fitted, store, lambda _: None)

@@ -25,12 +25,12 @@ from fusionroute.fr_export.graphs.source_rows import rows
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Stored
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.plan_w8a8 import Plan, logit_noise, matrices, plan
+from fusionroute.fr_export.precision.plan_w8a8 import Plan, choose, logit_noise, matrices
 from fusionroute.fr_export.precision.smoothquant import Columns, smooth
 from fusionroute.fr_export.precision.w8a8 import TINY, W8A8, Static, quantise
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime.errors import InputError
-from tests.support.calibrating import observe, run, traced, written
+from tests.support.calibrating import fit_context, observe, run, traced, written
 from tests.support.systems import Shape, make_system
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(3, 300, 32)]
@@ -67,7 +67,7 @@ def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     graph, _ = smooth(graph, weights, observe(graph, weights, [IDS]))
     seen = observe(graph, weights, [IDS])
     noise = uneven(graph)
-    chosen = plan(graph, weights, seen, noise)
+    chosen = choose(graph, weights, seen, noise)
     path = written(graph, weights, folder / "out", W8A8(chosen), system.head)
     return Made(system, graph, seen, noise, chosen, path, ir.load(path).graph)
 
@@ -182,15 +182,15 @@ def test_every_weight_is_stored_once_under_its_hash(made: Made) -> None:
 def test_the_noisiest_products_stay_at_16_bit_activations(made: Made) -> None:
     weights, kept = made.system.router.weights, made.plan.kept
     assert kept and [p.noise / p.work for p in kept] == sorted((p.noise / p.work for p in kept), reverse=True)
-    everything = plan(made.graph, weights, made.seen, made.noise, share=1)
+    everything = choose(made.graph, weights, made.seen, made.noise, share=1)
     assert not everything.kept and everything.share == 1 and everything.scales.items() >= made.plan.scales.items()
-    nothing = plan(made.graph, weights, made.seen, made.noise, share=0)
+    nothing = choose(made.graph, weights, made.seen, made.noise, share=0)
     assert not nothing.scales and nothing.share == 0
     assert {p.matrix: p.noise for p in nothing.kept if "layers" in p.matrix}.items() <= made.noise.items()
     spared = [p for p in nothing.kept if p not in kept]  # those that did not fit, or that come after the last that did
     assert all(p.work > (made.plan.share - 0.6) * sum(q.work for q in nothing.kept) for p in spared)
     assert all(step == pytest.approx(made.seen[name].absmax() / 127) for name, step in everything.scales.items())
-    clipped = plan(made.graph, weights, made.seen, made.noise, Observer.mse, share=1)
+    clipped = choose(made.graph, weights, made.seen, made.noise, Observer.mse, share=1)
     assert all(step == pytest.approx(made.seen[name].mse() / 127) for name, step in clipped.scales.items())
     assert clipped.scales != everything.scales
 
@@ -198,10 +198,10 @@ def test_the_noisiest_products_stay_at_16_bit_activations(made: Made) -> None:
 def test_what_calibration_never_saw_stays_at_16_bit_activations(made: Made) -> None:
     weights, name = made.system.router.weights, "model.model.layers.0.mlp.down_proj.weight"
     unseen = made.seen | {name: Observer(name, 128)}
-    found = plan(made.graph, weights, unseen, made.noise, share=1)
+    found = choose(made.graph, weights, unseen, made.noise, share=1)
     assert [p.matrix for p in found.kept] == [name] and found.kept[0].noise == np.inf
     with pytest.raises(InputError, match=f"no statistics of '{name}'"):
-        plan(made.graph, weights, {key: value for key, value in made.seen.items() if key != name}, made.noise)
+        choose(made.graph, weights, {key: value for key, value in made.seen.items() if key != name}, made.noise)
 
 
 def test_the_noise_of_logits_is_that_of_rounded_inputs() -> None:
@@ -240,7 +240,7 @@ def test_an_embedding_apart_from_the_head_is_read_by_rows(tmp_path: Path) -> Non
     router, experts = make_system(tmp_path, replace(SHAPES["llama3-biased"], layers=1))
     system = System.open(FAMILIES["llama3"], router, experts, max_seq_len=64)
     graph, weights = traced(system), system.router.weights
-    path = written(graph, weights, tmp_path / "out", W8A8(plan(graph, weights, observe(graph, weights, [IDS]), uneven(graph))))
+    path = written(graph, weights, tmp_path / "out", W8A8(choose(graph, weights, observe(graph, weights, [IDS]), uneven(graph))))
     model = ir.load(path)
     norm = next(n for n in model.graph if n.op_type == "SimplifiedLayerNormalization")
     model.graph.outputs[:] = [norm.inputs[0]]
@@ -265,8 +265,8 @@ def test_fitted_weights_make_less_error_than_nearest_ones(tmp_path: Path) -> Non
     draw = np.random.default_rng(0)
     texts = [Text(draw.integers(3, 300, 60).astype(np.int32), np.zeros(60, np.int8)) for _ in range(8)]
     known = Evidence(texts, [Mask(60, np.arange(60))] * 8, observe(graph, weights, [text.ids.tolist() for text in texts]))
-    shared: dict[str, Any] = {}
-    smoothed, fitted = Static().fit(graph, weights, known, Store(tmp_path / "out"), shared, lambda _: None)
+    context = fit_context(graph, weights, known, tmp_path / "out")
+    smoothed, fitted = Static().fit(context)
     assert fitted.about["w8a8_share"] >= 0.6
     inputs: list[np.ndarray] = []
     Walk(split(smoothed), [text.ids for text in texts], *reader(smoothed, weights)).observe(
@@ -275,7 +275,7 @@ def test_fitted_weights_make_less_error_than_nearest_ones(tmp_path: Path) -> Non
     x = np.concatenate(inputs)
     name = "model.model.layers.0.self_attn.qkv_proj.weight"
     exact = np.concatenate(list(rows(smoothed.sources[name], weights)))
-    (stored,) = [each for each in shared["stored"].values() if each.bytes == exact.size + 4 * len(exact) and close(each, exact)]
+    (stored,) = [each for each in context.shared.stored.values() if each.bytes == exact.size + 4 * len(exact) and close(each, exact)]
     errors = [np.square(x @ (each - exact).T).sum() for each in (stored.widened(exact.shape[1]), rounded(exact))]
     assert errors[0] < 0.9 * errors[1]
     path = written(smoothed, weights, tmp_path / "out", fitted, system.head)
@@ -300,7 +300,7 @@ def test_without_calibration_there_is_no_scale(tmp_path: Path) -> None:
 
 
 def test_the_heads_noise_is_told_in_logits(made: Made) -> None:
-    plans = plan(made.graph, made.system.router.weights, made.seen, made.noise, share=0)
+    plans = choose(made.graph, made.system.router.weights, made.seen, made.noise, share=0)
     by_name = {product.matrix: product for product in plans.kept}
     head = next(name for name in by_name if "layers" not in name)
     seen, columns = made.seen[head], Columns.read(made.graph.sources[head], made.system.router.weights)
