@@ -21,7 +21,7 @@ from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.families import Family
-from fusionroute.fr_export.graphs.dialects import Lowering, ort
+from fusionroute.fr_export.graphs.dialects import Dialect, ort
 from fusionroute.fr_export.graphs.fusion_graph import write_fusion_graph
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.trace import architecture, trace
@@ -86,8 +86,8 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             parts = load_parts(request.calibration)
             fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
             check_space(system, request.precisions, request.targets, bool(request.gpus), staging.folder, request.out)
-        traced = functools.cache(lambda lowering: traces(system, stages, lowering))
-        graphs: dict[str, Graph] = traced(TARGETS[request.targets[0]].lowering)
+        traced = functools.cache(lambda dialect: traces(system, stages, dialect))
+        graphs: dict[str, Graph] = traced(TARGETS[request.targets[0]].dialect)
         folder = staging.folder
         stores = functools.cache(Store)  # one per folder that holds graphs
         stores(folder / GRAPHS)
@@ -136,14 +136,14 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
     return report
 
 
-def traces(system: System, stages: Stages, lowering: Lowering = ort) -> dict[str, Graph]:
+def traces(system: System, stages: Stages, dialect: Dialect = ort) -> dict[str, Graph]:
     """One trace per distinct architecture in a dialect: model name → its graph."""
     keys = {model.name: architecture(model.config, system.vocab_size) for model in system.models}
     found: dict[str, Graph] = {}
     with stages.stage(f"tracing {len(set(keys.values()))} architecture(s)", len(set(keys.values()))) as advance:
         for model in system.models:
             if keys[model.name] not in found:
-                found[keys[model.name]] = trace(system.family, model.config, system.vocab_size, system.max_seq_len, lowering)
+                found[keys[model.name]] = trace(system.family, model.config, system.vocab_size, system.max_seq_len, dialect)
                 advance(1)
     return {name: found[key] for name, key in keys.items()}
 
@@ -179,7 +179,7 @@ def learn(
 
 def write_variant(
     system: System,
-    traced: Callable[[Lowering], dict[str, Graph]],
+    traced: Callable[[Dialect], dict[str, Graph]],
     target: str,
     scheme: Scheme,
     known: dict[str, Evidence],
@@ -194,7 +194,7 @@ def write_variant(
     `first` says that this is the target's first precision. Returns the variant and, by model, what fitting has to say for the report.
     """
     precision, chosen = scheme.name, TARGETS[target]
-    graphs = traced(chosen.lowering)
+    graphs = traced(chosen.dialect)
     written: dict[str, str] = {}
     bits = 0.0
     total = sum(parameters(graph) for graph in graphs.values())
@@ -218,7 +218,7 @@ def write_variant(
             graph = graph.clone()
             chosen.prepare(graph, precision, system.family)
             head = system.head if model is system.router else None
-            chosen.lowering.end_with(graph, head)
+            chosen.dialect.end_with(graph, head)
             try:
                 bind(graph, model.weights, own, store, advance)
             except InputError as error:

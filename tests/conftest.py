@@ -29,10 +29,10 @@ def traced_once() -> Iterator[None]:
 
     kept: dict[Any, Any] = {}
 
-    def remembered(family: Any, config: Any, vocab_size: int, max_seq_len: int, lowering: Any = ort) -> Any:
-        key = family.name, architecture(config, vocab_size), max_seq_len, lowering
+    def remembered(family: Any, config: Any, vocab_size: int, max_seq_len: int, dialect: Any = ort) -> Any:
+        key = family.name, architecture(config, vocab_size), max_seq_len, dialect
         if key not in kept:
-            kept[key] = trace(family, config, vocab_size, max_seq_len, lowering)
+            kept[key] = trace(family, config, vocab_size, max_seq_len, dialect)
         return kept[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ from fusionroute.fr_export.bundle import optimum_folder
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import RoutingHead
 from fusionroute.fr_export.families import Family
-from fusionroute.fr_export.graphs.dialects import Lowering, ort, portable, tensorrt, tensorrt_10_3
+from fusionroute.fr_export.graphs.dialects import Dialect, ort, portable, tensorrt, tensorrt_10_3
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.passes import decompose_rmsnorm, to_half
 from fusionroute.fr_export.precision.half import TYPES
@@ -39,7 +39,7 @@ def nothing(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead 
 class Target:
     """The dialect that models are traced in, what is done to a copy of the trace for one precision, and where it is put with what beside it."""
 
-    lowering: Lowering
+    dialect: Dialect
     prepare: Prepare
     place: Place = named
     complete: Complete = nothing

@@ -75,7 +75,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for file, activations in (("model.onnx", name), ("exact.onnx", "fp32")):
             own = plain.with_sources_of(fit).clone()
             target.prepare(own, activations, system.family)
-            target.lowering.end_with(own, system.head)
+            target.dialect.end_with(own, system.head)
             bind(own, weights, fitted, store, lambda _: None)
             ir.save(own.model, folder / name / file)
         fits[name] = (fit, fitted)
