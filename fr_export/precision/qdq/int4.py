@@ -16,7 +16,7 @@ from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
 from fusionroute.fr_export.precision.int4 import BUDGET
 from fusionroute.fr_export.precision.qdq.dequantise import attach, round_to_nearest
-from fusionroute.fr_export.precision.qdq.forms import BLOCKS, by_row, in_blocks
+from fusionroute.fr_export.precision.qdq.weight_formats import BLOCKS, by_row, in_blocks
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.sensitive import sensitive
 

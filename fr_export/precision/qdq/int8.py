@@ -15,7 +15,7 @@ from fusionroute.fr_export.precision.blockwise import Stored
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.plan_w8a8 import Plan
 from fusionroute.fr_export.precision.qdq.dequantise import attach, numpy_type, round_to_nearest
-from fusionroute.fr_export.precision.qdq.forms import by_row, stepped
+from fusionroute.fr_export.precision.qdq.weight_formats import by_row, stepped
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.w8a8 import Static, about, fit, rounded_input
 

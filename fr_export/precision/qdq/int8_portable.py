@@ -15,7 +15,7 @@ from fusionroute.fr_export.precision.blockwise import Stored
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
 from fusionroute.fr_export.precision.qdq import dequantise
-from fusionroute.fr_export.precision.qdq.forms import by_row
+from fusionroute.fr_export.precision.qdq.weight_formats import by_row
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 
 FLOAT = ir.DataType.FLOAT

@@ -11,7 +11,7 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
 from fusionroute.fr_export.precision.qdq.dequantise import attach, round_to_nearest
-from fusionroute.fr_export.precision.qdq.forms import by_row
+from fusionroute.fr_export.precision.qdq.weight_formats import by_row
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 
 

@@ -27,8 +27,8 @@ from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_context import FitContext, Shared
-from fusionroute.fr_export.precision.qdq.forms import SMALLEST, block_grid, row_grid, stepped
 from fusionroute.fr_export.precision.qdq.int8 import Planned
+from fusionroute.fr_export.precision.qdq.weight_formats import SMALLEST, block_grid, row_grid, stepped
 from fusionroute.fr_export.precision.scheme import Fitted, Fitting
 from fusionroute.fr_export.verify.engine_graph_on_cpu import InPlace
 from fusionroute.fr_export.verify.torch_reference import load
