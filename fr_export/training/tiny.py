@@ -24,7 +24,7 @@ from fusionroute.fr_export.evaluation.outcomes import Results
 from fusionroute.fr_export.evaluation.run import evaluate
 from fusionroute.fr_export.export import Request as ExportRequest
 from fusionroute.fr_export.export import export
-from fusionroute.fr_export.families.family import TINY
+from fusionroute.fr_export.families.family import TINY_SYSTEMS
 from fusionroute.fr_export.tasks.domains import COMPOSITE, DOMAINS, PAIRED, Sample, draw_many
 from fusionroute.fr_export.training.architectures import FAMILIES, WIDTH, Family, new_model
 from fusionroute.fr_export.training.corpus import write_preferences, write_sft
@@ -217,7 +217,7 @@ def main(
         raise typer.BadParameter(f"unknown family '{family}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
     console = Console(stderr=True)
     workshop = Workshop(FAMILIES[family], work / f"{family}-{WIDTH}", budget=BUDGETS[family].scaled(steps_scale))
-    settings = ship(workshop, out or TINY / family, jobs, console)
+    settings = ship(workshop, out or TINY_SYSTEMS / family, jobs, console)
     console.print(f"λ = {settings.lam}, mean accuracy on the validation split {max(value for _, value in settings.lam_curve or []):.1%}")
 
 

@@ -27,7 +27,7 @@ from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_context import FitContext, Shared
-from fusionroute.fr_export.precision.qdq.int8 import Planned
+from fusionroute.fr_export.precision.qdq.int8 import PlannedInt8
 from fusionroute.fr_export.precision.qdq.weight_formats import SMALLEST, block_grid, row_grid, stepped
 from fusionroute.fr_export.precision.scheme import Fitted, Fitting
 from fusionroute.fr_export.verify.engine_graph_on_cpu import InPlace
@@ -162,7 +162,7 @@ def test_weights_are_the_checkpoints_and_steps_the_calibrations(made: Made, prec
         error = np.abs(widened(values, scale, block) - exact) / np.repeat(scale.reshape(len(values), -1), block, axis=1)
         assert error.mean() < 0.6 and np.median(error) < 0.5, (name, error.mean())
         assert np.abs(values).max() > (6 if scale.ndim == 2 else 120), "ranges are used"
-    if isinstance(fitted, Planned):
+    if isinstance(fitted, PlannedInt8):
         steps = {
             str(n.inputs[1].name).removesuffix(".turned"): float(found.inputs[1].const_value.numpy().astype(np.float32))
             for n in graph

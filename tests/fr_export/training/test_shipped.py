@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES as EXPORTED
-from fusionroute.fr_export.families.family import TINY as SHIPPED
+from fusionroute.fr_export.families.family import TINY_SYSTEMS as SHIPPED
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, DOMAINS, draw_many
 from fusionroute.fr_export.training.architectures import FAMILIES
 from fusionroute.fr_export.verify.torch_reference import Reference, load, reference

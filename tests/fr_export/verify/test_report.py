@@ -95,8 +95,8 @@ def test_a_precision_that_misses_its_bound_is_told_and_strict_refuses_it(request
     before = (request_.out / "manifest.json").read_bytes()
     rounded = gptq.quantise
 
-    def coarse(rows: np.ndarray, factor: gptq.Factor, form: Format) -> Quantised:
-        found = rounded(rows, factor, form)
+    def coarse(rows: np.ndarray, factor: gptq.Factor, fmt: Format) -> Quantised:
+        found = rounded(rows, factor, fmt)
         return Quantised(found.values // 64 * 64, found.scales, found.zeros)  # as if six bits were lost
 
     monkeypatch.setattr("fusionroute.fr_export.precision.gptq_sequential.quantise", coarse)
