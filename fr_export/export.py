@@ -69,7 +69,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             stages.note(note)
 
         traces = Traces(system, stages)
-        graphs = traces.of(TARGETS[request.targets[0]].lowering)
+        graphs = traces.of(TARGETS[request.targets[0]].dialect)
 
         known = {}
         if request.calibration != "none" and any(isinstance(scheme, Fitting) for _, scheme in plan):

@@ -51,7 +51,7 @@ class VariantWriter:
         system, spec = self._system, TARGETS[target]
         first = target not in self._started
         self._started.add(target)
-        traces = self._traces.of(spec.lowering)
+        traces = self._traces.of(spec.dialect)
         total = sum(trace.parameters for trace in traces.values())
         shared: dict[Store, Shared] = {}  # what the models of one store have in common
         paths: dict[str, str] = {}
@@ -68,7 +68,7 @@ class VariantWriter:
                 try:
                     graph, own, about = self._fit(model, traces[model.name], scheme, store, shared.setdefault(store, Shared()), advance)
                     spec.prepare(graph, scheme.name, system.family)
-                    spec.lowering.end_with(graph, head)
+                    spec.dialect.end_with(graph, head)
                     bind(graph, model.weights, own, store, advance)
                 except InputError as error:
                     raise InputError(f"{model.where} cannot be exported as {scheme.name}: {error}") from error

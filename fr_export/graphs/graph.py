@@ -61,12 +61,12 @@ def node(
 ) -> ir.Node:
     """Insert a node `domain::op` in front of `before` (or at the end) with existing or new output values."""
     domain, _, op_type = op.rpartition("::")
-    made = ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(attributes), outputs=outputs)
+    new = ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(attributes), outputs=outputs)
     if before is None:
-        graph.append(made)
+        graph.append(new)
     else:
-        graph.insert_before(before, made)
-    return made
+        graph.insert_before(before, new)
+    return new
 
 
 def added(
@@ -74,9 +74,9 @@ def added(
     dtype: ir.DataType = ir.DataType.FLOAT, **attributes: int | list[int],
 ) -> ir.Value:  # fmt: skip
     """The result of a new node."""
-    made = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape) if isinstance(shape, tuple) else shape)
-    node(inner, before, op, inputs, [made], **attributes)
-    return made
+    result = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape) if isinstance(shape, tuple) else shape)
+    node(inner, before, op, inputs, [result], **attributes)
+    return result
 
 
 def initializer(

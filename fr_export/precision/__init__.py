@@ -37,7 +37,7 @@ def collect(modules: Mapping[str, Schemes]) -> dict[str, dict[str, Scheme]]:
     return {target: {name: by_target[target][name] for name in PRECISIONS if name in by_target[target]} for target in sorted(by_target)}
 
 
-MODULES = [import_module(found.name) for found in walk_packages(__path__, f"{__name__}.")]
+MODULES = [import_module(module.name) for module in walk_packages(__path__, f"{__name__}.")]
 SCHEMES = collect({module.__name__: module.SCHEMES for module in MODULES if hasattr(module, "SCHEMES")})
 
 __all__ = ["SCHEMES", "Scheme"]

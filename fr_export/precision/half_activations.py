@@ -11,7 +11,7 @@ from fusionroute.fr_export.precision.half import store_half
 from fusionroute.fr_export.precision.scheme import Schemes
 
 
-class Throughout:
+class HalfActivations:
     """Half the bytes of fp32 on disk and in the GPU's memory, rounded to nearest; the same bytes as `Half` stores for the CPU."""
 
     bits = 16.0
@@ -24,4 +24,4 @@ class Throughout:
         store_half(matrix, rows, self.name, store)
 
 
-SCHEMES: Schemes = {"ort:cuda": (Throughout("fp16"), Throughout("bf16"))}
+SCHEMES: Schemes = {"ort:cuda": (HalfActivations("fp16"), HalfActivations("bf16"))}

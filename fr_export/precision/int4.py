@@ -15,9 +15,9 @@ import onnx_ir as ir
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph, users
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision.blockwise import Format, Quantised, attach, held, nearest, sliced, store_blocks
+from fusionroute.fr_export.precision.blockwise import Format, Quantised, attach, in_range, nearest, sliced, store_blocks
 from fusionroute.fr_export.precision.fit_context import FitContext
-from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.int8 import SMALL
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.sensitive import sensitive
@@ -48,9 +48,9 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
         error *= step[..., None]
         error -= rows
         np.square(error, out=error)
-        found = error.sum(-1) if importance is None else np.einsum("rbk,bk->rb", error, importance)
-        better = found < best
-        best[better], scales[better], zeros[better] = found[better], scale[better], zero[better]
+        squared = error.sum(-1) if importance is None else np.einsum("rbk,bk->rb", error, importance)
+        better = squared < best
+        best[better], scales[better], zeros[better] = squared[better], scale[better], zero[better]
     return scales, zeros
 
 
@@ -69,14 +69,14 @@ class Int4:
 
     name = "int4"
 
-    def __init__(self, form: Format = FORMAT, embedding: Format = FINE):
-        self.form, self.embedding = form, embedding
-        self.bits = max(form.bits_per_weight, embedding.bits_per_weight)
+    def __init__(self, fmt: Format = FORMAT, embedding: Format = FINE):
+        self.format, self.embedding = fmt, embedding
+        self.bits = max(fmt.bits_per_weight, embedding.bits_per_weight)
 
-    def form_of(self, matrix: ir.Value) -> Format:
+    def format_of(self, matrix: ir.Value) -> Format:
         """4 bits, or 8 for an embedding whose rows have an odd number of blocks: ONNX Runtime 1.23 misreads their packed zero points."""
         if not users(matrix)[1]:
-            return self.form
+            return self.format
         blocks = -(-int(matrix.shape[1]) // self.embedding.block)
         return SMALL if blocks % 2 else self.embedding
 
@@ -85,16 +85,16 @@ class Int4:
 
         Raises InputError where a block's scale could lie beyond fp16's range.
         """
-        form = self.form_of(matrix)
-        pieces = sliced(held(rows, form, str(matrix.name)), int(matrix.shape[1]))
-        attach(graph, matrix, store_blocks((nearest(piece, form) for piece in pieces), form, store))
+        fmt = self.format_of(matrix)
+        pieces = sliced(in_range(rows, fmt, str(matrix.name)), int(matrix.shape[1]))
+        attach(graph, matrix, store_blocks((nearest(piece, fmt) for piece in pieces), fmt, store))
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
-        """Keep what is sensitive at 8 bits, then round with `compensate`; see `scheme.Fitting`."""
+        """Keep what is sensitive at 8 bits, then round with `round_sequentially`; see `scheme.Fitting`."""
         graph = context.graph
-        forms = {name: self.form_of(graph.model.graph.initializers[name]) for name in matrices(graph)}
-        forms |= dict.fromkeys(sensitive(context, forms, SMALL, BUDGET), SMALL)
-        return graph, Compensated(self, compensate(context, forms))
+        formats = {name: self.format_of(graph.model.graph.initializers[name]) for name in matrices(graph)}
+        formats |= dict.fromkeys(sensitive(context, formats, SMALL, BUDGET), SMALL)
+        return graph, FittedByGptq(self, round_sequentially(context, formats))
 
 
 SCHEMES: Schemes = {"ort:cpu": (Int4(),)}

@@ -13,10 +13,10 @@ from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.fit_context import FitContext
-from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.int4 import BUDGET
 from fusionroute.fr_export.precision.qdq.dequantise import attach, round_to_nearest
-from fusionroute.fr_export.precision.qdq.forms import BLOCKS, by_row, in_blocks
+from fusionroute.fr_export.precision.qdq.weight_formats import BLOCKS, by_row, in_blocks
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.sensitive import sensitive
 
@@ -35,11 +35,11 @@ class Int4:
         attach(graph, matrix, round_to_nearest(matrix, rows, in_blocks(int(matrix.shape[1])), store), store)
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
-        """Keep what is sensitive at 8 bits, then round with `compensate`; see `scheme.Fitting`."""
+        """Keep what is sensitive at 8 bits, then round with `round_sequentially`; see `scheme.Fitting`."""
         widths = matrices(context.graph)
         at_8_bits = sensitive(context, dict.fromkeys(widths, TYPICAL), WIDE, BUDGET)
-        forms = {name: by_row(width) if name in at_8_bits else in_blocks(width) for name, width in widths.items()}
-        return context.graph, Compensated(self, compensate(context, forms), attach)
+        formats = {name: by_row(width) if name in at_8_bits else in_blocks(width) for name, width in widths.items()}
+        return context.graph, FittedByGptq(self, round_sequentially(context, formats), attach)
 
 
 SCHEMES: Schemes = {"tensorrt": (Int4(),)}  # its blocks are ONNX 21's, and TensorRT 10.3 is only said to read up to 20

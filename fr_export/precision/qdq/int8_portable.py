@@ -13,9 +13,9 @@ from fusionroute.fr_export.graphs.graph import Graph, added, initializer, replac
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Stored
 from fusionroute.fr_export.precision.fit_context import FitContext
-from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.qdq import dequantise
-from fusionroute.fr_export.precision.qdq.forms import by_row
+from fusionroute.fr_export.precision.qdq.weight_formats import by_row
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 
 FLOAT = ir.DataType.FLOAT
@@ -32,9 +32,9 @@ class Int8:
         attach(graph, matrix, dequantise.round_to_nearest(matrix, rows, by_row(int(matrix.shape[1])), store), store)
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
-        """Round with `compensate`; see `scheme.Fitting`."""
-        forms = {name: by_row(width) for name, width in matrices(context.graph).items()}
-        return context.graph, Compensated(self, compensate(context, forms), attach)
+        """Round with `round_sequentially`; see `scheme.Fitting`."""
+        formats = {name: by_row(width) for name, width in matrices(context.graph).items()}
+        return context.graph, FittedByGptq(self, round_sequentially(context, formats), attach)
 
 
 def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store) -> None:

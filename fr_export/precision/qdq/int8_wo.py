@@ -9,9 +9,9 @@ from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.fit_context import FitContext
-from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.qdq.dequantise import attach, round_to_nearest
-from fusionroute.fr_export.precision.qdq.forms import by_row
+from fusionroute.fr_export.precision.qdq.weight_formats import by_row
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 
 
@@ -26,9 +26,9 @@ class Int8WeightOnly:
         attach(graph, matrix, round_to_nearest(matrix, rows, by_row(int(matrix.shape[1])), store), store)
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
-        """Round with `compensate`; see `scheme.Fitting`."""
-        forms = {name: by_row(width) for name, width in matrices(context.graph).items()}
-        return context.graph, Compensated(self, compensate(context, forms), attach)
+        """Round with `round_sequentially`; see `scheme.Fitting`."""
+        formats = {name: by_row(width) for name, width in matrices(context.graph).items()}
+        return context.graph, FittedByGptq(self, round_sequentially(context, formats), attach)
 
 
 SCHEMES: Schemes = {"tensorrt": (Int8WeightOnly(),), "tensorrt:10.3": (Int8WeightOnly(),)}

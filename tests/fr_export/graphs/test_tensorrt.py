@@ -165,7 +165,7 @@ def test_gemma2_beyond_65504_is_finite_and_right(tmp_path: Path) -> None:
     for precision, most in (("fp16", 0.01), ("bf16", 0.05)):
         own = graph.clone()
         target.prepare(own, precision, system.family)
-        target.lowering.end_with(own, system.head)
+        target.dialect.end_with(own, system.head)
         bind(own, system.router.weights, SCHEMES["tensorrt"][precision], Store(tmp_path), lambda _: None)
         ir.save(own.model, tmp_path / f"{precision}.onnx")
         found = EngineGraphOnCpu(tmp_path / f"{precision}.onnx").read(ids, 7)

@@ -22,7 +22,7 @@ from fusionroute.fr_export.precision.blockwise import Stored
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_context import FitContext, Shared
 from fusionroute.fr_export.precision.gptq import Hessian, quantise
-from fusionroute.fr_export.precision.gptq_sequential import compensate
+from fusionroute.fr_export.precision.gptq_sequential import round_sequentially
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
@@ -41,8 +41,8 @@ def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: Share
     graph = traced(system)
     recorded = [Text(ids, np.zeros(len(ids), np.int8)) for ids in texts]
     known = Evidence(recorded, [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
-    forms = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
-    return compensate(FitContext(graph, system.router.weights, known, Store(folder), shared or Shared(), lambda _: None), forms)
+    formats = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
+    return round_sequentially(FitContext(graph, system.router.weights, known, Store(folder), shared or Shared(), lambda _: None), formats)
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2"])

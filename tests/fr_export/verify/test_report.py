@@ -98,8 +98,8 @@ def test_a_precision_that_misses_its_bound_is_told_and_strict_refuses_it(request
     before = (request_.out / "manifest.json").read_bytes()
     rounded = gptq.quantise
 
-    def coarse(rows: np.ndarray, factor: gptq.Factor, form: Format) -> Quantised:
-        exact = rounded(rows, factor, form)
+    def coarse(rows: np.ndarray, factor: gptq.Factor, fmt: Format) -> Quantised:
+        exact = rounded(rows, factor, fmt)
         return Quantised(exact.values // 64 * 64, exact.scales, exact.zeros)  # as if six bits were lost
 
     monkeypatch.setattr("fusionroute.fr_export.precision.gptq_sequential.quantise", coarse)
