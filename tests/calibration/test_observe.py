@@ -1,4 +1,4 @@
-"""Statistics of what a model serves, against numpy on exactly those positions; cut off anywhere and taken up again bit for bit."""
+"""Statistics of the positions that a model serves, against numpy; interrupted runs go on bit for bit."""
 
 from pathlib import Path
 from typing import Any

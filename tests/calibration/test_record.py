@@ -1,4 +1,4 @@
-"""Recorded texts against plain torch: each token within the nucleus of its distribution, each expert the router's choice."""
+"""Recorded texts against plain torch: each token lies in the nucleus, each expert is the router's choice."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python -m fr_export.evaluate` on the shipped system: its numbers, files and pictures, tuning, and what it refuses."""
+"""`python -m fr_export.evaluate` on the shipped system: numbers, files and pictures, tuning, wrong usage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`evaluate`: outcomes of all methods, whole whatever the number of processes, and nothing computed or left running without need."""
+"""`evaluate`: the outcomes of all methods, however many processes; nothing is computed twice or left running."""
 
 from __future__ import annotations
 

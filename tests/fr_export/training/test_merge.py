@@ -1,4 +1,4 @@
-"""Merged models: their numbers against plain torch, DARE's statistics, the folder that is written, and what is refused."""
+"""Merged models: their numbers against plain torch, DARE's statistics, the written folder, and refusals."""
 
 import json
 import shutil
@@ -79,7 +79,8 @@ def test_dare_is_unbiased_and_drops_independently() -> None:
     differences = np.stack(experts).astype(float) - base
     runs, drop, scale = 200, 0.6, 0.5
     drawn = np.stack([dare(base, experts, scale, drop, random) for _ in range(runs)]).astype(float)
-    # a difference d becomes d / (1 − p) or 0: variance d²·p / (1 − p), and where drops are independent these add up over the experts
+    # a difference d becomes d / (1 − p) or 0: variance d²·p / (1 − p), and where drops are independent these add up
+    # over the experts
     spread = scale * np.sqrt((differences**2).sum(0) * drop / (1 - drop) / runs)
     score = (drawn.mean(0) - base - scale * differences.sum(0)) / spread
     assert abs(score.mean()) < 4 / score.size**0.5

@@ -1,4 +1,4 @@
-"""Whole runs on the toy: what is learnt and written, and that interrupted, repeated and adapted runs give what they should."""
+"""Whole runs on the toy: what is learnt and written; interrupted, repeated and adapted runs."""
 
 import json
 import shutil
