@@ -29,8 +29,8 @@ REPOSITORY = Path(__file__).parents[3]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
-    with in_folder("training", verb.app, tmp_path, monkeypatch, capsys) as found:
-        yield found
+    with in_folder("training", verb.app, tmp_path, monkeypatch, capsys) as run:
+        yield run
 
 
 @pytest.fixture
