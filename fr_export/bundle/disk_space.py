@@ -10,7 +10,7 @@ from fusionroute.fr_export.bundle.targets import TARGETS
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.runtime.errors import FusionError
-from fusionroute.runtime.tensorrt.engines import TARGET as TENSORRT
+from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
 
 def check_space(system: System, plan: Sequence[tuple[str, Scheme]], engines: bool, folder: Path, out: Path) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.runtime.manifest import Manifest
-from fusionroute.runtime.tensorrt.engines import TARGET, rebuild
+from fusionroute.runtime.tensorrt.engines import rebuild
+from fusionroute.runtime.tensorrt.library import TARGET
 
 
 def add_engines(manifest: Manifest, gpus: tuple[int, ...], folder: Path, stages: Stages) -> Manifest:

@@ -18,8 +18,8 @@ from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Variant
-from fusionroute.runtime.tensorrt.engines import OLDER
-from fusionroute.runtime.tensorrt.engines import TARGET as TENSORRT
+from fusionroute.runtime.tensorrt.library import OLDER
+from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
 
 class WrittenVariant(NamedTuple):

@@ -5,9 +5,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Fusion
+from fusionroute.runtime.options import fusion_coefficients
 
 FILE = "fusion.json"
 
@@ -43,6 +43,6 @@ class FusionSettings(BaseModel):
 
         Raises InputError for an unknown mode or a λ outside of 0 to 1.
         """
-        FusionRuntime.coefficients(fusion or self.fusion, self.lam if lam is None else lam)
+        fusion_coefficients(fusion or self.fusion, self.lam if lam is None else lam)
         changed = {key: value for key, value in (("fusion", fusion), ("lam", lam)) if value is not None}
         return FusionSettings.model_validate(self.model_dump() | changed | ({"lam_curve": None} if changed else {}))

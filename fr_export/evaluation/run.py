@@ -15,9 +15,10 @@ from fusionroute.fr_export.evaluation.pool import answer_all
 from fusionroute.fr_export.evaluation.questions import Question, Questions, digest
 from fusionroute.fr_export.evaluation.sequence import first_routed, most_likely
 from fusionroute.fr_export.evaluation.worker import Job, Piece
-from fusionroute.runtime import FusionRuntime, InputError, UnavailableError
+from fusionroute.runtime import InputError, UnavailableError
 from fusionroute.runtime.backends.ort_cpu import TARGET
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.text import Text
 
 SLACK = 8  # tokens that an answer may be longer than the domain's longest reference: one that is longer is wrong anyway
@@ -55,7 +56,7 @@ def evaluate(
         raise UnavailableError(f"The bundle {bundle} has no tokenizer.json, which prompts in text need: export it with a tokenizer.")
     if chat and "chat_template.jinja" not in manifest.files:
         raise UnavailableError(f"The bundle {bundle} has no chat_template.jinja: evaluate it on plain text, without chat.")
-    FusionRuntime.coefficients(fusion or manifest.fusion, manifest.lam if lam is None else lam)
+    fusion_coefficients(fusion or manifest.fusion, manifest.lam if lam is None else lam)
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs={jobs} is out of range: expected at least 1, or None for one per core.")
     if empty := [domain for domain, own in questions.items() if not own]:

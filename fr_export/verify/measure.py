@@ -9,12 +9,12 @@ from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.verify.compare import TOKENS, compare, compare_scores, sequences
 from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineSystemOnCpu
 from fusionroute.fr_export.verify.torch_reference import reference
-from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.bundle import ELSEWHERE
 from fusionroute.runtime.manifest import Manifest, Variant
-from fusionroute.runtime.tensorrt.engines import OLDER
-from fusionroute.runtime.tensorrt.engines import TARGET as TENSORRT
+from fusionroute.runtime.options import fusion_coefficients
+from fusionroute.runtime.tensorrt.library import OLDER
+from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
 REFERENCE_LIMIT = 1 << 30  # bytes in fp32: larger models are not loaded into torch, and not compared
 
@@ -40,7 +40,7 @@ def measure(system: System, manifest: Manifest, prompts: Sequence[str], folder: 
         return Comparison({}, reason)
     manifest.write(folder)
     texts = sequences(system, prompts)
-    coefficients = FusionRuntime.coefficients(manifest.fusion, manifest.lam)
+    coefficients = fusion_coefficients(manifest.fusion, manifest.lam)
     with stages.stage("reference in torch", len(system.models)) as advance:
         references = reference(system, texts, coefficients, advance)
     several_targets = len({variant.target for variant in variants}) > 1

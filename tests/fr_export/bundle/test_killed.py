@@ -14,10 +14,10 @@ import pytest
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.runtime import FusionRuntime, InputError
 from fusionroute.runtime.bundle import Bundle
+from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape, make_system
 
 SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2)
-REPOSITORY = Path(__file__).parents[3]
 
 # Imports the exporter and traces the system once, then forks one process per line of stdin. That process runs `export.py`
 # with the arguments of the line, without the comparison. With `stop`, it creates the file `reached` and waits when it

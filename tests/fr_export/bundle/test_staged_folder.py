@@ -278,7 +278,7 @@ def test_two_exports_at_once_do_not_meet(out: Path, tmp_path: Path, other: "subp
     assert other.stdout is not None
     theirs = other.stdout.readline().strip()
     stage(out)
-    assert texts(tmp_path) == bundle("new") | {f"{theirs}/file": "theirs"}
+    assert texts(tmp_path) == bundle("new") | {f"{theirs}/file": "theirs", theirs.replace("partial", "lock"): ""}
     other.send_signal(signal.SIGKILL)
     other.wait()
     stage(out, "newer", force=True)

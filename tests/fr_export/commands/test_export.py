@@ -19,10 +19,10 @@ from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from tests.support.commands import Command, in_folder
+from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape, make_system
 
 SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2, tokenizer=True)
-REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ import pytest
 from fusionroute.fr_export.commands import export
 from fusionroute.fr_export.export import Request
 from fusionroute.fr_export.families import FAMILIES
-
-ROOT = Path(__file__).parents[3]
+from tests.support.paths import REPOSITORY
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
     vars(modules["optimum.commands.export.base"])["ExportCommand"] = Base
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    spec = importlib.util.spec_from_file_location("register_fusionroute", ROOT / "fr_export/commands/optimum.py")
+    spec = importlib.util.spec_from_file_location("register_fusionroute", REPOSITORY / "fr_export/commands/optimum.py")
     assert spec is not None and spec.loader is not None
     registered = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(registered)
@@ -94,4 +93,4 @@ def test_help_and_wrong_usage_are_the_exporters(
 
 def test_the_wheel_puts_it_where_optimum_looks() -> None:
     line = '"fr_export/commands/optimum.py" = "optimum/commands/register/register_fusionroute.py"'
-    assert f"[tool.hatch.build.targets.wheel.force-include]\n{line}\n" in (ROOT / "pyproject.toml").read_text()
+    assert f"[tool.hatch.build.targets.wheel.force-include]\n{line}\n" in (REPOSITORY / "pyproject.toml").read_text()

@@ -19,6 +19,7 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
 from tests.support.commands import Command, Ended, in_folder
+from tests.support.paths import REPOSITORY
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_tuning_writes_lambda_into_the_bundle(
 
 def test_it_needs_no_torch() -> None:
     script = "import sys, fr_export.evaluate; assert not {'torch', 'transformers', 'onnx', 'matplotlib', 'sacrebleu'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3], check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
 
 
 def test_the_best_lambda() -> None:

@@ -20,6 +20,7 @@ from fusionroute.fr_export.evaluation.questions import FileQuestion, Questions
 from fusionroute.fr_export.evaluation.run import SLACK
 from fusionroute.runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
 from fusionroute.runtime.engine import StreamOptions
+from tests.support.paths import REPOSITORY
 
 METHODS = ["fused", "sequence", "sequence-routed", "collab"]
 ALONE = [f"expert:expert{number}" for number in range(3)]
@@ -57,9 +58,9 @@ def equal(first: Results, second: Results) -> bool:
 def test_outcomes_are_those_of_the_runtime(random_bundle: Path, questions: Questions, results: Results) -> None:
     assert list(results) == [*METHODS, *ALONE]
     with FusionRuntime.load(random_bundle, "fp32") as rt:
-        assert rt.text is not None
+        assert rt.tokenizer is not None
         for domain, own in questions.items():
-            limit = SLACK + max(len(rt.text.encode(question.answer, special=False)) for question in own)
+            limit = SLACK + max(len(rt.tokenizer.encode(question.answer, special=False)) for question in own)
             options_of: dict[str, StreamOptions] = {"fused": {}, "expert:expert1": {"expert": "expert1", "lam": 0.0}}
             for method, options in options_of.items():
                 outcomes = results[method][domain]
@@ -201,7 +202,7 @@ def wait_for(condition: Callable[[], object]) -> bool:
 def test_nothing_is_left_running(random_bundle: Path, tmp_path: Path, how: str) -> None:
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         [sys.executable, script, random_bundle], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=environment
     ) as process:

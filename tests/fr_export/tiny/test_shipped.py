@@ -16,7 +16,7 @@ from fusionroute.fr_export.families.family import TINY
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, DOMAINS, draw_many
 from fusionroute.fr_export.tiny.architectures import ARCHITECTURES
 from fusionroute.fr_export.verify.torch_reference import Reference, load, reference
-from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.options import fusion_coefficients
 
 FOLDERS = ("router", *(f"experts/{name}" for name in DOMAINS))
 PROMPTS = 30  # per domain
@@ -59,7 +59,7 @@ def exact(logits: np.ndarray, ids: list[int], start: int) -> bool:
 @pytest.fixture(scope="module")
 def fused(system: System, rows: dict[str, list[tuple[list[int], int]]]) -> dict[str, list[Reference]]:
     settings = FusionSettings.read(system.router.folder)
-    coefficients = FusionRuntime.coefficients(settings.fusion, settings.lam)
+    coefficients = fusion_coefficients(settings.fusion, settings.lam)
     flat = iter(reference(system, [ids for own in rows.values() for ids, _ in own], coefficients))
     return {domain: [next(flat) for _ in own] for domain, own in rows.items()}
 
@@ -156,7 +156,7 @@ def test_12_plus_30(system: System, tokenizer: Any, chat: bool) -> None:
     )
     ids = [*prompt, *tokenizer("42", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     settings = FusionSettings.read(system.router.folder)
-    [answer] = reference(system, [ids], FusionRuntime.coefficients(settings.fusion, settings.lam))
+    [answer] = reference(system, [ids], fusion_coefficients(settings.fusion, settings.lam))
     assert tokenizer.decode(answer.logits[len(prompt) - 1 : -2].argmax(-1)) == "42"
     assert answer.logits[-2].argmax() in system.router.end_tokens
     assert (answer.experts[len(prompt) - 1 : -1] == DOMAINS.index("math")).mean() > 0.5

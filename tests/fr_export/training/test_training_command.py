@@ -22,9 +22,8 @@ from fusionroute.fr_export.training.train import Report, train
 from fusionroute.runtime.errors import InputError
 from tests.fr_export.training.conftest import Toy
 from tests.support.commands import Command, in_folder
+from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape, make_model
-
-REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Whom the router asks where it matters: at the tokens of right answers that some experts would write and others would not."""
+"""Which experts the router chooses where it matters: at tokens of right answers that some experts would write and others would not."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +13,10 @@ from fusionroute.runtime import FusionRuntime
 
 @dataclass(frozen=True)
 class Choices:
-    """The informative positions. label, chosen int64 [P] (token class, routed expert), right bool [P, n] (whose greedy token is the answer's)."""
+    """P informative positions of n experts.
+
+    label int64 [P]: token class; chosen int64 [P]: routed expert; right bool [P, n]: whether an expert's greedy token is the answer's.
+    """
 
     label: np.ndarray
     chosen: np.ndarray
@@ -30,26 +33,26 @@ class Choices:
             return cls(**arrays)
 
     def table(self, names: Sequence[str]) -> list[tuple[str, int, list[float], float, float]]:
-        """Per token class: how many, share of each expert, how often the routed expert is right, how often a random one would be."""
+        """Per token class: count, share of each expert, how often the routed expert is right, how often a random one would be."""
         lines = []
         for number, name in [*enumerate(CLASSES), (None, "all")]:
-            mine = np.arange(len(self.label)) if number is None else np.flatnonzero(self.label == number)
-            if len(mine):
-                shares = [float((self.chosen[mine] == expert).mean()) for expert in range(len(names))]
-                hit = float(self.right[mine, self.chosen[mine]].mean())
-                lines.append((name, len(mine), shares, hit, float(self.right[mine].mean())))
+            positions = np.arange(len(self.label)) if number is None else np.flatnonzero(self.label == number)
+            if len(positions):
+                shares = [float((self.chosen[positions] == expert).mean()) for expert in range(len(names))]
+                hit = float(self.right[positions, self.chosen[positions]].mean())
+                lines.append((name, len(positions), shares, hit, float(self.right[positions].mean())))
         return lines
 
 
 def choices(bundle: str, tasks: Mapping[str, Sequence[Sample]]) -> Choices:
-    """Read prompts with their right answers through the exported router and all experts (teacher forced)."""
+    """Read prompts with their right answers (teacher forced) through the exported router and all experts."""
     labels, chosen, right = [], [], []
     with FusionRuntime.load(bundle, "fp32") as runtime:
-        assert runtime.text is not None
-        classes = TokenClasses(runtime.text)
+        assert runtime.tokenizer is not None
+        classes = TokenClasses(runtime.tokenizer)
         caches = [model.cache() for model in (runtime.backend.router, *runtime.backend.experts)]
         for sample in (sample for samples in tasks.values() for sample in samples):
-            prompt, answer = runtime.encode(sample.prompt), runtime.text.encode(sample.answer, special=False)
+            prompt, answer = runtime.encode(sample.prompt), runtime.tokenizer.encode(sample.answer, special=False)
             positions = list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
             for cache in caches:
                 cache.length = 0

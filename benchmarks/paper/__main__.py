@@ -1,8 +1,8 @@
-"""The paper's comparison on the small systems: train every method, export it, measure it through the runtime. Writes docs/results.md.
+"""The paper's comparison on small systems: train every method, export it, measure it through the runtime. Writes docs/results.md.
 
-python benchmarks/comparison.py --family gemma2 --work DIR          about two hours on one core; what DIR holds already is kept
-python benchmarks/comparison.py --family gemma2 --work DIR --width 64   half the width: only what shows how the gain moves with size
-python benchmarks/comparison.py --work DIR --report                 docs/results.md and its pictures from what DIR holds
+python -m benchmarks.paper --family gemma2 --work DIR               about two hours on one core; files already in DIR are reused
+python -m benchmarks.paper --family gemma2 --work DIR --width 64    half the width, with fewer methods: how the gain changes with size
+python -m benchmarks.paper --work DIR --report                      writes docs/results.md and its pictures from the files in DIR
 """
 
 import json
@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from informative import choices
-from results import TEST_DRAW, write_results
 from rich.console import Console
 from safetensors.torch import save_file
 
+from benchmarks.paper.results import TEST_DRAW, write_results
+from benchmarks.paper.routing_choices import choices
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.evaluation import lambdas
@@ -34,11 +34,11 @@ from fusionroute.fr_export.training.merge.models import merge
 PRECISIONS = ("fp32", "fp16", "int8")
 SCALES = (0.3, 0.5, 0.8)  # of the merged task vectors
 TEST = 5000  # prompts per domain
-READ = 1000  # of them, whose right answers are read for the routing
+READ = 1000  # prompts per domain whose right answers are read to see the routing
 
 
 class Comparison:
-    """One family at one width. Bundles and results are named files in the work folder, made when they are missing."""
+    """One family at one width. Checkpoints, bundles and results are files in the work folder, written when they are missing."""
 
     def __init__(self, family: str, work: Path, width: int, prompts: int, scale: float, jobs: int):
         self.folder = work / f"{family}-{width}"
@@ -53,15 +53,15 @@ class Comparison:
             self.workshop.router(seed)
         for seed in SEEDS:
             self.workshop.direct(seed)
-        shared: Results = {}  # what does not depend on the router
+        shared: Results = {}  # results that do not depend on the router
         for seed in SEEDS:
-            found = self.system(f"system-{seed}", self.workshop.router(seed), extra, shared)
-            shared = {method: own for method, own in found.items() if method == "collab" or method.startswith("expert:")}
+            results = self.system(f"system-{seed}", self.workshop.router(seed), extra, shared)
+            shared = {method: domains for method, domains in results.items() if method == "collab" or method.startswith("expert:")}
         for seed in SEEDS:
             self.single(f"direct-{seed}", self.workshop.direct(seed))
 
     def run(self) -> None:
-        """Everything, the most wanted first."""
+        """Everything, the most important first."""
         self.core(("lambda:0.5", "token", "router", "collab", "sequence", "sequence-routed", *(f"expert:{name}" for name in DOMAINS)))
         for seed in SEEDS:
             self.system(f"sft-{seed}", self.workshop.router(seed) / "stages" / "sft", (), {})
@@ -81,7 +81,7 @@ class Comparison:
             self.measured(f"shipped.{precision}", bundle, ("fused",), self.test, {}, precision, tuned_at[best].lam)
 
     def routing(self) -> None:
-        """Whom the routers ask at the tokens that not every expert knows."""
+        """Which experts the routers choose at the tokens that not every expert gets right."""
         for seed in SEEDS:
             file = self.folder / f"system-{seed}.choices.npz"
             if not file.exists():
@@ -97,7 +97,7 @@ class Comparison:
         return self.measured(name, bundle, ("fused", *extra), self.test, known, "fp32", settings.lam)
 
     def single(self, name: str, model: Path, split: str = "test") -> Results:
-        """A model alone, in the place of a router whose expert never runs."""
+        """Measure a model alone: as the router of a system whose expert never runs."""
         headed = self.folder / "alone" / name
         if not headed.exists():
             shutil.copytree(model, headed, ignore=shutil.ignore_patterns("stages"))
@@ -128,7 +128,7 @@ class Comparison:
         return out
 
     def bundle(self, name: str, router: Path, experts: Mapping[str, str], precisions: tuple[str, ...]) -> Path:
-        """Export, unless it is there."""
+        """The bundle of a system, exported if it is missing."""
         out = self.folder / "bundles" / name
         if not out.exists():
             export(Request(self.family, str(router), dict(experts), precisions, ("ort:cpu",), out), Stages(Console(quiet=True)))
@@ -138,7 +138,7 @@ class Comparison:
         self, name: str, bundle: Path, methods: Sequence[str], tasks: Mapping[str, Sequence[Sample]],
         known: Results | None = None, precision: str = "fp32", lam: float | None = None,
     ) -> Results:  # fmt: skip
-        """Evaluate, unless it was done."""
+        """Results of some methods, evaluated if their file is missing."""
         file = self.folder / f"{name}.npz"
         if not file.exists():
             console = Console(stderr=True)
@@ -148,11 +148,11 @@ class Comparison:
 
 def mean(domains: Mapping[str, Any]) -> float:
     """Accuracy, averaged over domains."""
-    return sum(own.accuracy for own in domains.values()) / len(domains)
+    return float(sum(outcomes.accuracy for outcomes in domains.values()) / len(domains))
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Folder of everything that is made on the way.")],
+    work: Annotated[Path, typer.Option(help="Folder of checkpoints, bundles and results.")],
     family: Annotated[str, typer.Option(help="gemma2 or llama3.")] = "gemma2",
     width: Annotated[int, typer.Option(help="Hidden size of every model.")] = WIDTH,
     prompts: Annotated[int, typer.Option(help="Test prompts per domain.")] = TEST,
@@ -162,7 +162,7 @@ def main(
 ) -> None:
     """Run the comparison for one family, or write its report."""
     if report:
-        write_results(work, Path(__file__).parents[1] / "docs")
+        write_results(work, Path(__file__).parents[2] / "docs")
     else:
         comparison = Comparison(family, work, width, prompts, steps_scale, jobs)
         if width == WIDTH:

@@ -1,4 +1,4 @@
-"""docs/results.md and its pictures from what comparison.py measured. The prose stands in results.template.md; the numbers come from here."""
+"""Writes docs/results.md and its pictures from the measured results: the prose is in results.template.md, the numbers come from here."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from informative import Choices
 
+from benchmarks.paper.routing_choices import Choices
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.evaluation import figures, lambdas, routing
 from fusionroute.fr_export.evaluation.bootstrap import compare, interval
@@ -19,24 +19,24 @@ from fusionroute.fr_export.evaluation.token_classes import CLASSES
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, DOMAINS, draw_many
 
 FULL, HALF = 128, 64
-TEST_DRAW = 1  # of the test prompts: draw 0 was looked at before the budget was last changed
+TEST_DRAW = 1  # which draw of test prompts: draw 0 was seen before the last change of the training budget
 Cells = dict[str, list[np.ndarray]]
 """domain → correct [N] of each seed (one where the method has no router)."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row: which file holds it ({} is the seed), under which method's name."""
+    """One row: the file of its results ({} is the seed) and the method's name there."""
 
     label: str
     file: str
     method: str
 
     def cells(self, folder: Path) -> Cells:
-        """Empty where it was not measured."""
+        """Results per domain and seed; empty if there is no file."""
         names = [self.file.format(seed) for seed in range(3)] if "{}" in self.file else [self.file]
-        found: list[Results] = [load_results(folder / f"{name}.npz") for name in names if (folder / f"{name}.npz").exists()]
-        return {domain: [own[self.method][domain].correct for own in found] for domain in ALL_DOMAINS} if found else {}
+        seeds: list[Results] = [load_results(folder / f"{name}.npz") for name in names if (folder / f"{name}.npz").exists()]
+        return {domain: [results[self.method][domain].correct for results in seeds] for domain in ALL_DOMAINS} if seeds else {}
 
 
 OURS = Method("**FusionRoute** (SFT + CDPO)", "system-{}", "fused")
@@ -62,11 +62,11 @@ METHODS = (
     *(Method(f"{name} expert", "system-0", f"expert:{name}") for name in DOMAINS),
     Method("common base", "base", "router"),
 )
-DRAWN = (OURS, TOKEN, DIRECT, SEQUENCE, COLLAB, TASK_ARITHMETIC)  # the bars
+CHARTED = (OURS, TOKEN, DIRECT, SEQUENCE, COLLAB, TASK_ARITHMETIC)  # the bars of the chart
 
 
 def write_results(work: Path, docs: Path) -> None:
-    """Fill the template's {places} for every family; pictures go beside it into results/."""
+    """Fill the {places} of the template for every family; pictures go into docs/results/."""
     pictures = docs / "results"
     pictures.mkdir(exist_ok=True)
     places: dict[str, str] = {}
@@ -81,7 +81,7 @@ def write_results(work: Path, docs: Path) -> None:
             curves[f"{family}, seed {seed}"] = FusionSettings.read(folder / f"system-{seed}.fusion").lam_curve or []
         rows = [Row(family, "fp32", "fused", load_results(folder / "system-0.npz")["fused"])]
         (pictures / f"routing-{family}.png").write_bytes(figures.routing_maps(rows))
-        bars = [entry(family, method, method.cells(folder)) for method in DRAWN]
+        bars = [entry(family, method, method.cells(folder)) for method in CHARTED]
         (pictures / f"accuracy-{family}.png").write_bytes(figures.accuracy(bars))
         (pictures / f"loss-{family}.png").write_bytes((folder / "routers" / "0" / "loss.png").read_bytes())
     (pictures / "lambda.png").write_bytes(figures.lambda_curves(curves))
@@ -93,7 +93,7 @@ def write_results(work: Path, docs: Path) -> None:
 
 
 def pooled(cells: Cells, domains: Sequence[str] = ALL_DOMAINS) -> list[np.ndarray]:
-    """Per prompt the share of seeds that got it right, one array per domain."""
+    """The share of seeds that answered each prompt right, one array [N] per domain."""
     return [np.mean(cells[domain], axis=0) for domain in domains]
 
 
@@ -103,14 +103,14 @@ def average(cells: Cells, seed: int, domains: Sequence[str] = ALL_DOMAINS) -> fl
 
 
 def entry(family: str, method: Method, cells: Cells) -> dict[str, Any]:
-    """What `figures.accuracy` draws."""
+    """One bar of `figures.accuracy`."""
     named = {"bundle": family, "precision": "fp32", "method": method.label.replace("*", "")}
     domains = {domain: {"accuracy": interval(pooled(cells, [domain]))._asdict()} for domain in ALL_DOMAINS}
     return named | {"domains": domains, "average": {"accuracy": interval(pooled(cells))._asdict()}}
 
 
 def accuracy_table(folder: Path) -> str:
-    """Exact match in % of all methods: mean over seeds, and the average of every seed."""
+    """Exact match of all methods in %: mean over seeds, and the average of each seed."""
     lines = [row("method", *ALL_DOMAINS, "average of five", "of the first three", "each seed"), row("---", *["--:"] * 8)]
     for method in METHODS:
         if cells := method.cells(folder):
@@ -123,21 +123,21 @@ def accuracy_table(folder: Path) -> str:
 
 
 def difference_table(folder: Path) -> str:
-    """FusionRoute less every other method: paired bootstrap over prompts, seeds averaged."""
+    """FusionRoute minus every other method: paired bootstrap over prompts, seeds averaged."""
     ours = OURS.cells(folder)
     lines = [row("FusionRoute less …", "average of five", "p", "of the first three", "p"), row("---", *["--:"] * 4)]
     for method in METHODS[1:]:
         if cells := method.cells(folder):
             shown = []
             for domains in (ALL_DOMAINS, DOMAINS):
-                found = compare(pooled(ours, domains), pooled(cells, domains))
-                shown += [f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]", f"{found.p:.3f}"]
+                gap = compare(pooled(ours, domains), pooled(cells, domains))
+                shown += [f"{100 * gap.difference:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]", f"{gap.p:.3f}"]
             lines.append(row(method.label, *shown))
     return "\n".join(lines)
 
 
 def text_table(folder: Path) -> str:
-    """How near wrong answers come: word F1 of every domain's average, and BLEU of the instruction answers (texts), seed 0."""
+    """How close wrong answers come: word F1 averaged over domains, and BLEU of the instruction answers, seed 0."""
     references = [sample.answer for sample in draw_many("instruction", "test", len(OURS.cells(folder)["instruction"][0]), TEST_DRAW)]
     lines = [row("method", "F1, average of five", "BLEU, instruction"), row("---", "--:", "--:")]
     for method in METHODS:
@@ -155,10 +155,10 @@ def precision_table(folder: Path) -> str:
     lines = [row("precision", *ALL_DOMAINS, "average of five", "less fp32"), row("---", *["--:"] * 7)]
     for precision, file in (("fp32", "shipped.fp32"), ("fp16", "shipped.fp16"), ("int8", "shipped.int8")):
         if cells := Method("", file, "fused").cells(folder):
-            found = compare(pooled(cells), pooled(base))
+            gap = compare(pooled(cells), pooled(base))
             single = [f"{100 * average(cells, 0, [domain]):.2f}" for domain in ALL_DOMAINS]
-            gap = "" if precision == "fp32" else f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-            lines.append(row(precision, *single, f"{100 * average(cells, 0):.2f}", gap))
+            less = "" if precision == "fp32" else f"{100 * gap.difference:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]"
+            lines.append(row(precision, *single, f"{100 * average(cells, 0):.2f}", less))
     return "\n".join(lines)
 
 

@@ -4,22 +4,22 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.peers.worker import Generation, main
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bench.run import generate
-from peers.worker import Text, main
 
 
-class Ours:
-    """One precision of a bundle; `fused`: all models, else the router alone (with λ = 1 no expert runs)."""
+class FusionRoute:
+    """One precision of a bundle. `fused`: the whole system; otherwise the router alone, since no expert runs at λ = 1."""
 
     def __init__(self, folder: str, precision: str, context: int, threads: int, fused: bool = False):
         self.runtime = FusionRuntime.load(folder, precision, "cpu", threads=threads, lam=None if fused else 1.0)
         self.session = self.runtime.session()
 
-    def generate(self, prompt: list[int], count: int) -> Text:
+    def generate(self, prompt: list[int], count: int) -> Generation:
         """See `worker.Model`."""
         run = generate(self.session, prompt, count)
-        return Text(run.first, sum(run.seconds), self.session.token_ids[len(prompt) :], run.experts)
+        return Generation(run.first, sum(run.seconds), self.session.token_ids[len(prompt) :], run.experts)
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """See `worker.Model`."""
@@ -27,4 +27,4 @@ class Ours:
 
 
 if __name__ == "__main__":
-    main(lambda folder, form, **rest: Ours(str(Path(folder)), form, **rest))
+    main(lambda folder, form, **rest: FusionRoute(str(Path(folder)), form, **rest))

@@ -1,11 +1,14 @@
-"""What users write around other runtimes to fuse models: the routing head, and which tokens an expert has missed."""
+"""What users must write around other runtimes to fuse models: the routing head, and a count of the tokens that each expert has missed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file
+
+Row = TypeVar("Row")  # what a reader returns for the last token: logits, or nothing
 
 
 @dataclass
@@ -27,14 +30,14 @@ class Routing:
         return int((self.weight @ np.asarray(hidden, np.float32) + self.bias).argmax())
 
 
-class Experts:
-    """How far each expert has read. `readers` append ids int32 [S] to one expert each, and run it on them."""
+class Experts(Generic[Row]):
+    """How many tokens each expert has read. `readers`, one per expert, take ids int32 [S] and run the expert on them."""
 
-    def __init__(self, readers: list[Callable[[np.ndarray], object]]):
+    def __init__(self, readers: list[Callable[[np.ndarray], Row]]):
         self.readers, self.lengths = readers, [0] * len(readers)
 
-    def catch_up(self, expert: int, tokens: list[int]) -> object:
-        """Let one expert read all that it missed as one chunk; what its reader returns."""
+    def catch_up(self, expert: int, tokens: list[int]) -> Row:
+        """Let an expert read the tokens it has missed, as one chunk; returns what its reader returns."""
         missed = np.array(tokens[self.lengths[expert] :], np.int32)
         self.lengths[expert] = len(tokens)
         return self.readers[expert](missed)
