@@ -20,7 +20,7 @@ from rich.progress import Progress
 from benchmarks.real_text import language_reference
 from benchmarks.router_outputs import router_outputs
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends.backend import Output
+from fusionroute.runtime.backend import Output
 from fusionroute.runtime.bench.bandwidth import of_host
 from fusionroute.runtime.bench.memory import resident
 

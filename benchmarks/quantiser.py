@@ -41,6 +41,7 @@ from fusionroute.fr_export.precision.rounding import measure
 from fusionroute.fr_export.precision.scheme import Fitted, Scheme, users
 from fusionroute.fr_export.precision.sensitive import sensitive
 from fusionroute.fr_export.precision.smoothquant import smooth
+from fusionroute.fr_export.verify.bounds import BOUNDS
 from fusionroute.fr_export.verify.compare import compare
 
 CONTEXT = 1024  # tokens
@@ -160,7 +161,7 @@ def main(
         for step in STEPS:
             if step.name in rows or only not in step.name:
                 continue
-            SCHEMES["ort:cpu"][step.name] = step
+            SCHEMES["ort:cpu"][step.name], BOUNDS[step.name] = step, {}
             bundle = out / "bundle"
             request = Request(FAMILIES[family], router, experts, (step.name,), ("ort:cpu",), bundle, max_seq_len=CONTEXT, force=True)
             variant = export_uncompared(request, stages)["variants"][0]

@@ -6,7 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends.backend import Output
+from fusionroute.runtime.backend import Output
 
 
 @contextmanager

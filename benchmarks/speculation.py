@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks.router_outputs import router_outputs
 from fusionroute.calibration.prompts import BUILTIN
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends.backend import Output
+from fusionroute.runtime.backend import Output
 from fusionroute.runtime.speculation import costs
 from fusionroute.runtime.speculation.lookup import Lookup
 
@@ -157,13 +157,12 @@ def generate(
         while len(tokens) < count:
             tokens += session.steps(count - len(tokens), **options)
         seconds = time.perf_counter() - start
-    rounds = session.rounds
     return seconds / (count - 1), {
         "prompt": len(session) - count,
         "ids": [token.id for token in tokens],
         "experts": [token.expert for token in tokens],
-        "drafted": rounds.drafted if rounds else 0,
-        "accepted": rounds.accepted if rounds else 0,
+        "drafted": session.drafted,
+        "accepted": session.accepted,
     }
 
 
@@ -182,9 +181,11 @@ def model(cost: costs.Costs, run: dict[str, Any], names: list[str]) -> float:
         length = run["prompt"] + number
         missed, read[name] = length - read[name], length
         if number:  # the first token is not timed
-            router, expert = costs.table(cost.router, length), costs.table(cost.experts[names.index(name)], length)
-            beyond = max(missed - costs.MOST, 0) * (expert[costs.MOST] - expert[costs.MOST // 2]) / (costs.MOST // 2)
-            total += router[1] + expert[min(missed, costs.MOST)] + beyond + cost.fusion
+            router = costs.seconds_by_tokens(cost.router, length)
+            expert = costs.seconds_by_tokens(cost.experts[names.index(name)], length)
+            longest = costs.MAX_ROUND_TOKENS  # passes beyond it grow by the slope of the second half
+            slope = (expert[longest] - expert[longest // 2]) / (longest // 2)
+            total += router[1] + expert[min(missed, longest)] + max(missed - longest, 0) * slope + cost.fusion
     return total / (len(run["experts"]) - 1)
 
 

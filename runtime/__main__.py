@@ -1,4 +1,4 @@
-"""`python -m runtime`: generate, bench, inspect, build."""
+"""`python -m runtime`: generate, bench, inspect, build, cache."""
 
 import sys
 import traceback
@@ -8,6 +8,7 @@ import typer
 
 from fusionroute.runtime.commands.bench import bench
 from fusionroute.runtime.commands.build import build
+from fusionroute.runtime.commands.cache import cache
 from fusionroute.runtime.commands.generate import generate
 from fusionroute.runtime.commands.inspect import inspect
 from fusionroute.runtime.errors import FusionError, one_line
@@ -17,6 +18,7 @@ app.command()(generate)
 app.command()(bench)
 app.command()(inspect)
 app.command()(build)
+app.command()(cache)
 
 
 @app.callback()

@@ -23,18 +23,18 @@ def traced_once() -> Iterator[None]:
     if find_spec("torch") is None:  # tests/runtime alone
         yield
         return
-    from fusionroute.fr_export import export
+    from fusionroute.fr_export.graphs import traces
     from fusionroute.fr_export.graphs.dialects import ort
     from fusionroute.fr_export.graphs.trace import architecture, trace
 
-    traces: dict[Any, Any] = {}
+    by_architecture: dict[Any, Any] = {}
 
     def cached_trace(family: Any, config: Any, vocab_size: int, max_seq_len: int, lowering: Any = ort) -> Any:
         key = family.name, architecture(config, vocab_size), max_seq_len, lowering
-        if key not in traces:
-            traces[key] = trace(family, config, vocab_size, max_seq_len, lowering)
-        return traces[key].clone()
+        if key not in by_architecture:
+            by_architecture[key] = trace(family, config, vocab_size, max_seq_len, lowering)
+        return by_architecture[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "trace", cached_trace)
+        patch.setattr(traces, "trace", cached_trace)
         yield

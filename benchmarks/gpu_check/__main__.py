@@ -25,8 +25,7 @@ from fusionroute.fr_export.families import FAMILIES, Family
 from fusionroute.runtime.bench.bench import PACKAGES
 from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.machine import installed
-from fusionroute.runtime.tensorrt.engines import TARGET
-from fusionroute.runtime.tensorrt.library import MODULES, NAMES, device_sm, load
+from fusionroute.runtime.tensorrt.library import MODULES, NAMES, TARGET, device_sm, load
 
 COLOURS = {PASSED: "green", FAILED: "red", SKIPPED: "yellow"}
 REPORT = "gpu-check.md"

@@ -8,8 +8,7 @@ from benchmarks.gpu_check import engines, logits, speed, texts
 from benchmarks.gpu_check.outcome import PASSED, SKIPPED, Outcome, run_check
 from benchmarks.gpu_check.setup import Setup
 from fusionroute.runtime.manifest import Manifest
-from fusionroute.runtime.tensorrt.engines import TARGET
-from fusionroute.runtime.tensorrt.library import MODULES, NAMES
+from fusionroute.runtime.tensorrt.library import MODULES, NAMES, TARGET
 
 ON_GPU = {
     "parity": logits.parity,

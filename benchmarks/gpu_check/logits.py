@@ -10,16 +10,16 @@ from benchmarks.gpu_check.outcome import Finding
 from benchmarks.gpu_check.setup import Setup
 from fusionroute.fr_export.verify.bounds import misses
 from fusionroute.fr_export.verify.compare import Score, compare_scores
-from fusionroute.fr_export.verify.engine_graph_on_cpu import System as OnOnnxRuntime
-from fusionroute.runtime import FusionRuntime
+from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineSystemOnCpu
 from fusionroute.runtime.manifest import Manifest, Variant
-from fusionroute.runtime.tensorrt.engines import TARGET
+from fusionroute.runtime.options import fusion_coefficients
+from fusionroute.runtime.tensorrt.library import TARGET
 
 
 def graphs(folder: Path, variant: Variant) -> Finding:
     """The graphs for TensorRT, run on ONNX Runtime."""
     manifest = Manifest.read(folder)
-    system = OnOnnxRuntime(folder, manifest, variant, FusionRuntime.coefficients(manifest.fusion, manifest.lam))
+    system = EngineSystemOnCpu(folder, manifest, variant, fusion_coefficients(manifest.fusion, manifest.lam))
     return against_cpu(folder, variant, system.score)
 
 

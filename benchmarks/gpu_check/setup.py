@@ -5,8 +5,8 @@ from pathlib import Path
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.manifest import Engines, Manifest, Variant
-from fusionroute.runtime.tensorrt.engines import TARGET, fitting
-from fusionroute.runtime.tensorrt.library import load
+from fusionroute.runtime.tensorrt.engines import fitting
+from fusionroute.runtime.tensorrt.library import TARGET, load
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from benchmarks.gpu_check.outcome import Finding, Skipped
 from benchmarks.gpu_check.setup import Setup
 from fusionroute.runtime.bench.bench import Request, bench
 from fusionroute.runtime.manifest import Manifest
-from fusionroute.runtime.tensorrt.engines import TARGET
+from fusionroute.runtime.tensorrt.library import TARGET
 
 NEW_TOKENS, REPEATS = 64, 7
 

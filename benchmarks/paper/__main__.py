@@ -26,9 +26,10 @@ from fusionroute.fr_export.evaluation.run import evaluate
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES as EXPORTED
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, DOMAINS, Sample, draw_many
-from fusionroute.fr_export.training.architectures import FAMILIES, WIDTH
-from fusionroute.fr_export.training.merge import merge
-from fusionroute.fr_export.training.tiny import BUDGETS, SEEDS, Workshop, chosen, tuned, validation
+from fusionroute.fr_export.tiny.architectures import ARCHITECTURES, WIDTH
+from fusionroute.fr_export.tiny.ship import SEEDS, chosen, tuned, validation
+from fusionroute.fr_export.tiny.workshop import BUDGETS, Workshop
+from fusionroute.fr_export.training.merge.models import merge
 
 PRECISIONS = ("fp32", "fp16", "int8")
 SCALES = (0.3, 0.5, 0.8)  # of the merged task vectors
@@ -41,7 +42,7 @@ class Comparison:
 
     def __init__(self, family: str, work: Path, width: int, prompts: int, scale: float, jobs: int):
         self.folder = work / f"{family}-{width}"
-        self.workshop = Workshop(FAMILIES[family], self.folder, width, BUDGETS[family].scaled(scale))
+        self.workshop = Workshop(ARCHITECTURES[family], self.folder, width, BUDGETS[family].scaled(scale))
         self.family, self.jobs = EXPORTED[family], jobs
         self.validation = validation()
         self.test = {domain: draw_many(domain, "test", prompts, TEST_DRAW) for domain in ALL_DOMAINS}

@@ -48,11 +48,11 @@ def choices(bundle: str, tasks: Mapping[str, Sequence[Sample]]) -> Choices:
     """Read prompts with their right answers (teacher forced) through the exported router and all experts."""
     labels, chosen, right = [], [], []
     with FusionRuntime.load(bundle, "fp32") as runtime:
-        assert runtime.text is not None
-        classes = TokenClasses(runtime.text)
+        assert runtime.tokenizer is not None
+        classes = TokenClasses(runtime.tokenizer)
         caches = [model.cache() for model in (runtime.backend.router, *runtime.backend.experts)]
         for sample in (sample for samples in tasks.values() for sample in samples):
-            prompt, answer = runtime.encode(sample.prompt), runtime.text.encode(sample.answer, special=False)
+            prompt, answer = runtime.encode(sample.prompt), runtime.tokenizer.encode(sample.answer, special=False)
             positions = list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
             for cache in caches:
                 cache.length = 0

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.tensorrt.engines import rebuild, target_for
-from fusionroute.runtime.tensorrt.library import MODULES, NAMES, capabilities, device_sm, installed, load, parse_sms
+from fusionroute.runtime.tensorrt.library import MODULES, NAMES, capabilities, device_sm, installed_flavour, load, parse_sms
 
 
 def build(
@@ -26,7 +26,7 @@ def build(
 ) -> None:
     """Build or rebuild the TensorRT engines of a bundle from its graphs: needs tensorrt or tensorrt-rtx, not torch."""
     opened = Bundle.open(bundle)
-    chosen = flavour or installed() or "tensorrt"
+    chosen = flavour or installed_flavour() or "tensorrt"
     if chosen not in MODULES:
         raise InputError(f"Unknown flavour '{chosen}': use one of {', '.join(MODULES)}.")
     target = target_for(opened.manifest, chosen, installed_version(chosen))

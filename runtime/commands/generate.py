@@ -11,8 +11,10 @@ from rich.style import Style
 from rich.text import Text as Styled
 
 from fusionroute.runtime.backends import KNOWN
-from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FUSIONS, SPECULATION, FusionRuntime, Prompt
+from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.options import FUSIONS, SPECULATION_MODES, fusion_coefficients
+from fusionroute.runtime.prompt import Prompt
 from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.text import Token
 
@@ -54,8 +56,10 @@ def generate(
         raise typer.BadParameter("the chat template takes text: give the prompt as --prompt TEXT", param_hint="--chat")
     if device not in KNOWN:
         raise typer.BadParameter(f"unknown device '{device}'; expected {', '.join(KNOWN)}", param_hint="--device")
-    if speculation not in SPECULATION:
-        raise typer.BadParameter(f"unknown speculation '{speculation}'; expected {', '.join(SPECULATION)}", param_hint="--speculation")
+    if speculation not in SPECULATION_MODES:
+        raise typer.BadParameter(
+            f"unknown speculation '{speculation}'; expected {', '.join(SPECULATION_MODES)}", param_hint="--speculation"
+        )
     if max_new_tokens < 1:
         raise typer.BadParameter(f"{max_new_tokens} is out of range; expected at least 1", param_hint="--max-new-tokens")
     try:
@@ -65,7 +69,7 @@ def generate(
             "seed": seed,
         }  # fmt: skip
         Sampling(**sampling)  # wrong values end here, before anything is loaded
-        FusionRuntime.coefficients(fusion or FUSIONS[0], 0.5 if lam is None else lam)
+        fusion_coefficients(fusion or FUSIONS[0], 0.5 if lam is None else lam)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     budget = None if expert_memory is None else expert_memory << 20
@@ -86,7 +90,7 @@ def generate(
         for token in stream:
             tokens.append(token)
             if not as_json:
-                shown = token.text if runtime.text else f"{token.id} "
+                shown = token.text if runtime.tokenizer else f"{token.id} "
                 # written as it is: the console would expand tabs and drop returns
                 print(Style.parse(styles[token.expert]).render(shown, color_system=colours) if show_routing else shown, end="", flush=True)
         if not as_json:

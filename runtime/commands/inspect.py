@@ -36,11 +36,14 @@ def inspect(
         f"{', chat template' if 'chat_template.jinja' in manifest.files else ''}"
     )
     models = Table(title="Models", title_justify="left")
-    for column in ("model", "role", "parameters", "layers", "KV bytes per token"):
+    widths = sorted({variant.cache_width for variant in manifest.variants})
+    cache_column = "KV bytes per token" + (" (half precision, fp32)" if len(widths) > 1 else "")
+    for column in ("model", "role", "parameters", "layers", cache_column):
         models.add_column(column, justify="left" if column in ("model", "role") else "right")
     for number, model in enumerate(manifest.models):
-        per_token = 2 * model.layers * model.kv_heads * model.head_size * 4
-        models.add_row(model.name, "expert" if number else "router", f"{model.parameters:,}", str(model.layers), f"{per_token:,}")
+        values = 2 * model.layers * model.kv_heads * model.head_size
+        per_token = " / ".join(f"{values * width:,}" for width in widths)
+        models.add_row(model.name, "expert" if number else "router", f"{model.parameters:,}", str(model.layers), per_token)
     variants = Table(title="Precisions", title_justify="left")
     for column in ("target", "precision", "bits/weight", "graphs"):
         variants.add_column(column)

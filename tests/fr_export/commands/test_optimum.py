@@ -4,12 +4,15 @@ import argparse
 import importlib.util
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 from fusionroute.fr_export.commands import export
+from fusionroute.fr_export.export import Request
+from fusionroute.fr_export.families import FAMILIES
 from tests.support.paths import REPOSITORY
 
 
@@ -20,7 +23,7 @@ class CommandInfo:
 
 
 class Base:
-    """What the command needs of optimum.commands.base.BaseOptimumCLICommand: an instance per parser, and one made to run."""
+    """What the command needs of optimum.commands.base.BaseOptimumCLICommand."""
 
     COMMAND: CommandInfo
 
@@ -58,16 +61,20 @@ def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
 
 
 def test_all_arguments_reach_the_exporter(parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(export, "run", lambda *given: seen.append(given))
+    requests: list[Request] = []
+    monkeypatch.setattr("fusionroute.fr_export.export.export", lambda request, stages: requests.append(request))
     monkeypatch.setattr(export, "show", lambda *_: None)
     given = ["--family", "gemma2", "--router", "r", "--expert", "math=a b", "--expert", "code=c", "--lambda", "0.25", "--force"]
     args = parser.parse_args(["export", "fusionroute", *given])
     with pytest.raises(SystemExit) as end:
         args.func(args).run()
     assert end.value.code == 0
-    family, preset, router, experts, *_ = seen[0]
-    assert (family, preset, router, experts) == ("gemma2", None, "r", ["math=a b", "code=c"]) and 0.25 in seen[0] and True in seen[0]
+    assert requests == [
+        Request(
+            family=FAMILIES["gemma2"], router="r", experts={"math": "a b", "code": "c"}, precisions=("fp32", "int8"), targets=("ort:cpu",),
+            out=Path("dist/gemma2"), lam=0.25, force=True,
+        )
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of 512 entries, learnt from the domains, with a family's special tokens."""
+"""A byte-level BPE tokenizer of 512 entries, learnt from the tasks, with the special tokens of a family."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fusionroute.fr_export.tasks.domains import DOMAINS, draw_many
 from fusionroute.fr_export.tasks.generators import WORDS
-from fusionroute.fr_export.training.architectures import VOCABULARY, Family
+from fusionroute.fr_export.tiny.architectures import VOCABULARY, Architecture
 
 
-def build_tokenizer(family: Family) -> Any:
-    """Train the tokenizer: digits stay single, and the post-processor puts the begin-of-sequence token in front."""
+def build_tokenizer(architecture: Architecture) -> Any:
+    """Train the tokenizer (of transformers). Digits stay single; the post-processor puts the begin-of-sequence token in front."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -22,7 +22,7 @@ def build_tokenizer(family: Family) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=list(family.special_tokens),
+        special_tokens=list(architecture.special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -30,17 +30,17 @@ def build_tokenizer(family: Family) -> Any:
     if tokenizer.get_vocab_size() != VOCABULARY:
         raise ValueError(f"the corpus gave {tokenizer.get_vocab_size()} tokens instead of {VOCABULARY}")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{family.bos} $A",
-        pair=f"{family.bos} $A {family.bos} $B",
-        special_tokens=[(family.bos, tokenizer.token_to_id(family.bos))],
+        single=f"{architecture.bos} $A",
+        pair=f"{architecture.bos} $A {architecture.bos} $B",
+        special_tokens=[(architecture.bos, tokenizer.token_to_id(architecture.bos))],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=family.bos,
-        eos_token=family.eos,
-        pad_token=family.pad,
-        chat_template=family.chat_template,
-        model_max_length=family.config["max_position_embeddings"],
+        bos_token=architecture.bos,
+        eos_token=architecture.eos,
+        pad_token=architecture.pad,
+        chat_template=architecture.chat_template,
+        model_max_length=architecture.config["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
     )
 

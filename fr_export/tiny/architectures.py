@@ -1,4 +1,4 @@
-"""The two families: tiny configurations of their real architectures, and how their conversations are written."""
+"""Tiny configurations of the two families' real architectures, and how they write conversations."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,8 @@ _SIZES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Family:
-    """What differs between the families outside of the weights."""
+class Architecture:
+    """What differs between the families outside of the weights. `name` is the family's."""
 
     name: str
     config_class: type[Any]
@@ -52,8 +52,8 @@ _LLAMA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 
-FAMILIES = {
-    "gemma2": Family(
+ARCHITECTURES = {
+    "gemma2": Architecture(
         name="gemma2",
         config_class=Gemma2Config,
         config={
@@ -78,7 +78,7 @@ FAMILIES = {
         model_open="<start_of_turn>model\n",
         chat_template=_GEMMA_TEMPLATE,
     ),
-    "llama3": Family(
+    "llama3": Architecture(
         name="llama3",
         config_class=LlamaConfig,
         config={
@@ -114,10 +114,10 @@ FAMILIES = {
 }
 
 
-def new_model(family: Family, width: int = WIDTH) -> Any:
-    """A freshly initialised model of the given hidden size; eager attention, as Gemma-2's soft-capping needs it."""
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // family.config["num_attention_heads"]}
-    if "query_pre_attn_scalar" in family.config:
+def new_model(architecture: Architecture, width: int = WIDTH) -> Any:
+    """A freshly initialised causal LM of hidden size `width`. Attention is eager: only that knows Gemma-2's soft-capping."""
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // architecture.config["num_attention_heads"]}
+    if "query_pre_attn_scalar" in architecture.config:
         sizes["query_pre_attn_scalar"] = sizes["head_dim"]
-    config = family.config_class(**family.config | sizes)
+    config = architecture.config_class(**architecture.config | sizes)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -18,6 +18,25 @@ class Output(NamedTuple):
     routing: np.ndarray | None
 
 
+NO_IDS = np.zeros(0, np.int64)
+
+
+class FusionInputs(NamedTuple):
+    """What one fusion reads: logits of K positions, float32 [K, V], where the models left them or on the host.
+
+    coefficients: weights of the router's and the expert's logits. k: how many candidates are returned for each position.
+    penalty_ids: int64 [P], the token ids that the repetition penalty touches at each position. temperature: of `sampling_normaliser`.
+    """
+
+    router: Any
+    expert: Any
+    coefficients: tuple[float, float]
+    k: int = 1
+    penalty_ids: np.ndarray = NO_IDS
+    penalty: float = 1.0
+    temperature: float = 1.0
+
+
 class Fused(NamedTuple):
     """What fusion returns for K positions. The arrays are the backend's buffers: read or copy them before the next call.
 
@@ -68,17 +87,8 @@ class LanguageModel(Protocol):
 class Fuser(Protocol):
     """The fusion graph, bound for one session."""
 
-    def __call__(
-        self,
-        router: Any,
-        expert: Any,
-        coefficients: tuple[float, float],
-        k: int,
-        penalty_ids: np.ndarray,
-        penalty: float,
-        temperature: float,
-    ) -> Fused:
-        """Fuse the logits of K positions; `penalty_ids` int64 [P] are penalised at each of them."""
+    def __call__(self, inputs: FusionInputs) -> Fused:
+        """Fuse the logits of K positions. Raises FusionError where the device fails."""
         ...
 
     def row(self, fused: Fused) -> np.ndarray:
@@ -86,14 +96,43 @@ class Fuser(Protocol):
         ...
 
 
+class BackendOptions(Protocol):
+    """What `open_backend` reads of the options of a runtime; see `FusionRuntime.load` for their meaning."""
+
+    @property
+    def precision(self) -> str | None:
+        """None: the fastest that the bundle has."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """A key of DEVICES, or `auto`."""
+        ...
+
+    @property
+    def threads(self) -> int | None:
+        """Of the CPU; None: one for each core."""
+        ...
+
+    @property
+    def expert_memory(self) -> int | None:
+        """Bytes of device memory for experts' weights; None: no limit."""
+        ...
+
+    @property
+    def share_weights(self) -> bool:
+        """Whether processes share the weights in host memory."""
+        ...
+
+
 class Backend(Protocol):
     """Router, experts and fusion of one variant of a bundle on one device."""
 
     prefill_chunk: int
-    """How many tokens it reads at a time most quickly, where there are as many."""
+    """Preferred number of tokens per prefill pass."""
 
     async_dispatch: bool
-    """Whether `forward` and the fuser only queue their work, and what they return waits for it when it is read."""
+    """Whether `forward` and the fuser only queue their work; reading what they return then waits for it."""
 
     @property
     def router(self) -> LanguageModel:

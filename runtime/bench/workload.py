@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.session import Session
 
 FUSED, ROUTER = "fused", "router"
@@ -44,7 +45,7 @@ def system(name: str, runtime: FusionRuntime) -> System:
         return system(name.removesuffix(DRAFTS), runtime)._replace(name=name, drafts=True)
     first, _, pinned = name.partition(":")
     if name == FUSED or (first == FUSED and pinned in runtime.expert_names):
-        weights = runtime.coefficients(runtime.fusion, runtime.lam)
+        weights = fusion_coefficients(runtime.fusion, runtime.lam)
         return System(name, not pinned or weights[0] > 0, weights[1] > 0, pinned or None, runtime.fusion, runtime.lam)
     if name == ROUTER:
         return System(name, True, False, None, "weighted", 1.0)
