@@ -1,8 +1,11 @@
-"""What a long text costs: time per token, memory of sessions, and the pause when an expert has to catch up. Writes JSON and a chart.
+"""What a long text costs: time per token, memory of sessions, and the pause when an expert has to catch up.
+
+Writes JSON and a chart.
 
 python -m benchmarks.length BUNDLE --out DIR [--precision int8]      a bundle exported with --max-seq-len 8192
 
-The chart shows each figure beside its arithmetic: every token reads all keys and values of the text, and each model that ran caches them once.
+The chart shows each figure beside its arithmetic: every token reads all keys and values of the text, and each model
+that ran caches them once.
 """
 
 import gc
@@ -52,7 +55,10 @@ def main(
 
 
 def steps(rt: FusionRuntime, ids: list[int], lengths: list[int], progress: Progress) -> list[dict[str, float]]:
-    """Median time of decode steps after texts of several lengths, in turns. The router and one expert have read the text."""
+    """Median time of decode steps after texts of several lengths, in turns.
+
+    The router and one expert have read the text.
+    """
     task = progress.add_task("steps by length", total=len(lengths) * (ROUNDS + 1))
     sessions = []
     for length in lengths:
