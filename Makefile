@@ -8,7 +8,7 @@ PROMPT ?= 12+30=
 # The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint slow test-oldest test-optimum gpu-check clean
+.PHONY: demo test lint docs slow test-oldest test-optimum gpu-check clean
 
 demo: $(VENV)/export
 	$(BIN)/python export.py --family $(FAMILY) --force
@@ -17,12 +17,23 @@ demo: $(VENV)/export
 
 # A file's tests stay on one worker, which makes its systems once; workers share the cores.
 test: $(VENV)/test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations=25
 
 lint: $(VENV)/test build/house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd build/house && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
+
+# The API reference, from docstrings: build/docs/index.html. pdoc is told to be quiet about what it cannot know: modules that
+# their packages contain too, annotations of named tuples that are strings, and commands/optimum.py, which imports Optimum.
+PDOC := -W 'ignore:The module specification' -W 'ignore:Error parsing type annotation' -W 'ignore:Cannot determine where' \
+	-W "ignore:Couldn't import" -m pdoc
+docs: $(VENV)/docs build/house
+	rm -rf build/docs
+	cd build/house && PYTHONPATH=. ../../$(BIN)/python $(PDOC) --output-directory ../docs \
+		$$(find -L fusionroute -name '*.py' | sed 's,/__init__,,; s,[.]py$$,,; s,/,.,g' | sort) \
+		'!.*[.]__main__' '!fusionroute[.]fr_export[.]commands[.]optimum'
 
 # The package as a wheel lays it out, in links to the folders here: tools that read code and run nothing see `fusionroute` there.
 build/house:
@@ -59,6 +70,10 @@ $(VENV)/export: $(VENV)/python pyproject.toml
 
 $(VENV)/test: $(VENV)/export
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,export,test]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,export,test,docs]'
 	touch $@
 
 .venv-oldest/ready: pyproject.toml

@@ -190,9 +190,9 @@ def model(cost: costs.Costs, run: dict[str, Any], names: list[str]) -> float:
         if number:  # the first token is not timed
             router = costs.seconds_by_tokens(cost.router, length)
             expert = costs.seconds_by_tokens(cost.experts[names.index(name)], length)
-            longest = costs.MAX_ROUND_TOKENS  # passes beyond it grow by the slope of the second half
-            slope = (expert[longest] - expert[longest // 2]) / (longest // 2)
-            total += router[1] + expert[min(missed, longest)] + max(missed - longest, 0) * slope + cost.fusion
+            largest = costs.MAX_ROUND_TOKENS
+            beyond = max(missed - largest, 0) * (expert[largest] - expert[largest // 2]) / (largest // 2)
+            total += router[1] + expert[min(missed, largest)] + beyond + cost.fusion
     return total / (len(run["experts"]) - 1)
 
 

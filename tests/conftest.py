@@ -27,13 +27,13 @@ def traced_once() -> Iterator[None]:
     from fusionroute.fr_export.graphs.dialects import ort
     from fusionroute.fr_export.graphs.trace import architecture, trace
 
-    by_architecture: dict[Any, Any] = {}
+    graphs: dict[Any, Any] = {}
 
     def cached_trace(family: Any, config: Any, vocab_size: int, max_seq_len: int, lowering: Any = ort) -> Any:
         key = family.name, architecture(config, vocab_size), max_seq_len, lowering
-        if key not in by_architecture:
-            by_architecture[key] = trace(family, config, vocab_size, max_seq_len, lowering)
-        return by_architecture[key].clone()
+        if key not in graphs:
+            graphs[key] = trace(family, config, vocab_size, max_seq_len, lowering)
+        return graphs[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(traces, "trace", cached_trace)

@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fusionroute.runtime.cache import DAY, Entry, clear, entries
+from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.files import cache_folder
 
 
 def cache(
     kind: Annotated[str | None, typer.Argument(help="Only entries of this kind, such as costs or packed; default: all.")] = None,
     clear_entries: Annotated[bool, typer.Option("--clear", help="Remove them, except those that a running process uses.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every entry.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Show what the cache folder holds: measured costs of speculation (measured again after --clear), packed weights, unfinished exports."""
     listed = clear(kind) if clear_entries else entries(kind)

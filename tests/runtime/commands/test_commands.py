@@ -230,9 +230,10 @@ def test_faults_end_in_one_sentence_and_a_traceback_on_demand(
     monkeypatch.setattr(generate_module, "FusionRuntime", type("Broken", (FusionRuntime,), {"load": fault}))
     ended = command("generate", bundles[0], "--prompt", "a")
     assert ended.status == 1
-    assert_one_sentence(ended.err, "unexpected RuntimeError", "--debug", "two lines.")
-    ended = command("--debug", "generate", bundles[0], "--prompt", "a")
-    assert ended.status == 1 and "Traceback" in ended.err
+    assert_one_sentence(ended.err, "command generate failed unexpectedly", "RuntimeError: two lines.", "--debug")
+    for arguments in (("--debug", "generate", bundles[0], "--prompt", "a"), ("generate", bundles[0], "--prompt", "a", "--debug")):
+        ended = command(*arguments)
+        assert ended.status == 1 and "Traceback" in ended.err
 
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:

@@ -1,0 +1,71 @@
+"""The pages for users and contributors: every link and every named file exists, and prose can be read in a terminal."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "fr_export/tiny/README.md"])
+WIDTH = 120
+FOLDERS = ("runtime/", "calibration/", "fr_export/", "benchmarks/", "tests/", "docs/", "examples/", ".ci/")
+PLACEHOLDERS = re.compile(r"[A-Z]{4,}|[*…<>{}]")  # such as runtime/commands/VERB.py
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def page(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines outside code blocks."""
+    code = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            code = not code
+        elif not code:
+            yield number, line
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as links spell them."""
+    headings = [line.lstrip("#").strip() for _, line in prose(page) if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for number, line in prose(page):
+        for target in re.findall(r"\]\(([^)\s]+)\)", line):
+            if target.startswith("http"):
+                continue
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            assert path.exists(), f"{page}:{number} links to {target}"
+            assert not anchor or anchor in anchors(path), f"{page}:{number} links to {target}"
+
+
+def test_every_named_file_exists(page: Path) -> None:
+    if page.name == "CHANGELOG.md":
+        pytest.skip("names files of older releases")
+    if page.parent.name == "extending":
+        pytest.skip("names files of the examples")
+    for number, line in prose(page):
+        for name in re.findall(r"`([\w./-]+)`", line):
+            if name.startswith(FOLDERS) and not PLACEHOLDERS.search(name):
+                assert (ROOT / name).exists(), f"{page}:{number} names {name}"
+
+
+def test_lines_of_prose_fit_a_terminal(page: Path) -> None:
+    long = [number for number, line in prose(page) if len(line) > WIDTH and not line.startswith(("|", "  `CMAKE_ARGS"))]
+    assert not long, f"{page} has lines of more than {WIDTH} characters: {long}"
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        assert path.name == "README.md" or f"({path.name})" in index
+    records = (ROOT / "docs/decisions/README.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs/decisions").glob("0*.md")):
+        assert f"({path.name})" in records
