@@ -28,6 +28,7 @@ from fusionroute.runtime.bench.bandwidth import of_host
 from fusionroute.runtime.bench.memory import resident
 
 LENGTHS = (256, 1024, 4096, 8192)
+MEMORY_LENGTHS = (512, 1536)
 STEPS, ROUNDS = 12, 3
 SLEEP = 2000  # tokens for which an expert is not asked
 
@@ -81,7 +82,7 @@ def steps(rt: FusionRuntime, ids: list[int], lengths: list[int], progress: Progr
 def memory(rt: FusionRuntime, ids: list[int], progress: Progress) -> list[dict[str, int]]:
     """Private memory of 1, 2 and 4 sessions, each with a text that the router and one expert have read."""
     rows = []
-    for length in (512, 1536):
+    for length in MEMORY_LENGTHS:
         sessions: list[Any] = []
         gc.collect()  # frees the sessions of the previous length
         before = resident().anonymous
