@@ -62,8 +62,8 @@ def refusal(bundle: Path) -> str:
 
 
 def first(content: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = content["variants"][0]
-    return found
+    first_variant: dict[str, Any] = content["variants"][0]
+    return first_variant
 
 
 def escape(path: str) -> dict[str, Change]:
