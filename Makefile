@@ -17,12 +17,13 @@ demo: $(VENV)/export
 
 # A file's tests stay on one worker, which makes its systems once; workers share the cores.
 test: $(VENV)/test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations=25
 
 lint: $(VENV)/test build/house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd build/house && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
 
 # The API reference, from docstrings: build/docs/index.html. pdoc is told to be quiet about what it cannot know: modules that
 # their packages contain too, annotations of named tuples that are strings, and commands/optimum.py, which imports Optimum.

@@ -1,6 +1,6 @@
-"""The door: `python export.py --family gemma2` exports a FusionRoute system into a bundle."""
+"""`python export.py --family gemma2` exports a FusionRoute system into a bundle: the same as `fusionroute export`."""
 
-from fusionroute.fr_export.commands.export import app
+from fusionroute.fr_export.commands.main import run
 
 if __name__ == "__main__":
-    app()
+    run("export")

@@ -21,6 +21,7 @@ from fusionroute.runtime import (
     Stream,
     Token,
     UnavailableError,
+    __version__,
 )
 
 __all__ = [
@@ -36,4 +37,10 @@ __all__ = [
     "Stream",
     "Token",
     "UnavailableError",
+    "__version__",
 ]
+
+if __name__ == "__main__":  # `python -m fusionroute` in a checkout; in a wheel there is a __main__.py
+    from fusionroute.fr_export.commands.main import main
+
+    main()

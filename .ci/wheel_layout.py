@@ -9,6 +9,11 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDERS = ("runtime", "calibration", "fr_export")
+FILES = {
+    "fusionroute.py": "fusionroute/__init__.py",
+    "fr_export/commands/__main__.py": "fusionroute/__main__.py",  # python -m fusionroute
+    "runtime/py.typed": "fusionroute/py.typed",
+}
 
 
 class WheelLayout(BuildHookInterface):  # type: ignore[type-arg]
@@ -17,5 +22,4 @@ class WheelLayout(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatch before it writes a wheel; `version` is "standard" or "editable"."""
         if version == "standard":
-            build_data["force_include"] |= {folder: f"fusionroute/{folder}" for folder in FOLDERS}
-            build_data["force_include"]["fusionroute.py"] = "fusionroute/__init__.py"
+            build_data["force_include"] |= FILES | {folder: f"fusionroute/{folder}" for folder in FOLDERS}

@@ -1,6 +1,6 @@
-"""What embedding costs on this machine: loading, the first token, memory of one and two processes, the GIL, cancellation and deadlines.
+"""What a host process pays on this machine: loading, the first token, memory of one and two processes, the GIL, cancellation, deadlines.
 
-python benchmarks/embedding.py BUNDLE [--precision int8,int4,fp32]
+python -m benchmarks.embedding BUNDLE [--precision int8,int4,fp32]
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ TOKENS, LOADS, ROUNDS = 24, 3, 5
 
 
 def smaps() -> dict[str, int]:
-    """Memory of this process in MiB: Pss (shared pages by the number of those who share them) and Private_Dirty."""
+    """Memory of this process in MiB: Pss (a shared page counts in part, divided among the processes that map it) and Private_Dirty."""
     text = Path("/proc/self/smaps_rollup").read_text()
     return {key: int(re.search(rf"^{key}:\s+(\d+)", text, re.M)[1]) >> 10 for key in ("Pss", "Private_Dirty")}  # type: ignore[index]
 
 
-def say(**found: Any) -> None:
-    """One line of JSON to whoever started this process."""
-    print(json.dumps(found), flush=True)
+def say(**figures: Any) -> None:
+    """Print one line of JSON for the process that started this one."""
+    print(json.dumps(figures), flush=True)
 
 
 def serve(bundle: str, precision: str, shared: str, threads: str) -> None:
-    """Load, then measure on demand: a line on stdin, a line on stdout."""
+    """Load, then measure on demand: each line on stdin is answered by a line on stdout."""
     start = time.perf_counter()
     from fusionroute.runtime import FusionRuntime
 
@@ -54,21 +54,21 @@ def serve(bundle: str, precision: str, shared: str, threads: str) -> None:
     for line in sys.stdin:
         command = line.strip()
         if command == "speed":
-            begin, burnt = time.perf_counter(), time.process_time()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             count = len(rt.generate(PROMPT, TOKENS).token_ids)
-            say(tokens=count / (time.perf_counter() - begin), per_cpu=count / (time.process_time() - burnt))
+            say(tokens=count / (time.perf_counter() - begin), per_cpu=count / (time.process_time() - cpu_begin))
         elif command == "memory":
             say(**smaps())
         elif command.startswith("count"):
-            say(**counted(rt, command == "count beside"))
+            say(**count_loops(rt, command == "count beside"))
         elif command == "stop":
-            say(**stopped(rt))
+            say(**measure_stops(rt))
 
 
-def counted(rt: Any, beside: bool) -> dict[str, float]:
-    """Counts per second of a pure-Python loop in this process, while another thread generates or none does."""
-    over, made = threading.Event(), []
-    worker = threading.Thread(target=lambda: [made.append(token) for token in rt.stream(PROMPT, 900, cancel=over)])
+def count_loops(rt: Any, beside: bool) -> dict[str, float]:
+    """Counts per second of a pure-Python loop; `beside`: while another thread of this process generates."""
+    over, tokens = threading.Event(), []
+    worker = threading.Thread(target=lambda: tokens.extend(rt.stream(PROMPT, 900, cancel=over)))
     if beside:
         worker.start()
     number, start = 0, time.perf_counter()
@@ -78,45 +78,46 @@ def counted(rt: Any, beside: bool) -> dict[str, float]:
     over.set()
     if beside:
         worker.join()
-    return {"counts": number / seconds, "tokens": len(made) / seconds}
+    return {"counts": number / seconds, "tokens": len(tokens) / seconds}
 
 
-def stopped(rt: Any) -> dict[str, float]:
-    """How many token times pass between a cancellation, or a deadline, and the end; and the same within a prompt of 512 tokens."""
-    start = time.perf_counter()
-    token = (time.perf_counter() - start, rt.generate(PROMPT, TOKENS), time.perf_counter() - start)[2] / TOKENS
-    cancels, overs, prompts = [], [], []
+def measure_stops(rt: Any) -> dict[str, float]:
+    """Token times between a cancellation or a deadline and the end of the text, and those past a deadline within a prompt of 512 tokens."""
+
+    def seconds_of(prompt: Any, count: int, **options: Any) -> float:
+        start = time.perf_counter()
+        rt.generate(prompt, count, **options)
+        return time.perf_counter() - start
+
+    token = seconds_of(PROMPT, TOKENS) / TOKENS
+    after_cancel, after_deadline, after_deadline_in_prompt = [], [], []
     for _ in range(ROUNDS):
-        cancel, at = threading.Event(), [0.0]
+        cancel, times = threading.Event(), list[float]()
 
-        def ring(cancel: threading.Event = cancel, at: list[float] = at) -> None:
-            at[0] = time.perf_counter()
+        def stop(cancel: threading.Event = cancel, times: list[float] = times) -> None:
+            times.append(time.perf_counter())
             cancel.set()
 
-        threading.Timer(7.5 * token, ring).start()
+        threading.Timer(7.5 * token, stop).start()
         rt.generate(PROMPT, 900, cancel=cancel)
-        cancels.append((time.perf_counter() - at[0]) / token)
-        begin = time.perf_counter()
-        rt.generate(PROMPT, 900, deadline=7.5 * token)
-        overs.append((time.perf_counter() - begin - 7.5 * token) / token)
-        begin = time.perf_counter()
-        rt.generate([5] * 512, 2, deadline=2 * token)
-        prompts.append((time.perf_counter() - begin - 2 * token) / token)
-    return {"token_ms": token * 1e3, "cancel": median(cancels), "deadline": median(overs), "in_prompt": median(prompts)}
+        after_cancel.append((time.perf_counter() - times[0]) / token)
+        after_deadline.append(seconds_of(PROMPT, 900, deadline=7.5 * token) / token - 7.5)
+        after_deadline_in_prompt.append(seconds_of([5] * 512, 2, deadline=2 * token) / token - 2)
+    return {
+        "token_ms": token * 1e3,
+        "cancel": median(after_cancel),
+        "deadline": median(after_deadline),
+        "in_prompt": median(after_deadline_in_prompt),
+    }
 
 
 class Process:
-    """Another process with the bundle loaded."""
+    """Another process that has loaded the bundle."""
 
     def __init__(self, *arguments: str):
-        command = [sys.executable, __file__, "--serve", *arguments]
+        command = [sys.executable, "-m", "benchmarks.embedding", "--serve", *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.start: dict[str, float] = self._read()
-
-    def _read(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        found: dict[str, float] = json.loads(self._process.stdout.readline())
-        return found
+        self.start = self.receive()
 
     def send(self, command: str) -> None:
         """Ask without waiting."""
@@ -124,24 +125,30 @@ class Process:
         self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
 
+    def receive(self) -> dict[str, float]:
+        """Wait for the next answer."""
+        assert self._process.stdout is not None
+        answer: dict[str, float] = json.loads(self._process.stdout.readline())
+        return answer
+
     def ask(self, command: str) -> dict[str, float]:
         """Ask and wait."""
         self.send(command)
-        return self._read()
+        return self.receive()
 
     def end(self) -> None:
-        """Let it end."""
+        """Wait for its end."""
         self._process.communicate()
 
 
 def rows(bundle: str, precision: str, threads: str) -> None:
-    """One row for private and one for shared weights; loads and speeds of the two take turns."""
-    Process(bundle, precision, "1", threads).end()  # packs what is shared
+    """Print one row for private and one for shared weights; loads and speeds of the two are measured in turns."""
+    Process(bundle, precision, "1", threads).end()  # writes the shared weights
     starts: dict[str, list[dict[str, float]]] = {"0": [], "1": []}
     for _ in range(LOADS):
-        for shared, found in starts.items():
+        for shared, runs in starts.items():
             process = Process(bundle, precision, shared, threads)
-            found.append(process.start)
+            runs.append(process.start)
             process.end()
     pairs = {shared: [Process(bundle, precision, shared, threads) for _ in range(2)] for shared in starts}
     alone = {}
@@ -155,10 +162,10 @@ def rows(bundle: str, precision: str, threads: str) -> None:
     for _ in range(ROUNDS):
         for shared, (first, _second) in pairs.items():
             speeds[shared].append(first.ask("speed"))
-    for shared, found in starts.items():
+    for shared, runs in starts.items():
         pairs[shared][0].end()
-        best = {key: min(start[key] for start in found) for key in found[0]}
-        ratio = median(start["cold"] / start["warm"] for start in found)
+        best = {key: min(start[key] for start in runs) for key in runs[0]}
+        ratio = median(start["cold"] / start["warm"] for start in runs)
         tokens, per_cpu = (median(speed[key] for speed in speeds[shared]) for key in ("tokens", "per_cpu"))
         own, (one, other) = alone[shared]
         print(
@@ -184,13 +191,13 @@ def main() -> None:
     first = arguments.precision.split(",")[0]
     one, other = (Process(arguments.bundle, first, "0", "1") for _ in range(2))
     alone, apart, beside = [], [], []
-    for _ in range(ROUNDS):  # side by side: the generation runs in another process, then in another thread
+    for _ in range(ROUNDS):  # nothing generates, then another process does, then another thread
         alone.append(one.ask("count"))
         other.send("count beside")
         apart.append(one.ask("count"))
-        other._read()
+        other.receive()
         beside.append(one.ask("count beside"))
-    shares = (f"{median(b['counts'] / a['counts'] for a, b in zip(found, beside, strict=True)):.1%}" for found in (alone, apart))
+    shares = (f"{median(b['counts'] / a['counts'] for a, b in zip(others, beside, strict=True)):.1%}" for others in (alone, apart))
     print("pure-Python counter beside a generating thread: {} of its speed alone, {} of that beside a generating process".format(*shares))
     other.end()
     print("stopping, in token times:", one.ask("stop"))

@@ -1,33 +1,31 @@
-"""What half precision throughout (`--target ort:cuda`) loses on a real system, without a GPU. Writes a JSON file and prints a table.
+"""What half precision in all operators (`--target ort:cuda`) loses on a real system, without a GPU. Writes half.json and prints a table.
 
-python benchmarks/half.py --router SYSTEM/router --expert NAME=SYSTEM/experts/NAME … --out DIR
+python -m benchmarks.half --router SYSTEM/router --expert NAME=SYSTEM/experts/NAME … --out DIR
 
-The graphs are exported as for a GPU and computed on the CPU with the GPU's rounding (fr_export/verify/half_on_cpu.py). The text is Python's own language
-reference, which every Python brings (`pydoc_data.topics`), or a file of yours. The reference is plain torch in fp32; logits of 20,000 tokens
-of a vocabulary of 49,152 take 4 GB of memory.
+The graphs are exported as for a GPU and computed on the CPU with a GPU's rounding (fr_export/verify/half_on_cpu.py). The text is Python's
+language reference, or a file of yours. The reference is plain torch in fp32; its logits of 20,000 tokens and a vocabulary of 49,152 take 4 GB
+of memory.
 """
 
 import json
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusionroute.fr_export import export as exporter
+from benchmarks.against_torch import export_uncompared, torch_references
+from benchmarks.real_text import passages
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.commands.export import parse_experts
 from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.verify.compare import LONGEST, compare
 from fusionroute.fr_export.verify.half_on_cpu import emulate
-from fusionroute.fr_export.verify.torch_reference import reference
-from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.text import Text
 
-TOP_1 = {"fp16": 0.995, "bf16": 0.97}  # bf16's rounding alone moves the fused argmax on about 2 % of the tokens
+TOP_1_BOUNDS = {"fp16": 0.995, "bf16": 0.97}  # bf16's rounding alone changes the fused argmax of about 2 % of the tokens
 
 
 def main(
@@ -45,29 +43,25 @@ def main(
     stages = Stages(Console(stderr=True))
     with stages.progress:
         if not bundle.exists():
-            request = exporter.Request(FAMILIES[family], router, experts, tuple(TOP_1), ("ort:cuda",), bundle, max_seq_len=LONGEST)
-            exporter.export(request, stages)
+            request = Request(FAMILIES[family], router, experts, tuple(TOP_1_BOUNDS), ("ort:cuda",), bundle, max_seq_len=LONGEST)
+            export_uncompared(request, stages)
             emulate(bundle)
         system = System.open(FAMILIES[family], router, experts, max_seq_len=LONGEST)
-        words = text.read_text(encoding="utf-8") if text else "\n\n".join(topics[name] for name in sorted(topics))
-        ids = Text.load(system.router.folder / "tokenizer.json").encode(words)[:tokens]
-        texts = [ids[start : start + LONGEST] for start in range(0, len(ids), LONGEST)]
-        with FusionRuntime.load(bundle) as runtime:
-            coefficients = runtime.coefficients(runtime.fusion, runtime.lam)
-        with stages.stage("reference in torch", len(system.models)) as advance:
-            references = reference(system, texts, coefficients, advance)
-        found = {}
-        for name, bound in TOP_1.items():
-            with stages.stage(f"measuring {name}", len(ids) + min(decode, len(ids))) as advance:
-                found[name] = compare(str(bundle), name, texts, references, advance, decode) | {"top_1_bound": bound}
-            (out / "half.json").write_text(json.dumps(found, indent=1) + "\n")
+        texts = passages(system, text, tokens)
+        read = {"chunks": sum(map(len, texts)), "decode": min(decode, sum(map(len, texts)))}
+        references = torch_references(system, bundle, texts, stages)
+        figures = {}
+        for name, bound in TOP_1_BOUNDS.items():
+            with stages.stage(f"measuring {name}", sum(read.values())) as advance:
+                figures[name] = compare(str(bundle), name, texts, references, advance, decode) | {"top_1_bound": bound}
+            (out / "half.json").write_text(json.dumps(figures, indent=1) + "\n")
     table = Table("throughout", "read", "tokens", "perplexity", "KL mean", "KL p99", "top-1", "bound", "sure", "routing")
-    for name, compared in found.items():
-        for how, count in (("chunks", len(ids)), ("decode", min(decode, len(ids)))):
-            own = compared[how]
-            shares = (f"{share:.2%}" for share in (own["greedy_agreement"], TOP_1[name], own["sure_agreement"], own["routing_agreement"]))
+    for name, bound in TOP_1_BOUNDS.items():
+        for reading, count in read.items():
+            own = figures[name][reading]
+            shares = (f"{share:.2%}" for share in (own["greedy_agreement"], bound, own["sure_agreement"], own["routing_agreement"]))
             ratio = f"{own['perplexity_ratio'] - 1:+.2%}"
-            table.add_row(name, how, f"{count:,}", ratio, f"{own['kl_mean']:.1e}", f"{own['kl_p99']:.1e}", *shares)
+            table.add_row(name, reading, f"{count:,}", ratio, f"{own['kl_mean']:.1e}", f"{own['kl_p99']:.1e}", *shares)
     Console(width=120).print(table)
 
 

@@ -1,37 +1,30 @@
-"""What each precision loses on a real system, on text that it was not made with. Writes a JSON file and prints a table.
+"""What each precision loses on a real system, on text it was not calibrated on. Writes precision.json and prints a table.
 
-python benchmarks/precision.py --router SYSTEM/router --expert NAME=SYSTEM/experts/NAME … --out DIR     SmolLM2-135M: an hour on one core
+python -m benchmarks.precision --router SYSTEM/router --expert NAME=SYSTEM/experts/NAME … --out DIR     SmolLM2-135M: an hour on one core
 
-The text is Python's own language reference, which every Python brings (`pydoc_data.topics`), or a file of yours. The reference is plain
-torch in fp32; logits of 20,000 tokens of a vocabulary of 49,152 take 4 GB of memory.
+The text is Python's language reference, or a file of yours. The reference is plain torch in fp32; its logits of 20,000 tokens and a vocabulary
+of 49,152 take 4 GB of memory.
 """
 
 import json
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusionroute.fr_export import export as exporter
+from benchmarks.against_torch import export_uncompared, torch_references
+from benchmarks.real_text import passages
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.commands.export import parse_experts
 from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.verify.bounds import BOUNDS, misses
-from fusionroute.fr_export.verify.compare import LONGEST, compare
-from fusionroute.fr_export.verify.torch_reference import reference
-from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.text import Text
+from fusionroute.fr_export.verify.compare import compare
 
-
-def windows(system: System, file: Path | None, tokens: int) -> list[list[int]]:
-    """The first `tokens` tokens of the text, in pieces."""
-    text = file.read_text(encoding="utf-8") if file else "\n\n".join(topics[name] for name in sorted(topics))
-    ids = Text.load(system.router.folder / "tokenizer.json").encode(text)[:tokens]
-    return [ids[start : start + LONGEST] for start in range(0, len(ids), LONGEST)]
+CONTEXT = 1024  # tokens
 
 
 def main(
@@ -50,26 +43,23 @@ def main(
     stages = Stages(console)
     with stages.progress:
         if not bundle.exists():
-            exporter.REFERENCE_LIMIT = 0  # the export's own comparison is too short for this
-            exporter.export(exporter.Request(FAMILIES[family], router, experts, names, ("ort:cpu",), bundle, max_seq_len=1024), stages)
-        system = System.open(FAMILIES[family], router, experts, max_seq_len=1024)
-        texts = windows(system, text, tokens)
-        with FusionRuntime.load(bundle) as runtime:
-            coefficients = runtime.coefficients(runtime.fusion, runtime.lam)
-        with stages.stage("reference in torch", len(system.models)) as advance:
-            references = reference(system, texts, coefficients, advance)
-        found = {}
+            request = Request(FAMILIES[family], router, experts, names, ("ort:cpu",), bundle, max_seq_len=CONTEXT)
+            export_uncompared(request, stages)
+        system = System.open(FAMILIES[family], router, experts, max_seq_len=CONTEXT)
+        texts = passages(system, text, tokens)
+        references = torch_references(system, bundle, texts, stages)
+        figures = {}
         for name in names:
             with stages.stage(f"measuring {name}", sum(map(len, texts)) + decode) as advance:
-                found[name] = compare(str(bundle), name, texts, references, advance, decode)
-                found[name]["missed"] = misses("ort:cpu", name, found[name]) if name in BOUNDS else []
-            (out / "precision.json").write_text(json.dumps(found, indent=1))
+                figures[name] = compare(str(bundle), name, texts, references, advance, decode)
+                figures[name]["missed"] = misses("ort:cpu", name, figures[name]) if name in BOUNDS else []
+            (out / "precision.json").write_text(json.dumps(figures, indent=1))
     table = Table("precision", "read", "perplexity", "KL mean", "KL p99", "top-1", "sure", "routing")
-    for name, compared in found.items():
-        for how in ("chunks", "decode"):
-            own = compared[how]
+    for name, compared in figures.items():
+        for reading in ("chunks", "decode"):
+            own = compared[reading]
             shares = (f"{own[key]:.2%}" for key in ("greedy_agreement", "sure_agreement", "routing_agreement"))
-            table.add_row(name, how, f"{own['perplexity_ratio'] - 1:+.2%}", f"{own['kl_mean']:.1e}", f"{own['kl_p99']:.1e}", *shares)
+            table.add_row(name, reading, f"{own['perplexity_ratio'] - 1:+.2%}", f"{own['kl_mean']:.1e}", f"{own['kl_p99']:.1e}", *shares)
     Console(width=110).print(table)
 
 

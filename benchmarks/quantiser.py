@@ -1,10 +1,9 @@
-"""What each step of the quantisers gains, and what bits buy: a JSON file, a table and a picture.
+"""What each step of the quantisers gains, and what bits buy: quantiser.json, a table and a picture.
 
-python benchmarks/quantiser.py --router SYSTEM/router --expert NAME=SYSTEM/experts/NAME … --out DIR [--only int4]
+python -m benchmarks.quantiser --router SYSTEM/router --expert NAME=SYSTEM/experts/NAME … --out DIR [--only int4]
 
-Every row is one way to make the matrices of one system, exported and run as users' bundles are, and held against plain torch in fp32 on
-text that calibration never sees (Python's language reference, `pydoc_data.topics`). Some minutes a row for four models of 135 million
-parameters on two cores.
+Every row is one way to quantise the matrices of a system. It is exported and run like any bundle, and compared with plain torch in fp32 on text
+that calibration never sees (Python's language reference). A row takes a few minutes for four models of 135 million parameters on two cores.
 """
 
 import json
@@ -17,17 +16,18 @@ import numpy as np
 import onnx_ir as ir
 import typer
 from matplotlib import pyplot
-from precision import windows
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.against_torch import export_uncompared, torch_references
+from benchmarks.real_text import passages
 from fusionroute.calibration.observe import observe
 from fusionroute.calibration.serving_masks import Mask
-from fusionroute.fr_export import export as exporter
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.commands.export import parse_experts
 from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
 from fusionroute.fr_export.graphs.graph import Graph
@@ -41,9 +41,10 @@ from fusionroute.fr_export.precision.rounding import measure
 from fusionroute.fr_export.precision.scheme import Fitted, Scheme, users
 from fusionroute.fr_export.precision.sensitive import sensitive
 from fusionroute.fr_export.precision.smoothquant import smooth
+from fusionroute.fr_export.verify.bounds import BOUNDS
 from fusionroute.fr_export.verify.compare import compare
-from fusionroute.fr_export.verify.torch_reference import reference
-from fusionroute.runtime import FusionRuntime
+
+CONTEXT = 1024  # tokens
 
 
 class Nearest:
@@ -59,7 +60,7 @@ class Nearest:
 
 
 class Gptq(Nearest):
-    """The same by GPTQ, after smoothing, with another format for the embedding or with sensitive matrices at 8 bits up to a budget."""
+    """Weight-only blocks by GPTQ: optionally after smoothing, with another format for the embedding, and with sensitive matrices at 8 bits."""
 
     def __init__(self, name: str, form: Format, smoothed: bool = False, embedding: Format | None = None, budget: float = 0.0):
         super().__init__(name, form)
@@ -79,7 +80,7 @@ class Gptq(Nearest):
 
 
 class Static(Nearest):
-    """W8A8 whose parts can be left out: SmoothQuant, the choice of served tokens."""
+    """W8A8, optionally without SmoothQuant (`smoothed`) or calibrated on all tokens instead of the served ones (`routed`)."""
 
     def __init__(self, name: str, smoothed: bool = True, routed: bool = True):
         super().__init__(name, int8.FORMAT)
@@ -101,12 +102,12 @@ class Static(Nearest):
 
 
 def symmetric(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
-    """4 bits about the zero point 8."""
+    """4 bits around the fixed zero point 8."""
     return (np.abs(rows).max(-1) / np.float32(7.5)).astype(np.float16), None
 
 
 def unclipped(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """4 bits with a zero point, over the whole range of a block."""
+    """4 bits with a zero point, over the full range of a block."""
     low, high = np.minimum(rows.min(-1), 0), np.maximum(rows.max(-1), 0)
     scale = ((high - low) / np.float32(15)).astype(np.float16)
     step = scale.astype(np.float32)
@@ -114,22 +115,22 @@ def unclipped(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[n
     return scale, zero.astype(np.uint8)
 
 
-def four(block: int, grid: Any = int4.grid, zeros: bool = True) -> Format:
-    """A 4-bit format."""
+def four_bits(block: int, grid: Any = int4.grid, zeros: bool = True) -> Format:
+    """A 4-bit format with fp16 scales."""
     return Format(4, block, np.dtype(np.float16), zeros, grid)
 
 
 STEPS: tuple[Scheme, ...] = (
-    Nearest("int4 nearest, symmetric, 64", four(64, symmetric, zeros=False)),
-    Nearest("int4 nearest, zero points, 32", four(32, unclipped)),
-    Nearest("int4 nearest, clipped ranges, 32", four(32)),
-    Gptq("int4 GPTQ, 128", four(128)),
-    Gptq("int4 GPTQ, 64", four(64)),
-    Gptq("int4 GPTQ, 64, embedding 32", four(64), embedding=four(32)),
-    Gptq("int4 GPTQ, 64, embedding 32, sensitive at 8 bits", four(64), embedding=four(32), budget=int4.BUDGET),
-    Gptq("int4 GPTQ, 32", four(32)),
-    Gptq("int4 GPTQ, 32, sensitive at 8 bits", four(32), budget=int4.BUDGET),
-    Gptq("int4 GPTQ, 16", four(16)),
+    Nearest("int4 nearest, symmetric, 64", four_bits(64, symmetric, zeros=False)),
+    Nearest("int4 nearest, zero points, 32", four_bits(32, unclipped)),
+    Nearest("int4 nearest, clipped ranges, 32", four_bits(32)),
+    Gptq("int4 GPTQ, 128", four_bits(128)),
+    Gptq("int4 GPTQ, 64", four_bits(64)),
+    Gptq("int4 GPTQ, 64, embedding 32", four_bits(64), embedding=four_bits(32)),
+    Gptq("int4 GPTQ, 64, embedding 32, sensitive at 8 bits", four_bits(64), embedding=four_bits(32), budget=int4.BUDGET),
+    Gptq("int4 GPTQ, 32", four_bits(32)),
+    Gptq("int4 GPTQ, 32, sensitive at 8 bits", four_bits(32), budget=int4.BUDGET),
+    Gptq("int4 GPTQ, 16", four_bits(16)),
     Nearest("int8 nearest, 64", int8.FORMAT),
     Gptq("int8 GPTQ, 64", int8.FORMAT),
     Gptq("int8 GPTQ, 64, smoothed", int8.FORMAT, smoothed=True),
@@ -148,48 +149,44 @@ def main(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: Python's language reference.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens read in chunks.")] = 4096,
 ) -> None:
-    """Export a system in many ways and measure them; rows that quantiser.json has already are not made again."""
+    """Export a system in many ways and measure each; rows already in quantiser.json are skipped."""
     experts, file = dict(parse_experts(expert)), out / "quantiser.json"
     out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     stages = Stages(Console(stderr=True))
-    exporter.REFERENCE_LIMIT = 0  # the export's own comparison is too short for this
-    system = System.open(FAMILIES[family], router, experts, max_seq_len=1024)
-    texts = windows(system, text, tokens)
+    system = System.open(FAMILIES[family], router, experts, max_seq_len=CONTEXT)
+    texts = passages(system, text, tokens)
     with stages.progress:
         references = None
         for step in STEPS:
-            if step.name in found or only not in step.name:
+            if step.name in rows or only not in step.name:
                 continue
-            SCHEMES["ort:cpu"][step.name] = step
+            SCHEMES["ort:cpu"][step.name], BOUNDS[step.name] = step, {}
             bundle = out / "bundle"
-            request = exporter.Request(FAMILIES[family], router, experts, (step.name,), ("ort:cpu",), bundle, max_seq_len=1024, force=True)
-            variant = exporter.export(request, stages)["variants"][0]
+            request = Request(FAMILIES[family], router, experts, (step.name,), ("ort:cpu",), bundle, max_seq_len=CONTEXT, force=True)
+            variant = export_uncompared(request, stages)["variants"][0]
             if references is None:
-                with FusionRuntime.load(bundle) as runtime:
-                    coefficients = runtime.coefficients(runtime.fusion, runtime.lam)
-                with stages.stage("reference in torch", len(system.models)) as advance:
-                    references = reference(system, texts, coefficients, advance)
+                references = torch_references(system, bundle, texts, stages)
             with stages.stage(f"measuring {step.name}", sum(map(len, texts))) as advance:
                 compared = compare(str(bundle), step.name, texts, references, advance, 1)
-            found[step.name] = {"bits": variant["bits_per_weight"], "fitted": variant["fitted"]} | compared["chunks"]
-            file.write_text(json.dumps(found, indent=1))
-    table = Table("made as", "bits", "perplexity", "KL", "top-1", "routing")
-    for name, row in found.items():
+            rows[step.name] = {"bits": variant["bits_per_weight"], "fitted": variant["fitted"]} | compared["chunks"]
+            file.write_text(json.dumps(rows, indent=1))
+    table = Table("quantised as", "bits", "perplexity", "KL", "top-1", "routing")
+    for name, row in rows.items():
         shares = (f"{row[key]:.1%}" for key in ("greedy_agreement", "routing_agreement"))
         table.add_row(name, f"{row['bits']:.2f}", f"{row['perplexity_ratio'] - 1:+.1%}", f"{row['kl_mean']:.3g}", *shares)
     Console(width=110).print(table)
-    if any("nearest" in name or "GPTQ" in name for name in found):
-        draw(found, out / "quantiser.png")
+    if any("nearest" in name or "GPTQ" in name for name in rows):
+        draw(rows, out / "quantiser.png")
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Bits against loss, weight-only rows."""
+def draw(rows: dict[str, Any], path: Path) -> None:
+    """Bits against loss, for weight-only rows."""
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for kind, mark, below in (("nearest", "o", False), ("GPTQ", "s", True)):
-        rows = {name: row for name, row in found.items() if kind in name}
-        axes.scatter([row["bits"] for row in rows.values()], [row["kl_mean"] for row in rows.values()], marker=mark, label=kind)
-        for name, row in rows.items():
+    for kind, marker, below in (("nearest", "o", False), ("GPTQ", "s", True)):
+        own = {name: row for name, row in rows.items() if kind in name}
+        axes.scatter([row["bits"] for row in own.values()], [row["kl_mean"] for row in own.values()], marker=marker, label=kind)
+        for name, row in own.items():
             axes.annotate(
                 name.partition(" ")[2].partition(", ")[2],
                 (row["bits"], row["kl_mean"]),

@@ -1,10 +1,10 @@
-"""Export a system of real size and generate from it, watching the memory: Gemma-2-2B shapes, random bf16 weights, a router and two experts.
+"""Time and memory of exporting and running a system of real size: Gemma-2-2B shapes, random bf16 weights, a router and two experts.
 
-    python benchmarks/real_size.py WORK_DIR [--precision int4 --prompts 8]
-    python benchmarks/real_size.py WORK_DIR --precision int4 --target rtx:sm86+sm89+sm120 --experts math
+python -m benchmarks.real_size WORK_DIR [--precision int4 --prompts 8]
+python -m benchmarks.real_size WORK_DIR --precision int4 --target rtx:sm86+sm89+sm120 --experts math
 
-Needs about 26 GB of disk in WORK_DIR (16 GB of checkpoints, 8.5 GB of bundle) and takes some 20 minutes on two cores rounded to nearest,
-some hours calibrated. Prints a Markdown table; what it printed here stands in docs/real-size.md.
+Needs about 26 GB of disk in WORK_DIR (16 GB of checkpoints, 8.5 GB of bundle). On two cores it takes about 20 minutes rounded to nearest, and
+hours calibrated. Prints a Markdown table; docs/real-size.md has results.
 """
 
 import json
@@ -12,15 +12,17 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = {
     "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216,
     "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256,
@@ -35,22 +37,25 @@ def shapes() -> list[dict[str, tuple[int, ...]]]:
     hidden, inner, size = 2304, 9216, 256
     shards: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (256000, hidden), "model.norm.weight": (hidden,)}]
     for layer in range(26):
-        at = f"model.layers.{layer}"
+        prefix = f"model.layers.{layer}"
         shards.append(
-            {f"{at}.self_attn.{name}_proj.weight": (heads * size, hidden) for name, heads in (("q", 8), ("k", 4), ("v", 4))}
-            | {f"{at}.self_attn.o_proj.weight": (hidden, 8 * size), f"{at}.mlp.down_proj.weight": (hidden, inner)}
-            | {f"{at}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
-            | {f"{at}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")}
+            {f"{prefix}.self_attn.{name}_proj.weight": (heads * size, hidden) for name, heads in (("q", 8), ("k", 4), ("v", 4))}
+            | {f"{prefix}.self_attn.o_proj.weight": (hidden, 8 * size), f"{prefix}.mlp.down_proj.weight": (hidden, inner)}
+            | {f"{prefix}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+            | {
+                f"{prefix}.{name}_layernorm.weight": (hidden,)
+                for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")
+            }
         )
     return shards
 
 
 def write_checkpoint(folder: Path, seed: int) -> None:
-    """Write one sharded checkpoint of seeded random weights, a shard in memory at a time."""
+    """Write a sharded checkpoint of seeded random weights, with one shard in memory at a time."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     generator = torch.Generator().manual_seed(seed)
-    index = {}
+    index: dict[str, str] = {}
     for number, shard in enumerate(track(shapes(), f"writing {folder.name}", console=Console(stderr=True))):
         name = f"model-{number:05}.safetensors"
         tensors = {key: (0.02 * torch.randn(shape, generator=generator)).to(torch.bfloat16) for key, shape in shard.items()}
@@ -60,15 +65,14 @@ def write_checkpoint(folder: Path, seed: int) -> None:
 
 
 def run(*command: str) -> tuple[str, float, float, float]:
-    """Run a command; its stdout, seconds, and the peaks of anonymous and of mapped-file memory (GB) over all its processes."""
+    """Run a command. Returns its stdout, its seconds, and the peaks in GB of anonymous and of mapped-file memory over all its processes."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    peaks = {"RssAnon": 0, "RssFile": 0}
+    process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    peaks = [0, 0]
 
     def watch() -> None:
         while process.poll() is None:
-            for field in peaks:
-                peaks[field] = max(peaks[field], sum(resident(pid, field) for pid in descendants(process.pid)))
+            peaks[:] = map(max, peaks, memory(process.pid))
             time.sleep(0.05)
 
     watcher = threading.Thread(target=watch)
@@ -77,26 +81,19 @@ def run(*command: str) -> tuple[str, float, float, float]:
     watcher.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
-    return output, time.perf_counter() - start, peaks["RssAnon"] / 1e9, peaks["RssFile"] / 1e9
+    return output, time.perf_counter() - start, peaks[0] / 1e9, peaks[1] / 1e9
 
 
-def descendants(pid: int) -> list[int]:
-    """A process and all that it started."""
-    try:
-        tasks = Path(f"/proc/{pid}/task").iterdir()
-        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except OSError:
-        return []
-    return [pid, *(below for child in children for below in descendants(child))]
-
-
-def resident(pid: int, field: str) -> int:
-    """RssAnon or RssFile of a process in bytes."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+def memory(pid: int) -> tuple[int, int]:
+    """Anonymous and mapped-file memory in bytes of a process and its descendants."""
+    anonymous = mapped = 0
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                usage = process.memory_info()
+                anonymous, mapped = anonymous + usage.rss - usage.shared, mapped + usage.shared
+    return anonymous, mapped
 
 
 def main(
@@ -108,19 +105,19 @@ def main(
     target: str = "ort",
     experts: str = "math,code",
 ) -> None:
-    """Write the checkpoints (once), export them (calibrated on so many prompts, or not), generate token ids where the CPU can."""
+    """Write the checkpoints once, export them (calibrated if `prompts` is above 0), and generate token ids if the target is the CPU."""
     router, folders = work / "router", {name: work / name for name in experts.split(",")}
     for number, folder in enumerate((router, *folders.values())):
         if not (folder / "model.safetensors.index.json").is_file():
             write_checkpoint(folder, number)
     head = torch.randn(len(folders), 2304, generator=torch.Generator().manual_seed(0)) / 48
     save_file({"routing_head.weight": head}, router / "routing_head.safetensors")
-    named = [argument for name, folder in folders.items() for argument in ("--expert", f"{name}={folder}")]
-    bundle, asked = work / "bundle", work / "prompts.txt"
-    asked.write_text("".join(f"prompt {number}\n" for number in range(prompts)))  # only their number counts: there is no tokenizer
+    expert_flags = [argument for name, folder in folders.items() for argument in ("--expert", f"{name}={folder}")]
+    bundle, prompt_file = work / "bundle", work / "prompts.txt"
+    prompt_file.write_text("".join(f"prompt {number}\n" for number in range(prompts)))  # only their number counts: there is no tokenizer
     output, seconds, anonymous, mapped = run(
-        "export.py", "--family", "gemma2", "--router", str(router), *named, "--precision", precision, "--target", target, "--max-seq-len", str(max_seq_len),
-        "--calibration", str(asked) if prompts else "none", "--out", str(bundle), "--force", "--json",
+        "export.py", "--family", "gemma2", "--router", str(router), *expert_flags, "--precision", precision, "--target", target, "--max-seq-len", str(max_seq_len),
+        "--calibration", str(prompt_file) if prompts else "none", "--out", str(bundle), "--force", "--json",
     )  # fmt: skip
     report = json.loads(output)
     source = sum(file.stat().st_size for folder in (router, *folders.values()) for file in folder.glob("*.safetensors"))

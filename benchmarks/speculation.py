@@ -1,19 +1,22 @@
-"""What speculation gives on real texts: speed with drafts against speed without, acceptance, switches, and the worst case.
+"""What speculation gives on real texts: speed with and without drafts, acceptance, switches of experts, and the worst case.
 
-python benchmarks/speculation.py BUNDLE [BUNDLE …] --out FILE.json [--precision int8] [--each 12]
+python -m benchmarks.speculation BUNDLE [BUNDLE …] --out FILE.json [--precision int8] [--each 12]
 
-Texts: the built-in prompts (greedy, and sampled at temperature 0.7), prompts that ask for their own input again, and the built-in ones with
-drafts that are all wrong (the router's logits, which do not count in the fusion then, and what the text offers are turned by one place). Every
-text is generated without and with drafts, and by the first expert alone, in turns; one text of each kind warms up. Ratios are of the summed
-times of all texts, since a short text tells little alone. "modelled": what the cost model of docs/speculation.md says of plain decoding, from
-passes timed after every round, in multiples of what it took; on both sides the fastest of all rounds counts.
+Texts: the built-in prompts (greedy, and sampled at temperature 0.7), prompts that ask for a copy of their own input, and the built-in prompts
+with drafts that are all wrong: the router's logits, which then have no weight in the fusion, and the looked-up drafts are shifted by one token.
+Every text is generated without drafts, with drafts, and by the first expert alone, in turns; the first text of each kind warms up. Ratios are
+of times summed over all texts, since a single short text says little. "modelled" is the time that the cost model of docs/speculation.md predicts
+for plain decoding, from passes timed after every round, divided by the time measured; both take the fastest round.
 """
 
 import json
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import numpy as np
 import typer
@@ -21,11 +24,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.router_outputs import router_outputs
 from fusionroute.calibration.prompts import BUILTIN
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends.backend import Output
-from fusionroute.runtime.session import Session
+from fusionroute.runtime.backend import Output
 from fusionroute.runtime.speculation import costs
+from fusionroute.runtime.speculation.lookup import Lookup
 
 CODE = '''def total(prices, tax):
     """Sum of the prices with tax."""
@@ -65,12 +69,12 @@ def main(
     only: Annotated[str, typer.Option(help="Kinds of texts whose names hold this.")] = "",
 ) -> None:
     """Measure and print a table."""
-    chosen = [BUILTIN[at] for at in np.linspace(0, len(BUILTIN) - 1, each).astype(int)]
-    found: dict[str, Any] = {}
+    prompts = [BUILTIN[index] for index in np.linspace(0, len(BUILTIN) - 1, each).astype(int)]
+    figures: dict[str, Any] = {}
     with Progress(console=Console(stderr=True)) as progress:
         for bundle in bundles:
-            found[bundle.name] = measure(bundle, precision, chosen, rounds, tokens, only, progress)
-            out.write_text(json.dumps(found, indent=1) + "\n")
+            figures[bundle.name] = measure(bundle, precision, prompts, rounds, tokens, only, progress)
+            out.write_text(json.dumps(figures, indent=1) + "\n")
     table = Table(
         "bundle",
         "texts",
@@ -85,19 +89,16 @@ def main(
         "switches",
         "parted",
     )
-    for name, kinds in found.items():
+    for name, kinds in figures.items():
         for kind, row in kinds.items():
-            figures = (
+            table.add_row(
+                name,
+                kind,
                 f"{row['plain']:.1f}",
                 f"{row['modelled']:.2f}",
                 f"{row['drafts']:.1f}",
                 f"{row['ratio']:.2f}",
                 f"{row['slowest']:.2f}",
-            )
-            table.add_row(
-                name,
-                kind,
-                *figures,
                 f"{row['alone']:.2f}",
                 f"{row['acceptance']:.0%}",
                 str(row["drafted"]),
@@ -107,16 +108,16 @@ def main(
     Console(width=140).print(table)
 
 
-def measure(bundle: Path, precision: str, chosen: list[str], rounds: int, tokens: int, only: str, progress: Progress) -> dict[str, Any]:
+def measure(bundle: Path, precision: str, prompts: list[str], rounds: int, tokens: int, only: str, progress: Progress) -> dict[str, Any]:
     """All kinds of texts on one bundle."""
     options: dict[str, Any] = {"precision": precision, "device": "cpu", "prefix_cache": 0}
-    kinds: dict[str, tuple[Any, dict[str, Any], bool]] = {
-        "built-in, greedy": (chosen, {}, False),
-        "built-in, sampled": (chosen, {"temperature": 0.7, "seed": 1}, False),
+    kinds: dict[str, tuple[Sequence[str], dict[str, Any], bool]] = {
+        "built-in, greedy": (prompts, {}, False),
+        "built-in, sampled": (prompts, {"temperature": 0.7, "seed": 1}, False),
         "repeating, greedy": (REPEATING, {}, False),
-        "all drafts wrong": (chosen, {"lam": 0.0}, True),
+        "all drafts wrong": (prompts, {"lam": 0.0}, True),
     }
-    found = {}
+    rows = {}
     with FusionRuntime.load(bundle, **options) as plain, FusionRuntime.load(bundle, speculation="auto", **options) as drafting:
         for kind, (texts, sampling, wrong) in kinds.items():
             if only not in kind:
@@ -125,91 +126,87 @@ def measure(bundle: Path, precision: str, chosen: list[str], rounds: int, tokens
             ways = {"plain": (plain, None), "drafts": (drafting, None), "alone": (plain, plain.expert_names[0])}
             for rt, expert in ways.values():
                 generate(rt, texts[0], tokens, sampling, wrong, expert)
-            taken: dict[str, list[list[float]]] = {way: [] for way in ways}
-            runs, known = {}, []
+            times: dict[str, list[list[float]]] = {way: [] for way in ways}
+            runs, measured_costs = {}, []
             for _ in range(rounds):
-                for seconds in taken.values():
+                for seconds in times.values():
                     seconds.append([])
                 for number, text in enumerate(texts):
                     for way, (rt, expert) in ways.items():
-                        each, runs[number, way] = generate(rt, text, tokens, sampling, wrong, expert)
-                        taken[way][-1].append(each)
+                        per_token, runs[number, way] = generate(rt, text, tokens, sampling, wrong, expert)
+                        times[way][-1].append(per_token)
                     progress.advance(task)
-                known.append(costs.measure(plain.bundle, plain.backend))  # in the same minutes: machines change their speed
-            found[kind] = summary(runs, taken, len(texts))
-            modelled = sum(model(fastest(known), runs[number, "plain"], plain.expert_names) for number in range(len(texts)))
-            found[kind]["modelled"] = modelled / float(np.min(taken["plain"], axis=0).sum())
+                measured_costs.append(costs.measure(plain.bundle, plain.backend))  # every round: the machine's speed changes
+            rows[kind] = summary(runs, times, len(texts))
+            modelled = sum(model(fastest(measured_costs), runs[number, "plain"], plain.expert_names) for number in range(len(texts)))
+            rows[kind]["modelled"] = modelled / float(np.min(times["plain"], axis=0).sum())
             progress.remove_task(task)
-    return found
+    return rows
 
 
 def generate(
     rt: FusionRuntime, text: str, count: int, sampling: dict[str, Any], wrong: bool, expert: str | None
 ) -> tuple[float, dict[str, Any]]:
-    """Seconds per token of one text after its first token, and what came out. Texts go on behind their end. `expert` alone, if any."""
-    session = rt.session(expert=expert, lam=sampling.get("lam") if expert is None else 0.0)
-    if wrong and expert is None:
-        mislead(session, rt)
+    """Generate one text, past its end, by `expert` alone if there is one. Returns seconds per token after the first, and what came out."""
     options = {name: value for name, value in sampling.items() if name != "lam"}
-    session.append(rt.encode(text)[: rt.max_seq_len - count - 8])
-    tokens = session.steps(1, **options)
-    start = time.perf_counter()
-    while len(tokens) < count:
-        tokens += session.steps(count - len(tokens), **options)
-    seconds = time.perf_counter() - start
-    rounds = session.rounds
+    with wrong_drafts(rt) if wrong and expert is None else nullcontext():
+        session = rt.session(expert=expert, lam=sampling.get("lam") if expert is None else 0.0)
+        session.append(rt.encode(text)[: rt.max_seq_len - count - 8])
+        tokens = session.steps(1, **options)
+        start = time.perf_counter()
+        while len(tokens) < count:
+            tokens += session.steps(count - len(tokens), **options)
+        seconds = time.perf_counter() - start
     return seconds / (count - 1), {
         "prompt": len(session) - count,
         "ids": [token.id for token in tokens],
         "experts": [token.expert for token in tokens],
-        "drafted": rounds.drafted if rounds else 0,
-        "accepted": rounds.accepted if rounds else 0,
+        "drafted": session.drafted,
+        "accepted": session.accepted,
     }
 
 
-def fastest(known: list[costs.Costs]) -> costs.Costs:
-    """The least of each figure."""
-    router, *experts = (
-        costs.passes(np.min([(each.router, *each.experts)[number] for each in known], axis=0))
-        for number in range(1 + len(known[0].experts))
-    )
-    return costs.Costs(router, tuple(experts), min(each.fusion for each in known))
+def fastest(measured: list[costs.Costs]) -> costs.Costs:
+    """The minimum of each figure."""
+    models = zip(*((round_costs.router, *round_costs.experts) for round_costs in measured), strict=True)
+    router, *experts = (costs.passes(np.min(passes, axis=0)) for passes in models)
+    return costs.Costs(router, tuple(experts), min(round_costs.fusion for round_costs in measured))
 
 
-def model(known: costs.Costs, run: dict[str, Any], names: list[str]) -> float:
-    """Seconds per token of one text by the cost model of plain decoding: the router reads a token, an expert all that it has missed."""
+def model(cost: costs.Costs, run: dict[str, Any], names: list[str]) -> float:
+    """Seconds per token of one text, as the cost model of plain decoding predicts: the router reads one token, the expert all it has missed."""
     read = dict.fromkeys(names, 0)
     total = 0.0
     for number, name in enumerate(run["experts"]):
         length = run["prompt"] + number
         missed, read[name] = length - read[name], length
         if number:  # the first token is not timed
-            router, expert = costs.table(known.router, length), costs.table(known.experts[names.index(name)], length)
-            beyond = max(missed - costs.MOST, 0) * (expert[costs.MOST] - expert[costs.MOST // 2]) / (costs.MOST // 2)
-            total += router[1] + expert[min(missed, costs.MOST)] + beyond + known.fusion
+            router = costs.seconds_by_tokens(cost.router, length)
+            expert = costs.seconds_by_tokens(cost.experts[names.index(name)], length)
+            largest = costs.MAX_ROUND_TOKENS
+            beyond = max(missed - largest, 0) * (expert[largest] - expert[largest // 2]) / (largest // 2)
+            total += router[1] + expert[min(missed, largest)] + beyond + cost.fusion
     return total / (len(run["experts"]) - 1)
 
 
-def mislead(session: Session, rt: FusionRuntime) -> None:
-    """Turn the router's logits, and what the text offers, by one place, so that no draft is what the expert says."""
-    cache = rt.backend.router.cache()
-    forward = cache.forward
+@contextmanager
+def wrong_drafts(rt: FusionRuntime) -> Iterator[None]:
+    """Shift the router's logits and the looked-up drafts by one token, so that no draft is what the expert says."""
+    propose = Lookup.propose
 
-    def turned(ids: Any, positions: Any) -> Output:
-        answer = forward(ids, positions)
-        return Output(np.roll(answer.logits, 1, axis=-1), answer.routing)
+    def shifted_logits(output: Output) -> Output:
+        return output._replace(logits=np.roll(output.logits, 1, axis=-1))
 
-    cache.forward = turned  # type: ignore[method-assign]
-    session._router = cache
-    if session.rounds is not None:
-        lookup = session.rounds._lookup
-        propose = lookup.propose
-        lookup.propose = lambda tokens, most: [(token + 1) % rt.vocab_size for token in propose(tokens, most)]  # type: ignore[method-assign]
+    def shifted_drafts(lookup: Lookup, tokens: Sequence[int], most: int) -> list[int]:
+        return [(token + 1) % rt.vocab_size for token in propose(lookup, tokens, most)]
+
+    with router_outputs(rt, shifted_logits), patch.object(Lookup, "propose", shifted_drafts):
+        yield
 
 
-def summary(runs: dict[Any, Any], taken: dict[str, list[list[float]]], texts: int) -> dict[str, Any]:
-    """Medians over the rounds of each text's time; sums over the texts."""
-    plain, drafts, alone = (np.median(taken[way], axis=0) for way in ("plain", "drafts", "alone"))
+def summary(runs: dict[Any, Any], times: dict[str, list[list[float]]], texts: int) -> dict[str, Any]:
+    """Speeds and ratios, from each text's median over the rounds, summed over the texts."""
+    plain, drafts, alone = (np.median(times[way], axis=0) for way in ("plain", "drafts", "alone"))
     drafted = sum(runs[number, "drafts"]["drafted"] for number in range(texts))
     experts = [runs[number, "drafts"]["experts"] for number in range(texts)]
     return {

@@ -1,29 +1,28 @@
-"""Prompts to calibrate and compare on: the built-in set, or the user's file."""
+"""Prompts to calibrate and to report on: the built-in set, or the user's file."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from fusionroute.runtime.errors import InputError, one_line
 
-FIFTH = 5  # one prompt in so many is held out of calibration
+HELD_OUT_EVERY = 5  # of so many prompts one is held out of calibration
 
 
 def shipped(name: str) -> tuple[str, ...]:
-    """The texts of `data/NAME.jsonl`, one JSON string a line."""
-    text = (files("calibration") / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
+    """The texts of `data/NAME.jsonl`, one JSON string per line."""
+    text = (Path(__file__).parent / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
     return tuple(json.loads(line) for line in text.splitlines())
 
 
-BUILTIN = shipped("builtin")  # short beginnings, for the system to go on from
-HELD_OUT = shipped("held_out")  # whole texts to report on, which calibration never sees
+BUILTIN = shipped("builtin")  # short beginnings that the system continues
+HELD_OUT = shipped("held_out")  # whole texts to report on; calibration never sees them
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Texts to calibrate on, texts to report on, and (or None) one sentence for the user where these are the same."""
+    """Texts to calibrate on, and texts to report on. `note` is a sentence for the user where these are the same, else None."""
 
     calibration: list[str]
     held_out: list[str]
@@ -31,9 +30,9 @@ class Parts:
 
 
 def load_parts(source: str = "builtin") -> Parts:
-    """What `load_prompts` reads, in two parts that share no text; the built-in set has held-out texts of its own.
+    """The prompts of a source in two parts that share no text; the built-in set has held-out texts of its own.
 
-    A saved table (.safetensors), and `none`, need no prompts: they come with the built-in held-out texts.
+    A saved table (.safetensors) and `none` need no prompts to calibrate on: the held-out texts are the built-in ones.
     Raises InputError as `load_prompts` does.
     """
     if source == "builtin":
@@ -54,7 +53,7 @@ def divide(prompts: Sequence[str]) -> Parts:
     if len(different) == 1:
         note = "There is a single prompt, so the report is measured on the text of the calibration: give two or more prompts to tell them apart."
         return Parts(different, different, note)
-    held_out = different[FIFTH - 1 :: FIFTH] or different[-1:]
+    held_out = different[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or different[-1:]
     return Parts([prompt for prompt in different if prompt not in held_out], held_out)
 
 
@@ -71,7 +70,7 @@ def load_prompts(source: str = "builtin") -> list[str]:
             f"--calibration {source} is neither 'builtin' nor a .txt or .jsonl file of prompts, nor 'none' or a .safetensors table."
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")  # which newlines end lines is told by read_text; JSON strings may hold others
+        text = path.read_text(encoding="utf-8-sig")  # read_text turns all line ends into \n; JSON strings may hold other separators
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The prompts {path} cannot be read ({one_line(error)}); expected a UTF-8 text file.") from error
     prompts = [prompt_of(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -81,7 +80,7 @@ def load_prompts(source: str = "builtin") -> list[str]:
 
 
 def prompt_of(path: Path, number: int, line: str) -> str:
-    """The prompt on one line of a file."""
+    """The prompt on one line of a file. Raises InputError where there is none."""
     if path.suffix == ".txt":
         return line
     try:

@@ -1,9 +1,9 @@
-"""A robot's node: a camera produces frames, a planner asks the runtime about the newest one, a watchdog holds it to its time.
+"""A robot's node: a camera produces frames, a planner asks the runtime about the newest one, a watchdog cancels it when it hangs.
 
-python examples/node.py dist/gemma2
+python examples/node.py dist/gemma2 [SECONDS]
 
-Each class becomes a ROS 2 node as it is: `Camera.run` is a timer's callback that publishes, `Planner.frames` a subscription with a queue of
-depth 1 (keep last), `Planner.plans` a publisher, `Watchdog.run` a timer. The runtime is loaded once and belongs to the process.
+Each class maps to a ROS 2 node: `Camera.run` is a timer callback that publishes, `Planner.frames` a subscription with a queue of depth 1 (keep
+last), `Planner.plans` a publisher, `Watchdog.run` a timer. The runtime is loaded once per process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOG = logging.getLogger("node")
 
 @dataclass
 class Frame:
-    """What the camera saw, put into words."""
+    """What the camera saw, as a prompt."""
 
     number: int
     taken: float  # time.monotonic
@@ -31,7 +31,7 @@ class Frame:
 
 @dataclass
 class Plan:
-    """The answer to a frame; one that is not `complete` was cut short by the deadline or the watchdog."""
+    """The answer to a frame. One that is not `complete` was cut short by the deadline or the watchdog."""
 
     frame: int
     text: str
@@ -45,7 +45,7 @@ class Plan:
 
 
 class Newest:
-    """Back-pressure: a queue of depth one. A frame that the planner was too slow for is dropped, so that none is old when it is read."""
+    """Back-pressure: a queue of depth one. A new frame replaces one that the planner has not taken, so that the planner never reads old frames."""
 
     def __init__(self) -> None:
         self._frames: queue.Queue[Frame] = queue.Queue(1)
@@ -61,7 +61,7 @@ class Newest:
         self._frames.put_nowait(frame)
 
     def get(self, timeout: float) -> Frame | None:
-        """The newest frame, None where none came in time."""
+        """The newest frame, or None after `timeout` seconds."""
         try:
             return self._frames.get(timeout=timeout)
         except queue.Empty:
@@ -69,14 +69,14 @@ class Newest:
 
 
 class Camera:
-    """Produces a frame every `period` seconds, whatever the planner does."""
+    """Produces a frame every `period` seconds, however long the planner takes."""
 
     def __init__(self, frames: Newest, period: float, stop: threading.Event):
         self._frames, self._period, self._stop = frames, period, stop
         self.produced = 0
 
     def run(self) -> None:
-        """Until the node stops."""
+        """Produce frames until the node stops."""
         while not self._stop.wait(self._period):
             self._frames.put(Frame(self.produced, time.monotonic(), f"{10 + self.produced % 80}+{20 + self.produced % 70}="))
             self.produced += 1
@@ -86,14 +86,15 @@ class Planner:
     """Asks the runtime about the newest frame, for at most `budget` seconds since it was taken."""
 
     def __init__(self, rt: FusionRuntime, frames: Newest, budget: float, stop: threading.Event, max_new_tokens: int = 32):
-        self._rt, self._frames, self._budget, self._stop, self._most = rt, frames, budget, stop, max_new_tokens
+        self._rt, self._frames, self._stop = rt, frames, stop
+        self._budget, self._max_new_tokens = budget, max_new_tokens
         self.plans: list[Plan] = []
-        self.cancel = threading.Event()  # the watchdog's brake
-        self.beat = time.monotonic()  # the last sign of life
+        self.cancel = threading.Event()  # set by the watchdog
+        self.beat = time.monotonic()  # time of the last sign of life
         self.error: FusionError | None = None
 
     def run(self) -> None:
-        """Until the node stops, or the runtime is closed under it."""
+        """Answer frames until the node stops or the runtime is closed."""
         try:
             while not self._stop.is_set():
                 self.beat = time.monotonic()
@@ -108,25 +109,25 @@ class Planner:
 
     def _plan(self, frame: Frame) -> Plan:
         self.cancel.clear()
-        if self._stop.is_set():  # the watchdog's last cancellation may just have been cleared
+        if self._stop.is_set():  # the line above may have cleared the watchdog's last cancellation
             self.cancel.set()
         left = self._budget - (time.monotonic() - frame.taken)
-        found = self._rt.generate(frame.prompt, self._most, deadline=left, cancel=self.cancel, on_token=self._alive)
-        return Plan(frame.number, found.text, found.finish_reason, time.monotonic() - frame.taken)
+        result = self._rt.generate(frame.prompt, self._max_new_tokens, deadline=left, cancel=self.cancel, on_token=self._note_token)
+        return Plan(frame.number, result.text, result.finish_reason, time.monotonic() - frame.taken)
 
-    def _alive(self, token: object) -> None:
+    def _note_token(self, token: object) -> None:
         self.beat = time.monotonic()
 
 
 class Watchdog:
-    """Cancels the planner's text where no token came for `patience` seconds: deadlines are the first line, this is the second."""
+    """Cancels the planner's text when no token came for `patience` seconds: a second line of defence behind the deadline."""
 
     def __init__(self, planner: Planner, patience: float, stop: threading.Event):
         self._planner, self._patience, self._stop = planner, patience, stop
         self.bites = 0
 
     def run(self) -> None:
-        """Until the node stops; then the text under way is cancelled too."""
+        """Watch until the node stops; then cancel the text under way."""
         while not self._stop.wait(self._patience / 4):
             if time.monotonic() - self._planner.beat > self._patience and not self._planner.cancel.is_set():
                 self.bites += 1
@@ -136,7 +137,7 @@ class Watchdog:
 
 
 class Node:
-    """Three threads on one runtime, which shut down within one token."""
+    """Three threads on one runtime. They shut down within one token."""
 
     def __init__(self, rt: FusionRuntime, period: float = 0.02, budget: float = 0.5, patience: float = 2.0, max_new_tokens: int = 32):
         self.stop = threading.Event()
@@ -144,8 +145,8 @@ class Node:
         self.camera = Camera(self.frames, period, self.stop)
         self.planner = Planner(rt, self.frames, budget, self.stop, max_new_tokens)
         self.watchdog = Watchdog(self.planner, patience, self.stop)
-        workers = {"camera": self.camera, "planner": self.planner, "watchdog": self.watchdog}
-        self._threads = [threading.Thread(target=worker.run, name=name) for name, worker in workers.items()]
+        runs = {"camera": self.camera.run, "planner": self.planner.run, "watchdog": self.watchdog.run}
+        self._threads = [threading.Thread(target=run, name=name) for name, run in runs.items()]
 
     def start(self) -> None:
         """Start all threads."""
@@ -153,7 +154,7 @@ class Node:
             thread.start()
 
     def shutdown(self) -> float:
-        """Stop and wait for all threads; the seconds that it took."""
+        """Stop and wait for all threads; returns the seconds this took."""
         start = time.monotonic()
         self.stop.set()
         for thread in self._threads:
@@ -162,7 +163,7 @@ class Node:
 
 
 def main(bundle: str, seconds: str = "5") -> None:
-    """Run the node for some seconds and say what it did."""
+    """Run the node for some seconds and print what it did."""
     with FusionRuntime.load(bundle) as rt:
         node = Node(rt)
         node.start()

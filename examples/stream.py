@@ -1,24 +1,27 @@
-"""Use the runtime from a Python program: stream text as it is made, see the expert of each token, stop in time.
+"""Use the runtime from a Python program: stream text as it is generated, with the expert of each token, and stop in time.
 
 python examples/stream.py dist/gemma2 "12+30="
 """
 
+import math
 import sys
 
 from fusionroute.runtime import FusionError, FusionRuntime
 
 
 def main(bundle: str, prompt: str, seconds: float = 10.0) -> None:
-    """Stream an answer for at most so many seconds."""
+    """Print the tokens of an answer as they come, for at most `seconds`."""
     with FusionRuntime.load(bundle) as rt:
         stream = rt.stream(prompt, max_new_tokens=64, deadline=seconds)
         for token in stream:
-            print(f"{token.text!r:>12}  {token.expert:<12} p = {2.718281828**token.logprob:.2f}")
+            print(f"{token.text!r:>12}  {token.expert:<12} p = {math.exp(token.logprob):.2f}")
         print(f"ended by {stream.finish_reason}")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/stream.py BUNDLE PROMPT")
     try:
-        main(*sys.argv[1:3])
+        main(sys.argv[1], sys.argv[2])
     except FusionError as error:
         sys.exit(f"error: {error}")

@@ -1,9 +1,9 @@
-"""Why choosing among experts is not enough: a system built by hand in which only the fusion with the router's logits finds the text.
+"""Why choosing among experts is not enough: a system built by hand in which only fusion with the router's logits writes the right text.
 
 python examples/theory.py [PICTURE]
 
-Two experts are both wrong at two steps, so no sequence of choices between them writes the text; the router alone is wrong at three. Together
-they are right everywhere. docs/theory.md explains it. The checkpoints are real ones, exported and run like any other.
+At two steps both experts are wrong, so no sequence of choices between them writes the text. The router alone is wrong at three steps. Fused they
+are right at every step. docs/theory.md explains why. The checkpoints are real ones, exported and run like any other.
 """
 
 import sys
@@ -21,14 +21,14 @@ from fusionroute.runtime import FusionError, FusionRuntime
 from fusionroute.runtime.errors import one_line
 
 EXPERTS = ("a", "b")
-RIVALS = ("apples", "pears")  # expert a falls for the one, expert b for the other
-FAR = -6.0  # the logit of every word that a model does not consider
+RIVALS = ("apples", "pears")  # expert a prefers the first wrongly, expert b the second
+FAR = -6.0  # logit of every word that a model rules out
 LAMBDAS = tuple(step / 20 for step in range(21))
 Floats = npt.NDArray[np.floating[Any]]
 
 
 class Step(NamedTuple):
-    """One word of the text: the expert that the router chooses for it, and each model's logits of (the word, apples, pears)."""
+    """One word of the text, the expert that the router chooses for it, and each model's logits of (the word, apples, pears)."""
 
     word: str
     chosen: str
@@ -54,7 +54,7 @@ TARGET = [WORDS.index(step.word) for step in STEPS]
 
 
 def table(model: str) -> Floats:
-    """A model as float64 [V, V]: row i holds the logits after word i. Beyond the text all models end it."""
+    """A model as float64 [V, V]: row i has the logits after word i. After the last word all models end the text."""
     logits = np.full((len(WORDS), len(WORDS)), FAR)
     logits[:, WORDS.index("<eos>")] = 4
     for before, step in zip(PROMPT + TARGET, STEPS, strict=False):
@@ -64,7 +64,7 @@ def table(model: str) -> Floats:
 
 
 def write_model(folder: Path, logits: Floats) -> str:
-    """A Llama checkpoint that computes the table: one-hot embeddings, a layer that adds nothing, the table as the LM head."""
+    """Write a Llama checkpoint that computes the table: one-hot embeddings, a layer that adds nothing, and the table as LM head."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,14 +78,14 @@ def write_model(folder: Path, logits: Floats) -> str:
         for parameter in model.parameters():
             parameter.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(size))
-        model.model.norm.weight.fill_((1 / size + config.rms_norm_eps) ** 0.5)  # what the norm divides a one-hot vector by
+        model.model.norm.weight.fill_((1 / size + config.rms_norm_eps) ** 0.5)  # undoes the RMSNorm of a one-hot vector
         model.lm_head.weight.copy_(torch.from_numpy(logits).T)
     model.save_pretrained(folder)
     return str(folder)
 
 
 def make_bundle(folder: Path) -> Path:
-    """Write the three checkpoints and the routing head into `folder`, and export them."""
+    """Write the three checkpoints and the routing head into `folder`, and export them to `folder/bundle`."""
     import torch
     from safetensors.torch import save_file
 
@@ -133,14 +133,14 @@ def alone(rt: FusionRuntime, expert: str) -> Floats:
 
 
 class Policy(NamedTuple):
-    """A way to decode: its logits [T, V] along the text, each row after the right words before."""
+    """A way to decode. logits [T, V]: row t follows the first t right words."""
 
     name: str
     logits: Floats
 
     @property
     def words(self) -> list[str]:
-        """What it writes greedily at each step."""
+        """Its greedy word at each step."""
         return [WORDS[i] for i in self.logits.argmax(-1)]
 
     @property
@@ -151,19 +151,19 @@ class Policy(NamedTuple):
 
     @property
     def value(self) -> float:
-        """The probability of the whole text: the expected reward of sampling where nothing else is rewarded, with 1."""
+        """Probability of the whole text: the expected reward of a sample, if the right text earns 1 and any other 0."""
         return float(self.right.prod())
 
 
 def policies(rt: FusionRuntime) -> list[Policy]:
-    """Each expert, the best choice between them, the router and the fusion of router and routed expert, all as the runtime computes them."""
+    """Each expert, the best choice between them, the router, and router and routed expert fused, all as the runtime computes them."""
     a, b = (Policy(f"expert {name}", alone(rt, name)) for name in EXPERTS)
-    # an oracle names the better expert at each step; to draw one by chance averages their probabilities, which is no better
+    # an oracle picks the better expert at each step; picking at random averages their probabilities, which is never better
     best = Policy("best choice", np.where((a.right >= b.right)[:, None], a.logits, b.logits))
     return [a, b, best, Policy("router", fused(rt, 1.0)), Policy("fusion", fused(rt, 0.5))]
 
 
-def draw(found: list[Policy], curve: list[float], file: Path) -> None:
+def draw(compared: list[Policy], curve: list[float], file: Path) -> None:
     """The policies step by step, and the value of the fusion over λ."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -171,18 +171,18 @@ def draw(found: list[Policy], curve: list[float], file: Path) -> None:
     figure = Figure(figsize=(10.5, 3.0), layout="constrained")
     FigureCanvasAgg(figure)
     steps, values = figure.subplots(1, 2, width_ratios=(2.6, 1))
-    steps.imshow([policy.right for policy in found], cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
-    for row, policy in enumerate(found):
+    steps.imshow([policy.right for policy in compared], cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
+    for row, policy in enumerate(compared):
         for column, (word, step) in enumerate(zip(policy.words, STEPS, strict=True)):
             colour, weight = ("#1f2328", "normal") if word == step.word else ("#cf222e", "bold")
             steps.text(column, row, word, ha="center", va="center", fontsize=9, color=colour, weight=weight)
     steps.set_xticks(range(len(STEPS)), [step.word for step in STEPS], fontsize=9)
-    steps.set_yticks(range(len(found)), [policy.name for policy in found], fontsize=9)
+    steps.set_yticks(range(len(compared)), [policy.name for policy in compared], fontsize=9)
     steps.set_title("greedy word (red: wrong) over the probability of the right one (blue)", fontsize=9)
     steps.tick_params(length=0)
     steps.spines[:].set_visible(False)
     values.plot(LAMBDAS, curve, label="fusion")
-    for policy, style in zip(found[2:4], ("--", ":"), strict=True):
+    for policy, style in zip(compared[2:4], ("--", ":"), strict=True):
         values.axhline(policy.value, color="#57606a", linestyle=style, linewidth=1.2, label=policy.name)
     values.set_xlabel("λ (0: expert only, 1: router only)", fontsize=9)
     values.set_title("probability of the whole text", fontsize=9)
@@ -193,29 +193,29 @@ def draw(found: list[Policy], curve: list[float], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def show(found: list[Policy], console: Console) -> None:
-    """One row per step: the greedy words of all policies (red: wrong) and the probabilities that they give to the right one."""
-    shown = Table("right", *(policy.name for policy in found), box=SIMPLE)
+def show(compared: list[Policy], console: Console) -> None:
+    """Print one row per step: each policy's greedy word (red: wrong) and its probability of the right one."""
+    steps = Table("right", *(policy.name for policy in compared), box=SIMPLE)
     for number, step in enumerate(STEPS):
-        words = (f"{own.words[number]} {own.right[number]:.2f}" for own in found)
-        shown.add_row(step.word, *(f"[red]{word}[/]" if word.split()[0] != step.word else word for word in words))
-    shown.add_section()
-    shown.add_row("all", *(f"{policy.value:.4f}" for policy in found))
-    console.print(shown)
+        words = (f"{policy.words[number]} {policy.right[number]:.2f}" for policy in compared)
+        steps.add_row(step.word, *(f"[red]{word}[/]" if word.split()[0] != step.word else word for word in words))
+    steps.add_section()
+    steps.add_row("all", *(f"{policy.value:.4f}" for policy in compared))
+    console.print(steps)
 
 
 def main(picture: str = "theory.png") -> None:
-    """Build, export, run; print the table and draw the picture."""
+    """Build, export and run the system; print the table and draw the picture."""
     console = Console()
     with tempfile.TemporaryDirectory() as folder, FusionRuntime.load(make_bundle(Path(folder))) as rt:
-        texts, found = selections(rt), policies(rt)
+        texts, compared = selections(rt), policies(rt)
         curve = [Policy("fusion", fused(rt, lam)).value for lam in LAMBDAS]
         written = rt.generate(PROMPT, max_new_tokens=2 * len(STEPS), lam=0.5)
-    show(found, console)
+    show(compared, console)
     console.print(f"{len(texts)} sequences of expert choices write {texts.count(TARGET)} times the right text.")
     console.print(f"The fusion writes: {' '.join(WORDS[i] for i in written.token_ids)}")
     console.print(f"with the experts   {' '.join(written.experts)}")
-    draw(found, curve, Path(picture))
+    draw(compared, curve, Path(picture))
 
 
 if __name__ == "__main__":

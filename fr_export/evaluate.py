@@ -1,6 +1,6 @@
-"""`python -m fr_export.evaluate`: the door to `fusionroute evaluate`."""
+"""`python -m fr_export.evaluate`: the same as `fusionroute evaluate`."""
 
-from fusionroute.fr_export.commands.evaluate import app
+from fusionroute.fr_export.commands.main import run
 
 if __name__ == "__main__":
-    app()
+    run("evaluate")

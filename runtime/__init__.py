@@ -8,6 +8,8 @@ from fusionroute.runtime.session import Session
 from fusionroute.runtime.stream import Result, Stream
 from fusionroute.runtime.text import Token
 
+__version__ = "0.1.0"  # the package's; pyproject.toml reads it here
+
 __all__ = [
     "BundleError",
     "ClosedError",
@@ -21,4 +23,5 @@ __all__ = [
     "Stream",
     "Token",
     "UnavailableError",
+    "__version__",
 ]

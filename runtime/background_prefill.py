@@ -1,77 +1,83 @@
-"""Background catch-up: experts that are not chosen read the text behind the others' backs, so that waking one of them costs a short pause.
+"""Background prefill: experts that are not chosen read the text too, so that an expert chosen late answers after a short pause.
 
-An expert reads up to multiples of PIECE, whether it does so here or when it is chosen: what comes out depends on the tokens, never on the clock.
+An expert reads up to multiples of PIECE, here or when it is chosen. So the result depends on the tokens, never on the clock.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.limits import boundary
 
-if TYPE_CHECKING:
-    from fusionroute.runtime.session import Session
 
-MODES = ("lazy", "background")
+class PieceReader(Protocol):
+    """An expert that reads one session's tokens."""
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has read."""
+        ...
+
+    def read_piece(self, limit: int) -> None:
+        """Read one piece of the tokens before `limit`, if a whole one is due."""
+        ...
 
 
-class CatchUp:
-    """The reading of one session's experts, in a thread that all sessions of a runtime share.
+class BackgroundPrefill:
+    """The background passes of one session, on a thread that all sessions of a runtime share.
 
-    `thread` None: passes are only queued on the device, so the caller queues them, one a step.
+    `thread` None: the device queues passes, so the caller queues them itself, one a step.
     """
 
-    def __init__(self, session: Session, thread: Executor | None):
-        self._session, self._thread = session, thread
+    def __init__(self, experts: Sequence[PieceReader], thread: Executor | None):
+        self._experts, self._thread = experts, thread
         self._lock = threading.Lock()
-        self._under_way: dict[int, Future[None]] = {}
-        self._limit = 0
+        self._passes: dict[int, Future[None]] = {}  # by expert: queued or running
+        self._limit = 0  # tokens before it stay as they are
 
-    def go_on(self, committed: int) -> None:
-        """Let experts read what is due among so many tokens, which stay as they are until `wait` or `settle`."""
-        self._limit = committed - 2  # the newest token is read where it is answered, and not alone
+    def resume(self, committed: int) -> None:
+        """Let experts read what is due among `committed` tokens, which stay as they are until `wait` or `settle`."""
+        self._limit = committed - 2  # the pass that answers reads the newest token, and reads it not alone
         if self._thread is None:
-            expert = min(range(len(self._session.names)), key=self._session.reached)
-            if self._due(expert):
-                self._session.read_piece(expert, self._limit)
+            expert = min(self._experts, key=lambda expert: expert.length)
+            if boundary(expert.length) <= self._limit:
+                expert.read_piece(self._limit)
             return
-        for expert in range(len(self._session.names)):
+        for number in range(len(self._experts)):
             with self._lock:
-                if expert not in self._under_way:
-                    self._submit(expert)
+                if number not in self._passes:
+                    self._submit(number)
 
-    def _due(self, expert: int) -> bool:
-        return boundary(self._session.reached(expert)) <= self._limit
-
-    def _submit(self, expert: int) -> None:
-        """Queue one piece. The caller holds the lock."""
-        if self._thread is not None and self._due(expert):
+    def _submit(self, number: int) -> None:
+        """Queue one piece if one is due. The caller holds the lock."""
+        if self._thread is not None and boundary(self._experts[number].length) <= self._limit:
             with suppress(RuntimeError):  # the runtime was closed, or the interpreter ends
-                self._under_way[expert] = self._thread.submit(self._read, expert)
+                self._passes[number] = self._thread.submit(self._read, number)
 
-    def _read(self, expert: int) -> None:
-        self._session.read_piece(expert, self._limit)
+    def _read(self, number: int) -> None:
+        self._experts[number].read_piece(self._limit)
         with self._lock:
-            if self._under_way.pop(expert, None) is not None:  # else somebody waits for this expert
-                self._submit(expert)
+            if self._passes.pop(number, None) is not None:  # else somebody waits for this expert
+                self._submit(number)
 
     def pause(self) -> None:
-        """Begin no further piece until `go_on`. Waits for nothing."""
+        """Begin no more pieces until `resume`. Waits for nothing."""
         self._limit = 0
 
-    def wait(self, expert: int) -> None:
+    def wait(self, number: int) -> None:
         """Take an expert over: wait for the piece that it is reading. Raises what reading raised."""
         with self._lock:
-            future = self._under_way.pop(expert, None)
-        if future is not None and not future.cancel():
-            future.result()
+            running = self._passes.pop(number, None)
+        if running is not None and not running.cancel():
+            running.result()
 
     def settle(self) -> None:
-        """Take all experts over. An error that one of them met does not count: it meets it again when it is chosen."""
-        for expert in range(len(self._session.names)):
+        """Take all experts over. Errors are dropped: an expert meets its error again when it is chosen."""
+        for number in range(len(self._experts)):
             with suppress(FusionError):
-                self.wait(expert)
+                self.wait(number)

@@ -10,16 +10,16 @@ from math import isnan
 
 from fusionroute.runtime.errors import InputError
 
-TICK = 0.002  # seconds between two looks at the event and the clock while a chunk of tokens is read
-LONG = 8  # tokens: chunks up to here take about as long as two single tokens, and are not looked after
+POLL_SECONDS = 0.002  # between two looks at the event and the clock during a long pass
+UNWATCHED_TOKENS = 8  # passes up to here take about as long as two single tokens: no thread watches them
 
 
 class Interrupted(Exception):
-    """Tokens are no longer wanted. Raised and caught within the package."""
+    """The generation was cancelled during a pass. Raised and caught within the package."""
 
 
-class Watch:
-    """Says why to stop, if at all. The deadline is in seconds from now, and has passed already where it is not positive."""
+class Cancellation:
+    """Says whether a generation is to end, and why. `deadline`: seconds from now; a value of 0 or less has passed already."""
 
     def __init__(self, cancel: threading.Event | None = None, deadline: float | None = None):
         """Raises InputError for a deadline that is no number."""
@@ -40,24 +40,24 @@ class Watch:
         return None
 
     def check(self) -> None:
-        """Raise Interrupted where there is a reason to stop."""
+        """Raise Interrupted if there is a reason to end."""
         if self.reason:
             raise Interrupted
 
     @contextmanager
-    def over(self, interrupt: Callable[[], None]) -> Iterator[None]:
-        """While the body runs, another thread calls `interrupt` as soon, and as long, as there is a reason."""
-        over = threading.Event()
+    def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """While the body runs, another thread calls `interrupt` again and again once there is a reason to end."""
+        done = threading.Event()
 
-        def look() -> None:
-            while not over.wait(TICK):
+        def watch() -> None:
+            while not done.wait(POLL_SECONDS):
                 if self.reason:
                     interrupt()
 
-        thread = threading.Thread(target=look, name="fusionroute-watch", daemon=True)
+        thread = threading.Thread(target=watch, name="fusionroute-cancellation", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            over.set()
+            done.set()
             thread.join()

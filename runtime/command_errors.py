@@ -1,4 +1,7 @@
-"""How the command lines end: in one sentence on stderr, with a status that says whether the usage was wrong."""
+"""How every command ends: errors in one sentence on stderr, and an exit status that says whether the usage was wrong.
+
+Status 0: done. 2: wrong usage. 1: anything else, Ctrl-C included. 143: SIGTERM.
+"""
 
 import errno
 import signal
@@ -7,14 +10,17 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
 from fusionroute.runtime.errors import FusionError, one_line
 
+MISSING = "This needs the package '{0}': install it (pip install {0})."
 
-def fail(reason: Exception | str, debug: bool) -> None:
-    """One sentence on one line of stderr, and exit status 1."""
+
+def fail(reason: Exception | str, debug: bool = False) -> NoReturn:
+    """Print one sentence on one line of stderr, below the traceback if `debug`; raises typer.Exit(1)."""
     if debug:
         traceback.print_exc()
     print(f"error: {one_line(reason) if isinstance(reason, Exception) else reason}", file=sys.stderr)
@@ -23,46 +29,57 @@ def fail(reason: Exception | str, debug: bool) -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends the block with SystemExit(143), so that what is half-written is removed.
+    """SIGTERM ends the block with SystemExit(143), so that half-written files are removed.
 
     Libraries turn an exit in the middle of their work into errors of their own (an extension module that is being imported: ImportError).
     """
-    told = []
+    received = []
 
     def terminate(*_: object) -> None:
-        told.append(True)
+        received.append(True)
         sys.exit(143)
 
-    signal.signal(signal.SIGTERM, terminate)
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except Exception as error:
-        if told:
+        if received:
             raise SystemExit(143) from error
         raise
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 @contextmanager
-def one_sentence(what: str, missing: str, out: Path, left: str, debug: bool, interrupted: str = "") -> Iterator[None]:
-    """Let every error of a command end in one sentence and exit status 1; wrong usage keeps status 2, SIGTERM means 143.
+def one_sentence(
+    what: str, missing: str = MISSING, out: Path | None = None, left: str = "", debug: bool = False, interrupted: str = ""
+) -> Iterator[None]:
+    """End every error of a command in one sentence and exit status 1.
 
-    `what` the command does ("export"); `missing` says what to install, {} being the package that is not there; `left` says what remains
-    of the work, `interrupted` the same after Ctrl-C where that differs.
+    Wrong usage keeps status 2. A reader of stdout that has left ends the command silently. Blocks may be nested: the inner one speaks.
+
+    what: what failed, as a noun ("export").
+    missing: what to install; {} stands for the package that cannot be imported.
+    out: where the command writes.
+    left: what remains of the work; interrupted: the same after Ctrl-C, where that differs.
     """
     rest = f"; {left}" if left else ""
     try:
         with terminable():
             yield
-    except (typer.BadParameter, BrokenPipeError):  # wrong usage, and a reader of stdout that has left: typer knows how to end
+    except (typer.BadParameter, typer.Exit, typer.Abort, BrokenPipeError):  # typer ends these itself
         raise
     except FusionError as error:
         fail(error, debug)
     except ModuleNotFoundError as error:
         fail(missing.format(error.name), debug)
     except KeyboardInterrupt:
-        fail(f"Interrupted; {interrupted or left}.", debug)
+        remains = interrupted or left
+        fail(f"Interrupted{f'; {remains}' if remains else ''}.", debug)
     except OSError as error:
-        room = ": make room, or name another disk with --out" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        fail(f"The {what} failed on {error.filename or out} ({error.strerror or one_line(error)}){room}{rest}.", debug)
+        place = error.filename or out
+        mend = "make room, or name another disk with --out" if out else "make room"
+        room = f": {mend}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        fail(f"The {what} failed{f' on {place}' if place else ''} ({error.strerror or one_line(error)}){room}{rest}.", debug)
     except Exception as error:  # a fault of the program or of a library, not of the input
         fail(f"The {what} failed unexpectedly ({type(error).__name__}: {one_line(error)}){rest}. --debug shows where.", debug)

@@ -1,39 +1,47 @@
-"""Files that appear under their name only when they are complete, and the folder for those that are only kept to save time."""
+"""Files that appear under their name only when they are complete, locks between processes, and the cache folder."""
 
-import fcntl
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+# filelock and platformdirs are imported where they are used: most runs need neither, and they would slow `import fusionroute.runtime`.
 
 
 def cache_folder() -> Path:
-    """`fusionroute` in $XDG_CACHE_HOME, else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fusionroute"
+    """The user's cache folder: on Linux `fusionroute` in $XDG_CACHE_HOME, else in ~/.cache; elsewhere where the system has its caches."""
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("fusionroute", appauthor=False))
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The name of a file to write, which then takes the place of `path` in one step. After an error `path` is as it was."""
-    beside = path.with_name(f".{path.name}.partial")
+    """The name of a file to write, which then takes the place of `path` in one step. After an error `path` is as it was.
+
+    The name is a new one each time: two processes that write the same file at once do not mix.
+    """
+    partial = path.with_name(f".{path.name}.{os.urandom(8).hex()}.partial")
     try:
-        yield beside
-        beside.replace(path)
+        yield partial
+        partial.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def replace(path: Path, content: bytes) -> None:
     """Write a file that takes the place of an older one in one step. Raises OSError, and then leaves the older one as it was."""
-    with replacing(path) as beside:
-        beside.write_bytes(content)
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process of this machine, and no other thread, holds the lock file `path`. Raises OSError where it cannot be made."""
+    """Wait until no other process of this machine, and no other thread, holds the lock file `path`. Raises OSError where it cannot be created."""
+    from filelock import FileLock
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(path):
         yield

@@ -1,8 +1,9 @@
 """Constants and arithmetic that several rooms of the runtime share."""
 
-CHUNK = 512  # most tokens read at a time in prefill and catch-up: bounds memory, and depends on the tokens alone
-FUSED = 1 << 24  # logits fused at a time: 64 MB, of which the fusion graph makes several copies
-PIECE = 64  # tokens that background prefill reads at a time: a chosen expert waits for at most one piece, and reads less than another two
+CHUNK = 512  # most tokens in one prefill pass: bounds memory, and depends on the tokens alone
+FUSED = 1 << 24  # logits fused in one call: 64 MB, of which the fusion graph makes several copies
+PIECE = 64  # tokens in one background pass: a chosen expert waits for at most one, and then reads fewer than two more
+SHORTEST_REACH = 128  # keys that attention reads at least: its lengths are powers of two from here on, so that few graphs are captured
 
 
 def boundary(start: int) -> int:
@@ -11,5 +12,10 @@ def boundary(start: int) -> int:
 
 
 def even(length: int) -> int:
-    """The even number up to `length`."""
+    """The largest even number up to `length`."""
     return length - length % 2
+
+
+def reach(length: int, capacity: int) -> int:
+    """How many keys attention reads for a text of `length` tokens: the next power of two from SHORTEST_REACH on, at most the capacity."""
+    return min(max(SHORTEST_REACH, 1 << (length - 1).bit_length()), capacity)

@@ -1,23 +1,35 @@
-"""What is here: packages in which release, and the processor."""
+"""What this machine is: its installed packages, its processor, and the cores that this process may use."""
 
 import contextlib
+import os
+import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, if it is there."""
+    """The version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    import psutil  # only where the standard library does not tell
+
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # macOS has no affinity
+
+
 def processor() -> list[str]:
-    """The processor's name and its instruction sets, where the system tells them."""
-    found: dict[str, str] = {}
+    """The processor's name and, where the system tells them, its instruction sets."""
+    lines: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("model name", "Hardware", "flags", "Features")):
-                found.setdefault(line.partition(":")[0], line)
-    return list(found.values())
+                lines.setdefault(line.partition(":")[0], line)
+    return list(lines.values()) or [platform.processor()]

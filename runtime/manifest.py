@@ -91,6 +91,14 @@ class Variant(Strict):
     operators: list[str] = []
     engines: list[Engines] = []
 
+    @property
+    def cache_width(self) -> int:
+        """Bytes of one value in the KV caches: 2 where the graphs compute in half precision, else 4."""
+        if self.target == "ort:cpu":  # its kernels compute in fp32, whatever the weights are
+            return 4
+        half = self.precision in ("fp16", "bf16") if self.target == "portable" else self.precision != "fp32"
+        return 2 if half else 4
+
 
 class Manifest(Strict):
     """Everything a runtime must know about a bundle before it opens another file of it.

@@ -1,32 +1,49 @@
-"""The prefix cache: prompts that begin alike are read once. What one session has read of its prompt, others of the runtime take over.
+"""The prefix cache: prompts that begin alike are read once. What one session has read of its prompt, others of the runtime copy.
 
-Only tokens that were read several at a time count, an even number of them: such passes agree bit for bit however a text is cut, where the
-last of an odd number, or a single token, may not. So text does not depend on what happens to be kept.
+Only tokens that were read several at a time count, and an even number of them. Such passes agree bit for bit however a text is cut;
+a single token, or the last of an odd number, may round differently. So no text depends on what happens to be cached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
-from operator import eq
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+from weakref import WeakSet
 
-from fusionroute.runtime.backends.backend import Cache
+from fusionroute.runtime.backend import Cache
 
-if TYPE_CHECKING:
-    from fusionroute.runtime.session import Session
-
-LEAST = 16  # tokens that are worth a copy
+MIN_SHARED_TOKENS = 16  # fewer are not worth a copy
 
 
-def common(one: Sequence[int], other: Sequence[int], most: int) -> int:
-    """How many leading tokens two texts have in common, at most `most`."""
-    return sum(takewhile(bool, map(eq, one[: max(most, 0)], other)))
+class Lender(Protocol):
+    """One session's reader of a model."""
+
+    def offer(self, ids: Sequence[int]) -> int:
+        """How many leading tokens of a text it has read, in a form that can be lent."""
+        ...
+
+    def lend(self, ids: Sequence[int], cache: Cache) -> None:
+        """Copy what `offer` says into another session's cache of the same model."""
+        ...
 
 
-def fill(session: Session, model: int | None, cache: Cache, others: Iterable[Session]) -> None:
-    """Copy into the empty cache of a model (None: the router) what other sessions have read of the session's tokens."""
-    offers = ((other.offer(model, session.tokens), other) for other in others if other is not session)
-    length, best = max(offers, key=lambda offer: offer[0], default=(0, None))
-    if best is not None and length >= LEAST:
-        best.lend(model, session.tokens, cache)
+class PrefixCache:
+    """The readers of one model in all live sessions of a runtime."""
+
+    def __init__(self) -> None:
+        self._lenders: WeakSet[Lender] = WeakSet()
+        self._lock = threading.Lock()
+
+    def add(self, lender: Lender) -> None:
+        """Know a reader for as long as its session lives."""
+        with self._lock:
+            self._lenders.add(lender)
+
+    def borrow(self, borrower: Lender, ids: Sequence[int], cache: Cache) -> None:
+        """Fill an empty cache with the longest beginning of `ids` that another reader has read."""
+        with self._lock:
+            lenders = [lender for lender in self._lenders if lender is not borrower]
+        length, best = max(((lender.offer(ids), lender) for lender in lenders), key=lambda offer: offer[0], default=(0, None))
+        if best is not None and length >= MIN_SHARED_TOKENS:
+            best.lend(ids, cache)

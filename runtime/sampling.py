@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fusionroute.runtime.errors import InputError
 
-CANDIDATES = 256  # asked for where no top-k bounds them: almost always enough, and still cheap to copy from a device
+DEFAULT_CANDIDATES = 256  # without a top-k: almost always enough, and still cheap to copy from a device
 COLDEST = 1e-3  # below, float32 cannot hold the log-normaliser of logits / temperature to any useful precision
 
 
@@ -84,11 +84,11 @@ class Sampler:
         self.filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
         self.random = np.random.default_rng(sampling.seed)
 
-    def wanted(self, vocabulary: int) -> int:
-        """How many candidates are worth asking the fusion graph for."""
+    def candidate_count(self, vocabulary: int) -> int:
+        """How many candidates to ask the fusion graph for."""
         if self.sampling.temperature == 0:
             return 1
-        return min(self.sampling.top_k or CANDIDATES, vocabulary)
+        return min(self.sampling.top_k or DEFAULT_CANDIDATES, vocabulary)
 
     def choose(self, candidates: Candidates, row: Row) -> int:
         """The id of the next token; `row` is called only where the candidates do not decide."""

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fusionroute.runtime import limits
-from fusionroute.runtime.backends.backend import REUSED
-
-if TYPE_CHECKING:
-    from fusionroute.runtime.session import Session
-
-_NONE = np.zeros(0, np.int64)
+from fusionroute.runtime.backend import REUSED, Fuser, FusionInputs
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.readers import Reader, Readers
 
 
 @dataclass(frozen=True)
@@ -29,43 +25,68 @@ class Scores:
     routing: np.ndarray
 
 
-def score(session: Session, positions: Sequence[int], chunk: int, coefficients: tuple[float, float]) -> Scores:
-    """Fused logits at sorted `positions` of the committed tokens, which are read anew, in chunks of `chunk` tokens."""
-    vocab, tokens, fuse = session.vocab_size, session.tokens, session.fuse
-    session.reset()
-    logits = np.empty((len(positions), vocab), np.float32)
-    routing = np.empty((len(positions), len(session.names)), np.float32)
-    wanted = np.asarray(positions, np.int64)
-    step = max(1, limits.FUSED // vocab)
-    for start in range(0, positions[-1] + 1 if positions else 0, chunk):
+def positions_to_score(length: int, positions: Sequence[int] | None, chunk: int) -> list[int]:
+    """The positions, all of them for None. Raises InputError for one outside the `length` tokens, no tokens, or a bad chunk."""
+    asked = list(range(length)) if positions is None else [int(position) for position in positions]
+    if not length:
+        raise InputError("There is nothing to score: expected at least one token id.")
+    if wrong := [position for position in asked if not 0 <= position < length]:
+        raise InputError(f"Position {wrong[0]} is outside the {length} tokens: expected 0 to {length - 1}.")
+    if chunk < 1:
+        raise InputError(f"chunk={chunk} is out of range: expected at least 1.")
+    return asked
+
+
+def score(
+    readers: Readers, fuser: Fuser, vocab_size: int, positions: Sequence[int], chunk: int, coefficients: tuple[float, float]
+) -> Scores:
+    """Fused logits at `positions` of the committed tokens, in any order, which are read anew in chunks of `chunk` tokens."""
+    ordered = sorted(set(positions))
+    scores = _score_sorted(readers, fuser, vocab_size, np.asarray(ordered, np.int64), chunk, coefficients)
+    if list(positions) == ordered:
+        return scores
+    rows = np.searchsorted(ordered, positions)
+    return Scores(scores.logits[rows], scores.experts[rows], scores.routing[rows])
+
+
+def _score_sorted(
+    readers: Readers, fuser: Fuser, vocab_size: int, positions: np.ndarray, chunk: int, coefficients: tuple[float, float]
+) -> Scores:
+    """`score` at ascending positions, int64 [P]."""
+    tokens = readers.sequence.ids
+    readers.forget()
+    logits = np.empty((len(positions), vocab_size), np.float32)
+    routing = np.empty((len(positions), len(readers.experts)), np.float32)
+    rows_at_a_time = max(1, limits.FUSED // vocab_size)
+    for start in range(0, int(positions[-1]) + 1 if len(positions) else 0, chunk):
         piece = tokens[start : start + chunk]
-        rows = np.flatnonzero((wanted >= start) & (wanted < start + len(piece)))
-        local = wanted[rows] - start
-        routed = session.forward(None, piece, [*local] or [len(piece) - 1])
+        rows = np.flatnonzero((positions >= start) & (positions < start + len(piece)))
+        routed = readers.router.forward(piece, [*(positions[rows] - start)] or [len(piece) - 1])
         if not len(rows):
             continue
         assert routed.routing is not None
         routing[rows] = routed.routing
-        choice = routed.routing.argmax(-1)
-        for expert in np.unique(choice):
-            mine = np.flatnonzero(choice == expert)
-            answered = _catch_up(session, int(expert), wanted[rows[mine]], chunk) if coefficients[1] else routed.logits[mine]
-            for begin in range(0, len(mine), step):
-                part = mine[begin : begin + step]
+        choices = routed.routing.argmax(-1)
+        for expert in np.unique(choices):
+            own = np.flatnonzero(choices == expert)  # rows of this chunk that the expert answers
+            answered = _read_until(readers.experts[expert], tokens, positions[rows[own]], chunk) if coefficients[1] else routed.logits[own]
+            for begin in range(0, len(own), rows_at_a_time):
+                part = own[begin : begin + rows_at_a_time]
                 router = np.ascontiguousarray(routed.logits[part])
-                logits[rows[part]] = fuse(router, answered[begin : begin + step], coefficients, 1, _NONE, 1.0, 1.0).rows
+                fused = fuser(FusionInputs(router, answered[begin : begin + rows_at_a_time], coefficients))
+                logits[rows[part]] = fused.rows
     return Scores(logits, routing.argmax(-1).astype(np.int64), routing)
 
 
-def _catch_up(session: Session, expert: int, wanted: np.ndarray, chunk: int) -> np.ndarray:
-    """Let an expert read up to the last wanted position in chunks; its logits at all of them, float32 [len(wanted), V]."""
-    found = []
-    start = session.reached(expert)
-    while start <= wanted[-1]:
-        piece = session.tokens[start : min(start + chunk, int(wanted[-1]) + 1)]
-        local = [int(p) - start for p in wanted if start <= p < start + len(piece)]
-        answered = session.forward(expert, piece, local or [len(piece) - 1])
-        if local:
-            found.append(answered.logits.copy() if len(local) <= REUSED else answered.logits)
+def _read_until(expert: Reader, tokens: Sequence[int], positions: np.ndarray, chunk: int) -> np.ndarray:
+    """Let an expert read up to the last position in chunks; its logits at all of them, float32 [len(positions), V]."""
+    parts = []
+    start, end = expert.length, int(positions[-1]) + 1
+    while start < end:
+        piece = tokens[start : min(start + chunk, end)]
+        inside = [int(position) - start for position in positions if start <= position < start + len(piece)]
+        output = expert.forward(piece, inside or [len(piece) - 1])
+        if inside:
+            parts.append(output.logits.copy() if len(inside) <= REUSED else output.logits)
         start += len(piece)
-    return np.concatenate(found) if len(found) != 1 else found[0]
+    return np.concatenate(parts) if len(parts) != 1 else parts[0]

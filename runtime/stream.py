@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,19 @@ class Result:
     finish_reason: str
     drafted: int = 0
     accepted: int = 0
+
+    @classmethod
+    def of(cls, tokens: Sequence[Token], stream: Stream) -> Result:
+        """The tokens that came out of a stream."""
+        return cls(
+            text="".join(token.text for token in tokens),
+            token_ids=[token.id for token in tokens],
+            experts=[token.expert for token in tokens],
+            logprobs=[token.logprob for token in tokens],
+            finish_reason=stream.finish_reason or "cancelled",
+            drafted=stream.drafted,
+            accepted=stream.accepted,
+        )
 
 
 class End(NamedTuple):

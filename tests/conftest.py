@@ -1,4 +1,4 @@
-"""For all tests."""
+"""Fixtures that every test gets."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Calibrations are kept in a folder of this run, not in the user's, and shared by its tests."""
+    """Caches go to a folder of this run, which all its tests share, and not to the user's."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
@@ -19,22 +19,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def traced_once() -> Iterator[None]:
-    """Exports of equal architectures share one trace, which takes most of a small export's time: an export works on copies of it anyway."""
+    """Exports of equal architectures share one trace, which takes most of a small export's time; an export changes only copies of it."""
     if find_spec("torch") is None:  # tests/runtime alone
         yield
         return
-    from fusionroute.fr_export import export
+    from fusionroute.fr_export.graphs import traces
     from fusionroute.fr_export.graphs.dialects import ort
     from fusionroute.fr_export.graphs.trace import architecture, trace
 
-    kept: dict[Any, Any] = {}
+    graphs: dict[Any, Any] = {}
 
-    def remembered(family: Any, config: Any, vocab_size: int, max_seq_len: int, lowering: Any = ort) -> Any:
+    def cached_trace(family: Any, config: Any, vocab_size: int, max_seq_len: int, lowering: Any = ort) -> Any:
         key = family.name, architecture(config, vocab_size), max_seq_len, lowering
-        if key not in kept:
-            kept[key] = trace(family, config, vocab_size, max_seq_len, lowering)
-        return kept[key].clone()
+        if key not in graphs:
+            graphs[key] = trace(family, config, vocab_size, max_seq_len, lowering)
+        return graphs[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "trace", remembered)
+        patch.setattr(traces, "trace", cached_trace)
         yield

@@ -1,4 +1,4 @@
-"""What each peer is: the packages of its environment, and the forms in which it has each precision."""
+"""The peers: the packages of each one's environment, and its formats of each precision."""
 
 import subprocess
 import sys
@@ -6,20 +6,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OURS = "FusionRoute"
-TORCH = "torch==2.13.0"  # its CPU build, where pip finds one; the build for GPUs works as well and is several GB
-ENVIRONMENTS = {  # folder → packages. Ours is the environment that runs peers.py
+TORCH = "torch==2.13.0"  # pip takes the CPU build where it can; the GPU build works too, but has several GB
+ENVIRONMENTS = {  # folder → packages; ours is the environment that runs the comparison
     "genai": ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx-ir==0.1.16", "transformers==5.24.0", TORCH),
     "llama": ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors==0.8.0"),
     "openvino": ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0", "transformers==5.5.4", TORCH),
     "optimum": ("optimum-onnx[onnxruntime]==0.1.0", "onnxruntime==1.32.0", "transformers==4.57.6", TORCH),
     "torch": ("transformers==5.24.0", TORCH),
 }
-UNWANTED = "torchvision"  # OpenVINO's exporter asks for it; text models do not need it, and one built for another torch breaks every import
+EXCLUDED = (
+    "torchvision"  # OpenVINO's exporter depends on it; text models do not need it, and one built for another torch breaks every import
+)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A runtime: what people call it, its environment (None: this one), its module in this folder, its forms of each precision."""
+    """A runtime: its name, its environment (None: this one), its module in this folder, and its formats (`forms`) of each precision."""
 
     name: str
     environment: str | None
@@ -28,7 +30,7 @@ class Peer:
 
 
 PEERS = (
-    Peer(OURS, None, "ours", {"fp32": ("fp32",), "int8": ("int8",), "int4": ("int4",)}),
+    Peer(OURS, None, "fusionroute", {"fp32": ("fp32",), "int8": ("int8",), "int4": ("int4",)}),
     Peer("onnxruntime-genai", "genai", "genai", {"fp32": ("fp32",), "int8": ("int8",), "int4": ("block 32", "k_quant_mixed")}),
     Peer("llama.cpp", "llama", "llama", {"fp32": ("F32",), "int8": ("Q8_0",), "int4": ("Q4_0", "Q4_1")}),
     Peer("OpenVINO", "openvino", "openvino", {"fp32": ("fp32",), "int8": ("int8",), "int4": ("int4",)}),
@@ -38,14 +40,14 @@ PEERS = (
 
 
 def python(work: Path, name: str | None) -> Path:
-    """The interpreter of an environment, which is made at first use."""
+    """The interpreter of an environment, which is installed at first use."""
     if name is None:
         return Path(sys.executable)
     folder = work / "env" / name
-    made, packages = folder / "packages.txt", "\n".join(ENVIRONMENTS[name])
-    if not made.is_file() or made.read_text() != packages:  # written last: what was interrupted is made again
+    marker, packages = folder / "packages.txt", "\n".join(ENVIRONMENTS[name])
+    if not marker.is_file() or marker.read_text() != packages:  # written last, so an interrupted install is repeated
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", *ENVIRONMENTS[name]], check=True)
-        subprocess.run([folder / "bin/python", "-m", "pip", "uninstall", "--quiet", "--yes", UNWANTED], check=True)
-        made.write_text(packages)
+        subprocess.run([folder / "bin/python", "-m", "pip", "uninstall", "--quiet", "--yes", EXCLUDED], check=True)
+        marker.write_text(packages)
     return folder / "bin/python"

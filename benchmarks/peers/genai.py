@@ -1,14 +1,15 @@
-"""onnxruntime-genai: models of its own builder; one alone, and the fused system with a generator for each model."""
+"""onnxruntime-genai: models from its own builder, one alone, or a fused system with one generator per model."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
 
-from peers.fusing import Experts, Routing
-from peers.worker import Text, main, stepwise
+from benchmarks.peers.workaround import Experts, Routing
+from benchmarks.peers.worker import Generation, main, stepwise
 
 FORMS = {  # name → precision and options of the builder
     "fp32": ("fp32",),
@@ -17,12 +18,12 @@ FORMS = {  # name → precision and options of the builder
     "k_quant": ("int4", "block_size=32", "algo_config=k_quant"),
     "k_quant_mixed": ("int4", "block_size=32", "algo_config=k_quant_mixed"),
 }
-LAST = "prune_lm_head=true"  # without it the builder's graphs compute logits of the whole prompt: slower, but what perplexity needs
-ROUTED = "include_hidden_states=true"  # the router's, which the routing head reads
+LAST = "prune_lm_head=true"  # logits of the last token only; perplexity needs those of the whole prompt
+ROUTED = "include_hidden_states=true"  # for the routing head
 
 
 def build(checkpoint: Path, form: str, out: Path) -> None:
-    """Make `out` for generating; of a router also `out/all` with logits of every token, and `out/routed` with hidden states."""
+    """Build `out` for generating; for a router also `out/all` with logits of every token and `out/routed` with hidden states."""
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     precision, *options = FORMS[form]
@@ -35,7 +36,7 @@ def build(checkpoint: Path, form: str, out: Path) -> None:
 
 
 def opened(folder: Path, threads: int | None, entries: dict[str, str]) -> og.Model:
-    """A model whose texts do not end (no token that comes counts as their end); threads None: the library's own choice."""
+    """A model whose texts never end: its end-of-text token is one that does not occur. `threads` None: the library chooses."""
     options = dict[str, int | str](entries) if threads is None else {"intra_op_num_threads": threads, **entries}
     endless = json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"] - 1
     config = og.Config(str(folder))
@@ -51,22 +52,22 @@ def generator(model: og.Model, context: int) -> og.Generator:
 
 
 class Genai:
-    """One model alone. Idle threads wait as the library has them do."""
+    """One model alone, with the library's own settings except threads."""
 
     def __init__(self, folder: str, form: str, context: int, threads: int):
         self.folder, self.context, self.threads = Path(folder), context, threads
         self.model = opened(self.folder, threads, {})
 
-    def generate(self, prompt: list[int], count: int) -> Text:
+    def generate(self, prompt: list[int], count: int) -> Generation:
         """See `worker.Model`."""
-        text, reads = generator(self.model, self.context), True
+        text, started = generator(self.model, self.context), False
 
         def step(ids: list[int]) -> int:
-            nonlocal reads
-            if reads:
+            nonlocal started
+            if not started:  # later the generator reads its own tokens
                 text.append_tokens(np.array(ids, np.int32))
-                reads = False
-            text.generate_next_token()  # reads the token before by itself
+                started = True
+            text.generate_next_token()
             return int(text.get_next_tokens()[0])
 
         return stepwise(prompt, count, step)
@@ -79,7 +80,7 @@ class Genai:
 
 
 class Fused:
-    """The workaround: a generator for each model. The router's logits are read and set; the chosen expert reads all it missed as one chunk."""
+    """The workaround: one generator per model. The chosen expert first reads what it has missed; the router's logits are replaced by the fused ones."""
 
     def __init__(self, folders: dict[str, str], head: str, lam: float, context: int, threads: int | None, entries: dict[str, str]):
         self.routing, self.lam, self.context = Routing.load(Path(head)), lam, context
@@ -88,14 +89,14 @@ class Fused:
         self.names = list(folders)[1:]
         self.models = [opened(folder, threads, entries) for folder in experts]
 
-    def generate(self, prompt: list[int], count: int) -> Text:
+    def generate(self, prompt: list[int], count: int) -> Generation:
         """See `worker.Model`."""
         router, experts = generator(self.router, self.context), [generator(model, self.context) for model in self.models]
         lags = Experts([text.append_tokens for text in experts])
         tokens, chosen = list[int](), list[str]()
 
         def step(ids: list[int]) -> int:
-            if not tokens:  # later it reads the token before by itself
+            if not tokens:  # later the generator reads its own tokens
                 router.append_tokens(np.array(ids, np.int32))
             tokens.extend(ids)
             logits = router.get_logits()
@@ -113,8 +114,8 @@ class Fused:
         raise NotImplementedError
 
 
-def load(folder: str | dict[str, str], form: str, **settings: object) -> Genai | Fused:
-    """Several folders are a fused system, the router's first."""
+def load(folder: str | dict[str, str], form: str, **settings: Any) -> Genai | Fused:
+    """Load one model, or a fused system if there are several folders, the router's first."""
     return Fused(folder, **settings) if isinstance(folder, dict) else Genai(folder, form, **settings)
 
 

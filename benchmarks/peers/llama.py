@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's bindings of its C functions: the quickest way to drive it from Python."""
+"""llama.cpp through llama-cpp-python's bindings of its C functions, the fastest way to call it from Python."""
 
 import ctypes
 import json
@@ -9,9 +9,9 @@ import llama_cpp
 import numpy as np
 from safetensors import safe_open
 
-from peers.worker import Text, main, stepwise
+from benchmarks.peers.worker import Generation, main, stepwise
 
-BATCH = 512  # tokens read at once, as the other peers do
+BATCH = 512  # tokens per prefill pass, as in the other peers
 LAYER = {  # Hugging Face's name of a layer's tensor → GGUF's
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
@@ -20,12 +20,12 @@ LAYER = {  # Hugging Face's name of a layer's tensor → GGUF's
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads · size, hidden] of a query or key matrix in the order of GGUF's Llama, whose rotary pairs stand side by side."""
-    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+    """Rows [heads · size, hidden] of a query or key matrix in the order of GGUF's Llama, where rotary pairs are adjacent."""
+    return np.asarray(weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape))
 
 
 def write_f32(checkpoint: Path, out: Path) -> None:
-    """A Llama checkpoint as GGUF in fp32, with a vocabulary of numbers: texts come as token ids."""
+    """A Llama checkpoint as GGUF in fp32, without a tokenizer: texts arrive as token ids."""
     config = json.loads((checkpoint / "config.json").read_text())
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     writer = gguf.GGUFWriter(out, "llama")
@@ -71,7 +71,7 @@ def build(checkpoint: Path, form: str, out: Path) -> None:
 
 
 class Llama:
-    """A GGUF file in a context of its own. Settings are llama.cpp's own but for threads, context and what is read at once."""
+    """A GGUF file in a context of its own, with llama.cpp's own settings except threads, context and batch."""
 
     def __init__(self, folder: str, form: str, context: int, threads: int):
         llama_cpp.llama_backend_init()
@@ -90,7 +90,7 @@ class Llama:
     def _clear(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
 
-    def generate(self, prompt: list[int], count: int) -> Text:
+    def generate(self, prompt: list[int], count: int) -> Generation:
         """See `worker.Model`."""
         self._clear()
 
@@ -110,9 +110,9 @@ class Llama:
             batch.token[place], batch.pos[place], batch.logits[place] = token, place, True
             batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
         self._decode(batch)
-        found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), (len(ids), self.vocab)).copy()
+        logits = np.array(np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), (len(ids), self.vocab)))
         llama_cpp.llama_batch_free(batch)
-        return found
+        return logits
 
 
 if __name__ == "__main__":

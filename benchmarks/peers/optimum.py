@@ -9,13 +9,13 @@ import onnxruntime
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 
-from peers.worker import Text, main, stepwise
+from benchmarks.peers.worker import Generation, main, stepwise
 
 
 def build(checkpoint: Path, form: str, out: Path) -> None:
-    """Export in fp32, which is what Optimum has for decoders.
+    """Export in fp32, Optimum's only precision for decoders.
 
-    Its transformers 4 does not know `rope_parameters`, in which transformers 5 writes the base of the rotary embedding.
+    Optimum needs transformers 4, which does not read `rope_parameters`, where transformers 5 stores the base of the rotary embedding.
     """
     config = json.loads((checkpoint / "config.json").read_text())
     config |= {"rope_theta": config["rope_parameters"]["rope_theta"]}
@@ -28,20 +28,20 @@ def build(checkpoint: Path, form: str, out: Path) -> None:
 
 
 class Optimum:
-    """An exported folder, driven without `generate`, whose own work per token costs more than these calls."""
+    """An exported folder. It is called directly, since `generate` adds more work per token than the calls themselves cost."""
 
     def __init__(self, folder: str, form: str, context: int, threads: int):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.model = ORTModelForCausalLM.from_pretrained(folder, session_options=options)
 
-    def _read(self, ids: list[int], past: object, length: int) -> "tuple[torch.Tensor, object]":
+    def _read(self, ids: list[int], past: object, length: int) -> tuple[torch.Tensor, object]:
         mask = torch.ones((1, length + len(ids)), dtype=torch.long)
         places = torch.arange(length, length + len(ids))[None]
         out = self.model(torch.tensor([ids]), attention_mask=mask, position_ids=places, past_key_values=past, use_cache=True)
         return out.logits[0], out.past_key_values
 
-    def generate(self, prompt: list[int], count: int) -> Text:
+    def generate(self, prompt: list[int], count: int) -> Generation:
         """See `worker.Model`."""
         past, length = None, 0
 
@@ -55,7 +55,7 @@ class Optimum:
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """See `worker.Model`."""
-        return self._read(ids, None, 0)[0].numpy()
+        return np.asarray(self._read(ids, None, 0)[0])
 
 
 if __name__ == "__main__":

@@ -11,17 +11,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-BENCH = Path(__file__).resolve().parents[1]
-SETTLE = 0.05  # seconds between two turns: threads that wait actively give up by then
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SETTLE = 0.05  # seconds between two turns, in which spinning threads go to sleep
 
 
 class PeerError(RuntimeError):
-    """A peer that could not do what it was asked."""
+    """A peer could not do what it was asked."""
 
 
 def environment() -> dict[str, str]:
-    """Variables of all peers: this folder and the project importable, and nothing fetched."""
-    return os.environ | {"PYTHONPATH": f"{BENCH}:{BENCH.parent}", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """Environment variables of all peers: the checkout can be imported, and nothing is fetched."""
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Worker:
@@ -29,9 +31,10 @@ class Worker:
 
     def __init__(self, python: Path, module: str, log: Path, **request: Any):
         self._log = log.open("w")
-        command = [python, "-m", f"peers.{module}"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
-        self._process = subprocess.Popen(command, env=environment(), text=True, bufsize=1, **pipes)
+        command: list[str | Path] = [python, "-m", f"benchmarks.peers.{module}"]
+        self._process = subprocess.Popen(
+            command, env=environment(), text=True, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
+        )
         self.path = log
         try:
             self.ask("load", **request)
@@ -50,15 +53,15 @@ class Worker:
             line = ""
         if not line:
             raise PeerError(f"the process ended while it was asked to {do}: see {self.path}")
-        answer = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise PeerError(f"{answer['error']} (asked to {do}: see {self.path})")
         return answer
 
     def seconds(self) -> float:
-        """Processor time used so far."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Processor time used so far, user and system."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
 
     def close(self) -> None:
         """End the process."""
@@ -70,7 +73,7 @@ class Worker:
 
 @contextmanager
 def working(workers: dict[str, Worker]) -> Iterator[dict[str, Worker]]:
-    """Workers that end with the block."""
+    """Workers that end with the `with` block."""
     try:
         yield workers
     finally:
@@ -80,43 +83,43 @@ def working(workers: dict[str, Worker]) -> Iterator[dict[str, Worker]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One worker's rounds. `decode`: seconds of each text's tokens behind the first; `prefill`: to the first token of a long prompt."""
+    """One worker's rounds. `decode`: seconds for all tokens of a text after the first; `prefill`: seconds to the first token of a long prompt."""
 
     decode: list[float]
     prefill: list[float]
-    tokens: list[list[int]]  # of each text behind `decode`
-    experts: list[list[str]]  # that answered them
+    tokens: list[list[int]]  # of each text that `decode` timed
+    experts: list[list[str]]  # the expert of each token
     peak: int  # bytes
-    idle: float  # the most processor time used while others worked, as a share of one core
+    idle: float  # most processor time used while another worker ran, as a share of one core
 
 
 def in_turns(workers: dict[str, Worker], short: list[list[int]], long: list[list[int]], count: int) -> dict[str, Measured]:
-    """Ask every worker once per round, one at a time; the first prompts warm up. `count` tokens are timed behind the first one."""
+    """Ask every worker once per round, one at a time; the first round only warms up. `count` tokens are timed after the first one of each text."""
     texts: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     prefill: dict[str, list[float]] = {name: [] for name in workers}
     idle = dict.fromkeys(workers, 0.0)
-    for number, (prompt, lengthy) in enumerate(zip(short, long, strict=True)):
+    for number, (prompt, long_prompt) in enumerate(zip(short, long, strict=True)):
         for name, worker in workers.items():
             time.sleep(SETTLE)
             before, start = {other: workers[other].seconds() for other in workers if other != name}, time.perf_counter()
             text = worker.ask("generate", prompt=prompt, count=count + 1)
-            first = worker.ask("generate", prompt=lengthy, count=1)["first"]
+            first = worker.ask("generate", prompt=long_prompt, count=1)["first"]
             took = time.perf_counter() - start
             idle |= {other: max(idle[other], (workers[other].seconds() - used) / took) for other, used in before.items()}
-            if number:
+            if number > 0:
                 texts[name].append(text)
                 prefill[name].append(first)
     peaks = {name: int(worker.ask("memory")["peak"]) for name, worker in workers.items()}
 
-    def told(name: str, what: str) -> list[Any]:
-        return [text[what] for text in texts[name]]
+    def column(name: str, field: str) -> list[Any]:
+        return [text[field] for text in texts[name]]
 
     return {
-        name: Measured(told(name, "rest"), prefill[name], told(name, "tokens"), told(name, "experts"), peaks[name], idle[name])
+        name: Measured(column(name, "rest"), prefill[name], column(name, "tokens"), column(name, "experts"), peaks[name], idle[name])
         for name in workers
     }
 
 
-def times(theirs: list[float], ours: list[float]) -> float:
-    """How many times as long they took: the median over the rounds of the two seconds of one round."""
-    return median(there / here for there, here in zip(theirs, ours, strict=True))
+def slowdown(theirs: list[float], ours: list[float]) -> float:
+    """How many times as long they took: the ratio of each round, median over the rounds."""
+    return median(their / our for their, our in zip(theirs, ours, strict=True))

@@ -1,16 +1,16 @@
-"""What was measured as Markdown, and into the page between two marks."""
+"""The measured figures as Markdown, written into docs/performance.md between two marks."""
 
 from pathlib import Path
 from typing import Any
 
-from peers.comparison import DECODED, DEFAULT, JUDGED, LONG, PROMPT, Row
-from peers.environments import OURS
+from benchmarks.peers.comparison import DECODED, DEFAULT, JUDGED, LONG, PROMPT, Row
+from benchmarks.peers.environments import OURS
 
-BEGIN, END = "<!-- measured: renewed by benchmarks/peers.py -->", "<!-- end of what was measured -->"
+BEGIN, END = "<!-- measured: renewed by python -m benchmarks.peers --write -->", "<!-- end of what was measured -->"
 
 
 def ratio(times: float) -> str:
-    """How many times as fast we are; in bold where we are slower."""
+    """How many times as fast ours is; in bold where it is slower."""
     return f"{times:.2f}" if times >= 1 else f"**{times:.2f}**"
 
 
@@ -48,17 +48,17 @@ def fused(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def swept(rows: list[Row]) -> str:
-    """The workaround's settings, tokens/s by precision."""
-    found = {row["precision"]: row["swept"] for row in rows}
-    settings = next(iter(found.values()))
-    lines = [f"| settings of each model | {' | '.join(found)} |", "|---|" + "---|" * len(found)]
-    lines += [f"| {name} | {' | '.join(f'{speeds[name]:.1f}' for speeds in found.values())} |" for name in settings]
+def swept_settings(rows: list[Row]) -> str:
+    """Tokens/s of the workaround by its settings and by precision."""
+    swept_by_precision = {row["precision"]: row["swept"] for row in rows}
+    settings = next(iter(swept_by_precision.values()))
+    lines = [f"| settings of each model | {' | '.join(swept_by_precision)} |", "|---|" + "---|" * len(swept_by_precision)]
+    lines += [f"| {name} | {' | '.join(f'{speeds[name]:.1f}' for speeds in swept_by_precision.values())} |" for name in settings]
     return "\n".join(lines)
 
 
 def render(result: dict[str, Any]) -> str:
-    """Everything that was measured."""
+    """All tables."""
     machine, everything = result["machine"], [*result["alone"], *result["fused"]]
     precisions = dict.fromkeys(row["precision"] for row in result["alone"])
     changes = {row["precision"]: row["changes"] for row in result["fused"] if row["runtime"] == OURS}
@@ -78,17 +78,17 @@ def render(result: dict[str, Any]) -> str:
             f"Router and one of {machine['experts']} experts for every token, λ = {machine['lambda']}; the expert changed {listed} times in a text.",
             fused(result["fused"]),
             f"The workaround's settings, tokens/s of few rounds (“{DEFAULT}” are onnxruntime-genai's):",
-            swept(result["fused"]),
+            swept_settings(result["fused"]),
         ]
-    packages = "; ".join(f"{name}: {', '.join(wanted)}" for name, wanted in result["packages"].items())
+    packages = "; ".join(f"{name}: {', '.join(requirements)}" for name, requirements in result["packages"].items())
     return "\n\n".join([*parts, f"Packages: {packages}."])
 
 
-def write(page: Path, result: dict[str, Any]) -> None:
-    """Renew the page between its marks."""
+def write_page(page: Path, result: dict[str, Any]) -> None:
+    """Replace the part of the page between its marks."""
     text = page.read_text(encoding="utf-8")
-    before, found, rest = text.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (found and ended):
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
         raise SystemExit(f"{page} has no place for what was measured: it needs the lines {BEGIN} and {END}.")
     page.write_text(f"{before}{BEGIN}\n\n{render(result)}\n\n{END}{after}", encoding="utf-8")

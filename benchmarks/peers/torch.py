@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from peers.fusing import Experts, Routing
-from peers.worker import Text, main, stepwise
+from benchmarks.peers.workaround import Experts, Routing
+from benchmarks.peers.worker import Generation, main, stepwise
 
 
 class Torch:
-    """A checkpoint in fp32, driven without `generate`, whose own work per token costs more than these calls."""
+    """A checkpoint in fp32. It is called directly, since `generate` adds more work per token than the calls themselves cost."""
 
     def __init__(self, folder: str, form: str, context: int, threads: int):
         torch.set_num_threads(threads)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], count: int) -> Text:
+    def generate(self, prompt: list[int], count: int) -> Generation:
         """See `worker.Model`."""
         cache = DynamicCache(config=self.model.config)
 
@@ -33,11 +33,11 @@ class Torch:
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> np.ndarray:
         """See `worker.Model`."""
-        return self.model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        return np.asarray(self.model(torch.tensor([ids]), use_cache=False).logits[0])
 
 
 class Fused:
-    """Router and chosen expert; an expert reads all that it missed as one chunk."""
+    """Router and chosen expert; an expert reads the tokens it has missed as one chunk."""
 
     def __init__(self, folders: dict[str, str], lam: float, context: int, threads: int):
         torch.set_num_threads(threads)
@@ -46,7 +46,7 @@ class Fused:
         self.routing, self.lam = Routing.load(Path(folders[next(iter(folders))])), lam
 
     @torch.inference_mode()
-    def generate(self, prompt: list[int], count: int) -> Text:
+    def generate(self, prompt: list[int], count: int) -> Generation:
         """See `worker.Model`."""
         cache = DynamicCache(config=self.router.config)
         experts = Experts([reader(model) for model in self.experts])
@@ -67,13 +67,13 @@ class Fused:
 
 
 def reader(model: torch.nn.Module) -> Callable[[np.ndarray], torch.Tensor]:
-    """Read ids int32 [S] behind those read before; logits float32 [1, 1, V] of the last."""
+    """A function that appends ids int32 [S] to a text and returns logits float32 [1, 1, V] of the last one."""
     cache = DynamicCache(config=model.config)
     return lambda ids: model(torch.from_numpy(ids)[None].long(), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
 
 def load(folder: str | dict[str, str], form: str, **settings: Any) -> Torch | Fused:
-    """Several folders are a fused system, the router's first."""
+    """Load one model, or a fused system if there are several folders, the router's first."""
     return Fused(folder, **settings) if isinstance(folder, dict) else Torch(folder, form, **settings)
 
 

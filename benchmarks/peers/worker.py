@@ -1,13 +1,13 @@
-"""A peer as a process: requests come as lines of JSON on stdin, and each gets one line on stdout.
+"""A peer as a process: each line of JSON on stdin is a request, answered by one line on stdout.
 
 | request | answer |
 |---|---|
 | `{"do": "load", …}` with the arguments of the module's `load` | `{}` |
-| `{"do": "generate", "prompt": [ids], "count": n}` | seconds to the `first` token and of the `rest`, the `tokens`, and what the model adds |
-| `{"do": "loss", "texts": [[ids], …]}` | `nats` in all and the `count` of tokens that they are spread over |
-| `{"do": "memory"}` | `peak`: the most resident memory so far, bytes |
+| `{"do": "generate", "prompt": [ids], "count": n}` | the fields of `Generation` |
+| `{"do": "loss", "texts": [[ids], …]}` | sum of the loss in `nats`, and the `count` of tokens |
+| `{"do": "memory"}` | `peak`: peak resident memory so far, bytes |
 
-`python -m peers.NAME build CHECKPOINT FORMAT OUT` makes a model instead.
+`python -m benchmarks.peers.NAME build CHECKPOINT FORMAT OUT` builds a model instead.
 """
 
 import json
@@ -23,8 +23,8 @@ import numpy as np
 
 
 @dataclass
-class Text:
-    """A greedy text: seconds to the first token, seconds of all later ones, the tokens; of a fused one the expert of each token."""
+class Generation:
+    """A greedy text: seconds to the `first` token and of the `rest`, the tokens, and in a fused system the expert of each."""
 
     first: float
     rest: float
@@ -35,21 +35,21 @@ class Text:
 class Model(Protocol):
     """What a peer loads."""
 
-    def generate(self, prompt: list[int], count: int) -> Text:
-        """Choose `count` tokens greedily, whether or not the text would end before."""
+    def generate(self, prompt: list[int], count: int) -> Generation:
+        """Choose `count` tokens greedily; an end-of-text token does not end the text."""
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """float32 [S, V]."""
 
 
-def stepwise(prompt: list[int], count: int, step: Callable[[list[int]], int]) -> Text:
-    """Time a model that is driven token by token: `step` reads ids behind what it has read, and returns the likeliest next one."""
+def stepwise(prompt: list[int], count: int, step: Callable[[list[int]], int]) -> Generation:
+    """Generate and time a text token by token. `step` appends ids to what the model has read and returns the likeliest next token."""
     start = time.perf_counter()
     tokens = [step(prompt)]
     first = time.perf_counter()
     while len(tokens) < count:
         tokens.append(step(tokens[-1:]))
-    return Text(first - start, time.perf_counter() - first, tokens)
+    return Generation(first - start, time.perf_counter() - first, tokens)
 
 
 def loss(model: Model, texts: list[list[int]]) -> dict[str, float]:
@@ -65,19 +65,19 @@ def loss(model: Model, texts: list[list[int]]) -> dict[str, float]:
 
 
 def peak() -> int:
-    """The most resident memory that this process has had, bytes."""
+    """Peak resident memory of this process, bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def main(load: Callable[..., Model], build: Callable[[Path, str, Path], None] | None = None) -> None:
-    """Build a model where the command line says so; else serve until stdin ends."""
+    """Build a model if the command line asks for it; otherwise serve requests until stdin ends."""
     if sys.argv[1:2] == ["build"] and build is not None:
         checkpoint, form, out = sys.argv[2:]
         build(Path(checkpoint), form, Path(out))
         return
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not stand between the answers
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
     model: Model | None = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -91,6 +91,6 @@ def main(load: Callable[..., Model], build: Callable[[Path, str, Path], None] | 
                 raise RuntimeError("no model is loaded")
             else:
                 answer = asdict(model.generate(**request)) if do == "generate" else loss(model, **request)
-        except Exception as error:  # the driver says which peer failed, and goes on with the others
+        except Exception as error:  # the comparison reports the peer that failed and goes on with the others
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")

@@ -1,7 +1,7 @@
 // FusionRoute bundles from C++17: load, generate, stream to a callback, cancel, step, and errors as exceptions.
 //
-// Any thread may call anything here; no function needs the GIL held, and none holds it while a model runs or a callback is called.
-// One Interpreter lives in main() before, and until after, everything else. A Session is used by one thread at a time.
+// Any thread may call any function. Callers need not hold the GIL, and it is released while a model or a callback runs.
+// Create one Interpreter in main() before everything else; it must outlive everything else. Use a Session from one thread at a time.
 #pragma once
 
 #include <pybind11/embed.h>
@@ -22,7 +22,7 @@
 namespace fusionroute {
 namespace py = pybind11;
 
-// what() is the runtime's one sentence.
+// what() is the one-sentence message of the runtime.
 struct Error : std::runtime_error { using std::runtime_error::runtime_error; };
 struct BundleError : Error { using Error::Error; };
 struct UnavailableError : Error { using Error::Error; };
@@ -31,7 +31,7 @@ struct ClosedError : Error { using Error::Error; };
 
 namespace detail {
 
-// Throws what a Python error is in C++. The GIL is held.
+// Throws the C++ exception for a Python error. The caller holds the GIL.
 [[noreturn]] inline void raise(const py::error_already_set& error) {
   const py::module_ package = py::module_::import("fusionroute");
   const std::string sentence = py::str(error.value());
@@ -43,7 +43,7 @@ namespace detail {
   throw Error(error.what());
 }
 
-// Runs `work` with the GIL and turns Python's errors into the exceptions above.
+// Runs `work` with the GIL held and turns Python errors into the exceptions above.
 template <class Work>
 auto with_gil(Work&& work) {
   py::gil_scoped_acquire gil;
@@ -55,17 +55,17 @@ auto with_gil(Work&& work) {
 }
 
 // A Python object that C++ may copy and destroy without the GIL.
-using Held = std::shared_ptr<py::object>;
-inline Held hold(py::object object) {
-  return Held(new py::object(std::move(object)), [](py::object* held) {
+using SharedObject = std::shared_ptr<py::object>;
+inline SharedObject share(py::object object) {
+  return SharedObject(new py::object(std::move(object)), [](py::object* last) {
     py::gil_scoped_acquire gil;
-    delete held;
+    delete last;
   });
 }
 
 }  // namespace detail
 
-// Starts Python, which leaves signals alone. `python` is the interpreter of the virtual environment that has fusionroute installed.
+// Starts Python without its signal handlers. `python` is the interpreter of the environment that has fusionroute installed.
 class Interpreter {
  public:
   explicit Interpreter(const std::string& python) {
@@ -81,7 +81,7 @@ class Interpreter {
 
  private:
   std::unique_ptr<py::scoped_interpreter> python_;
-  std::unique_ptr<py::gil_scoped_release> released_;  // destroyed first: the interpreter ends with the GIL held
+  std::unique_ptr<py::gil_scoped_release> released_;  // destroyed first, since the interpreter needs the GIL to end
 };
 
 struct Token {
@@ -97,7 +97,7 @@ struct Result {
   std::vector<std::string> experts;
 };
 
-// A flag that any thread sets without waiting for the GIL; copies share it.
+// A flag that any thread can set without the GIL; copies share it.
 class Cancel {
  public:
   void set() noexcept { flag_->store(true); }
@@ -114,26 +114,26 @@ struct Options {
   double temperature = 0.0;  // 0: greedy
   std::optional<std::uint64_t> seed;
   std::vector<std::string> stop;
-  std::optional<std::string> expert;  // answers every token instead of the routed one
+  std::optional<std::string> expert;  // answers every token instead of the expert that the router chooses
 
   py::dict keywords() const {
-    py::dict found;
-    found["max_new_tokens"] = max_new_tokens;
-    found["temperature"] = temperature;
-    found["stop"] = stop;
-    found["seed"] = seed;
-    found["expert"] = expert;
-    found["deadline"] = deadline;
+    py::dict arguments;
+    arguments["max_new_tokens"] = max_new_tokens;
+    arguments["temperature"] = temperature;
+    arguments["stop"] = stop;
+    arguments["seed"] = seed;
+    arguments["expert"] = expert;
+    arguments["deadline"] = deadline;
     if (cancel) {
       const Cancel flag = *cancel;
-      found["cancel"] = py::module_::import("types").attr("SimpleNamespace")(
+      arguments["cancel"] = py::module_::import("types").attr("SimpleNamespace")(
           py::arg("is_set") = py::cpp_function([flag] { return flag.is_set(); }));
     }
-    return found;
+    return arguments;
   }
 };
 
-// Called without the GIL in the thread that generates; false ends the text. What it throws comes out of `generate`.
+// Called without the GIL, in the thread that generates. Returning false ends the text; an exception propagates out of `generate`.
 using OnToken = std::function<bool(const Token&)>;
 
 inline Token token_of(const py::handle& token) {
@@ -141,10 +141,10 @@ inline Token token_of(const py::handle& token) {
           token.attr("logprob").cast<double>(), token.attr("routing").cast<std::vector<float>>()};
 }
 
-// Fused logits of one step, without a copy. Valid as long as this or a copy of it lives, also after the runtime was closed.
+// Fused logits of one step, not copied. Valid while this Row or a copy of it lives, even after the runtime is closed.
 class Row {
  public:
-  explicit Row(py::array_t<float> array) : data_(array.data()), size_(static_cast<std::size_t>(array.size())), held_(detail::hold(std::move(array))) {}
+  explicit Row(py::array_t<float> array) : data_(array.data()), size_(static_cast<std::size_t>(array.size())), owner_(detail::share(std::move(array))) {}
   const float* data() const noexcept { return data_; }
   std::size_t size() const noexcept { return size_; }
   float operator[](std::size_t id) const noexcept { return data_[id]; }
@@ -152,13 +152,13 @@ class Row {
  private:
   const float* data_;
   std::size_t size_;
-  detail::Held held_;
+  detail::SharedObject owner_;
 };
 
-// One text, a token at a time.
+// One text, generated token by token.
 class Session {
  public:
-  explicit Session(py::object session) : session_(detail::hold(std::move(session))) {}
+  explicit Session(py::object session) : session_(detail::share(std::move(session))) {}
   void append(const std::vector<std::int64_t>& ids) {
     detail::with_gil([&] { session_->attr("append")(ids); });
   }
@@ -173,7 +173,7 @@ class Session {
   }
 
  private:
-  detail::Held session_;
+  detail::SharedObject session_;
 };
 
 class Runtime {
@@ -182,7 +182,7 @@ class Runtime {
                    const std::optional<int>& threads = {}) {
     runtime_ = detail::with_gil([&] {
       const py::object type = py::module_::import("fusionroute").attr("FusionRuntime");
-      return detail::hold(type.attr("load")(bundle, precision, device, py::arg("threads") = threads));
+      return detail::share(type.attr("load")(bundle, precision, device, py::arg("threads") = threads));
     });
   }
 
@@ -193,7 +193,7 @@ class Runtime {
       if (on_token) {
         keywords["on_token"] = py::cpp_function([&](const py::object& object) {
           const Token token = token_of(object);
-          py::gil_scoped_release free;
+          py::gil_scoped_release release;
           try {
             return on_token(token);
           } catch (...) {
@@ -202,9 +202,9 @@ class Runtime {
           }
         });
       }
-      const py::object found = runtime_->attr("generate")(prompt, **keywords);
-      return Result{found.attr("text").cast<std::string>(), found.attr("finish_reason").cast<std::string>(),
-                    found.attr("token_ids").cast<std::vector<std::int64_t>>(), found.attr("experts").cast<std::vector<std::string>>()};
+      const py::object answer = runtime_->attr("generate")(prompt, **keywords);
+      return Result{answer.attr("text").cast<std::string>(), answer.attr("finish_reason").cast<std::string>(),
+                    answer.attr("token_ids").cast<std::vector<std::int64_t>>(), answer.attr("experts").cast<std::vector<std::string>>()};
     });
     if (thrown) std::rethrow_exception(thrown);
     return result;
@@ -218,13 +218,13 @@ class Runtime {
     return detail::with_gil([&] { return Session(runtime_->attr("session")()); });
   }
 
-  // Everybody who still uses the runtime, in any thread, ends with ClosedError.
+  // Calls that still use the runtime, in any thread, throw ClosedError.
   void close() {
     detail::with_gil([&] { runtime_->attr("close")(); });
   }
 
  private:
-  detail::Held runtime_;
+  detail::SharedObject runtime_;
 };
 
 }  // namespace fusionroute

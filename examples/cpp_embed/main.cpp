@@ -26,7 +26,7 @@ int main(int argc, char** argv) {
     const auto precision = argc > 4 ? std::optional<std::string>(argv[4]) : std::nullopt;
     fusionroute::Runtime runtime(argv[2], precision);
 
-    // 1. A stream. The callback runs in this thread, without the GIL.
+    // 1. Stream. The callback runs in this thread, without the GIL.
     fusionroute::Options options;
     options.max_new_tokens = 24;
     const auto start = Clock::now();
@@ -39,9 +39,9 @@ int main(int argc, char** argv) {
     const double each = seconds_since(start) / std::max<std::size_t>(result.token_ids.size(), 1);
     std::printf("\nreason %s\n", result.finish_reason.c_str());
 
-    // 2. Another thread cancels after the fifth token; the flag needs no GIL.
+    // 2. Another thread cancels after the fifth token. Setting the flag needs no GIL.
     options.max_new_tokens = 400;
-    options.temperature = 1.0;  // goes on for longer
+    options.temperature = 1.0;  // a longer text
     options.seed = 1;
     options.cancel.emplace();
     std::promise<void> fifth;
@@ -51,15 +51,15 @@ int main(int argc, char** argv) {
       flag.set();
       at_cancel = seen.load();
     });
-    bool told = false;
+    bool signalled = false;
     const auto cancelled = runtime.generate(prompt, options, [&](const fusionroute::Token&) {
-      if (++seen >= 5 && !told) {
-        told = true;
+      if (++seen >= 5 && !signalled) {
+        signalled = true;
         fifth.set_value();
       }
       return true;
     });
-    if (!told) fifth.set_value();
+    if (!signalled) fifth.set_value();
     other.join();
     std::printf("cancel %s after %d more\n", cancelled.finish_reason.c_str(), seen.load() - at_cancel.load());
 
@@ -70,7 +70,7 @@ int main(int argc, char** argv) {
     const auto late = runtime.generate(prompt, options);
     std::printf("deadline %s over by %.3f tokens\n", late.finish_reason.c_str(), (seconds_since(begun) - *options.deadline) / each);
 
-    // 4. One token at a time, with the logits that it came from: no copy, and they outlive the session.
+    // 4. One token at a time, with its logits. They are not copied and outlive the session.
     auto session = std::make_unique<fusionroute::Session>(runtime.session());
     session->append(runtime.encode(prompt));
     const auto token = session->step();
@@ -79,7 +79,7 @@ int main(int argc, char** argv) {
     const auto best = std::max_element(row.data(), row.data() + row.size()) - row.data();
     std::printf("session %lld best %lld\n", static_cast<long long>(token.id), static_cast<long long>(best));
 
-    // 5. Errors are exceptions with one sentence.
+    // 5. Errors are exceptions with a one-sentence message.
     try {
       runtime.generate(prompt, [] { fusionroute::Options wrong; wrong.temperature = -1; return wrong; }());
     } catch (const fusionroute::InputError& error) {

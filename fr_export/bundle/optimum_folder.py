@@ -1,4 +1,4 @@
-"""What Optimum reads beside a graph: a folder's configuration and texts. With it the routing head, for which the graph has no output."""
+"""The files that Optimum reads beside a graph, and the routing head, for which such graphs have no output."""
 
 import json
 import shutil
@@ -10,21 +10,22 @@ from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint, 
 from fusionroute.fr_export.checkpoints.system import RoutingHead
 
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-PRIVATE = ("_name_or_path",)  # a path of the machine that made the checkpoint
+PRIVATE = ("_name_or_path",)  # a path on the machine that wrote the checkpoint
 
 
 def complete(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead | None) -> None:
-    """Write config.json with the graph's vocabulary, generation_config.json and copies of the checkpoint's texts beside a graph.
+    """Write config.json with the graph's vocabulary, generation_config.json and copies of the checkpoint's texts.
 
-    For a router also routing_head.safetensors: routing_head.weight float32 [n_experts, hidden] and routing_head.bias float32 [n_experts].
+    A router also gets routing_head.safetensors: routing_head.weight float32 [n_experts, hidden] and routing_head.bias
+    float32 [n_experts].
     """
     config = read_json(model.folder / "config.json", model.where) | {"vocab_size": vocab_size, "use_cache": True}
     write(folder / "config.json", {key: value for key, value in config.items() if key not in PRIVATE})
-    said = model.folder / "generation_config.json"
+    generation = model.folder / "generation_config.json"
     ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.end_tokens, "pad_token_id": model.config.pad_token_id}
     write(
         folder / "generation_config.json",
-        read_json(said, model.where) if said.exists() else {k: v for k, v in ids.items() if v is not None},
+        read_json(generation, model.where) if generation.exists() else {k: v for k, v in ids.items() if v is not None},
     )
     for name in TEXTS:
         if (model.folder / name).is_file():
@@ -34,5 +35,5 @@ def complete(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead
 
 
 def write(file: Path, content: dict[str, object]) -> None:
-    """As JSON."""
+    """Write a JSON object."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,70 +1,69 @@
-"""A folder that appears under its name only when it is complete: written beside, then renamed."""
+"""A folder that appears under its name only when it is complete: it is written beside that name, then renamed."""
+
+from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from fusionroute.runtime.errors import FusionError, InputError
+from filelock import FileLock, Timeout
+
+from fusionroute.runtime.errors import FusionError, InputError, one_line
 from fusionroute.runtime.manifest import NAME
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Staging:
-    """Context manager: write into `.folder`; leaving it without an error moves that to `out`, with one it removes it.
+    """Context manager: write into `.folder`. Leaving it without an error moves the folder to `out`, else removes it.
 
-    An existing bundle is replaced only with `force`, after the new one is complete. Raises InputError where `out` is something else.
-    The folder stays locked while it is written, so that what a killed export left is told from what another one is writing.
+    A process writes `.NAME.partial-PID` beside `out`. Once that is complete, it moves an older folder to
+    `.NAME.replaced-PID` and takes its place. It locks the file `.NAME.lock-PID` meanwhile. Thus the next start tells
+    leftovers of a killed process from the work of a running one, and recovers or removes them.
+    Subclasses say what they replace: `mark`, `owns` and `check`.
     """
+
+    mark = ""  # name of a file that only folders of this kind hold; empty where nothing is ever replaced
 
     def __init__(self, out: Path, force: bool):
         self.out, self.force = out.resolve(), force  # a link stays a link: what it leads to is replaced
         self.folder = self._beside("partial", os.getpid())
+        self._lock = FileLock(self._beside("lock", os.getpid()))
 
     def _beside(self, kind: str, pid: int) -> Path:
         return self.out.parent / f".{self.out.name}.{kind}-{pid}"
 
-    def __enter__(self) -> "Staging":
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._recover()
-            self.check()
-            self.folder.mkdir()
-            self._lock = os.open(self.folder, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise FusionError(
-                f"Cannot write to {self.out.parent} ({error.strerror}): name a folder you may write to with --out."
-            ) from error
-        return self
+    def owns(self, folder: Path) -> bool:
+        """Whether a folder is complete and was written by the same command."""
+        return (folder / self.mark).is_file()
 
     def check(self) -> None:
-        """Refuse to touch what is not ours to replace: all but an empty folder and, with `force`, a bundle and nothing else."""
-        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
-            return
-        files = bundled(self.out)
-        if files is None:
-            raise InputError(f"{self.out} exists and is no bundle, so it is not replaced: name another folder with --out.")
-        if not self.force:
-            raise InputError(f"A bundle exists at {self.out}: add --force to replace it, or name another folder with --out.")
-        for path in sorted(self.out.rglob("*")):
-            if path.relative_to(self.out).as_posix() not in files and not (path.is_dir() and not path.is_symlink()):
-                raise InputError(f"{path} is no part of the bundle that --force replaces: move it away, or name another folder with --out.")
+        """Raise InputError where `out` must not be replaced."""
+        raise NotImplementedError
 
-    def _recover(self) -> None:
-        """Clear what a killed export left: its half-written folder, or an old bundle it had moved aside but not yet replaced."""
-        for path in self.out.parent.glob(f".{self.out.name}.*-*"):
-            kind, _, pid = path.name.removeprefix(f".{self.out.name}.").partition("-")
-            if kind not in ("partial", "replaced") or not pid.isdecimal() or locked(self._beside("partial", int(pid))):
-                continue
-            if kind == "replaced" and bundled(self.out) is None:
-                with contextlib.suppress(OSError):  # files that are not ours stand in its place: `check` says so
-                    path.rename(self.out)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+    def prepare(self) -> None:
+        """Clean up after killed processes, then `check`."""
+        self._recover()
+        self.check()
+
+    def __enter__(self) -> Self:
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.prepare()
+            self._acquire()
+            self.folder.mkdir()
+        except BaseException as error:
+            self._release()
+            if isinstance(error, OSError):
+                reason = error.strerror or one_line(error)
+                raise FusionError(f"Cannot write to {self.out.parent} ({reason}): name a folder you may write to with --out.") from error
+            raise
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
@@ -72,7 +71,51 @@ class Staging:
                 self._replace()
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock)
+            self._release()
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise
+        except OSError:  # a file system without locks
+            pass
+
+    def _release(self) -> None:
+        if self._lock.is_locked:
+            self._lock.release()
+            with contextlib.suppress(OSError):
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+
+    def _recover(self) -> None:
+        """Remove half-written folders of killed processes, and bring back an old folder that was not yet replaced."""
+        for pid in self._pids():
+            lock = FileLock(self._beside("lock", pid))
+            try:
+                lock.acquire(timeout=0)
+            except OSError:  # its process runs, or the file system has no locks, where a leftover is the lesser harm
+                continue
+            try:
+                old = self._beside("replaced", pid)
+                if old.exists() and not self.owns(self.out):
+                    with contextlib.suppress(OSError):  # other files stand in its place: `check` says so
+                        old.rename(self.out)
+                else:
+                    shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(self._beside("partial", pid), ignore_errors=True)
+            finally:
+                lock.release()
+                with contextlib.suppress(OSError):
+                    Path(lock.lock_file).unlink(missing_ok=True)
+
+    def _pids(self) -> set[int]:
+        """The processes that have, or have left, something beside `out`."""
+        pids = set()
+        for path in self.out.parent.glob(f".{self.out.name}.*-*"):
+            kind, _, pid = path.name.removeprefix(f".{self.out.name}.").partition("-")
+            if kind in ("partial", "replaced", "lock") and pid.isdecimal():
+                pids.add(int(pid))
+        return pids
 
     def _replace(self) -> None:
         """Let the complete folder take the place of an old one, which comes back where that fails."""
@@ -88,27 +131,33 @@ class Staging:
         shutil.rmtree(old, ignore_errors=True)
 
 
+class StagedBundle(Staging):
+    """The folder of a bundle. With `force` it replaces a bundle and nothing else."""
+
+    mark = NAME
+
+    def owns(self, folder: Path) -> bool:
+        """Whether a folder is a bundle: other tools write a manifest.json too."""
+        return bundled(folder) is not None
+
+    def check(self) -> None:
+        """Raise InputError for all but an empty folder and, with `force`, a bundle without files of the user's."""
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+            return
+        files = bundled(self.out)
+        if files is None:
+            raise InputError(f"{self.out} exists and is no bundle, so it is not replaced: name another folder with --out.")
+        if not self.force:
+            raise InputError(f"A bundle exists at {self.out}: add --force to replace it, or name another folder with --out.")
+        for path in sorted(self.out.rglob("*")):
+            if path.relative_to(self.out).as_posix() not in files and not (path.is_dir() and not path.is_symlink()):
+                raise InputError(f"{path} is no part of the bundle that --force replaces: move it away, or name another folder with --out.")
+
+
 def bundled(folder: Path) -> set[str] | None:
-    """The files that belong to a bundle of any version, as its manifest lists them; None where the folder is no bundle."""
+    """The files of a bundle of any version, as its manifest lists them. None where the folder is no bundle."""
     try:
         manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
         return {NAME, *manifest["files"]} if {"format", "family", "models"} <= manifest.keys() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def locked(folder: Path) -> bool:
-    """Whether an export that still runs holds a folder."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks: better to leave a folder behind than to take one away
-        return True
-    finally:
-        os.close(handle)
-    return False

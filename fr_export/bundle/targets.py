@@ -1,4 +1,7 @@
-"""The table of targets: what a traced graph becomes before it gets weights. A new target is one line here and one among the SCHEMES."""
+"""The table of targets: what becomes of a traced graph before it gets weights.
+
+A new target is one line here and its schemes in precision/.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,30 +17,32 @@ from fusionroute.fr_export.graphs.passes import decompose_rmsnorm, to_half
 from fusionroute.fr_export.precision.half import TYPES
 
 GRAPHS = "graphs"
-Prepare = Callable[[Graph, str, Family], None]  # (graph, precision, family): rewrites the graph
-Place = Callable[
-    [str, str, str, bool], str
-]  # (model, target, precision, whether it is the target's first) → the graph's path in the bundle
-Complete = Callable[[Path, Checkpoint, int, RoutingHead | None], None]  # writes what stands beside a graph; see `optimum_folder.complete`
+FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
+# (graph, precision, family): rewrites the graph
+Prepare = Callable[[Graph, str, Family], None]
+# (model, target, precision, whether it is the target's first precision) → the graph's path in the bundle
+Place = Callable[[str, str, str, bool], str]
+# (folder of the graph, model, vocabulary size, routing head): writes the files beside a graph
+Complete = Callable[[Path, Checkpoint, int, RoutingHead | None], None]
 
 
 def named(model: str, target: str, precision: str, first: bool) -> str:
-    """All graphs in one folder, whose weights they share."""
+    """All graphs in one folder, so that they share weights."""
     return f"{GRAPHS}/{model}.{target.replace(':', '-')}.{precision}.onnx"
 
 
 def in_folders(model: str, target: str, precision: str, first: bool) -> str:
-    """A folder per model that is complete alone, with the names that readers of such folders look for first."""
+    """A folder per model that is complete alone. The first precision has the name that Optimum looks for."""
     return f"{target}/{model}/{'model' if first else f'model_{precision}'}.onnx"
 
 
 def nothing(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead | None) -> None:
-    """The graphs are all there is."""
+    """No files beside the graphs."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The dialect that models are traced in, what is done to a copy of the trace for one precision, and where it is put with what beside it."""
+    """How models are traced (`lowering`), rewritten for a precision (`prepare`) and stored (`place`, `complete`)."""
 
     lowering: Lowering
     prepare: Prepare
@@ -50,18 +55,18 @@ def as_traced(graph: Graph, precision: str, family: Family) -> None:
 
 
 def half_activations(graph: Graph, precision: str, family: Family) -> None:
-    """Activations in the precision's type, or the family's half precision; the residual stream in fp32 where the family's needs it."""
+    """Activations in the precision's type or the family's half precision; a wide residual stream stays in fp32."""
     to_half(graph, TYPES[precision if precision in TYPES else family.half][1], family.wide_residual)
 
 
 def strongly_typed(graph: Graph, precision: str, family: Family) -> None:
-    """Activations in half precision, but in fp32 graphs."""
+    """Activations in half precision, except in fp32 graphs."""
     if precision != "fp32":
         half_activations(graph, precision, family)
 
 
 def portable_activations(graph: Graph, precision: str, family: Family) -> None:
-    """Activations as the precision's name says, else fp32; norms in primitive operators."""
+    """Activations in fp16 or bf16 for the precision of that name, else in fp32. Norms in primitive operators."""
     if precision in TYPES:
         half_activations(graph, precision, family)
     decompose_rmsnorm(graph)

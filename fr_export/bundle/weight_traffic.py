@@ -1,28 +1,28 @@
-"""How many bytes of weights a decoded token reads: what bounds its speed on a memory-bound machine."""
+"""Bytes of weights that a decoded token reads. They bound the speed of decoding on a memory-bound machine."""
 
 import onnx_ir as ir
 
-# operator → the inputs that are tables of which a token reads one row: embeddings, and rotary's cosines and sines
+# (domain, operator) → its inputs of which a token reads one row: embeddings, and the cosines and sines of rotary
 LOOKED_UP: dict[tuple[str, str], tuple[int, ...]] = {
     ("", "Gather"): (0,),
     ("com.microsoft", "GatherBlockQuantized"): (0, 2, 3),
     ("com.microsoft", "GroupQueryAttention"): (7, 8),
 }
-PASSED_ON = {"DequantizeLinear", "Cast"}  # a row of their result needs a row of what they read
+PASSED_ON = {"DequantizeLinear", "Cast"}  # a row of the result needs one row of the input
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of a graph's initialisers that one token reads; of tables that are only looked up, one row.
+    """Bytes of a graph's initialisers that one token reads. Of tables that are only looked up it reads one row.
 
-    A tied embedding counts whole, since the head's product reads all of it. What a cast widens (half precision on the CPU) counts as
-    widened: libraries do that once, on loading.
+    A tied embedding counts whole, since the head's product reads all of it. Weights behind a cast (half precision on
+    the CPU) count as widened, because ONNX Runtime casts them once on loading.
     """
     total = 0
     for value in model.graph.initializers.values():
-        assert value.const_value is not None
-        stored = value.const_value
-        rows = stored.shape[0] if len(stored.shape) else 1
-        total += int(stored.size * widest(value)) // (int(rows) if rows and looked_up(value) else 1)
+        tensor = value.const_value
+        assert tensor is not None
+        rows = tensor.shape[0] if len(tensor.shape) else 1
+        total += int(tensor.size * widest(value)) // (int(rows) if rows and looked_up(value) else 1)
     return total
 
 

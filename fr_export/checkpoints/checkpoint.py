@@ -1,4 +1,4 @@
-"""One causal LM on disk: its config, its lazily read weights, its tokenizer and, for a router, the routing head."""
+"""One causal LM on disk: config, tokenizer, lazily read weights and, for a router, the routing head."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ HEAD_FILE = "routing_head.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder after the checks that concern it alone. `where` names it in messages ("expert 'math' (folder)")."""
+    """A checkpoint folder that has passed its own checks. `where` names it in messages: "Expert 'math' (folder)"."""
 
     name: str
     where: str
@@ -33,16 +33,17 @@ class Checkpoint:
     def open(cls, name: str, source: str, family: Family, head_key: str | None = None) -> "Checkpoint":
         """Locate and check one checkpoint; `head_key` names the routing head where this is the router.
 
-        Raises InputError for a folder that is missing, incomplete, or of another family, and for a router whose texts are broken.
+        Raises InputError for a folder that is missing, incomplete or of another family, and for a router with a broken
+        tokenizer or chat template.
         """
         folder = locate(source)
         where = f"{'The router' if head_key else f'Expert {name!r}'} ({folder})"
         raw = read_json(folder / "config.json", f"{where} is not a Hugging Face model folder")
-        found = raw.get("model_type")
-        if found != family.model_type:
-            other = next((f.name for f in FAMILIES.values() if f.model_type == found), None)
+        model_type = raw.get("model_type")
+        if model_type != family.model_type:
+            other = next((f.name for f in FAMILIES.values() if f.model_type == model_type), None)
             mend = f"use --family {other}" if other else f"supported families are {', '.join(FAMILIES)}"
-            raise InputError(f"{where} is of model type {found!r}; family {family.name} expects '{family.model_type}': {mend}.")
+            raise InputError(f"{where} is of model type {model_type!r}; family {family.name} expects '{family.model_type}': {mend}.")
         if raw.get("quantization_config"):
             raise InputError(f"{where} is already quantised; export from the fp32, fp16 or bf16 checkpoint it was made from.")
         config, shapes = read_config(folder, where)
@@ -50,7 +51,7 @@ class Checkpoint:
         checkpoint = cls(name, where, folder, family, config, Weights.open(folder, (HEAD_FILE,) if head_key else ()))
         checkpoint.check_shapes(shapes)
         if head_key:
-            _ = checkpoint.end_tokens, checkpoint.chat_template  # broken ones are found here, not after an hour of writing
+            _ = checkpoint.end_tokens, checkpoint.chat_template  # refused here if broken, not after an hour of writing
         return checkpoint
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -63,7 +64,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Any | None:
-        """tokenizer.json as the runtime reads it, or None where the folder has none (the bundle then accepts token ids only)."""
+        """tokenizer.json as the runtime reads it. None where there is none: the bundle then accepts token ids only."""
         file = self.folder / "tokenizer.json"
         if not file.exists():
             return None
@@ -86,21 +87,21 @@ class Checkpoint:
 
     @cached_property
     def special_tokens(self) -> dict[str, Any]:
-        """Special added tokens (content → id) and the beginning-of-sequence id: what router and experts must agree on."""
+        """Special added tokens (content → id) and the id that begins a text: router and experts must agree on them."""
         added = self.tokenizer.get_added_tokens_decoder() if self.tokenizer is not None else {}
         return {token.content: index for index, token in added.items() if token.special} | {"bos_token_id": self.config.bos_token_id}
 
     @cached_property
     def end_tokens(self) -> list[int]:
-        """All ids that end a text: those of config.json and of generation_config.json, where there is one."""
+        """All ids that end a text: those of config.json and, where it exists, of generation_config.json."""
         file = self.folder / "generation_config.json"
         generation = read_json(file, f"{self.where} has a broken generation_config.json") if file.exists() else {}
-        found: list[Any] = []
+        ids: list[Any] = []
         for value in (self.config.eos_token_id, generation.get("eos_token_id")):
-            found += value if isinstance(value, list) else [value] if value is not None else []
-        if wrong := [value for value in found if not isinstance(value, int)]:
+            ids += value if isinstance(value, list) else [value] if value is not None else []
+        if wrong := [value for value in ids if not isinstance(value, int)]:
             raise InputError(f"{self.where} has the eos_token_id {wrong[0]!r} in {file.name}; expected whole numbers: write it again.")
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(ids))
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -112,16 +113,18 @@ class Checkpoint:
             except UnicodeDecodeError as error:
                 raise InputError(f"{self.where} has a {file.name} that is no UTF-8 text ({error}); write or download it again.") from error
         config = self.folder / "tokenizer_config.json"
-        found = read_json(config, f"{self.where} has a broken tokenizer").get("chat_template") if config.is_file() else None
-        if isinstance(found, list):  # several named templates
-            found = next((entry.get("template") for entry in found if isinstance(entry, dict) and entry.get("name") == "default"), None)
-        if not isinstance(found, str | None):
+        template = read_json(config, f"{self.where} has a broken tokenizer").get("chat_template") if config.is_file() else None
+        if isinstance(template, list):  # several named templates
+            template = next(
+                (entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None
+            )
+        if not isinstance(template, str | None):
             raise InputError(f"{self.where} has a broken tokenizer: the chat_template in {config.name} is no text; write it again.")
-        return found
+        return template
 
 
 def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """config.json as transformers reads it, and the tensors that it asks a checkpoint to hold: name → shape."""
+    """config.json as transformers reads it, and the tensors that such a model has: name → shape."""
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder)
@@ -136,7 +139,7 @@ def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file; InputError `what: …` where it is missing or broken."""
+    """The JSON object in a file. Raises InputError `what: …` where the file is missing or broken."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

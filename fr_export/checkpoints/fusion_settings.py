@@ -1,19 +1,19 @@
-"""How the two models' logits are fused, and where that comes from: the command line, the router's own fusion.json, or the default."""
+"""How the two models' logits are fused: as the command line, the router's fusion.json or the default says."""
 
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Fusion
+from fusionroute.runtime.options import fusion_coefficients
 
 FILE = "fusion.json"
 
 
 class FusionSettings(BaseModel):
-    """Mode and λ; `lam_curve` is the accuracy at other λ on the validation split, where λ was tuned."""
+    """Mode and λ. `lam_curve` holds (λ, accuracy on the validation split) where λ was tuned."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,10 +39,10 @@ class FusionSettings(BaseModel):
             ) from error
 
     def replaced(self, fusion: str | None, lam: float | None) -> "FusionSettings":
-        """These settings with what the caller states; another λ or mode drops the curve, which was measured for this one.
+        """These settings with the given ones instead. Another λ or mode drops the curve, which belongs to the old one.
 
         Raises InputError for an unknown mode or a λ outside of 0 to 1.
         """
-        FusionRuntime.coefficients(fusion or self.fusion, self.lam if lam is None else lam)
+        fusion_coefficients(fusion or self.fusion, self.lam if lam is None else lam)
         changed = {key: value for key, value in (("fusion", fusion), ("lam", lam)) if value is not None}
         return FusionSettings.model_validate(self.model_dump() | changed | ({"lam_curve": None} if changed else {}))

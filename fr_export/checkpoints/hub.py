@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a local folder, or a download from the Hugging Face hub (safetensors and text files only)."""
+"""Find a checkpoint: a local folder, or a download of safetensors and text files from the Hugging Face hub."""
 
 import errno
 import re
@@ -6,13 +6,17 @@ from pathlib import Path
 
 from fusionroute.runtime.errors import InputError, UnavailableError, one_line
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # the cache folder's trouble, not the network's
+# errors of the cache folder, not of the network
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "fusion.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]  # fmt: skip
+PATTERNS = [
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "fusion.json", "tokenizer*",
+    "special_tokens_map.json", "chat_template*",
+]  # fmt: skip
 
 
 def locate(source: str) -> Path:
-    """The local folder of a checkpoint named by a path or a hub id (`owner/name`), downloaded into the hub's cache if need be.
+    """The local folder of a checkpoint: a path, or a hub id (`owner/name`) that is downloaded into the hub's cache.
 
     Raises InputError for a folder that does not exist, UnavailableError where the hub cannot be reached or refuses.
     """

@@ -44,23 +44,26 @@ class System:
         head_key: str = "routing_head",
         max_seq_len: int | None = None,
     ) -> "System":
-        """Open and check all checkpoints before any work is done. Raises InputError on the first thing that does not fit."""
+        """Open and check all checkpoints. Raises InputError on the first thing that does not fit."""
         if not experts:
             raise InputError("A system needs at least one expert: name it with --expert NAME=SRC.")
-        head_of = Checkpoint.open("router", router, family, head_key)
-        opened = tuple(Checkpoint.open(name, source, family) for name, source in experts.items())
+        router_checkpoint = Checkpoint.open("router", router, family, head_key)
+        expert_checkpoints = tuple(Checkpoint.open(name, source, family) for name, source in experts.items())
         return cls(
             family=family,
-            router=head_of,
-            experts=opened,
-            head=read_head(head_of, head_key, [expert.name for expert in opened]),
-            vocab_size=common_vocabulary(head_of, opened),
-            max_seq_len=context((head_of, *opened), max_seq_len),
+            router=router_checkpoint,
+            experts=expert_checkpoints,
+            head=read_head(router_checkpoint, head_key, list(experts)),
+            vocab_size=common_vocabulary(router_checkpoint, expert_checkpoints),
+            max_seq_len=context((router_checkpoint, *expert_checkpoints), max_seq_len),
         )
 
 
 def read_head(router: Checkpoint, key: str, names: list[str]) -> RoutingHead:
-    """The routing head `[n_experts, hidden]` from the router's own safetensors or from routing_head.safetensors beside them."""
+    """The routing head, from the router's own safetensors or from routing_head.safetensors beside them.
+
+    Raises InputError where it is missing or has another shape than the experts `names` and the router need.
+    """
     if f"{key}.weight" not in router.weights:
         raise InputError(
             f"{router.where} has no tensor '{key}.weight': put it into its safetensors or into {HEAD_FILE} beside them, or name its key with --routing-head-key."
@@ -79,7 +82,7 @@ def read_head(router: Checkpoint, key: str, names: list[str]) -> RoutingHead:
 
 
 def common_vocabulary(router: Checkpoint, experts: tuple[Checkpoint, ...]) -> int:
-    """The vocabulary size that all models share. Embeddings padded beyond the tokenizer are cut to the smallest one.
+    """The vocabulary size that all models share. Padded embeddings are cut to the smallest one.
 
     Raises InputError where vocabularies or special tokens differ: fused logits would mix different tokens.
     """
@@ -114,12 +117,15 @@ def common_vocabulary(router: Checkpoint, experts: tuple[Checkpoint, ...]) -> in
     return int(min(sizes))
 
 
-def context(models: tuple[Checkpoint, ...], wanted: int | None) -> int:
-    """KV capacity in tokens: what was asked for, else the smallest of 4096 and the models' own context lengths."""
+def context(models: tuple[Checkpoint, ...], max_seq_len: int | None) -> int:
+    """KV capacity in tokens: the given one, else the smallest of 4096 and the models' own context lengths.
+
+    Raises InputError where a model was trained for fewer positions.
+    """
     shortest = min(models, key=lambda model: model.config.max_position_embeddings)
     limit = int(shortest.config.max_position_embeddings)
-    if wanted is None:
+    if max_seq_len is None:
         return min(DEFAULT_CONTEXT, limit)
-    if not 2 <= wanted <= limit:
-        raise InputError(f"--max-seq-len {wanted} does not fit: {shortest.where} was trained for 2 to {limit} positions.")
-    return wanted
+    if not 2 <= max_seq_len <= limit:
+        raise InputError(f"--max-seq-len {max_seq_len} does not fit: {shortest.where} was trained for 2 to {limit} positions.")
+    return max_seq_len

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint folder, read lazily from (sharded) safetensors: never pickle, never more than a slice in memory."""
+"""The tensors of a checkpoint folder, read slice by slice from (sharded) safetensors. Pickles are never read."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from fusionroute.runtime.errors import InputError
 
 FLOATS = {"F32", "F16", "BF16"}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
-SLICE = 1 << 24  # elements converted at a time: 64 MB as fp32, and Gemma-2's embedding alone is 2.4 GB
+SLICE = 1 << 24  # elements converted at a time: 64 MB as fp32. Gemma-2's embedding alone is 2.4 GB
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Weights:
         return entry
 
     def rows(self, name: str, limit: int | None = None) -> Iterator[np.ndarray]:
-        """The tensor as fp32 in slices along its first axis, at most `limit` rows of it. A scalar or vector is one slice.
+        """The tensor as fp32 in slices along its first axis, at most `limit` rows. A scalar or vector is one slice.
 
         Raises InputError where a value is not finite: no precision computes with it.
         """
@@ -111,8 +111,8 @@ class Weights:
             raise InputError(f"Token id {wrong[0]} is outside the vocabulary: expected 0 to {total - 1}.")
         with safe_open(entry.file, framework="pt") as handle:
             part = handle.get_slice(name)
-            found = [finite(part[row : row + 1], name, entry) for row in different.tolist()]
-        return np.concatenate(found)[where]
+            rows = [finite(part[row : row + 1], name, entry) for row in different.tolist()]
+        return np.concatenate(rows)[where]
 
     def read(self, name: str) -> np.ndarray:
         """A whole (small) tensor as fp32."""

@@ -1,4 +1,4 @@
-"""`python -m fr_export.evaluate BUNDLE …`: task accuracy through the exported runtime, by several decoding methods. Needs no torch."""
+"""`fusionroute evaluate`, `python -m fr_export.evaluate`: task accuracy of bundles by several decoding methods. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from fusionroute.fr_export.evaluation.methods import check
+from fusionroute.fr_export.evaluation.questions import Questions, read_questions
 from fusionroute.fr_export.evaluation.report import tables
-from fusionroute.fr_export.evaluation.study import Request, expanded, run
-from fusionroute.fr_export.evaluation.tasks import Tasks, read_tasks
+from fusionroute.fr_export.evaluation.study import EvaluationRequest, expanded, run
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, Split, draw_many
 from fusionroute.runtime.command_errors import one_sentence
-from fusionroute.runtime.engine import FUSIONS
 from fusionroute.runtime.errors import InputError, UnavailableError
-from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.manifest import Fusion, Manifest
 
-SPLITS: tuple[Split, ...] = ("test", "validation")
 METHODS = "fused,token,router,experts,sequence,sequence-routed,collab"
-WIDE = 160  # columns of a table that no terminal bounds
+WIDE = 160  # columns of tables where stdout is no terminal
 
 
 def main(
@@ -35,14 +33,14 @@ def main(
     ] = METHODS,
     precision: Annotated[str | None, typer.Option(help="Comma list, such as fp32,int8; default: the fastest in the bundle.")] = None,
     tasks: Annotated[str, typer.Option(help='builtin, or a file of JSON lines {"prompt", "answer", "domain"}.')] = "builtin",
-    split: Annotated[str, typer.Option(help="Of the builtin tasks: test or validation.")] = "test",
+    split: Annotated[Literal["test", "validation"], typer.Option(help="Of the builtin tasks.")] = "test",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts per domain, at most.")] = 500,
     domains: Annotated[str | None, typer.Option(help="Comma list; default: all.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template as the user's message.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes, each with one thread; default: one per core.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of prompts and the bootstrap.")] = 0,
     lam: Annotated[float | None, typer.Option("--lambda", min=0.0, max=1.0, help="λ of the method fused; default as exported.")] = None,
-    fusion: Annotated[str | None, typer.Option(help="weighted or additive, of the method fused; default as exported.")] = None,
+    fusion: Annotated[Fusion | None, typer.Option(help="Of the method fused; default as exported.")] = None,
     sweep_lambda: Annotated[bool, typer.Option("--sweep-lambda", help="Also measure λ = 0, 0.1, …, 1 and draw the curve.")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="First choose λ on the validation split and write it into the bundle.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json and the pictures.")] = Path("evaluation"),
@@ -55,20 +53,16 @@ def main(
         for package in ("matplotlib", "sacrebleu"):
             if find_spec(package) is None:
                 raise UnavailableError(missing.format(package))
-        if fusion not in (None, *FUSIONS):
-            raise typer.BadParameter(f"unknown fusion '{fusion}'; expected {' or '.join(FUSIONS)}", param_hint="--fusion")
         if tune and (fusion is not None or lam is not None):
             raise typer.BadParameter("λ cannot be both chosen and given", param_hint="--tune / --fusion / --lambda")
-        if split not in SPLITS:
-            raise typer.BadParameter(f"unknown split '{split}'; expected {' or '.join(SPLITS)}", param_hint="--split")
-        request = Request(
+        request = EvaluationRequest(
             bundles=tuple(bundle),
             precisions=listed(precision) if precision else (None,),
             methods=choose_methods(methods, bundle),
-            tasks=choose_tasks(tasks, split, prompts, domains, seed),
+            questions=choose_questions(tasks, split, prompts, domains, seed),
             out=out,
             source=f"builtin {split}" if tasks == "builtin" else tasks,
-            tuning=choose_tasks(tasks, "validation", prompts, domains, seed) if tune else None,
+            tuning=choose_questions(tasks, "validation", prompts, domains, seed) if tune else None,
             sweep=sweep_lambda,
             chat=chat,
             jobs=jobs,
@@ -86,7 +80,7 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def choose_methods(text: str, bundles: Sequence[Path]) -> tuple[str, ...]:
-    """The methods of a comma list, which all bundles must know."""
+    """The methods of a comma list. All bundles must have the experts that it names."""
     methods = listed(text)
     for bundle in bundles:
         experts = Manifest.read(bundle).experts
@@ -98,18 +92,18 @@ def choose_methods(text: str, bundles: Sequence[Path]) -> tuple[str, ...]:
     return methods
 
 
-def choose_tasks(source: str, split: str, count: int, domains: str | None, seed: int) -> Tasks:
-    """Prompts by domain, from the builtin tasks' split or from a file, which has no splits."""
-    found = None if source == "builtin" else read_tasks(Path(source), count, seed)
-    known = ALL_DOMAINS if found is None else tuple(found)
-    wanted = listed(domains) if domains else known
-    if unknown := [name for name in wanted if name not in known]:
-        raise typer.BadParameter(f"unknown domain '{unknown[0]}'; expected some of {', '.join(known)}", param_hint="--domains")
-    return {name: draw_many(name, cast(Split, split), count, seed) if found is None else found[name] for name in wanted}
+def choose_questions(source: str, split: Split, count: int, domains: str | None, seed: int) -> Questions:
+    """Questions by domain, drawn from a split of the builtin tasks, or read from a file, which has no splits."""
+    from_file = None if source == "builtin" else read_questions(Path(source), count, seed)
+    available = ALL_DOMAINS if from_file is None else tuple(from_file)
+    names = listed(domains) if domains else available
+    if unknown := [name for name in names if name not in available]:
+        raise typer.BadParameter(f"unknown domain '{unknown[0]}'; expected some of {', '.join(available)}", param_hint="--domains")
+    return {name: draw_many(name, split, count, seed) if from_file is None else from_file[name] for name in names}
 
 
 def show(report: dict[str, Any], out: Path, as_json: bool) -> None:
-    """The report as JSON or as tables."""
+    """Print the report as JSON or as tables."""
     if as_json:
         print(json.dumps(report, ensure_ascii=False), flush=True)
         return

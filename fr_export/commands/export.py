@@ -1,21 +1,38 @@
-"""The command line of `export.py`."""
+"""`python export.py`, `fusionroute export`: the flags of the exporter, read straight into a `Request`."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from fusionroute.fr_export.families import FAMILIES
+from fusionroute.fr_export.families import FAMILIES, Family
 from fusionroute.runtime.command_errors import fail, one_sentence
-from fusionroute.runtime.engine import FUSIONS
 from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.manifest import Fusion
 from fusionroute.runtime.tensorrt.library import parse_sms
 
+# as the command line spells them → what they are for
+TARGET_HELP = {
+    "ort": "ONNX Runtime on CPU",
+    "ort:cuda": "ONNX Runtime on GPUs",
+    "portable": "Optimum",
+    "tensorrt": "graphs for TensorRT",
+    "tensorrt:10.3": "graphs for JetPack 6",
+    "rtx[:sm86+sm89+sm120]": "graphs and TensorRT-RTX engines",
+}
 ALIASES = {"ort": "ort:cpu", "rtx": "tensorrt"}
-SMS = (86, 89, 120)  # what an engine is built for where no GPUs are named: GeForce RTX 30, 40 and 50
+SMS = (86, 89, 120)  # what engines are built for where no GPUs are named: GeForce RTX 30, 40 and 50
+MISSING = "The exporter needs the package '{}': install the extra 'export' (pip install 'fusionroute[export,cpu]')."
+
+
+def parse_family(name: str) -> Family:
+    """The family of a name."""
+    if name not in FAMILIES:
+        raise typer.BadParameter(f"unknown family '{name}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
+    return FAMILIES[name]
 
 
 def parse_expert(text: str) -> tuple[str, str]:
@@ -29,57 +46,58 @@ def parse_expert(text: str) -> tuple[str, str]:
 
 
 def parse_experts(texts: list[str]) -> list[tuple[str, str]]:
-    """Every --expert flag's name and source, in order; the names differ."""
-    named = [parse_expert(text) for text in texts]
-    if len({name for name, _ in named}) < len(named):
+    """Every --expert flag's name and source, in order. The names differ."""
+    experts = [parse_expert(text) for text in texts]
+    if len({name for name, _ in experts}) < len(experts):
         raise typer.BadParameter("every expert needs a name of its own", param_hint="--expert")
-    return named
+    return experts
 
 
-def check_family(name: str) -> None:
-    """Refuse a family that there is not."""
-    if name not in FAMILIES:
-        raise typer.BadParameter(f"unknown family '{name}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
+def parse_lambda(value: float | None) -> float | None:
+    """λ, which the flag's own range has checked but for NaN."""
+    if value is not None and not 0 <= value <= 1:
+        raise typer.BadParameter(f"{value} is not in the range 0<=x<=1.", param_hint="--lambda")
+    return value
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """Comma list of targets, `ort` meaning `ort:cpu` and `rtx` the graphs of `tensorrt`."""
+    """Comma list of targets, without repetitions. `ort` means `ort:cpu`, and `rtx` the graphs of `tensorrt`."""
     from fusionroute.fr_export.precision import SCHEMES
 
-    targets = tuple(dict.fromkeys(ALIASES.get(plain(name), name.strip()) for name in text.split(",")))
+    targets = tuple(dict.fromkeys(ALIASES.get(without_gpus(name), name.strip()) for name in text.split(",")))
     for target in targets:
         if target not in SCHEMES:
-            known = ", ".join(("ort", *SCHEMES, "rtx[:sm86+sm89+sm120]"))
+            known = ", ".join(dict.fromkeys((*TARGET_HELP, *SCHEMES)))
             raise typer.BadParameter(f"unknown target '{target}'; this version exports {known}", param_hint="--target")
     return targets
 
 
-def plain(name: str) -> str:
+def without_gpus(name: str) -> str:
     """A target without the GPUs behind `rtx:`."""
     name = name.strip()
     return "rtx" if name.startswith("rtx:") else name
 
 
 def parse_gpus(text: str) -> tuple[int, ...]:
-    """The compute capabilities that `rtx:sm86+sm89` among the targets names; the usual ones for `rtx`, none without it."""
-    found: list[int] = []
+    """The compute capabilities in `rtx:sm86+sm89` among the targets: `SMS` for a plain `rtx`, none without it."""
+    sms: list[int] = []
     for name in text.split(","):
-        if plain(name) == "rtx":
+        if without_gpus(name) == "rtx":
             _, colon, gpus = name.strip().partition(":")
             try:
-                found += parse_sms(gpus) if colon else SMS
+                sms += parse_sms(gpus) if colon else SMS
             except InputError as error:
                 raise typer.BadParameter(str(error).rstrip("."), param_hint="--target") from error
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(sms))
 
 
-def parse_precisions(text: str | None, targets: tuple[str, ...], family: Any) -> tuple[str, ...]:
-    """Comma list of precisions, or the family's defaults that the targets have. Each is exported for every target that has it."""
+def parse_precisions(text: str | None, targets: tuple[str, ...], family: Family) -> tuple[str, ...]:
+    """Comma list of precisions, or the family's defaults. Each is exported for every target that has it."""
     from fusionroute.fr_export.precision import SCHEMES
 
     if text is None:
-        wanted = ((target, p) for target in targets for p in family.precisions.get(target, family.precisions["other"]))
-        return tuple(dict.fromkeys(precision for target, precision in wanted if precision in SCHEMES[target]))
+        defaults = ((target, name) for target in targets for name in family.precisions.get(target, family.precisions["other"]))
+        return tuple(dict.fromkeys(name for target, name in defaults if name in SCHEMES[target]))
     precisions = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     known = dict.fromkeys(precision for target in targets for precision in SCHEMES[target])
     for precision in precisions:
@@ -96,29 +114,38 @@ def parse_precisions(text: str | None, targets: tuple[str, ...], family: Any) ->
     return precisions
 
 
+def find_checkpoints(family: Family, preset: str | None, router: str | None, experts: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """The sources of the router and of the experts: those that are named, the rest from the preset."""
+    if preset is None and (router is None) != (not experts):
+        raise typer.BadParameter("--router and --expert go together, unless --preset names the rest", param_hint="--router / --expert")
+    defaults = family.preset(preset or "tiny") if preset or router is None else None
+    router = router or (defaults.router if defaults else None)
+    if router is None:
+        raise FusionError(f"No router is published for the preset '{preset}' of {family.name}: train one and name it with --router.")
+    return router, experts or dict(defaults.experts if defaults else {})
+
+
 def main(
-    family: Annotated[str, typer.Option(help=f"Model family: {' or '.join(FAMILIES)}.")],
+    family: Annotated[Family, typer.Option(parser=parse_family, metavar="|".join(FAMILIES), help="Model family.")],
     preset: Annotated[
-        str | None,
-        typer.Option(help="Named checkpoints: 'tiny' (ships with the package; the default) or 'paper' (hub ids)."),
+        Literal["tiny", "paper"] | None,
+        typer.Option(help="Named checkpoints: tiny (ships with the package; the default) or paper (hub ids)."),
     ] = None,
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
     expert: Annotated[list[str] | None, typer.Option(help="NAME=SRC; repeat per expert, in the order of the routing head's rows.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Comma list of fp32, fp16, bf16, int8, int4, w8a8; for tensorrt also int8-wo.")
+        str | None, typer.Option(help="Comma list; default: those that suit the family on each target. A wrong name lists them all.")
     ] = None,
     target: Annotated[
-        str,
-        typer.Option(
-            help="Comma list of targets: ort (ONNX Runtime on CPU), ort:cuda (on GPUs), portable (for Optimum), tensorrt (graphs only), tensorrt:10.3 (for JetPack 6), rtx[:sm86+sm89+sm120] (and engines)."
-        ),
+        str, typer.Option(help=f"Comma list of {', '.join(f'{name} ({use})' for name, use in TARGET_HELP.items())}.")
     ] = "ort",
     fusion: Annotated[
-        str | None,
+        Fusion | None,
         typer.Option(help="weighted (λ·router + (1−λ)·expert; the default, unless the router's fusion.json says more) or additive."),
     ] = None,
     lam: Annotated[
-        float | None, typer.Option("--lambda", min=0.0, max=1.0, help="λ of the weighted fusion; default 0.5, likewise.")
+        float | None,
+        typer.Option("--lambda", min=0.0, max=1.0, callback=parse_lambda, help="λ of the weighted fusion; default: the router's, or 0.5."),
     ] = None,
     max_seq_len: Annotated[int | None, typer.Option(min=2, help="KV capacity in tokens; default min(4096, the models').")] = None,
     calibration: Annotated[
@@ -134,94 +161,53 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Export a FusionRoute system, a router LM and its expert LMs, into a bundle that the runtime generates from."""
-    folder = out or Path("dist") / family
-    missing = "The exporter needs the package '{}': install the extra 'export' (pip install 'fusionroute[export,cpu]')."
-    with one_sentence("export", missing, folder, "nothing was written", debug):
-        report = run(
-            family,
-            preset,
-            router,
-            expert or [],
-            precision,
-            target,
-            fusion,
-            lam,
-            max_seq_len,
-            calibration,
-            routing_head_key,
-            folder,
-            force,
-            strict,
+    bundle = out or Path("dist") / family.name
+    with one_sentence("export", MISSING, bundle, "nothing was written", debug):
+        router, experts = find_checkpoints(family, preset, router, dict(parse_experts(expert or [])))
+        console = Console(stderr=True)
+        with console.status("loading torch and transformers"):
+            from fusionroute.fr_export.console.progress import Stages
+            from fusionroute.fr_export.export import Request, export
+        targets = parse_targets(target)
+        request = Request(
+            family=family,
+            router=router,
+            experts=experts,
+            precisions=parse_precisions(precision, targets, family),
+            targets=targets,
+            out=bundle,
+            fusion=fusion,
+            lam=lam,
+            max_seq_len=max_seq_len,
+            calibration=calibration,
+            head_key=routing_head_key,
+            force=force,
+            strict=strict,
+            gpus=parse_gpus(target),
         )
+        stages = Stages(console)
+        with stages.progress:
+            report = export(request, stages)
     try:
-        show(report, folder, as_json)
+        show(report, bundle, as_json)
     except BrokenPipeError:
         raise
     except OSError as error:
-        fail(f"The bundle at {folder} is complete, but its report cannot be printed ({error.strerror}); it is in report.json.", debug)
+        fail(f"The bundle at {bundle} is complete, but its report cannot be printed ({error.strerror}); it is in report.json.", debug)
 
 
-def run(
-    family: str, preset: str | None, router: str | None, expert: list[str], precision: str | None, target: str, fusion: str | None, lam: float | None,
-    max_seq_len: int | None, calibration: str, head_key: str, out: Path, force: bool, strict: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Check the flags and export; returns the report."""
-    check_family(family)
-    if fusion is not None and fusion not in FUSIONS:
-        raise typer.BadParameter(f"unknown fusion '{fusion}'; expected {' or '.join(FUSIONS)}", param_hint="--fusion")
-    if lam is not None and not 0 <= lam <= 1:  # not a number: all others the flag's own range refuses
-        raise typer.BadParameter(f"{lam} is not in the range 0<=x<=1.", param_hint="--lambda")
-    named = parse_experts(expert)
-    if preset not in (None, "tiny", "paper"):
-        raise typer.BadParameter(f"unknown preset '{preset}'; expected tiny or paper", param_hint="--preset")
-    if preset is None and (router is None) != (not named):
-        raise typer.BadParameter("--router and --expert go together, unless --preset names the rest", param_hint="--router / --expert")
-    chosen = FAMILIES[family]
-    targets = parse_targets(target)
-    precisions = parse_precisions(precision, targets, chosen)
-
-    console = Console(stderr=True)
-    with console.status("loading torch and transformers"):
-        from fusionroute.fr_export.console.progress import Stages
-        from fusionroute.fr_export.export import Request, export
-
-    defaults = chosen.preset(preset or "tiny") if preset or router is None else None
-    router_source = router or (defaults.router if defaults else None)
-    if router_source is None:
-        raise FusionError(f"No router is published for the preset '{preset}' of {family}: train one and name it with --router.")
-    request = Request(
-        family=chosen,
-        router=router_source,
-        experts=dict(named) if named else dict(defaults.experts if defaults else {}),
-        precisions=precisions,
-        targets=targets,
-        out=out,
-        fusion=fusion,
-        lam=lam,
-        max_seq_len=max_seq_len,
-        calibration=calibration,
-        head_key=head_key,
-        force=force,
-        strict=strict,
-        gpus=parse_gpus(target),
-    )
-    stages = Stages(console)
-    with stages.progress:
-        return export(request, stages)
-
-
-def show(report: dict[str, Any], folder: Path, as_json: bool) -> None:
-    """Print the report."""
+def show(report: dict[str, Any], bundle: Path, as_json: bool) -> None:
+    """Print the report: one JSON object, or tables."""
     if as_json:
         print(json.dumps(report), flush=True)
     else:
         from fusionroute.fr_export.verify.report import show_report
 
-        show_report(Console(), report, folder)
+        show_report(Console(), report, bundle)
 
 
 def app(arguments: Sequence[str] | None = None, name: str | None = None) -> None:
-    """Entry point, which always exits; for the arguments of the process where none are given. `name` is what help calls the command."""
+    """Run the command on the arguments, or on those of the process, and exit. `name` is what its help calls it."""
     command = typer.Typer(add_completion=False)
     command.command()(main)
     command(args=arguments, prog_name=name)

@@ -1,44 +1,23 @@
-"""The command line of `python -m fr_export.training`."""
+"""`fusionroute train`, `python -m fr_export.training`: train a router."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusionroute.fr_export.commands.export import check_family, parse_experts
+from fusionroute.fr_export.commands.export import parse_experts, parse_family
 from fusionroute.fr_export.families import FAMILIES
+from fusionroute.fr_export.training.recipe import PRESETS, Dtype, Optimizer, Precision, PresetName, Recipe, Stage, StageName
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.files import cache_folder
 
 T = TypeVar("T", int, float)
 CACHE = cache_folder() / "scores"
-
-
-def per_stage(text: str | None, kind: type[T], stages: int, hint: str) -> Sequence[T | None]:
-    """One value for all stages or a comma list with one for each; None where the option was not given."""
-    if text is None:
-        return [None] * stages
-    try:
-        values: list[T] = [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"'{text}' is no comma list of {'whole ' if kind is int else ''}numbers", param_hint=hint) from None
-    if not all(value > 0 for value in values):
-        raise typer.BadParameter(f"'{text}' must be above 0", param_hint=hint)
-    if len(values) not in (1, stages):
-        raise typer.BadParameter(f"{len(values)} values for {stages} stages; expected one, or one for each", param_hint=hint)
-    return values * stages if len(values) == 1 else values
-
-
-def choice(value: str, known: Any, hint: str) -> str:
-    """The value, which must be one of the known names."""
-    if value not in known:
-        raise typer.BadParameter(f"unknown '{value}'; expected {', '.join(known)}", param_hint=hint)
-    return value
 
 
 def main(
@@ -50,23 +29,23 @@ def main(
     sft: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}.')] = None,
     preferences: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "chosen", "rejected"}.')] = None,
     stages: Annotated[str | None, typer.Option(help="Comma list of sft, cdpo, mixed; default by the data: sft, or sft,mixed.")] = None,
-    preset: Annotated[str, typer.Option(help="paper (lr 1e-5, 1 epoch) or seed (lr 1e-3, 10 epochs, batch 32).")] = "paper",
+    preset: Annotated[PresetName, typer.Option(help="paper: lr 1e-5, 1 epoch. seed: lr 1e-3, 10 epochs, batch 32.")] = "paper",
     lr: Annotated[str | None, typer.Option(help="Learning rate, or a comma list with one per stage; default: the preset's.")] = None,
     head_lr: Annotated[str | None, typer.Option(help="That of the routing head; default: the same.")] = None,
     epochs: Annotated[str | None, typer.Option(help="Passes over the data, per stage.")] = None,
     max_steps: Annotated[str | None, typer.Option(help="Optimizer steps instead of epochs, per stage.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows (or pairs) per batch and device; default: the preset's.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Instead: as many as fill this many padded tokens.")] = None,
-    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step and device.")] = 1,
-    beta: Annotated[float, typer.Option(min=0.0, help="β of CDPO.")] = 0.1,
-    routing_weight: Annotated[float, typer.Option(min=0.0, help="λ, the weight of the routing loss.")] = 1 / 3,
-    lora_rank: Annotated[int, typer.Option(min=0, help="Train low-rank adapters and merge them; 0: all weights.")] = 0,
-    optimizer: Annotated[str, typer.Option(help="adamw, or muon (matrices) with adamw (the rest).")] = "adamw",
-    warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps; then a cosine to zero.")] = 0.05,
-    max_length: Annotated[int, typer.Option(min=2, help="Longer rows (in tokens) are skipped.")] = 2048,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16 (autocast); default bf16 on a GPU, else fp32.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the written weights: float32, float16, bfloat16; default: the source's.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of the data and of new adapters.")] = 0,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step and device.")] = Recipe.accumulation,
+    beta: Annotated[float, typer.Option(min=0.0, help="β of CDPO.")] = Recipe.beta,
+    routing_weight: Annotated[float, typer.Option(min=0.0, help="λ, the weight of the routing loss.")] = Recipe.routing_weight,
+    lora_rank: Annotated[int, typer.Option(min=0, help="Train low-rank adapters and merge them; 0: all weights.")] = Recipe.lora_rank,
+    optimizer: Annotated[Optimizer, typer.Option(help="muon trains matrices with Muon, the rest with AdamW.")] = Recipe.optimizer,
+    warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps; then a cosine to zero.")] = Recipe.warmup,
+    max_length: Annotated[int, typer.Option(min=2, help="Longer rows (in tokens) are skipped.")] = Recipe.max_length,
+    precision: Annotated[Precision | None, typer.Option(help="bf16 is autocast; default bf16 on a GPU, else fp32.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the written weights; default: the source's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the data and of new adapters.")] = Recipe.seed,
     cache: Annotated[Path, typer.Option(help="Where the experts' log-probabilities are kept for further runs.")] = CACHE,
     keep_stages: Annotated[
         bool, typer.Option("--keep-stages", help="Also write the router after each earlier stage, to OUT/stages.")
@@ -81,52 +60,56 @@ def main(
     missing = "Training needs the package '{}': install the extras (pip install 'fusionroute[export,train]')."
     left = "resume it with --resume" if checkpoint_every is not None else "nothing was written"
     with one_sentence("training", missing, out, left, debug):
-        named = parse_experts(expert or [])
-        check_usage(family, named, direct, batch_size, batch_tokens, sft or preferences)
+        chosen_family = parse_family(family)
+        experts = parse_experts(expert or [])
+        if direct == bool(experts):
+            raise typer.BadParameter("name the experts, or add --direct for a model without any", param_hint="--expert / --direct")
+        if batch_size is not None and batch_tokens is not None:
+            raise typer.BadParameter("both given; choose one", param_hint="--batch-size / --batch-tokens")
+        if sft is None and preferences is None:
+            raise typer.BadParameter("no data: name a file", param_hint="--sft / --preferences")
+        numbers = PRESETS[preset]
+        names = stage_names(stages or ("sft,mixed" if sft and preferences else "sft" if sft else "cdpo"))
+        columns = zip(
+            names,
+            (rate or numbers.learning_rate for rate in per_stage(lr, float, len(names), "--lr")),
+            per_stage(head_lr, float, len(names), "--head-lr"),
+            (passes or numbers.epochs for passes in per_stage(epochs, int, len(names), "--epochs")),
+            per_stage(max_steps, int, len(names), "--max-steps"),
+            strict=True,
+        )
         console = Console(stderr=True)
         with console.status("loading torch and transformers"):
             import torch
             from accelerate import PartialState
 
             from fusionroute.fr_export.console.progress import Stages
-            from fusionroute.fr_export.training.recipe import OPTIMIZERS, PRECISIONS, PRESETS, STAGES, Recipe, Request, Stage
-            from fusionroute.fr_export.training.router import DTYPES
+            from fusionroute.fr_export.training.request import TrainingRequest
             from fusionroute.fr_export.training.train import train
-        numbers = PRESETS[choice(preset, PRESETS, "--preset")]
-        names = (stages or ("sft,mixed" if sft and preferences else "sft" if sft else "cdpo")).split(",")
-        count = len(names)
-        columns = zip(
-            (choice(name.strip(), STAGES, "--stages") for name in names),
-            (rate or numbers.learning_rate for rate in per_stage(lr, float, count, "--lr")),
-            per_stage(head_lr, float, count, "--head-lr"),
-            (passes or numbers.epochs for passes in per_stage(epochs, int, count, "--epochs")),
-            per_stage(max_steps, int, count, "--max-steps"),
-            strict=True,
-        )
         recipe = Recipe(
             stages=tuple(Stage(*column) for column in columns),
             batch_size=batch_size or numbers.batch_size,
             batch_tokens=batch_tokens,
             accumulation=gradient_accumulation,
-            optimizer=choice(optimizer, OPTIMIZERS, "--optimizer"),
+            optimizer=optimizer,
             warmup=warmup,
             beta=beta,
             routing_weight=routing_weight,
             lora_rank=lora_rank,
             max_length=max_length,
-            precision=choice(precision or ("bf16" if torch.cuda.is_available() else "fp32"), PRECISIONS, "--precision"),
+            precision=precision or ("bf16" if torch.cuda.is_available() else "fp32"),
             seed=seed,
         )
-        request = Request(
-            family=FAMILIES[family],
+        request = TrainingRequest(
+            family=chosen_family,
             router=router,
             out=out,
             recipe=recipe,
-            experts=dict(named),
+            experts=dict(experts),
             sft=sft,
             preferences=preferences,
             cache=cache,
-            dtype=None if dtype is None else choice(dtype, DTYPES, "--dtype"),
+            dtype=dtype,
             keep_stages=keep_stages,
             checkpoint_every=checkpoint_every,
             resume=resume,
@@ -139,21 +122,32 @@ def main(
             show(report, as_json)
 
 
-def check_usage(
-    family: str, experts: list[tuple[str, str]], direct: bool, batch_size: int | None, batch_tokens: int | None, data: Path | None
-) -> None:
-    """What can be told from the flags alone."""
-    check_family(family)
-    if direct == bool(experts):
-        raise typer.BadParameter("name the experts, or add --direct for a model without any", param_hint="--expert / --direct")
-    if batch_size is not None and batch_tokens is not None:
-        raise typer.BadParameter("both given; choose one", param_hint="--batch-size / --batch-tokens")
-    if data is None:
-        raise typer.BadParameter("no data: name a file", param_hint="--sft / --preferences")
+def stage_names(text: str) -> list[StageName]:
+    """The names of a comma list of stages."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in get_args(StageName):
+            raise typer.BadParameter(f"unknown '{name}'; expected {', '.join(get_args(StageName))}", param_hint="--stages")
+    return cast(list[StageName], names)
+
+
+def per_stage(text: str | None, kind: type[T], stages: int, hint: str) -> Sequence[T | None]:
+    """One value for all stages or a comma list with one for each; None for each where the option was not given."""
+    if text is None:
+        return [None] * stages
+    try:
+        values: list[T] = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no comma list of {'whole ' if kind is int else ''}numbers", param_hint=hint) from None
+    if not all(value > 0 for value in values):
+        raise typer.BadParameter(f"'{text}' must be above 0", param_hint=hint)
+    if len(values) not in (1, stages):
+        raise typer.BadParameter(f"{len(values)} values for {stages} stages; expected one, or one for each", param_hint=hint)
+    return values * stages if len(values) == 1 else values
 
 
 def show(report: Any, as_json: bool) -> None:
-    """The report: as JSON, or a table with the last point of each stage's curve."""
+    """Print the report as JSON, or as a table with the last point of each stage's loss curve."""
     if as_json:
         print(json.dumps(asdict(report)), flush=True)
         return
@@ -174,5 +168,5 @@ def show(report: Any, as_json: bool) -> None:
 
 
 def app() -> None:
-    """Entry point."""
+    """Entry point, which always exits."""
     typer.run(main)

@@ -1,21 +1,21 @@
-"""The stages of a long job: progress on the terminal, and for the report the seconds and the peak memory of each."""
+"""The stages of a long job: progress on the terminal; seconds and peak memory of each for the report."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-INTERVAL = 0.02  # seconds between looks at the memory
+INTERVAL = 0.02  # seconds between samples of the memory
 
 
 @dataclass
 class Stage:
-    """One finished stage. Memory is anonymous (the page cache that mapped files use is told apart and not counted)."""
+    """One finished stage. Its memory is anonymous: the page cache that mapped files use is not counted."""
 
     name: str
     seconds: float
@@ -46,22 +46,26 @@ class Stages:
         self.progress.update(task, completed=total or 1.0)
         self.done.append(Stage(name, round(time.perf_counter() - start, 2), round(memory.peak / 2**20, 1)))
 
+    def note(self, text: str) -> None:
+        """Show a sentence above the progress display."""
+        self.progress.console.print(text)
+
     def report(self) -> list[dict[str, float | str]]:
         """The stages as plain data."""
         return [asdict(stage) for stage in self.done]
 
 
 class PeakMemory:
-    """Samples this process's anonymous memory (RssAnon, bytes) in the background and keeps the highest value."""
+    """Samples this process's anonymous memory in the background. `peak` is the highest value in bytes."""
 
     def __enter__(self) -> "PeakMemory":
         self.peak = anonymous_bytes()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while not self._stop.wait(INTERVAL):
             self.peak = max(self.peak, anonymous_bytes())
 
@@ -72,11 +76,6 @@ class PeakMemory:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process; 0 where the system does not tell."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
+    """Resident memory of this process in bytes, without mapped files where the system tells them apart (Linux)."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))

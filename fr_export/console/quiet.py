@@ -11,7 +11,7 @@ from transformers.utils import logging as progress
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Keep the progress prints of torch and transformers, and warnings about their own internals, off the user's terminal."""
+    """Silence progress prints of torch and transformers, and warnings about their own internals."""
     level, bars = logging.root.manager.disable, progress.is_progress_bar_enabled()
     logging.disable(logging.WARNING)
     progress.disable_progress_bar()

@@ -24,7 +24,8 @@ import numpy as np
 
 from fusionroute.fr_export.evaluation.reading import Ids, Place, Reader
 from fusionroute.runtime import FusionRuntime, InputError
-from fusionroute.runtime.backends.backend import Output
+from fusionroute.runtime.backend import Output
+from fusionroute.runtime.options import fusion_coefficients
 
 SEQUENCE, SEQUENCE_ROUTED = "sequence", "sequence-routed"
 
@@ -94,12 +95,12 @@ def method_named(name: str, experts: Sequence[str], fusion: str, lam: float) -> 
     if kind == "expert" and argument in experts:
         return functools.partial(alone, expert=list(experts).index(argument))
     if name == "fused":
-        weights = FusionRuntime.coefficients(fusion, lam)
+        weights = fusion_coefficients(fusion, lam)
     elif name in ("router", "token"):
-        weights = FusionRuntime.coefficients("weighted", float(name == "router"))
+        weights = fusion_coefficients("weighted", float(name == "router"))
     elif kind == "lambda" and colon:
         try:
-            weights = FusionRuntime.coefficients("weighted", float(argument))
+            weights = fusion_coefficients("weighted", float(argument))
         except ValueError as error:  # not a number, or one out of range
             raise InputError(f"'{name}' is no method: expected lambda:X with X from 0 to 1.") from error
     else:

@@ -1,15 +1,13 @@
-"""What a method answered to a domain's prompts, one row per prompt, and files of it."""
+"""A method's answers to the questions of a domain, one row per question, and files of such results."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -17,31 +15,17 @@ from fusionroute.runtime.errors import InputError, one_line
 from fusionroute.runtime.files import replace
 
 
-class Question(Protocol):
-    """A prompt and the exact text that counts as right."""
-
-    @property
-    def prompt(self) -> str:
-        """What is asked."""
-        ...
-
-    @property
-    def answer(self) -> str:
-        """The reference."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """Row i belongs to prompt i of the task. N prompts, n experts, C = len(CLASSES) token classes.
+    """Row i belongs to question i. N questions, n experts, C = len(CLASSES) token classes.
 
     answers [N]; correct bool [N]: the text is the reference, character by character; f1 float32 [N]; logprob float32 [N]: mean
     log-probability per token, the end of the sequence included; tokens int32 [N], without the end; first int16 [N]: index of the expert
-    behind the first decision; counts int32 [N, n, C]: tokens by expert and class. `task` names the prompts, references and template, so
-    that only outcomes of the same prompts are compared.
+    behind the first decision; counts int32 [N, n, C]: tokens by expert and class. `questions` is the digest of the questions and the chat
+    template: only outcomes of the same questions may be compared.
     """
 
-    task: str
+    questions: str
     experts: list[str]
     answers: list[str]
     correct: np.ndarray
@@ -60,9 +44,9 @@ class Outcomes:
         return float(self.correct.mean())
 
     def rows(self, order: Sequence[int] | np.ndarray) -> Outcomes:
-        """The same outcomes with their rows in another order, or fewer of them."""
+        """The outcomes of these rows, in this order."""
         return Outcomes(
-            self.task, self.experts, [self.answers[i] for i in order],
+            self.questions, self.experts, [self.answers[i] for i in order],
             *(getattr(self, name)[np.asarray(order, np.int64)] for name in _ARRAYS),
         )  # fmt: skip
 
@@ -73,25 +57,19 @@ Results = dict[str, dict[str, Outcomes]]
 
 
 def joined(parts: Sequence[Outcomes]) -> Outcomes:
-    """The rows of several parts of one task, one behind the other."""
+    """The rows of several parts, one part after the other."""
     return Outcomes(
-        parts[0].task, parts[0].experts, [answer for part in parts for answer in part.answers],
+        parts[0].questions, parts[0].experts, [answer for part in parts for answer in part.answers],
         *(np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS),
     )  # fmt: skip
 
 
-def task_name(questions: Sequence[Question], chat: bool) -> str:
-    """A digest of the prompts, the references and whether the chat template is used."""
-    content = json.dumps([chat, [[question.prompt, question.answer] for question in questions]])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
 def save_results(path: str | Path, results: Mapping[str, Mapping[str, Outcomes]]) -> None:
-    """Write results to one compressed .npz file, in place of an older one. Raises OSError where it cannot."""
+    """Write results to one compressed .npz file, which replaces an older one in one step. Raises OSError where it cannot be written."""
     arrays: dict[str, np.ndarray] = {}
     for method, domains in results.items():
         for domain, outcomes in domains.items():
-            texts = {"task": outcomes.task, "experts": outcomes.experts, "answers": outcomes.answers}
+            texts = {"task": outcomes.questions, "experts": outcomes.experts, "answers": outcomes.answers}
             arrays[json.dumps([method, domain, "texts"])] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
             arrays |= {json.dumps([method, domain, name]): getattr(outcomes, name) for name in _ARRAYS}
     content = io.BytesIO()
@@ -108,8 +86,9 @@ def load_results(path: str | Path) -> Results:
                 method, domain, name = json.loads(key)
                 if name == "texts":
                     texts = json.loads(arrays[key].tobytes())
-                    own = {name: arrays[json.dumps([method, domain, name])] for name in _ARRAYS}
-                    results.setdefault(method, {})[domain] = Outcomes(**texts, **own)
+                    columns = {name: arrays[json.dumps([method, domain, name])] for name in _ARRAYS}
+                    outcomes = Outcomes(texts["task"], texts["experts"], texts["answers"], **columns)
+                    results.setdefault(method, {})[domain] = outcomes
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no file of evaluation results ({one_line(error)}): evaluate again.") from error
     return results

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from fusionroute.runtime.backends.backend import LanguageModel, Output
+from fusionroute.runtime.backend import LanguageModel, Output
 from fusionroute.runtime.limits import FUSED
 
 Ids = tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What an evaluation found: numbers with intervals for results.json, and tables for the terminal."""
+"""The report of an evaluation: numbers with intervals for results.json, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.table import Table
 from fusionroute.fr_export.evaluation import routing
 from fusionroute.fr_export.evaluation.bootstrap import compare, interval
 from fusionroute.fr_export.evaluation.outcomes import Outcomes
+from fusionroute.fr_export.evaluation.questions import Question, Questions
 from fusionroute.fr_export.evaluation.scoring import bleu
-from fusionroute.fr_export.evaluation.tasks import Tasks
 from fusionroute.fr_export.evaluation.token_classes import CLASSES
 
 
@@ -33,15 +33,15 @@ class Row:
         return next(iter(self.outcomes.values())).experts
 
 
-def summary(rows: Sequence[Row], tasks: Tasks, seed: int) -> list[dict[str, Any]]:
+def summary(rows: Sequence[Row], questions: Questions, seed: int) -> list[dict[str, Any]]:
     """One JSON object per row. Accuracy and F1 are shares from 0 to 1 with 95 % bootstrap intervals, BLEU is from 0 to 100 or None.
 
-    `against_first` is the paired bootstrap of the average accuracy against the first row's, None for that row itself. `routing` holds
+    `against_first` is the paired bootstrap of the average accuracy against that of the first row, None for the first row. `routing` holds
     each expert's share of the tokens, by domain and by token class.
     """
     entries = []
     for row in rows:
-        domains = {domain: _scores([found], seed) | _texts(found, tasks, domain) for domain, found in row.outcomes.items()}
+        domains = {domain: _scores([outcomes], seed) | _texts(outcomes, questions[domain]) for domain, outcomes in row.outcomes.items()}
         bleus = [scores["bleu"] for scores in domains.values() if scores["bleu"] is not None]
         average = _scores([*row.outcomes.values()], seed) | {"bleu": float(np.mean(bleus)) if bleus else None}
         own, first = ([outcomes.correct for outcomes in one.outcomes.values()] for one in (row, rows[0]))
@@ -61,9 +61,9 @@ def _scores(outcomes: Sequence[Outcomes], seed: int) -> dict[str, Any]:
     return {"accuracy": correct._asdict(), "f1": overlap._asdict()}
 
 
-def _texts(outcomes: Outcomes, tasks: Tasks, domain: str) -> dict[str, Any]:
+def _texts(outcomes: Outcomes, questions: Sequence[Question]) -> dict[str, Any]:
     return {
-        "bleu": bleu(outcomes.answers, [question.answer for question in tasks[domain]]),
+        "bleu": bleu(outcomes.answers, [question.answer for question in questions]),
         "prompts": len(outcomes),
         "tokens": float(outcomes.tokens.mean()),
     }
@@ -75,7 +75,7 @@ def _named(names: Iterable[str], experts: Sequence[str], shares: np.ndarray) -> 
 
 
 def tables(entries: Sequence[dict[str, Any]]) -> list[Table]:
-    """Accuracy with the half-width of its interval and the difference from the first row; and F1 / BLEU."""
+    """Two tables: accuracy with the half-width of its interval and the difference from the first row; F1 and BLEU."""
     domains = list(entries[0]["domains"])
     accuracy = _table("Exact match in %, ± half of the 95 % bootstrap interval", [*domains, "average", "− first row", "p"])
     texts = _table("Word F1 in % / BLEU", [*domains, "average"])
@@ -98,9 +98,9 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _percent(found: Mapping[str, float], key: str = "value") -> float:
-    return 100 * found[key]
+def _percent(score: Mapping[str, float], key: str = "value") -> float:
+    return 100 * score[key]
 
 
-def _half(found: Mapping[str, float]) -> str:
-    return f"±{50 * (found['high'] - found['low']):.1f}"
+def _half(score: Mapping[str, float]) -> str:
+    return f"±{50 * (score['high'] - score['low']):.1f}"

@@ -1,4 +1,4 @@
-"""Evaluate a bundle: every method on every prompt, spread over processes."""
+"""Evaluate a bundle: every method on every question, spread over processes."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fusionroute.fr_export.evaluation.methods import SEQUENCE, SEQUENCE_ROUTED, check
-from fusionroute.fr_export.evaluation.outcomes import Outcomes, Question, Results, joined, task_name
+from fusionroute.fr_export.evaluation.outcomes import Outcomes, Results, joined
 from fusionroute.fr_export.evaluation.pool import answer_all
+from fusionroute.fr_export.evaluation.questions import Question, Questions, digest
 from fusionroute.fr_export.evaluation.sequence import first_routed, most_likely
 from fusionroute.fr_export.evaluation.worker import Job, Piece
-from fusionroute.runtime import FusionRuntime, InputError, UnavailableError
+from fusionroute.runtime import InputError, UnavailableError
 from fusionroute.runtime.backends.ort_cpu import TARGET
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.text import Text
 
-SLACK = 8  # tokens that an answer may be longer than the domain's longest reference: one that still runs then is wrong anyway
-PIECE = 16  # prompts handed to a process at a time
+SLACK = 8  # tokens that an answer may be longer than the domain's longest reference: one that is longer is wrong anyway
+PIECE = 16  # questions that a process gets at a time
 
 
 def evaluate(
     bundle: str | Path,
     precision: str | None,
     methods: Sequence[str],
-    tasks: Mapping[str, Sequence[Question]],
+    questions: Questions,
     *,
     jobs: int | None = None,
     fusion: str | None = None,
@@ -36,12 +38,12 @@ def evaluate(
     known: Results | None = None,
     console: Console | None = None,
 ) -> Results:
-    """Answer every prompt of every domain by every method; results by method and domain, in the orders given.
+    """Answer every question of every domain by every method; results by method and domain, in the orders given.
 
     methods are the names in `fr_export.evaluation.methods`; `fusion` and `lam` (as exported where None) are those of `fused`. Sequence
-    selection needs the outcomes of the experts (and of `fused`), which are then returned too. `known` results on the same prompts are not
-    computed again: those of experts that another bundle shares, say. An answer has at most SLACK tokens more than the domain's longest
-    reference. `jobs` processes (one per core where None) with one thread each share the prompts; `console` shows a progress bar.
+    selection needs the outcomes of the experts (and of `fused`), which are then returned too. `known` results on the same questions are not
+    computed again, such as those of experts that another bundle shares. An answer has at most SLACK tokens more than the domain's longest
+    reference. `jobs` processes (one per core where None) with one thread each share the questions; `console` shows a progress bar.
 
     Raises InputError for unknown methods, domains without prompts and prompts that do not fit, BundleError and UnavailableError as
     loading the bundle does.
@@ -53,10 +55,10 @@ def evaluate(
         raise UnavailableError(f"The bundle {bundle} has no tokenizer.json, which prompts in text need: export it with a tokenizer.")
     if chat and "chat_template.jinja" not in manifest.files:
         raise UnavailableError(f"The bundle {bundle} has no chat_template.jinja: evaluate it on plain text, without chat.")
-    FusionRuntime.coefficients(fusion or manifest.fusion, manifest.lam if lam is None else lam)
+    fusion_coefficients(fusion or manifest.fusion, manifest.lam if lam is None else lam)
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs={jobs} is out of range: expected at least 1, or None for one per core.")
-    if empty := [domain for domain, questions in tasks.items() if not questions]:
+    if empty := [domain for domain, own in questions.items() if not own]:
         raise InputError(f"The domain '{empty[0]}' has no prompts: give it at least one.")
 
     alone = [f"expert:{name}" for name in manifest.experts]
@@ -64,37 +66,40 @@ def evaluate(
     decoded = list(dict.fromkeys(name for name in [*methods, *needed] if name not in (SEQUENCE, SEQUENCE_ROUTED)))
     for name in methods:
         check(name, manifest.experts)
-    names = {domain: task_name(questions, chat) for domain, questions in tasks.items()}
+    digests = {domain: digest(own, chat) for domain, own in questions.items()}
 
     def reusable(method: str) -> bool:
-        found = (known or {}).get(method, {})
-        return all(d in found and found[d].task == task and found[d].experts == manifest.experts for d, task in names.items())
+        outcomes = (known or {}).get(method, {})
+        return all(
+            domain in outcomes and outcomes[domain].questions == own and outcomes[domain].experts == manifest.experts
+            for domain, own in digests.items()
+        )
 
     results: Results = {name: known[name] for name in decoded if known and reusable(name)}
     if missing := tuple(name for name in decoded if name not in results):
         text = Text.load(opened.folder / "tokenizer.json")
-        pieces = {domain: _pieces(names[domain], questions, text) for domain, questions in tasks.items()}
+        pieces = {domain: _pieces(digests[domain], own, text) for domain, own in questions.items()}
         results |= _decode(Job(str(bundle), precision, missing, fusion, lam, chat), pieces, jobs, console)
     if SEQUENCE in methods:
-        results[SEQUENCE] = {d: most_likely([results[name][d] for name in alone]) for d in tasks}
+        results[SEQUENCE] = {d: most_likely([results[name][d] for name in alone]) for d in questions}
     if SEQUENCE_ROUTED in methods:
-        results[SEQUENCE_ROUTED] = {d: first_routed([results[name][d] for name in alone], results["fused"][d]) for d in tasks}
-    return {name: {d: results[name][d] for d in tasks} for name in dict.fromkeys([*methods, *needed])}
+        results[SEQUENCE_ROUTED] = {d: first_routed([results[name][d] for name in alone], results["fused"][d]) for d in questions}
+    return {name: {d: results[name][d] for d in questions} for name in dict.fromkeys([*methods, *needed])}
 
 
-def _pieces(task: str, questions: Sequence[Question], text: Text) -> list[Piece]:
+def _pieces(domain_digest: str, questions: Sequence[Question], text: Text) -> list[Piece]:
     pairs = [(question.prompt, question.answer) for question in questions]
     limit = max(len(text.encode(answer, special=False)) for _, answer in pairs) + SLACK
-    return [Piece(task, tuple(pairs[start : start + PIECE]), limit) for start in range(0, len(pairs), PIECE)]
+    return [Piece(domain_digest, tuple(pairs[start : start + PIECE]), limit) for start in range(0, len(pairs), PIECE)]
 
 
 def _decode(job: Job, pieces: Mapping[str, list[Piece]], jobs: int | None, console: Console | None) -> dict[str, dict[str, Outcomes]]:
-    """Answer all pieces and put them together again."""
-    everything = [piece for own in pieces.values() for piece in own]
-    processes = min(jobs or len(os.sched_getaffinity(0)), len(everything))
+    """Answer all pieces; outcomes by method and domain."""
+    all_pieces = [piece for own in pieces.values() for piece in own]
+    processes = min(jobs or len(os.sched_getaffinity(0)), len(all_pieces))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
     with Progress(*columns, console=console or Console(quiet=True)) as progress:
-        bar = progress.add_task(f"{Path(job.bundle).name} {job.precision or ''}".strip(), total=sum(len(p.questions) for p in everything))
-        parts = iter(answer_all(job, everything, processes, lambda count: progress.advance(bar, count)))
-    found = {domain: [next(parts) for _ in own] for domain, own in pieces.items()}
-    return {name: {domain: joined([part[name] for part in own]) for domain, own in found.items()} for name in job.methods}
+        bar = progress.add_task(f"{Path(job.bundle).name} {job.precision or ''}".strip(), total=sum(len(p.questions) for p in all_pieces))
+        parts = iter(answer_all(job, all_pieces, processes, lambda count: progress.advance(bar, count)))
+    by_domain = {domain: [next(parts) for _ in own] for domain, own in pieces.items()}
+    return {name: {domain: joined([part[name] for part in own]) for domain, own in by_domain.items()} for name in job.methods}

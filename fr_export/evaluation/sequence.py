@@ -1,4 +1,4 @@
-"""Sequence-level selection: one expert's whole answer, chosen among answers that are there already."""
+"""Sequence-level selection: choose among the whole answers that each expert gave alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusionroute.runtime.errors import InputError
 
 
 def most_likely(alone: Sequence[Outcomes]) -> Outcomes:
-    """Per prompt the expert answer with the highest mean log-probability per token under its own expert; among equals the first.
+    """Per question the expert answer with the highest mean log-probability per token under its own expert; among equals the first.
 
     alone: the outcomes of each expert alone, in the bundle's order. Raises InputError where they answer different prompts.
     """
@@ -19,7 +19,7 @@ def most_likely(alone: Sequence[Outcomes]) -> Outcomes:
 
 
 def first_routed(alone: Sequence[Outcomes], routed: Outcomes) -> Outcomes:
-    """Per prompt the answer of the expert that the router chose at the prompt's last token.
+    """Per question the answer of the expert that the router chose at the prompt's last token.
 
     routed: outcomes of a method that the router leads (`fused`, `token`, `router`). Raises InputError where they answer different prompts.
     """
@@ -33,6 +33,6 @@ def _chosen(alone: Sequence[Outcomes], choice: np.ndarray) -> Outcomes:
 
 
 def _same(outcomes: Sequence[Outcomes]) -> Sequence[Outcomes]:
-    if len({one.task for one in outcomes}) > 1:
+    if len({one.questions for one in outcomes}) > 1:
         raise InputError("The outcomes to choose among belong to different prompts: evaluate them on the same ones.")
     return outcomes

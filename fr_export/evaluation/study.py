@@ -1,4 +1,4 @@
-"""Whole evaluations: several bundles, precisions and methods on the same prompts; λ tuned or swept; numbers and pictures in a folder."""
+"""Whole evaluations: several bundles, precisions and methods on the same questions; λ tuned or swept; numbers and pictures in a folder."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from rich.console import Console
 
 from fusionroute.fr_export.evaluation import figures, lambdas
 from fusionroute.fr_export.evaluation.outcomes import Results
+from fusionroute.fr_export.evaluation.questions import Questions
 from fusionroute.fr_export.evaluation.report import Row, summary
 from fusionroute.fr_export.evaluation.run import evaluate
-from fusionroute.fr_export.evaluation.tasks import Tasks
 from fusionroute.runtime.backends.ort_cpu import TARGET
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.files import replace
 
-ROUTED = ("fused", "token", "router")  # led by the router: the routing of the first of them that was evaluated is drawn
+ROUTED = ("fused", "token", "router")  # led by the router: the picture shows the routing of the first of them that was evaluated
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What to evaluate: every method ("experts" stands for all `expert:NAME`) on every precision (None: the fastest) of every bundle.
 
-    `tasks` are the prompts by domain; on `tuning`, where given, λ is chosen first; `source` says in results.json what they are. `lam` and `fusion` are those of the method `fused`.
+    Where `tuning` questions are given, λ is chosen on them first. `source` names the questions in results.json. `lam` and `fusion` are those
+    of the method `fused`.
     """
 
     bundles: tuple[Path, ...]
     precisions: tuple[str | None, ...]
     methods: tuple[str, ...]
-    tasks: Tasks
+    questions: Questions
     out: Path
     source: str = ""
-    tuning: Tasks | None = None
+    tuning: Questions | None = None
     sweep: bool = False
     chat: bool = False
     jobs: int | None = None
@@ -45,13 +46,13 @@ class Request:
     fusion: str | None = None
 
 
-def run(request: Request, console: Console) -> dict[str, Any]:
+def run(request: EvaluationRequest, console: Console) -> dict[str, Any]:
     """Evaluate and write results.json and the pictures to `request.out`; returns what results.json holds.
 
     Tuning measures the first precision and writes λ and its curve into the bundle. Raises FusionError subclasses and OSError.
     """
     bundles = [Bundle.open(folder) for folder in request.bundles]
-    for bundle in bundles:  # whatever is wrong with the last one must show before the first one is evaluated
+    for bundle in bundles:  # an error in the last one must show before the first one is evaluated
         for precision in request.precisions:
             bundle.variant(TARGET, precision)
         if request.tuning and bundle.manifest.fusion == "additive":
@@ -61,29 +62,31 @@ def run(request: Request, console: Console) -> dict[str, Any]:
     curves: dict[str, lambdas.Curve] = {}
     for bundle, name in zip(bundles, _names(request.bundles), strict=True):
         methods = expanded(request.methods, bundle.manifest.experts)
-        for number, asked in enumerate(request.precisions):
-            precision = bundle.variant(TARGET, asked).precision
+        for number, precision_or_none in enumerate(request.precisions):
+            precision = bundle.variant(TARGET, precision_or_none).precision
             if request.tuning and not number:
                 curve = lambdas.curve(_measured(request, bundle, precision, lambdas.methods(), request.tuning, console))
                 lambdas.write(bundle.folder, curve)
                 curves[f"{name} {precision}, for tuning"] = curve
             swept = lambdas.methods() if request.sweep else []
-            results = _measured(request, bundle, precision, [*methods, *swept], request.tasks, console)
+            results = _measured(request, bundle, precision, [*methods, *swept], request.questions, console)
             if request.sweep:
                 curves[f"{name} {precision}"] = lambdas.curve(results)
             rows += [Row(name, precision, method, results[method]) for method in methods]
     return _write(request, rows, curves)
 
 
-def _measured(request: Request, bundle: Bundle, precision: str, methods: Sequence[str], tasks: Tasks, console: Console) -> Results:
+def _measured(
+    request: EvaluationRequest, bundle: Bundle, precision: str, methods: Sequence[str], questions: Questions, console: Console
+) -> Results:
     return evaluate(
-        bundle.folder, precision, methods, tasks, jobs=request.jobs, fusion=request.fusion, lam=request.lam, chat=request.chat,
+        bundle.folder, precision, methods, questions, jobs=request.jobs, fusion=request.fusion, lam=request.lam, chat=request.chat,
         console=console,
     )  # fmt: skip
 
 
 def expanded(methods: Sequence[str], experts: Sequence[str]) -> list[str]:
-    """Names of methods, each once, with "experts" replaced by every expert's."""
+    """Names of methods, each once; "experts" becomes `expert:NAME` for every expert."""
     every = [f"expert:{name}" for name in experts]
     return list(dict.fromkeys(one for name in methods for one in (every if name == "experts" else [name])))
 
@@ -94,9 +97,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _write(request: Request, rows: Sequence[Row], curves: dict[str, lambdas.Curve]) -> dict[str, Any]:
+def _write(request: EvaluationRequest, rows: Sequence[Row], curves: dict[str, lambdas.Curve]) -> dict[str, Any]:
     settings = {"tasks": request.source, "chat": request.chat, "seed": request.seed, "lambda": request.lam, "fusion": request.fusion}
-    entries = summary(rows, request.tasks, request.seed)
+    entries = summary(rows, request.questions, request.seed)
     report = {"settings": settings, "rows": entries, "lambda_curves": curves}
     routed = {(row.bundle, row.precision): row for method in reversed(ROUTED) for row in rows if row.method == method}
     pictures = {
@@ -106,7 +109,7 @@ def _write(request: Request, rows: Sequence[Row], curves: dict[str, lambdas.Curv
     }
     for name, content in pictures.items():
         if content is None:
-            (request.out / name).unlink(missing_ok=True)  # it would be that of an earlier evaluation
+            (request.out / name).unlink(missing_ok=True)  # one of an earlier evaluation
         else:
             replace(request.out / name, content)
     replace(request.out / "results.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())

@@ -1,4 +1,4 @@
-"""One process's share of an evaluation: all methods on some prompts of a domain."""
+"""One process's share of an evaluation: all methods on some questions of a domain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusionroute.runtime.text import Text
 
 
 class Job(NamedTuple):
-    """What is the same for all prompts."""
+    """The settings that are the same for all questions."""
 
     bundle: str
     precision: str | None
@@ -26,9 +26,9 @@ class Job(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some prompts of a domain: pairs of prompt and reference, and how many tokens an answer may have."""
+    """Some questions of a domain as pairs of prompt and reference. `digest` stands for all of the domain; `limit` is in tokens per answer."""
 
-    task: str
+    digest: str
     questions: tuple[tuple[str, str], ...]
     limit: int
 
@@ -45,14 +45,14 @@ class Worker:
         self._classes = TokenClasses(self._text)
 
     def answer(self, piece: Piece) -> dict[str, Outcomes]:
-        """Outcomes by method, one row per prompt of the piece."""
+        """Outcomes by method, one row per question of the piece."""
         answers: dict[str, list[Answer]] = {name: [] for name in self._methods}
         for prompt, reference in piece.questions:
             ids = self._runtime.prompt_ids([{"role": "user", "content": prompt}] if self._chat else prompt)
             self._decoder.start(ids, self._text.encode(reference, special=False))
             for name, method in self._methods.items():
                 answers[name].append(self._decoder.answer(method, piece.limit))
-        return {name: self._outcomes(piece, found) for name, found in answers.items()}
+        return {name: self._outcomes(piece, own) for name, own in answers.items()}
 
     def _outcomes(self, piece: Piece, answers: list[Answer]) -> Outcomes:
         references = [reference for _, reference in piece.questions]
@@ -60,7 +60,7 @@ class Worker:
         for row, answer in enumerate(answers):
             np.add.at(counts[row], (answer.experts[: len(answer.token_ids)], self._classes.of(answer.token_ids)), 1)
         return Outcomes(
-            task=piece.task,
+            questions=piece.digest,
             experts=self._runtime.expert_names,
             answers=[answer.text for answer in answers],
             correct=np.array([answer.text == reference for answer, reference in zip(answers, references, strict=True)]),

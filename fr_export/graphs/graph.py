@@ -36,6 +36,12 @@ class Graph:
     layers: int
     cache: tuple[int, int]
 
+    @property
+    def parameters(self) -> int:
+        """Number of checkpoint values that the graph reads. A tied embedding counts once."""
+        values = self.model.graph.initializers
+        return sum(int(np.prod(values[name].shape)) for name, source in self.sources.items() if source.tensors)
+
     def clone(self) -> "Graph":
         """A copy whose nodes and initialisers can be rewritten for one model and one precision."""
         return Graph(self.model.clone(), dict(self.sources), self.layers, self.cache)

@@ -1,6 +1,6 @@
-"""`python -m fr_export.training`: train a router."""
+"""`python -m fr_export.training`: the same as `fusionroute train`."""
 
-from fusionroute.fr_export.commands.train import app
+from fusionroute.fr_export.commands.main import run
 
 if __name__ == "__main__":
-    app()
+    run("train")

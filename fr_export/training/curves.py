@@ -1,4 +1,4 @@
-"""Loss curves as a picture."""
+"""Draws the loss curves."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,17 +21,17 @@ def draw(stages: Sequence[dict[str, Any]], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [name for name in _TITLES if any(name in point for stage in stages for point in stage["points"])]
-    figure = Figure(figsize=(3.4 * len(shown), 2.8), layout="constrained")
+    quantities = [name for name in _TITLES if any(name in point for stage in stages for point in stage["points"])]
+    figure = Figure(figsize=(3.4 * len(quantities), 2.8), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for panel, name in zip(panels, shown, strict=True):
-        before = 0
+    panels = figure.subplots(1, len(quantities), squeeze=False)[0]
+    for panel, name in zip(panels, quantities, strict=True):
+        earlier_steps = 0
         for stage in stages:
-            points = [(before + point["step"], point[name]) for point in stage["points"] if name in point]
+            points = [(earlier_steps + point["step"], point[name]) for point in stage["points"] if name in point]
             if points:
                 panel.plot(*zip(*points, strict=True), linewidth=1.2, marker="." if len(points) < 3 else "", label=stage["name"])
-            before += stage["points"][-1]["step"] if stage["points"] else 0
+            earlier_steps += stage["points"][-1]["step"] if stage["points"] else 0
         panel.set_title(_TITLES[name], fontsize=9)
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)

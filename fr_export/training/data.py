@@ -1,4 +1,4 @@
-"""Training data: JSONL files of samples or preferences, tokenised into rows exactly as generation sees them."""
+"""Training data: JSONL files of samples or preferences, tokenised exactly as generation sees them."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ class Row:
 
     @classmethod
     def of(cls, pieces: Sequence[tuple[Sequence[int], bool]]) -> "Row":
-        """From pieces of (token ids, whether they are learnt)."""
+        """The row of consecutive pieces (token ids, whether they are learnt)."""
         ids = [id for piece, _ in pieces for id in piece]
         learnt = [flag for piece, flag in pieces for _ in piece]
         return cls(np.array(ids, np.int32), np.array(learnt, np.bool_))
@@ -53,7 +53,7 @@ class Pair(NamedTuple):
 class Encoder:
     """Turns samples into rows with a checkpoint's tokenizer and chat template.
 
-    Prompt and answer are tokenised apart, as they are when a model generates. Raises InputError where there is no tokenizer.
+    Prompt and answer are tokenised separately, as in generation. Raises InputError where the checkpoint has no tokenizer.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -63,9 +63,9 @@ class Encoder:
         self._tokenizer = checkpoint.tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        spelled = {id: token for token, id in checkpoint.vocabulary.items()}
-        self._bos = spelled.get(checkpoint.config.bos_token_id, "")
-        self._ends = [spelled[id] for id in checkpoint.end_tokens if id in spelled]
+        token_of = {id: token for token, id in checkpoint.vocabulary.items()}
+        self._bos = token_of.get(checkpoint.config.bos_token_id, "")
+        self._ends = [token_of[id] for id in checkpoint.end_tokens if id in token_of]
         self._eos = self._end_of_text(checkpoint.vocabulary)
 
     def plain(self, prompt: str, answer: str) -> Row:
@@ -80,21 +80,21 @@ class Encoder:
         messages = [*prompt, *answers]
         whole = self._render(messages, False)
         pieces: list[tuple[list[int], bool]] = []
-        done = ""
+        written = ""
         for number in range(len(prompt), len(messages)):
             if messages[number].get("role") != "assistant":
                 continue
             opened = self._render(messages[:number], True)
             closed = self._render(messages[: number + 1], False) if number + 1 < len(messages) else whole
-            if not (opened.startswith(done) and closed.startswith(opened) and whole.startswith(closed)):
+            if not (opened.startswith(written) and closed.startswith(opened) and whole.startswith(closed)):
                 raise InputError("the chat template rewrites earlier turns, so turns cannot be learnt one by one: use single turns")
             answer = closed[len(opened) :]
-            # What follows the end token (Gemma's line break) belongs to the next prompt: nobody generates it.
+            # What follows the end token (Gemma's line break) belongs to the next prompt: no model generates it.
             stop = max((answer.rfind(end) + len(end) for end in self._ends if end in answer), default=0)
             if not stop:
                 raise InputError(f"the chat template closes the assistant's turn with none of the end tokens {', '.join(self._ends)}")
-            pieces += [(self._encode(opened[len(done) :], False), False), (self._encode(answer[:stop], False), True)]
-            done = opened + answer[:stop]
+            pieces += [(self._encode(opened[len(written) :], False), False), (self._encode(answer[:stop], False), True)]
+            written = opened + answer[:stop]
         if not pieces:
             raise InputError("no message of the role 'assistant' to learn")
         return Row.of(pieces)
@@ -115,8 +115,8 @@ class Encoder:
     def _end_of_text(self, vocabulary: dict[str, int]) -> int:
         """The id of the tokenizer's eos_token; without one, the first that config.json names."""
         file = self._checkpoint.folder / "tokenizer_config.json"
-        named = read_json(file, f"{self._checkpoint.where} has a broken tokenizer").get("eos_token") if file.is_file() else None
-        text = named.get("content") if isinstance(named, dict) else named  # older files keep a dict
+        eos = read_json(file, f"{self._checkpoint.where} has a broken tokenizer").get("eos_token") if file.is_file() else None
+        text = eos.get("content") if isinstance(eos, dict) else eos  # older files keep a dict
         if text in vocabulary:
             return vocabulary[text]
         if self._checkpoint.end_tokens:
@@ -125,7 +125,7 @@ class Encoder:
 
 
 def read_sft(file: Path, encoder: Encoder) -> list[Row]:
-    """The rows of a JSONL file of samples. Raises InputError `file:line: …` for a line that is none."""
+    """The rows of a JSONL file of samples. Raises InputError `file:line: …` for a line that is not a sample."""
 
     def row(sample: dict[str, Any]) -> Row:
         match sample:
@@ -141,7 +141,7 @@ def read_sft(file: Path, encoder: Encoder) -> list[Row]:
 
 
 def read_preferences(file: Path, encoder: Encoder) -> list[Pair]:
-    """The pairs of a JSONL file of preferences (TRL's formats). Raises InputError `file:line: …` for a line that is none."""
+    """The pairs of a JSONL file of preferences (TRL's formats). Raises InputError `file:line: …` for a line that is not a preference."""
 
     def pair(sample: dict[str, Any]) -> Pair:
         match sample:
@@ -156,12 +156,12 @@ def read_preferences(file: Path, encoder: Encoder) -> list[Pair]:
 
 def fitting(samples: Sequence[T], length: Callable[[T], int], limit: int, what: str) -> tuple[list[T], int]:
     """The samples of at most `limit` tokens, and how many were left out. Raises InputError where none is left."""
-    kept = [sample for sample in samples if length(sample) <= limit]
-    if not kept:
+    short = [sample for sample in samples if length(sample) <= limit]
+    if not short:
         raise InputError(
             f"All {len(samples)} {what} are longer than {limit} tokens: raise --max-length." if samples else f"There are no {what}."
         )
-    return kept, len(samples) - len(kept)
+    return short, len(samples) - len(short)
 
 
 def _lines(file: Path, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:

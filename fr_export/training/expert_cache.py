@@ -1,4 +1,4 @@
-"""log π_i(y_t) of frozen models on a data set, computed once and kept on disk under the hash of all that it depends on."""
+"""log π_i(y_t) of frozen models on a data set, computed once and cached on disk under a hash of everything it depends on."""
 
 import hashlib
 import os
@@ -21,12 +21,12 @@ from fusionroute.fr_export.training.router import DTYPES, final_hidden, lm_logit
 from fusionroute.runtime.bundle import sha256
 
 _FORMAT = "fusionroute scores 1"
-_TOKENS, _LOGITS = 4096, 1 << 28  # padded tokens of a batch, and logits, which a large vocabulary has more of
+_TOKENS, _LOGITS = 4096, 1 << 28  # limits of a batch: padded tokens, and logits (the tighter one for large vocabularies)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model says about the T learnt tokens of a data set, row by row."""
+    """One model's predictions at the T learnt tokens of a data set, row by row."""
 
     log_probs: npt.NDArray[np.float32]  # log π(y_t) [T]
     argmaxes: npt.NDArray[np.int32]  # its most probable token there [T]
@@ -35,7 +35,10 @@ class Scores:
 def score(
     logits_of: Callable[[Tensor, Tensor], Tensor], rows: Sequence[Row], vocab: int, device: torch.device, advance: Callable[[float], None]
 ) -> Scores:
-    """Run a model over all rows, batched by length; `logits_of(ids [B, S], positions [T])` gives its logits [T, vocab]."""
+    """Score all rows, batched by length. `logits_of(ids [B, S], positions [T])` gives the model's logits [T, vocab].
+
+    `advance` is called with the number of rows of every finished batch.
+    """
     samples = Samples(rows, preferred=False)
     log_probs = np.zeros(samples.starts[-1], np.float32)
     argmaxes = np.zeros(samples.starts[-1], np.int32)
@@ -44,9 +47,9 @@ def score(
         batch = {name: tensor.to(device) for name, tensor in samples.collate(numbers).items()}
         with torch.inference_mode():
             logits = logits_of(batch["ids"], batch["positions"])
-            own, best = label_log_probs(logits, batch["labels"]).cpu().numpy(), logits.argmax(-1).cpu().numpy()
-        places = np.concatenate([np.arange(samples.starts[n], samples.starts[n + 1]) for n in numbers])
-        log_probs[places], argmaxes[places] = own, best
+            label_values, best = label_log_probs(logits, batch["labels"]).cpu().numpy(), logits.argmax(-1).cpu().numpy()
+        tokens = np.concatenate([np.arange(samples.starts[n], samples.starts[n + 1]) for n in numbers])
+        log_probs[tokens], argmaxes[tokens] = label_values, best
         advance(len(numbers))
     return Scores(log_probs, argmaxes)
 
@@ -54,10 +57,10 @@ def score(
 def expert_scores(
     expert: Checkpoint, rows: Sequence[Row], vocab: int, precision: str, device: torch.device, file: Path, advance: Callable[[float], None]
 ) -> Scores:
-    """An expert's scores over the first `vocab` tokens: from `file`, or computed and put there."""
-    if (found := read_scores(file)) is not None:
+    """An expert's scores over the first `vocab` tokens: read from `file`, or computed and written there."""
+    if (cached := read_scores(file)) is not None:
         advance(len(rows))
-        return found
+        return cached
     lm = load_lm(expert, DTYPES["bfloat16" if precision == "bf16" else "float32"]).to(device).eval()
     scores = score(lambda ids, positions: lm_logits(lm, final_hidden(lm, ids, positions), vocab), rows, vocab, device, advance)
     write_scores(file, scores)
@@ -65,7 +68,7 @@ def expert_scores(
 
 
 def informative(experts: Sequence[Scores]) -> npt.NDArray[np.bool_]:
-    """Bool [T]: tokens where at least two experts disagree on the most probable one."""
+    """bool [T]: whether at least two experts disagree on the most probable token."""
     argmaxes = np.stack([scores.argmaxes for scores in experts])
     return np.asarray((argmaxes != argmaxes[:1]).any(axis=0))
 
@@ -85,13 +88,13 @@ def model_digest(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def key(model: str, data: str, vocab: int, precision: str) -> str:
-    """The name under which a model's scores of a data set are kept, from the digests of both: nothing else goes into them."""
+def cache_key(model: str, data: str, vocab: int, precision: str) -> str:
+    """The name of the file with a model's scores of a data set; scores depend on nothing but these arguments."""
     return hashlib.sha256(" ".join((_FORMAT, model, data, str(vocab), precision)).encode()).hexdigest()
 
 
 def read_scores(file: Path) -> Scores | None:
-    """Scores from a file; None where there is none, or but a part of one."""
+    """Scores from a file; None where it is missing or incomplete."""
     try:
         return Scores(**load_file(file))
     except (FileNotFoundError, SafetensorError, TypeError):
@@ -99,11 +102,11 @@ def read_scores(file: Path) -> Scores | None:
 
 
 def write_scores(file: Path, scores: Scores) -> None:
-    """Write scores so that other runs see all of the file or none."""
+    """Write scores in one step: other runs see the whole file or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}")
+    partial = file.with_suffix(f".{os.getpid()}")
     try:
-        save_file({"log_probs": scores.log_probs, "argmaxes": scores.argmaxes}, beside)
-        beside.replace(file)
+        save_file({"log_probs": scores.log_probs, "argmaxes": scores.argmaxes}, partial)
+        partial.replace(file)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

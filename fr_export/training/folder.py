@@ -1,4 +1,4 @@
-"""The folder that training writes, and the one it works in until then."""
+"""The folder that training writes, and the folder that it works in until then."""
 
 import json
 import shutil
@@ -18,10 +18,10 @@ class RouterStaging(Staging):
     mark = TRAINING_FILE
 
     def check(self) -> None:
-        """Refuse to touch what is not ours to replace."""
+        """Raise InputError unless `out` is missing or empty or, with `force`, a router that was trained here."""
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return
-        if not (self.out / self.mark).is_file():
+        if not self.owns(self.out):
             raise InputError(
                 f"{self.out} exists and is no router that was trained here, so it is not replaced: name another folder with --out."
             )
@@ -32,8 +32,9 @@ class RouterStaging(Staging):
 class Work:
     """`OUT.unfinished`: checkpoints and finished stages, so that an interrupted run can be resumed.
 
-    Without `keep` it vanishes on leaving, done or not; with it, only when the run is done. `identity` says what the run is.
-    Only the `writer` among the ranks makes and removes it.
+    It is removed at the end, after an error too; with `keep` only when the run is done. `identity` says what goes into the run: `resume`
+    takes up a run of the same identity only. Only the `writer` among the ranks makes and removes the folder. Raises InputError where
+    the folder holds something else than `resume` and `force` allow for.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any], *, keep: bool, resume: bool, force: bool, writer: bool) -> None:
@@ -50,10 +51,10 @@ class Work:
 
     def _match(self) -> None:
         try:
-            found = json.loads(self._file.read_text(encoding="utf-8"))
+            interrupted = json.loads(self._file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"There is no interrupted run at {self.folder} to resume: leave out --resume.") from error
-        differing = [name for name in self._identity if found.get(name) != self._identity[name]]
+        differing = [name for name in self._identity if interrupted.get(name) != self._identity[name]]
         if differing:
             raise InputError(
                 f"The interrupted run at {self.folder} had other settings ({', '.join(differing)}): resume it with the same ones."
@@ -72,6 +73,6 @@ class Work:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def checkpoint(self, stage: Path) -> str | None:
-        """The newest complete checkpoint of a stage's folder, to resume from; None to begin at its start."""
+        """The newest complete checkpoint in a stage's folder, to resume from; None to begin the stage."""
         complete = [path.parent for path in stage.glob("checkpoint-*/trainer_state.json")]  # the Trainer writes it last
         return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if self._resume and complete else None

@@ -1,7 +1,7 @@
 """The losses of the FusionRoute paper (arXiv:2601.05106) as pure functions: supervised (SFT) and complementary DPO (CDPO).
 
-T learnt tokens, V tokens of the vocabulary, N experts, P pairs. Results are float32. `labels` int64 [T] holds the learnt tokens
-y_t; what a model says about them stands in the same order.
+T learnt tokens, V entries of the vocabulary, N experts, P pairs. Results are float32. `labels` int64 [T] holds the learnt tokens y_t;
+all other arguments over T follow its order.
 """
 
 import torch
@@ -25,7 +25,7 @@ def routing_loss(routing: Tensor, expert_log_probs: Tensor, informative: Tensor)
     `routing` [T, N] holds the scores w = W·h, `expert_log_probs` [N, T] the log π_i(y_t) of the frozen experts; `informative`
     bool [T] says where at least two experts disagree on the most probable token. The whole SFT loss is L_LM + λ·L_expert.
 
-    Here w_i is softmax(w)_i: the sum as printed is linear in w, so that it falls without end as w is scaled.
+    Here w_i is softmax(w)_i: the sum as printed in the paper is linear in w, so the loss would fall without bound as w is scaled.
     """
     mixture = (routing.float().softmax(dim=-1) * expert_log_probs.T).sum(dim=-1)
     return -(mixture * informative).sum() / informative.sum().clamp(min=1)
@@ -41,7 +41,7 @@ def preference_gaps(log_probs: Tensor, owners: Tensor, pairs: int) -> Tensor:
 
 
 def selected_log_probs(routing: Tensor, expert_log_probs: Tensor) -> Tensor:
-    """log π_expert(y_t) [T] of the expert that the head selects for each token, argmax_i w_i; no gradient.
+    """log π_expert(y_t) [T] of the expert that the head selects at each token, argmax_i w_i. No gradient.
 
     `routing` [T, N], `expert_log_probs` [N, T].
     """
@@ -51,8 +51,8 @@ def selected_log_probs(routing: Tensor, expert_log_probs: Tensor) -> Tensor:
 def cdpo_logits(policy: Tensor, reference: Tensor, expert: Tensor, beta: float) -> Tensor:
     """β·[Δ log π_θ − Δ log π_ref] + B [P], with B = β·Δ log π_expert, a bias without gradient.
 
-    The arguments are the gaps [P] of the router, of the router after SFT, and of the selected experts. Without experts (zeros) it is
-    the logit of DPO (arXiv:2305.18290).
+    The arguments are the gaps [P] of the router, of the reference (the router before this stage), and of the selected experts. With
+    zeros for `expert` it is the logit of DPO (arXiv:2305.18290).
     """
     return beta * (policy - reference) + beta * expert.detach()
 

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix updates are orthogonalised. It needs about half the steps of AdamW on small models."""
+"""Muon: momentum with orthogonalised matrix updates. On small models it needs about half the steps of AdamW."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iterat
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values of [K, M, N] all pushed towards 1."""
+    """Roughly the nearest semi-orthogonal matrices of [K, M, N]: all singular values are pushed towards 1."""
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -35,7 +35,7 @@ class Muon(torch.optim.AdamW):
             group["momentum"] = momentum
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # AdamW's own brings checkpoints of older versions up to date, and finds no "step" where there is but momentum.
+        # AdamW's own method updates checkpoints of older versions, and fails on parameters that have momentum but no "step".
         torch.optim.Optimizer.__setstate__(self, state)
 
     def step(self, closure: None = None) -> None:
@@ -62,7 +62,7 @@ class Muon(torch.optim.AdamW):
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 1 - group["momentum"])
             directions.append(p.grad.lerp(momentum, group["momentum"]))
-        # Scaled so that an element moves about as far as under AdamW, hence the same learning rates fit.
+        # Scaled so that an element moves about as far as under AdamW: the same learning rates fit.
         scale = 0.2 * max(parameters[0].shape) ** 0.5
         for p, update in zip(parameters, orthogonalise(torch.stack(directions)), strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)

@@ -1,4 +1,4 @@
-"""A causal LM with a routing head, as it is trained and as it is written: a folder that the exporter reads."""
+"""A causal LM with a routing head: how it is loaded, run and written as a folder that the exporter reads."""
 
 import json
 import shutil
@@ -14,17 +14,18 @@ from transformers import AutoModelForCausalLM
 from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
 from fusionroute.fr_export.checkpoints.system import read_head
 from fusionroute.fr_export.console.quiet import quiet
+from fusionroute.fr_export.training.recipe import Dtype
 from fusionroute.runtime.errors import InputError
 
 HEAD_KEY = "routing_head"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_STORED: dict[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 SHARD = "5GB"  # of safetensors, as checkpoints are commonly split
 _TEXTS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
 
 
 def load_lm(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
-    """The checkpoint as transformers runs it. Only eager attention there knows Gemma-2's softcap."""
+    """The checkpoint as a transformers model. Gemma-2's softcap needs eager attention."""
     kind = "eager" if getattr(checkpoint.config, "attn_logit_softcapping", None) else "sdpa"
     with quiet():
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation=kind)
@@ -41,7 +42,7 @@ def lm_logits(lm: Any, hidden: Tensor, vocab: int) -> Tensor:
 def final_hidden(lm: Any, ids: Tensor, positions: Tensor) -> Tensor:
     """The hidden states [T, hidden] after the final norm at `positions` [T] of the flattened `ids` [B, S].
 
-    Logits are made of these alone: over a large vocabulary those of all positions would not fit into memory.
+    Only these become logits: over a large vocabulary the logits of all positions would not fit into memory.
     """
     return lm.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, positions)
 
@@ -71,7 +72,7 @@ class Router(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor, learns_routing: bool = True) -> tuple[Tensor, Tensor | None]:
         """Logits [T, vocab] and routing scores w [T, n] (None without a head) at `positions` of the flattened `ids` [B, S].
 
-        Scores that are only to select an expert carry no gradient: `learns_routing=False`.
+        With `learns_routing=False` the scores carry no gradient: they only select an expert.
         """
         hidden = final_hidden(self.lm, ids, positions)
         logits = lm_logits(self.lm, hidden, self.vocab)
@@ -87,43 +88,43 @@ class Router(nn.Module):
             self.head.requires_grad_(learns)
 
     def trained(self) -> dict[str, Tensor]:
-        """The parameters that training changes, by their own names."""
+        """Name → parameter, for all parameters that training changes."""
         return {name: p.detach().contiguous() for name, p in self.named_parameters() if p.requires_grad or name.startswith("head.")}
 
     def weights(self) -> dict[str, Tensor]:
-        """The LM's weights under the names of its checkpoint, adapters merged into them."""
-        found = {}
+        """The LM's weights by their names in its checkpoint, with adapters merged into them."""
+        weights = {}
         for name, tensor in self.lm.state_dict().items():
             if "lora_" in name or (name == "lm_head.weight" and self.lm.config.tie_word_embeddings):
                 continue
             owner = self.lm.get_submodule(name.rpartition(".base_layer.")[0]) if ".base_layer." in name else None
             merged = tensor if owner is None else tensor + owner.get_delta_weight("default")
-            found[name.replace(".base_layer.", ".")] = merged
-        return found
+            weights[name.replace(".base_layer.", ".")] = merged
+        return weights
 
 
 def has_head(checkpoint: Checkpoint) -> bool:
-    """Whether a router's folder holds a routing head."""
+    """Whether a router's checkpoint has a routing head."""
     return f"{HEAD_KEY}.weight" in checkpoint.weights
 
 
 def start_head(checkpoint: Checkpoint, experts: list[str]) -> Tensor | None:
-    """The head [n, hidden] that training begins with: the checkpoint's own or, where it has none, zero, which likes all experts alike.
+    """The head float32 [n, hidden] that training starts from: the checkpoint's own, or zeros, which score all experts alike.
 
-    None without experts. Raises InputError for a head that was trained for other experts, or that has a bias.
+    None without experts. Raises InputError for a head of another number of experts, or with a bias.
     """
     if not experts:
         return None
     if not has_head(checkpoint):
         return torch.zeros(len(experts), checkpoint.config.hidden_size)
-    found = read_head(checkpoint, HEAD_KEY, experts)
-    if found.bias.any():
+    head = read_head(checkpoint, HEAD_KEY, experts)
+    if head.bias.any():
         raise InputError(f"{checkpoint.where} has a routing head with a bias, which is not trained: remove its {HEAD_KEY}.bias.")
-    return torch.from_numpy(found.weight)
+    return torch.from_numpy(head.weight)
 
 
 def add_adapters(lm: Any, rank: int, seed: int) -> None:
-    """Put LoRA adapters into all linear layers but the LM head; everything else is frozen."""
+    """Put LoRA adapters into all linear layers except the LM head, and freeze everything else."""
     import peft
 
     torch.manual_seed(seed)
@@ -131,13 +132,13 @@ def add_adapters(lm: Any, rank: int, seed: int) -> None:
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), lm)
 
 
-def stored_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype of a checkpoint's embedding, which stands for all."""
+def stored_dtype(checkpoint: Checkpoint) -> Dtype:
+    """The dtype of a checkpoint's embedding, taken as that of all weights."""
     return _STORED[checkpoint.weights.entry("model.embed_tokens.weight").dtype]
 
 
 @torch.no_grad()
-def write_router(router: Router, source: Checkpoint, folder: Path, dtype: str) -> None:
+def write_router(router: Router, source: Checkpoint, folder: Path, dtype: Dtype) -> None:
     """Write the router into an empty folder: weights in `dtype` (of DTYPES), the head in float32, the source's config and texts."""
     weights = {name: tensor.to("cpu", DTYPES[dtype]).contiguous() for name, tensor in router.weights().items()}
     save_torch_state_dict(weights, folder, max_shard_size=SHARD)
@@ -153,7 +154,7 @@ def write_router(router: Router, source: Checkpoint, folder: Path, dtype: str) -
 
 
 def copy_texts(source: Path, folder: Path) -> None:
-    """Copy what goes with a checkpoint's weights and config: tokenizer, chat template, generation config."""
+    """Copy the files beside a checkpoint's weights and config: tokenizer, chat template, generation config."""
     for pattern in _TEXTS:
         for file in source.glob(pattern):
             if file.is_file():

@@ -1,4 +1,4 @@
-"""Train a router: experts' log-probabilities, then stage after stage, then the folder that the exporter reads."""
+"""Train a router: the experts' log-probabilities first, then stage after stage, then the folder that the exporter reads."""
 
 import json
 import platform
@@ -27,27 +27,28 @@ from fusionroute.fr_export.training.curves import draw
 from fusionroute.fr_export.training.data import Encoder, Row, fitting, read_preferences, read_sft
 from fusionroute.fr_export.training.expert_cache import (
     Scores,
+    cache_key,
     data_digest,
     expert_scores,
     informative,
-    key,
     model_digest,
     read_scores,
     score,
     write_scores,
 )
 from fusionroute.fr_export.training.folder import TRAINING_FILE, RouterStaging, Work
-from fusionroute.fr_export.training.recipe import Request, Stage
+from fusionroute.fr_export.training.recipe import Stage
+from fusionroute.fr_export.training.request import TrainingRequest
 from fusionroute.fr_export.training.router import HEAD_KEY, Router, has_head, start_head, stored_dtype, write_router
 from fusionroute.fr_export.training.trainer import RouterTrainer
 from fusionroute.runtime.errors import InputError, UnavailableError
 
-_RANKS_WAIT = timedelta(days=7)  # for the one that computes the experts' log-probabilities
+_RANKS_WAIT = timedelta(days=7)  # other ranks wait while one computes the experts' log-probabilities
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. `stages` holds of each name, steps, seconds, peak_mib (anonymous memory, MiB) and the loss curve's last point."""
+    """What a run did. Each of `stages` has name, steps, seconds, peak_mib (anonymous memory, MiB) and last (the loss curve's last point)."""
 
     out: str
     rows: int  # SFT samples learnt from
@@ -56,11 +57,12 @@ class Report:
     stages: list[dict[str, Any]]
 
 
-def train(request: Request, display: Stages | None = None) -> Report:
+def train(request: TrainingRequest, display: Stages | None = None) -> Report:
     """Train the router that `request` describes and write it to `request.out`, which appears only when complete.
 
     Under `accelerate launch` all ranks call this, and rank 0 writes. The same seed gives the same weights, byte for byte, on the same
-    CPU with the same number of threads. Raises InputError for what does not fit together, UnavailableError for a missing package.
+    CPU with the same number of threads. Raises InputError where data, checkpoints and recipe do not fit together, UnavailableError for a
+    missing package.
     """
     for package in ("accelerate", "matplotlib", *(["peft"] if request.recipe.lora_rank else [])):
         if find_spec(package) is None:
@@ -74,12 +76,12 @@ def train(request: Request, display: Stages | None = None) -> Report:
 
 
 class _Run:
-    """One run: the checks first, all of them, then the work."""
+    """One run: all checks first, then the work."""
 
-    def __init__(self, request: Request, display: Stages, state: Any) -> None:
+    def __init__(self, request: TrainingRequest, display: Stages, state: Any) -> None:
         self.request, self.recipe, self.display, self.state = request, request.recipe, display, state
         self.staging = RouterStaging(request.out, request.force)
-        self.staging.check()
+        self.staging.prepare()  # now, not after hours of training: an older router that comes back needs --force
         self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY)
         self.experts = [Checkpoint.open(name, source, request.family) for name, source in request.experts.items()]
         self.vocab = common_vocabulary(self.router, tuple(self.experts))
@@ -92,7 +94,7 @@ class _Run:
         self.identity = self._identity()
 
     def _data(self) -> tuple[list[Row], list[Row], int]:
-        """The rows of both kinds, those of pairs one after the other."""
+        """The SFT rows, the rows of the preferences (chosen and rejected alternate), and how many samples were too long."""
         request, stages = self.request, self.recipe.stages
         rows: list[Row] = []
         pairs: list[Row] = []
@@ -100,15 +102,15 @@ class _Run:
         if any(stage.supervised for stage in stages):
             if request.sft is None:
                 raise InputError("The stages sft and mixed learn from samples: name them with --sft.")
-            found = read_sft(request.sft, Encoder(self.router)) if isinstance(request.sft, Path) else request.sft
-            rows, skipped = fitting(found, lambda row: len(row.ids), self.limit, "samples")
+            samples = read_sft(request.sft, Encoder(self.router)) if isinstance(request.sft, Path) else request.sft
+            rows, skipped = fitting(samples, lambda row: len(row.ids), self.limit, "samples")
         if any(stage.preferred for stage in stages):
             if request.preferences is None:
                 raise InputError("The stages cdpo and mixed learn from preferences: name them with --preferences.")
-            given = request.preferences
-            both = read_preferences(given, Encoder(self.router)) if isinstance(given, Path) else given
-            kept, more = fitting(both, lambda pair: max(len(row.ids) for row in pair), self.limit, "preferences")
-            pairs, skipped = flat(kept), skipped + more
+            source = request.preferences
+            preferences = read_preferences(source, Encoder(self.router)) if isinstance(source, Path) else source
+            short, too_long = fitting(preferences, lambda pair: max(len(row.ids) for row in pair), self.limit, "preferences")
+            pairs, skipped = flat(short), skipped + too_long
         return rows, pairs, skipped
 
     def run(self) -> Report:
@@ -116,7 +118,7 @@ class _Run:
         request, writer = self.request, self.state.is_main_process
         keep = request.checkpoint_every is not None
         work = Work(request.out, self.identity, keep=keep, resume=request.resume, force=request.force, writer=writer)
-        self.state.wait_for_everyone()  # all ranks have looked before rank 0 writes
+        self.state.wait_for_everyone()  # all ranks have checked the folder before rank 0 writes there
         with work:
             self.state.wait_for_everyone()
             cache = request.cache or work.folder / "cache"
@@ -132,7 +134,7 @@ class _Run:
         return report
 
     def _identity(self) -> dict[str, Any]:
-        """Digests of all that goes in: what must be the same for a run to be resumed."""
+        """Digests of all inputs: a run can only be resumed where these are the same."""
         return {
             "recipe": asdict(self.recipe),
             "data": [data_digest(self.rows), data_digest(self.pairs)],
@@ -142,7 +144,7 @@ class _Run:
         }
 
     def _samples(self, rows: Sequence[Row], preferred: bool, what: str, cache: Path) -> Samples | None:
-        """The rows with what the experts say about them; rank 0 computes what the cache lacks, the others read it."""
+        """The rows with the experts' scores. Rank 0 computes those that the cache lacks, the other ranks read them."""
         if not rows:
             return None
         if not self.experts:
@@ -151,45 +153,48 @@ class _Run:
         for expert in self.experts:
             with self.display.stage(f"{expert.name} expert on {what}", len(rows)) as advance:
                 scores.append(self._scored(expert, rows, cache, advance))
-        return Samples(rows, preferred, np.stack([own.log_probs for own in scores]), informative(scores))
+        return Samples(rows, preferred, np.stack([expert.log_probs for expert in scores]), informative(scores))
 
     def _scored(self, expert: Checkpoint, rows: Sequence[Row], cache: Path, advance: Callable[[float], None]) -> Scores:
-        name = key(self.identity["experts"][expert.name], data_digest(rows), self.vocab, self.recipe.precision)
+        name = cache_key(self.identity["experts"][expert.name], data_digest(rows), self.vocab, self.recipe.precision)
         with self.state.main_process_first():
             return expert_scores(expert, rows, self.vocab, self.recipe.precision, self.state.device, cache / f"{name}.safetensors", advance)
 
     def _stage(self, stage: Stage, router: Router, sft: Samples | None, preferences: Samples | None, work: Work) -> dict[str, Any]:
-        """Train one stage, or take it from the interrupted run that had finished it; returns its loss curve."""
-        weights, curve = work.folder / f"{stage.name}.safetensors", work.folder / f"{stage.name}.json"
-        if curve.is_file():  # only a resumed run finds one
+        """Train one stage, or load it where an interrupted run had finished it. Returns its loss curve."""
+        weights, curve_file = work.folder / f"{stage.name}.safetensors", work.folder / f"{stage.name}.json"
+        if curve_file.is_file():  # only in a resumed run
             router.load_state_dict(load_file(weights), strict=False)
-            return dict(json.loads(curve.read_text(encoding="utf-8")))
+            return dict(json.loads(curve_file.read_text(encoding="utf-8")))
         sets = [sft] if stage.supervised and sft is not None else []
         if stage.preferred and preferences is not None:
-            sets.append(
-                replace(preferences, reference=self._reference(router, preferences, work.folder / f"{stage.name}-reference.safetensors"))
-            )
+            reference = self._reference(router, preferences, work.folder / f"{stage.name}-reference.safetensors")
+            sets.append(replace(preferences, reference=reference))
         folder = work.folder / stage.name
         started = time.perf_counter()
         with quiet():
             trainer = RouterTrainer(router, stage, self.recipe, sets, folder, self.request.checkpoint_every)
         with self.display.stage(f"stage {stage.name}", len(trainer.steps)) as advance, quiet():
             trainer.run(work.checkpoint(folder), advance)
-        seconds = round(time.perf_counter() - started, 2)
-        memory = self.display.done[-1].peak_anonymous_mib
-        found = {"name": stage.name, "steps": len(trainer.steps), "seconds": seconds, "peak_mib": memory, "points": trainer.points()}
+        curve = {
+            "name": stage.name,
+            "steps": len(trainer.steps),
+            "seconds": round(time.perf_counter() - started, 2),
+            "peak_mib": self.display.done[-1].peak_anonymous_mib,
+            "points": trainer.points(),
+        }
         if self.state.is_main_process:
             if self.request.keep_stages and stage is not self.recipe.stages[-1]:
                 self._write_router(router, work.folder / "stages" / stage.name)
             if self.request.checkpoint_every is not None:
                 save_file(router.trained(), weights)
-                curve.write_text(json.dumps(found), encoding="utf-8")
+                curve_file.write_text(json.dumps(curve), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
         self.state.wait_for_everyone()
-        return found
+        return curve
 
     def _reference(self, router: Router, preferences: Samples, file: Path) -> npt.NDArray[np.float32]:
-        """log π_ref [T] of the preferences: the router's as it is now, which for a resumed stage is read from its file."""
+        """log π_ref float32 [T] of the preferences, under the router as it is now. A resumed stage reads them from `file`."""
         router.to(self.state.device).eval()
         autocast = torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")  # as in the stage itself
         with self.state.main_process_first(), autocast:
@@ -207,7 +212,7 @@ class _Run:
         write_router(router, self.router, folder, self.dtype)
 
     def _write(self, router: Router, curves: list[dict[str, Any]], report: Report, folder: Path, work: Work) -> None:
-        """The router with what tells how it was trained, in a folder that is still nobody's."""
+        """Write the router, and how it was trained, into the staging folder."""
         self._write_router(router, folder)
         if (earlier := work.folder / "stages").is_dir():
             shutil.copytree(earlier, folder / "stages")

@@ -1,4 +1,4 @@
-"""One stage of a router's training on top of transformers' Trainer, which brings accumulation, clipping, ranks and checkpoints."""
+"""One stage of a router's training, on transformers' Trainer, which brings accumulation, clipping, ranks and checkpoints."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from fusionroute.fr_export.training.batches import Batch, Samples, plan
+from fusionroute.fr_export.training.batches import Batch, Samples, optimizer_steps
 from fusionroute.fr_export.training.losses import (
     cdpo_logits,
     cdpo_loss,
@@ -35,13 +35,13 @@ _POINTS = 200  # of a loss curve, at most
 class RouterTrainer(Trainer):
     """Trains a router on the steps of one stage.
 
-    Every loss is a mean over all tokens (or pairs) of an optimizer step, however many batches and ranks share it: each batch counts by
-    its share. The routing head has a learning rate of its own; preferences leave it as it is.
+    Every loss is a mean over all tokens (or pairs) of an optimizer step, however many batches and ranks share the step: each batch counts
+    by its share. The routing head has a learning rate of its own; preferences do not train it.
     """
 
     def __init__(self, router: Router, stage: Stage, recipe: Recipe, sets: Sequence[Samples], folder: Path, save_every: int | None) -> None:
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.steps = plan(
+        self.steps = optimizer_steps(
             sets, recipe.batch_size, recipe.batch_tokens, recipe.accumulation * world, stage.epochs, stage.max_steps, recipe.seed
         )
         self._stage, self._recipe = stage, recipe
@@ -52,29 +52,29 @@ class RouterTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # by the shares
 
     def run(self, checkpoint: str | None, advance: Callable[[float], None]) -> None:
-        """Train, from a checkpoint's step on where one is named; `advance` hears of every step done."""
+        """Train, from a checkpoint's step on where one is named; `advance` is called with 1 after every step."""
         self.add_callback(_Progress(advance))
         self.train(resume_from_checkpoint=checkpoint)
 
     def points(self) -> list[dict[str, float]]:
-        """The loss curve: means over the steps since the point before."""
+        """The loss curve: each point holds the means over the steps since the previous one."""
         return [{name: value for name, value in point.items() if name != "epoch"} for point in self.state.log_history if "loss" in point]
 
     def get_train_dataloader(self) -> Any:
-        """This rank's batches, in order; all epochs of a stage are one epoch of the Trainer, so that resuming skips what is done."""
-        mine = [batch for step in self.steps for batch in step[self.args.process_index :: self.args.world_size]]
-        return DataLoader(_Collated(mine), batch_size=1, collate_fn=itemgetter(0), pin_memory=self.args.dataloader_pin_memory)
+        """This rank's batches, in order. All epochs of a stage are one epoch of the Trainer, so that resuming skips finished steps."""
+        own_batches = [batch for step in self.steps for batch in step[self.args.process_index :: self.args.world_size]]
+        return DataLoader(_Collated(own_batches), batch_size=1, collate_fn=itemgetter(0), pin_memory=self.args.dataloader_pin_memory)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW, or Muon for matrices and AdamW for the rest."""
         rate = self._stage.learning_rate
         rates = {"head": rate if self._stage.head_learning_rate is None else self._stage.head_learning_rate, "rest": rate, "matrices": rate}
-        found: dict[str, list[Tensor]] = {kind: [] for kind in rates}
+        parameters: dict[str, list[Tensor]] = {kind: [] for kind in rates}
         for name, p in self.model.named_parameters():
             if p.requires_grad:
                 matrix = self._recipe.optimizer == "muon" and p.ndim == 2 and not any(table in name for table in _TABLES)
-                found["head" if name.startswith("head.") else "matrices" if matrix else "rest"].append(p)
-        groups = [{"params": own, "lr": rates[kind], "muon": kind == "matrices"} for kind, own in found.items() if own]
+                parameters["head" if name.startswith("head.") else "matrices" if matrix else "rest"].append(p)
+        groups = [{"params": own, "lr": rates[kind], "muon": kind == "matrices"} for kind, own in parameters.items() if own]
         self.optimizer = (Muon if self._recipe.optimizer == "muon" else torch.optim.AdamW)(groups, lr=rate, **_ADAMW)
         return self.optimizer
 
@@ -92,7 +92,7 @@ class RouterTrainer(Trainer):
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The batches of one step on this rank, and what all ranks together have in them: (tokens or pairs, informative tokens)."""
+        """The batches of one step on this rank, and the counts over all ranks: (tokens or pairs, informative tokens)."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         total = torch.tensor([counts(batch) for batch in batches]).sum(0)
         if self.args.world_size > 1:
@@ -100,7 +100,7 @@ class RouterTrainer(Trainer):
         return batches, tuple(total.tolist())
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The batch's share of the step's loss, times the ranks (gradients are averaged over them)."""
+        """The batch's share of the step's loss, times the number of ranks (which gradients are averaged over)."""
         shares = [self.args.world_size * own / max(1, total) for own, total in zip(counts(inputs), num_items_in_batch, strict=True)]
         preferences = "reference" in inputs
         logits, routing = model(inputs["ids"], inputs["positions"], learns_routing=not preferences)
@@ -132,7 +132,7 @@ class RouterTrainer(Trainer):
         self._sums[name] = total + weight * value.detach(), weights + weight
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last point of the curve. Raises InputError where the loss is no number any more."""
+        """Add the means since the last point of the curve. Raises InputError where the loss is no longer finite."""
         for name, (total, weight) in self._sums.items():
             pair = torch.stack([total, torch.tensor(weight, device=total.device)])
             pair = self.accelerator.reduce(pair, "sum") if self.args.world_size > 1 else pair
@@ -149,7 +149,7 @@ class RouterTrainer(Trainer):
 
 
 def counts(batch: dict[str, Tensor]) -> tuple[int, int]:
-    """What the losses of a batch are means over: (pairs, 0) of preferences, else (learnt tokens, informative ones)."""
+    """What a batch's losses are means over: (pairs, 0) for preferences, else (learnt tokens, informative tokens)."""
     if "reference" in batch:
         return len(batch["ids"]) // 2, 0
     return len(batch["labels"]), int(batch["informative"].sum()) if "informative" in batch else 0
@@ -160,7 +160,7 @@ def training_arguments(stage: Stage, recipe: Recipe, steps: int, folder: Path, s
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=1,  # a batch of the loader is a whole batch
+        per_device_train_batch_size=1,  # the loader yields whole batches
         gradient_accumulation_steps=recipe.accumulation,
         max_steps=steps,
         max_grad_norm=recipe.clip,
@@ -174,7 +174,7 @@ def training_arguments(stage: Stage, recipe: Recipe, steps: int, folder: Path, s
         use_cpu=not cuda,
         bf16=recipe.precision == "bf16",
         dataloader_pin_memory=cuda,
-        ddp_find_unused_parameters=stage.name == "mixed",  # preferences leave the head out
+        ddp_find_unused_parameters=stage.name == "mixed",  # preferences do not use the head
         seed=recipe.seed,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs: one process each (accelerate launch), never DataParallel
@@ -182,7 +182,7 @@ def training_arguments(stage: Stage, recipe: Recipe, steps: int, folder: Path, s
 
 
 class _Collated(Dataset):
-    """Batches as tensors."""
+    """The batches, collated into tensors when they are read."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._batches = batches
@@ -196,12 +196,12 @@ class _Collated(Dataset):
 
 
 class _Progress(TrainerCallback):
-    """Advances a bar by one per step, and sees to it that the last step is a point of the curve."""
+    """Advances the progress bar by one per step, and makes the last step a point of the curve."""
 
     def __init__(self, advance: Callable[[float], None]) -> None:
         self._advance = advance
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A step is done."""
+        """Called after every optimizer step."""
         self._advance(1)
         control.should_log = control.should_log or state.global_step == state.max_steps

@@ -1,4 +1,4 @@
-"""Hold an exported bundle against the reference."""
+"""Compare an exported bundle with the reference."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +11,14 @@ from fusionroute.fr_export.verify.torch_reference import Reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.text import Text
 
-TOKENS = 384  # positions compared: enough to see a wrong graph, cheap enough for every export
-LONGEST = 128
-Score = Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]  # (ids [S], chunk) → fused logits [S, V], experts [S]
+TOKENS = 384  # compared positions: enough to notice a wrong graph, cheap enough for every export
+LONGEST = 128  # tokens of one sequence, and of a chunk
+# (ids [S], chunk) → fused logits float32 [S, V], experts int64 [S]
+Score = Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]
 
 
 def sequences(system: System, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids to compare on: the prompts, packed end to end; seeded random ids for a system without a tokenizer."""
+    """Token ids to compare on: the prompts end to end, cut into sequences. Without a tokenizer: seeded random ids."""
     length = min(LONGEST, system.max_seq_len)
     tokenizer_file = system.router.folder / "tokenizer.json"
     if not tokenizer_file.exists():
@@ -36,12 +37,12 @@ def compare(
     advance: Callable[[float], None],
     decoded: int | None = None,
 ) -> dict[str, Any]:
-    """Hold a precision for the CPU against the reference, through the runtime that users run; see `compare_scores`."""
+    """Compare a precision for the CPU through the runtime that users run; see `compare_scores`."""
     with FusionRuntime.load(bundle, precision=precision, device="cpu") as runtime:
 
         def score(ids: Sequence[int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
-            found = runtime.score(ids, chunk=chunk)
-            return found.logits, found.experts
+            scores = runtime.score(ids, chunk=chunk)
+            return scores.logits, scores.experts
 
         return compare_scores(score, texts, references, advance, decoded)
 
@@ -55,7 +56,8 @@ def compare_scores(
 ) -> dict[str, Any]:
     """Differences of the fused distribution (see `metrics.summarise`), read in chunks and token by token ("decode").
 
-    Token by token only the first texts of together `decoded` tokens are read, unless it is None. `largest_logit` is the largest |logit| of the reference, beside which the differences of logits stand.
+    `references` belong to `texts`, one each. Token by token, texts are read until `decoded` tokens are reached; None
+    means all. `largest_logit` is the largest |logit| of the reference: the scale of the differences between logits.
     """
     result: dict[str, Any] = {"tokens": sum(map(len, texts))}
     for name, chunk, limit in (("chunks", LONGEST, None), ("decode", 1, decoded)):

@@ -1,6 +1,7 @@
-"""Graphs of the `tensorrt` dialects run on ONNX Runtime's CPU provider, as their engines run: keys and values stay in buffers of fixed capacity.
+"""Run graphs of the `tensorrt` dialects on ONNX Runtime's CPU provider, as their engines run.
 
-What the CPU has no kernels for, bf16, is computed in fp32 and rounded where the graph rounds (fr_export/verify/half_on_cpu.py).
+Keys and values stay in buffers of fixed capacity. The CPU has no bf16 kernels: bf16 graphs are computed in fp32 and
+rounded where the graph rounds (half_on_cpu.py).
 """
 
 from collections.abc import Sequence
@@ -16,16 +17,16 @@ from fusionroute.runtime.manifest import Manifest, Variant
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-class InPlace:
-    """One model and its caches. `length` is the number of tokens that they hold; making it smaller forgets the rest."""
+class EngineGraphOnCpu:
+    """One model and its caches. `length` is the number of cached tokens; a smaller value forgets the rest."""
 
     def __init__(self, file: Path):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # failures are raised; nothing is printed
+        options.log_severity_level = 4  # failures are raised, so nothing need be printed
         options.intra_op_num_threads = 1
-        # further up, 1.32 crashes on fp16 graphs and replaces products of int8 weights by ones that round activations too
+        # At higher levels ONNX Runtime 1.32 crashes on fp16 graphs, and rounds the activations of int8 products too.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
         model = ir.load(file)
@@ -39,46 +40,50 @@ class InPlace:
         self.capacity = int(past[0].shape[2])
         self.length = 0
 
-    def forward(self, ids: Sequence[int], wanted: Sequence[int] | None = None, keys: int | None = None) -> list[np.ndarray]:
-        """Append ids; logits float32 [K, V] (and routing [K, n]) of the `wanted` positions within them, of all where None.
+    def forward(self, ids: Sequence[int], positions: Sequence[int] | None = None, keys: int | None = None) -> list[np.ndarray]:
+        """Append ids. Returns logits float32 [K, V] (and the router's routing float32 [K, n_experts]).
 
-        Attention reads `keys` positions of the caches, at least those that are filled then.
+        `positions` [K] are the places within `ids` that are answered; None means all. Attention reads the first `keys`
+        positions of the caches: at least all that are filled, which is the default.
         """
         end = self.length + len(ids)
         feeds = self._caches | {
             "input_ids": np.array([ids], np.int64),
             "write_index": np.array([self.length], np.int64),
             "key_positions": np.arange(end if keys is None else keys),
-            "logit_positions": np.arange(len(ids)) if wanted is None else np.array(wanted, np.int64),
+            "logit_positions": np.arange(len(ids)) if positions is None else np.array(positions, np.int64),
         }
-        found = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
+        results = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
         for name, cache in self._caches.items():
-            if name.replace("past.", "present.") in found:
-                self._caches[name] = found[name.replace("past.", "present.")]
-            else:  # of TensorRT 10.3: new rows only
-                cache[:, :, self.length : end] = found[name.replace("past.", "new.")]
+            if name.replace("past.", "present.") in results:
+                self._caches[name] = results[name.replace("past.", "present.")]
+            else:  # TensorRT 10.3's graphs return the new rows only
+                cache[:, :, self.length : end] = results[name.replace("past.", "new.")]
         self.length = end
-        return [found[name][0] for name in ("logits", "routing") if name in found]
+        return [results[name][0] for name in ("logits", "routing") if name in results]
 
     def read(self, ids: Sequence[int], chunk: int, spare: int = 0) -> list[np.ndarray]:
-        """The answers for every position of a text, from empty caches and in chunks, with up to `spare` keys more than needed."""
+        """What `forward` returns for every position of a text, read in chunks from empty caches.
+
+        Attention reads up to `spare` keys more than it needs.
+        """
         self.length = 0
         parts = []
         for start in range(0, len(ids), chunk):
-            piece = ids[start : start + chunk]
-            parts.append(self.forward(piece, keys=min(self.capacity, start + len(piece) + spare)))
+            tokens = ids[start : start + chunk]
+            parts.append(self.forward(tokens, keys=min(self.capacity, start + len(tokens) + spare)))
         return [np.concatenate(kind) for kind in zip(*parts, strict=True)]
 
 
-class System:
-    """All models of one variant for TensorRT of a bundle."""
+class EngineSystemOnCpu:
+    """All models of a variant for TensorRT, scored as a system."""
 
     def __init__(self, bundle: Path, manifest: Manifest, variant: Variant, coefficients: tuple[float, float]):
-        self._models = [InPlace(bundle / variant.graphs[model.name]) for model in manifest.models]
+        self._models = [EngineGraphOnCpu(bundle / variant.graphs[model.name]) for model in manifest.models]
         self._coefficients = coefficients
 
     def score(self, ids: Sequence[int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """Fused logits float32 [S, V] and the experts chosen int64 [S] at every position of a text."""
+        """Fused logits float32 [S, V] and the chosen experts int64 [S] at every position of a text."""
         router, *experts = self._models
         fused, routing = router.read(ids, chunk)
         chosen = routing.argmax(-1)

@@ -1,9 +1,11 @@
-"""What a GPU's half-precision graphs compute, on a CPU: `ort:cuda` graphs become `ort:cpu` graphs with the same rounding.
+"""Compute on a CPU what a GPU's half-precision graphs compute: its graphs become `ort:cpu` graphs that round alike.
 
-ONNX Runtime's CPU provider has no bf16 kernels. It runs fp16 graphs (1.32 crashes on some at its highest optimisation level), but drops a cast
-to fp16 in front of a product that it computes in fp32, and with it the overflow. An emulated graph computes in fp32 and rounds every result
-where the GPU's graph has a value in half precision: what a GPU does, which accumulates in fp32, up to the order of sums and the rounding of
-attention probabilities inside its kernels.
+ONNX Runtime's CPU provider has no bf16 kernels. It runs fp16 graphs, but drops a cast to fp16 in front of a product
+that it computes in fp32, and the overflow with it. (1.32 also crashes on some fp16 graphs at its highest level.)
+
+An emulated graph computes in fp32 and rounds every result that the GPU's graph holds in half precision. A GPU
+accumulates in fp32 too. The results differ only by the order of sums and by the rounding of attention probabilities
+inside kernels.
 """
 
 from pathlib import Path
@@ -19,10 +21,10 @@ FLOAT = ir.DataType.FLOAT
 
 
 def emulate(bundle: Path) -> None:
-    """Turn the `ort:cuda` variants of a bundle into `ort:cpu` ones, in place of all others; weights stay as they are stored."""
-    made = Manifest.read(bundle)
-    files, variants = dict(made.files), []
-    for variant in made.variants:
+    """Replace a bundle's variants by emulated `ort:cpu` versions of its `ort:cuda` ones. Weights stay as stored."""
+    manifest = Manifest.read(bundle)
+    files, variants = dict(manifest.files), []
+    for variant in manifest.variants:
         if variant.target != "ort:cuda":
             continue
         graphs = {}
@@ -31,11 +33,11 @@ def emulate(bundle: Path) -> None:
             ir.save(in_fp32(ir.load(bundle / name)), bundle / emulated)
             files[emulated] = File(sha256=sha256(bundle / emulated), bytes=(bundle / emulated).stat().st_size)
         variants.append(variant.model_copy(update={"target": "ort:cpu", "graphs": graphs}))
-    made.model_copy(update={"variants": variants, "files": files}).write(bundle)
+    manifest.model_copy(update={"variants": variants, "files": files}).write(bundle)
 
 
 def in_fp32(model: ir.Model) -> ir.Model:
-    """The model, changed: every half-precision value (but stored weights) is fp32 and was rounded where it was made."""
+    """The same model, changed: half-precision values but stored weights are fp32, rounded where they are computed."""
     graph = model.graph
     caches = [value for value in graph.inputs if value.name.startswith("past.")]
     half = caches[0].dtype
@@ -57,8 +59,8 @@ def in_fp32(model: ir.Model) -> ir.Model:
     return model
 
 
-def rounded(graph: ir.Graph, made: ir.Node, value: ir.Value, half: ir.DataType) -> None:
-    """Let every reader of a node's result, the graph's outputs too, read it as fp32 rounded to `half`."""
+def rounded(graph: ir.Graph, producer: ir.Node, value: ir.Value, half: ir.DataType) -> None:
+    """Let all readers of the producer's result `value`, graph outputs too, read fp32 that is rounded to `half`."""
     name = value.name
     wide = ir.Value(name=f"{name}.emulated", type=ir.TensorType(FLOAT), shape=value.shape)
     value.replace_all_uses_with(wide, replace_graph_outputs=True)
@@ -66,12 +68,12 @@ def rounded(graph: ir.Graph, made: ir.Node, value: ir.Value, half: ir.DataType) 
         value.name, wide.name = f"{name}.exact", name
     narrow = value
     steps = []
-    if made.op_type != "Cast":  # which rounds by itself
+    if producer.op_type != "Cast":  # a cast rounds by itself
         value.type = ir.TensorType(FLOAT)
         narrow = ir.Value(name=f"{name}.half", type=ir.TensorType(half), shape=value.shape)
         steps = [ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(half))], outputs=[narrow])]
     steps.append(ir.Node("", "Cast", [narrow], [ir.AttrInt64("to", int(FLOAT))], outputs=[wide]))
-    graph.insert_after(made, steps)
+    graph.insert_after(producer, steps)
 
 
 def rotate_before(graph: ir.Graph, attention: ir.Node, half: ir.DataType) -> None:

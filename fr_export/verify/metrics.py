@@ -1,20 +1,20 @@
-"""What rounding does to the fused distribution, position by position, against a reference of the same text."""
+"""What rounding does to the fused distribution at every position of a text, against a reference."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-SURE = 1.0  # logits between the reference's best token and its second
+SURE = 1.0  # logits between the reference's best token and its second best
 ROWS = 64  # positions at a time: a row of a large vocabulary takes 2 MB in double precision
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Arrays [S] over positions. Where the text ends there is no next token: `nll` and `reference_nll` are NaN.
+    """Arrays [S] over positions. Where the text ends there is no next token: `nll` and `reference_nll` are NaN there.
 
-    peak, mean: |Δ logit|. kl: KL(reference‖found) in nats. same: equal most likely token. margin: of the reference, in logits.
-    routed: equal choice of expert. nll: −log p(next token of the text).
+    peak, mean: |Δ logit|. kl: KL(reference‖measured) in nats. same: equal most likely token. margin: between the
+    reference's best two tokens, in logits. routed: equal choice of expert. nll: −log p(next token of the text).
     """
 
     peak: np.ndarray
@@ -28,11 +28,11 @@ class Differences:
 
 
 def differences(
-    found: np.ndarray, reference: np.ndarray, experts: np.ndarray, reference_experts: np.ndarray, ids: Sequence[int]
+    logits: np.ndarray, reference: np.ndarray, experts: np.ndarray, reference_experts: np.ndarray, ids: Sequence[int]
 ) -> Differences:
-    """Compare fused logits float32 [S, V] and choices [S] with those of the reference; `ids` [S] is the text they belong to."""
+    """Compare fused logits float32 [S, V] and chosen experts [S] with the reference's. `ids` [S] is the text."""
     pieces = [
-        _rows(found[start : start + ROWS], reference[start : start + ROWS], ids[start + 1 : start + ROWS + 1])
+        _rows(logits[start : start + ROWS], reference[start : start + ROWS], ids[start + 1 : start + ROWS + 1])
         for start in range(0, len(ids), ROWS)
     ]
     joined = [np.concatenate(column) for column in zip(*pieces, strict=True)]
@@ -40,16 +40,16 @@ def differences(
     return Differences(peak, mean, kl, same, margin, experts == reference_experts, nll, reference_nll)
 
 
-def _rows(found: np.ndarray, reference: np.ndarray, following: Sequence[int]) -> tuple[np.ndarray, ...]:
-    gaps = np.abs(found - reference)
-    # in double precision: a divergence of 1e-7 is a difference of sums over up to 256,000 tokens
-    q, p = (_log_softmax(logits.astype(np.float64)) for logits in (found, reference))
+def _rows(logits: np.ndarray, reference: np.ndarray, following: Sequence[int]) -> tuple[np.ndarray, ...]:
+    gaps = np.abs(logits - reference)
+    # Double precision: a divergence of 1e-7 is a difference of sums over up to 256,000 tokens.
+    q, p = (_log_softmax(each.astype(np.float64)) for each in (logits, reference))
     top = np.partition(reference, -2, axis=-1)[:, -2:]
-    nll = np.full((2, len(found)), np.nan)
+    nll = np.full((2, len(logits)), np.nan)
     for row, (token, line) in enumerate(zip(following, zip(q, p, strict=True), strict=False)):
         nll[:, row] = -line[0][token], -line[1][token]
     kl = (np.exp(p) * (p - q)).sum(-1)
-    return gaps.max(-1), gaps.mean(-1), kl, found.argmax(-1) == reference.argmax(-1), top[:, 1] - top[:, 0], nll[0], nll[1]
+    return gaps.max(-1), gaps.mean(-1), kl, logits.argmax(-1) == reference.argmax(-1), top[:, 1] - top[:, 0], nll[0], nll[1]
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def summarise(parts: Sequence[Differences]) -> dict[str, float | int | None]:
-    """One precision's figures over all texts. Shares are from 0 to 1; None where nothing could be counted."""
+    """The figures of one precision over all texts. Shares lie between 0 and 1. None: there was nothing to count."""
     every = Differences(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Differences)))
     sure = every.margin > SURE
     told = ~np.isnan(every.nll)

@@ -1,4 +1,4 @@
-"""The reference that exported systems are held against: plain torch in fp32, full prefix, every model, no cache."""
+"""The reference for exported systems: plain torch in fp32 that reads full prefixes without a cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Reference:
 
 
 def load(checkpoint: Checkpoint) -> Any:
-    """The checkpoint as transformers runs it, in fp32 with eager attention (the only one there with softcaps)."""
+    """The checkpoint as transformers runs it, in fp32 with eager attention: the only one that implements softcaps."""
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
@@ -36,7 +36,10 @@ def reference(
     coefficients: tuple[float, float],
     advance: Callable[[float], None] = lambda _: None,
 ) -> list[Reference]:
-    """Fused logits of every position of every sequence, with one model in memory at a time."""
+    """Fused logits at every position of every sequence. One model is in memory at a time.
+
+    `coefficients` weight the router's logits and the expert's.
+    """
     inputs = [torch.tensor([list(ids)]) for ids in sequences]
     router = load(system.router)
     head, bias = torch.from_numpy(system.head.weight), torch.from_numpy(system.head.bias)

@@ -1,127 +1,129 @@
-"""The table of devices: a new backend is one new file and one line here."""
+"""The table of devices: a new backend is one new file and one line in `DEVICES`.
+
+Backends for GPUs are imported when one is opened: their modules read pydantic, which would double the time of `import fusionroute.runtime`.
+"""
+
+from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
+from fusionroute.runtime.backend import Backend, BackendOptions
 from fusionroute.runtime.backends import ort_cpu
-from fusionroute.runtime.backends.backend import Backend
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError, one_line
-from fusionroute.runtime.tensorrt.library import device_sm
+from fusionroute.runtime.tensorrt.library import OLDER, TARGET, device_sm
 
-Opened = Callable[[Bundle, Any, int | None, int | None], Backend]  # (bundle, variant, threads, expert_memory)
+if TYPE_CHECKING:
+    from fusionroute.runtime.manifest import Variant
+
+Open = Callable[[Bundle, "Variant", BackendOptions], Backend]
 LOG = logging.getLogger("fusionroute")
 
 
-def open_cpu(bundle: Bundle, variant: Any, threads: int | None, expert_memory: int | None) -> Backend:
+def open_cpu(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
     """ONNX Runtime on the CPU."""
-    refuse_budget(expert_memory)
-    return ort_cpu.OrtCpu(bundle, variant, threads)
+    refuse_expert_memory(options)
+    return ort_cpu.OrtCpu(bundle, variant, options.threads, share_weights=options.share_weights)
 
 
-def open_shared(bundle: Bundle, precision: str | None, device: str, threads: int | None, expert_memory: int | None) -> tuple[Backend, str]:
-    """ONNX Runtime on the CPU on weights that processes share. Raises InputError where that is not to be had."""
-    refuse_budget(expert_memory)
-    if device not in ("auto", "cpu"):
-        raise InputError(f"share_weights=True is for the host's memory: use it with device='cpu', not '{device}'.")
-    variant = bundle.variant(ort_cpu.TARGET, precision)
-    return ort_cpu.OrtCpu(bundle, variant, threads, share_weights=True), variant.precision
+def open_engines(flavour: str) -> Open:
+    """A function that opens engines of TensorRT or TensorRT-RTX."""
 
-
-def refuse_budget(expert_memory: int | None) -> None:
-    """Raise InputError for a budget where weights cannot leave the device."""
-    if expert_memory is not None:
-        raise InputError("expert_memory is a limit on device memory: use it with device='tensorrt' or 'rtx'.")
-
-
-def open_engines(flavour: str) -> Opened:
-    """TensorRT or TensorRT-RTX; its modules are read when one is opened."""
-
-    def opened(bundle: Bundle, variant: Any, threads: int | None, expert_memory: int | None) -> Backend:
+    def open_flavour(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
         from fusionroute.runtime.tensorrt.backend import TensorRt
 
-        return TensorRt(bundle, variant, flavour, expert_memory)
+        return TensorRt(bundle, variant, flavour, options.expert_memory)
 
-    return opened
+    return open_flavour
 
 
-def open_provider(name: str) -> Opened:
-    """ONNX Runtime with one of its GPU providers; its modules are read when one is opened."""
+def open_provider(name: str) -> Open:
+    """A function that opens ONNX Runtime with one of its GPU providers."""
 
-    def opened(bundle: Bundle, variant: Any, threads: int | None, expert_memory: int | None) -> Backend:
+    def open_named(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
         from fusionroute.runtime.backends.ort_gpu import OrtGpu
         from fusionroute.runtime.backends.providers import PROVIDERS
 
-        refuse_budget(expert_memory)
+        refuse_expert_memory(options)
         return OrtGpu(bundle, variant, PROVIDERS[name])
 
-    return opened
+    return open_named
 
 
-ENGINES_OF = ("tensorrt", "tensorrt:10.3")
-DEVICES = {  # name → targets that it serves, the best first
+ENGINE_TARGETS = (TARGET, OLDER)
+DEVICES: dict[str, tuple[tuple[str, ...], Open]] = {  # name → the targets that it runs, the best first, and the function that opens it
     "cpu": ((ort_cpu.TARGET,), open_cpu),
     "cuda": (("ort:cuda",), open_provider("cuda")),
-    "tensorrt": (ENGINES_OF, open_engines("tensorrt")),
-    "rtx": (ENGINES_OF, open_engines("rtx")),
-    "ort-tensorrt": (("tensorrt",), open_provider("ort-tensorrt")),
-    "ort-rtx": (("tensorrt",), open_provider("ort-rtx")),
+    "tensorrt": (ENGINE_TARGETS, open_engines("tensorrt")),
+    "rtx": (ENGINE_TARGETS, open_engines("rtx")),
+    "ort-tensorrt": ((TARGET,), open_provider("ort-tensorrt")),
+    "ort-rtx": ((TARGET,), open_provider("ort-rtx")),
 }
 KNOWN = ("auto", *DEVICES)
 AUTOMATIC = ("tensorrt", "rtx", "cuda")  # what `auto` tries where there is a GPU, before the CPU
 
 
-def open_backend(
-    bundle: Bundle,
-    precision: str | None,
-    device: str,
-    threads: int | None,
-    expert_memory: int | None = None,
-    share_weights: bool = False,
-) -> tuple[Backend, str]:
-    """Load a bundle's models on a device; returns the backend and the precision chosen.
+def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str]:
+    """Load a bundle's models on a device; returns the backend and the name of the precision that was opened.
 
-    `auto` takes the first that works: engines of the bundle that fit this machine, ONNX Runtime on CUDA, the CPU. What it passes over is logged.
-    Raises InputError for an unknown device, UnavailableError for one that the bundle or this machine does not serve.
+    `auto` takes the first that works: engines of the bundle that fit this machine, ONNX Runtime on CUDA, the CPU. Devices that fail are logged.
+    Raises InputError for an unknown device or options that it does not take, UnavailableError for a device that the bundle or this machine
+    does not have.
     """
+    device = options.device
+    check_name(device)
+    if options.share_weights:
+        refuse_expert_memory(options)
+        if device not in ("auto", "cpu"):
+            raise InputError(f"share_weights=True is for the host's memory: use it with device='cpu', not '{device}'.")
+    elif device == "auto" and (opened := open_on_gpu(bundle, options)) is not None:
+        return opened
+    device = "cpu" if device == "auto" else device
+    targets, open_device = DEVICES[device]
+    variant = choose(bundle, targets, options.precision, device)
+    return open_device(bundle, variant, options), variant.precision
+
+
+def check_name(device: str) -> None:
+    """Raise InputError for the name of a device that is not in the table."""
     if device not in KNOWN:
         raise InputError(f"Unknown device '{device}': use one of {', '.join(KNOWN)}.")
-    if share_weights:
-        return open_shared(bundle, precision, device, threads, expert_memory)
-    if device == "auto":
-        if (found := on_gpu(bundle, precision, threads, expert_memory)) is not None:
-            return found
-        device = "cpu"
-    targets, opened = DEVICES[device]
-    variant = choose(bundle, targets, precision, device)
-    return opened(bundle, variant, threads, expert_memory), variant.precision
+
+
+def refuse_expert_memory(options: BackendOptions) -> None:
+    """Raise InputError for a limit on experts' memory: called for devices whose weights cannot be evicted."""
+    if options.expert_memory is not None:
+        raise InputError("expert_memory is a limit on device memory: use it with device='tensorrt' or 'rtx'.")
 
 
 def resolved(bundle: Bundle, device: str) -> str:
-    """The key in DEVICES of a device as users name it, and what `auto` tries first here. Raises InputError for an unknown one."""
-    if device not in KNOWN:
-        raise InputError(f"Unknown device '{device}': use one of {', '.join(KNOWN)}.")
+    """The key in DEVICES for a device's name; for `auto`, the first device of this machine that the bundle has graphs for.
+
+    Raises InputError for an unknown name.
+    """
+    check_name(device)
     if device != "auto":
         return device
-    there = AUTOMATIC if device_sm() is not None else ()
-    return next((name for name in there if any(bundle.variants(target) for target in DEVICES[name][0])), "cpu")
+    gpu_devices = AUTOMATIC if device_sm() is not None else ()
+    return next((name for name in gpu_devices if any(bundle.variants(target) for target in DEVICES[name][0])), "cpu")
 
 
-def on_gpu(bundle: Bundle, precision: str | None, threads: int | None, expert_memory: int | None) -> tuple[Backend, str] | None:
+def open_on_gpu(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str] | None:
     """The first GPU backend that opens a variant of the bundle, the fastest precision first; None without one. Raises nothing."""
     for device in AUTOMATIC if device_sm() is not None else ():
-        targets, opened = DEVICES[device]
+        targets, open_device = DEVICES[device]
         for variant in (variant for target in targets for variant in bundle.variants(target)):
-            if precision in (None, variant.precision):
+            if options.precision in (None, variant.precision):
                 try:
-                    return opened(bundle, variant, threads, expert_memory), variant.precision
+                    return open_device(bundle, variant, options), variant.precision
                 except Exception as error:  # a broken driver or library must not keep the CPU from working
                     LOG.warning("device='auto' passes %s in %s over: %s", device, variant.precision, one_line(error))
     return None
 
 
-def choose(bundle: Bundle, targets: tuple[str, ...], precision: str | None, device: str) -> Any:
+def choose(bundle: Bundle, targets: tuple[str, ...], precision: str | None, device: str) -> Variant:
     """The variant to open: of the first target that has engines for the device, else of the first that the bundle has.
 
     Raises UnavailableError where it has none.
@@ -131,4 +133,4 @@ def choose(bundle: Bundle, targets: tuple[str, ...], precision: str | None, devi
     return bundle.variant(served[0].target if served else targets[0], precision)
 
 
-__all__ = ["DEVICES", "KNOWN", "Backend", "choose", "open_backend", "resolved"]
+__all__ = ["DEVICES", "KNOWN", "Backend", "BackendOptions", "choose", "open_backend", "resolved"]

@@ -88,3 +88,24 @@ class Inputs:
     def send(self) -> None:
         """Let the next run see what the host wrote."""
         self._value.update_inplace(self._staged)
+
+
+class Rows:
+    """Logits that stay on the device, float32 [1, V]: reading them copies them."""
+
+    def __init__(self, value: Any, memory: str):
+        self._value, self.memory = value, memory
+        self.address = int(value.data_ptr())
+
+    def __len__(self) -> int:
+        return 1
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self._value.numpy(), dtype)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.__array__()[key]
+
+    def copy(self) -> np.ndarray:
+        """The logits on the host."""
+        return self.__array__()

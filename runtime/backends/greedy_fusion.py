@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backends.backend import Fused
+from fusionroute.runtime.backend import Fused
 
 
 class SingleFuser:

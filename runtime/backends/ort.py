@@ -42,7 +42,8 @@ def abandon() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
 
-os.register_at_fork(after_in_child=abandon)
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=abandon)
 
 
 def settings(onnxruntime: Any, threads: int) -> Any:

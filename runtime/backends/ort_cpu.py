@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusionroute.runtime.backend import REUSED, Fused, FusionInputs, Output
 from fusionroute.runtime.backends import ort
-from fusionroute.runtime.backends.backend import REUSED, Fused, Output
 from fusionroute.runtime.backends.greedy_fusion import SingleFuser
 from fusionroute.runtime.backends.prepacked_weights import packed
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import BundleError, FusionError, one_line
+from fusionroute.runtime.machine import cores
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model, Variant
@@ -38,7 +38,7 @@ class OrtCpu:
         manifest = bundle.manifest
 
         def opened(graph: Path, threads: int | None, entries: dict[str, str], out: Path | None = None) -> Any:
-            options = ort.settings(onnxruntime, threads or len(os.sched_getaffinity(0)))
+            options = ort.settings(onnxruntime, threads or cores())
             for name, value in entries.items():
                 options.add_session_config_entry(name, value)
             if out is not None:
@@ -59,7 +59,7 @@ class OrtCpu:
                     f"ONNX Runtime {onnxruntime.__version__} cannot load {name} from {path} ({one_line(error)}); export the bundle again."
                 ) from error
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # packing weights takes most of the time, on one core for each model
+        with ThreadPoolExecutor(cores()) as pool:  # packing weights takes most of the time, on one core for each model
             sessions = list(
                 pool.map(lambda model: session(model.name, variant.graphs[model.name], threads, share_weights), manifest.models)
             )
@@ -198,13 +198,13 @@ class OrtFuser:
         self._binding = session.io_binding()
         self._vocab = vocab
         self._shape = (0, 0)
-        self._inputs: dict[str, np.ndarray] = {
+        self._arrays: dict[str, np.ndarray] = {
             "coefficients": np.zeros(2, np.float32),
             "penalty": np.ones((), np.float32),
             "temperature": np.ones((), np.float32),
             "k": np.zeros(1, np.int64),
         }
-        for name, array in self._inputs.items():
+        for name, array in self._arrays.items():
             self._bind(name, array)
         self._penalty_ids = np.zeros((0, 0), np.int64)
         self._addresses: dict[str, int] = {}
@@ -213,23 +213,15 @@ class OrtFuser:
     def _bind(self, name: str, array: np.ndarray) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
-    def __call__(
-        self,
-        router: Any,
-        expert: Any,
-        coefficients: tuple[float, float],
-        k: int,
-        penalty_ids: np.ndarray,
-        penalty: float,
-        temperature: float,
-    ) -> Fused:
+    def __call__(self, inputs: FusionInputs) -> Fused:
         """See `backend.Fuser`. `router` and `expert` are float32 [K, V]."""
+        router, expert, coefficients, k, penalty_ids, penalty, temperature = inputs
         count = len(router)
         if k == count == 1 and not len(penalty_ids):
             return self._single(router, expert, coefficients, temperature)
-        inputs = self._inputs
-        inputs["coefficients"][:] = coefficients
-        inputs["penalty"][()], inputs["temperature"][()], inputs["k"][0] = penalty, temperature, k
+        arrays = self._arrays
+        arrays["coefficients"][:] = coefficients
+        arrays["penalty"][()], arrays["temperature"][()], arrays["k"][0] = penalty, temperature, k
         self._rows = (router, expert)  # bound by address: keep them alive until the run is over
         for name, array in (("router_logits", router), ("expert_logits", expert)):
             address = array.ctypes.data

@@ -8,6 +8,7 @@ another processor costs memory, not correctness.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusionroute.runtime import files
+from fusionroute.runtime import cache, files
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import UnavailableError, one_line
 from fusionroute.runtime.machine import processor
@@ -40,7 +41,7 @@ def packed(bundle: Bundle, variant: Variant, model: str, release: str, write: Ca
     """
     graph = variant.graphs[model]
     folder = files.cache_folder() / "packed" / key(bundle, graph, release)
-    if not whole(folder):
+    if not ready(folder):
         try:
             make(folder, ROOM.get(variant.precision, USUAL) * variant.weight_bytes.get(model, 0), write)
         except OSError as error:
@@ -59,6 +60,13 @@ def key(bundle: Bundle, graph: str, release: str) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
+def ready(folder: Path) -> bool:
+    """Whether a folder is whole; it is then marked as used by this process, so that no other removes it."""
+    with contextlib.suppress(OSError):  # there is none, or it belongs to another user
+        cache.use(folder)
+    return whole(folder)
+
+
 def whole(folder: Path) -> bool:
     """Whether a folder holds all that was written: a mapped file that lacks its end would end the process."""
     try:
@@ -72,9 +80,10 @@ def make(folder: Path, needed: float, write: Callable[[dict[str, str], Path], An
     """Write a folder that appears when it is complete, unless another process was quicker. Raises OSError."""
     with files.locked(folder.parent / "lock"):  # making takes the memory of a model and its packed copy: one at a time
         for left in folder.parent.glob(".*.partial"):  # by a process that was killed
-            shutil.rmtree(left)
-        if whole(folder):
+            shutil.rmtree(left, ignore_errors=True)
+        if ready(folder):
             return
+        cache.prune(incoming=needed)
         if (free := shutil.disk_usage(folder.parent).free) < needed:
             raise OSError(f"they need some {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         partial = folder.with_name(f".{folder.name}.partial")
@@ -84,6 +93,7 @@ def make(folder: Path, needed: float, write: Callable[[dict[str, str], Path], An
             sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
             (partial / SIZES).write_text(json.dumps(sizes))
             shutil.rmtree(folder, ignore_errors=True)  # one that is not whole; who has mapped it keeps it
+            cache.use(partial)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -26,17 +26,18 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusionroute.runtime import cache
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.device_buffers import Place
 from fusionroute.runtime.errors import UnavailableError, one_line
 from fusionroute.runtime.files import cache_folder
-from fusionroute.runtime.tensorrt.engines import profile_of, shapes
+from fusionroute.runtime.machine import installed
 from fusionroute.runtime.tensorrt.library import device_sm
+from fusionroute.runtime.tensorrt.profile import profile_of, shapes
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Manifest
@@ -159,10 +160,13 @@ class Opener:
     def open(self, path: Path, manifest: Manifest, digest: str) -> Any:
         """A session of a model's graph, whose SHA-256 names the folder of what the provider keeps for the next start."""
         provider = self.provider
-        cache = cache_folder() / "providers" / f"{provider.name}-{self._ort.__version__}" / digest[:16]
-        options = provider.options(manifest, cache)
-        if str(cache) in options.values():
-            cache.mkdir(parents=True, exist_ok=True)
+        folder = cache_folder() / "providers" / f"{provider.name}-{self._ort.__version__}" / digest[:16]
+        options = provider.options(manifest, folder)
+        if str(folder) in options.values():
+            if not folder.exists():
+                cache.prune()
+                folder.mkdir(parents=True)
+            cache.use(folder.parent)
         return self._session(path, [(provider.name, options), *self._fallback()], self._devices)
 
     def place(self, session: Any) -> Place:
@@ -203,12 +207,3 @@ class Opener:
                 "them: install those, or use device='cpu'."
             )
         return session
-
-
-def installed(distribution: str) -> bool:
-    """Whether pip has installed a package."""
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return False
-    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusionroute.runtime.bench.memory import available
+from fusionroute.runtime.machine import cores
 from fusionroute.runtime.tensorrt.device import Device
 
 SMALLEST, CACHES = 256 << 20, 8  # bytes, and times the last-level cache, that a buffer has at least
@@ -32,11 +32,11 @@ class Bandwidth(NamedTuple):
 
 def of_host() -> Bandwidth:
     """Every core reads its share of one large buffer."""
-    cores = len(os.sched_getaffinity(0))
+    threads = cores()
     size = min(max(SMALLEST, CACHES * last_level_cache()), max(available() // 4, 1 << 20))
     buffer = np.ones(size // 4, np.float32)  # written, or all of its pages would be one page of zeros
-    parts = np.array_split(buffer, cores)
-    with ThreadPoolExecutor(cores) as pool:
+    parts = np.array_split(buffer, threads)
+    with ThreadPoolExecutor(threads) as pool:
         best = min(seconds(partial(sweep, pool, kernel, parts)) for kernel in KERNELS)
     return Bandwidth(buffer.nbytes / best, buffer.nbytes)
 

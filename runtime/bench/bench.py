@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -17,12 +16,12 @@ from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.bench.memory import Growth
 from fusionroute.runtime.bench.precision import Precision, size_and_quality
 from fusionroute.runtime.bench.prompt import prompt_ids
-from fusionroute.runtime.bench.row import DRAFTS, FUSED, System, systems
 from fusionroute.runtime.bench.run import Run, generate
 from fusionroute.runtime.bench.summary import summarise
+from fusionroute.runtime.bench.workload import DRAFTS, FUSED, System, systems
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.machine import installed
+from fusionroute.runtime.machine import cores, installed
 from fusionroute.runtime.tensorrt.device import Device
 
 Key = TypeVar("Key", bound=Hashable)
@@ -93,7 +92,7 @@ def bench(folder: Path, request: Request, progress: Progress = lambda *_: None) 
         "repeats": request.repeats,
         "interleaved": not request.sequential,
         "machine": {
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
             "architecture": platform.machine(),
             "compute_capability": gpu.sm if gpu else None,
             "read_bandwidth": ceiling.bytes_per_second,

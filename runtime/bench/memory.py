@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 INTERVAL = 0.01  # seconds between looks
 
@@ -19,32 +20,22 @@ class Resident(NamedTuple):
 
 
 def resident() -> Resident:
-    """Now; zeros where the system does not tell."""
-    found = fields("/proc/self/status")
-    return Resident(found.get("RssAnon", 0), found.get("RssFile", 0) + found.get("RssShmem", 0))
+    """Now. Where the system does not tell mapped pages from others (macOS, Windows), all count as the process's own."""
+    memory = psutil.Process().memory_info()
+    mapped = getattr(memory, "shared", 0)
+    return Resident(memory.rss - mapped, mapped)
 
 
 def available() -> int:
-    """Bytes that new work may take without swapping; a GiB where the system does not tell."""
-    return fields("/proc/meminfo").get("MemAvailable", 1 << 30)
-
-
-def fields(path: str) -> dict[str, int]:
-    """The sizes in one of Linux's tables, in bytes."""
-    found = {}
-    with contextlib.suppress(OSError):
-        for line in Path(path).read_text().splitlines():
-            name, _, rest = line.partition(":")
-            if rest.endswith(" kB"):
-                found[name] = int(rest.split()[0]) << 10
-    return found
+    """Bytes that new work may take without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 class Growth:
     """While it is entered, looks at the memory in the background; `peak` is by how much each kind was at most above the beginning."""
 
     def __enter__(self) -> Growth:
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
         self._before = resident()
         self.peak = Resident(0, 0)

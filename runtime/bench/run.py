@@ -35,5 +35,4 @@ def generate(session: Session, prompt: Sequence[int], count: int, drafts: bool =
         experts += [token.expert for token in session.steps(count - len(experts))] if drafts else [session.step().expert]
         times += [clock()] * (len(experts) + 1 - len(times))
     first, *seconds = (after - before for before, after in pairwise(times))
-    rounds = session.rounds
-    return Run(first, seconds, experts, *((rounds.drafted, rounds.accepted) if rounds else ()))
+    return Run(first, seconds, experts, session.drafted, session.accepted)

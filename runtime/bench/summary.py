@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fusionroute.runtime.bench.counters import catch_ups, switches
-from fusionroute.runtime.bench.row import ROUTER, System
 from fusionroute.runtime.bench.run import Run
+from fusionroute.runtime.bench.workload import ROUTER, System
 
 
 @dataclass(frozen=True)

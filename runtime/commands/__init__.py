@@ -1,1 +1,14 @@
-"""The verbs of `python -m runtime`, one file each."""
+"""The verbs that run bundles, one file each: they read the command line, call the runtime or the benchmark, and print.
+
+A new verb is one new file here and one line in this table.
+"""
+
+from fusionroute.runtime.commands.verbs import Verb
+
+VERBS = {
+    "generate": Verb("fusionroute.runtime.commands.generate:generate", "Generate text from a bundle."),
+    "bench": Verb("fusionroute.runtime.commands.bench:bench", "Measure the speed and the memory of a bundle."),
+    "inspect": Verb("fusionroute.runtime.commands.inspect:inspect", "Show what is inside a bundle, and check its hashes."),
+    "build": Verb("fusionroute.runtime.commands.build:build", "Build the TensorRT engines of a bundle on this device."),
+    "cache": Verb("fusionroute.runtime.commands.cache:cache", "Show what the cache folder holds, or clear it."),
+}

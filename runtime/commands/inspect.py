@@ -1,4 +1,4 @@
-"""`python -m runtime inspect`: what is inside a bundle."""
+"""`fusionroute inspect`: what is inside a bundle."""
 
 import json
 from pathlib import Path
@@ -9,54 +9,85 @@ from rich.console import Console
 from rich.table import Table
 
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Json
+from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.tensorrt.library import NAMES
 
 
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="Folder that export.py wrote.")],
+    bundle: BundleFolder,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the manifest.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """Show models, precisions and sizes of a bundle; with --verify, check every hash."""
+    """Show the models, precisions and sizes of a bundle; with --verify, check every hash."""
     opened = Bundle.open(bundle)
     if verify:
         opened.verify()
     manifest = opened.manifest
     if as_json:
-        print(json.dumps(manifest.model_dump() | {"verified": verify}), flush=True)
+        print(json.dumps(manifest.model_dump() | {"verified": verify}))
         return
     console = Console(highlight=False)
-    total = sum(file.bytes for file in manifest.files.values())
-    console.print(f"{bundle}: {manifest.family}, format {manifest.format}, {len(manifest.files)} files, {total / 1e6:,.1f} MB")
-    curve = manifest.lam_curve
-    tuning = f" (tuned: accuracy {max(accuracy for _, accuracy in curve):.1%} on the validation split)" if curve else ""
-    console.print(
-        f"fusion {manifest.fusion}, λ = {manifest.lam}{tuning}; context {manifest.max_seq_len} tokens; vocabulary {manifest.vocab_size}; "
-        f"{'tokenizer' if 'tokenizer.json' in manifest.files else 'token ids only'}"
-        f"{', chat template' if 'chat_template.jinja' in manifest.files else ''}"
-    )
-    models = Table(title="Models", title_justify="left")
-    for column in ("model", "role", "parameters", "layers", "KV bytes per token"):
-        models.add_column(column, justify="left" if column in ("model", "role") else "right")
-    for number, model in enumerate(manifest.models):
-        per_token = 2 * model.layers * model.kv_heads * model.head_size * 4
-        models.add_row(model.name, "expert" if number else "router", f"{model.parameters:,}", str(model.layers), f"{per_token:,}")
-    variants = Table(title="Precisions", title_justify="left")
-    for column in ("target", "precision", "bits/weight", "graphs"):
-        variants.add_column(column)
-    for variant in manifest.variants:
-        variants.add_row(variant.target, variant.precision, f"{variant.bits_per_weight:.2f}", ", ".join(variant.graphs.values()))
-    console.print(models)
-    console.print(variants)
+    for line in summary(bundle, manifest):
+        console.print(line)
+    console.print(models_table(manifest))
+    console.print(precisions_table(manifest))
     if any(variant.engines for variant in manifest.variants):
-        engines = Table(title="Engines", title_justify="left")
-        for column in ("library", "version", "GPUs", "precision", "size"):
-            engines.add_column(column, justify="right" if column == "size" else "left")
-        for variant in manifest.variants:
-            for built in variant.engines:
-                size = sum(manifest.files[path].bytes for path in built.engines.values())
-                where = ", ".join(f"sm{sm}" for sm in built.sms)
-                engines.add_row(NAMES[built.flavour], built.version, where, variant.precision, f"{size / 1e6:,.1f} MB")
-        console.print(engines)
+        console.print(engines_table(manifest))
     if verify:
         console.print(f"All {len(manifest.files)} files have the hashes of the manifest.")
+
+
+def summary(bundle: Path, manifest: Manifest) -> tuple[str, str]:
+    """Two lines: the bundle, and how it fuses and reads text."""
+    size = sum(file.bytes for file in manifest.files.values())
+    curve = manifest.lam_curve
+    tuning = f" (tuned: accuracy {max(accuracy for _, accuracy in curve):.1%} on the validation split)" if curve else ""
+    tokenizer = "tokenizer" if "tokenizer.json" in manifest.files else "token ids only"
+    template = ", chat template" if "chat_template.jinja" in manifest.files else ""
+    return (
+        f"{bundle}: {manifest.family}, format {manifest.format}, {len(manifest.files)} files, {size / 1e6:,.1f} MB",
+        f"fusion {manifest.fusion}, λ = {manifest.lam}{tuning}; context {manifest.max_seq_len} tokens; "
+        f"vocabulary {manifest.vocab_size}; {tokenizer}{template}",
+    )
+
+
+def models_table(manifest: Manifest) -> Table:
+    """One row per model, the router first."""
+    table = Table(title="Models", title_justify="left")
+    for column in ("model", "role", "parameters", "layers"):
+        table.add_column(column, justify="left" if column in ("model", "role") else "right")
+    for number, model in enumerate(manifest.models):
+        table.add_row(model.name, "expert" if number else "router", f"{model.parameters:,}", str(model.layers))
+    return table
+
+
+def precisions_table(manifest: Manifest) -> Table:
+    """One row per variant."""
+    table = Table(title="Precisions", title_justify="left")
+    for column in ("target", "precision", "bits/weight", "KV bytes per token of each model", "graphs"):
+        table.add_column(column)
+    for variant in manifest.variants:
+        kv = kv_bytes_per_token(manifest, variant)
+        sizes = f"{next(iter(kv.values())):,}" if len(set(kv.values())) == 1 else ", ".join(f"{name} {size:,}" for name, size in kv.items())
+        table.add_row(variant.target, variant.precision, f"{variant.bits_per_weight:.2f}", sizes, ", ".join(variant.graphs.values()))
+    return table
+
+
+def kv_bytes_per_token(manifest: Manifest, variant: Variant) -> dict[str, int]:
+    """Bytes of keys and values that a token takes in each model's cache."""
+    return {model.name: 2 * model.layers * model.kv_heads * model.head_size * variant.cache_width for model in manifest.models}
+
+
+def engines_table(manifest: Manifest) -> Table:
+    """One row per set of engines that was built from a variant."""
+    table = Table(title="Engines", title_justify="left")
+    for column in ("library", "version", "GPUs", "precision", "size"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for variant in manifest.variants:
+        for built in variant.engines:
+            size = sum(manifest.files[path].bytes for path in built.engines.values())
+            gpus = ", ".join(f"sm{sm}" for sm in built.sms)
+            table.add_row(NAMES[built.flavour], built.version, gpus, variant.precision, f"{size / 1e6:,.1f} MB")
+    return table

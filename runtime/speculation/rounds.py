@@ -1,182 +1,191 @@
-"""One round of speculation: draft some tokens ahead, let every chosen expert verify its positions in one chunk, keep what holds.
+"""One round of speculation: draft some tokens, let every chosen expert verify its positions in one pass, keep those that hold.
 
-The router's drafts cost a step of its own each, in which it also says which expert answers (it is a language model of the same vocabulary);
-drafts looked up in the text cost nothing, and router and experts read them in chunks. An expert's chunk is its catch-up at the same time.
+A draft of the router costs a router step, which also says which expert answers (the router is a language model of the same
+vocabulary). Drafts looked up in the text are free, and router and experts read them in one pass each. That pass of an expert is
+also its catch-up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backends.backend import Fused, Output
-from fusionroute.runtime.sampling import CANDIDATES, Candidates, Sampler
-from fusionroute.runtime.speculation.costs import MOST, Costs
-from fusionroute.runtime.speculation.draft_planner import Pace, Plan
+from fusionroute.runtime.backend import Fused, Output
+from fusionroute.runtime.plain_step import PlainStep, candidates
+from fusionroute.runtime.sampling import DEFAULT_CANDIDATES, Sampler
+from fusionroute.runtime.speculation.costs import MAX_ROUND_TOKENS, Costs
+from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
 from fusionroute.runtime.speculation.lookup import Lookup
 from fusionroute.runtime.speculation.rejection import Distribution, Softmax, certain, verify
 from fusionroute.runtime.text import Token
 
-if TYPE_CHECKING:
-    from fusionroute.runtime.session import Session
-
-REACH = 8.0  # below the best logit / temperature, from where on a token is not drafted: it weighs less than e⁻⁸ of the best
-APART = 16  # tokens after which logits that are on a device are worth a copy for `Rounds._compare`
+DRAFT_MARGIN = 8.0  # below the best logit / temperature a token is not drafted: it weighs less than e⁻⁸ of the best
+DEVICE_LEARNING_INTERVAL = 16  # tokens between two copies of logits from a device to learn from
 
 
 class Rounds:
     """Speculation for one session, with buffers of its own and what it learned from the text so far."""
 
-    def __init__(self, session: Session, costs: Costs, vocab: int, eos: frozenset[int]):
-        self._session = session
-        self._costs, self._eos = costs, eos
-        self._rows = np.empty((MOST, vocab), np.float32)  # the router's logits, of which each step overwrites the last
+    def __init__(self, step: PlainStep, costs: Costs, eos: frozenset[int], exact: bool):
+        self._step, self._readers, self._sequence = step, step.readers, step.readers.sequence
+        self._costs, self._eos, self._exact = costs, eos, exact
+        self._rows = np.empty((MAX_ROUND_TOKENS, step.vocab_size), np.float32)  # the router's logits: each of its steps overwrites the last
         self.clear()
 
     def clear(self) -> None:
         """Another text begins."""
-        self._lookup, self.pace = Lookup(), Pace(self._costs, self._session.exact)
-        self._pays = self.pace.pays
+        self._lookup, self.planner = Lookup(), DraftPlanner(self._costs, self._exact)
+        self._pays = self.planner.pays
         self.drafted = self.accepted = self._unseen = 0
 
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
-        """Choose and append one to `most` tokens, distributed as those of `Session.advance`, which are the same ones when greedy."""
-        session = self._session
+        """Choose and commit one to `most` tokens, distributed as those of `PlainStep.advance`; greedy ones are the same."""
+        step, ids = self._step, self._sequence.ids
         if not self._pays:
-            return [session.advance(sampler, coefficients, pinned)]
-        start, previous = len(session.tokens), session.last
-        offered = self._lookup.propose(session.tokens, min(most, MOST) - 1)
+            return [step.advance(sampler, coefficients, pinned)]
+        start, previous = len(ids), step.last_expert
+        offered = self._lookup.propose(ids, min(most, MAX_ROUND_TOKENS) - 1)
         likely = pinned if pinned is not None else previous or 0
-        plan = self.pace.plan(
-            most, len(offered), pinned is None or bool(coefficients[0]), likely if coefficients[1] else None, len(session.tokens)
-        )
-        drafts: list[int] = []
+        router_runs = pinned is None or bool(coefficients[0])
+        plan = self.planner.plan(most, len(offered), router_runs, likely if coefficients[1] else None, start)
         if plan.rows == 1:
-            found = [session.advance(sampler, coefficients, pinned)]
-            rows = session.routed
+            tokens = [step.advance(sampler, coefficients, pinned)]
+            router_rows = step.router_logits
         else:
-            found = []
-            try:
-                found, drafts, rows = self._round(sampler, coefficients, pinned, plan, offered)
-            finally:  # all but the last are drafts that held; others are forgotten, whatever happened
-                session.keep(start + max(len(found) - 1, 0))
-            session.commit(found[-1])
-            accepted = held(found, drafts)
-            self.pace.saw(plan.source, accepted, len(drafts))
-            self.drafted, self.accepted = self.drafted + len(drafts), self.accepted + accepted
+            tokens, router_rows = self._speculate(sampler, coefficients, pinned, plan, offered)
         if plan.rows == 1 or plan.source != "lookup":
-            self.pace.saw("lookup", held(found, offered), min(len(offered), len(found)))
-        if coefficients[1] and rows is not None and (plan.rows == 1 or plan.source != "router"):
-            self._compare(found, rows, bool(sampler.sampling.temperature))
-        names = [previous, *(session.names.index(token.expert) for token in found)]
-        self.pace.produced(len(found), sum(a is not None and a != b for a, b in pairwise(names)))
-        return found
+            self.planner.saw("lookup", agreeing(tokens, offered), min(len(offered), len(tokens)))
+        if coefficients[1] and router_rows is not None and (plan.rows == 1 or plan.source != "router"):
+            self._learn_router_rate(tokens, router_rows, bool(sampler.sampling.temperature))
+        experts = [previous, *(step.expert_names.index(token.expert) for token in tokens)]
+        self.planner.produced(len(tokens), sum(a is not None and a != b for a, b in pairwise(experts)))
+        return tokens
 
-    def _compare(self, found: list[Token], rows: Any, sampled: bool) -> None:
-        """Learn from tokens that the router did not draft whether it would have: its logits [≥ len(found), V] are there anyway."""
+    def _speculate(
+        self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, plan: DraftPlan, offered: list[int]
+    ) -> tuple[list[Token], Any]:
+        """Carry out a plan that drafts, commit its tokens, and learn from them. The tokens, and the router's logits as `_round` has them."""
+        start = len(self._sequence.ids)
+        tokens: list[Token] = []
+        try:
+            tokens, drafts, router_rows = self._round(sampler, coefficients, pinned, plan, offered)
+        finally:  # all tokens but the last are drafts that held; other drafts are forgotten, whatever happened
+            self._readers.truncate(start + max(len(tokens) - 1, 0))
+        self._readers.commit(tokens[-1].id)
+        self._step.last_expert = self._step.expert_names.index(tokens[-1].expert)
+        accepted = agreeing(tokens, drafts)
+        self.planner.saw(plan.source, accepted, len(drafts))
+        self.drafted, self.accepted = self.drafted + len(drafts), self.accepted + accepted
+        return tokens, router_rows
+
+    def _learn_router_rate(self, tokens: list[Token], rows: Any, sampled: bool) -> None:
+        """Learn from tokens that the router did not draft whether it would have, by its logits [≥ len(tokens), V], which are at hand."""
         self._unseen += 1
-        if not isinstance(rows, np.ndarray) and self._unseen % APART:
+        if not isinstance(rows, np.ndarray) and self._unseen % DEVICE_LEARNING_INTERVAL:
             return
-        own = np.asarray(rows)[: len(found)]
-        ids = [token.id for token in found]
+        logits = np.asarray(rows)[: len(tokens)]
+        ids = [token.id for token in tokens]
         if not sampled:
-            hits = float(np.count_nonzero(own.argmax(-1) == ids))
+            hits = float(np.count_nonzero(logits.argmax(-1) == ids))
         else:  # tokens come from p: the mean of min(1, q/p) over them is the acceptance rate
-            tops = own.max(-1)
-            q = own[range(len(ids)), ids] - tops - np.log(np.exp(own - tops[:, None]).sum(-1))
-            hits = float(np.exp(np.minimum(q - [token.logprob for token in found], 0.0)).sum())
-        self.pace.rates["router"].saw(hits, len(found))
+            peaks = logits.max(-1)
+            q = logits[range(len(ids)), ids] - peaks - np.log(np.exp(logits - peaks[:, None]).sum(-1))
+            hits = float(np.exp(np.minimum(q - [token.logprob for token in tokens], 0.0)).sum())
+        self.planner.rates["router"].saw(hits, len(tokens))
 
     def _round(
-        self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, plan: Plan, offered: list[int]
+        self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, plan: DraftPlan, offered: list[int]
     ) -> tuple[list[Token], list[int], Any]:
-        """The tokens of a round, its drafts, and the router's logits [rows, V] (None where it did not run).
+        """The tokens of a round, its drafts, and the router's logits [rows, V] (None if it did not run).
 
         Leaves the drafts at the end of the session's tokens. Nothing is read behind a draft that ends the text.
         """
-        session, start = self._session, len(self._session.tokens)
-        routed: Output | None = None
+        step, start = self._step, len(self._sequence.ids)
+        routed: Output | None
         if plan.source == "lookup":
-            drafts = offered[: plan.rows - 1]
-            end = next((at for at, draft in enumerate(drafts) if draft in self._eos), None)
-            drafts = drafts if end is None else drafts[: end + 1]
-            drawn = [certain(draft) for draft in drafts]
-            count = len(drafts) + (end is None)
-            session.tokens += drafts
-            if pinned is None or coefficients[0]:
-                routed = session.read(None, range(start - 1, start - 1 + count))
+            drafts, count = self._append_drafts(offered[: plan.rows - 1])
+            distributions = [certain(draft) for draft in drafts]
+            runs = pinned is None or coefficients[0]
+            routed = self._readers.router.read(range(start - 1, start - 1 + count)) if runs else None
         else:
-            routed, drafts, drawn = self._draft(sampler, plan.rows)
+            routed, drafts, distributions = self._draft(sampler, plan.rows)
             count = len(routed.logits)
-        routing = None if routed is None else routed.routing
         if pinned is not None:
             choices = [pinned] * count
         else:
-            assert routing is not None
-            choices = [int(choice) for choice in routing.argmax(-1)]
-        answers: dict[int, Any] = {}  # position → the chosen expert's logits, float32 [1, V]
-        found: list[Token] = []
+            assert routed is not None and routed.routing is not None
+            choices = [int(choice) for choice in routed.routing.argmax(-1)]
+        answers: dict[int, Any] = {}  # row → the chosen expert's logits, float32 [1, V]
+        tokens: list[Token] = []
         for row, choice in enumerate(choices):
             router = None if routed is None else routed.logits[row : row + 1]
             if not coefficients[1]:
                 assert router is not None
                 answers[row] = router
-            elif row not in answers:  # the chosen expert reads up to its last draft; one whose turn never comes does not run
-                mine = [other for other in range(row, count) if choices[other] == choice]
-                rows = session.read(choice, [start - 1 + other for other in mine]).logits
-                answers |= {other: rows[at : at + 1] for at, other in enumerate(mine)}
+            elif row not in answers:
+                answers |= self._answers(choices, row, start)
             expert = answers[row]
-            drawing = row < len(drafts) and sampler.sampling.temperature > 0
-            few = drawing and not sampler.filtered  # then the row says all
-            fused = session.fused(router if router is not None else expert, expert, coefficients, sampler, start + row, few)
+            drafted = row < len(drafts)
+            drawing = drafted and sampler.sampling.temperature > 0
+            single = 1 if drawing and not sampler.filtered else 0  # one candidate: the full row is read anyway
+            fused = step.fuse(router if router is not None else expert, expert, coefficients, sampler, start + row, single)
             if drawing:
-                token = verify(target(sampler, fused), drawn[row], drafts[row], sampler.random)
+                token = verify(target(sampler, fused), distributions[row], drafts[row], sampler.random)
             else:
                 token = sampler.choose(candidates(fused), lambda fused=fused: fused.rows[0])  # type: ignore[misc]
-            scores = (session.unrouted if routing is None else routing[row]).copy()
-            found.append(Token(token, session.names[choice], session.logprob(token, fused, router, expert, coefficients), scores))
-            if row < len(drafts) and token != drafts[row]:
+            logprob = step.logprob(token, fused, router, expert, coefficients)
+            tokens.append(Token(token, step.expert_names[choice], logprob, step.routing_of(routed, row)))
+            if drafted and token != drafts[row]:
                 break
-        return found, drafts, None if routed is None else routed.logits
+        return tokens, drafts, None if routed is None else routed.logits
+
+    def _append_drafts(self, drafts: list[int]) -> tuple[list[int], int]:
+        """Append looked-up drafts up to one that ends the text; those, and how many rows they need."""
+        end = next((place for place, draft in enumerate(drafts) if draft in self._eos), None)
+        drafts = drafts if end is None else drafts[: end + 1]
+        self._sequence.ids += drafts
+        return drafts, len(drafts) + (end is None)
+
+    def _answers(self, choices: Sequence[int], row: int, start: int) -> dict[int, Any]:
+        """Let the expert chosen at a row read up to the last row that it answers; its logits at all of them by row, float32 [1, V]."""
+        own = [other for other in range(row, len(choices)) if choices[other] == choices[row]]
+        logits = self._readers.read_expert(choices[row], [start - 1 + other for other in own]).logits
+        return {other: logits[place : place + 1] for place, other in enumerate(own)}
 
     def _draft(self, sampler: Sampler, rows: int) -> tuple[Output, list[int], list[Distribution]]:
-        """Let the router go on alone for so many steps; each but the last gives a draft: its likeliest token, or one drawn from `proposal`."""
-        session = self._session
+        """Let the router go on alone for `rows` steps. Each but the last drafts a token: its likeliest, or one drawn from `proposal`."""
+        step, ids = self._step, self._sequence.ids
         drafts: list[int] = []
-        drawn: list[Distribution] = []
-        routing = np.empty((rows, len(session.names)), np.float32)
+        distributions: list[Distribution] = []
+        routing = np.empty((rows, len(step.expert_names)), np.float32)
         for place in range(rows):
-            answer = session.read(None, [len(session.tokens) - 1])
-            own = self._rows[place : place + 1]
-            own[...] = answer.logits
-            assert answer.routing is not None
-            routing[place] = answer.routing[0]
+            output = self._readers.router.read([len(ids) - 1])
+            logits = self._rows[place : place + 1]
+            logits[...] = output.logits
+            assert output.routing is not None
+            routing[place] = output.routing[0]
             if place == rows - 1:
                 break
-            row = own[0]
+            row = logits[0]
             if sampler.sampling.repetition_penalty != 1.0:
-                row = session.fused(own, own, (1.0, 0.0), sampler, len(session.tokens), single=True).rows[0]
+                row = step.fuse(logits, logits, (1.0, 0.0), sampler, len(ids), 1).rows[0]
             if sampler.sampling.temperature:
-                drawn.append(proposal(sampler, row))
-                drafts.append(drawn[-1].draw(sampler.random.random()))
+                distributions.append(proposal(sampler, row))
+                drafts.append(distributions[-1].draw(sampler.random.random()))
             else:
                 drafts.append(int(row.argmax()))
-            session.tokens.append(drafts[-1])
+            ids.append(drafts[-1])
             if drafts[-1] in self._eos:
                 break
-        return Output(self._rows[: place + 1], routing[: place + 1]), drafts, drawn
+        return Output(self._rows[: place + 1], routing[: place + 1]), drafts, distributions
 
 
-def held(found: list[Token], drafts: list[int]) -> int:
-    """How many drafts in a row are the tokens that were found."""
-    return sum(takewhile(bool, (token.id == draft for token, draft in zip(found, drafts, strict=False))))
-
-
-def candidates(fused: Fused) -> Candidates:
-    """Those of the only position."""
-    return Candidates(fused.ids[0], fused.logits[0], float(fused.sampling_normaliser[0]))
+def agreeing(tokens: list[Token], drafts: list[int]) -> int:
+    """How many drafts in a row are the tokens that were chosen."""
+    return sum(takewhile(bool, (token.id == draft for token, draft in zip(tokens, drafts, strict=False))))
 
 
 def target(sampler: Sampler, fused: Fused) -> Distribution | Softmax:
@@ -189,10 +198,10 @@ def target(sampler: Sampler, fused: Fused) -> Distribution | Softmax:
 def proposal(sampler: Sampler, row: np.ndarray) -> Distribution:
     """What a draft is drawn from: what sampling would draw from if the likeliest of the router's logits [V] were all.
 
-    Any distribution may propose. This one is as good as the router's own and takes no exponential of the whole vocabulary.
+    Any distribution may propose. This one is as good as the router's own and needs no exponential of the whole vocabulary.
     """
-    ids = np.flatnonzero(row >= row.max() - np.float32(REACH * sampler.sampling.temperature))
-    if len(ids) > CANDIDATES:
-        ids = np.sort(ids[np.argpartition(row[ids], -CANDIDATES)[-CANDIDATES:]])
+    ids = np.flatnonzero(row >= row.max() - np.float32(DRAFT_MARGIN * sampler.sampling.temperature))
+    if len(ids) > DEFAULT_CANDIDATES:
+        ids = np.sort(ids[np.argpartition(row[ids], -DEFAULT_CANDIDATES)[-DEFAULT_CANDIDATES:]])
     ids = ids[np.argsort(-row[ids], kind="stable")]
     return Distribution(*sampler.among(ids, row[ids]))

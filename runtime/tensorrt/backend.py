@@ -7,7 +7,7 @@ from threading import RLock
 
 import numpy as np
 
-from fusionroute.runtime.backends.backend import Fuser
+from fusionroute.runtime.backend import Fuser
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
 from fusionroute.runtime.manifest import Model as Spec

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fusionroute.runtime.errors import FusionError, one_line
-from fusionroute.runtime.files import cache_folder, locked, replacing
+from fusionroute.runtime.files import cache_folder, locked
 from fusionroute.runtime.tensorrt.library import NAMES, capabilities, load
 from fusionroute.runtime.tensorrt.operators import check
+from fusionroute.runtime.tensorrt.profile import Shapes
 
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, usual, largest
 Advance = Callable[[float], None]
 LAYER = re.compile(r"\[(?:NODE|ONNX Layer): ?([^\]]+)\]|\{ForeignNode\[([^\]]+)\]\}|[Nn]ode ['\"]?([\w./:-]+)")
 
@@ -64,13 +64,12 @@ def build(
         elif -1 in tuple(value.shape):
             shapes.set_shape(value.name, *profile[value.name])
     config.add_optimization_profile(shapes)
-    with one_at_a_time():
+    with build_lock("build.lock"):  # each build may take all of the machine's memory
         serialised = builder.build_serialized_network(network, config)
     config.progress_monitor.check()
     if serialised is None:
         raise FusionError(f"{NAMES[flavour]} {library.__version__} cannot build {graph.name} ({log.last or 'it does not say why'}).")
-    with replacing(engine) as beside:
-        beside.write_bytes(memoryview(serialised))
+    engine.write_bytes(memoryview(serialised))
 
 
 def unread(parser: Any) -> str | None:
@@ -147,11 +146,11 @@ def progress(library: Any, advance: Advance) -> Any:
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Wait for other builds of this user on this machine: each may take all of its memory."""
+def build_lock(name: str) -> Iterator[None]:
+    """Wait for other builds of this user on this machine that hold a lock of this name."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(cache_folder() / "build.lock"))
+            stack.enter_context(locked(cache_folder() / name))
         except OSError as error:
             raise FusionError(
                 f"The lock for builds cannot be made in {cache_folder()} ({one_line(error)}): name another with XDG_CACHE_HOME."

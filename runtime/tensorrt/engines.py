@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusionroute.runtime import limits
-from fusionroute.runtime.errors import FusionError, UnavailableError
-from fusionroute.runtime.tensorrt.build import Advance, Shapes, build
-from fusionroute.runtime.tensorrt.library import NAMES, load
+from fusionroute.runtime.bundle import sha256
+from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError
+from fusionroute.runtime.files import replacing
+from fusionroute.runtime.tensorrt.build import Advance, build, build_lock
+from fusionroute.runtime.tensorrt.library import NAMES, OLDER, TARGET, load
 from fusionroute.runtime.tensorrt.operators import number, since
+from fusionroute.runtime.tensorrt.profile import profile_of, shapes
 
 if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import Engines, Manifest, Profile, Variant
+    from fusionroute.runtime.manifest import Engines, Manifest, Variant
 
 FOLDER = "engines"
-TARGET = "tensorrt"  # of the graphs, for either library
-OLDER = "tensorrt:10.3"  # of graphs for libraries before 10.15, in operators that all have
 FUSION = "fusion"
-CANDIDATES = 512
-LARGEST = 3840  # of TopK
 
 Begin = Callable[[str], Advance]  # (name of the engine) → who is told of its progress
 
@@ -41,60 +41,32 @@ def target_for(manifest: Manifest, flavour: str, version: str) -> str:
     return OLDER
 
 
-def profile_of(manifest: Manifest) -> Profile:
-    """What the engines of a bundle are built for: chunks of up to CHUNK tokens, and all of its context."""
-    from fusionroute.runtime.manifest import Profile
-
-    chunk = min(limits.CHUNK, manifest.max_seq_len)
-    return Profile(
-        tokens=chunk,
-        keys=manifest.max_seq_len,
-        positions=chunk,
-        rows=max(1, min(chunk, limits.FUSED // manifest.vocab_size)),
-        candidates=min(CANDIDATES, manifest.vocab_size, LARGEST - 1),
-        penalised=manifest.max_seq_len,
-    )
-
-
-def shapes(profile: Profile, vocab: int) -> dict[str, Shapes]:
-    """Smallest, usual (a decoding step) and largest shape of every free input of the models and of the fusion graph."""
-    return {
-        "input_ids": ((1, 1), (1, 1), (1, profile.tokens)),
-        "key_positions": ((1,), ((profile.keys + 1) // 2,), (profile.keys,)),
-        "logit_positions": ((1,), (1,), (profile.positions,)),
-        "router_logits": ((1, vocab), (1, vocab), (profile.rows, vocab)),
-        "expert_logits": ((1, vocab), (1, vocab), (profile.rows, vocab)),
-        "penalty_ids": ((1, 0), (1, 0), (profile.rows, profile.penalised)),
-        "k": ((1,), (1,), (profile.candidates,)),
-    }
-
-
 def build_engines(
     folder: Path, manifest: Manifest, variant: Variant, flavour: str, sms: tuple[int, ...], workspace: int | None, begin: Begin
 ) -> Engines:
     """Build every engine of a variant into the bundle at `folder`; its manifest is left as it is.
 
-    `begin` is called with an engine's name when it is its turn. Raises FusionError subclasses as `build` does; nothing is left behind then.
+    `begin` is called with an engine's name before it is built. Raises FusionError subclasses as `build` does, and OSError; the bundle is then
+    as it was: engines appear, in place of older ones, when the last of them is built.
     """
-    from fusionroute.runtime.manifest import Engines
+    from fusionroute.runtime.manifest import Engines  # pydantic is slow to import
 
     version = load(flavour).__version__
     profile = profile_of(manifest)
     dimensions = shapes(profile, manifest.vocab_size)
     graphs = variant.graphs | {FUSION: variant.fusion_graph}
-    where = "+".join(f"sm{sm}" for sm in sms)
+    gpus = "+".join(f"sm{sm}" for sm in sms)
     library = flavour + variant.target.removeprefix(TARGET).replace(":", "-")
-    made = {name: f"{FOLDER}/{name}.{library}.{variant.precision}.{where}.engine" for name in graphs}
+    paths = {name: f"{FOLDER}/{name}.{library}.{variant.precision}.{gpus}.engine" for name in graphs}
     (folder / FOLDER).mkdir(exist_ok=True)
-    try:
+    for abandoned in (folder / FOLDER).glob(".*.partial"):  # by a build that was killed
+        abandoned.unlink()
+    with ExitStack() as stack:
+        partial = {name: stack.enter_context(replacing(folder / path)) for name, path in paths.items()}
         for name, graph in graphs.items():
             operators = () if name == FUSION else variant.operators
-            build(folder / graph, folder / made[name], flavour, dimensions, sms, operators, workspace, begin(name))
-    except BaseException:
-        for path in made.values():
-            (folder / path).unlink(missing_ok=True)
-        raise
-    return Engines(flavour=flavour, version=version, sms=list(sms), engines=made, profile=profile)
+            build(folder / graph, partial[name], flavour, dimensions, sms, operators, workspace, begin(name))
+    return Engines(flavour=flavour, version=version, sms=list(sms), engines=paths, profile=profile)
 
 
 def with_engines(variant: Variant, built: Engines) -> Variant:
@@ -134,27 +106,46 @@ def rebuild(
 ) -> Manifest:
     """Build the engines of some variants of a bundle and write its manifest after each, so that what is done stays.
 
-    Returns the manifest. Engines that new ones replace are removed. Raises FusionError subclasses as `build` does.
+    Builds of one bundle wait for one another, and each adds to the manifest that the one before has written; `manifest` is used where
+    the folder has none yet. Returns the new manifest. Engines that new ones replace are removed. Raises FusionError subclasses as `build` does.
     """
-    from fusionroute.runtime.bundle import sha256
-    from fusionroute.runtime.manifest import File
-
+    lock = f"locks/{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()}.lock"
     for variant in variants:
-        try:
-            built = build_engines(folder, manifest, variant, flavour, sms, workspace, begin)
-            changed = with_engines(variant, built)
-            kept = [changed if each is variant else each for each in manifest.variants]
-            used = {path for each in kept for engines in each.engines for path in engines.engines.values()}
-            files = {name: file for name, file in manifest.files.items() if not name.startswith(f"{FOLDER}/") or name in used}
-            for path in built.engines.values():
-                files[path] = File(sha256=sha256(folder / path), bytes=(folder / path).stat().st_size)
-            gone = manifest.files.keys() - files.keys()
-            manifest = manifest.model_copy(update={"variants": kept, "files": files})
-            manifest.write(folder)
-        except OSError as error:
-            raise FusionError(
-                f"The engines cannot be written to {folder / FOLDER} ({error.strerror}): copy the bundle to where you may write."
-            ) from error
-        for path in gone:
-            (folder / path).unlink(missing_ok=True)
+        with build_lock(lock):
+            try:
+                manifest = add_engines(folder, variant, current_manifest(folder, manifest), flavour, sms, workspace, begin)
+            except OSError as error:
+                raise FusionError(
+                    f"The engines cannot be written to {folder / FOLDER} ({error.strerror}): copy the bundle to where you may write."
+                ) from error
     return manifest
+
+
+def current_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest that a bundle has now, or `manifest` where none is written yet. Raises BundleError as `Manifest.read` does."""
+    from fusionroute.runtime.manifest import NAME, Manifest  # pydantic is slow to import
+
+    return Manifest.read(folder) if (folder / NAME).exists() else manifest
+
+
+def add_engines(
+    folder: Path, variant: Variant, manifest: Manifest, flavour: str, sms: tuple[int, ...], workspace: int | None, begin: Begin
+) -> Manifest:
+    """Build one variant's engines and write the manifest with them; see `rebuild`. Raises OSError too."""
+    from fusionroute.runtime.manifest import File  # pydantic is slow to import
+
+    name = (variant.target, variant.precision)
+    current = next((each for each in manifest.variants if (each.target, each.precision) == name), None)
+    if current is None:
+        raise BundleError(f"The bundle {folder} was replaced by one without {variant.precision} for {variant.target}: build again.")
+    built = build_engines(folder, manifest, current, flavour, sms, workspace, begin)
+    variants = [with_engines(each, built) if each is current else each for each in manifest.variants]
+    used = {path for each in variants for engines in each.engines for path in engines.engines.values()}
+    files = {path: file for path, file in manifest.files.items() if not path.startswith(f"{FOLDER}/") or path in used}
+    for path in built.engines.values():
+        files[path] = File(sha256=sha256(folder / path), bytes=(folder / path).stat().st_size)
+    new = manifest.model_copy(update={"variants": variants, "files": files})
+    new.write(folder)
+    for path in manifest.files.keys() - files.keys():
+        (folder / path).unlink(missing_ok=True)
+    return new

@@ -7,19 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backends.backend import Fused
+from fusionroute.runtime.backend import Fused, FusionInputs
 from fusionroute.runtime.manifest import Profile
 from fusionroute.runtime.tensorrt.device import Graph, Memory, Stream
 from fusionroute.runtime.tensorrt.loading import Context, Engine
 from fusionroute.runtime.tensorrt.model import Rows, Shared
 from fusionroute.runtime.tensorrt.transfers import Block
 
-CANDIDATES = {"ids": "candidate_ids", "logits": "candidate_logits"}  # names of backend.Fused that the graph calls otherwise
+OUTPUTS = {  # fields of backend.Fused → outputs of the fusion graph
+    "ids": "candidate_ids", "logits": "candidate_logits", "unpenalised": "unpenalised", "log_normaliser": "log_normaliser",
+    "sampling_normaliser": "sampling_normaliser",
+}  # fmt: skip
 NOTHING = np.zeros(1, np.int64)
 
 
 @dataclass
-class Plan:
+class Buffers:
     """Buffers for K positions, k candidates and P penalised ids, and the runs on them by the addresses of both models' logits."""
 
     shape: tuple[int, int, int]
@@ -34,13 +37,15 @@ class Plan:
 class DeviceFused:
     """See `backend.Fused`: each array waits for the fusion at first use; `rows` is copied only then."""
 
-    def __init__(self, fuser: DeviceFuser, plan: Plan):
+    def __init__(self, fuser: DeviceFuser, plan: Buffers):
         self._fuser, self._plan = fuser, plan
 
     def __getattr__(self, name: str) -> np.ndarray:
+        if name not in OUTPUTS:
+            raise AttributeError(f"A fusion has no '{name}': expected one of {', '.join(OUTPUTS)}, rows.")
         block = self._plan.candidates
         self._fuser.shared.transfers.settle(block)
-        return block.arrays[CANDIDATES.get(name, name)]
+        return block.arrays[OUTPUTS[name]]
 
     @property
     def rows(self) -> np.ndarray:
@@ -59,8 +64,8 @@ class DeviceFuser:
     def __init__(self, engine: Engine, shared: Shared, stream: Stream, scratch: Memory, profile: Profile):
         self.shared, self.done = shared, shared.device.event()
         self._engine, self._stream, self._scratch, self._profile = engine, stream, scratch, profile
-        self._plans: dict[tuple[int, int, int], Plan] = {}
-        self._last: Plan | None = None
+        self._kept_buffers: dict[tuple[int, int, int], Buffers] = {}
+        self._last: Buffers | None = None
 
     def __del__(self) -> None:
         if getattr(self, "_last", None) is not None:
@@ -72,20 +77,12 @@ class DeviceFuser:
             self.shared.transfers.settle(self._last.candidates)
             self.shared.transfers.settle(self._last.rows)
 
-    def __call__(
-        self,
-        router: Any,
-        expert: Any,
-        coefficients: tuple[float, float],
-        k: int,
-        penalty_ids: np.ndarray,
-        penalty: float,
-        temperature: float,
-    ) -> Any:
+    def __call__(self, inputs: FusionInputs) -> Any:
         """A DeviceFused, see `backend.Fuser`. `router` and `expert` are a model's `Rows`, or float32 [K, V] on the host.
 
         Nothing is waited for. Fewer than k candidates come back where the engine is built for fewer: sampling then reads the row.
         """
+        router, expert, coefficients, k, penalty_ids, penalty, temperature = inputs
         if not len(penalty_ids):
             penalty_ids, penalty = NOTHING, 1.0  # changes nothing, and no tensor is empty
         penalised = min(1 << (len(penalty_ids) - 1).bit_length(), self._profile.penalised)
@@ -115,7 +112,7 @@ class DeviceFuser:
         row: np.ndarray = fused.rows[0].copy()
         return row
 
-    def _address(self, rows: Any, plan: Plan) -> int:
+    def _address(self, rows: Any, plan: Buffers) -> int:
         """Where logits are on the device, and that the fusion waits for them; those on the host are uploaded."""
         if isinstance(rows, Rows):
             if rows.stream is not self._stream:
@@ -127,7 +124,7 @@ class DeviceFuser:
         plan.uploads.append(block)
         return block.device
 
-    def _run(self, plan: Plan, router: int, expert: int) -> None:
+    def _run(self, plan: Buffers, router: int, expert: int) -> None:
         """Queue the fusion; from its second run at the same addresses on, as a captured graph."""
         if (step := plan.steps.get((router, expert))) is not None:
             context, graph = step
@@ -149,10 +146,10 @@ class DeviceFuser:
         graph = self._stream.capture(lambda: context.run(self._stream)) if not plan.uploads and context.capturable(self._stream) else None
         plan.steps[router, expert] = context, graph
 
-    def _plan(self, shape: tuple[int, int, int], keep: bool) -> Plan:
+    def _plan(self, shape: tuple[int, int, int], keep: bool) -> Buffers:
         """The buffers of a shape. Those of decoding are kept, those of scoring serve once."""
-        if keep and shape in self._plans:
-            return self._plans[shape]
+        if keep and shape in self._kept_buffers:
+            return self._kept_buffers[shape]
         (positions, k, penalised), device = shape, self.shared.device
         inputs = {
             "coefficients": ((2,), np.float32),
@@ -168,9 +165,9 @@ class DeviceFuser:
             "log_normaliser": ((positions,), np.float32),
             "sampling_normaliser": ((positions,), np.float32),
         }
-        plan = Plan(
+        plan = Buffers(
             shape, Block(device, inputs), Block(device, candidates), Block(device, {"fused": ((positions, self.shared.vocab), np.float32)})
         )
         if keep:
-            self._plans[shape] = plan
+            self._kept_buffers[shape] = plan
         return plan

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import sys
 from typing import Any
 
 from fusionroute.runtime.errors import InputError, UnavailableError
 
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # flavour, and extra of the package → module
 NAMES = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
+TARGET = "tensorrt"  # of the graphs that either library builds
+OLDER = "tensorrt:10.3"  # of graphs for TensorRT before 10.15, in operators that every version has
 
 
 def load(flavour: str) -> Any:
@@ -23,15 +26,15 @@ def load(flavour: str) -> Any:
         ) from error
 
 
-def installed() -> str | None:
-    """The flavour whose library is there, TensorRT before TensorRT-RTX."""
+def installed_flavour() -> str | None:
+    """The flavour whose library is installed, TensorRT before TensorRT-RTX; None without either."""
     return next((flavour for flavour, module in MODULES.items() if importlib.util.find_spec(module)), None)
 
 
 def device_sm() -> int | None:
     """The compute capability of the first GPU, such as 86; None without a GPU or its driver."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         return None
     major, minor, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()

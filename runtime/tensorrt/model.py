@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.limits import reach
 from fusionroute.runtime.manifest import Model as Spec
 from fusionroute.runtime.tensorrt.device import Device, Event, Graph, Memory, Stream, aligned
 from fusionroute.runtime.tensorrt.loading import BYTES, Context, Engine, Weights
 from fusionroute.runtime.tensorrt.residency import Residency
 from fusionroute.runtime.tensorrt.transfers import Block, Transfers
-
-SHORTEST = 128  # keys that attention reads at least: the lengths are powers of two from here, so that few graphs are captured
 
 
 class Scratch(NamedTuple):
@@ -269,8 +268,3 @@ class Cache:
     @staticmethod
     def _shapes(count: int, wanted: int, keys: int) -> dict[str, tuple[int, ...]]:
         return {"input_ids": (1, count), "write_index": (1,), "key_positions": (keys,), "logit_positions": (wanted,)}
-
-
-def reach(length: int, capacity: int) -> int:
-    """How many keys attention reads for a text of `length` tokens: the next power of two from SHORTEST on, or the capacity."""
-    return min(max(SHORTEST, 1 << (length - 1).bit_length()), capacity)

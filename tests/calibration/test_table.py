@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fusionroute.calibration import checksummed_file
-from fusionroute.calibration.__main__ import app
+from fusionroute.calibration.commands import app
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import NOBODY, Text
 from fusionroute.calibration.table import KIND, Table, figures

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import REPOSITORY
 
 
 def run(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="module", params=["gemma2", "llama3"])
@@ -30,8 +30,8 @@ def test_report_of_the_shipped_system(shipped: tuple[Path, dict[str, object]]) -
     assert report["models"] == ["router", "math", "code", "instruction"]
     variants = {entry["precision"]: entry for entry in report["variants"]}  # type: ignore[attr-defined]
     assert list(variants) == ["fp32", "int8"]
-    for how in ("chunks", "decode"):
-        exact, rounded = variants["fp32"]["compared"][how], variants["int8"]["compared"][how]
+    for reading in ("chunks", "decode"):
+        exact, rounded = variants["fp32"]["compared"][reading], variants["int8"]["compared"][reading]
         assert exact["max_difference"] <= 2e-5 * variants["fp32"]["compared"]["largest_logit"]
         assert exact["greedy_agreement"] == exact["routing_agreement"] == 1.0
         assert rounded["greedy_agreement"] >= 0.95 and rounded["routing_agreement"] >= 0.95

@@ -1,4 +1,4 @@
-"""Greedy output with drafts equals output without, in every precision, once no token is read alone."""
+"""With `exact=True`, greedy output with drafts equals output without, in every precision."""
 
 from pathlib import Path
 

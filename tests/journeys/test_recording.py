@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from fusionroute.calibration.table import Table
-from fusionroute.fr_export import export
+from fusionroute.fr_export.bundle import recording
 from fusionroute.fr_export.precision.calibrate import calibrate
 from tests.support.exporting import export_checkpoints
 from tests.support.systems import Shape, make_system
@@ -20,23 +20,23 @@ def forms(graph: Path) -> set[tuple[int, int]]:
     return {(attributes["bits"], attributes["block_size"]) for attributes in read}
 
 
-@pytest.mark.parametrize(("limit", "recorded"), [(export.LARGE, (8, 64)), (0, (4, 128))], ids=["small", "large"])
+@pytest.mark.parametrize(("limit", "recorded"), [(recording.LARGE, (8, 64)), (0, (4, 128))], ids=["small", "large"])
 def test_recording(limit: int, recorded: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large systems record at 4 bits in large blocks, which need least memory; what is exported has its own blocks."""
     shape = Shape(layers=1, experts=2, hidden=128, tokenizer=True)
     router, experts = make_system(tmp_path, shape)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one two\nthree four\n")
-    found: list[set[tuple[int, int]]] = []
+    recorded_forms: list[set[tuple[int, int]]] = []
 
     def spied(*arguments: Any, **named: Any) -> Table:
-        found.extend(forms(graph) for graph in sorted(arguments[3].glob("graphs/*.int?.onnx")))
+        recorded_forms.extend(forms(graph) for graph in sorted(arguments[3].glob("graphs/*.int?.onnx")))
         return calibrate(*arguments, **named)
 
-    monkeypatch.setattr(export, "LARGE", limit)
-    monkeypatch.setattr(export, "calibrate", spied)
+    monkeypatch.setattr(recording, "LARGE", limit)
+    monkeypatch.setattr(recording, "calibrate", spied)
     out = export_checkpoints(tmp_path / "bundle", shape, router, experts, ("int4",), 64, calibration=str(prompts))
-    assert found == [{recorded}] * 3
+    assert recorded_forms == [{recorded}] * 3
     assert {block for bits, block in forms(out / "graphs" / "router.ort-cpu.int4.onnx") if bits == 4} == {64}
     assert len(Table.load(out / "calibration.safetensors").texts) == 1  # the other prompt is held out
     assert not (out / "recording").exists()

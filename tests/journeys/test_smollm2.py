@@ -1,5 +1,7 @@
-"""A real model: SmolLM2-135M as router and three perturbed experts. Slow; the checkpoints come from tools beside the repository, or from
-FUSIONROUTE_SMOLLM2, a folder with router/ and experts/."""
+"""A real model: SmolLM2-135M as router and as three perturbed experts. Slow.
+
+The checkpoints come from FUSIONROUTE_SMOLLM2, a folder with router/ and experts/, or else from scripts beside the repository.
+"""
 
 import os
 import subprocess
@@ -16,10 +18,11 @@ from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from tests.support.exporting import ALL, export_checkpoints
 from tests.support.parity import check_parity
+from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape
 
 pytestmark = pytest.mark.slow
-TOOLS = Path(__file__).parents[3] / "shared/tools"
+TOOLS = REPOSITORY.parent / "shared/tools"
 TEXT = "\n\n".join(BUILTIN)
 
 

@@ -43,11 +43,11 @@ def routed() -> np.ndarray:
 
 
 def test_the_bundle_computes_the_tables(rt: FusionRuntime) -> None:
-    found = {policy.name: policy.logits for policy in policies(rt)}
+    logits = {policy.name: policy.logits for policy in policies(rt)}
     for name in EXPERTS:
-        np.testing.assert_allclose(found[f"expert {name}"], TABLES[name][BEFORE], atol=2e-5)
-    np.testing.assert_allclose(found["router"], TABLES["router"][BEFORE], atol=2e-5)
-    np.testing.assert_allclose(found["fusion"], (TABLES["router"][BEFORE] + routed()) / 2, atol=2e-5)
+        np.testing.assert_allclose(logits[f"expert {name}"], TABLES[name][BEFORE], atol=2e-5)
+    np.testing.assert_allclose(logits["router"], TABLES["router"][BEFORE], atol=2e-5)
+    np.testing.assert_allclose(logits["fusion"], (TABLES["router"][BEFORE] + routed()) / 2, atol=2e-5)
     np.testing.assert_allclose(fused(rt, 0.0), routed(), atol=2e-5)
 
 
@@ -66,7 +66,7 @@ def test_no_sequence_of_choices_writes_the_text(rt: FusionRuntime) -> None:
     wrong = [
         step.word for step, *own in zip(STEPS, *(TABLES[name][BEFORE].argmax(-1) != TARGET for name in EXPERTS), strict=True) if all(own)
     ]
-    assert wrong == ["expert", "the"]  # no other step is out of reach: without these two a choice would do
+    assert wrong == ["expert", "the"]  # without these two steps, choosing would be enough
 
 
 def test_only_the_fusion_writes_the_text(rt: FusionRuntime) -> None:
@@ -84,24 +84,24 @@ def test_only_the_fusion_writes_the_text(rt: FusionRuntime) -> None:
 
 
 def test_the_router_chooses_the_best_expert(rt: FusionRuntime) -> None:
-    """So that nothing which the fusion gains is owed to a choice that selection could have made better."""
+    """So the gain of the fusion is not due to poor routing."""
     best = np.maximum(*(right(TABLES[name][BEFORE]) for name in EXPERTS))
     np.testing.assert_allclose(Policy("routed", fused(rt, 0.0)).right, best, rtol=1e-4)
 
 
 def test_values(rt: FusionRuntime) -> None:
-    found = {policy.name: policy.value for policy in policies(rt)}
+    values = {policy.name: policy.value for policy in policies(rt)}
     each = np.stack([right(TABLES[name][BEFORE]) for name in EXPERTS])
-    assert found["expert a"] == pytest.approx(each[0].prod(), rel=1e-3)
-    assert found["expert b"] == pytest.approx(each[1].prod(), rel=1e-3)
-    assert found["best choice"] == pytest.approx(max(np.prod(own) for own in itertools.product(*each.T)), rel=1e-3)
-    assert found["router"] == pytest.approx(right(TABLES["router"][BEFORE]).prod(), rel=1e-3)
-    assert found["fusion"] == pytest.approx(right((TABLES["router"][BEFORE] + routed()) / 2).prod(), rel=1e-3)
-    assert found["best choice"] < 0.08 and found["router"] < 0.001 and found["fusion"] > 0.85
+    assert values["expert a"] == pytest.approx(each[0].prod(), rel=1e-3)
+    assert values["expert b"] == pytest.approx(each[1].prod(), rel=1e-3)
+    assert values["best choice"] == pytest.approx(max(np.prod(own) for own in itertools.product(*each.T)), rel=1e-3)
+    assert values["router"] == pytest.approx(right(TABLES["router"][BEFORE]).prod(), rel=1e-3)
+    assert values["fusion"] == pytest.approx(right((TABLES["router"][BEFORE] + routed()) / 2).prod(), rel=1e-3)
+    assert values["best choice"] < 0.08 and values["router"] < 0.001 and values["fusion"] > 0.85
 
 
 def test_a_sampled_text_is_worth_its_value(rt: FusionRuntime) -> None:
-    """The runtime's own samples reach the probability that the logits promise."""
+    """Sampled texts are right as often as the logits predict."""
     runs = 100
     for lam in (0.0, 0.5):
         value = Policy("", fused(rt, lam)).value

@@ -1,4 +1,4 @@
-"""Slow, in an environment of its own (`make test-optimum`): Optimum exports through its own command line and loads what was written, unmodified."""
+"""Optimum exports through its own command line and loads the result unmodified. Slow, in an environment of its own: `make test-optimum`."""
 
 import json
 import shutil
@@ -35,31 +35,31 @@ def exported(out: Path, *arguments: str) -> Path:
         out,
         "--json",
     ]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert {entry["target"] for entry in json.loads(ended.stdout)["variants"]} == {"portable"}
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert {entry["target"] for entry in json.loads(process.stdout)["variants"]} == {"portable"}
     return out
 
 
 def generated(model: Any, vocab: int, new: int) -> torch.Tensor:
-    """Greedy tokens [2, 12 + new] behind two prompts, one of them padded on the left."""
+    """Greedy tokens [2, 12 + new] of two prompts, one of them padded on the left."""
     ids = torch.randint(3, vocab, (2, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    found: torch.Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-    return found
+    tokens: torch.Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    return tokens
 
 
 def equal(folder: Path, checkpoint: Path, vocab: int, new: int) -> dict[str, float]:
-    """Share of tokens, by precision, that Optimum and transformers generate alike."""
-    # transformers 4.57 reads Gemma 2 with an attention that leaves out the softcap, unless told
+    """Share of generated tokens that are equal in Optimum and transformers, by precision."""
+    # the default attention of transformers 4.57 leaves out Gemma 2's softcap
     exact = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
     expected = generated(exact, vocab, new)
-    found = {}
+    shares = {}
     for precision, file in FILES.items():
         model = optimum.ORTModelForCausalLM.from_pretrained(folder, **({"file_name": file} if file else {}))
-        found[precision] = float((generated(model, vocab, new) == expected)[:, 12:].float().mean())
-    return found
+        shares[precision] = float((generated(model, vocab, new) == expected)[:, 12:].float().mean())
+    return shares
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,7 +75,7 @@ def test_shipped_systems_generate_as_transformers_does(family: str, tmp_path: Pa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_systems_generate_as_transformers_does(family: str, tmp_path: Path) -> None:
-    """Heads that are not hidden size / heads wide, of which Optimum guesses another number for Gemma 2."""
+    """Heads whose size is not hidden size / heads, which Optimum guesses wrong for Gemma 2."""
     shape = Shape(family, experts=1, head_dim=24)
     router, experts = make_system(tmp_path / "system", shape)
     bundle = exported(
@@ -87,10 +87,10 @@ def test_random_systems_generate_as_transformers_does(family: str, tmp_path: Pat
 
 
 def test_help_is_that_of_the_exporter() -> None:
-    ended = subprocess.run([CLI, "export", "fusionroute", "--help"], capture_output=True, text=True)
-    assert ended.returncode == 0 and "optimum-cli export fusionroute" in ended.stdout and "--expert" in ended.stdout
+    process = subprocess.run([CLI, "export", "fusionroute", "--help"], capture_output=True, text=True)
+    assert process.returncode == 0 and "optimum-cli export fusionroute" in process.stdout and "--expert" in process.stdout
 
 
 def test_wrong_usage_has_status_2() -> None:
-    ended = subprocess.run([CLI, "export", "fusionroute", "--family", "mamba"], capture_output=True, text=True)
-    assert ended.returncode == 2 and "mamba" in ended.stderr
+    process = subprocess.run([CLI, "export", "fusionroute", "--family", "mamba"], capture_output=True, text=True)
+    assert process.returncode == 2 and "mamba" in process.stderr

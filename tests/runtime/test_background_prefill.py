@@ -49,8 +49,8 @@ def texts(rt: FusionRuntime, whim: Whim | None) -> list[tuple[int, str, float]]:
     """A text whose expert is pinned in turns, so that the others fall behind and wake."""
     session = rt.session()
     if whim is not None:
-        assert session._behind is not None
-        session._behind._thread = whim  # type: ignore[assignment]
+        assert session._decoder.readers._background is not None
+        session._decoder.readers._background._thread = whim  # type: ignore[assignment]
     session.append(PROMPT)
     found = []
     for number in range(150):
@@ -80,7 +80,7 @@ def test_no_expert_stays_far_behind(rt: FusionRuntime) -> None:
     while max(session.lags.values()) >= 2 * PIECE and time.monotonic() < end:
         time.sleep(0.01)
     assert max(session.lags.values()) < 2 * PIECE
-    lengths = [session.reached(expert) for expert in range(len(rt.expert_names))]
+    lengths = [expert.length for expert in session._decoder.readers.experts]
     assert lengths[1:] == [128] * (len(lengths) - 1)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fusionroute.runtime import FusionRuntime
+from tests.support.paths import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
 PROMPT = "12+30="
 
 
@@ -27,7 +27,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         pytest.skip("Python.h is not installed (on Debian and Ubuntu: apt install python3-dev)")
     folder = tmp_path_factory.mktemp("cpp_embed")
-    source = ROOT / "examples" / "cpp_embed"
+    source = REPOSITORY / "examples" / "cpp_embed"
     options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Debug"]
     for command in (["cmake", "-S", str(source), "-B", str(folder), *options], ["cmake", "--build", str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -36,7 +36,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = [str(program), sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 

@@ -15,7 +15,7 @@ import pytest
 from fusionroute.runtime import FusionRuntime, InputError, Sampling
 from fusionroute.runtime.backends.ort_cpu import OrtCache, zeros
 from fusionroute.runtime.bench.memory import resident
-from fusionroute.runtime.cancellation import Interrupted, Watch
+from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.engine import StreamOptions
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.sampling import SamplingOptions
@@ -47,10 +47,10 @@ def test_a_callback_ends_the_text_by_false_or_by_what_it_raises(rt: FusionRuntim
 
     cut = rt.generate(PROMPT, 12, on_token=three)
     assert cut.token_ids == seen == whole.token_ids[:3] and cut.finish_reason == "cancelled"
-    free = len(rt.pool.idle)
+    free = len(rt._pool.idle)
     with pytest.raises(ZeroDivisionError):
         rt.generate(PROMPT, 12, on_token=lambda token: 1 // 0)
-    assert len(rt.pool.idle) == free, "the session goes back"
+    assert len(rt._pool.idle) == free, "the session goes back"
     assert rt.generate(PROMPT, 12) == whole
 
 
@@ -73,7 +73,7 @@ def test_a_deadline_is_kept_within_one_token(rt: FusionRuntime, monkeypatch: pyt
     whole = rt.generate(PROMPT, 12)
     Clock(monkeypatch)
     monkeypatch.setattr(
-        "fusionroute.runtime.session.LONG", CHUNK
+        "fusionroute.runtime.readers.UNWATCHED_TOKENS", CHUNK
     )  # else the prompt is looked after by a thread of its own, which asks the same clock
     for seconds, count in ((0, 0), (-1, 0), (0.5, 1), (4, 4), (4.5, 5), (50, 12)):
         found = rt.generate(PROMPT, 12, deadline=seconds)
@@ -112,11 +112,11 @@ def test_a_long_prompt_is_interrupted_and_leaves_nothing_behind(rt: FusionRuntim
     ids = np.random.default_rng(0).integers(3, 250, CHUNK).tolist()
     router, event = rt.backend.router.cache(), threading.Event()
     event.set()
-    watch = Watch(event) if why == "cancelled" else Watch(deadline=0)
+    cancellation = Cancellation(event) if why == "cancelled" else Cancellation(deadline=0)
     interrupted = 0
     for _ in range(50):  # on a busy machine a pass may be over before the other thread runs
         try:
-            with watch.over(router.interrupt):
+            with cancellation.interrupting(router.interrupt):
                 router.forward(ids, (CHUNK - 1,))
         except Interrupted:
             interrupted += 1
@@ -124,7 +124,7 @@ def test_a_long_prompt_is_interrupted_and_leaves_nothing_behind(rt: FusionRuntim
         router.length = 0
         if interrupted == 3:
             break
-    assert interrupted == 3 and watch.reason == why
+    assert interrupted == 3 and cancellation.reason == why
     expected = rt.backend.router.cache().forward(ids, (CHUNK - 1,)).logits.copy()
     assert np.array_equal(router.forward(ids, (CHUNK - 1,)).logits, expected)
 
@@ -157,7 +157,7 @@ def test_logits_are_handed_over_without_a_copy_and_stay(bundles: list[Path]) -> 
             tokens.append(session.step())
             rows.append(session.logits)
             assert np.shares_memory(session.logits, rows[-1]), "asked twice, the same memory"
-        assert session._newest is not None and np.shares_memory(rows[-1], session._newest.rows), "not a copy"
+        assert session._decoder.step.newest is not None and np.shares_memory(rows[-1], session._decoder.step.newest.rows), "not a copy"
         assert not any(np.shares_memory(first, second) for first in rows for second in rows if first is not second)
         session.step()
         expected = rt.score([*ids, *(token.id for token in tokens)])

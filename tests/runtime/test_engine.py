@@ -238,7 +238,7 @@ def test_why_a_text_ends(rt: FusionRuntime) -> None:
 def test_the_end_of_sequence_token_ends_and_is_left_out(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with FusionRuntime.load(bundles[0]) as rt:
         long = rt.generate(PROMPT, max_new_tokens=10)
-        monkeypatch.setattr(rt, "eos", frozenset({long.token_ids[4]}))
+        monkeypatch.setattr(rt, "_eos", frozenset({long.token_ids[4]}))
         ended = rt.generate(PROMPT, max_new_tokens=10)
         assert ended.finish_reason == "stop"
         assert ended.token_ids == long.token_ids[: long.token_ids.index(long.token_ids[4])]
@@ -256,7 +256,7 @@ def test_messages_use_the_chat_template(rt: FusionRuntime) -> None:
     ids = rt.prompt_ids([{"role": "user", "content": "hi"}])
     manifest = rt.bundle.manifest
     assert manifest.bos_token is not None
-    assert "user" in rt.text.decode(ids, skip_special_tokens=False)  # type: ignore[union-attr]
+    assert "user" in rt.tokenizer.decode(ids, skip_special_tokens=False)  # type: ignore[union-attr]
     assert ids.count(rt.encode("")[0]) == 1, "one BOS, from the template"
 
 

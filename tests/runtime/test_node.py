@@ -11,8 +11,9 @@ import pytest
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.stream import Result
+from tests.support.paths import REPOSITORY
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "node.py"
+EXAMPLE = REPOSITORY / "examples" / "node.py"
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import pytest
 from fusionroute.runtime.commands.build import build
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Engines, Profile, Variant
-from fusionroute.runtime.tensorrt.build import one_at_a_time, told
+from fusionroute.runtime.tensorrt.build import build_lock, told
 from fusionroute.runtime.tensorrt.engines import fitting, with_engines
-from fusionroute.runtime.tensorrt.library import installed, load, parse_sms
+from fusionroute.runtime.tensorrt.library import installed_flavour, load, parse_sms
 from fusionroute.runtime.tensorrt.operators import check, known, since, table
 
 PROFILE = Profile(tokens=8, keys=16, positions=8, rows=8, candidates=8, penalised=16)
@@ -99,7 +99,7 @@ def test_a_missing_library_is_one_sentence(flavour: str, module: str, extra: str
         load(flavour)
     for each in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, each, None)
-    assert installed() is None
+    assert installed_flavour() is None
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,13 @@ def test_one_build_at_a_time() -> None:
     inside, leave, order = threading.Event(), threading.Event(), []
 
     def first() -> None:
-        with one_at_a_time():
+        with build_lock("build.lock"):
             inside.set()
             leave.wait(10)
             order.append("first")
 
     def second() -> None:
-        with one_at_a_time():
+        with build_lock("build.lock"):
             order.append("second")
 
     threads: list[Any] = [threading.Thread(target=first), threading.Thread(target=second)]

@@ -223,11 +223,11 @@ def test_a_seed_repeats_and_no_seed_does_not() -> None:
 
 
 def test_how_many_candidates_are_wanted() -> None:
-    assert Sampler(Sampling()).wanted(1000) == 1
-    assert Sampler(Sampling(temperature=1.0)).wanted(1000) == 256
-    assert Sampler(Sampling(temperature=1.0)).wanted(100) == 100
-    assert Sampler(Sampling(temperature=1.0, top_k=40)).wanted(1000) == 40
-    assert Sampler(Sampling(temperature=1.0, top_k=4000)).wanted(1000) == 1000
+    assert Sampler(Sampling()).candidate_count(1000) == 1
+    assert Sampler(Sampling(temperature=1.0)).candidate_count(1000) == 256
+    assert Sampler(Sampling(temperature=1.0)).candidate_count(100) == 100
+    assert Sampler(Sampling(temperature=1.0, top_k=40)).candidate_count(1000) == 40
+    assert Sampler(Sampling(temperature=1.0, top_k=4000)).candidate_count(1000) == 1000
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What tests of calibrated precisions share: statistics of a traced model, and its graph run as it is written."""
+"""For tests of calibrated precisions: statistics of a traced model, and its graph written and run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,38 +31,38 @@ def traced(system: System) -> Graph:
 
 
 def observe(graph: Graph, weights: Weights, texts: Sequence[Sequence[int]]) -> dict[str, Observer]:
-    """What enters each matrix at every position of the texts."""
-    seen: dict[str, Observer] = {}
+    """Statistics of the input of each matrix, over every position of the texts."""
+    observers: dict[str, Observer] = {}
 
     def see(matrix: str, _: int, x: np.ndarray) -> None:
-        seen.setdefault(matrix, Observer(matrix, x.shape[-1])).see(x)
+        observers.setdefault(matrix, Observer(matrix, x.shape[-1])).see(x)
 
     walk = Walk(split(graph), [np.array(text) for text in texts], *reader(graph, weights), threads=1)
     while not walk.done:
         walk.step(see)
-    return seen
+    return observers
 
 
 def known(texts: Sequence[np.ndarray]) -> Evidence:
-    """Texts that a model serves at every position, without statistics."""
+    """Evidence of texts that the model serves at every position; it has no statistics."""
     return Evidence([Text(ids, np.zeros(len(ids), np.int8)) for ids in texts], [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
 
 
 @torch.no_grad()
 def passed_on(model: torch.nn.Module, layer: int, texts: Sequence[np.ndarray]) -> torch.Tensor:
-    """What a decoder layer of a torch model passes on, float32 [tokens, H]."""
-    passed: list[torch.Tensor] = []
+    """Output of a decoder layer of a torch model, float32 [tokens, H]."""
+    outputs: list[torch.Tensor] = []
     hook = model.get_submodule(f"model.layers.{layer}").register_forward_hook(
-        lambda _, __, out: passed.append((out[0] if isinstance(out, tuple) else out)[0])
+        lambda _, __, out: outputs.append((out[0] if isinstance(out, tuple) else out)[0])
     )
     for ids in texts:
         model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
     hook.remove()
-    return torch.cat(passed)
+    return torch.cat(outputs)
 
 
 def written(graph: Graph, weights: Weights, folder: Path, scheme: Scheme | None = None, head: RoutingHead | None = None) -> Path:
-    """Bind a copy of a graph and write it, as an export does."""
+    """Bind weights to a copy of a graph and write it, as an export does."""
     graph = graph.clone()
     ort.end_with(graph, head)
     bind(graph, weights, scheme or Fp32(), Store(folder), lambda _: None)
@@ -82,8 +82,8 @@ def run(path: Path, ids: Sequence[int]) -> list[np.ndarray]:
         "total_sequence_length": np.array(len(ids), np.int32),
         "logit_positions": np.arange(len(ids)),
     }
-    for wanted in session.get_inputs():
-        if wanted.name.startswith("past."):
-            feeds[wanted.name] = np.zeros((1, wanted.shape[1], len(ids), wanted.shape[3]), np.float32)
+    for value in session.get_inputs():
+        if value.name.startswith("past."):
+            feeds[value.name] = np.zeros((1, value.shape[1], len(ids), value.shape[3]), np.float32)
     names = [output.name for output in session.get_outputs() if not output.name.startswith("present.")]
-    return [np.asarray(found[0]) for found in session.run(names, feeds)]
+    return [np.asarray(output[0]) for output in session.run(names, feeds)]

@@ -19,7 +19,7 @@ class Ended(NamedTuple):
 
 
 class Command:
-    """Runs `entry`, which returns the exit status, with arguments behind `name`."""
+    """Calls `entry`, which returns the exit status, with a command line of `name` and arguments."""
 
     def __init__(self, name: str, entry: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         self.name, self.entry = name, entry

@@ -1,4 +1,4 @@
-"""Graphs of the `portable` dialect run as Optimum runs them: caches that grow, a mask over all tokens, positions counted from it."""
+"""Graphs of the `portable` dialect, run as Optimum runs them: caches that grow, a mask over all tokens, positions counted from the mask."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,12 @@ import onnxruntime
 
 
 def positions(mask: np.ndarray) -> np.ndarray:
-    """int64 [B, T] of a mask [B, T] with padding on the left; transformers gives padding the position 1."""
-    found: np.ndarray = np.where(mask == 0, 1, mask.cumsum(-1) - 1)
-    return found
+    """Positions int64 [B, T] of a mask [B, T] with padding on the left; transformers gives padding the position 1."""
+    return np.asarray(np.where(mask == 0, 1, mask.cumsum(-1) - 1))
 
 
 class Reader:
-    """One graph, at every level of ONNX Runtime's optimisations that people use: all of them."""
+    """One graph, with all optimisations of ONNX Runtime, which is its default."""
 
     def __init__(self, file: Path):
         options = onnxruntime.SessionOptions()
@@ -22,7 +21,8 @@ class Reader:
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         self.inputs, self.outputs = (
-            [(v.name, v.type, v.shape) for v in ends] for ends in (self.session.get_inputs(), self.session.get_outputs())
+            [(value.name, value.type, value.shape) for value in values]
+            for values in (self.session.get_inputs(), self.session.get_outputs())
         )
 
     def read(self, ids: np.ndarray, mask: np.ndarray, chunks: Sequence[int], empty: tuple[int, int] = (1, 1)) -> np.ndarray:
@@ -34,12 +34,12 @@ class Reader:
             for name, kind, _ in self.inputs
             if name.startswith("past_key_values.")
         }
-        where, parts, start = positions(mask), [], 0
+        position_ids, parts, start = positions(mask), [], 0
         for end in np.cumsum(chunks):
             now = slice(start, end)
-            feeds = {"input_ids": ids[:, now], "attention_mask": mask[:, :end], "position_ids": where[:, now]} | past
-            found = dict(zip([name for name, *_ in self.outputs], self.session.run(None, feeds), strict=True))
-            past = {name: found[name.replace("past_key_values", "present")] for name in past}
-            parts.append(found["logits"])
+            feeds = {"input_ids": ids[:, now], "attention_mask": mask[:, :end], "position_ids": position_ids[:, now]} | past
+            outputs = dict(zip([name for name, *_ in self.outputs], self.session.run(None, feeds), strict=True))
+            past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+            parts.append(outputs["logits"])
             start = end
         return np.concatenate(parts, 1)

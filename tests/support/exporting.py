@@ -1,6 +1,6 @@
 """Exports made by tests, without the comparison that ends an export: tests make their own.
 
-`python -m tests.support.exporting DIR` writes the bundles of tests/runtime, for running those tests where torch is not installed.
+`python -m tests.support.exporting DIR` writes the bundles of tests/runtime, to run those tests without torch.
 """
 
 import sys

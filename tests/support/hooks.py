@@ -1,4 +1,4 @@
-"""What enters the linear layers of a plain torch model."""
+"""Inputs of the linear layers of a plain torch model."""
 
 import re
 from typing import Any
@@ -10,21 +10,21 @@ from torch import nn
 
 @torch.no_grad()
 def hooked(model: Any, text: np.ndarray) -> dict[str, np.ndarray]:
-    """What enters every linear layer of a torch model, [S, K] by the layer's name."""
-    found: dict[str, np.ndarray] = {}
+    """Input [S, K] of every linear layer of a torch model, by the layer's name."""
+    inputs: dict[str, np.ndarray] = {}
 
-    def note(name: str) -> Any:
-        return lambda _, arguments: found.__setitem__(name, arguments[0][0].numpy())
+    def store_input(name: str) -> Any:
+        return lambda _, arguments: inputs.__setitem__(name, arguments[0][0].numpy())
 
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_pre_hook(store_input(name)) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     model(input_ids=torch.from_numpy(text)[None], use_cache=False)
     for hook in hooks:
         hook.remove()
-    return found
+    return inputs
 
 
 def layers_of(matrix: str) -> list[str]:
-    """The linear layers of the torch model whose weights a matrix of the graph holds."""
+    """The linear layers of the torch model whose weights are in a matrix of the graph."""
     if "layers." not in matrix:
         return ["lm_head"]
     name = re.sub(r"^.*?(model\.layers\.)", r"\1", matrix).removesuffix(".weight").replace("model.model.", "model.")

@@ -1,4 +1,4 @@
-"""What must hold between an exported fp32 bundle and plain torch (full prefix, all models, no cache)."""
+"""Checks of an exported fp32 bundle against plain torch (full prefix, all models, no cache)."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def check_greedy(runtime: FusionRuntime, system: System, prompt: list[int], erro
     chosen = np.array([token.id for token in tokens])
     experts = np.array([runtime.expert_names.index(token.expert) for token in tokens])
     clear, decided = margins(logits) > 10 * error, margins(routing) > 10 * error
-    assert clear.mean() > 0.9, "the test would say nothing if most margins were within the error"
+    assert clear.mean() > 0.9, "too few clear margins: the comparison would prove nothing"
     assert (chosen == logits.argmax(-1))[clear].all()
     assert (experts == routing.argmax(-1))[decided].all()
     print(f"too close to call: {64 - int(clear.sum())} of 64 tokens, {64 - int(decided.sum())} of 64 routings")
@@ -50,23 +50,23 @@ def check_greedy(runtime: FusionRuntime, system: System, prompt: list[int], erro
 def check_rewind(runtime: FusionRuntime, ids: list[int], expected: Reference, error: float) -> None:
     """Steps after rewinds, over experts that lag, are those of a fresh session."""
     session = runtime.session()
-    right = 4 * len(ids) // 5  # how many tokens at the beginning of the session are those of `ids`
+    right = 4 * len(ids) // 5  # so many tokens at the start of the session are those of `ids`
     session.append(ids[:right])
-    for kept in (right - 20, right // 4, right - 21, len(ids) - 10, len(ids) - 11):
+    for length in (right - 20, right // 4, right - 21, len(ids) - 10, len(ids) - 11):
         session.step()
-        session.append(ids[:9])  # others than come after the rewind: no cache may keep them
+        session.append(ids[:9])  # tokens that the rewind drops: no cache may keep them
         session.step()
-        session.rewind(min(kept, right))
-        session.append(ids[len(session) : kept])
-        right = kept
-        row = expected.logits[kept - 1]
+        session.rewind(min(length, right))
+        session.append(ids[len(session) : length])
+        right = length
+        row = expected.logits[length - 1]
         chosen = session.step().id
         assert chosen == row.argmax() or margins(row[None])[0] <= 10 * error
-        assert len(session) == kept + 1
+        assert len(session) == length + 1
 
 
 def margins(rows: np.ndarray) -> np.ndarray:
-    """Gap between the largest and the second largest value of each row; infinite where there is one value only."""
+    """Gap between the largest and the second largest value of each row; infinite for rows of one value."""
     if rows.shape[-1] == 1:
         return np.full(len(rows), np.inf)
     top = np.partition(rows, -2, axis=-1)

@@ -1,4 +1,4 @@
-"""Exports killed half-way: nothing half-written stands, the old bundle survives, and the next export clears what is left."""
+"""Exports killed half-way: no half-written bundle, the old one survives, and the next export cleans up."""
 
 import json
 import os
@@ -11,25 +11,28 @@ from pathlib import Path
 
 import pytest
 
-from fusionroute.fr_export.bundle.staged_folder import Staging
+from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.runtime import FusionRuntime, InputError
 from fusionroute.runtime.bundle import Bundle
+from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape, make_system
 
 SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2)
-REPOSITORY = Path(__file__).parents[3]
 
-# Imports the exporter and traces the system once, then forks one process per line of stdin, which runs `export.py` with the arguments of
-# that line, without the comparison. With `stop`, it creates the file `reached` and waits when it writes its seventh piece of weights.
+# Imports the exporter and traces the system once, then forks one process per line of stdin. That process runs `export.py`
+# with the arguments of the line, without the comparison. With `stop`, it creates the file `reached` and waits when it
+# writes its seventh piece of weights.
 SERVER = """
 import json, os, signal, sys, time
 import torch
 from rich.console import Console
-from fusionroute.fr_export import export
+from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.graphs import weight_store as store
+from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.commands.export import app
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.verify import measure
 
 def stop(reached):
     write, calls = store.Writer.write, []
@@ -43,9 +46,9 @@ def stop(reached):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs, such as some CI runs, inherit it ignored
 torch.set_num_threads(1)  # threads would not survive the fork
-system = export.System.open(FAMILIES["llama3"], sys.argv[1], json.loads(sys.argv[2]))
-graphs = export.traces(system, Stages(Console(quiet=True)))
-export.traces, export.REFERENCE_LIMIT = lambda *_: graphs, 0
+system = System.open(FAMILIES["llama3"], sys.argv[1], json.loads(sys.argv[2]))
+graphs = Traces(system, Stages(Console(quiet=True))).of()
+Traces.of, measure.REFERENCE_LIMIT = lambda *_: graphs, 0
 
 for line in sys.stdin:
     order = json.loads(line)
@@ -149,7 +152,7 @@ def test_killed_exports_and_the_ones_after_them(exporter: Exporter) -> None:
 REPLACE = """
 import os, signal, sys
 from pathlib import Path
-from fusionroute.fr_export.bundle.staged_folder import Staging
+from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 
 rename, calls = Path.rename, []
 
@@ -162,14 +165,14 @@ def renames(self, target):
 Path.rename = renames
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 signal.signal(signal.SIGINT, signal.default_int_handler)
-with Staging(Path(sys.argv[1]), True) as staging:
+with StagedBundle(Path(sys.argv[1]), True) as staging:
     (staging.folder / "manifest.json").write_text('{"format": 1, "family": "new", "models": [], "files": {}}')
 """
 
 
 @pytest.mark.parametrize(("name", "done"), [("SIGKILL", 0), ("SIGKILL", 1), ("SIGKILL", 2), ("SIGTERM", 1), ("SIGINT", 1)])
 def test_killed_while_a_bundle_is_replaced(tmp_path: Path, name: str, done: int) -> None:
-    """With 0, 1 or both of the renames done (both: nothing kills it): the next export finds the old bundle or the new one, whole."""
+    """After 0, 1 or both renames (both: nothing kills it) the next export sees the old bundle or the new one, whole."""
     out = tmp_path / "bundle"
     out.mkdir()
     (out / "manifest.json").write_text('{"format": 1, "family": "old", "models": [], "files": {}}')
@@ -179,12 +182,12 @@ def test_killed_while_a_bundle_is_replaced(tmp_path: Path, name: str, done: int)
     assert (killed.returncode == 0) == (done == 2)
     caught = name != "SIGKILL" or done == 2
     assert out.exists() == (caught or done == 0)
-    with pytest.raises(InputError, match="add --force"), Staging(out, False):
+    with pytest.raises(InputError, match="add --force"), StagedBundle(out, False):
         pass
     assert json.loads((out / "manifest.json").read_text())["family"] == ("new" if done == 2 else "old")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     if not caught:
-        with Staging(out, True) as staging:
+        with StagedBundle(out, True) as staging:
             (staging.folder / "manifest.json").write_text("new")
         assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fusionroute.fr_export.bundle.staged_folder import Staging
+from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.runtime.errors import FusionError, InputError
 
 FILES = ("graphs/a.onnx", "tokenizer.json")
@@ -27,15 +27,15 @@ def fill(folder: Path, text: str) -> None:
 
 
 def stage(out: Path, text: str = "new", force: bool = False) -> None:
-    with Staging(out, force) as staging:
+    with StagedBundle(out, force) as staging:
         fill(staging.folder, text)
         assert staging.folder.parent == out.resolve().parent, "a rename must not cross file systems"
 
 
 def contents(folder: Path) -> dict[str, str]:
     """All files and links below a folder, hidden ones too."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    return {name: "link" if path.is_symlink() else path.read_text() for name, path in found.items() if path.is_symlink() or path.is_file()}
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return {name: "link" if path.is_symlink() else path.read_text() for name, path in paths.items() if path.is_symlink() or path.is_file()}
 
 
 def bundle(text: str, name: str = "bundle") -> dict[str, str]:
@@ -146,7 +146,7 @@ def test_what_is_the_users_stays(out: Path, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", USERS)
 def test_what_appears_meanwhile_stays_too(out: Path, tmp_path: Path, name: str) -> None:
     make, words = USERS[name]
-    with pytest.raises(InputError, match=words), Staging(out, True) as staging:
+    with pytest.raises(InputError, match=words), StagedBundle(out, True) as staging:
         fill(staging.folder, "new")
         make(out)
         users = {path: text for path, text in contents(tmp_path).items() if not path.startswith(".")}
@@ -169,7 +169,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
 def test_a_failure_leaves_what_was_there(out: Path, tmp_path: Path, error: BaseException, old: bool) -> None:
     if old:
         fill(out, "old")
-    with pytest.raises(type(error)), Staging(out, True) as staging:
+    with pytest.raises(type(error)), StagedBundle(out, True) as staging:
         fill(staging.folder, "new")
         raise error
     assert texts(tmp_path) == (bundle("old") if old else {})
@@ -255,8 +255,8 @@ def test_names_that_are_not_ours_are_left_alone(out: Path, tmp_path: Path, name:
 HOLD = """
 import sys, time
 from pathlib import Path
-from fusionroute.fr_export.bundle.staged_folder import Staging
-with Staging(Path(sys.argv[1]), True) as staging:
+from fusionroute.fr_export.bundle.staged_folder import StagedBundle
+with StagedBundle(Path(sys.argv[1]), True) as staging:
     (staging.folder / "file").write_text("theirs")
     print(staging.folder.name, flush=True)
     time.sleep(600)
@@ -278,7 +278,7 @@ def test_two_exports_at_once_do_not_meet(out: Path, tmp_path: Path, other: "subp
     assert other.stdout is not None
     theirs = other.stdout.readline().strip()
     stage(out)
-    assert texts(tmp_path) == bundle("new") | {f"{theirs}/file": "theirs"}
+    assert texts(tmp_path) == bundle("new") | {f"{theirs}/file": "theirs", theirs.replace("partial", "lock"): ""}
     other.send_signal(signal.SIGKILL)
     other.wait()
     stage(out, "newer", force=True)

@@ -1,4 +1,4 @@
-"""Targets beside each other: what is exported for which, what the report says of a variant that this machine cannot run, and who refuses it."""
+"""Several targets in one bundle: what is exported for each, and what becomes of variants that need a GPU."""
 
 import io
 import json
@@ -39,12 +39,12 @@ def test_a_bundle_for_both_targets_is_compared_where_it_runs_and_shares_its_weig
     report = export(mixed, quiet())
     Bundle.open(mixed.out).verify()
     assert json.loads((mixed.out / "report.json").read_text()) == report
-    found = {(entry["target"], entry["precision"]): entry for entry in report["variants"]}
-    assert list(found) == [
+    entries = {(entry["target"], entry["precision"]): entry for entry in report["variants"]}
+    assert list(entries) == [
         *(("ort:cpu", precision) for precision in ("fp32", "fp16", "bf16")),
         *(("ort:cuda", precision) for precision in ("fp16", "bf16")),
     ]
-    for (target, _), entry in found.items():
+    for (target, _), entry in entries.items():
         if target == "ort:cpu":
             assert entry["compared"]["decode"]["greedy_agreement"] > 0.9 and entry["not_compared"] is None
         else:

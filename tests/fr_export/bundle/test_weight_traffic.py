@@ -20,7 +20,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def on_disk(graph: Path) -> int:
-    """The files that a graph's nodes name, each as often as one token reads it: tables of look-ups and of rotary count one row."""
+    """Bytes of the files that a graph's nodes read for one token. Tables of look-ups and of rotary count one row."""
     whole: dict[str, int] = {}
     rows: dict[str, int] = {}
     widened: dict[str, int] = {}
@@ -47,8 +47,8 @@ def test_all_that_products_read_and_one_row_of_what_is_looked_up(exported: tuple
     assert {variant.precision for variant in manifest.variants} == set(ALL)
     for variant in manifest.variants:
         for name, graph in variant.graphs.items():
-            found = variant.weight_bytes[name] - on_disk(exported[0] / graph)
-            assert 0 <= found < SMALL, (variant.precision, name, found)
+            inline = variant.weight_bytes[name] - on_disk(exported[0] / graph)
+            assert 0 <= inline < SMALL, (variant.precision, name, inline)
 
 
 def test_fp32_against_the_number_of_weights(exported: tuple[Path, Shape]) -> None:
@@ -57,7 +57,7 @@ def test_fp32_against_the_number_of_weights(exported: tuple[Path, Shape]) -> Non
     hidden, width = shape.hidden, shape.heads * shape.head_dim
     attention = 2 * hidden * width + 2 * hidden * shape.kv_heads * shape.head_dim
     for name, inner in (("router", 2 * hidden), ("expert0", 192), ("expert1", 192)):
-        values = shape.vocab * hidden + attention + 3 * hidden * inner  # head and layer; norms, rows and routing are small
+        values = shape.vocab * hidden + attention + 3 * hidden * inner  # head and layer; the rest is small
         assert 0 <= sizes[name] - 4 * values < 4 * hidden * 12 + SMALL, name
 
 

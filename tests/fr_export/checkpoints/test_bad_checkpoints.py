@@ -1,4 +1,4 @@
-"""Every checkpoint that cannot be exported is refused before any work, in one sentence that names it, what was expected, and the mend."""
+"""Checkpoints that cannot be exported are refused before any work, in one sentence with the cause and the mend."""
 
 import json
 import shutil
@@ -287,8 +287,8 @@ def test_whole_checkpoints_are_taken(root: Path) -> None:
     for file in list((root / "expert1").iterdir()):
         file.rename(root / "store" / file.name)
         file.symlink_to(root / "store" / file.name)
-    found = load_file(root / "router/routing_head.safetensors")
-    save_file({"gate.weight": found["routing_head.weight"].bfloat16()}, root / "router/routing_head.safetensors")
+    head = load_file(root / "router/routing_head.safetensors")
+    save_file({"gate.weight": head["routing_head.weight"].bfloat16()}, root / "router/routing_head.safetensors")
     system = open_system(root, head_key="gate")
     assert system.head.weight.shape == (2, 32) and not system.head.bias.any()
     assert system.max_seq_len == min(1024, DEFAULT_CONTEXT)

@@ -1,4 +1,4 @@
-"""The command line of the exporter: what it prints where, with which status it ends, and that failures leave nothing behind."""
+"""The command line of the exporter: its output, its exit status, and that failures leave nothing behind."""
 
 import errno
 import json
@@ -15,21 +15,22 @@ import pytest
 from fusionroute.fr_export import export
 from fusionroute.fr_export.commands import export as verb
 from fusionroute.fr_export.graphs import weight_store
+from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from tests.support.commands import Command, in_folder
+from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape, make_system
 
 SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2, tokenizer=True)
-REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
     """In an empty folder, with the system's checkpoints beside it."""
     (tmp_path / "here").mkdir()
-    with in_folder("export.py", verb.app, tmp_path / "here", monkeypatch, capsys) as found:
-        yield found
+    with in_folder("export.py", verb.app, tmp_path / "here", monkeypatch, capsys) as command:
+        yield command
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +54,13 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "no family": ((), ("--family",)),
     "unknown family": (("--family", "mamba"), ("--family", "'mamba'", "gemma2 or llama3")),
     "unknown flag": ((*LLAMA, "--colour", "red"), ("--colour",)),
-    "unknown preset": ((*LLAMA, "--preset", "huge"), ("--preset", "'huge'", "tiny or paper")),
+    "unknown preset": ((*LLAMA, "--preset", "huge"), ("--preset", "'huge'", "tiny", "paper")),
     "unknown target": ((*LLAMA, "--target", "ort,tpu"), ("--target", "'tpu'", "ort")),
     "GPUs that are none": ((*LLAMA, "--target", "rtx:sm86,sm89"), ("--target", "'sm89'", "rtx[:sm86+sm89+sm120]")),
     "a GPU without a number": ((*LLAMA, "--target", "rtx:ampere"), ("--target", "'ampere' is no compute capability", "sm86+sm89+sm120")),
     "unknown precision": ((*LLAMA, "--precision", "fp32,int3"), ("--precision", "'int3'", "fp32, fp16, bf16, int8, int4")),
     "no precision": ((*LLAMA, "--precision", ""), ("--precision", "fp32, fp16, bf16, int8, int4")),
-    "unknown fusion": ((*LLAMA, "--fusion", "product"), ("--fusion", "'product'", "weighted or additive")),
+    "unknown fusion": ((*LLAMA, "--fusion", "product"), ("--fusion", "'product'", "weighted", "additive")),
     "large lambda": ((*LLAMA, "--lambda", "1.5"), ("--lambda",)),
     "lambda that is none": ((*LLAMA, "--lambda", "nan"), ("--lambda",)),
     "context of one": ((*LLAMA, "--max-seq-len", "1"), ("--max-seq-len", "2")),
@@ -183,7 +184,7 @@ def raising(error: BaseException) -> Callable[[pytest.MonkeyPatch], None]:
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    return lambda monkeypatch: monkeypatch.setattr(export, "traces", fails)
+    return lambda monkeypatch: monkeypatch.setattr(Traces, "of", fails)
 
 
 TROUBLES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {

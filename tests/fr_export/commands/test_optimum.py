@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from fusionroute.fr_export.commands import export
-
-ROOT = Path(__file__).parents[3]
+from fusionroute.fr_export.export import Request
+from fusionroute.fr_export.families import FAMILIES
+from tests.support.paths import REPOSITORY
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class CommandInfo:
 
 
 class Base:
-    """What the command needs of optimum.commands.base.BaseOptimumCLICommand: an instance per parser, and one made to run."""
+    """What the command needs of optimum.commands.base.BaseOptimumCLICommand."""
 
     COMMAND: CommandInfo
 
@@ -47,7 +48,7 @@ def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
     vars(modules["optimum.commands.export.base"])["ExportCommand"] = Base
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    spec = importlib.util.spec_from_file_location("register_fusionroute", ROOT / "fr_export/commands/optimum.py")
+    spec = importlib.util.spec_from_file_location("register_fusionroute", REPOSITORY / "fr_export/commands/optimum.py")
     assert spec is not None and spec.loader is not None
     registered = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(registered)
@@ -60,16 +61,20 @@ def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
 
 
 def test_all_arguments_reach_the_exporter(parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(export, "run", lambda *given: seen.append(given))
+    requests: list[Request] = []
+    monkeypatch.setattr("fusionroute.fr_export.export.export", lambda request, stages: requests.append(request))
     monkeypatch.setattr(export, "show", lambda *_: None)
     given = ["--family", "gemma2", "--router", "r", "--expert", "math=a b", "--expert", "code=c", "--lambda", "0.25", "--force"]
     args = parser.parse_args(["export", "fusionroute", *given])
     with pytest.raises(SystemExit) as end:
         args.func(args).run()
     assert end.value.code == 0
-    family, preset, router, experts, *_ = seen[0]
-    assert (family, preset, router, experts) == ("gemma2", None, "r", ["math=a b", "code=c"]) and 0.25 in seen[0] and True in seen[0]
+    assert requests == [
+        Request(
+            family=FAMILIES["gemma2"], router="r", experts={"math": "a b", "code": "c"}, precisions=("fp32", "int8"), targets=("ort:cpu",),
+            out=Path("dist/gemma2"), lam=0.25, force=True,
+        )
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -88,4 +93,4 @@ def test_help_and_wrong_usage_are_the_exporters(
 
 def test_the_wheel_puts_it_where_optimum_looks() -> None:
     line = '"fr_export/commands/optimum.py" = "optimum/commands/register/register_fusionroute.py"'
-    assert f"[tool.hatch.build.targets.wheel.force-include]\n{line}\n" in (ROOT / "pyproject.toml").read_text()
+    assert f"[tool.hatch.build.targets.wheel.force-include]\n{line}\n" in (REPOSITORY / "pyproject.toml").read_text()

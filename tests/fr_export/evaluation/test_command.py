@@ -6,37 +6,26 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from fusionroute.fr_export.commands import evaluate as module
-from fusionroute.fr_export.commands.evaluate import main
 from fusionroute.fr_export.evaluation import lambdas
 from fusionroute.fr_export.tasks.domains import draw_many
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
-from tests.support.commands import Command, Ended
-
-
-def evaluate_status() -> int:
-    """Run `python -m fr_export.evaluate`."""
-    try:
-        typer.run(main)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
+from tests.support.commands import Command, Ended, in_folder
+from tests.support.paths import REPOSITORY
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # the handlers of the test's own process stay
-    monkeypatch.chdir(tmp_path)
-    return Command("evaluate", evaluate_status, monkeypatch, capsys)
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
+    with in_folder("evaluate", module.app, tmp_path, monkeypatch, capsys) as run:
+        yield run
 
 
 def is_png(path: Path) -> bool:
@@ -123,7 +112,7 @@ def test_tuning_writes_lambda_into_the_bundle(
 
 def test_it_needs_no_torch() -> None:
     script = "import sys, fr_export.evaluate; assert not {'torch', 'transformers', 'onnx', 'matplotlib', 'sacrebleu'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3], check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
 
 
 def test_the_best_lambda() -> None:
@@ -151,8 +140,8 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "no such expert": (("BUNDLE", "--methods", "expert:history"), ("Unknown method 'expert:history'",)),
     "lambda of a method": (("BUNDLE", "--methods", "lambda:2"), ("'lambda:2' is no method",)),
     "domain": (("BUNDLE", "--domains", "history"), ("unknown domain 'history'", "math, code, instruction")),
-    "split": (("BUNDLE", "--split", "train"), ("unknown split 'train'", "test or validation")),
-    "fusion": (("BUNDLE", "--fusion", "product"), ("'product'", "weighted or additive")),
+    "split": (("BUNDLE", "--split", "train"), ("'train' is not one of 'test', 'validation'",)),
+    "fusion": (("BUNDLE", "--fusion", "product"), ("'product' is not one of 'weighted', 'additive'",)),
     "lambda": (("BUNDLE", "--lambda", "2"), ("--lambda",)),
     "lambda that is none": (("BUNDLE", "--lambda", "nan"), ("--lambda",)),
     "prompts": (("BUNDLE", "--prompts", "0"), ("--prompts",)),

@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 
 from fusionroute.fr_export.evaluation import Outcomes, load_results, save_results
-from fusionroute.fr_export.evaluation.outcomes import joined, task_name
+from fusionroute.fr_export.evaluation.outcomes import joined
+from fusionroute.fr_export.evaluation.questions import FileQuestion, digest, read_questions
 from fusionroute.fr_export.evaluation.sequence import first_routed, most_likely
-from fusionroute.fr_export.evaluation.tasks import Line, read_tasks
 from fusionroute.fr_export.evaluation.token_classes import CLASSES
 from fusionroute.runtime import InputError
 
 EXPERTS = ["math", "code"]
 
 
-def outcomes(answers: list[str], logprobs: list[float], expert: int = 0, task: str = "t") -> Outcomes:
+def outcomes(answers: list[str], logprobs: list[float], expert: int = 0, questions: str = "digest") -> Outcomes:
     count = len(answers)
     counts = np.zeros((count, len(EXPERTS), len(CLASSES)), np.int32)
     counts[:, expert, 0] = [len(answer) for answer in answers]
     correct = np.array([answer == "right" for answer in answers])
     return Outcomes(
-        task, EXPERTS, answers, correct, correct.astype(np.float32), np.array(logprobs, np.float32),
+        questions, EXPERTS, answers, correct, correct.astype(np.float32), np.array(logprobs, np.float32),
         counts.sum((1, 2)).astype(np.int32), np.full(count, expert, np.int16), counts,
     )  # fmt: skip
 
@@ -53,9 +53,9 @@ def test_the_router_chooses_an_answer() -> None:
 
 def test_answers_to_other_prompts_are_refused() -> None:
     with pytest.raises(InputError, match="different prompts"):
-        most_likely([MATH, outcomes(["a"] * 4, [0.0] * 4, task="other")])
-    questions = [Line("1+1=", "2")]
-    assert len({task_name(questions, False), task_name(questions, True), task_name([Line("1+1=", "3")], False)}) == 3
+        most_likely([MATH, outcomes(["a"] * 4, [0.0] * 4, questions="other")])
+    questions = [FileQuestion("1+1=", "2")]
+    assert len({digest(questions, False), digest(questions, True), digest([FileQuestion("1+1=", "3")], False)}) == 3
 
 
 def test_rows_and_joined_are_inverse() -> None:
@@ -77,15 +77,15 @@ def test_files(tmp_path: Path) -> None:
             load_results(tmp_path / name)
 
 
-def test_task_files(tmp_path: Path) -> None:
+def test_question_files(tmp_path: Path) -> None:
     path = tmp_path / "tasks.jsonl"
     lines = [f'{{"prompt": "{n}+1=", "answer": "{n + 1}", "domain": "{"even" if n % 2 == 0 else "odd"}", "more": 1}}' for n in range(20)]
     path.write_text("\n".join(lines) + "\n\n")
-    found = read_tasks(path, 100, 0)
+    found = read_questions(path, 100, 0)
     assert {domain: len(own) for domain, own in found.items()} == {"even": 10, "odd": 10}
-    assert found["odd"][1] == Line("3+1=", "4")
-    fewer = read_tasks(path, 4, 0)
-    assert fewer == read_tasks(path, 4, 0) != read_tasks(path, 4, 1)
+    assert found["odd"][1] == FileQuestion("3+1=", "4")
+    fewer = read_questions(path, 4, 0)
+    assert fewer == read_questions(path, 4, 0) != read_questions(path, 4, 1)
     assert all(len(own) == 4 and list(own) == [q for q in found[domain] if q in own] for domain, own in fewer.items())
 
 
@@ -99,18 +99,18 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_task_files(tmp_path: Path, name: str) -> None:
+def test_broken_question_files(tmp_path: Path, name: str) -> None:
     line, words = BROKEN[name]
     path = tmp_path / "tasks.jsonl"
     path.write_text('{"prompt": "a", "answer": "", "domain": "b"}\n' + line)
     with pytest.raises(InputError) as caught:
-        read_tasks(path, 5, 0)
+        read_questions(path, 5, 0)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_task_files_that_are_none(tmp_path: Path) -> None:
+def test_question_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for name, words in (("empty", "holds no prompts"), ("bytes", "not UTF-8"), ("nothing", "No such file"), (".", "directory")):
         with pytest.raises(InputError, match=words):
-            read_tasks(tmp_path / name, 5, 0)
+            read_questions(tmp_path / name, 5, 0)

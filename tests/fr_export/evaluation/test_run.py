@@ -16,26 +16,30 @@ import numpy as np
 import pytest
 
 from fusionroute.fr_export.evaluation import Outcomes, Results, evaluate, pool
+from fusionroute.fr_export.evaluation.questions import FileQuestion, Questions
 from fusionroute.fr_export.evaluation.run import SLACK
-from fusionroute.fr_export.evaluation.tasks import Line, Tasks
 from fusionroute.runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
 from fusionroute.runtime.engine import StreamOptions
+from tests.support.paths import REPOSITORY
 
 METHODS = ["fused", "sequence", "sequence-routed", "collab"]
 ALONE = [f"expert:expert{number}" for number in range(3)]
 
 
 @pytest.fixture(scope="module")
-def tasks(random_bundle: Path) -> Tasks:
+def questions(random_bundle: Path) -> Questions:
     """The references are what the runtime answers, for half of the prompts, so that some are right."""
     with FusionRuntime.load(random_bundle, "fp32") as rt:
-        lines = [Line(prompt, rt.generate(prompt, 6).text) for prompt in ("1+1=", "sun", "[3, 2]")]
-    return {"sums": [*lines, Line("2+2=", "4"), Line("9", "x y")], "words": [Line(f"word {n}", "abc") for n in range(20)]}
+        lines = [FileQuestion(prompt, rt.generate(prompt, 6).text) for prompt in ("1+1=", "sun", "[3, 2]")]
+    return {
+        "sums": [*lines, FileQuestion("2+2=", "4"), FileQuestion("9", "x y")],
+        "words": [FileQuestion(f"word {n}", "abc") for n in range(20)],
+    }
 
 
 @pytest.fixture(scope="module")
-def results(random_bundle: Path, tasks: Tasks) -> Results:
-    return evaluate(random_bundle, "fp32", METHODS, tasks, jobs=1)
+def results(random_bundle: Path, questions: Questions) -> Results:
+    return evaluate(random_bundle, "fp32", METHODS, questions, jobs=1)
 
 
 def rows(outcomes: Outcomes) -> list[Any]:
@@ -51,34 +55,36 @@ def equal(first: Results, second: Results) -> bool:
     )
 
 
-def test_outcomes_are_those_of_the_runtime(random_bundle: Path, tasks: Tasks, results: Results) -> None:
+def test_outcomes_are_those_of_the_runtime(random_bundle: Path, questions: Questions, results: Results) -> None:
     assert list(results) == [*METHODS, *ALONE]
     with FusionRuntime.load(random_bundle, "fp32") as rt:
-        assert rt.text is not None
-        for domain, questions in tasks.items():
-            limit = SLACK + max(len(rt.text.encode(question.answer, special=False)) for question in questions)
-            asked: dict[str, StreamOptions] = {"fused": {}, "expert:expert1": {"expert": "expert1", "lam": 0.0}}
-            for method, options in asked.items():
+        assert rt.tokenizer is not None
+        for domain, own in questions.items():
+            limit = SLACK + max(len(rt.tokenizer.encode(question.answer, special=False)) for question in own)
+            options_of: dict[str, StreamOptions] = {"fused": {}, "expert:expert1": {"expert": "expert1", "lam": 0.0}}
+            for method, options in options_of.items():
                 found = results[method][domain]
-                expected = [rt.generate(question.prompt, limit, **options) for question in questions]
+                expected = [rt.generate(question.prompt, limit, **options) for question in own]
                 assert found.answers == [one.text for one in expected]
-                assert found.correct.tolist() == [one.text == q.answer for one, q in zip(expected, questions, strict=True)]
+                assert found.correct.tolist() == [one.text == q.answer for one, q in zip(expected, own, strict=True)]
                 assert found.tokens.tolist() == [len(one.token_ids) for one in expected]
                 for row, one in enumerate(expected):
                     assert found.counts[row].sum(-1).tolist() == [one.experts.count(name) for name in rt.expert_names]
                 assert [rt.expert_names[first] for first in found.first] == [one.experts[0] for one in expected]
 
 
-def test_sequences_are_whole_answers_of_one_expert(results: Results, tasks: Tasks) -> None:
-    for domain, questions in tasks.items():
+def test_sequences_are_whole_answers_of_one_expert(results: Results, questions: Questions) -> None:
+    for domain, own in questions.items():
         alone = [results[name][domain] for name in ALONE]
-        for row in range(len(questions)):
+        for row in range(len(own)):
             best = max(range(3), key=lambda n: float(alone[n].logprob[row]))
             assert results["sequence"][domain].answers[row] == alone[best].answers[row]
             assert results["sequence-routed"][domain].answers[row] == alone[results["fused"][domain].first[row]].answers[row]
 
 
-def test_known_results_are_not_computed_again(random_bundle: Path, tasks: Tasks, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_results_are_not_computed_again(
+    random_bundle: Path, questions: Questions, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoded = []
     answer_all = pool.answer_all
 
@@ -87,27 +93,27 @@ def test_known_results_are_not_computed_again(random_bundle: Path, tasks: Tasks,
         return answer_all(job, *arguments)
 
     monkeypatch.setattr("fusionroute.fr_export.evaluation.run.answer_all", noted)
-    assert equal(results, evaluate(random_bundle, "fp32", METHODS, tasks, jobs=1, known=results)) and decoded == []
+    assert equal(results, evaluate(random_bundle, "fp32", METHODS, questions, jobs=1, known=results)) and decoded == []
     known = {name: results[name] for name in ALONE}
-    assert equal(results, evaluate(random_bundle, "fp32", METHODS, tasks, jobs=1, known=known)) and decoded == [("fused", "collab")]
-    fewer = {domain: questions[:3] for domain, questions in tasks.items()}
+    assert equal(results, evaluate(random_bundle, "fp32", METHODS, questions, jobs=1, known=known)) and decoded == [("fused", "collab")]
+    fewer = {domain: own[:3] for domain, own in questions.items()}
     assert len(evaluate(random_bundle, "fp32", ["fused"], fewer, jobs=1, known=results)["fused"]["words"]) == 3
-    evaluate(random_bundle, "fp32", ["fused"], tasks, jobs=1, known=results, chat=True)
+    evaluate(random_bundle, "fp32", ["fused"], questions, jobs=1, known=results, chat=True)
     assert decoded[1:] == [("fused",), ("fused",)]
 
 
 def test_processes_give_what_one_gives(
-    random_bundle: Path, tasks: Tasks, results: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    random_bundle: Path, questions: Questions, results: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("fusionroute.fr_export.evaluation.run.PIECE", 4)
-    assert equal(results, evaluate(random_bundle, "fp32", METHODS, tasks, jobs=2))
+    assert equal(results, evaluate(random_bundle, "fp32", METHODS, questions, jobs=2))
     with pytest.raises(InputError, match=r"The prompt has \d+ tokens.*context of 64"):
-        evaluate(random_bundle, "fp32", ["fused"], {"long": [Line("a", "b"), Line("too long " * 20, "b")] * 3}, jobs=2)
+        evaluate(random_bundle, "fp32", ["fused"], {"long": [FileQuestion("a", "b"), FileQuestion("too long " * 20, "b")] * 3}, jobs=2)
     assert capsys.readouterr() == ("", "")
 
 
-def test_options_reach_the_methods(random_bundle: Path, tasks: Tasks) -> None:
-    words = {"words": tasks["words"][:4]}
+def test_options_reach_the_methods(random_bundle: Path, questions: Questions) -> None:
+    words = {"words": questions["words"][:4]}
     found = evaluate(random_bundle, "int8", ["fused", "lambda:0.2"], words, jobs=1, lam=0.2)
     assert found["fused"]["words"].answers == found["lambda:0.2"]["words"].answers
     assert found["fused"]["words"].answers != evaluate(random_bundle, "int8", ["fused"], words, jobs=1)["fused"]["words"].answers
@@ -115,7 +121,7 @@ def test_options_reach_the_methods(random_bundle: Path, tasks: Tasks) -> None:
     with FusionRuntime.load(random_bundle, "fp32", fusion="additive") as rt:
         message = [{"role": "user", "content": words["words"][2].prompt}]
         assert chat.answers[2] == rt.generate(message, 3 + SLACK).text
-    assert chat.task != found["fused"]["words"].task
+    assert chat.questions != found["fused"]["words"].questions
 
 
 def without(bundle: Path, folder: Path, name: str) -> Path:
@@ -133,7 +139,7 @@ BAD: dict[str, tuple[dict[str, Any], type[FusionError], str]] = {
     "method": ({"methods": ["fused", "best"]}, InputError, "Unknown method 'best'"),
     "precision": ({"precision": "int3"}, UnavailableError, "no precision 'int3'"),
     "bundle": ({"bundle": "nowhere"}, BundleError, "no bundle at nowhere"),
-    "domain": ({"tasks": {"sums": []}}, InputError, "The domain 'sums' has no prompts"),
+    "domain": ({"questions": {"sums": []}}, InputError, "The domain 'sums' has no prompts"),
     "jobs": ({"jobs": 0}, InputError, "jobs=0 is out of range"),
     "lambda": ({"lam": 1.5}, InputError, "lam=1.5"),
     "fusion": ({"fusion": "product"}, InputError, "'product'"),
@@ -147,7 +153,7 @@ def test_bad_arguments(random_bundle: Path, name: str) -> None:
         "bundle": random_bundle,
         "precision": "fp32",
         "methods": ["fused"],
-        "tasks": {"sums": [Line("1", "1")]},
+        "questions": {"sums": [FileQuestion("1", "1")]},
     } | change
     with pytest.raises(kind, match=words):
         evaluate(**arguments)
@@ -156,7 +162,7 @@ def test_bad_arguments(random_bundle: Path, name: str) -> None:
 def test_bundles_without_texts(random_bundle: Path, tmp_path: Path) -> None:
     for name, chat in (("tokenizer.json", False), ("chat_template.jinja", True)):
         with pytest.raises(UnavailableError, match=f"has no {name}"):
-            evaluate(without(random_bundle, tmp_path, name), "fp32", ["fused"], {"sums": [Line("1", "1")]}, chat=chat)
+            evaluate(without(random_bundle, tmp_path, name), "fp32", ["fused"], {"sums": [FileQuestion("1", "1")]}, chat=chat)
 
 
 ENDLESS = """
@@ -196,7 +202,7 @@ def wait_for(condition: Callable[[], object]) -> bool:
 def test_nothing_is_left_running(random_bundle: Path, tmp_path: Path, how: str) -> None:
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         [sys.executable, script, random_bundle], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=environment
     ) as process:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from fusionroute.fr_export.evaluation.bootstrap import RESAMPLES, compare, inter
 from fusionroute.fr_export.evaluation.scoring import bleu, f1
 from fusionroute.fr_export.evaluation.token_classes import CLASSES, TokenClasses
 from fusionroute.runtime.text import Text
+from tests.support.paths import REPOSITORY
 
 
 def test_f1_of_cases_worked_out_by_hand() -> None:
@@ -111,7 +111,7 @@ def test_p_values() -> None:
 
 
 def test_token_classes() -> None:
-    text = Text.load(Path(__file__).parents[3] / "fr_export" / "tiny" / "gemma2" / "router" / "tokenizer.json")
+    text = Text.load(REPOSITORY / "fr_export" / "tiny" / "gemma2" / "router" / "tokenizer.json")
     classes = TokenClasses(text)
 
     def of(answer: str) -> dict[str, str]:

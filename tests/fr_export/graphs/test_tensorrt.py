@@ -25,7 +25,7 @@ from fusionroute.fr_export.graphs.trace import trace
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.qdq import SCHEMES
-from fusionroute.fr_export.verify.engine_graph_on_cpu import InPlace
+from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineGraphOnCpu
 from fusionroute.fr_export.verify.torch_reference import load
 from tests.support.systems import Shape, make_system
 
@@ -76,21 +76,21 @@ def ask(system: System, ids: list[int], dtype: torch.dtype) -> tuple[np.ndarray,
     return logits, hidden @ system.head.weight.T + system.head.bias
 
 
-def chunkings(model: InPlace, ids: list[int]) -> Iterator[list[np.ndarray]]:
+def chunkings(model: EngineGraphOnCpu, ids: list[int]) -> Iterator[list[np.ndarray]]:
     """A text read in chunks and steps, also with more keys than needed."""
     for chunk, spare in ((50, 0), (13, 0), (1, 0), (7, 9), (1, CAPACITY)):
         yield model.read(ids, chunk, spare)
 
 
 def test_chunks_and_steps_give_torchs_logits_and_routing(made: Made) -> None:
-    for answer in chunkings(InPlace(made.graph("fp32")), made.ids):
+    for answer in chunkings(EngineGraphOnCpu(made.graph("fp32")), made.ids):
         for found, expected in zip(answer, made.said["fp32"], strict=True):
             assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("precision", HALVES)
 def test_half_precision_loses_no_more_than_torch_in_that_type(made: Made, precision: str) -> None:
-    for answer in chunkings(InPlace(made.graph(precision)), made.ids):
+    for answer in chunkings(EngineGraphOnCpu(made.graph(precision)), made.ids):
         for found, exact, rounded in zip(answer, made.said["fp32"], made.said[precision], strict=True):
             lost = np.abs(found - exact).mean()
             assert 0 < lost < 1.25 * np.abs(rounded - exact).mean(), (lost, np.abs(rounded - exact).mean())
@@ -98,7 +98,7 @@ def test_half_precision_loses_no_more_than_torch_in_that_type(made: Made, precis
 
 def test_rewinds_leave_nothing_behind(made: Made) -> None:
     """Random walks of appending, rewinding and reading more keys than needed end where one pass over the text ends."""
-    model = InPlace(made.graph("fp32"))
+    model = EngineGraphOnCpu(made.graph("fp32"))
     expected = made.said["fp32"][0]
     bound = TOLERANCE * np.abs(expected).max()
 
@@ -168,7 +168,7 @@ def test_gemma2_beyond_65504_is_finite_and_right(tmp_path: Path) -> None:
         target.lowering.end_with(own, system.head)
         bind(own, system.router.weights, SCHEMES[precision], Store(tmp_path), lambda _: None)
         ir.save(own.model, tmp_path / f"{precision}.onnx")
-        found = InPlace(tmp_path / f"{precision}.onnx").read(ids, 7)
+        found = EngineGraphOnCpu(tmp_path / f"{precision}.onnx").read(ids, 7)
         for mine, exact in zip(found, (logits, routing), strict=True):
             assert np.isfinite(mine).all() and np.abs(mine - exact).mean() < most * exact.std()
 

@@ -15,7 +15,7 @@ from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
-from fusionroute.fr_export.verify.engine_graph_on_cpu import InPlace
+from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineGraphOnCpu
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.tensorrt.operators import known, table
@@ -67,7 +67,7 @@ def ask(system: System, ids: list[int], dtype: torch.dtype) -> tuple[np.ndarray,
 
 
 def test_chunks_and_steps_give_torchs_logits_and_routing(made: Made) -> None:
-    model = InPlace(made.graph("fp32"))
+    model = EngineGraphOnCpu(made.graph("fp32"))
     for chunk, spare in ((50, 0), (13, 0), (1, 0), (7, 9), (1, CAPACITY)):
         for found, expected in zip(model.read(made.ids, chunk, spare), made.said["fp32"], strict=True):
             assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
@@ -75,7 +75,7 @@ def test_chunks_and_steps_give_torchs_logits_and_routing(made: Made) -> None:
 
 @pytest.mark.parametrize("precision", HALVES)
 def test_half_precision_loses_no_more_than_torch_in_that_type(made: Made, precision: str) -> None:
-    model = InPlace(made.graph(precision))
+    model = EngineGraphOnCpu(made.graph(precision))
     for chunk, spare in ((50, 0), (1, 0), (7, 9)):
         answers = zip(model.read(made.ids, chunk, spare), made.said["fp32"], made.said[precision], (1.25, 1.5), strict=True)
         for found, exact, rounded, most in answers:  # routing has few values
@@ -84,7 +84,7 @@ def test_half_precision_loses_no_more_than_torch_in_that_type(made: Made, precis
 
 def test_rewinds_leave_nothing_behind(made: Made) -> None:
     """Random walks of appending, rewinding and reading more keys than needed end where one pass over the text ends."""
-    model, expected = InPlace(made.graph("fp32")), made.said["fp32"][0]
+    model, expected = EngineGraphOnCpu(made.graph("fp32")), made.said["fp32"][0]
 
     @settings(max_examples=15, deadline=None)
     @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20), st.integers(0, 30), st.booleans()), min_size=1, max_size=6))

@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 from transformers import Gemma2Config
 
-from fusionroute.fr_export import export as exporting
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import PeakMemory, Stages, anonymous_bytes
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.trace import trace
+from fusionroute.fr_export.graphs.traces import Traces
 from tests.support.systems import Shape, make_system
 
 
@@ -37,8 +37,8 @@ def test_passes_leave_only_what_pays(family: str) -> None:
 def test_one_trace_serves_all_models_of_one_architecture(tmp_path: Path) -> None:
     shape = Shape(experts=3, expert_config={"num_hidden_layers": 1})
     system = System.open(FAMILIES["llama3"], *make_system(tmp_path, shape))
-    with patch("fusionroute.fr_export.export.trace", wraps=trace) as counted:
-        graphs = exporting.traces(system, Stages(Console(quiet=True)))
+    with patch("fusionroute.fr_export.graphs.traces.trace", wraps=trace) as counted:
+        graphs = Traces(system, Stages(Console(quiet=True))).of()
     assert counted.call_count == 2
     assert graphs["expert0"] is graphs["expert1"] is graphs["expert2"]
     assert graphs["router"].layers == 2 and graphs["expert0"].layers == 1
@@ -51,5 +51,5 @@ def test_tracing_holds_no_weights() -> None:
     before = anonymous_bytes()
     with PeakMemory() as memory:
         graph = trace(FAMILIES["gemma2"], config, config.vocab_size, 64)
-    assert exporting.parameters(graph) > 1.2e9
+    assert graph.parameters > 1.2e9
     assert memory.peak - before < 300 * 2**20

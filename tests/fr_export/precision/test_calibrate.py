@@ -21,10 +21,10 @@ from fusionroute.calibration.record import NOBODY, Text
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.export import traces
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.precision import calibrate as calibrating
 from fusionroute.fr_export.precision.calibrate import cache_folder, calibrate, check, identify
 from fusionroute.fr_export.verify.torch_reference import load, reference
@@ -68,8 +68,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     head["routing_head.bias"][-1] = -1e4
     save_file(head, Path(router) / "routing_head.safetensors")
     system = System.open(FAMILIES[shape.family], router, experts, max_seq_len=48)
-    graphs = traces(system, quiet())
-    with patch("fusionroute.fr_export.export.traces", return_value=graphs):
+    graphs = Traces(system, quiet()).of()
+    with patch.object(Traces, "of", return_value=graphs):
         return Made(system, graphs, export_checkpoints(folder / "bundle", shape, router, experts, ("int8",), max_seq_len=48))
 
 

@@ -29,7 +29,7 @@ from fusionroute.fr_export.precision.qdq import SCHEMES
 from fusionroute.fr_export.precision.qdq.forms import SMALLEST, block_grid, row_grid, stepped
 from fusionroute.fr_export.precision.qdq.int8 import Planned
 from fusionroute.fr_export.precision.scheme import Fitted, Fitting
-from fusionroute.fr_export.verify.engine_graph_on_cpu import InPlace
+from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineGraphOnCpu
 from fusionroute.fr_export.verify.torch_reference import load
 from tests.support.calibrating import observe, traced
 from tests.support.systems import Shape, make_system
@@ -138,7 +138,7 @@ def test_a_graph_computes_what_torch_computes_with_the_rounded_values(made: Made
         expected = model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0].numpy()
     lost = np.abs(expected - made.logits).mean()
     for chunk, spare in ((40, 0), (7, 3), (1, CAPACITY)):
-        exact, shipped = (InPlace(file).read(IDS, chunk, spare)[0] for file in (path.with_name("exact.onnx"), path))
+        exact, shipped = (EngineGraphOnCpu(file).read(IDS, chunk, spare)[0] for file in (path.with_name("exact.onnx"), path))
         gap = np.abs(exact - expected)
         if precision == "int8":  # a value between two steps may go either way: rare, and as small as a step
             assert np.median(gap) < 1e-3 * lost or gap.mean() < 0.1 * lost, (np.median(gap), gap.mean(), lost)

@@ -13,7 +13,8 @@ import torch
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.training.data import Encoder
-from fusionroute.fr_export.training.recipe import Recipe, Request, Stage
+from fusionroute.fr_export.training.recipe import Recipe, Stage
+from fusionroute.fr_export.training.request import TrainingRequest
 from fusionroute.fr_export.training.train import train
 from tests.support.systems import Shape, make_model, write_tokenizer
 
@@ -32,7 +33,7 @@ class Toy:
     preferences: Path
     cache: Path
 
-    def request(self, out: Path, *stages: Stage, recipe: dict[str, Any] | None = None, **changes: Any) -> Request:
+    def request(self, out: Path, *stages: Stage, recipe: dict[str, Any] | None = None, **changes: Any) -> TrainingRequest:
         """Training of a router from the base on all data, in float32."""
         fields: dict[str, Any] = {
             "experts": self.experts,
@@ -42,7 +43,7 @@ class Toy:
             "family": FAMILIES["llama3"],
             "router": self.base,
         }
-        return Request(out=out, recipe=Recipe(stages, **({"batch_size": 16} | (recipe or {}))), **(fields | changes))
+        return TrainingRequest(out=out, recipe=Recipe(stages, **({"batch_size": 16} | (recipe or {}))), **(fields | changes))
 
     @property
     def encoder(self) -> Encoder:

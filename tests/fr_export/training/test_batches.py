@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusionroute.fr_export.training.batches import Samples, plan
+from fusionroute.fr_export.training.batches import Samples, optimizer_steps
 from fusionroute.fr_export.training.data import Row
 
 
@@ -22,7 +22,7 @@ def rows(count: int, seed: int = 0) -> list[Row]:
 @pytest.mark.parametrize(("size", "tokens"), [(8, None), (8, 128)])
 def test_an_epoch_has_every_sample_once(size: int, tokens: int | None) -> None:
     samples = Samples(rows(2100), preferred=False)
-    steps = plan([samples], size, tokens, per_step=1, epochs=2, max_steps=None, seed=3)
+    steps = optimizer_steps([samples], size, tokens, per_step=1, epochs=2, max_steps=None, seed=3)
     numbers = [n for (batch,) in steps for n in batch.numbers]
     assert sorted(numbers) == sorted(2 * list(range(2100)))
     assert numbers[:2100] != numbers[2100:]  # shuffled anew
@@ -38,7 +38,7 @@ def test_the_same_seed_gives_the_same_plan() -> None:
     samples = Samples(rows(100), preferred=False)
 
     def numbers(seed: int) -> list[list[int]]:
-        return [list(batch.numbers) for step in plan([samples], 8, None, 1, 1, None, seed) for batch in step]
+        return [list(batch.numbers) for step in optimizer_steps([samples], 8, None, 1, 1, None, seed) for batch in step]
 
     assert numbers(1) == numbers(1) != numbers(2)
 
@@ -46,20 +46,20 @@ def test_the_same_seed_gives_the_same_plan() -> None:
 @pytest.mark.parametrize("tokens", [None, 60])
 def test_a_step_has_the_same_samples_however_it_is_split(tokens: int | None) -> None:
     samples = Samples(rows(100), preferred=False)
-    whole = plan([samples], 12, tokens and 3 * tokens, per_step=1, epochs=1, max_steps=None, seed=0)
-    split = plan([samples], 4, tokens, per_step=3, epochs=1, max_steps=None, seed=0)
+    whole = optimizer_steps([samples], 12, tokens and 3 * tokens, per_step=1, epochs=1, max_steps=None, seed=0)
+    split = optimizer_steps([samples], 4, tokens, per_step=3, epochs=1, max_steps=None, seed=0)
     assert [sorted(step[0].numbers) for step in whole] == [sorted({n for batch in step for n in batch.numbers}) for step in split]
-    few = plan([Samples(rows(2), preferred=False)], 4, tokens, per_step=3, epochs=1, max_steps=None, seed=0)
+    few = optimizer_steps([Samples(rows(2), preferred=False)], 4, tokens, per_step=3, epochs=1, max_steps=None, seed=0)
     assert [len(batch.numbers) for batch in few[0]] == [1, 1, 1]
 
 
 def test_a_step_is_of_one_kind_and_both_kinds_are_shuffled() -> None:
     sft, preferences = Samples(rows(64), preferred=False), Samples(rows(64), preferred=True)
-    steps = plan([sft, preferences], 4, None, per_step=2, epochs=1, max_steps=None, seed=0)
+    steps = optimizer_steps([sft, preferences], 4, None, per_step=2, epochs=1, max_steps=None, seed=0)
     kinds = ["".join("p" if batch.samples is preferences else "s" for batch in step) for step in steps]
     assert (kinds.count("ss"), kinds.count("pp"), len(kinds)) == (8, 4, 12)
     assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)
-    assert len(plan([sft], 4, None, 1, epochs=1, max_steps=50, seed=0)) == 50  # epochs repeat until the steps are done
+    assert len(optimizer_steps([sft], 4, None, 1, epochs=1, max_steps=50, seed=0)) == 50  # epochs repeat until the steps are done
 
 
 @pytest.mark.parametrize("preferred", [False, True])

@@ -15,7 +15,15 @@ from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.training import expert_cache
 from fusionroute.fr_export.training.data import read_sft
-from fusionroute.fr_export.training.expert_cache import Scores, data_digest, expert_scores, informative, key, model_digest, read_scores
+from fusionroute.fr_export.training.expert_cache import (
+    Scores,
+    cache_key,
+    data_digest,
+    expert_scores,
+    informative,
+    model_digest,
+    read_scores,
+)
 from fusionroute.fr_export.training.router import load_lm
 from tests.fr_export.training.conftest import Toy
 from tests.support.systems import Shape, make_model, write_tokenizer
@@ -64,7 +72,7 @@ def test_scores_are_computed_once_and_again_when_something_changed(toy: Toy, tmp
         """Whether a model had to run."""
         change()
         checkpoint = Checkpoint.open("letters", str(folder), FAMILIES["llama3"])
-        file = tmp_path / key(model_digest(checkpoint), data_digest(rows), 280, "fp32")
+        file = tmp_path / cache_key(model_digest(checkpoint), data_digest(rows), 280, "fp32")
         with patch.object(expert_cache, "load_lm", wraps=load_lm) as load:
             scores = expert_scores(checkpoint, rows, 280, "fp32", CPU, file, lambda _: None)
         assert read_scores(file).log_probs.tolist() == scores.log_probs.tolist()  # type: ignore[union-attr]

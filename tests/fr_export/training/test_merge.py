@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fusionroute.fr_export.training import merge as module
-from fusionroute.fr_export.training.merge import dare, main, merge
+from fusionroute.fr_export.training.merge import models as module
+from fusionroute.fr_export.training.merge.__main__ import app
+from fusionroute.fr_export.training.merge.formulas import dare
+from fusionroute.fr_export.training.merge.models import merge
 from fusionroute.runtime.errors import InputError
-from tests.support.commands import Command
+from tests.support.commands import in_folder
 from tests.support.systems import Shape, make_model
 
 GEMMA = Shape("gemma2", layers=1, vocab=300, hidden=64, head_dim=16, tokenizer=True)
@@ -210,39 +211,39 @@ def test_nothing_is_replaced(gemma: tuple[Path, list[Path]], tmp_path: Path) -> 
         merge("average", gemma[0], [], tmp_path / "new")
 
 
-def entry() -> int:
-    """The command as `python -m` runs it."""
-    try:
-        typer.run(main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def test_command(
     gemma: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, experts = gemma
-    run = Command("merge", entry, monkeypatch, capsys)
     named = [part for expert in experts for part in ("--expert", expert)]
     out = tmp_path / "command"
-    done = run("--method", "dare", "--base", base, *named, "--scale", "0.5", "--drop", "0.25", "--seed", "3", "--out", out)
-    assert done.status == 0, done.err
-    merge("dare", base, experts, tmp_path / "function", scale=0.5, drop=0.25, seed=3)
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "function" / "model.safetensors").read_bytes()
+    with in_folder("merge", app, tmp_path, monkeypatch, capsys) as run:
+        first = run("--method", "dare", "--base", base, *named, "--scale", "0.5", "--drop", "0.25", "--seed", "3", "--out", out)
+        assert first.status == 0, first.err
+        merge("dare", base, experts, tmp_path / "function", scale=0.5, drop=0.25, seed=3)
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "function" / "model.safetensors").read_bytes()
 
-    again = run("--method", "average", "--base", base, *named, "--out", out)
-    assert again.status == 1 and again.err.rstrip().endswith("name another folder with --out.") and "Traceback" not in again.err
-    for wrong in (["--method", "ties"], ["--method", "average", "--scale", "1"], ["--method", "dare", "--drop", "1"]):
-        refused = run(*wrong, "--base", base, *named, "--out", tmp_path / "refused")
-        assert refused.status == 2, refused
+        again = run("--method", "average", "--base", base, *named, "--out", out)
+        assert again.status == 1 and again.err.rstrip().endswith("name another folder with --out.") and "Traceback" not in again.err
+        for wrong in (["--method", "ties"], ["--method", "average", "--scale", "1"], ["--method", "dare", "--drop", "1"]):
+            refused = run(*wrong, "--base", base, *named, "--out", tmp_path / "refused")
+            assert refused.status == 2, refused
     assert sorted(path.name for path in tmp_path.iterdir()) == ["command", "function"]
 
 
-def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    import runpy
+def test_the_leftovers_of_a_killed_merge_are_removed(gemma: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """Here the killed process had moved an empty folder aside and the new model into its place."""
+    merge("average", *gemma, tmp_path / "out")
+    (tmp_path / ".out.replaced-4194304").mkdir()  # no process has this number
+    with pytest.raises(InputError, match="a merge replaces nothing"):
+        merge("average", *gemma, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
+
+def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "fusionroute.fr_export.training.merge")
-    with pytest.raises(SystemExit, match=r"error: Merging needs the package 'torch': install the extra 'export'"):
-        runpy.run_module("fusionroute.fr_export.training.merge", run_name="__main__")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    with in_folder("merge", app, tmp_path, monkeypatch, capsys) as run:
+        ended = run("--method", "average", "--base", "base", "--expert", "expert", "--out", "out")
+    assert ended.status == 1
+    assert ended.err == "error: Merging needs the package 'torch': install the extra 'export' (pip install 'fusionroute[export]').\n"

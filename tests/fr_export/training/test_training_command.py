@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from fusionroute.fr_export.commands import train as verb
 from fusionroute.fr_export.training.data import Row, read_sft
-from fusionroute.fr_export.training.recipe import Recipe, Request, Stage
+from fusionroute.fr_export.training.recipe import Recipe, Stage
+from fusionroute.fr_export.training.request import TrainingRequest
 from fusionroute.fr_export.training.train import Report, train
 from fusionroute.runtime.errors import InputError
 from tests.fr_export.training.conftest import Toy
 from tests.support.commands import Command, in_folder
+from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape, make_model
-
-REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -59,9 +59,9 @@ def test_a_run_prints_its_report(command: Command, flags: dict[str, object], toy
 
 
 def test_flags_become_a_request(command: Command, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Request] = []
+    seen: list[TrainingRequest] = []
 
-    def record(request: Request, *_: Any) -> Report:
+    def record(request: TrainingRequest, *_: Any) -> Report:
         seen.append(request)
         return Report("out", 0, 0, 0, [])
 
@@ -89,14 +89,14 @@ def test_flags_become_a_request(command: Command, toy: Toy, monkeypatch: pytest.
     [
         ({"family": "gpt"}, "unknown family 'gpt'"),
         ({"stages": "sft,ppo"}, "unknown 'ppo'"),
-        ({"preset": "mine"}, "unknown 'mine'; expected paper, seed"),
+        ({"preset": "mine"}, "'mine' is not one of 'paper', 'seed'"),
         ({"lr": "fast"}, "'fast' is no comma list of numbers"),
         ({"lr": "0"}, "'0' must be above 0"),
         ({"max-steps": "1.5"}, "'1.5' is no comma list of whole numbers"),
         ({"max-steps": "1,2,3"}, "3 values for 1 stages"),
-        ({"optimizer": "sgd"}, "expected adamw, muon"),
-        ({"precision": "int8"}, "expected fp32, bf16"),
-        ({"dtype": "int8"}, "expected float32, float16, bfloat16"),
+        ({"optimizer": "sgd"}, "'sgd' is not one of 'adamw', 'muon'"),
+        ({"precision": "int8"}, "'int8' is not one of 'fp32', 'bf16'"),
+        ({"dtype": "int8"}, "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
         ({"expert": "math"}, "'math' is not NAME=SRC"),
         ({"expert": "letters=x"}, "every expert needs a name of its own"),
         ({"batch-size": 1, "batch-tokens": 2}, "both given"),

@@ -1,8 +1,9 @@
-"""The report of an export says what is true: sizes, differences from torch, stages; and what was not compared, and why."""
+"""The report of an export: sizes, differences from torch, stages, and what was not compared for which reason."""
 
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -58,27 +59,29 @@ def test_figures_are_those_of_an_independent_comparison(request_: Request) -> No
             scores = [runtime.score(ids, chunk=1) for ids in texts]
         gaps = np.concatenate([np.abs(s.logits - e.logits) for s, e in zip(scores, expected, strict=True)])
         greedy = np.concatenate([s.logits.argmax(-1) == e.logits.argmax(-1) for s, e in zip(scores, expected, strict=True)])
-        found = entry["compared"]
-        assert found["tokens"] == sum(map(len, texts)) == len(gaps)
-        assert found["decode"]["max_difference"] == pytest.approx(gaps.max(), rel=1e-4)
-        assert found["decode"]["mean_difference"] == pytest.approx(gaps.mean(), rel=1e-4)
-        assert found["decode"]["greedy_agreement"] == pytest.approx(greedy.mean())
+        compared = entry["compared"]
+        assert compared["tokens"] == sum(map(len, texts)) == len(gaps)
+        assert compared["decode"]["max_difference"] == pytest.approx(gaps.max(), rel=1e-4)
+        assert compared["decode"]["mean_difference"] == pytest.approx(gaps.mean(), rel=1e-4)
+        assert compared["decode"]["greedy_agreement"] == pytest.approx(greedy.mean())
         ours, theirs = (torch.tensor(np.concatenate([one.logits for one in ones])).double().log_softmax(-1) for ones in (scores, expected))
         kl = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-        assert found["decode"]["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3, abs=1e-11)
-        assert found["decode"]["kl_p99"] == pytest.approx(float(kl.quantile(0.99)), rel=1e-3, abs=1e-11)
+        assert compared["decode"]["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-3, abs=1e-11)
+        assert compared["decode"]["kl_p99"] == pytest.approx(float(kl.quantile(0.99)), rel=1e-3, abs=1e-11)
         ends = np.cumsum([len(ids) for ids in texts]) - 1
         told = [row for row in range(len(gaps)) if row not in ends]
         following = torch.tensor([id for ids in texts for id in [*ids[1:], 0]])[told]
         perplexities = [float(torch.nn.functional.nll_loss(one[told], following).exp()) for one in (ours, theirs)]
-        assert found["decode"]["perplexity"] == pytest.approx(perplexities[0], rel=1e-5)
-        assert found["decode"]["perplexity_ratio"] == pytest.approx(perplexities[0] / perplexities[1], rel=1e-5)
+        assert compared["decode"]["perplexity"] == pytest.approx(perplexities[0], rel=1e-5)
+        assert compared["decode"]["perplexity_ratio"] == pytest.approx(perplexities[0] / perplexities[1], rel=1e-5)
         best = theirs.topk(2).values
         sure = ((best[:, 0] - best[:, 1]) > 1).numpy()
-        assert found["decode"]["sure_positions"] == sure.sum() > 5
-        assert found["decode"]["sure_agreement"] == pytest.approx(greedy[sure].mean())
-        assert found["largest_logit"] == pytest.approx(max(np.abs(e.logits).max() for e in expected))
-        assert found["decode"]["mean_difference"] < {"fp32": 1e-5, "fp16": 0.02, "bf16": 0.2, "int8": 0.3, "int4": 2.0}[entry["precision"]]
+        assert compared["decode"]["sure_positions"] == sure.sum() > 5
+        assert compared["decode"]["sure_agreement"] == pytest.approx(greedy[sure].mean())
+        assert compared["largest_logit"] == pytest.approx(max(np.abs(e.logits).max() for e in expected))
+        assert (
+            compared["decode"]["mean_difference"] < {"fp32": 1e-5, "fp16": 0.02, "bf16": 0.2, "int8": 0.3, "int4": 2.0}[entry["precision"]]
+        )
     sizes = {entry["precision"]: entry["bytes"] for entry in report["variants"]}
     assert sizes["int8"] < 0.45 * sizes["fp32"] and sizes["fp16"] < 0.65 * sizes["fp32"]
     names = [stage["name"] for stage in report["stages"]]
@@ -95,8 +98,8 @@ def test_a_precision_that_misses_its_bound_is_told_and_strict_refuses_it(request
     rounded = gptq.quantise
 
     def coarse(rows: np.ndarray, factor: gptq.Factor, form: Format) -> Quantised:
-        found = rounded(rows, factor, form)
-        return Quantised(found.values // 64 * 64, found.scales, found.zeros)  # as if six bits were lost
+        exact = rounded(rows, factor, form)
+        return Quantised(exact.values // 64 * 64, exact.scales, exact.zeros)  # as if six bits were lost
 
     monkeypatch.setattr("fusionroute.fr_export.precision.gptq_sequential.quantise", coarse)
     with pytest.raises(
@@ -114,10 +117,10 @@ def test_a_precision_that_misses_its_bound_is_told_and_strict_refuses_it(request
 
 
 def test_bounds_are_told_from_both_sides() -> None:
-    kept = {"greedy_agreement": 0.95, "sure_agreement": None, "routing_agreement": 0.98, "perplexity_ratio": 1.01, "kl_mean": 0.01}
-    assert misses("ort:cpu", "int8", {"chunks": kept, "decode": kept}) == [] == misses("ort:cpu", "int8", None)
-    missed = kept | {"routing_agreement": 0.979, "perplexity_ratio": 1.02}
-    assert misses("ort:cpu", "int8", {"chunks": kept, "decode": missed}) == [
+    within = {"greedy_agreement": 0.95, "sure_agreement": None, "routing_agreement": 0.98, "perplexity_ratio": 1.01, "kl_mean": 0.01}
+    assert misses("ort:cpu", "int8", {"chunks": within, "decode": within}) == [] == misses("ort:cpu", "int8", None)
+    missed = within | {"routing_agreement": 0.979, "perplexity_ratio": 1.02}
+    assert misses("ort:cpu", "int8", {"chunks": within, "decode": missed}) == [
         "routing agreement token by token 97.90%, bound 98.00%",
         "perplexity token by token +2.00%, bound +1.00%",
     ]
@@ -128,8 +131,27 @@ def test_every_precision_has_a_bound() -> None:
     assert {precision for schemes in SCHEMES.values() for precision in schemes} == set(BOUNDS)
 
 
+def test_a_precision_without_a_bound_is_refused_before_any_work(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(BOUNDS, "fp16")
+    with pytest.raises(FusionError, match=r"^The precision fp16 for ort:cpu has no bound: .*\.$"):
+        export(replace(request_, router="nowhere"), Stages(Console(quiet=True)))
+
+
+def test_a_single_prompt_is_noted_on_the_console_and_in_the_report(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusionroute.fr_export.export.measure", lambda *_: ({}, "another test compares it"))
+    shown = io.StringIO()
+    for prompts, notes in ((PROMPTS, []), (PROMPTS[:1], [divide(PROMPTS[:1]).note])):
+        (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+        request = replace(request_, precisions=("fp32",), calibration=str(tmp_path / "prompts.txt"), out=tmp_path / "bundle")
+        report = export(request, Stages(Console(file=shown, width=200)))
+        assert report["notes"] == notes == json.loads((request.out / "report.json").read_text())["notes"]
+        assert ("There is a single prompt, so the report is measured on the text of the calibration" in shown.getvalue()) == bool(notes)
+
+
 def test_a_system_too_large_to_compare_says_so(request_: Request) -> None:
-    with patch("fusionroute.fr_export.export.REFERENCE_LIMIT", 1000):
+    with patch("fusionroute.fr_export.verify.measure.REFERENCE_LIMIT", 1000):
         report = export(request_, Stages(Console(quiet=True)))
         with pytest.raises(FusionError, match="could be compared"):
             export(replace(request_, strict=True), Stages(Console(quiet=True)))

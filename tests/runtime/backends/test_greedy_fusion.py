@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends.backend import Fused
+from fusionroute.runtime.backend import Fused, FusionInputs
 from fusionroute.runtime.backends.greedy_fusion import SingleFuser
 from fusionroute.runtime.backends.ort_cpu import OrtFuser
 
 VOCAB = 37
-NONE = np.zeros(0, np.int64)
 rows = arrays.arrays(np.float32, (1, VOCAB), elements=st.floats(-60, 60, width=32))
 temperatures = st.sampled_from([0.3, 0.7, 1.0, 1.5])
 weights = st.sampled_from([(0.5, 0.5), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.3, 0.7)])
@@ -51,8 +50,8 @@ def test_the_graph_says_the_same(rt: FusionRuntime, seed: int, coefficients: tup
     """Rows bit for bit: speculation compares tokens that came through either."""
     router, expert = 9 * np.random.default_rng(seed).standard_normal((2, 1, rt.vocab_size)).astype(np.float32)
     fuse = rt.backend.fuser()
-    quick = [np.copy(value) for value in fuse(router, expert, coefficients, 1, NONE, 1.0, temperature)]
-    graph = fuse(router, expert, coefficients, 2, NONE, 1.0, temperature)  # two candidates: it has to sort
+    quick = [np.copy(value) for value in fuse(FusionInputs(router, expert, coefficients, temperature=temperature))]
+    graph = fuse(FusionInputs(router, expert, coefficients, 2, temperature=temperature))  # two candidates: it has to sort
     assert np.array_equal(quick[5], graph.rows)
     assert quick[0][0, 0] == graph.ids[0, 0]
     assert quick[1][0, 0] == graph.logits[0, 0]

@@ -20,12 +20,12 @@ from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.bench.bench import Request, bench, take_turns
 from fusionroute.runtime.bench.counters import catch_ups, switches
 from fusionroute.runtime.bench.memory import INTERVAL, Growth
-from fusionroute.runtime.bench.row import System
 from fusionroute.runtime.bench.run import Run, generate
 from fusionroute.runtime.bench.summary import summarise
+from fusionroute.runtime.bench.workload import System
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
-from fusionroute.runtime.speculation.draft_planner import Pace, Plan
+from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
 from tests.runtime.commands.test_commands import assert_one_sentence, command
 from tests.support.commands import Command
 
@@ -367,8 +367,8 @@ def test_models_of_different_sizes() -> None:
 
 def test_drafts_are_a_row_of_their_own(bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(Pace, "plan", lambda self, most, *_: Plan("router", min(most, 4)))
-    monkeypatch.setattr("fusionroute.runtime.speculation.draft_planner.SHORT", 0.0)
+    monkeypatch.setattr(DraftPlanner, "plan", lambda self, most, *_: DraftPlan("router", min(most, 4)))
+    monkeypatch.setattr("fusionroute.runtime.speculation.draft_planner.MIN_STEP_SECONDS", 0.0)
     result = bench(bundles[0], Request(("fp32",), "cpu", prompt_tokens=9, new_tokens=20, repeats=2, rows="fused,fused+drafts"))
     plain, drafting = result["rows"]
     assert plain["acceptance_rate"] is None and plain["runs"][0]["drafted"] == 0

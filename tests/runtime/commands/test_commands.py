@@ -124,6 +124,26 @@ def test_inspect(bundles: list[Path], command: Command) -> None:
             assert json.loads(ended.out) == content | {"verified": verified}
 
 
+def test_inspect_counts_caches_in_the_width_of_each_precision(bundles: list[Path], command: Command, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    manifest = Manifest.read(bundle)
+    [cpu, *_] = manifest.variants
+    router = manifest.models[0]
+    values = 2 * router.layers * router.kv_heads * router.head_size
+
+    def cell(*variants: tuple[str, str]) -> str:
+        """The last cell of the router's row."""
+        copies = [cpu.model_copy(update={"target": target, "precision": precision}) for target, precision in variants]
+        manifest.model_copy(update={"variants": copies}).write(bundle)
+        [row] = [line for line in command("inspect", bundle).out.splitlines() if " router " in line and f" {router.layers} " in line]
+        return row.strip("│ ").split("│")[-1].strip()
+
+    assert cell(("ort:cpu", "fp16"), ("ort:cpu", "int8")) == f"{4 * values:,}", "the CPU computes in fp32"
+    assert cell(("tensorrt", "fp16"), ("tensorrt", "int4"), ("ort:cuda", "bf16")) == f"{2 * values:,}"
+    assert cell(("tensorrt", "fp32"), ("portable", "int8")) == f"{4 * values:,}"
+    assert cell(("ort:cpu", "fp32"), ("tensorrt", "bf16")) == f"{2 * values:,} / {4 * values:,}"
+
+
 def test_inspect_tells_how_well_lambda_was_tuned(bundles: list[Path], command: Command, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
     Manifest.read(bundle).model_copy(update={"lam": 0.25, "lam_curve": [(0.0, 0.5), (0.25, 0.75)]}).write(bundle)
@@ -210,9 +230,10 @@ def test_faults_end_in_one_sentence_and_a_traceback_on_demand(
     monkeypatch.setattr(generate_module, "FusionRuntime", type("Broken", (FusionRuntime,), {"load": fault}))
     ended = command("generate", bundles[0], "--prompt", "a")
     assert ended.status == 1
-    assert_one_sentence(ended.err, "unexpected RuntimeError", "--debug", "two lines.")
-    ended = command("--debug", "generate", bundles[0], "--prompt", "a")
-    assert ended.status == 1 and "Traceback" in ended.err
+    assert_one_sentence(ended.err, "command generate failed unexpectedly", "RuntimeError: two lines.", "--debug")
+    for arguments in (("--debug", "generate", bundles[0], "--prompt", "a"), ("generate", bundles[0], "--prompt", "a", "--debug")):
+        ended = command(*arguments)
+        assert ended.status == 1 and "Traceback" in ended.err
 
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -234,3 +255,23 @@ def test_as_a_process(bundles: list[Path], tmp_path: Path) -> None:
                 [sys.executable, "-m", "runtime", *map(str, arguments)], stdout=closed, stderr=subprocess.PIPE, timeout=60, check=False
             )
         assert b"Traceback" not in left.stderr and left.returncode == 1
+
+
+def test_cache_shows_and_clears(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "fusionroute"
+    assert command("cache").out.strip() == f"0 entries, 0.0 MB in {folder}"
+    for name, size in (("costs/a.json", 10), ("costs/b.json", 20), ("calibration/c.npy", 2_000_000)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(size))
+    shown = command("cache").out
+    assert "costs" in shown and "calibration" in shown and f"3 entries, 2.0 MB in {folder}" in shown
+    listed = json.loads(command("cache", "costs", "--json").out)
+    assert listed["folder"] == str(folder) and not listed["cleared"]
+    assert {(entry["kind"], entry["path"], entry["bytes"]) for entry in listed["entries"]} == {
+        ("costs", str(folder / "costs" / "a.json"), 10),
+        ("costs", str(folder / "costs" / "b.json"), 20),
+    }
+    assert f"2 entries, 0.0 MB removed from {folder}" in command("cache", "costs", "--clear").out
+    assert json.loads(command("cache", "--clear", "--json").out)["entries"][0]["kind"] == "calibration"
+    assert not [path for path in folder.rglob("*") if path.is_file()]

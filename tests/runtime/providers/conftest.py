@@ -15,11 +15,12 @@ from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.verify.half_on_cpu import emulate
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backend import Backend, BackendOptions
 from fusionroute.runtime.backends import DEVICES
-from fusionroute.runtime.backends.backend import Backend
 from fusionroute.runtime.backends.ort_gpu import OrtGpu
 from fusionroute.runtime.backends.providers import PROVIDERS, no_options
-from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.manifest import Manifest, Variant
 from tests.support.systems import Shape, make_system
 
 CPU = replace(PROVIDERS["ort-tensorrt"], name="CPUExecutionProvider", extra="cpu", options=no_options, memory="cpu", fallback=None)
@@ -50,11 +51,11 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def on_cpu(target: str) -> Iterator[None]:
     """device="bound": the GPU's backend on the CPU provider."""
 
-    def opened(bundle: object, variant: object, threads: object, budget: object) -> Backend:
-        return OrtGpu(bundle, variant, CPU)  # type: ignore[arg-type]
+    def opened(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
+        return OrtGpu(bundle, variant, CPU)
 
     with (
-        patch.dict(DEVICES, {"bound": (target, opened)}),
+        patch.dict(DEVICES, {"bound": ((target,), opened)}),
         patch("fusionroute.runtime.backends.KNOWN", (*DEVICES, "bound")),
         patch("fusionroute.runtime.limits.CHUNK", CHUNK),
     ):

@@ -224,7 +224,7 @@ def test_a_failing_run_is_one_sentence(bundles: dict[str, Path]) -> None:
         session = rt.session()
         session.append([5, 9])
         session.step()
-        cache = session._cache(None)
+        cache = session._decoder.readers.router.cache
         with pytest.raises(Exception, match=r"^ONNX Runtime failed on 1 tokens of router: "):
             cache.forward([10**6], (0,))
         assert np.isfinite(session.step().logprob), "and the session goes on"

@@ -10,8 +10,9 @@ import pytest
 
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.backends.device_buffers import Inputs, Place
-from fusionroute.runtime.backends.ort_gpu import GpuFused, Plan
+from fusionroute.runtime.backends.gpu_fusion import BoundFusion, GpuFused
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.session import Session
 from tests.runtime.providers.conftest import CHUNK, CPU, on_cpu, relabelled
@@ -95,7 +96,7 @@ def test_fusion_penalises_what_it_is_told_and_rows_read_stay_as_they_were(pair: 
     read = [output.logits.copy() for output in (first, second)]
     kept = [row.copy() for row in read]
     for ids in ([7], [7, 250, 31], []):
-        fused = rt.backend.fuser()(first.logits, second.logits, (0.25, 0.75), 4, np.array(ids, np.int64), 1.7, 0.5)
+        fused = rt.backend.fuser()(FusionInputs(first.logits, second.logits, (0.25, 0.75), 4, np.array(ids, np.int64), 1.7, 0.5))
         raw = (0.25 * read[0] + 0.75 * read[1])[0].astype(np.float64)
         expected = raw.copy()
         expected[ids] = np.where(raw[ids] > 0, raw[ids] / 1.7, raw[ids] * 1.7)
@@ -147,7 +148,7 @@ def test_a_decoded_token_allocates_and_binds_nothing_and_leaves_the_row_where_it
         return np.asarray(fused._rows.numpy())
 
     with (
-        noted(Place, "buffer"), noted(Inputs, "__init__"), noted(Inputs, "bind"), noted(Plan, "__init__"),
+        noted(Place, "buffer"), noted(Inputs, "__init__"), noted(Inputs, "bind"), noted(BoundFusion, "__init__"),
         patch.object(GpuFused, "rows", property(row)),
     ):  # fmt: skip
         session = rt.session(expert=rt.expert_names[0])

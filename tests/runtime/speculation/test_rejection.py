@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.sampling import CANDIDATES, Sampler, Sampling
-from fusionroute.runtime.speculation.draft_planner import Pace, Plan
+from fusionroute.runtime.sampling import DEFAULT_CANDIDATES, Sampler, Sampling
+from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
 from fusionroute.runtime.speculation.rejection import Distribution, Softmax, certain, verify
-from fusionroute.runtime.speculation.rounds import REACH, proposal
+from fusionroute.runtime.speculation.rounds import DRAFT_MARGIN, proposal
 
 RARE = 0.004  # pairs of tokens below are counted together
 
@@ -21,7 +21,7 @@ RARE = 0.004  # pairs of tokens below are counted together
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("fusionroute.runtime.speculation.draft_planner.SHORT", 0.0)  # the models here are small
+    monkeypatch.setattr("fusionroute.runtime.speculation.draft_planner.MIN_STEP_SECONDS", 0.0)  # the models here are small
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.5, "top_k": 4}, {"temperature": 0.2}], ids=["filtered", "unfiltered"])
@@ -31,7 +31,7 @@ def test_samples_have_the_distribution_of_plain_sampling(
 ) -> None:
     """Two tokens together against their enumeration. The same test refuses a sampler that skips the residual."""
     monkeypatch.setattr(
-        Pace, "plan", lambda self, most, looked_up, *_: Plan(source, min(most, 2, looked_up + 1 if source == "lookup" else 2))
+        DraftPlanner, "plan", lambda self, most, looked_up, *_: DraftPlan(source, min(most, 2, looked_up + 1 if source == "lookup" else 2))
     )
     assert distance(bundles[0], verify, source, options) < 1.0
     assert distance(bundles[0], careless, source, options) > 2.0
@@ -92,15 +92,18 @@ def test_drafts_are_drawn_from_the_likeliest_tokens(vocab: int, temperature: flo
     found = proposal(Sampler(Sampling(temperature, **filters)), row)
     scaled = row.astype(np.float64) / temperature
     order = np.lexsort((np.arange(vocab), -scaled))
-    near = order[scaled[order] > scaled.max() - REACH + 1e-4]
-    if len(near) <= CANDIDATES and not filters:
+    near = order[scaled[order] > scaled.max() - DRAFT_MARGIN + 1e-4]
+    if len(near) <= DEFAULT_CANDIDATES and not filters:
         assert set(near) <= set(found.ids.tolist())
-    assert len(found.ids) <= min(CANDIDATES, filters.get("top_k", CANDIDATES)) and (scaled[found.ids] > scaled.max() - REACH - 1e-4).all()
+    assert (
+        len(found.ids) <= min(DEFAULT_CANDIDATES, filters.get("top_k", DEFAULT_CANDIDATES))
+        and (scaled[found.ids] > scaled.max() - DRAFT_MARGIN - 1e-4).all()
+    )
     assert np.array_equal(scaled[found.ids], scaled[order[: len(found.ids)]])  # the first so many, or others equal to the last
     weights = np.exp(scaled[found.ids] - scaled.max())
     assert found.probabilities == pytest.approx(weights / weights.sum())
-    everything = np.exp(scaled[order[:CANDIDATES]] - scaled.max())
-    everything = everything[everything >= np.exp(-REACH - 1e-4)]
+    everything = np.exp(scaled[order[:DEFAULT_CANDIDATES]] - scaled.max())
+    everything = everything[everything >= np.exp(-DRAFT_MARGIN - 1e-4)]
     shares = np.cumsum(everything) / everything.sum()
     if "top_p" in filters and temperature < 5:
         assert len(found.ids) == np.searchsorted(shares, 0.6) + 1

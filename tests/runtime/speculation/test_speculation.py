@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionError, FusionRuntime, InputError
 from fusionroute.runtime.backends.ort_cpu import OrtCache
+from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.speculation import costs
-from fusionroute.runtime.speculation.costs import LENGTHS, MOST, SIZES, Costs, table
-from fusionroute.runtime.speculation.draft_planner import GAIN, Pace, Plan
+from fusionroute.runtime.speculation.costs import LENGTHS, MAX_ROUND_TOKENS, SIZES, Costs, seconds_by_tokens
+from fusionroute.runtime.speculation.draft_planner import MIN_SPEEDUP, DraftPlan, DraftPlanner
 from fusionroute.runtime.speculation.lookup import LONGEST, SHORTEST, Lookup
 
-Choose = Callable[..., Plan]
+Choose = Callable[..., DraftPlan]
 ONE = ((1.0, 1.1, 1.3, 1.9), (1.1, 1.3, 1.7, 2.7))  # short and long texts
 THREE = tuple(tuple(3 * seconds for seconds in passes) for passes in ONE)
-SHORT = "fusionroute.runtime.speculation.draft_planner.SHORT"
+SHORT = "fusionroute.runtime.speculation.draft_planner.MIN_STEP_SECONDS"
 LINEAR = ((1.0, 2.0, 4.0, 8.0),) * 2
 EVEN = Costs(router=ONE, experts=(ONE, ONE, ONE), fusion=0.05)  # as models of one size on a CPU
 LARGE = Costs(router=ONE, experts=(THREE, THREE, THREE), fusion=0.05)  # type: ignore[arg-type]
@@ -37,12 +38,12 @@ def draft_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft as often as the text allows, at random from both sources, whether it pays or not."""
     random = np.random.default_rng(0)
 
-    def plan(self: Pace, most: int, looked_up: int, router: bool, expert: int | None, length: int) -> Plan:
+    def plan(self: DraftPlanner, most: int, looked_up: int, router: bool, expert: int | None, length: int) -> DraftPlan:
         if looked_up and most > 1 and random.random() < 0.5:
-            return Plan("lookup", int(random.integers(2, min(looked_up + 1, most) + 1)))
-        return Plan("router", int(random.integers(1, min(MOST, most) + 1)) if router and expert is not None else 1)
+            return DraftPlan("lookup", int(random.integers(2, min(looked_up + 1, most) + 1)))
+        return DraftPlan("router", int(random.integers(1, min(MAX_ROUND_TOKENS, most) + 1)) if router and expert is not None else 1)
 
-    monkeypatch.setattr(Pace, "plan", plan)
+    monkeypatch.setattr(DraftPlanner, "plan", plan)
     monkeypatch.setattr(SHORT, 0.0)
 
 
@@ -141,12 +142,12 @@ def test_exact_reads_and_answers_by_twos(bundles: list[Path], eager: None, monke
 def test_what_models_have_read_agrees_with_the_text(bundles: list[Path], eager: None) -> None:
     """After rounds that ended anywhere, plain steps go on as from a text read anew."""
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
-        coefficients = rt.coefficients(rt.fusion, rt.lam)
+        coefficients = fusion_coefficients(rt.fusion, rt.lam)
         for ids in prompts(10, rt.vocab_size):
             session, fresh = rt.session(), rt.session()
             session.append(ids)
             for _ in range(5):
-                session.advance_some(session._sampler, coefficients, None, 8)
+                session._decoder.advance_some(session._sampler, coefficients, None, 8)
             fresh.append(session.token_ids)
             for _ in range(3):
                 token, expected = session.step(), fresh.step()
@@ -184,44 +185,47 @@ def speed(known: Costs, source: str, rows: int, rate: float, switches: float, le
 @pytest.mark.parametrize("rate", [0.2, 0.6, 0.9])
 @pytest.mark.parametrize("length", [5, 500, 5000])
 def test_drafts_are_as_many_as_pay(known: Costs, rate: float, length: int) -> None:
-    pace, random = Pace(known), np.random.default_rng(0)
-    pace.produced(1000, 0)
+    planner, random = DraftPlanner(known), np.random.default_rng(0)
+    planner.produced(1000, 0)
     for _ in range(400):
         for source, share in (("router", rate), ("lookup", rate / 2)):
             hits = random.random(3) < share
-            pace.saw(source, int(np.argmin([*hits, False])), 3)
-    choices = [("router", rows) for rows in range(1, MOST + 1)] + [("lookup", rows) for rows in range(2, 6)]
-    speeds = {(source, rows): speed(known, source, rows, pace.rates[source].mean, pace.switches.mean, length) for source, rows in choices}
-    speeds["router", 1] *= GAIN
-    plan = pace.plan(MOST, 4, True, 1, length)
+            planner.saw(source, int(np.argmin([*hits, False])), 3)
+    choices = [("router", rows) for rows in range(1, MAX_ROUND_TOKENS + 1)] + [("lookup", rows) for rows in range(2, 6)]
+    speeds = {
+        (source, rows): speed(known, source, rows, planner.rates[source].mean, planner.switches.mean, length) for source, rows in choices
+    }
+    speeds["router", 1] *= MIN_SPEEDUP
+    plan = planner.plan(MAX_ROUND_TOKENS, 4, True, 1, length)
     assert (plan.source, plan.rows) == max(speeds, key=speeds.__getitem__)
 
 
 def test_models_that_run_side_by_side_leave_less_to_gain() -> None:
-    pace = Pace(replace(EVEN, beside=True))
+    planner = DraftPlanner(replace(EVEN, beside=True))
     for _ in range(100):
-        pace.saw("lookup", 3, 3)
-        pace.saw("router", 3, 3)
-    pace.produced(1000, 0)
-    assert Pace(EVEN, rates=pace.rates, switches=pace.switches).plan(MOST, 0, True, 1, 32).rows > 1
-    assert pace.plan(MOST, 0, True, 1, 32).rows == 1, "a router step per draft costs what a plain token does"
-    assert pace.plan(MOST, 7, True, 1, 32).rows == MOST
+        planner.saw("lookup", 3, 3)
+        planner.saw("router", 3, 3)
+    planner.produced(1000, 0)
+    assert DraftPlanner(EVEN, rates=planner.rates, switches=planner.switches).plan(MAX_ROUND_TOKENS, 0, True, 1, 32).rows > 1
+    assert planner.plan(MAX_ROUND_TOKENS, 0, True, 1, 32).rows == 1, "a router step per draft costs what a plain token does"
+    assert planner.plan(MAX_ROUND_TOKENS, 7, True, 1, 32).rows == MAX_ROUND_TOKENS
 
 
 def test_without_reading_alone_a_plain_step_costs_two_tokens() -> None:
-    assert table(ONE, 0, exact=True)[1] == table(ONE, 0)[2] == 1.1
+    assert seconds_by_tokens(ONE, 0, exact=True)[1] == seconds_by_tokens(ONE, 0)[2] == 1.1
 
 
 def test_acceptance_is_learnt_without_drafting(bundles: list[Path]) -> None:
     """Rates come near what a recount of the same text says, though nothing was ever drafted; and drafting begins once it pays."""
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
-        rt.costs = Costs(LINEAR, (LINEAR,) * len(rt.expert_names), 0.1)  # several tokens cost what they cost one by one
+        rt._costs = Costs(LINEAR, (LINEAR,) * len(rt.expert_names), 0.1)  # several tokens cost what they cost one by one
         kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 1}]
         for options in kinds:
             session = rt.session()
             session.append([7, 9, 30, 7, 9])
             tokens = [session.steps(8, **options)[0] for _ in range(100)]
-            assert session.rounds is not None and session.rounds.drafted == 0
+            assert session.drafted == 0 and session._decoder.rounds is not None
+            planner = session._decoder.rounds.planner
             own = rt.score(session.token_ids, lam=1.0).logits[4:-1].astype(np.float64)
             ids = [token.id for token in tokens]
             q = np.exp(own - own.max(-1, keepdims=True))
@@ -229,10 +233,10 @@ def test_acceptance_is_learnt_without_drafting(bundles: list[Path]) -> None:
             seen = np.minimum(1, q / np.exp([token.logprob for token in tokens])) if options else own.argmax(-1) == ids
             weights = 0.97 ** np.arange(100)[::-1]
             expected = (seen @ weights + 0.5 * 0.97**100) / (weights.sum() + 0.97**100)
-            assert session.rounds.pace.rates["router"].mean == pytest.approx(expected, abs=1e-3)
-            session.rounds.pace.costs = replace(EVEN, router=((0.01,) * 4,) * 2, experts=(((1.0,) * 4,) * 2,) * 2)
-            session.rounds.pace._priced = (-1, -1)
-            assert len(session.steps(8)) >= 1 and session.rounds.drafted > 0
+            assert planner.rates["router"].mean == pytest.approx(expected, abs=1e-3)
+            planner.costs = replace(EVEN, router=((0.01,) * 4,) * 2, experts=(((1.0,) * 4,) * 2,) * 2)
+            planner._priced = (-1, -1)
+            assert len(session.steps(8)) >= 1 and session.drafted > 0
 
 
 def test_steps_of_less_than_a_millisecond_are_left_alone(bundles: list[Path], eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,12 +250,12 @@ def test_steps_of_less_than_a_millisecond_are_left_alone(bundles: list[Path], ea
 
 def test_costs_are_measured_once(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as first:
-        assert first.costs is not None and first.costs.fusion > 0 and len(first.costs.experts) == len(first.expert_names)
-        for passes in (first.costs.router, *first.costs.experts):
+        assert first._costs is not None and first._costs.fusion > 0 and len(first._costs.experts) == len(first.expert_names)
+        for passes in (first._costs.router, *first._costs.experts):
             assert len(passes) == 2 and all(seconds > 0 for length in passes for seconds in length)
         monkeypatch.setattr(costs, "measure", None)
         with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as second:
-            assert second.costs == first.costs
+            assert second._costs == first._costs
 
 
 def test_a_seed_gives_the_same_text_again(bundles: list[Path]) -> None:
@@ -267,7 +271,9 @@ def test_a_sampled_text_begins_as_a_longer_one_does(bundles: list[Path], eager: 
             draft_always_again = np.random.default_rng(seed)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    Pace, "plan", lambda self, most, *_, random=draft_always_again: Plan("router", min(most, int(random.integers(1, 9))))
+                    DraftPlanner,
+                    "plan",
+                    lambda self, most, *_, random=draft_always_again: DraftPlan("router", min(most, int(random.integers(1, 9)))),
                 )
                 with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
                     texts.append(rt.generate([7, 9, 30], count, temperature=1.0, seed=seed).token_ids)
@@ -321,19 +327,19 @@ def test_nothing_is_read_behind_the_end_of_a_text(bundles: list[Path], eager: No
     ):
         ends = set(rt.generate([7, 9, 30], 30).token_ids)
         for end in ends:
-            rt.eos = plain.eos = frozenset({end})
-            rt.pool.idle.clear()  # sessions made with other ends
+            rt._eos = plain._eos = frozenset({end})
+            rt._pool.idle.clear()  # sessions made with other ends
             found, expected = rt.generate([7, 9, 30], 30), plain.generate([7, 9, 30], 30)
             assert (found.token_ids, found.finish_reason) == (expected.token_ids, "stop")
         session = rt.session()
         session.append([7, 9, 30])
         for _ in range(8):
             tokens = session.steps(8)
-            assert all(token.id not in rt.eos for token in tokens[:-1])
+            assert all(token.id not in rt._eos for token in tokens[:-1])
 
 
 def test_cancelling_ends_a_round_between_its_tokens(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "plan", lambda self, most, *_: Plan("router", min(most, 8)))
+    monkeypatch.setattr(DraftPlanner, "plan", lambda self, most, *_: DraftPlan("router", min(most, 8)))
     cancel = threading.Event()
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
         stream = rt.stream([7, 9, 30], 40, cancel=cancel)

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.tensorrt.model import Answer
 from tests.support.simulated.bundles import CHUNK
 from tests.support.simulated.install import simulated
@@ -31,7 +32,7 @@ def sampled(rt: FusionRuntime, machine: Machine) -> list[Any]:
     found: list[Any] = [list(rt.stream(PROMPT, 6, temperature=2.0, top_p=0.999, repetition_penalty=1.4, seed=1))]
     found.append(list(rt.stream(PROMPT, 5, temperature=30.0, top_k=3, seed=2)))
     found.append(list(rt.stream(PROMPT, 4, temperature=30.0, seed=4)))
-    with patch("fusionroute.runtime.sampling.CANDIDATES", 2):  # so few that rows must be fetched
+    with patch("fusionroute.runtime.sampling.DEFAULT_CANDIDATES", 2):  # so few that rows must be fetched
         found.append(list(rt.stream(PROMPT, 6, temperature=5.0, seed=3)))
     found += [list(rt.stream(PROMPT, 4, lam=lam, expert="expert1")) for lam in (0.0, 0.5)]
     found.append(list(rt.stream(PROMPT, 4, lam=1.0)))
@@ -73,13 +74,13 @@ def interleaved(rt: FusionRuntime, machine: Machine, count: int = 3) -> list[Any
             if cache.length == len(text):
                 return output
 
-    none, settings, seen = np.zeros(0, np.int64), (0.5, 0.5), []
+    settings, seen = (0.5, 0.5), []
     for step in range(5):
         choices = [(step * 2 + number) % len(backend.experts) for number in range(len(texts))]
         routed = [read(cache, text) for cache, text in zip(routers, texts, strict=True)]
         peeked = [float(output.logits[0, 3]) for output in routed] if step == 2 else []
         answered = [read(caches[choice], text) for caches, choice, text in zip(experts, choices, texts, strict=True)]
-        fused = [fuse(a.logits, b.logits, settings, 1, none, 1.0, 1.0) for fuse, a, b in zip(fusers, routed, answered, strict=True)]
+        fused = [fuse(FusionInputs(a.logits, b.logits, settings)) for fuse, a, b in zip(fusers, routed, answered, strict=True)]
         for text, result in zip(texts, fused, strict=True):
             text.append(int(result.ids[0, 0]))
         seen += peeked + nested([(o, "logits") for o in (*routed, *answered)] + [(f, "rows") for f in fused], machine)
@@ -119,7 +120,7 @@ def given_up(rt: FusionRuntime, machine: Machine) -> list[Any]:
             session.rewind(8)
             found += [session.step(lam=0.9, repetition_penalty=1.5).id for _ in range(3)]
         if number >= 12:
-            session.fuse = session._newest = None  # type: ignore[assignment]  # they go first, while the caches stay
+            session._decoder.step.fuser = session._decoder.step.newest = None  # type: ignore[assignment]  # they go first, while the caches stay
         del session
     return found
 

@@ -21,10 +21,10 @@ from fusionroute.runtime.__main__ import main
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, UnavailableError
 from fusionroute.runtime.manifest import Manifest
-from fusionroute.runtime.tensorrt import build as building
 from fusionroute.runtime.tensorrt.build import build
-from fusionroute.runtime.tensorrt.engines import profile_of, rebuild, shapes
+from fusionroute.runtime.tensorrt.engines import rebuild
 from fusionroute.runtime.tensorrt.operators import known
+from fusionroute.runtime.tensorrt.profile import profile_of, shapes
 from tests.support.systems import Shape, make_system
 
 SMS = (86, 89, 120)
@@ -173,7 +173,9 @@ def test_a_build_that_fails_or_is_stopped_leaves_nothing(made: Made, monkeypatch
 
     with pytest.raises(KeyboardInterrupt):
         rebuild(made.bundle, [manifest.variants[0]], manifest, "rtx", (80,), None, begin)
-    monkeypatch.setattr(building, "replacing", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "fusionroute.runtime.tensorrt.engines.replacing", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(FusionError, match=r"^The engines cannot be written to .*engines \(No space left on device\): copy the bundle"):
         rebuild(made.bundle, [manifest.variants[0]], manifest, "rtx", (80,), None, lambda _: lambda _: None)
     assert sorted(path.name for path in (made.bundle / "engines").iterdir()) == before

@@ -12,12 +12,14 @@ from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.runtime.__main__ import main
-from fusionroute.runtime.backends import ENGINES_OF, choose
+from fusionroute.runtime.backends import ENGINE_TARGETS, choose
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.manifest import Engines, Manifest, Variant
 from fusionroute.runtime.tensorrt.build import build
-from fusionroute.runtime.tensorrt.engines import OLDER, TARGET, profile_of, shapes, target_for
+from fusionroute.runtime.tensorrt.engines import target_for
+from fusionroute.runtime.tensorrt.library import OLDER, TARGET
+from fusionroute.runtime.tensorrt.profile import profile_of, shapes
 from tests.support.systems import Shape, make_system
 
 
@@ -55,14 +57,14 @@ def test_the_runtime_opens_the_graphs_that_have_engines(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     manifest = with_targets(opened.manifest, OLDER, TARGET)
     opened.manifest = manifest
-    assert choose(opened, ENGINES_OF, None, "tensorrt").target == TARGET
+    assert choose(opened, ENGINE_TARGETS, None, "tensorrt").target == TARGET
     names = {*manifest.variants[0].graphs, "fusion"}
     built = Engines(flavour="tensorrt", version="10.3.0", sms=[87], engines=dict.fromkeys(names, "e"), profile=profile_of(manifest))
     opened.manifest = manifest.model_copy(
         update={"variants": [manifest.variants[0].model_copy(update={"engines": [built]}), manifest.variants[1]]}
     )
-    assert choose(opened, ENGINES_OF, None, "tensorrt").target == OLDER
-    assert choose(opened, ENGINES_OF, None, "rtx").target == TARGET
+    assert choose(opened, ENGINE_TARGETS, None, "tensorrt").target == OLDER
+    assert choose(opened, ENGINE_TARGETS, None, "rtx").target == TARGET
 
 
 def test_build_takes_the_graphs_of_the_installed_library(

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 
 from fusionroute.runtime import FusionRuntime, InputError
-from fusionroute.runtime.backends import open_cpu
-from fusionroute.runtime.bundle import Bundle
 from tests.runtime.tensorrt.scenarios import SCENARIOS, interleaved, play
 from tests.support.simulated.install import simulated
 from tests.support.simulated.machine import POLICIES, Machine, Span
@@ -33,7 +31,7 @@ def test_the_least_recently_used_expert_leaves(folder: Path) -> None:
         fetched = []
         for expert in (0, 1, 0, 2, 0, 1):
             before = len(fetches(machine))
-            session.read(expert, [len(session) - 1])
+            session._decoder.readers.read_expert(expert, [len(session) - 1])
             fetched.append(len(fetches(machine)) - before)
     assert fetched == [1, 1, 0, 1, 0, 1]  # expert 1 left for 2, and 2 for 1: 0 was used more recently both times
 
@@ -70,4 +68,4 @@ def test_a_budget_below_one_expert_is_refused(folder: Path) -> None:
     with simulated(Machine(integrated=True)), pytest.raises(InputError, match="shares the host's memory"):
         FusionRuntime.load(folder, device="rtx", expert_memory=10**6)
     with pytest.raises(InputError, match="expert_memory is a limit on device memory"):
-        open_cpu(Bundle.open(folder), None, None, 1)
+        FusionRuntime.load(folder, device="ort-tensorrt", expert_memory=1)

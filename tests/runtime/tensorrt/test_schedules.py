@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from fusionroute.runtime import ClosedError, FusionRuntime
-from fusionroute.runtime.tensorrt.model import reach
+from fusionroute.runtime.limits import reach
 from tests.runtime.tensorrt.scenarios import PROMPT, SCENARIOS, greedy, play
 from tests.support.simulated.bundles import CHUNK
 from tests.support.simulated.install import simulated

@@ -29,7 +29,7 @@ def texts(folder: Path, seed: int, order: str, **options: Any) -> tuple[list[Any
     with (
         patch("fusionroute.runtime.limits.CHUNK", CHUNK),
         patch("fusionroute.runtime.limits.PIECE", CHUNK // 2),
-        patch("fusionroute.runtime.prefix.LEAST", 2),
+        patch("fusionroute.runtime.prefix.MIN_SHARED_TOKENS", 2),
         patch.object(Cache, "forward", noted),
         simulated(Machine(seed, order)),
         FusionRuntime.load(folder, device="rtx", **options) as rt,

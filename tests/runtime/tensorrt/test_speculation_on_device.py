@@ -6,20 +6,20 @@ from unittest.mock import patch
 import pytest
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.speculation.draft_planner import Pace, Plan
+from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
 from tests.runtime.speculation.test_speculation import EVEN
 from tests.support.simulated.bundles import CHUNK
 from tests.support.simulated.install import simulated
 from tests.support.simulated.machine import Machine
 
 
-def plan(self: Pace, most: int, looked_up: int, *_: object) -> Plan:
+def plan(self: DraftPlanner, most: int, looked_up: int, *_: object) -> DraftPlan:
     """As many drafts as these engines read at a time, from the text where it offers some."""
-    return Plan("lookup", min(looked_up + 1, most, CHUNK)) if looked_up else Plan("router", min(most, CHUNK))
+    return DraftPlan("lookup", min(looked_up + 1, most, CHUNK)) if looked_up else DraftPlan("router", min(most, CHUNK))
 
 
 def test_drafts_change_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pace, "plan", plan)
+    monkeypatch.setattr(DraftPlanner, "plan", plan)
     monkeypatch.setattr("fusionroute.runtime.engine.costs_of", lambda *_: EVEN)  # clocks mean nothing there
     found = []
     for speculation in ("off", "auto"):

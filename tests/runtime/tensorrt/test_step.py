@@ -1,13 +1,17 @@
 """What one decoded token costs: one wait of the host, no allocation, captured graphs; and what guessing the expert does."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backend import FusionInputs
+from fusionroute.runtime.plain_step import PlainStep
 from fusionroute.runtime.session import Session
 from tests.runtime.tensorrt.scenarios import PROMPT
 from tests.support.simulated.bundles import CHUNK
@@ -30,9 +34,9 @@ def steps(rt: FusionRuntime, count: int, **options: Any) -> Iterator[tuple[bool,
     session = rt.session()
     session.append(PROMPT)
     for expert in range(len(rt.expert_names)):
-        session.read(expert, [len(session) - 1])
+        session._decoder.readers.read_expert(expert, [len(session) - 1])
     for _ in range(count):
-        guess = session._guess()
+        guess = session._decoder.step.guess_expert()
         token = session.step(**options)
         yield guess is not None and rt.expert_names[guess] == token.expert, session
 
@@ -64,6 +68,16 @@ def test_nothing_is_allocated_for_a_token_after_warm_up(running: Running) -> Non
         assert settled[-1][5] - settled[0][5] >= 3 * (len(settled) - 1), "all of router, expert and fusion are graphs by now"
 
 
+def test_a_fusion_lacks_other_attributes_as_any_object_does(running: Running) -> None:
+    rt, _, _ = running
+    router, expert = (model.cache().forward(PROMPT[:2], [1]) for model in (rt.backend.router, rt.backend.experts[0]))
+    fused = rt.backend.fuser()(FusionInputs(router.logits, expert.logits, (0.5, 0.5)))
+    assert not hasattr(fused, "candidate_ids") and not hasattr(fused, "__deepcopy__")
+    with pytest.raises(AttributeError, match=r"no 'id': expected one of ids, "):
+        _ = fused.id  # type: ignore[attr-defined]
+    assert np.array_equal(copy.copy(fused).ids, fused.ids)
+
+
 def test_router_and_guessed_expert_run_side_by_side(running: Running) -> None:
     rt, machine, _ = running
     overlaps = {True: 0, False: 0}
@@ -81,7 +95,7 @@ def test_a_wrong_guess_leaves_nothing_behind(running: Running) -> None:
     """What each expert has read after every step is what it would have read without guesses."""
     rt, _, _ = running
     lags = [(right, session.lags) for right, session in steps(rt, 40)]
-    with patch.object(Session, "_guess", lambda session: None):
+    with patch.object(PlainStep, "guess_expert", lambda step: None):
         assert [lag for _, lag in lags] == [session.lags for _, session in steps(rt, 40)]
     assert {right for right, _ in lags} == {True, False}
 
@@ -90,12 +104,12 @@ def test_only_an_active_expert_is_guessed(running: Running) -> None:
     rt, _, _ = running
     session = rt.session()
     session.append(PROMPT)
-    assert session._guess() is None, "none was chosen yet"
+    assert session._decoder.step.guess_expert() is None, "none was chosen yet"
     token = session.step()
-    assert session._guess() == rt.expert_names.index(token.expert)
+    assert session._decoder.step.guess_expert() == rt.expert_names.index(token.expert)
     session.append([3, 4])
-    assert session._guess() is None, "it lags by more than one token"
+    assert session._decoder.step.guess_expert() is None, "it lags by more than one token"
     session.step()
     session.rewind(0)
     session.append([5])
-    assert session._guess() is None, "a new text"
+    assert session._decoder.step.guess_expert() is None, "a new text"

@@ -9,16 +9,16 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from tests.support.paths import REPOSITORY
 from tests.support.simulated.clocks import Clock
 from tests.support.simulated.memory import HOST, Allocation, Fault, Heap, touch
 
 POLICIES = ("early", "late", "random", "starved")
 ROOM = 1 << 17  # bytes: a buffer that two names stand for has room for either
-ROOT = str(Path(__file__).parents[3]) + "/"
+ROOT = f"{REPOSITORY}/"
 RUNTIME = "runtime/tensorrt/"
 LAYER = "runtime/tensorrt/device.py"  # the thin layer, which makes the calls of others
 

@@ -1,0 +1,33 @@
+"""`fusionroute calibrate FILE`, `python -m calibration FILE`: what a calibration table says."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fusionroute.runtime.command_errors import one_sentence
+
+
+def main(
+    file: Annotated[Path, typer.Argument(help="Calibration table that an export wrote (.safetensors).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Show what the activations of a system look like where each expert works: ranges, outliers, and who answered."""
+    missing = "The calibration needs the package '{}': install the extra 'export' (pip install 'fusionroute[export]')."
+    with one_sentence("calibration", missing, file, "", debug):
+        from fusionroute.calibration.show import show
+        from fusionroute.calibration.table import Table
+
+        summary = Table.load(file).summary()
+        if as_json:
+            print(json.dumps(summary), flush=True)
+        else:
+            show(Console(highlight=False), summary)
+
+
+def app() -> None:
+    """Entry point, which always exits."""
+    typer.run(main)

@@ -1,0 +1,60 @@
+"""The files beside a bundle's graphs: texts, the fusion graph, and the manifest that describes them all."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusionroute.fr_export.bundle.targets import FUSION_GRAPH
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.graphs.fusion_graph import write_fusion_graph
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.weight_store import FOLDER
+from fusionroute.runtime.bundle import sha256
+from fusionroute.runtime.manifest import File, Manifest, Model, Variant
+
+
+def write_common_files(router: Checkpoint, folder: Path) -> None:
+    """Write what all variants share: the fusion graph, and the router's tokenizer.json and chat template, if any."""
+    (folder / FUSION_GRAPH).parent.mkdir(parents=True, exist_ok=True)
+    write_fusion_graph(folder / FUSION_GRAPH)
+    if router.tokenizer is not None:
+        shutil.copyfile(router.folder / "tokenizer.json", folder / "tokenizer.json")
+    if router.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(router.chat_template, encoding="utf-8")
+
+
+def describe(system: System, fusion: FusionSettings, graphs: dict[str, Graph], variants: Sequence[Variant], folder: Path) -> Manifest:
+    """The manifest of everything that is in the folder so far. `graphs` are the traces of the models in any dialect."""
+    router = system.router
+    tokens = {index: token for token, index in (router.vocabulary or {}).items()}
+    ends = router.end_tokens
+    models = [
+        Model(name=name, layers=graph.layers, kv_heads=graph.cache[0], head_size=graph.cache[1], parameters=graph.parameters)
+        for name, graph in graphs.items()
+    ]
+    return Manifest(
+        format=1,
+        family=system.family.name,
+        models=models,
+        **fusion.model_dump(),
+        vocab_size=system.vocab_size,
+        max_seq_len=system.max_seq_len,
+        bos_token=tokens.get(router.config.bos_token_id),
+        eos_token=tokens.get(ends[0]) if ends else None,
+        eos_token_ids=ends,
+        variants=list(variants),
+        files={path.relative_to(folder).as_posix(): file_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()},
+    )
+
+
+def with_file(manifest: Manifest, folder: Path, name: str) -> Manifest:
+    """The manifest with the entry of one more file of the folder, or a new entry for a file that has changed."""
+    return manifest.model_copy(update={"files": manifest.files | {name: file_entry(folder / name)}})
+
+
+def file_entry(path: Path) -> File:
+    """Size and SHA-256 of a file. Weight files are named by their hash, so they are not read again."""
+    digest = path.stem if path.parent.name == FOLDER else sha256(path)
+    return File(sha256=digest, bytes=path.stat().st_size)

@@ -1,0 +1,45 @@
+"""The calibration table of an export: a saved one, or a new one from texts that a temporary bundle generates."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusionroute.calibration.table import Table
+from fusionroute.fr_export.bundle.describe import describe, write_common_files
+from fusionroute.fr_export.bundle.variant import VariantWriter
+from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.graphs.traces import Traces
+from fusionroute.fr_export.precision import SCHEMES
+from fusionroute.fr_export.precision.calibrate import cache_folder, calibrate, check
+from fusionroute.fr_export.precision.int4 import LEAN, Int4
+from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
+
+SCHEME = SCHEMES[CPU]["int8"]
+LARGE = 3_000_000_000  # parameters; larger systems generate in 4 bits, since the runtime holds all models in memory
+LARGE_SCHEME = Int4(LEAN, LEAN)
+
+
+def calibration_table(
+    system: System, traces: Traces, fusion: FusionSettings, source: str, prompts: Sequence[str], folder: Path, stages: Stages
+) -> Table:
+    """The table in the .safetensors file `source`, or a new one from texts that the system generates from the prompts.
+
+    Generating needs a bundle of its own, which is written below `folder` and removed at the end.
+    Raises InputError where a saved table does not fit the system, and as `calibrate` does.
+    """
+    if source.endswith(".safetensors"):
+        table = Table.load(Path(source))
+        check(table, system, traces.of())
+        return table
+    recording = folder / "recording"
+    try:
+        large = sum(trace.parameters for trace in traces.of().values()) > LARGE
+        scheme = LARGE_SCHEME if large else SCHEME
+        variant, _ = VariantWriter(system, traces, {}, recording, stages).write(CPU, scheme)
+        write_common_files(system.router, recording)
+        describe(system, fusion, traces.of(), [variant], recording).write(recording)
+        return calibrate(system, traces.of(), list(prompts), recording, scheme.name, cache_folder(), stages)
+    finally:
+        shutil.rmtree(recording, ignore_errors=True)

@@ -1,0 +1,114 @@
+"""Write the graphs of all models in one precision for one target."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx_ir as ir
+
+from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, TARGETS
+from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.graphs.traces import Traces
+from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision import Scheme
+from fusionroute.fr_export.precision.bind_weights import bind
+from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.scheme import Fitting
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.manifest import Variant
+from fusionroute.runtime.tensorrt.library import OLDER
+from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
+
+
+class WrittenVariant(NamedTuple):
+    """A variant as the manifest lists it, and what fitting reports of each model: model name → plain data."""
+
+    variant: Variant
+    fitted: dict[str, Any]
+
+
+class VariantWriter:
+    """Writes a system's graphs into one bundle folder, variant by variant. Equal weights are stored once.
+
+    `evidence` holds what calibration learnt of each model's activations; without it weights are rounded to nearest.
+    """
+
+    def __init__(self, system: System, traces: Traces, evidence: Mapping[str, Evidence], folder: Path, stages: Stages):
+        self._system, self._traces, self._evidence, self._folder, self._stages = system, traces, evidence, folder, stages
+        self._stores: dict[Path, Store] = {}  # by the folder whose graphs read them
+        self._started: set[str] = set()  # targets that have a variant already
+
+    def write(self, target: str, scheme: Scheme) -> WrittenVariant:
+        """Write every model for a target in the precision of `scheme`.
+
+        Raises InputError where a model's weights do not fit the precision, FusionError where a model cannot be traced.
+        """
+        system, made_for = self._system, TARGETS[target]
+        first = target not in self._started
+        self._started.add(target)
+        traces = self._traces.of(made_for.lowering)
+        total = sum(trace.parameters for trace in traces.values())
+        shared: dict[Store, dict[str, Any]] = {}  # what fitting shares between the models of one store
+        paths: dict[str, str] = {}
+        fitted: dict[str, Any] = {}
+        token_bytes: dict[str, int] = {}
+        operators: set[str] = set()
+        bits = 0.0
+        with self._stages.stage(f"writing {scheme.name} for {target}", total) as advance:
+            for model in system.models:
+                paths[model.name] = made_for.place(model.name, target, scheme.name, first)
+                file = self._folder / paths[model.name]
+                store = self._store(file.parent)
+                head = system.head if model is system.router else None
+                graph, own = traces[model.name], scheme
+                try:
+                    if isinstance(scheme, Fitting) and self._evidence:
+                        fit, fitted_scheme = scheme.fit(
+                            self._traces.of()[model.name], model.weights, self._evidence[model.name], store, shared.setdefault(store, {}), advance
+                        )  # fmt: skip
+                        graph, own, fitted[model.name] = graph.fitted(fit), fitted_scheme, fitted_scheme.about
+                    graph = graph.clone()
+                    made_for.prepare(graph, scheme.name, system.family)
+                    made_for.lowering.end_with(graph, head)
+                    bind(graph, model.weights, own, store, advance)
+                except InputError as error:
+                    raise InputError(f"{model.where} cannot be exported as {scheme.name}: {error}") from error
+                graph.model.graph.name = model.name
+                token_bytes[model.name] = weight_bytes(graph.model)
+                operators |= {node.op_type for node in graph.model.graph}
+                ir.save(graph.model, file)
+                made_for.complete(file.parent, model, system.vocab_size, head)
+                bits += own.bits * traces[model.name].parameters / total
+        variant = Variant(
+            target=target,
+            precision=scheme.name,
+            graphs=paths,
+            fusion_graph=FUSION_GRAPH,
+            bits_per_weight=round(bits, 4),
+            weight_bytes=token_bytes,
+            operators=sorted(operators) if target in (TENSORRT, OLDER) else [],
+        )
+        return WrittenVariant(variant, fitted)
+
+    def remove_unread(self, variants: list[Variant]) -> None:
+        """Remove the weights that none of the variants' graphs reads: intermediate results of a precision."""
+        read = {file for variant in variants for file in weight_files(variant, self._folder)}
+        for graphs, store in self._stores.items():
+            store.keep({file.name for file in read if file.parent.parent == graphs})
+
+    def _store(self, graphs: Path) -> Store:
+        if graphs not in self._stores:
+            self._stores[graphs] = Store(graphs)
+        return self._stores[graphs]
+
+
+def weight_files(variant: Variant, folder: Path) -> set[Path]:
+    """The weight files that a variant's graphs read."""
+    files = set()
+    for name in variant.graphs.values():
+        for value in ir.load(folder / name).graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                files.add((folder / name).parent / value.const_value.location)
+    return files

@@ -1,0 +1,48 @@
+"""The traces of a system: one per architecture and dialect, made when somebody first asks for it."""
+
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.graphs.dialects import Lowering, ort
+from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.trace import architecture, trace
+from fusionroute.runtime.errors import FusionError, one_line
+
+
+class Traces:
+    """The graphs of a system's models, by dialect. Equal architectures share a graph: clone it to change it."""
+
+    def __init__(self, system: System, stages: Stages):
+        self._system, self._stages = system, stages
+        self._by_dialect: dict[Lowering, dict[str, Graph]] = {}
+
+    def of(self, dialect: Lowering = ort) -> dict[str, Graph]:
+        """Model name → its graph. Raises FusionError where an architecture cannot be traced."""
+        if dialect not in self._by_dialect:
+            self._by_dialect[dialect] = self._trace_all(dialect)
+        return self._by_dialect[dialect]
+
+    def _trace_all(self, dialect: Lowering) -> dict[str, Graph]:
+        system = self._system
+        keys = {model.name: architecture(model.config, system.vocab_size) for model in system.models}
+        graphs: dict[str, Graph] = {}
+        count = len(set(keys.values()))
+        with self._stages.stage(f"tracing {count} architecture(s)", count) as advance:
+            for model in system.models:
+                if keys[model.name] not in graphs:
+                    graphs[keys[model.name]] = self._trace(model, dialect)
+                    advance(1)
+        return {name: graphs[key] for name, key in keys.items()}
+
+    def _trace(self, model: Checkpoint, dialect: Lowering) -> Graph:
+        system = self._system
+        try:
+            return trace(system.family, model.config, system.vocab_size, system.max_seq_len, dialect)
+        except (FusionError, ImportError, OSError, MemoryError):
+            raise
+        except Exception as error:  # torch.onnx raises many kinds, in many coloured lines, for what it cannot trace
+            reason = f"{type(error).__name__}: {one_line(error).partition(chr(27))[0].rstrip(' .')}"
+            raise FusionError(
+                f"{model.where} cannot be traced as a model of the family {system.family.name} ({reason}): "
+                "use a checkpoint of a supported architecture, or add this one to the exporter (--debug shows where it fails)."
+            ) from error

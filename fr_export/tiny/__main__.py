@@ -1,0 +1,43 @@
+"""`python -m fr_export.tiny --family gemma2 [--work DIR] [--out DIR]`: train a shipped system from nothing."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from fusionroute.runtime.command_errors import one_sentence
+
+
+def main(
+    family: Annotated[Literal["gemma2", "llama3"], typer.Option(help="Model family.")],
+    work: Annotated[
+        Path, typer.Option(help="Folder for everything on the way; models that are complete there are not trained again.")
+    ] = Path("dist/tiny"),
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: the one that the package ships.")] = None,
+    steps_scale: Annotated[float, typer.Option(min=0.0, help="Multiplies all numbers of training steps, for a quick try.")] = 1.0,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that tune λ.")] = 2,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Train a family's small system from nothing and write it."""
+    missing = "Training the shipped systems needs the package '{}': install the extras (pip install 'fusionroute[cpu,export,train]')."
+    with one_sentence("training", missing, out or work, f"finished models stay in {work}", debug):
+        from fusionroute.fr_export.families.family import TINY
+        from fusionroute.fr_export.tiny.architectures import ARCHITECTURES, WIDTH
+        from fusionroute.fr_export.tiny.ship import ship
+        from fusionroute.fr_export.tiny.workshop import BUDGETS, Workshop
+
+        console = Console(stderr=True)
+        workshop = Workshop(ARCHITECTURES[family], work / f"{family}-{WIDTH}", budget=BUDGETS[family].scaled(steps_scale))
+        settings = ship(workshop, out or TINY / family, jobs, console)
+        accuracy = max(value for _, value in settings.lam_curve or [])
+        console.print(f"λ = {settings.lam}, mean accuracy on the validation split {accuracy:.1%}")
+
+
+def app() -> None:
+    """Entry point, which always exits."""
+    typer.run(main)
+
+
+if __name__ == "__main__":
+    app()

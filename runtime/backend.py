@@ -1,0 +1,149 @@
+"""What a backend offers: models that read tokens into a KV cache, and the fusion of two models' logits."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+REUSED = 16  # rows of logits up to which a cache answers from buffers that it keeps
+
+
+class Output(NamedTuple):
+    """One forward pass. `logits` stays where the backend computed it; `routing` is float32 [K, n_experts] for a router, else None.
+
+    With K ≤ REUSED both are buffers that the next pass through the same cache overwrites; with more they are the caller's.
+    """
+
+    logits: Any
+    routing: np.ndarray | None
+
+
+NO_IDS = np.zeros(0, np.int64)
+
+
+class FusionInputs(NamedTuple):
+    """What one fusion reads: logits of K positions, float32 [K, V], where the models left them or on the host.
+
+    coefficients: weights of the router's and the expert's logits. k: how many candidates are returned for each position.
+    penalty_ids: int64 [P], the token ids that the repetition penalty touches at each position. temperature: of `sampling_normaliser`.
+    """
+
+    router: Any
+    expert: Any
+    coefficients: tuple[float, float]
+    k: int = 1
+    penalty_ids: np.ndarray = NO_IDS
+    penalty: float = 1.0
+    temperature: float = 1.0
+
+
+class Fused(NamedTuple):
+    """What fusion returns for K positions. The arrays are the backend's buffers: read or copy them before the next call.
+
+    ids int64 [K, k] and logits float32 [K, k] after the penalty, sorted; unpenalised float32 [K, k]; log_normaliser float32 [K] of the
+    fused logits at temperature 1; sampling_normaliser float32 [K] of the penalised logits at the temperature; rows float32 [K, V].
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    unpenalised: np.ndarray
+    log_normaliser: np.ndarray
+    sampling_normaliser: np.ndarray
+    rows: np.ndarray
+
+
+class Cache(Protocol):
+    """One model's KV cache for one session: a buffer of fixed capacity and the number of tokens it holds."""
+
+    length: int
+
+    def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
+        """Append S tokens and return outputs for K of their positions (0 … S−1, counted within `ids`)."""
+        ...
+
+    def copy_prefix(self, other: Any, length: int) -> None:
+        """Copy the first `length` tokens of another cache of the same model, where the backend can; else nothing changes.
+
+        Their keys and values must not change meanwhile; later ones may.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """From another thread: let the forward pass under way end early with Interrupted, as if it had never begun.
+
+        Work that a device has queued cannot be called back: there it does nothing.
+        """
+        ...
+
+
+class LanguageModel(Protocol):
+    """A loaded model; caches are made per session and may be used by one thread each."""
+
+    def cache(self) -> Cache:
+        """A new empty cache."""
+        ...
+
+
+class Fuser(Protocol):
+    """The fusion graph, bound for one session."""
+
+    def __call__(self, inputs: FusionInputs) -> Fused:
+        """Fuse the logits of K positions. Raises FusionError where the device fails."""
+        ...
+
+    def row(self, fused: Fused) -> np.ndarray:
+        """The full row of the last fusion, of one position, float32 [V]: the caller's array, which later fusions leave alone."""
+        ...
+
+
+class BackendOptions(Protocol):
+    """What `open_backend` reads of the options of a runtime; see `FusionRuntime.load` for their meaning."""
+
+    @property
+    def precision(self) -> str | None:
+        """None: the fastest that the bundle has."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """A key of DEVICES, or `auto`."""
+        ...
+
+    @property
+    def threads(self) -> int | None:
+        """Of the CPU; None: one for each core."""
+        ...
+
+    @property
+    def expert_memory(self) -> int | None:
+        """Bytes of device memory for experts' weights; None: no limit."""
+        ...
+
+    @property
+    def share_weights(self) -> bool:
+        """Whether processes share the weights in host memory."""
+        ...
+
+
+class Backend(Protocol):
+    """Router, experts and fusion of one variant of a bundle on one device."""
+
+    prefill_chunk: int
+    """Preferred number of tokens per prefill pass."""
+
+    async_dispatch: bool
+    """Whether `forward` and the fuser only queue their work; reading what they return then waits for it."""
+
+    @property
+    def router(self) -> LanguageModel:
+        """The router, whose outputs carry routing scores."""
+        ...
+
+    @property
+    def experts(self) -> Sequence[LanguageModel]:
+        """The experts in the order of the routing head's rows."""
+        ...
+
+    def fuser(self) -> Fuser:
+        """A fuser for one session."""
+        ...

@@ -1,0 +1,126 @@
+"""What the cache folder holds, and its limits: entries that were not used for long are removed, and the least recently used of too many bytes.
+
+An entry is a file or folder of a kind, `fusionroute/KIND/ENTRY`. Kinds without a limit here belong to the exporter: only `clear` removes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusionroute.runtime import files
+
+DAY = 86_400.0  # seconds
+AGES = {"costs": 30 * DAY, "packed": 30 * DAY, "providers": 30 * DAY}  # kind → seconds without use after which an entry is removed
+MOST_BYTES = 50 * 10**9  # that all entries of these kinds may have together
+RECENT = 3_600.0  # seconds: an entry used since then is not removed to make room
+USER = ".used-by-"  # and a process id: name of a file in an entry's folder, as long as that process may read the folder
+
+Clock = Callable[[], float]  # seconds since the epoch
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file or folder of the cache. last_used: seconds since the epoch. in_use: a process that lives has said that it reads it."""
+
+    kind: str
+    path: Path
+    bytes: int
+    last_used: float
+    in_use: bool
+
+    def remove(self) -> None:
+        """Remove it. Raises OSError."""
+        if not self.path.is_dir():
+            self.path.unlink(missing_ok=True)
+            return
+        doomed = self.path.with_name(f".{self.path.name}.{os.urandom(8).hex()}.partial")
+        self.path.rename(doomed)  # in one step: nobody finds half of it
+        shutil.rmtree(doomed)
+
+
+def entries(kind: str | None = None) -> list[Entry]:
+    """All entries, or those of a kind, by kind and the least recently used first. Raises OSError for a folder that cannot be read."""
+    root = files.cache_folder()
+    kinds = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    listed = [
+        _entry(folder.name, path)
+        for folder in kinds
+        if kind in (None, folder.name)
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and path.suffix != ".lock" and path.name != "lock"
+    ]
+    return sorted((entry for entry in listed if entry is not None), key=lambda entry: (entry.kind, entry.last_used))
+
+
+def _entry(kind: str, path: Path) -> Entry | None:
+    """None where another process removes it now."""
+    try:
+        inner = list(path.rglob("*")) if path.is_dir() else []
+        stats = [each.stat() for each in (path, *inner) if not each.name.startswith(USER)]
+        size = sum(stat.st_size for each, stat in zip((path, *inner), stats, strict=False) if not each.is_dir())
+    except OSError:
+        return None
+    users = [each for each in inner if each.name.startswith(USER)]
+    return Entry(kind, path, size, max(stat.st_mtime for stat in stats), any(map(_lives, users)))
+
+
+def _lives(user: Path) -> bool:
+    """Whether the process of a USER file lives; the file is removed where not."""
+    import psutil  # imported here: most runs prune nothing
+
+    number = user.name.removeprefix(USER)
+    if number.isdecimal() and psutil.pid_exists(int(number)):
+        return True
+    with contextlib.suppress(OSError):
+        stat = user.parent.stat()
+        user.unlink()
+        os.utime(user.parent, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # to remove its mark is no use of the folder
+    return False
+
+
+def use(folder: Path) -> None:
+    """Say that this process reads a folder of the cache from now on: it is used now, and is not removed while the process lives.
+
+    Raises OSError where there is no such folder, or it cannot be written to.
+    """
+    (folder / f"{USER}{os.getpid()}").touch()
+    os.utime(folder)
+
+
+def prune(incoming: float = 0.0, clock: Clock = time.time, most_bytes: int = MOST_BYTES) -> list[Entry]:
+    """Remove entries that are too old, then the least recently used until `most_bytes` hold the rest and `incoming` bytes.
+
+    Called when something new is written. What is in use, or was used in the last hour, stays. Returns what was removed; raises nothing.
+    """
+    now, doomed = clock(), []
+    try:
+        limited = sorted((entry for entry in entries() if entry.kind in AGES), key=lambda entry: entry.last_used)
+    except OSError:  # a folder that this user may not read: it is cleared by whoever may
+        return []
+    total = incoming + sum(entry.bytes for entry in limited)
+    for entry in limited:
+        unused = now - entry.last_used
+        if not entry.in_use and unused > RECENT and (unused > AGES[entry.kind] or total > most_bytes):
+            doomed.append(entry)
+            total -= entry.bytes
+    return _remove(doomed)
+
+
+def clear(kind: str | None = None) -> list[Entry]:
+    """Remove all entries, or those of a kind, except those in use; returns what was removed. Raises OSError for an unreadable folder."""
+    return _remove(entry for entry in entries(kind) if not entry.in_use)
+
+
+def _remove(doomed: Iterable[Entry]) -> list[Entry]:
+    removed = []
+    for entry in doomed:
+        with contextlib.suppress(OSError):  # of another user, or removed by another process
+            entry.remove()
+            removed.append(entry)
+    return removed

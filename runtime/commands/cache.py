@@ -1,0 +1,54 @@
+"""`fusionroute cache`: what the cache folder holds; show it or clear it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fusionroute.runtime.cache import DAY, Entry, clear, entries
+from fusionroute.runtime.commands.options import Debug, Json
+from fusionroute.runtime.files import cache_folder
+
+
+def cache(
+    kind: Annotated[str | None, typer.Argument(help="Only entries of this kind, such as costs or packed; default: all.")] = None,
+    clear_entries: Annotated[bool, typer.Option("--clear", help="Remove them, except those that a running process uses.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what the cache folder holds: measured costs of speculation (measured again after --clear), packed weights, unfinished exports."""
+    listed = clear(kind) if clear_entries else entries(kind)
+    if as_json:
+        rows = [
+            {"kind": entry.kind, "path": str(entry.path), "bytes": entry.bytes, "last_used": entry.last_used, "in_use": entry.in_use}
+            for entry in listed
+        ]
+        print(json.dumps({"folder": str(cache_folder()), "cleared": clear_entries, "entries": rows}), flush=True)
+        return
+    console = Console(highlight=False)
+    total = sum(entry.bytes for entry in listed)
+    if listed and not clear_entries:
+        console.print(table(listed))
+    verb = "removed from" if clear_entries else "in"
+    console.print(f"{len(listed)} entries, {total / 1e6:,.1f} MB {verb} {cache_folder()}", soft_wrap=True)
+
+
+def table(listed: Sequence[Entry]) -> Table:
+    """A row per kind."""
+    now = time.time()
+    shown = Table(title="Cache", title_justify="left")
+    for column in ("kind", "entries", "MB", "in use", "last used", "longest unused"):
+        shown.add_column(column, justify="left" if column == "kind" else "right")
+    for kind in dict.fromkeys(entry.kind for entry in listed):
+        mine = [entry for entry in listed if entry.kind == kind]
+        days = [(now - entry.last_used) / DAY for entry in mine]
+        size = sum(entry.bytes for entry in mine)
+        in_use = sum(entry.in_use for entry in mine)
+        shown.add_row(kind, str(len(mine)), f"{size / 1e6:,.1f}", str(in_use), f"{min(days):.0f} days ago", f"{max(days):.0f} days")
+    return shown

@@ -1,0 +1,32 @@
+"""Options that several verbs have, each declared once."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusionroute.runtime.backends import KNOWN
+
+
+def one_of(what: str, choices: Sequence[str]) -> Callable[[str], str]:
+    """A callback that refuses an option's value which is none of the choices, with status 2."""
+
+    def check(value: str) -> str:
+        if value not in choices:
+            raise typer.BadParameter(f"unknown {what} '{value}'; expected {', '.join(choices)}")
+        return value
+
+    return check
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in a comma list, each once, in order."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle, as the exporter wrote it.")]
+Precision = Annotated[str | None, typer.Option(help="Default: the fastest in the bundle.")]
+Device = Annotated[str, typer.Option(help=f"{', '.join(KNOWN)}.", callback=one_of("device", KNOWN))]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

@@ -1,0 +1,105 @@
+"""One text in the making: its tokens, the models that read them, and the steps that add to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import index
+
+import numpy as np
+import numpy.typing as npt
+
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.loaded_system import LoadedSystem
+from fusionroute.runtime.plain_step import PlainStep
+from fusionroute.runtime.readers import Readers
+from fusionroute.runtime.sampling import Sampler
+from fusionroute.runtime.speculation.costs import Costs
+from fusionroute.runtime.speculation.rounds import Rounds
+from fusionroute.runtime.text import Token
+from fusionroute.runtime.token_sequence import TokenSequence
+
+
+class Decoder:
+    """What a session and a stream drive. Its buffers serve one text after another."""
+
+    def __init__(self, system: LoadedSystem, costs: Costs | None, eos: frozenset[int]):
+        """`costs` None: without speculation. Raises ClosedError once the system is closed."""
+        self._system = system
+        self.sequence = TokenSequence()
+        self.readers = Readers(system, self.sequence)
+        self.step = PlainStep(system, self.readers)
+        self.rounds = Rounds(self.step, costs, eos, system.exact) if costs is not None else None
+
+    def append(self, ids: Iterable[int]) -> None:
+        """Commit tokens without running a model. Raises InputError for ids outside the vocabulary or beyond the context."""
+        try:
+            new = [index(i) for i in ids]
+        except TypeError as error:
+            raise InputError("The token ids are not all whole numbers: pass ids as `encode` gives them.") from error
+        vocab, capacity = self._system.vocab_size, self._system.max_seq_len
+        if wrong := next((i for i in new if not 0 <= i < vocab), None):
+            raise InputError(f"Token id {wrong} is outside the vocabulary: expected 0 to {vocab - 1}.")
+        total = len(self.sequence.ids) + len(new)
+        if total > capacity:
+            raise InputError(
+                f"{total} tokens do not fit the context of {capacity}: shorten the prompt or export with a larger --max-seq-len."
+            )
+        self.sequence.ids += new
+        self.step.newest = None
+
+    def rewind(self, length: int) -> None:
+        """Keep the first `length` tokens and forget the rest, in every model. Raises InputError if there are fewer."""
+        if not 0 <= length <= len(self.sequence.ids):
+            raise InputError(f"Cannot rewind to {length} tokens: the session holds {len(self.sequence.ids)}.")
+        self.readers.rewind(length)
+        self.step.newest = None
+        if not length:
+            self.step.last_expert = None
+        if self.rounds is not None:
+            self.rounds.clear()
+
+    def restart(self, ids: Sequence[int]) -> None:
+        """Begin another text, keeping what was read of a prompt that begins alike. Raises InputError as `append` does."""
+        shared = self.shared_prefix(ids) if self._system.prefixes is not None else 0
+        self.rewind(shared)
+        self.step.last_expert, self.sequence.prompt_length = None, 0
+        self.append(ids[shared:])
+
+    def shared_prefix(self, ids: Sequence[int]) -> int:
+        """How many leading tokens of a prompt need not be read again here."""
+        return self.sequence.shared_prefix(ids)
+
+    def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None = None) -> Token:
+        """Choose and commit the next token, see `PlainStep`. Raises InputError for an empty text or a full context, ClosedError."""
+        length, capacity = len(self.sequence.ids), self._system.max_seq_len
+        if not length:
+            raise InputError("The session holds no tokens: append a prompt of at least one token first.")
+        if length >= capacity:
+            raise InputError(f"The context of {capacity} tokens is full: rewind, or export with a larger --max-seq-len.")
+        self.sequence.start_decoding()
+        return self.step.advance(sampler, coefficients, pinned)
+
+    def advance_some(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
+        """One step; with speculation the tokens of one round, at most `most`. Raises as `advance` does."""
+        most = min(most, self._system.max_seq_len - len(self.sequence.ids))
+        if self.rounds is None or not self.sequence.ids or most < 2:
+            return [self.advance(sampler, coefficients, pinned)]
+        self.sequence.start_decoding()
+        return self.rounds.advance(sampler, coefficients, pinned, most)
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """The fused row [V] that the newest token was chosen from, see `Session.logits`. Raises InputError without one."""
+        if self.step.newest is None:
+            raise InputError("There are no logits: call `step` first, and read them before `append` or `rewind`.")
+        return self.step.fuser.row(self.step.newest)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that speculation guessed in this text."""
+        return self.rounds.drafted if self.rounds is not None else 0
+
+    @property
+    def accepted(self) -> int:
+        """How many of the drafted tokens held."""
+        return self.rounds.accepted if self.rounds is not None else 0

@@ -1,0 +1,48 @@
+"""The loop of a generation: steps until the text ends, and why it ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from fusionroute.runtime.cancellation import Cancellation, Interrupted
+from fusionroute.runtime.decoder import Decoder
+from fusionroute.runtime.sampling import Sampler
+from fusionroute.runtime.speculation.costs import MAX_ROUND_TOKENS
+from fusionroute.runtime.stream import End
+from fusionroute.runtime.text import TextStream, Token
+
+
+def generate_tokens(
+    decoder: Decoder,
+    sampler: Sampler,
+    coefficients: tuple[float, float],
+    pinned: int | None,
+    text: TextStream,
+    limit: int,
+    eos: frozenset[int],
+    cancellation: Cancellation,
+) -> Iterator[Token | End]:
+    """At most `limit` tokens behind a prompt that was appended, as their text becomes certain; then the reason why they ended.
+
+    Raises ClosedError after the runtime was closed.
+    """
+    reason = "length"
+    ready: deque[Token] = deque()
+    whole_rounds = sampler.sampling.temperature > 0  # a round that the limit cuts short would draw other random numbers
+    try:
+        for left in range(limit, 0, -1):
+            cancellation.check()
+            if not ready:
+                ready.extend(decoder.advance_some(sampler, coefficients, pinned, MAX_ROUND_TOKENS if whole_rounds else left))
+            token = ready.popleft()
+            if token.id in eos:
+                reason = "stop"
+                break
+            yield from text.push(token)
+            if text.stopped:
+                break
+    except Interrupted:
+        reason = cancellation.reason or "cancelled"
+    yield from text.finish()
+    yield End("stop" if text.stopped else reason, decoder.drafted, decoder.accepted)

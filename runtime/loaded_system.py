@@ -1,0 +1,58 @@
+"""A system on a device: its models until they are closed, and what all sessions of a runtime share."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from fusionroute.runtime.backends import Backend, open_backend
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import ClosedError
+from fusionroute.runtime.options import RuntimeOptions
+from fusionroute.runtime.prefix import PrefixCache
+
+
+class LoadedSystem:
+    """The loaded models of a bundle. `close` releases them for everybody who holds this object."""
+
+    def __init__(self, bundle: Bundle, options: RuntimeOptions):
+        """Raises FusionError subclasses only: BundleError, UnavailableError, InputError."""
+        manifest = bundle.manifest
+        self._backend: Backend | None
+        self._backend, self.precision = open_backend(bundle, options)
+        self.device = options.device if options.device != "auto" else f"auto ({type(self._backend).__name__})"
+        self._process = os.getpid()
+        self.expert_names: list[str] = manifest.experts
+        self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
+        self.exact = options.exact
+        self.background_prefill = options.catch_up == "background"
+        threaded = self.background_prefill and not self._backend.async_dispatch
+        self.thread = ThreadPoolExecutor(1, "fusionroute-prefill") if threaded else None  # starts with its first work
+        models = (None, *range(len(self.expert_names)))
+        self.prefixes = {model: PrefixCache() for model in models} if options.prefix_cache else None  # None is the router
+
+    @property
+    def backend(self) -> Backend:
+        """The loaded models. Raises ClosedError after `close`, and in another process than the one that loaded them."""
+        if self.forked:
+            raise ClosedError("The runtime was loaded before this process was forked and its threads stayed behind: load the bundle here.")
+        backend = self._backend
+        if backend is None:
+            raise ClosedError("The runtime was closed: load the bundle again.")
+        return backend
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is another process than the one that loaded the models: its locks may be held by threads that are not here."""
+        return os.getpid() != self._process
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._backend is None
+
+    def close(self) -> None:
+        """Release the models; background passes that have not begun are dropped."""
+        self._backend = None
+        if self.thread is not None:
+            self.thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,61 @@
+"""How a bundle is run: the options of `FusionRuntime.load`, checked before anything is opened, and the weights of the fusion."""
+
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from fusionroute.runtime.errors import InputError
+
+FUSIONS = ("weighted", "additive")
+SPECULATION_MODES = ("off", "auto")
+CATCH_UP_MODES = ("lazy", "background")
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """The options of `FusionRuntime.load`, where their meaning stands. Raises InputError for a value that is out of its range."""
+
+    precision: str | None = None
+    device: str = "auto"
+    fusion: str | None = None  # None: as exported
+    lam: float | None = None  # None: as exported
+    catch_up: str = "lazy"
+    speculation: str = "off"
+    exact: bool = False
+    threads: int | None = None  # None: all cores
+    expert_memory: int | None = None  # bytes; None: no limit
+    prefix_cache: int = 1  # texts
+    share_weights: bool = False
+
+    def __post_init__(self) -> None:
+        check_fusion(self.fusion, self.lam)
+        if self.catch_up not in CATCH_UP_MODES:
+            raise InputError(f"Unknown catch_up '{self.catch_up}': use 'lazy' or 'background'.")
+        if self.catch_up == "background" and self.expert_memory is not None:
+            raise InputError("catch_up='background' would move all experts' weights in turn, which expert_memory limits: use 'lazy'.")
+        if self.speculation not in SPECULATION_MODES:
+            raise InputError(f"Unknown speculation '{self.speculation}': use 'off' or 'auto'.")
+        if not _is_whole(self.prefix_cache, 0):
+            raise InputError(f"prefix_cache={self.prefix_cache!r} is out of range: expected the number of texts to keep, or 0 for none.")
+        if self.threads is not None and not _is_whole(self.threads, 1):
+            raise InputError(f"threads={self.threads!r} is out of range: expected at least 1, or None for all cores.")
+        if self.expert_memory is not None and not _is_whole(self.expert_memory, 1):
+            raise InputError(f"expert_memory={self.expert_memory!r} is out of range: expected a number of bytes, or None for no limit.")
+
+
+def check_fusion(fusion: str | None, lam: float | None) -> None:
+    """Raise InputError for an unknown fusion, or a λ that is no number from 0 to 1. None stands for a value given elsewhere."""
+    if fusion is not None and fusion not in FUSIONS:
+        raise InputError(f"Unknown fusion '{fusion}': use 'weighted' or 'additive'.")
+    number: object = lam  # callers without a type checker pass anything
+    if lam is not None and not (isinstance(number, Real) and 0.0 <= lam <= 1.0):
+        raise InputError(f"lam={lam!r} is out of range: expected a number from 0 (expert only) to 1 (router only).")
+
+
+def fusion_coefficients(fusion: str, lam: float) -> tuple[float, float]:
+    """Weights of router and expert logits: (λ, 1 − λ) for `weighted`, (1, 1) for `additive`. Raises InputError."""
+    check_fusion(fusion, lam)
+    return (lam, 1.0 - lam) if fusion == "weighted" else (1.0, 1.0)
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least

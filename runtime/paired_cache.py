@@ -1,0 +1,51 @@
+"""Passes over an even number of tokens, for `exact`: then a token's logits do not depend on the pass that it was read in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fusionroute.runtime.backend import Cache, Output
+
+
+class PairedCache:
+    """A KV cache that is read and answered by twos, whoever asks it.
+
+    Matrix products take rows by twos. A last single row has a kernel of its own, which rounds differently, so no token is read
+    alone and none is answered alone.
+    """
+
+    def __init__(self, cache: Cache, tokens: list[int], capacity: int):
+        """`tokens` is the session's list of all tokens; `capacity` the most that the cache holds."""
+        self._cache, self._tokens, self._capacity = cache, tokens, capacity
+
+    @property
+    def length(self) -> int:
+        """How many tokens the cache holds."""
+        return self._cache.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._cache.length = length
+
+    def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
+        """See `Cache.forward`. An odd number of tokens reads the one before again, or at the beginning a copy of the last one too."""
+        cache, padding = self._cache, 0
+        if len(ids) % 2 and cache.length:
+            cache.length -= 1
+            ids, positions = (self._tokens[cache.length], *ids), [position + 1 for position in positions]
+        elif len(ids) % 2 and len(ids) < self._capacity:
+            ids, padding = (*ids, ids[-1]), 1
+        unpaired = len(positions) % 2
+        output = cache.forward(ids, (positions[0], *positions) if unpaired else positions)
+        cache.length -= padding
+        if not unpaired:
+            return output
+        return Output(output.logits[1:], None if output.routing is None else output.routing[1:])
+
+    def copy_prefix(self, other: PairedCache, length: int) -> None:
+        """See `Cache.copy_prefix`."""
+        self._cache.copy_prefix(other._cache, length)
+
+    def interrupt(self) -> None:
+        """See `Cache.interrupt`."""
+        self._cache.interrupt()

@@ -1,0 +1,49 @@
+"""Prompts to token ids, and token ids to text, with what the bundle has of a tokenizer and a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.chat import render
+from fusionroute.runtime.errors import InputError, UnavailableError
+from fusionroute.runtime.text import Text
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+
+
+class PromptEncoder:
+    """`tokenizer` is None for a bundle without one: its prompts are token ids."""
+
+    def __init__(self, bundle: Bundle):
+        """Raises BundleError for a tokenizer.json that cannot be read."""
+        self.tokenizer = Text.load(bundle.folder / "tokenizer.json") if "tokenizer.json" in bundle.manifest.files else None
+        self._folder = bundle.folder
+        self._chat_template = bundle.text("chat_template.jinja")
+        self._bos, self._eos = bundle.manifest.bos_token or "", bundle.manifest.eos_token or ""
+
+    def require_tokenizer(self) -> Text:
+        """The tokenizer. Raises UnavailableError without one."""
+        if self.tokenizer is None:
+            raise UnavailableError(f"The bundle {self._folder} has no tokenizer.json: pass token ids instead of text.")
+        return self.tokenizer
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a str (no template), a list of ids, or a list of {"role", "content"} messages (chat template).
+
+        Raises InputError for anything else, UnavailableError where the bundle lacks the tokenizer or the template.
+        """
+        if isinstance(prompt, str):
+            return self.require_tokenizer().encode(prompt)
+        items: list[Any] = list(prompt)
+        if items and all(isinstance(item, dict) for item in items):
+            if self._chat_template is None:
+                raise UnavailableError(f"The bundle {self._folder} has no chat_template.jinja: pass text or token ids.")
+            text = render(self._chat_template, items, bos_token=self._bos, eos_token=self._eos)
+            return self.require_tokenizer().encode(text, special=False)
+        if not all(isinstance(item, (int, np.integer)) for item in items):
+            raise InputError("A prompt must be a str, a list of token ids, or a list of {'role', 'content'} messages.")
+        return items

@@ -1,0 +1,158 @@
+"""Tokens into caches: how the router and the experts of one session read its tokens, each as far as it was asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fusionroute.runtime import limits
+from fusionroute.runtime.backend import Cache, Output
+from fusionroute.runtime.background_prefill import BackgroundPrefill
+from fusionroute.runtime.cancellation import UNWATCHED_TOKENS
+from fusionroute.runtime.loaded_system import LoadedSystem
+from fusionroute.runtime.paired_cache import PairedCache
+from fusionroute.runtime.token_sequence import TokenSequence
+
+
+class Reader:
+    """One model that reads one session's tokens into a KV cache, in passes whose lengths depend on the tokens alone."""
+
+    def __init__(self, system: LoadedSystem, sequence: TokenSequence, expert: int | None):
+        """`expert` None: the router."""
+        self._system, self._sequence, self._expert = system, sequence, expert
+        self._cache: Cache | None = None
+        self._in_pieces = expert is not None and system.background_prefill
+        self._prefixes = None if system.prefixes is None else system.prefixes[expert]
+        if self._prefixes is not None:
+            self._prefixes.add(self)
+
+    @property
+    def cache(self) -> Cache:
+        """The KV cache, made at first use: a model that never runs costs nothing. Raises ClosedError once the runtime is closed."""
+        backend = self._system.backend
+        if self._cache is None:
+            model = backend.router if self._expert is None else backend.experts[self._expert]
+            cache = model.cache()
+            self._cache = PairedCache(cache, self._sequence.ids, self._system.max_seq_len) if self._system.exact else cache
+        return self._cache
+
+    @property
+    def length(self) -> int:
+        """How many tokens the model has read."""
+        return 0 if self._cache is None else self._cache.length
+
+    def read(self, positions: Sequence[int]) -> Output:
+        """Read up to the last of some ascending positions close together; the output at each of them, see `Output`.
+
+        What was read behind the first of them is read again. Raises ClosedError, and Interrupted for a cancelled generation.
+        """
+        cache, ids = self._cache_with_prefix(), self._sequence.ids
+        cache.length, end = min(cache.length, positions[0]), positions[-1] + 1
+        while (stop := self._pass_end(cache.length, positions[0], end)) < end:
+            self.forward(ids[cache.length : stop], (stop - cache.length - 1,))
+        start = cache.length
+        return self.forward(ids[start:end], [position - start for position in positions])
+
+    def _pass_end(self, start: int, first: int, end: int) -> int:
+        """Where the next pass ends, on the way from `start` to `end`. The last pass answers, from position `first` on.
+
+        Only a decode step reads a single token, and only the last pass an odd number: see `prefix`.
+        """
+        if self._in_pieces:
+            stop = limits.boundary(start)
+            return stop if stop < first else end
+        chunk = min(limits.CHUNK, self._system.backend.prefill_chunk)
+        stop = min(start + chunk, first)
+        stop -= 2 * (end - stop == 1)
+        return end if end - start <= chunk else max(stop - (stop - start) % 2, start + 1)
+
+    def read_piece(self, limit: int) -> None:
+        """Read one piece of the tokens before `limit`, if a whole one is due: see `BackgroundPrefill`."""
+        cache = self._cache_with_prefix()
+        if (stop := limits.boundary(cache.length)) <= limit:
+            cache.forward(self._sequence.ids[cache.length : stop], (stop - cache.length - 1,))
+
+    def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
+        """One pass over the next tokens; the output at some positions, counted within `ids`.
+
+        Cancellation interrupts a long pass on its way: what it has written lies beyond the cache's length.
+        """
+        cache, cancellation = self.cache, self._sequence.cancellation
+        if cancellation is None or not cancellation.armed or len(ids) <= UNWATCHED_TOKENS:
+            return cache.forward(ids, positions)
+        cancellation.check()
+        with cancellation.interrupting(cache.interrupt):
+            return cache.forward(ids, positions)
+
+    def truncate(self, length: int) -> None:
+        """Forget what was read behind the first `length` tokens."""
+        if self._cache is not None and self._cache.length > length:
+            self._cache.length = length
+
+    def _cache_with_prefix(self) -> Cache:
+        """The cache; before its first token with what other sessions have read of the text."""
+        cache = self.cache
+        if self._prefixes is not None and not cache.length:
+            self._prefixes.borrow(self, self._sequence.ids, cache)
+        return cache
+
+    def offer(self, ids: Sequence[int]) -> int:
+        """See `Lender.offer`."""
+        return limits.even(min(self._sequence.shared_prefix(ids), self.length))
+
+    def lend(self, ids: Sequence[int], cache: Cache) -> None:
+        """See `Lender.lend`."""
+        with self._sequence.lending:
+            length = self.offer(ids)
+            if self._cache is not None and length:
+                cache.copy_prefix(self._cache, length)
+
+
+class Readers:
+    """The router and the experts of one session, in the order of the routing head's rows."""
+
+    def __init__(self, system: LoadedSystem, sequence: TokenSequence):
+        self.sequence = sequence
+        self.router = Reader(system, sequence, None)
+        self.experts = [Reader(system, sequence, expert) for expert in range(len(system.expert_names))]
+        self._background = BackgroundPrefill(self.experts, system.thread) if system.background_prefill else None
+
+    def read_expert(self, expert: int, positions: Sequence[int]) -> Output:
+        """`Reader.read` of an expert, which first ends the pass that it may be in."""
+        if self._background is not None:
+            self._background.wait(expert)
+        return self.experts[expert].read(positions)
+
+    def commit(self, token: int) -> None:
+        """Append a token that stays until a rewind."""
+        self.sequence.ids.append(token)
+        if self._background is not None:
+            self._background.resume(len(self.sequence.ids))
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens, here and in every model."""
+        del self.sequence.ids[length:]
+        self.router.truncate(length)
+        for expert in self.experts:
+            expert.truncate(length)
+
+    def rewind(self, length: int) -> None:
+        """`truncate` for a text that may be lent, and read in the background."""
+        self._take_over(length)
+        self.truncate(length)
+
+    def forget(self) -> None:
+        """Forget what was read of the tokens, which stay."""
+        self._take_over(0)
+        for reader in (self.router, *self.experts):
+            reader.truncate(0)
+
+    def _take_over(self, length: int) -> None:
+        """Nobody reads or copies what is behind the first `length` tokens any more."""
+        if self._background is not None:
+            self._background.settle()
+        self.sequence.limit_prompt(length)
+
+    def pause(self) -> None:
+        """Read nothing more in the background until the next token is committed."""
+        if self._background is not None:
+            self._background.pause()

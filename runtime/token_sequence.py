@@ -1,0 +1,38 @@
+"""The committed tokens of one session, which its router and its experts read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from itertools import takewhile
+from operator import eq
+
+from fusionroute.runtime.cancellation import Cancellation
+from fusionroute.runtime.limits import even
+
+
+class TokenSequence:
+    """Token ids, and how many of them were there before the first step. `cancellation`: what may end the current generation."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.cancellation: Cancellation | None = None
+        self.prompt_length = 0  # 0 until the first step. Models read these tokens several at a time, so other sessions may borrow them
+        self.lending = threading.Lock()  # held while another session copies what was read, and while that is forgotten
+
+    def start_decoding(self) -> None:
+        """The first step comes: what is there so far is the prompt."""
+        self.prompt_length = self.prompt_length or len(self.ids)
+
+    def limit_prompt(self, length: int) -> None:
+        """Lend no tokens behind the first `length`. Waits for a session that copies some of them."""
+        with self.lending:
+            self.prompt_length = min(self.prompt_length, length)
+
+    def shared_prefix(self, ids: Sequence[int]) -> int:
+        """How many leading tokens of a prompt begin this one too: an even number, without the last token of either.
+
+        The last tokens of a prompt are read by the pass that answers.
+        """
+        longest = max(min(self.prompt_length - 1, len(ids) - 2), 0)
+        return even(sum(takewhile(bool, map(eq, self.ids[:longest], ids))))

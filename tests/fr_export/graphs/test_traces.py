@@ -1,0 +1,29 @@
+"""What becomes of an architecture that cannot be traced."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request, export
+from fusionroute.fr_export.families import Family, Preset
+from fusionroute.runtime.errors import FusionError
+
+GPT2 = Family("gpt2", "gpt2", 0.0, "fp16", Preset(None, {}), {"other": ("fp16",)}, lambda where, config: None)
+
+
+def test_it_is_refused_in_one_sentence_before_anything_is_written(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64, num_key_value_heads=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    save_file({"routing_head.weight": torch.zeros(1, 32)}, tmp_path / "model" / "routing_head.safetensors")
+    model, out = str(tmp_path / "model"), tmp_path / "dist" / "bundle"
+    request = Request(GPT2, model, {"expert": model}, ("fp32",), ("ort:cpu",), out)
+    with pytest.raises(
+        FusionError, match=r"^The router \(.*model\) cannot be traced as a model of the family gpt2 \(AttributeError: .*\.$"
+    ):
+        export(request, Stages(Console(quiet=True)))
+    assert not list(out.parent.iterdir())
