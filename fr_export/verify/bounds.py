@@ -14,7 +14,9 @@ AT_MOST = {"perplexity_ratio": "perplexity", "kl_mean": "mean KL divergence"}
 
 
 def misses(target: str, precision: str, compared: Mapping[str, Any] | None) -> list[str]:
-    """Every bound that a precision of a target misses, in chunks or token by token, in words. `compared` is that of `compare`, or None."""
+    """Every bound that a precision of a target misses, in chunks or token by token, in words. `compared` is that of
+    `compare`, or None.
+    """
     sentences: list[str] = []
     if compared is None:
         return sentences

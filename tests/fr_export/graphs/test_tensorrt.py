@@ -41,7 +41,9 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Exported(NamedTuple):
-    """A system exported for TensorRT, a text, and what torch says of it in each type: logits float32 [S, V], routing [S, n]."""
+    """A system exported for TensorRT, a text, and what torch says of it in each type: logits float32 [S, V], routing
+    [S, n].
+    """
 
     shape: Shape
     system: System

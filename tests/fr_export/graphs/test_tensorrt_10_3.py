@@ -1,4 +1,6 @@
-"""Graphs for TensorRT 10.3 (JetPack 6), run on ONNX Runtime as its engines run, against plain torch: full prefix, no cache."""
+"""Graphs for TensorRT 10.3 (JetPack 6), run on ONNX Runtime as its engines run, against plain torch: full prefix, no
+cache.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +34,9 @@ PRECISIONS = {"llama3": ("fp32", *HALVES), "gemma2": ("fp32", *HALVES, "int8", "
 
 
 class Exported(NamedTuple):
-    """A system exported for TensorRT 10.3, a text, and what torch says of it in each type: logits float32 [S, V], routing [S, n]."""
+    """A system exported for TensorRT 10.3, a text, and what torch says of it in each type: logits float32 [S, V],
+    routing [S, n].
+    """
 
     shape: Shape
     bundle: Path

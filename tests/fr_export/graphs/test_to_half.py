@@ -1,7 +1,8 @@
 """Half precision throughout (`ort:cuda`): graphs that run on a GPU, held against torch on a CPU.
 
-fp16 graphs run here as they are shipped (without ONNX Runtime's layout optimisations: 1.32 crashes on them in fp16), though the CPU provider
-leaves out the rounding in front of products. Emulated copies, in fp16 and bf16, round every result as a GPU does: see fr_export/verify/half_on_cpu.py.
+fp16 graphs run here as they are shipped (without ONNX Runtime's layout optimisations: 1.32 crashes on them in fp16),
+though the CPU provider leaves out the rounding in front of products. Emulated copies, in fp16 and bf16, round every
+result as a GPU does: see fr_export/verify/half_on_cpu.py.
 """
 
 import shutil
@@ -75,7 +76,9 @@ def graph_of(bundle: Path, precision: str, model: str = "router") -> ir.Model:
 
 
 def run_fp16(bundle: Path, ids: Sequence[int], chunk: int, model: str = "router", extra: str | None = None) -> dict[str, np.ndarray]:
-    """What a shipped fp16 graph answers for every position, read in chunks with its KV buffers carried; `extra` names one more output."""
+    """What a shipped fp16 graph answers for every position, read in chunks with its KV buffers carried; `extra` names
+    one more output.
+    """
     file = bundle / f"graphs/{model}.ort-cuda.fp16.onnx"
     if extra is not None:
         changed = ir.load(file)
@@ -106,7 +109,9 @@ def run_fp16(bundle: Path, ids: Sequence[int], chunk: int, model: str = "router"
 
 @torch.no_grad()
 def run_torch(exported: Exported, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """The router as transformers runs it in a type, full prefix and no cache: logits [S, V] and final hidden states [S, H], fp32."""
+    """The router as transformers runs it in a type, full prefix and no cache: logits [S, V] and final hidden states [S,
+    H], fp32.
+    """
     model = load(exported.system.router).to(dtype)
     ids = torch.tensor([exported.ids])
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -198,7 +203,9 @@ def test_weights_stand_once_and_as_torch_rounds_them(exported: Exported) -> None
 
 
 def test_gemma2_beyond_65504_is_finite_and_right_and_a_naive_conversion_is_not(tmp_path: Path) -> None:
-    """Residual stream and gate · up both leave fp16's range; what a plain fp16 graph does then is shown by one without the islands."""
+    """Residual stream and gate · up both leave fp16's range; what a plain fp16 graph does then is shown by one without
+    the islands.
+    """
     shape = Shape("gemma2", experts=2, layers=3)
     checkpoints = make_system(tmp_path / "system", shape)
     for folder in map(Path, (checkpoints[0], *checkpoints[1].values())):

@@ -1,4 +1,6 @@
-"""A calibration against torch on exactly the served positions; taken from its cache, killed and taken up again, and refused elsewhere."""
+"""A calibration against torch on exactly the served positions; taken from its cache, killed and taken up again, and
+refused elsewhere.
+"""
 
 import os
 from collections.abc import Callable, Iterator

@@ -31,8 +31,9 @@ def known(inputs: np.ndarray) -> gptq.Hessian:
 
 
 def textbook(weights: np.ndarray, inputs: np.ndarray, fmt: Format) -> np.ndarray:
-    """Optimal brain quantisation in a fixed order (arXiv:2210.17323, equations 2 and 3): round a channel, let all others make up for it,
-    and take the channel out of the inverse Hessian."""
+    """Optimal brain quantisation in a fixed order (arXiv:2210.17323, equations 2 and 3): round a channel, let all
+    others make up for it, and take the channel out of the inverse Hessian.
+    """
     hessian = inputs.astype(np.float64).T @ inputs
     importance = np.diag(hessian).copy()
     hessian += gptq.DAMPING * importance.mean() * np.eye(len(hessian))

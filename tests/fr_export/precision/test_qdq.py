@@ -45,7 +45,8 @@ QUANTISED = ("int8", "int8-wo", "int4")
 
 
 class QuantisedRouter(NamedTuple):
-    """A router in every quantised precision, each calibrated on the same texts: precision → its graph and what its fit says.
+    """A router in every quantised precision, each calibrated on the same texts: precision → its graph and what its fit
+    says.
 
     Beside each graph stands exact.onnx: the same weights with activations in fp32.
     """
@@ -104,7 +105,9 @@ def widened(values: np.ndarray, scale: np.ndarray, block: int) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", QUANTISED)
 def test_a_graph_computes_what_torch_computes_with_the_rounded_values(router: QuantisedRouter, precision: str) -> None:
-    """Norms may hold the scales that smoothing moved, so torch takes every weight from the graph; inputs are rounded where the graph does."""
+    """Norms may hold the scales that smoothing moved, so torch takes every weight from the graph; inputs are rounded
+    where the graph does.
+    """
     path, _ = router.written[precision]
     graph = ir.load(path.with_name("exact.onnx")).graph
     model = load(router.system.router)

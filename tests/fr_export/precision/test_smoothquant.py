@@ -154,7 +154,9 @@ def test_sources_are_scaled_on_top_of_scales(observed_router: tuple[System, Grap
 
 
 def test_a_model_with_a_matrix_of_an_earlier_one_takes_its_scales(tmp_path: Path) -> None:
-    """A fine-tune of which only the gate was trained: up and down stay equal to the base's after smoothing by other statistics."""
+    """A fine-tune of which only the gate was trained: up and down stay equal to the base's after smoothing by other
+    statistics.
+    """
     router, experts = make_system(tmp_path, Shape(experts=1, layers=1))
     tensors = load_file(Path(router) / "model.safetensors")
     gate = "model.layers.0.mlp.gate_proj.weight"
@@ -175,7 +177,9 @@ def test_a_model_with_a_matrix_of_an_earlier_one_takes_its_scales(tmp_path: Path
 
 
 def test_groups_that_are_to_be_left(observed_router: tuple[System, Graph, dict[str, Observer]]) -> None:
-    """Down projections stay as they are, and are left as well in a model that shares them; others get the scales they would have had."""
+    """Down projections stay as they are, and are left as well in a model that shares them; others get the scales they
+    would have had.
+    """
     system, graph, seen = observed_router
     down = [name for name in graph.sources if "down_proj" in name]
     taken: dict[str, Choice] = {}

@@ -124,14 +124,17 @@ def test_a_graph_computes_what_torch_computes_with_rounded_values(planned_router
         IDS,
     )
     lost = np.abs(expected - exact).mean()
-    # where a value lies between two steps, another order of sums may round it to the other: rare, and as small as a step
+    # where a value lies between two steps, another order of sums may round it to the other: rare, and as small as a
+    # step
     assert np.abs(logits - expected).mean() < 0.1 * lost
     assert np.abs(routing - expected_routing).mean() < 0.01 * np.abs(expected_routing).mean()
     assert np.median(np.abs(logits - expected)) < 1e-3 * lost or np.abs(logits - expected).mean() < 0.02 * lost
 
 
 def test_the_graph_is_what_the_plan_says(planned_router: PlannedRouter) -> None:
-    """Every product is a MatMul of int8 weights scaled by row; those planned, and no others, round their input about zero."""
+    """Every product is a MatMul of int8 weights scaled by row; those planned, and no others, round their input about
+    zero.
+    """
     products = [n for n in planned_router.written if n.op_type == "MatMul"]
     assert [n.op_type for n in planned_router.written if n.op_type == "FusedMatMul"] == ["FusedMatMul"]  # the routing head
     shapes = {
