@@ -96,7 +96,7 @@ def emitting(model: Any) -> AbstractContextManager[None]:
 
 
 class Forward(layers.Model):
-    """The signature of the `tensorrt` dialect: ids and KV buffers in, logits and final hidden states of the asked
+    """The signature of the `tensorrt` dialect: ids and KV buffers in, logits and final hidden states of the requested
     positions out.
     """
 
