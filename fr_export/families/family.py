@@ -1,4 +1,4 @@
-"""What a model family has to say about itself."""
+"""What distinguishes a model family."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class Preset:
 
 @dataclass(frozen=True)
 class Family:
-    """One model family: everything that is peculiar to it and that no other module may know.
+    """One model family: everything specific to it, which no other module may know.
 
     `norm_offset` is added to every RMSNorm weight (Gemma stores w where the norm multiplies by 1 + w).
-    `wide_residual`: the residual stream of real checkpoints leaves fp16's range (65,504); half-precision graphs keep it in fp32.
-    `half`: the half precision of its activations on GPUs.
+    `wide_residual`: the residual stream of real checkpoints leaves fp16's range (65,504); half-precision graphs keep it
+    in fp32. `half`: the half precision of its activations on GPUs.
     `precisions` maps a target to the precisions exported when none is named.
     `check` raises `InputError` for a config of the family that the exporter cannot serve.
     """

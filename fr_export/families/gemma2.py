@@ -1,4 +1,6 @@
-"""Gemma 2 (arXiv:2408.00118): softcapped attention and logits, alternating sliding windows, RMSNorm by 1 + w, scaled embedding."""
+"""Gemma 2 (arXiv:2408.00118): softcapped attention and logits, alternating sliding windows, RMSNorm by 1 + w, scaled
+embedding.
+"""
 
 from typing import Any
 

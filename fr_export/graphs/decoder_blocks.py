@@ -19,9 +19,9 @@ PAST = re.compile(r"^past\.(\d+)\.")  # of a cache: past.3.key
 def split(graph: Graph) -> list[Block]:
     """One block per decoder layer and one for the final norm, of a graph as `trace` returns it.
 
-    A node belongs to the layer whose weights it reads, one without weights to where its inputs come from. What depends on no layer
-    (positions, rotary angles) is repeated in each block. The embedding look-up is left out: its rows are the first block's state.
-    Raises FusionError where a value flows backwards or past a block.
+    A node belongs to the layer whose weights it reads, one without weights to where its inputs come from. What depends
+    on no layer (positions, rotary angles) is repeated in each block. The embedding look-up is left out: its rows are
+    the first block's state. Raises FusionError where a value flows backwards or past a block.
     """
     look_up = embedding(graph)
     places = place(graph, look_up)
@@ -57,7 +57,8 @@ def split(graph: Graph) -> list[Block]:
 
 
 def reader(graph: Graph, weights: Weights) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[str], np.ndarray]]:
-    """A Walk's `embed` (ids [S] → float32 [1, S, H], reads these rows only) and `read` (a weight of the graph, float32).
+    """A Walk's `embed` (ids [S] → float32 [1, S, H], reads these rows only) and `read` (a weight of the graph,
+    float32).
 
     Both raise InputError as `Weights` does.
     """
@@ -116,7 +117,9 @@ def place(graph: Graph, look_up: ir.Node) -> dict[ir.Node, int | None]:
 
 
 def layer(graph: Graph, value: ir.Value) -> int | None:
-    """The block of a weight or cache, by its name; the head's for weights outside the layers, None for constants and other values."""
+    """The block of a weight or cache, by its name; the head's for weights outside the layers, None for constants and
+    other values.
+    """
     if match := LAYER.match(value.name) or PAST.match(value.name):
         return int(match[1])
     return graph.layers if graph.sources.get(value.name, Source()).tensors else None
@@ -125,7 +128,9 @@ def layer(graph: Graph, value: ir.Value) -> int | None:
 def build(
     graph: Graph, name: str, nodes: list[ir.Node], states_in: list[ir.Value], states_out: list[ir.Value], observed: dict[str, ir.Value]
 ) -> Block:
-    """The block that computes `states_out` and the observed values from `states_in`; its names say nothing of its layer."""
+    """The block that computes `states_out` and the observed values from `states_in`. Its names are the same for every
+    layer.
+    """
     results = unique((*states_out, *observed.values()))
     copied: dict[ir.Value, ir.Value] = {}
     inputs: list[ir.Value] = []

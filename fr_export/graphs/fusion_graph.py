@@ -1,4 +1,6 @@
-"""The fusion graph: router and expert logits in, the few numbers that sampling needs out (FusionRoute, L = a·L_router + b·L_expert)."""
+"""The fusion graph: router and expert logits in, the few numbers that sampling needs out (FusionRoute, L = a·L_router +
+b·L_expert).
+"""
 
 from pathlib import Path
 
@@ -18,7 +20,9 @@ ONE, TWO = INT64[1], FLOAT[2]
 
 @script()
 def log_sum_exp(rows: LOGITS) -> ROWS:
-    """log Σ exp over the last axis, summed in double: in float32 the small terms of 256k tokens are lost (ReduceLogSumExp errs by 1e-2)."""
+    """log Σ exp over the last axis, summed in double: in float32 the small terms of 256k tokens are lost
+    (ReduceLogSumExp errs by 1e-2).
+    """
     last = op.Constant(value_ints=[1])
     peak = op.ReduceMax(rows, last, keepdims=1)
     total = op.ReduceSum(op.Cast(op.Exp(rows - peak), to=TensorProto.DOUBLE), last, keepdims=0)
@@ -31,11 +35,12 @@ def fusion(
 ) -> tuple[LOGITS, CANDIDATES, CANDIDATE_IDS, ROWS, ROWS, CANDIDATES]:
     """The graph. coefficients: (λ, 1 − λ) weighted, (1, 1) additive; penalty_ids [positions, n] may hold an id twice.
 
-    Returns fused logits after the repetition penalty, their k largest and the ids of these; log-normalisers, of the logits before the penalty
-    at temperature 1 and of the penalised ones at the temperature; and the k before the penalty, for their log-probability.
+    Returns fused logits after the repetition penalty, their k largest and the ids of these; log-normalisers, of the
+    logits before the penalty at temperature 1 and of the penalised ones at the temperature; and the k before the
+    penalty, for their log-probability.
 
-    The penalty (arXiv:1909.05858: positive logits are divided by it, negative ones multiplied) goes in before the candidates are chosen,
-    so that none is missed.
+    The penalty (arXiv:1909.05858: positive logits are divided by it, negative ones multiplied) goes in before the
+    candidates are chosen, so that none is missed.
     """
     a, b = op.Split(coefficients, num_outputs=2)
     raw = router_logits * a + expert_logits * b

@@ -10,10 +10,12 @@ INLINE = 64  # constants of up to so many values stand in the graph itself
 
 @dataclass(frozen=True)
 class Source:
-    """Where an initialiser's values come from: checkpoint tensors stacked along their rows, or a constant of the config.
+    """Where an initialiser's values come from: checkpoint tensors stacked along their rows, or a constant of the
+    config.
 
-    `offset` is added to every value (the 1 of Gemma's 1 + w). `rows` cuts a padded vocabulary. Then every row (of a vector: every value) is
-    multiplied by its value of `row_scale`, every column of a matrix by its value of `column_scale`.
+    `offset` is added to every value (the 1 of Gemma's 1 + w). `rows` cuts a padded vocabulary. Then every row (of a
+    vector: every value) is multiplied by its value of `row_scale`, every column of a matrix by its value of
+    `column_scale`.
     """
 
     tensors: tuple[str, ...] = ()
@@ -26,7 +28,8 @@ class Source:
 
 @dataclass
 class Graph:
-    """One architecture in one dialect. Initialisers in `model` have types and shapes but no values; `sources` says what they are.
+    """One architecture in one dialect. Initialisers in `model` have types and shapes but no values; `sources` says what
+    they are.
 
     `cache` is the shape [kv_heads, head_size] of one position in each layer's key and value buffers.
     """

@@ -33,7 +33,7 @@ def counted(parts: Iterator[np.ndarray], advance: Callable[[int], None]) -> Iter
 
 
 def digest(parts: Iterator[np.ndarray]) -> str:
-    """What values are known by, however they are cut into slices."""
+    """A content hash that does not depend on how the values are cut into slices."""
     sha256 = hashlib.sha256()
     for part in parts:
         sha256.update(np.ascontiguousarray(part).data)

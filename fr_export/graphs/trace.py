@@ -37,7 +37,8 @@ def architecture(config: Any, vocab_size: int) -> str:
 
 
 def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, dialect: Dialect = ort) -> Graph:
-    """Trace one architecture in a dialect. Returns its graph with outputs logits, hidden, present; memory does not grow with the weights.
+    """Trace one architecture in a dialect. Returns its graph with outputs logits, hidden, present; memory does not grow
+    with the weights.
 
     Raises FusionError for a family that the tracer cannot serve.
     """
@@ -88,8 +89,8 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, dialec
 def computed_buffers(family: Family, config: Any, max_seq_len: int) -> dict[str, Any]:
     """Buffers that no checkpoint stores, from a real model of the same config with no layers and a tiny vocabulary.
 
-    Float32: rotary tables `rotary_cos` and `rotary_sin` [max_seq_len, head_size / 2], and all non-persistent buffers by name.
-    Raises FusionError for a family that lacks what the dialects rely on.
+    Float32: rotary tables `rotary_cos` and `rotary_sin` [max_seq_len, head_size / 2], and all non-persistent buffers by
+    name. Raises FusionError for a family that lacks what the dialects rely on.
     """
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = 0, 8

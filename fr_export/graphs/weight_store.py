@@ -1,4 +1,6 @@
-"""Content-addressed weights: a tensor that several graphs, models or precisions share lies on disk once, named by its SHA-256."""
+"""Content-addressed weights: a tensor that several graphs, models or precisions share lies on disk once, named by its
+SHA-256.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -50,14 +52,16 @@ class Store:
         return writer.blob
 
     def keep(self, names: set[str]) -> None:
-        """Remove every blob whose file is not among `names`: what a precision made on its way and no graph reads."""
+        """Remove every blob whose file is not among `names`: intermediate results that no graph reads."""
         for name in self.digests.keys() - names:
             (self.folder / name).unlink()
             del self.digests[name]
 
 
 class Writer:
-    """Streams one blob to disk while hashing it; on leaving the context it gets its name, or vanishes if that blob exists."""
+    """Streams one blob to disk while hashing it; on leaving the context it gets its name, or vanishes if that blob
+    exists.
+    """
 
     blob: Blob
 

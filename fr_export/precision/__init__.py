@@ -1,7 +1,7 @@
 """Stage 3, precisions: how a traced graph's matrices are rounded, stored and read.
 
-A precision is one file here (or in qdq/, for targets that read Q/DQ) that ends with SCHEMES: target → its schemes; and one record in
-runtime/precisions.py.
+A precision is one file here (or in qdq/, for targets that read Q/DQ) that ends with SCHEMES: target → its schemes; and
+one record in runtime/precisions.py.
 
 scheme.py           what a scheme does; fit_context.py: what it is given to fit one model
 fp32 … w8a8         the schemes

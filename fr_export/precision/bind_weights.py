@@ -1,4 +1,4 @@
-"""Give a traced graph the weights of one checkpoint in one precision, streamed tensor by tensor."""
+"""Fill a traced graph with one checkpoint's weights in one precision, tensor by tensor."""
 
 from collections.abc import Callable
 
@@ -17,8 +17,8 @@ from fusionroute.fr_export.precision.scheme import Scheme
 def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: Callable[[int], None]) -> None:
     """Fill every initialiser. `advance(n)` is told of every n source elements done.
 
-    Matrices that products and look-ups read go through the scheme; norms, biases and tables have the type that the graph gives them.
-    Raises InputError where a value lies beyond that type's range.
+    Matrices that products and look-ups read go through the scheme; norms, biases and tables keep the type they have in
+    the graph. Raises InputError where a value lies beyond that type's range.
     """
     inner = graph.model.graph
     for name, source in graph.sources.items():
@@ -39,6 +39,6 @@ def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: 
 
 
 def in_type(array: np.ndarray, value: ir.Value) -> np.ndarray:
-    """fp32 values in the type of the initialiser that they are for."""
+    """fp32 values converted to the initialiser's type."""
     half = next((name for name, (_, dtype, _) in TYPES.items() if dtype == value.dtype), None)
     return array if half is None else rounded(array, half, value.name)

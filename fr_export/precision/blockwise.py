@@ -1,4 +1,5 @@
-"""Weights in blocks along the input axis, each with a scale (and a zero point): the operators that read them, and how they are stored.
+"""Weights in blocks along the input axis, each with a scale (and a zero point): the operators that read them, and how
+they are stored.
 
 com.microsoft MatMulNBits and GatherBlockQuantized read the same bytes, so that a tied embedding and head stand once:
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
@@ -24,8 +25,8 @@ TYPES = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.float16): ir.DataT
 class Quantised(NamedTuple):
     """A slice of rows: value ≈ (q − zero)·scale.
 
-    values uint8 [R, blocks, block] from 0 to 2^bits − 1 (the last block padded with its zero point), scales float32 or float16
-    [R, blocks], zeros uint8 [R, blocks], or None where every zero point is 2^(bits − 1).
+    values uint8 [R, blocks, block] from 0 to 2^bits − 1 (the last block padded with its zero point), scales float32 or
+    float16 [R, blocks], zeros uint8 [R, blocks], or None where every zero point is 2^(bits − 1).
     """
 
     values: np.ndarray
@@ -33,13 +34,16 @@ class Quantised(NamedTuple):
     zeros: np.ndarray | None
 
 
-# (rows float32 [R, blocks, block], importance of each channel float32 [blocks, block] or None) → scales and zeros as in `Quantised`
+# (rows float32 [R, blocks, block], importance of each channel float32 [blocks, block] or None) → scales and zeros as in
+# `Quantised`
 Grid = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored, and how the values that a block can take are chosen. Scales of type float16 are widened when loaded."""
+    """How a matrix is stored, and how the values that a block can take are chosen. Scales of type float16 are widened
+    when loaded.
+    """
 
     bits: int
     block: int
@@ -61,7 +65,9 @@ class Format:
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """Two 4-bit values per byte along the last axis, the first in the low half (padded to whole bytes); 8-bit values as they are."""
+    """Two 4-bit values per byte along the last axis, the first in the low half (padded to whole bytes); 8-bit values as
+    they are.
+    """
     if bits == 8:
         return values
     if values.shape[-1] % 2:

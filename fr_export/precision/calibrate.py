@@ -1,4 +1,4 @@
-"""Calibrate a system: record what it does on its own, then observe each model in fp32 on the tokens that it serves."""
+"""Calibrate a system: record what it generates, then observe each model in fp32 on the tokens that it serves."""
 
 import contextlib
 import hashlib
@@ -22,14 +22,16 @@ from fusionroute.runtime import FusionRuntime, files
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Manifest
 
-VERSION = 1  # of what is computed here: a change of it makes every cached result one of another identity
+VERSION = 1  # of this computation: raising it invalidates every cached result
 NEW_TOKENS = 64
 RANDOM_PROMPT = 32  # tokens of a prompt for a system without a tokenizer
-TOGETHER = 8  # prompts recorded between two savings
+TOGETHER = 8  # prompts recorded before the texts are saved again
 
 
 def cache_folder() -> Path:
-    """Where unfinished and finished calibrations are kept: `fusionroute/calibration` in $XDG_CACHE_HOME, else in ~/.cache."""
+    """Where unfinished and finished calibrations are kept: `fusionroute/calibration` in $XDG_CACHE_HOME, else in
+    ~/.cache.
+    """
     return files.cache_folder() / "calibration"
 
 
@@ -46,10 +48,11 @@ def calibrate(
 ) -> Table:
     """Routing-aware statistics of every model of a system.
 
-    `graphs` are the traces by model, `bundle` a complete bundle of the same system, which generates in `precision`. Texts and finished models
-    are kept in `cache`/IDENTITY, so that an interrupted or repeated call goes on from there; files there that are broken are made again,
-    and where nothing can be written it works without. `new_tokens` per prompt are cut to half of the context.
-    Raises InputError where a model's activations are not finite, BundleError and UnavailableError as `FusionRuntime.load` does.
+    `graphs` are the traces by model, `bundle` a complete bundle of the same system, which generates in `precision`.
+    Texts and finished models are kept in `cache`/IDENTITY, so that an interrupted or repeated call goes on from there;
+    files there that are broken are made again, and where nothing can be written it works without. `new_tokens` per
+    prompt are cut to half of the context. Raises InputError where a model's activations are not finite, BundleError and
+    UnavailableError as `FusionRuntime.load` does.
     """
     new_tokens = min(new_tokens, system.max_seq_len // 2)
     identity = identify(system, graphs, Manifest.read(bundle), prompts, precision, new_tokens, seed)
@@ -121,7 +124,7 @@ def identify(
 
 
 def stamp(file: Path) -> tuple[str, int, int]:
-    """What a file is known by without reading it."""
+    """Identifies a file without reading it: path, size and time of change."""
     resolved = file.resolve()
     about = resolved.stat()
     return str(resolved), about.st_size, about.st_mtime_ns
@@ -139,7 +142,7 @@ def asked(system: System, prompts: Sequence[str], seed: int) -> list[str | list[
 def recorded(
     bundle: Path, precision: str, prompts: list[str | list[int]], new_tokens: int, seed: int, cached: "Cache", stages: Stages
 ) -> list[Text]:
-    """One text per prompt. Every text has a random stream of its own, so that those of an interrupted call are taken as they are."""
+    """One text per prompt. Every text has its own random stream, so the texts of an interrupted call can be reused."""
     texts = cached.table("texts").texts
     with stages.stage("recording what the system does", len(prompts)) as advance:
         advance(len(texts))
@@ -153,7 +156,7 @@ def recorded(
 
 
 class Cache:
-    """Partial tables of one calibration, by name. What is broken counts as missing; what cannot be written is not kept."""
+    """Partial tables of one calibration, by name. Broken files count as missing; failures to write are ignored."""
 
     def __init__(self, folder: Path, identity: str):
         self.folder, self.identity = folder, identity

@@ -1,4 +1,4 @@
-"""What a calibrated precision knows of one model besides its weights."""
+"""What calibration learned of one model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ from fusionroute.calibration.table import Table
 
 @dataclass(frozen=True)
 class Evidence:
-    """The recorded texts, the model's part in each, and matrix → statistics of what entered it there (without rows where it has no part)."""
+    """The recorded texts, the positions in each that the model serves, and matrix → statistics of its inputs there.
+
+    An expert that was never chosen has statistics without rows.
+    """
 
     recorded: Sequence[Text]
     masks: Sequence[Mask]
@@ -21,11 +24,11 @@ class Evidence:
 
     @property
     def texts(self) -> list[np.ndarray]:
-        """The token ids int32 [S] that the model read; none for an expert that was never chosen."""
+        """The token ids int32 [S] of the texts that the model read; empty for an expert that was never chosen."""
         return [text.ids[: mask.body] for text, mask in zip(self.recorded, self.masks, strict=True) if mask.body]
 
 
 def evidence(table: Table) -> dict[str, Evidence]:
-    """Every model's part of a calibration table."""
+    """A calibration table by model."""
     masks = [served(table.texts, number - 1 if number else None) for number in range(len(table.models))]
     return {model: Evidence(table.texts, part, seen) for (model, seen), part in zip(table.models.items(), masks, strict=True)}

@@ -13,7 +13,9 @@ from fusionroute.fr_export.precision.smoothquant import Choice
 
 @dataclass
 class Shared:
-    """What the models of one variant have in common, by the content of the matrices: it is stored once, as the first model rounded it."""
+    """What the models of one variant have in common, by the content of the matrices: it is stored once, as the first
+    model rounded it.
+    """
 
     scales: dict[str, Choice] = field(default_factory=dict)
     stored: dict[str, Stored] = field(default_factory=dict)

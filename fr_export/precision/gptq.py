@@ -1,8 +1,9 @@
 """GPTQ: round a matrix one input channel at a time, and let the channels still to come make up for each rounding error.
 
-Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, with two additions of its authors' code: channels in the order of falling
-importance, and the ranges of all blocks fixed before the first channel is rounded, so that blocks stay as the operators read them.
-Written by hand: libraries hold a whole model in torch and know neither these blocks nor weights that are read in slices.
+Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, with two additions of its authors' code: channels in the
+order of falling importance, and the ranges of all blocks fixed before the first channel is rounded, so that blocks stay
+as the operators read them. Written by hand: libraries hold a whole model in torch and know neither these blocks nor
+weights that are read in slices.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ TOGETHER = 128  # channels whose errors reach the ones behind them in one produc
 
 
 class Hessian:
-    """Σ x·xᵀ float32 [K, K] of the inputs of a product: half the second derivative of its squared error by a row of weights."""
+    """Σ x·xᵀ float32 [K, K] of the inputs of a product: half the second derivative of its squared error by a row of
+    weights.
+    """
 
     def __init__(self, channels: int):
         self.sum = torch.zeros(channels, channels)
@@ -53,8 +56,9 @@ class Hessian:
 class Factor:
     """A Hessian made ready.
 
-    order int64 [K]: the channels by falling importance. inverse float32 [K, K]: the upper Cholesky factor of the inverse of the damped
-    Hessian, in that order. importance float32 [K]: the Hessian's diagonal, in the matrix's own order.
+    order int64 [K]: the channels by falling importance. inverse float32 [K, K]: the upper Cholesky factor of the
+    inverse of the damped Hessian, in that order. importance float32 [K]: the Hessian's diagonal, in the matrix's own
+    order.
     """
 
     order: torch.Tensor
@@ -69,7 +73,9 @@ class Factor:
 
 @torch.no_grad()
 def quantise(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
-    """Round fp32 rows [R, K] so that Σ ((W − Ŵ)·x)² over the inputs of the Hessian becomes small. Rows do not depend on each other."""
+    """Round fp32 rows [R, K] so that Σ ((W − Ŵ)·x)² over the inputs of the Hessian becomes small. Rows do not depend on
+    each other.
+    """
     count, width = rows.shape
     padded = blocked(rows, fmt.block)
     scales, zeros = fmt.grid(padded, blocked(factor.importance[None], fmt.block)[0])

@@ -1,6 +1,6 @@
-"""A model's matrices in blocks of few bits, rounded one after the other on its way through the calibration texts.
+"""GPTQ for a whole model: its matrices are rounded in order while the calibration texts pass through it.
 
-Each block of the model is rounded for the inputs that the rounded blocks before it give, so that errors do not add up unseen.
+Each decoder block is rounded on the inputs that the rounded blocks before it give, so that errors do not accumulate.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,12 +23,14 @@ Attach = Callable[[Graph, ir.Value, Stored, Store], None]
 
 
 def in_blocks(graph: Graph, matrix: ir.Value, stored: Stored, store: Store) -> None:
-    """Let ONNX Runtime's operators for blocks read what is stored."""
+    """Let ONNX Runtime's block-wise operators read the stored matrix."""
     attach(graph, matrix, stored)
 
 
 class FittedByGptq:
-    """The matrices of one model as `round_sequentially` stored them, read as `attach` says; whatever it did not see goes through `rest`."""
+    """The matrices of one model as `round_sequentially` stored them. `attach` rewrites their readers; all other
+    matrices go to `rest`.
+    """
 
     def __init__(self, rest: Scheme, stored: Mapping[str, Stored], attach: Attach = in_blocks):
         values = sum(each.values.length * 8 // each.format.bits for each in stored.values())
@@ -37,7 +39,7 @@ class FittedByGptq:
 
     @property
     def about(self) -> dict[str, Any]:
-        """For the report: the matrices that are stored with more bits than the others."""
+        """For the report: the matrices stored with more bits than the others."""
         fewest = min((each.format.bits for each in self._stored.values()), default=0)
         return {"sensitive": [name for name, each in self._stored.items() if each.format.bits > fewest]}
 
@@ -50,9 +52,11 @@ class FittedByGptq:
 
 
 def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> dict[str, Stored]:
-    """Round the matrices of `formats` (matrix → how) by GPTQ; returns them by name. Nothing where the model was never asked.
+    """Round the matrices of `formats` (matrix → its format) by GPTQ and return them by name; empty for a model without
+    texts.
 
-    Memory: one decoder block in fp32 twice, its Hessians, and the states of all texts. Raises InputError as `Weights` and `Walk` do.
+    Memory: one decoder block in fp32 twice, its Hessians, and the states of all texts. Raises InputError as `Weights`
+    and `Walk` do.
     """
     graph, weights, shared = context.graph, context.weights, context.shared.stored
     done: dict[str, Stored] = {}
@@ -78,7 +82,7 @@ def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> di
 
 
 def inputs(walk: Walk, formats: Mapping[str, Format]) -> dict[str, Factor]:
-    """The Hessian, factored, of every matrix that the walk's current block observes; matrices of one input share it."""
+    """The factored Hessian of every matrix in the walk's current block; matrices that read one input share it."""
     block = walk.block
     outputs = {matrix: output for matrix, output in block.observed.items() if matrix in formats}
     first = {output: matrix for matrix, output in reversed(outputs.items())}
@@ -87,7 +91,7 @@ def inputs(walk: Walk, formats: Mapping[str, Format]) -> dict[str, Factor]:
     def see(matrix: str, _: int, x: np.ndarray) -> None:
         output = outputs.get(matrix)
         if output is not None and first[output] == matrix:
-            hessians[output].see(x)  # the head's too everywhere: a factor needs several inputs per channel
+            hessians[output].see(x)  # at every position, for the head too: a factor needs several inputs per channel
 
     walk.observe(see)
     factors = {output: hessians.pop(output).factor() for output in first}

@@ -1,4 +1,6 @@
-"""fp16 and bf16: weights in half precision, arithmetic in fp32 (the CPU provider gains nothing from fp16 arithmetic, and nothing overflows)."""
+"""fp16 and bf16: weights in half precision, arithmetic in fp32 (the CPU provider gains nothing from fp16 arithmetic,
+and nothing overflows).
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +21,9 @@ TYPES: dict[str, tuple[np.dtype, ir.DataType, str]] = {
 
 
 def rounded(array: np.ndarray, name: str, label: str | None) -> np.ndarray[Any, Any]:
-    """fp32 values in the half precision `name`. Raises InputError where one of the weight `label` lies beyond its range."""
+    """fp32 values in the half precision `name`. Raises InputError where one of the weight `label` lies beyond its
+    range.
+    """
     dtype, _, largest = TYPES[name]
     with np.errstate(over="ignore"):
         half = array.astype(dtype)
@@ -39,7 +43,9 @@ def store_half(matrix: ir.Value, rows: Iterator[np.ndarray], name: str, store: S
 
 
 class Half:
-    """Half the bytes of fp32 on disk, rounded to nearest; ONNX Runtime widens the weights once, when the session is loaded."""
+    """Half the bytes of fp32 on disk, rounded to nearest; ONNX Runtime widens the weights once, when the session is
+    loaded.
+    """
 
     bits = 16.0
 

@@ -1,4 +1,4 @@
-"""fp16 and bf16 throughout: weights for graphs that `passes.to_half` has made, whose activations are in half precision too."""
+"""fp16 and bf16 for graphs whose activations are in half precision too, see `passes.to_half`."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,9 @@ from fusionroute.fr_export.precision.scheme import Schemes
 
 
 class HalfActivations:
-    """Half the bytes of fp32 on disk and in the GPU's memory, rounded to nearest; the same bytes as `Half` stores for the CPU."""
+    """Half the bytes of fp32 on disk and in the GPU's memory, rounded to nearest; the same bytes as `Half` stores for
+    the CPU.
+    """
 
     bits = 16.0
 
@@ -20,7 +22,9 @@ class HalfActivations:
         self.name = name
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
-        """Store half-precision rows; no operator changes. Raises InputError where a weight lies beyond the type's range."""
+        """Store half-precision rows; no operator changes. Raises InputError where a weight lies beyond the type's
+        range.
+        """
         store_half(matrix, rows, self.name, store)
 
 

@@ -1,9 +1,10 @@
-"""int4, weight-only: blocks of 64 along the input axis, each with an fp16 scale and a 4-bit zero point (4.31 bits per weight).
+"""int4, weight-only: blocks of 64 along the input axis, each with an fp16 scale and a 4-bit zero point (4.31 bits per
+weight).
 
 An embedding, with the head that is tied to it, has blocks of 32: every token passes through it.
 
-Every block's range is clipped where that lowers its squared rounding error. With calibration the weights are rounded by GPTQ, and matrices
-that it finds sensitive are kept at 8 bits; without, they are rounded to nearest.
+Every block's range is clipped where that lowers its squared rounding error. With calibration the weights are rounded by
+GPTQ, and matrices that it finds sensitive are kept at 8 bits; without, they are rounded to nearest.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of the block's range th
 
 
 def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Per block the candidate range of least squared error, weighted by `importance`: scales float16 and zeros uint8 [R, blocks].
+    """Per block the candidate range of least squared error, weighted by `importance`: scales float16 and zeros uint8
+    [R, blocks].
 
     A range [low, high] holds 0; scale = (high − low) / 15, rounded to fp16 before use, zero = round(−low / scale).
     """
@@ -74,7 +76,9 @@ class Int4:
         self.bits = max(fmt.bits_per_weight, embedding.bits_per_weight)
 
     def format_of(self, matrix: ir.Value) -> Format:
-        """4 bits, or 8 for an embedding whose rows have an odd number of blocks: ONNX Runtime 1.23 misreads their packed zero points."""
+        """4 bits, or 8 for an embedding whose rows have an odd number of blocks: ONNX Runtime 1.23 misreads their
+        packed zero points.
+        """
         if not users(matrix)[1]:
             return self.format
         blocks = -(-int(matrix.shape[1]) // self.embedding.block)

@@ -1,4 +1,6 @@
-"""int8, weight-only: blocks of 64 along the input axis, one fp32 scale each, symmetric about the zero point 128 (8.5 bits per weight)."""
+"""int8, weight-only: blocks of 64 along the input axis, one fp32 scale each, symmetric about the zero point 128 (8.5
+bits per weight).
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +22,9 @@ SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
-    """Scales float32 [R, blocks] = max|block| / 127; the zero point is 128, which both operators assume where none is given."""
+    """Scales float32 [R, blocks] = max|block| / 127; the zero point is 128, which both operators assume where none is
+    given.
+    """
     scales = np.maximum(rows.max(-1), -rows.min(-1)) / np.float32(127)
     scales[scales < SMALLEST_NORMAL] = 0  # the inverse would overflow; such blocks are zero
     return scales, None

@@ -17,10 +17,10 @@ SHARE = 0.6  # of the multiply-adds of a token that must have 8-bit activations
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix [out, in] of a model: multiply-adds per token, and what 8-bit activations would cost it.
+    """One matrix [out, in] of a model: its multiply-adds per token, and what 8-bit activations would cost.
 
-    `noise` is what rounding its input does to what its decoder block passes on (`residual_error`), infinite where calibration never saw the
-    input. Of the LM head it is the expected squared error of a logit (to second order, KL is half of its variance).
+    `noise`: `residual_error` of rounding its input, infinite where calibration never saw it. For the LM head it is the
+    expected squared error of a logit (to second order, KL is half of its variance).
     """
 
     matrix: str
@@ -49,11 +49,12 @@ def choose(
     limit: Callable[[Observer], float] = Observer.absmax,
     share: float = SHARE,
 ) -> W8A8Plan:
-    """Choose for a graph as `smooth` returns it; `observed` (matrix → what enters it) are statistics of that graph, not of the unsmoothed one.
+    """Choose for a graph as `smooth` returns it; `observed` (matrix → what enters it) are statistics of that graph, not
+    of the unsmoothed one.
 
-    `measured` gives the noise of the decoder blocks' products, `limit` the largest |x| that is kept. Products whose noise per multiply-add
-    is largest stay at A16 while at least `share` of the multiply-adds are W8A8; those never seen stay in any case.
-    Raises InputError where a matrix has no observer, or as `Weights.rows` does.
+    `measured` gives the noise of the decoder blocks' products, `limit` the largest |x| that is kept. Products whose
+    noise per multiply-add is largest stay at A16 while at least `share` of the multiply-adds are W8A8; those never seen
+    stay in any case. Raises InputError where a matrix has no observer, or as `Weights.rows` does.
     """
     products = []
     limits: dict[str, float] = {}
@@ -94,7 +95,9 @@ def matrices(graph: Graph) -> dict[str, tuple[int, int]]:
 
 
 def logit_noise(seen: Observer, limit: float, columns: Columns) -> float:
-    """Expected squared error of all logits together for inputs kept up to `limit`, whose channels are taken as uncorrelated."""
+    """Expected squared error of all logits together for inputs kept up to `limit`, whose channels are taken as
+    uncorrelated.
+    """
     if not limit:
         return 0.0
     # the error is spread over the channels as rounding spreads it: a channel smaller than a step loses at most itself

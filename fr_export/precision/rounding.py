@@ -1,4 +1,4 @@
-"""What rounding the input of a product to 8 bits costs a model, measured for each product alone on what its decoder block passes on."""
+"""What 8-bit activations cost: each product's input is rounded alone, and the output of its decoder block is compared."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,9 +19,11 @@ STEP = ".step"  # of a matrix's name: the step of its input's 8-bit values
 
 
 def measure(context: FitContext, observed: Mapping[str, Observer]) -> dict[str, float]:
-    """Matrix of a decoder block → `residual_error` of rounding what enters it to steps of absmax / 127. Nothing where the model was never asked.
+    """Matrix of a decoder block → `residual_error` of rounding its input to steps of absmax / 127. Empty for a model
+    without texts.
 
-    `observed` (matrix → what enters it) are statistics of this very graph, which `smooth` may have changed since `evidence` was gathered.
+    `observed` (matrix → what enters it) are statistics of this very graph, which `smooth` may have changed since
+    `evidence` was gathered.
     """
     texts = sample(context.evidence.texts, TOKENS)
     if not texts:
@@ -40,7 +42,9 @@ def measure(context: FitContext, observed: Mapping[str, Observer]) -> dict[str, 
 
 
 def stepped(block: Block) -> Block:
-    """A block with one more weight per matrix, float32 [1]: the step that the product's input is rounded to, 0 for not at all."""
+    """A block with one more weight per matrix, float32 [1]: the step that the product's input is rounded to, 0 for not
+    at all.
+    """
     model = ir.serde.deserialize_model(onnx.load_model_from_string(block.graph))
     inner = model.graph
     scalars = {

@@ -18,7 +18,9 @@ class Scheme(Protocol):
     bits: float
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
-        """Store `matrix` [out, in], which arrives as fp32 slices of its rows, and rewrite its users (FusedMatMul, Gather)."""
+        """Store `matrix` [out, in], which arrives as fp32 slices of its rows, and rewrite its users (FusedMatMul,
+        Gather).
+        """
         ...
 
 
@@ -33,7 +35,9 @@ class Fitted(Scheme, Protocol):
 
 @runtime_checkable
 class Fitting(Scheme, Protocol):
-    """A precision that is better (or only possible) where the model's activations are known. Its own `bind` rounds without them."""
+    """A precision that is better (or only possible) where the model's activations are known. Its own `bind` rounds
+    without them.
+    """
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """The graph to bind (with other sources, or as it is) and the scheme to bind it with, for one model.

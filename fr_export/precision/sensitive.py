@@ -1,4 +1,4 @@
-"""Which matrices a model cannot bear in few bits: measured where it shows, on what their decoder block passes on."""
+"""Which matrices need more bits: measured by what rounding each one alone does to the output of its decoder block."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,14 +13,15 @@ from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.residual_error import residual_error, residual_stream, sample
 
 TOKENS = 2048  # read for the measurement
-TIMES = 3.0  # the median error per weight from which on a matrix is sensitive
+TIMES = 3.0  # a matrix is sensitive from this multiple of the median error per weight
 
 
 def sensitive(context: FitContext, formats: Mapping[str, Format], wide: Format, budget: float) -> tuple[str, ...]:
-    """The matrices to store as `wide` instead of as `formats` says, the most sensitive first, within `budget` bits per weight on average.
+    """The matrices to store as `wide` instead of as `formats` says, the most sensitive first, within `budget` bits per
+    weight on average.
 
-    `formats` has all matrices that products read, which all count, but only those within decoder blocks are measured. None where the model was
-    never asked.
+    `formats` holds every matrix that a product reads. All count towards the average; only those in decoder blocks are
+    measured. Empty for a model without texts.
     """
     texts = sample(context.evidence.texts, TOKENS)
     if not texts:
@@ -40,7 +41,7 @@ def sensitive(context: FitContext, formats: Mapping[str, Format], wide: Format, 
 
 
 def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], formats: Mapping[str, Format]) -> dict[str, float]:
-    """Matrix → `residual_error` when it alone is rounded."""
+    """Matrix → `residual_error` of rounding it alone."""
     embed, read = reader(graph, weights)
     walk = Walk(split(graph), texts, embed, read)
     errors: dict[str, float] = {}

@@ -1,7 +1,8 @@
-"""SmoothQuant: channels of uneven size before a product are evened out, and the columns of its matrix take the difference.
+"""SmoothQuant: activation channels of uneven size are divided by scales, and the columns of the next matrix are
+multiplied by them.
 
-Xiao, Lin, Seznec, Wu, Demouth, Han 2023, arXiv:2211.10438: (X / s)·(s·W) = X·W. Here nothing is computed with s: it goes into weights, those
-of the norm (or the rows of the matrix) that makes X and those of the matrices that read it.
+Xiao, Lin, Seznec, Wu, Demouth, Han 2023, arXiv:2211.10438: (X / s)·(s·W) = X·W. No operator is added: s goes into the
+weights of the norm (or the rows of the matrix) that produces X and into the columns of the matrices that read it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -23,9 +24,10 @@ SMALLEST = 1e-5  # of an absolute maximum: a channel that is always zero needs n
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that read one value of K channels, and the sources whose rows make it: source → first row.
+    """Matrices that read one value of K channels, and the sources whose rows produce it: source → first row.
 
-    `share` int64 [K] names the scale of each channel, from 0: all different, but query heads share those of the value head they read.
+    `share` int64 [K] names the scale of each channel, from 0: all different, but query heads share those of the value
+    head they read.
     """
 
     matrices: tuple[str, ...]
@@ -34,7 +36,7 @@ class Group:
 
     @property
     def scales(self) -> int:
-        """How many scales there are to choose."""
+        """Number of scales to choose."""
         return int(self.share.max()) + 1
 
 
@@ -46,13 +48,15 @@ def smooth(
     taken: dict[str, "Choice"] | None = None,
     leave: Collection[str] = (),
 ) -> tuple[Graph, dict[str, float | None]]:
-    """The graph with scaled sources, the same function in exact arithmetic, and each matrix's α (None: left as it is). `graph` stays.
+    """The graph with scaled sources, the same function in exact arithmetic, and each matrix's α (None: left as it is).
+    `graph` stays.
 
-    `observed`: matrix → what entered it; groups of which a matrix was not seen are left. For each group the α of `alphas` is taken, with
-    s = max|X|^α / max|W|^(1−α) by channel (eq. 4), or s = 1, that makes the expected error of 8-bit products smallest (`expected_error`).
-    The final norm, which the routing head reads too, and a matrix that is also an embedding are never scaled.
-    `taken` holds the scales of earlier models by the content of their matrices: a group with a matrix of theirs takes their scales, so
-    that what models have in common stays equal. Groups of which every matrix is in `leave` stay as they are.
+    `observed`: matrix → what entered it; groups of which a matrix was not seen are left. For each group the α of
+    `alphas` is taken, with s = max|X|^α / max|W|^(1−α) by channel (eq. 4), or s = 1, that makes the expected error of
+    8-bit products smallest (`expected_error`). The final norm, which the routing head reads too, and a matrix that is
+    also an embedding are never scaled. `taken` holds the scales of earlier models by the content of their matrices: a
+    group with a matrix of theirs takes their scales, so that what models have in common stays equal. Groups of which
+    every matrix is in `leave` stay as they are.
     """
     sources, taken = dict(graph.sources), {} if taken is None else taken
     chosen: dict[str, float | None] = {}
@@ -95,7 +99,9 @@ def best(
 
 
 def matrices_of(graph: Graph, group: Group) -> list[str]:
-    """The matrices that a group scales, those that make its value and those that read it; no vectors, which cost nothing to store."""
+    """The matrices that a group scales, those that make its value and those that read it; no vectors, which cost
+    nothing to store.
+    """
     own_rows = [name for name in group.makers if len(graph.model.graph.initializers[name].shape) == 2]
     return [*group.matrices, *own_rows]
 
@@ -136,8 +142,8 @@ class Columns:
 def expected_errors(source: Source, weights: Weights, columns: Columns, seen: Observer, scales: Sequence[np.ndarray]) -> np.ndarray:
     """Expected squared error of a W8A8 product, relative to its squared size, for each of M scales [K]: float64 [M].
 
-    Channels are taken as uncorrelated. Rounding to a step d costs d²/12 per value, or all of x² where a channel is smaller than that; the
-    activations' step is that of their absolute maximum, and each row of weights has its own.
+    Channels are taken as uncorrelated. Rounding to a step d costs d²/12 per value, or all of x² where a channel is
+    smaller than that; the activations' step is that of their absolute maximum, and each row of weights has its own.
     """
     signal = float(seen.mean_square @ columns.squares) or 1.0
     steps = np.zeros(len(scales))  # Σ over rows of the weights' squared step
@@ -171,7 +177,9 @@ def largest(channels: np.ndarray, group: Group) -> np.ndarray:
 
 
 def groups(graph: Graph) -> list[Group]:
-    """All places of a graph where a scale can move. Those whose rows change a matrix come first, so that its columns are read after that."""
+    """Every place in a graph where a scale can move. Groups that change a matrix's rows come first, so that its columns
+    are read afterwards.
+    """
     inner = graph.model.graph
     places: list[Group] = []
     for value in dict.fromkeys(n.inputs[0] for n in inner if n.op_type == "FusedMatMul"):
@@ -211,7 +219,9 @@ def makers(graph: Graph, value: ir.Value) -> tuple[dict[str, int], np.ndarray] |
 
 
 def linear(graph: Graph, value: ir.Value) -> tuple[str, ...] | None:
-    """The matrix whose product a value is, and the bias added to it; None where it is something else or is used elsewhere too."""
+    """The matrix whose product a value is, and the bias added to it; None where it is something else or is used
+    elsewhere too.
+    """
     value = unviewed(value)
     maker = value.producer()
     if maker is None or len(value.consumers()) != 1:

@@ -1,7 +1,9 @@
-"""W8A8: 8-bit weights with one scale per row, and 8-bit activations with one static scale per product, all symmetric about zero.
+"""W8A8: 8-bit weights with one scale per row, and 8-bit activations with one static scale per product, all symmetric
+about zero.
 
-Written as QuantizeLinear and DequantizeLinear around plain products (https://onnx.ai/onnx/operators/), as TensorRT reads explicit
-quantisation: symmetric int8, activations per tensor, weights per channel. Products that the plan keeps at A16 have 8-bit weights only.
+Written as QuantizeLinear and DequantizeLinear around plain products (https://onnx.ai/onnx/operators/), as TensorRT
+reads explicit quantisation: symmetric int8, activations per tensor, weights per channel. Products that the plan keeps
+at A16 have 8-bit weights only.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +31,9 @@ SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round fp32 rows [R, K] to nearest: int8 [R, K] from −127 to 127, and scales float32 [R] = max|row| / 127 (1 for a row of zeros)."""
+    """Round fp32 rows [R, K] to nearest: int8 [R, K] from −127 to 127, and scales float32 [R] = max|row| / 127 (1 for a
+    row of zeros).
+    """
     scales = row_scales(rows)
     return np.rint(rows / scales[:, None]).astype(np.int8), scales
 
@@ -58,7 +62,8 @@ class StaticW8A8:
 
 
 def fit(context: FitContext, fmt: Callable[[int], Format]) -> tuple[Graph, W8A8Plan, dict[str, Stored]]:
-    """Even out channels (SmoothQuant), look at them again, plan, and round the weights by GPTQ, each matrix to `fmt(channels)`.
+    """Even out channels (SmoothQuant), look at them again, plan, and round the weights by GPTQ, each matrix to
+    `fmt(channels)`.
 
     Evening out costs the weights' accuracy, so it is undone where the plan leaves activations at 16 bits anyway.
     """
@@ -99,11 +104,15 @@ class PlannedW8A8:
 
     @property
     def about(self) -> dict[str, Any]:
-        """For the report: the share of multiply-adds that are W8A8, and the matrices whose activations stay at 16 bits or more."""
+        """For the report: the share of multiply-adds that are W8A8, and the matrices whose activations stay at 16 bits
+        or more.
+        """
         return about(self.plan)
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
-        """Quantise `matrix` [out, in] slice by slice; its products become MatMul between Q/DQ, its look-ups read the same bytes."""
+        """Quantise `matrix` [out, in] slice by slice; its products become MatMul between Q/DQ, its look-ups read the
+        same bytes.
+        """
         inner = graph.model.graph
         out, width = (int(size) for size in matrix.shape)
         name = str(matrix.name)
@@ -152,7 +161,9 @@ class PlannedW8A8:
 
 
 def rounded_input(inner: ir.Graph, product: ir.Node, scale: ir.TensorProtocol) -> ir.Value:
-    """A product's input behind QuantizeLinear and DequantizeLinear with a scale of its type, which products of one input share."""
+    """A product's input behind QuantizeLinear and DequantizeLinear with a scale of its type, which products of one
+    input share.
+    """
     x = product.inputs[0]
     for user in x.consumers():
         if user.op_type == "QuantizeLinear":

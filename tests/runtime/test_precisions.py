@@ -10,7 +10,8 @@ from fusionroute.runtime import FusionError, FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.precisions import PRECISIONS, Bounds, Precision, fastest_first
 
-# Tokens per second of one router and one expert on two cores with AVX-512 VNNI, and without: docs/performance.md, docs/embedding.md.
+# Tokens per second of one router and one expert on two cores with AVX-512 VNNI, and without: docs/performance.md,
+# docs/embedding.md.
 MEASURED = ({"fp32": 15.3, "int8": 31.7, "int4": 38.8}, {"fp32": 12.8, "int8": 25.5, "int4": 36.7})
 
 

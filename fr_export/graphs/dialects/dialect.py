@@ -1,4 +1,4 @@
-"""What a dialect consists of: a module with these names is one."""
+"""The names that a module must have to be a dialect."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol

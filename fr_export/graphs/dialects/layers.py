@@ -1,4 +1,6 @@
-"""What all dialects emit alike: products with weights as the checkpoint stores them, the routing head, and how a model is made to emit."""
+"""What all dialects share: products with weights as the checkpoint stores them, the routing head, and the patching of a
+model's modules.
+"""
 
 import contextlib
 import sys
@@ -20,7 +22,8 @@ NORMS = ("SimplifiedLayerNormalization", "RMSNormalization")  # operators of one
 
 
 def cache_head_size(head_size: int) -> int:
-    """GroupQueryAttention takes head sizes that are multiples of 8; others are padded with zeros, which change no product.
+    """GroupQueryAttention takes head sizes that are multiples of 8; others are padded with zeros, which change no
+    product.
 
     Every dialect pads: a bundle's caches have one shape.
     """
@@ -35,7 +38,9 @@ def padded(*heads: Tensor) -> list[Tensor]:
 
 
 def linear(self: nn.Linear, x: Tensor) -> Tensor:
-    """A matrix product with the weight as the checkpoint stores it, [out, in]: no transpose to fold, a tied head needs no copy."""
+    """A matrix product with the weight as the checkpoint stores it, [out, in]: no transpose to fold, a tied head needs
+    no copy.
+    """
     y = symbolic(
         "com.microsoft::FusedMatMul",
         [x, self.weight],
@@ -60,7 +65,9 @@ def normalised(operator: str, version: int) -> Norm:
 
 @contextlib.contextmanager
 def emitting(model: Any, attention: str, norm: Norm, own_rotary: bool) -> Iterator[None]:
-    """Make the model's linear, norm and attention calls emit a dialect's operators; with `own_rotary` its rotary call emits nothing."""
+    """Make the model's linear, norm and attention calls emit a dialect's operators; with `own_rotary` its rotary call
+    emits nothing.
+    """
     model.set_attn_implementation(attention)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -78,7 +85,9 @@ def emitting(model: Any, attention: str, norm: Norm, own_rotary: bool) -> Iterat
 
 
 class Model(nn.Module):
-    """A causal LM that answers with the logits and the final hidden states of some positions, and tables for rotary embeddings."""
+    """A causal LM that answers with the logits and the final hidden states of some positions, and tables for rotary
+    embeddings.
+    """
 
     rotary_cos: Tensor
     rotary_sin: Tensor

@@ -76,7 +76,9 @@ def emitting(model: Any) -> AbstractContextManager[None]:
 
 
 class Forward(layers.Model):
-    """The signature of the `ort` dialect: ids and KV buffers in, logits and final hidden states of the asked positions out."""
+    """The signature of the `ort` dialect: ids and KV buffers in, logits and final hidden states of the requested positions
+    out.
+    """
 
     def __init__(self, model: Any, max_seq_len: int):
         self.rotary = rotary_inside(model.config.head_dim)
@@ -90,7 +92,9 @@ class Forward(layers.Model):
         logit_positions: Tensor,
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """input_ids [1, S], logit_positions [K], past [1, KV, capacity, D] per layer → logits [1, K, V], hidden [1, K, H], present."""
+        """input_ids [1, S], logit_positions [K], past [1, KV, capacity, D] per layer → logits [1, K, V], hidden [1, K,
+        H], present.
+        """
         rotary = (self.rotary_cos, self.rotary_sin) if self.rotary else None
         step = Step(past, seqlens_k, total_sequence_length, rotary)
         length = input_ids.shape[1]

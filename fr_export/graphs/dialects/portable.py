@@ -1,8 +1,9 @@
-"""The `portable` dialect: primitive operators of ONNX 20, with the inputs and outputs that Optimum's ORTModelForCausalLM feeds and reads.
+"""The `portable` dialect: primitive operators of ONNX 20, with the inputs and outputs that Optimum's
+ORTModelForCausalLM feeds and reads.
 
-Caches grow by concatenation, what a query sees is read from the attention mask, and logits are given for every position:
-https://github.com/huggingface/optimum-onnx/blob/v0.1.0/optimum/onnxruntime/modeling_decoder.py. Norms stay one operator, which
-`passes.decompose_rmsnorm` replaces, and products stay FusedMatMul, until a precision is chosen.
+Caches grow by concatenation, what a query sees is read from the attention mask, and logits are given for every
+position: https://github.com/huggingface/optimum-onnx/blob/v0.1.0/optimum/onnxruntime/modeling_decoder.py. Norms stay
+one operator, which `passes.decompose_rmsnorm` replaces, and products stay FusedMatMul, until a precision is chosen.
 """
 
 from contextlib import AbstractContextManager
@@ -43,7 +44,8 @@ class Step:
         return self.present[layer]
 
     def mask(self, length: int, window: int | None) -> Tensor:
-        """Which positions the last `length` see, bool [B, 1, 1, S, P + S]: no padding, none behind, and the last `window` with itself.
+        """Which positions the last `length` see, bool [B, 1, 1, S, P + S]: no padding, none behind, and the last
+        `window` with itself.
 
         Places count, not positions: padding on the left moves both alike.
         """
@@ -112,7 +114,8 @@ def names(count: int) -> tuple[list[str], list[str]]:
 def finish(graph: Graph, max_seq_len: int) -> None:
     """The graph passes that pay in this dialect, and dimensions with the names that Optimum gives them.
 
-    Empty caches may have any number of heads of any size, since Optimum guesses them for families that it does not list.
+    Empty caches may have any number of heads of any size, since Optimum guesses them for families that it does not
+    list.
     """
     fold_constants(graph.model)
     remove_redundant_views(graph)
@@ -131,5 +134,7 @@ def finish(graph: Graph, max_seq_len: int) -> None:
 
 
 def end_with(graph: Graph, head: RoutingHead | None) -> None:
-    """Drop the hidden output: the signature has no place for routing scores, so a router's head is written beside its graph."""
+    """Drop the hidden output: the signature has no place for routing scores, so a router's head is written beside its
+    graph.
+    """
     del graph.model.graph.outputs[1]

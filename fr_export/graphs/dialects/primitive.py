@@ -13,8 +13,9 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """query [B, H, S, D] → [B, H, S, D]; scores are c·tanh(score / c) where they are capped.
 
-    Keys and values stand in one or several parts [B, KV, T, D] each, which are read where they are; the bool mask says which of all their
-    positions a query sees and is broadcast to [B, KV, H / KV, S, ΣT]. The queries of one key head are read together.
+    Keys and values stand in one or several parts [B, KV, T, D] each, which are read where they are; the bool mask says
+    which of all their positions a query sees and is broadcast to [B, KV, H / KV, S, ΣT]. The queries of one key head
+    are read together.
     """
     batch, heads, length, size = query.shape
     kv_heads = keys[0].shape[1]

@@ -1,8 +1,9 @@
 """The `tensorrt` dialect: ONNX's own operators as TensorRT 10.15, 11 and TensorRT-RTX import them, strongly typed.
 
-TensorScatter writes keys and values into buffers of fixed capacity, whose outputs have the inputs' addresses; attention reads as much of them
-as `key_positions` is long. Attention is one operator, but for models that cap its scores, which the importer's Attention refuses:
-https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md. Products stay FusedMatMul until a precision scheme replaces them.
+TensorScatter writes keys and values into buffers of fixed capacity, whose outputs have the inputs' addresses; attention
+reads as much of them as `key_positions` is long. Attention is one operator, but for models that cap its scores, which
+the importer's Attention refuses: https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md. Products stay
+FusedMatMul until a precision scheme replaces them.
 """
 
 from contextlib import AbstractContextManager
@@ -27,8 +28,8 @@ OPSET = 24  # the first with TensorScatter
 class Step:
     """What the attention calls of one forward pass share; travels through the model's keyword arguments.
 
-    past: per layer key and value [1, KV, capacity, D]. write_index [1], positions [S] of the queries, keys [T]: positions of the keys.
-    rotary: cos and sin [S, D / 2] at the queries' positions.
+    past: per layer key and value [1, KV, capacity, D]. write_index [1], positions [S] of the queries, keys [T]:
+    positions of the keys. rotary: cos and sin [S, D / 2] at the queries' positions.
     """
 
     def __init__(
@@ -95,14 +96,17 @@ def emitting(model: Any) -> AbstractContextManager[None]:
 
 
 class Forward(layers.Model):
-    """The signature of the `tensorrt` dialect: ids and KV buffers in, logits and final hidden states of the asked positions out."""
+    """The signature of the `tensorrt` dialect: ids and KV buffers in, logits and final hidden states of the requested
+    positions out.
+    """
 
     Step = Step
 
     def forward(
         self, input_ids: Tensor, write_index: Tensor, key_positions: Tensor, logit_positions: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """input_ids [1, S], write_index [1], key_positions [T], logit_positions [K], past [1, KV, capacity, D] per layer.
+        """input_ids [1, S], write_index [1], key_positions [T], logit_positions [K], past [1, KV, capacity, D] per
+        layer.
 
         Returns logits [1, K, V], hidden [1, K, H], present.
         """

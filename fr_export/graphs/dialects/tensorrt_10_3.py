@@ -1,7 +1,8 @@
 """The `tensorrt:10.3` dialect: the `tensorrt` one in operators that TensorRT 10.3 (JetPack 6) imports, opset 20.
 
-It has no TensorScatter, so that the graph gives the new keys and values only, which the runtime copies into its buffers behind the step:
-`new.{layer}.key` and `.value` [1, KV, S, D]. Attention reads buffers and new keys where they are, each as a part of its own.
+It has no TensorScatter, so that the graph gives the new keys and values only, which the runtime copies into its buffers
+behind the step: `new.{layer}.key` and `.value` [1, KV, S, D]. Attention reads buffers and new keys where they are, each
+as a part of its own.
 """
 
 from contextlib import AbstractContextManager
@@ -25,7 +26,9 @@ class Step(tensorrt.Step):
     """`present` is what is new."""
 
     def parts(self, layer: int, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The used part of the layer's buffers [1, KV, T, D] and the new keys, and the values alike; the new ones become outputs."""
+        """The used part of the layer's buffers [1, KV, T, D] and the new keys, and the values alike; the new ones
+        become outputs.
+        """
         self.present[layer] = (key, value)
         used = self.keys.shape[0]
         torch._check(used <= self.past[layer][0].shape[2])
@@ -33,7 +36,9 @@ class Step(tensorrt.Step):
         return [past_key, key], [past_value, value]
 
     def mask(self, window: int | None) -> Tensor:
-        """Which keys a query sees, bool [S, T + S]: of the buffers those that were written, and of all those as in `tensorrt`."""
+        """Which keys a query sees, bool [S, T + S]: of the buffers those that were written, and of all those as in
+        `tensorrt`.
+        """
         if window not in self.masks:
             distance = self.positions[:, None] - torch.cat([self.keys, self.positions])[None]
             written = torch.cat([self.keys < self.write_index, self.positions >= self.write_index])

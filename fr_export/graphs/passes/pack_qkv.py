@@ -1,4 +1,6 @@
-"""Three projections of one input become one matrix product: packed QKV for GroupQueryAttention, or one that is split again."""
+"""Three projections of one input become one matrix product: packed QKV for GroupQueryAttention, or one that is split
+again.
+"""
 
 import numpy as np
 import onnx_ir as ir
@@ -8,7 +10,9 @@ from fusionroute.fr_export.graphs.graph import Graph, Source, initializer, node
 
 
 def pack_qkv(graph: Graph) -> None:
-    """Stack the rows of query, key and value weights [out, in] wherever all three come straight from products of the same input."""
+    """Stack the rows of query, key and value weights [out, in] wherever all three come straight from products of the
+    same input.
+    """
     for attention in [n for n in graph.model.graph if n.op_type == "GroupQueryAttention"]:
         products = [product for value in attention.inputs[:3] if value is not None and (product := value.producer()) is not None]
         out = packed(graph, products)
@@ -21,7 +25,9 @@ def pack_qkv(graph: Graph) -> None:
 
 
 def split_qkv(graph: Graph) -> None:
-    """The same for graphs with operators between products and attention; the matrices of `pack_qkv`, so that a fit of those serves here."""
+    """The same for graphs with operators between products and attention; the matrices of `pack_qkv`, so that a fit of
+    those serves here.
+    """
     inner = graph.model.graph
     kv_heads, size = graph.cache
     for x in list(dict.fromkeys(n.inputs[0] for n in inner if n.op_type == "FusedMatMul")):
@@ -46,7 +52,9 @@ def split_qkv(graph: Graph) -> None:
 
 
 def packed(graph: Graph, products: list[ir.Node]) -> ir.Value | None:
-    """The result of one product in place of three of the same input, put in front of the first; None where they are no such three."""
+    """The result of one product in place of three of the same input, put in front of the first; None where they are no
+    such three.
+    """
     inner = graph.model.graph
     if len(products) < 3 or any(p.op_type != "FusedMatMul" or p.inputs[1].name not in graph.sources for p in products):
         return None

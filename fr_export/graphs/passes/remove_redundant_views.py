@@ -7,7 +7,9 @@ from fusionroute.fr_export.graphs.graph import Graph
 
 
 def remove_redundant_views(graph: Graph) -> None:
-    """Bypass every Transpose that undoes the one before it and every Reshape whose result has the shape its chain started from."""
+    """Bypass every Transpose that undoes the one before it and every Reshape whose result has the shape its chain
+    started from.
+    """
     for node in graph.model.graph:
         source = undone(node)
         if source is not None:

@@ -1,8 +1,10 @@
-"""Half precision throughout: activations, KV buffers and rotary tables of a traced graph become fp16 or bf16, with islands in fp32.
+"""Half precision throughout: activations, KV buffers and rotary tables of a traced graph become fp16 or bf16, with
+islands in fp32.
 
-The outputs `logits` and `hidden` (of which the routing head is made) stay fp32, and so does all that follows the product of the LM head.
-With `wide` also the residual stream, for families whose stream leaves fp16's range (65,504; there bf16 has steps of 512): embedding scale,
-additions and norms are fp32, and values are narrowed in front of products only. Rotary embeddings by tables are always computed in fp32.
+The outputs `logits` and `hidden` (of which the routing head is made) stay fp32, and so does all that follows the
+product of the LM head. With `wide` also the residual stream, for families whose stream leaves fp16's range (65,504;
+there bf16 has steps of 512): embedding scale, additions and norms are fp32, and values are narrowed in front of
+products only. Rotary embeddings by tables are always computed in fp32.
 """
 
 import numpy as np
@@ -21,7 +23,8 @@ SMALLEST_DIVISOR = 1e-30  # a token whose values are all zero is divided by this
 def to_half(graph: Graph, half: ir.DataType, wide: bool) -> None:
     """Rewrite a graph as `trace` returns it, before it has weights; `half` is FLOAT16 or BFLOAT16.
 
-    What does not depend on the tokens' embeddings (positions, rotary angles) is computed in fp32, and rounded where it meets what does.
+    What does not depend on the tokens' embeddings (positions, rotary angles) is computed in fp32, and rounded where it
+    meets what does.
     """
     _Narrowing(graph, half, wide).run()
 
@@ -88,7 +91,8 @@ class _Narrowing:
     def _divide(self, product: ir.Node) -> ir.Value:
         """Divide a product's input by each token's largest |value|; returns that, fp32 [1, S, 1].
 
-        gate · up is the one input of a product that no norm bounds: in fp16 it would overflow before down_proj, or in its sums.
+        gate · up is the one input of a product that no norm bounds: in fp16 it would overflow before down_proj, or in
+        its sums.
         """
         x = product.inputs[0]
         axis, tiny = self._constant("last_axis", np.array([-1], np.int64)), self._constant("tiny", np.array(SMALLEST_DIVISOR, np.float32))
@@ -113,7 +117,9 @@ class _Narrowing:
         self._set(restored, FLOAT)
 
     def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node | None) -> ir.Value:
-        """The value in a type: itself, an initialiser retyped for its first reader, or a cast that all its readers share."""
+        """The value in a type: itself, an initialiser retyped for its first reader, or a cast that all its readers
+        share.
+        """
         if value.name in self.graph.sources and value not in self.settled:
             value.type = ir.TensorType(dtype)
             self.settled.add(value)

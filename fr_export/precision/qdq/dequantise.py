@@ -1,7 +1,7 @@
 """Quantised matrices in a graph: DequantizeLinear in front of products and look-ups, which TensorRT fuses into them.
 
-An embedding is dequantised before it is looked up, since the builder takes quantised constants nowhere else; engines of TensorRT-RTX keep
-the table as it is stored and need no memory for a wide one.
+An embedding is dequantised before it is looked up, since the builder takes quantised constants nowhere else; engines of
+TensorRT-RTX keep the table as it is stored and need no memory for a wide one.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,8 @@ def round_to_nearest(matrix: ir.Value, rows: Iterator[np.ndarray], fmt: Format, 
 
 
 def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store, enter: Enter | None = None) -> None:
-    """Let products and look-ups of `matrix` [out, in] read what is stored, in the type that the matrix has in the graph.
+    """Let products and look-ups of `matrix` [out, in] read what is stored, in the type that the matrix has in the
+    graph.
 
     `enter` gives the first operand of a product, which is otherwise what it was.
     """

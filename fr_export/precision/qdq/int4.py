@@ -1,6 +1,8 @@
-"""int4, weight-only: symmetric blocks of 64 (or 32) along the input axis with a scale each (4.25 bits per weight), as TensorRT reads them.
+"""int4, weight-only: symmetric blocks of 64 (or 32) along the input axis with a scale each (4.25 bits per weight), as
+TensorRT reads them.
 
-With calibration the weights are rounded by GPTQ, and matrices that it finds sensitive are kept at 8 bits; without, they are rounded to nearest.
+With calibration the weights are rounded by GPTQ, and matrices that it finds sensitive are kept at 8 bits; without, they
+are rounded to nearest.
 """
 
 from collections.abc import Iterator

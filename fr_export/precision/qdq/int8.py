@@ -43,11 +43,15 @@ class PlannedInt8:
 
     @property
     def about(self) -> dict[str, Any]:
-        """For the report: the share of multiply-adds that are W8A8, and the matrices whose activations stay in half precision."""
+        """For the report: the share of multiply-adds that are W8A8, and the matrices whose activations stay in half
+        precision.
+        """
         return about(self.plan)
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
-        """Round what enters the products of the plan, and take the weights as calibration rounded them, or else to nearest."""
+        """Round what enters the products of the plan, and take the weights as calibration rounded them, or else to
+        nearest.
+        """
         stored = self._stored.get(str(matrix.name)) or round_to_nearest(matrix, rows, by_row(int(matrix.shape[1])), store)
         step = self.plan.scales.get(str(matrix.name))
 

@@ -1,6 +1,6 @@
-"""Precisions of the `portable` target: ONNX's own operators, as TensorRT's precisions are, but embeddings are looked up before they are widened.
+"""int8 for the `portable` target: 8-bit weights with one scale per row (8.1 bits per weight), activations in fp32.
 
-Activations of int8 stay in fp32; int8 is what TensorRT calls int8-wo: 8 bits with one scale per row (8.1 bits per weight).
+It stores what `int8-wo` stores for TensorRT, but looks embeddings up before it widens them.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,9 @@ class Int8:
 
 
 def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store) -> None:
-    """Let products read what is stored through DequantizeLinear; of an embedding only the rows that were looked up are widened."""
+    """Let products read what is stored through DequantizeLinear; of an embedding only the rows that were looked up are
+    widened.
+    """
     inner = graph.model.graph
     products, lookups = users(matrix)
     out, width = (int(size) for size in matrix.shape)

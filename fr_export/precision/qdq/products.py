@@ -8,7 +8,9 @@ from fusionroute.fr_export.graphs.graph import Graph, node, replace_node, users
 
 
 def multiply(graph: Graph, matrix: ir.Value, weight: ir.Value, enter: Callable[[ir.Node], ir.Value] | None = None) -> None:
-    """Replace the products that read `matrix` by MatMul with `weight` [out, in] transposed; `enter` may give products another input."""
+    """Replace the products that read `matrix` by MatMul with `weight` [out, in] transposed; `enter` may give products
+    another input.
+    """
     inner = graph.model.graph
     products, _ = users(matrix)
     if not products:

@@ -1,4 +1,5 @@
-"""Quantised weights as TensorRT reads them: symmetric int8 with one scale per row, or int4 in blocks, scales of 8 significant bits.
+"""Quantised weights as TensorRT reads them: symmetric int8 with one scale per row, or int4 in blocks, scales of 8
+significant bits.
 
 Such a scale is the same number in fp16 and in bf16, so that rounding a model needs not know which its activations have.
 https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
@@ -28,7 +29,9 @@ def row_grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np
 
 
 def block_grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
-    """Per block the scale float32 [R, blocks] of least squared error, weighted by `importance`, for values from −8 to 7."""
+    """Per block the scale float32 [R, blocks] of least squared error, weighted by `importance`, for values from −8 to
+    7.
+    """
     largest = np.maximum(rows.max(-1), -rows.min(-1))
     best, scales = np.full(largest.shape, np.inf, np.float32), np.empty(largest.shape, np.float32)
     for clip in CLIPS:

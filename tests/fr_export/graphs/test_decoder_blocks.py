@@ -70,8 +70,8 @@ def test_how_blocks_are_cut(traced: tuple[System, Graph]) -> None:
         for name in block.weights.values():
             assert f"layers.{blocks.index(block)}." in name or block.name == "head" or not graph.sources[name].tensors
     read = [name for block in blocks for name in block.weights.values() if graph.sources[name].tensors]
-    wanted = {name for name, source in graph.sources.items() if source.tensors} - {embedding(graph).inputs[0].name}
-    assert set(read) == wanted - {name for name in matrices(graph) if "lm_head" in name}, "every weight but the embedding and the head"
+    stored = {name for name, source in graph.sources.items() if source.tensors} - {embedding(graph).inputs[0].name}
+    assert set(read) == stored - {name for name in matrices(graph) if "lm_head" in name}, "every weight but the embedding and the head"
     assert len(read) == len(set(read)), "and each in one block"
     outer = [block.graph for block in blocks[1:-1]]
     assert len(set(outer)) <= 2, "layers of one kind have equal graphs"

@@ -30,6 +30,6 @@ def test_normalisers_hold_for_256k_tokens(peak: float, tmp_path: Path) -> None:
     order = np.argsort(-fused[0], kind="stable")[:5]
     assert (ids[0] == order).all() and (logits[0] == fused[0, order]).all()
     assert np.allclose(unpenalised[0], raw[0, order], atol=1e-5)
-    for found, rows in ((log_normaliser, raw), (sampling, expected / np.float32(0.8))):
+    for normaliser, rows in ((log_normaliser, raw), (sampling, expected / np.float32(0.8))):
         top = rows.max()
-        assert float(found[0]) == pytest.approx(top + np.log(np.exp(rows - top).sum()), abs=1e-5)
+        assert float(normaliser[0]) == pytest.approx(top + np.log(np.exp(rows - top).sum()), abs=1e-5)

@@ -51,7 +51,7 @@ PRIMITIVE = {
 }  # fmt: skip
 
 
-class Made(NamedTuple):
+class Exported(NamedTuple):
     """A system exported for Optimum."""
 
     shape: Shape
@@ -63,14 +63,14 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Every shape once."""
     folder, shape = tmp_path_factory.mktemp("portable"), SHAPES[request.param]
     router, experts = make_system(folder / "system", shape)
     with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):
-        wanted = Request(FAMILIES[shape.family], router, experts, PRECISIONS, ("portable",), folder / "bundle", calibration="none")
-        export(wanted, Stages(Console(quiet=True)))
-    return Made(shape, System.open(FAMILIES[shape.family], router, experts), folder / "bundle")
+        request_ = Request(FAMILIES[shape.family], router, experts, PRECISIONS, ("portable",), folder / "bundle", calibration="none")
+        export(request_, Stages(Console(quiet=True)))
+    return Exported(shape, System.open(FAMILIES[shape.family], router, experts), folder / "bundle")
 
 
 def texts(vocab: int, padding: int = 9, length: int = TEXT, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -84,36 +84,36 @@ def texts(vocab: int, padding: int = 9, length: int = TEXT, seed: int = 1) -> tu
 @torch.no_grad()
 def ask(model: torch.nn.Module, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """transformers' logits float32 [B, S, V], with its own masks and attention."""
-    given, kept, where = (torch.tensor(part) for part in (ids, mask, positions(mask)))
-    found: np.ndarray = model(input_ids=given, attention_mask=kept, position_ids=where, use_cache=False).logits.float().numpy()
-    return found
+    given, unpadded, where = (torch.tensor(part) for part in (ids, mask, positions(mask)))
+    logits: np.ndarray = model(input_ids=given, attention_mask=unpadded, position_ids=where, use_cache=False).logits.float().numpy()
+    return logits
 
 
 @pytest.mark.parametrize("name", ["router", "expert0"])
-def test_prefill_steps_and_padding_give_torchs_logits(made: Made, name: str) -> None:
-    ids, mask = texts(made.shape.vocab)
-    expected = ask(load(made.system.models[name != "router"]), ids, mask)
-    reader, kept = Reader(made.folder(name) / "model.onnx"), mask == 1
+def test_prefill_steps_and_padding_give_torchs_logits(exported: Exported, name: str) -> None:
+    ids, mask = texts(exported.shape.vocab)
+    expected = ask(load(exported.system.models[name != "router"]), ids, mask)
+    reader, unpadded = Reader(exported.folder(name) / "model.onnx"), mask == 1
     for chunks in CHUNKINGS:
-        found = reader.read(ids, mask, chunks)
-        assert found.dtype == np.float32 and np.isfinite(found).all()
-        assert np.abs(found - expected)[kept].max() < TOLERANCE * np.abs(expected).max()
+        logits = reader.read(ids, mask, chunks)
+        assert logits.dtype == np.float32 and np.isfinite(logits).all()
+        assert np.abs(logits - expected)[unpadded].max() < TOLERANCE * np.abs(expected).max()
 
 
-def test_fp16_loses_no_more_than_torch_in_fp16(made: Made) -> None:
-    ids, mask = texts(made.shape.vocab)
-    model, kept = load(made.system.router), mask == 1
-    exact, rounded = ask(model, ids, mask)[kept], ask(model.half(), ids, mask)[kept]
+def test_fp16_loses_no_more_than_torch_in_fp16(exported: Exported) -> None:
+    ids, mask = texts(exported.shape.vocab)
+    model, unpadded = load(exported.system.router), mask == 1
+    exact, rounded = ask(model, ids, mask)[unpadded], ask(model.half(), ids, mask)[unpadded]
     for chunks in CHUNKINGS[1:]:
-        found = Reader(made.folder() / FILES["fp16"]).read(ids, mask, chunks)
-        assert np.isfinite(found).all()
-        assert 0 < np.abs(found[kept] - exact).mean() < 1.25 * np.abs(rounded - exact).mean()
+        logits = Reader(exported.folder() / FILES["fp16"]).read(ids, mask, chunks)
+        assert np.isfinite(logits).all()
+        assert 0 < np.abs(logits[unpadded] - exact).mean() < 1.25 * np.abs(rounded - exact).mean()
 
 
-def test_int8_is_torch_with_rounded_matrices(made: Made) -> None:
+def test_int8_is_torch_with_rounded_matrices(exported: Exported) -> None:
     """One scale per row, of 8 significant bits; nothing else is rounded."""
-    ids, mask = texts(made.shape.vocab)
-    model, kept = load(made.system.router), mask == 1
+    ids, mask = texts(exported.shape.vocab)
+    model, unpadded = load(exported.system.router), mask == 1
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             scale = parameter.data.abs().amax(1, keepdim=True).double() / 127
@@ -122,18 +122,18 @@ def test_int8_is_torch_with_rounded_matrices(made: Made) -> None:
             parameter.data = ((parameter.data / scale).round() * scale).float()
         assert "bias" not in name
     expected = ask(model, ids, mask)
-    exact = ask(load(made.system.router), ids, mask)
-    found = Reader(made.folder() / FILES["int8"]).read(ids, mask, CHUNKINGS[1])
-    assert np.abs(found - expected)[kept].max() < 4 * TOLERANCE * np.abs(expected).max()
-    assert np.abs(found - exact)[kept].max() > 100 * TOLERANCE * np.abs(exact).max()
+    exact = ask(load(exported.system.router), ids, mask)
+    logits = Reader(exported.folder() / FILES["int8"]).read(ids, mask, CHUNKINGS[1])
+    assert np.abs(logits - expected)[unpadded].max() < 4 * TOLERANCE * np.abs(expected).max()
+    assert np.abs(logits - exact)[unpadded].max() > 100 * TOLERANCE * np.abs(exact).max()
 
 
-def test_the_signature_is_optimums(made: Made) -> None:
-    size = made.shape.head_dim
-    caches = [f"{layer}.{kind}" for layer in range(made.shape.layers) for kind in ("key", "value")]
+def test_the_signature_is_optimums(exported: Exported) -> None:
+    size = exported.shape.head_dim
+    caches = [f"{layer}.{kind}" for layer in range(exported.shape.layers) for kind in ("key", "value")]
     total = "past_sequence_length + sequence_length"
     for precision in PRECISIONS:
-        reader = Reader(made.folder() / FILES[precision])
+        reader = Reader(exported.folder() / FILES[precision])
         real = "tensor(float16)" if precision == "fp16" else "tensor(float)"
         assert reader.inputs == [
             ("input_ids", "tensor(int64)", ["batch_size", "sequence_length"]),
@@ -142,22 +142,22 @@ def test_the_signature_is_optimums(made: Made) -> None:
             *((f"past_key_values.{name}", real, ["batch_size", "key_value_heads", "past_sequence_length", "head_size"]) for name in caches),
         ]
         assert reader.outputs == [
-            ("logits", "tensor(float)", ["batch_size", "sequence_length", made.shape.vocab]),
-            *((f"present.{name}", real, ["batch_size", made.shape.kv_heads, total, size]) for name in caches),
+            ("logits", "tensor(float)", ["batch_size", "sequence_length", exported.shape.vocab]),
+            *((f"present.{name}", real, ["batch_size", exported.shape.kv_heads, total, size]) for name in caches),
         ]
 
 
-def test_empty_caches_may_have_the_shape_that_optimum_guesses(made: Made) -> None:
+def test_empty_caches_may_have_the_shape_that_optimum_guesses(exported: Exported) -> None:
     """For families that it does not list: as many heads as queries have, of hidden size / heads."""
-    ids, mask = texts(made.shape.vocab, length=8)
-    reader = Reader(made.folder() / "model.onnx")
-    guessed = (made.shape.heads, made.shape.hidden // made.shape.heads)
+    ids, mask = texts(exported.shape.vocab, length=8)
+    reader = Reader(exported.folder() / "model.onnx")
+    guessed = (exported.shape.heads, exported.shape.hidden // exported.shape.heads)
     assert (reader.read(ids, mask, (5, 3), guessed) == reader.read(ids, mask, (5, 3))).all()
 
 
-def test_operators_are_onnx_20s_own_and_primitive(made: Made) -> None:
+def test_operators_are_onnx_20s_own_and_primitive(exported: Exported) -> None:
     for precision in PRECISIONS:
-        model = ir.load(made.folder() / FILES[precision])
+        model = ir.load(exported.folder() / FILES[precision])
         assert model.opset_imports == {"": 20} and {n.domain for n in model.graph} == {""}
         assert {n.op_type for n in model.graph} <= PRIMITIVE
         for n in model.graph:  # sums of squares and shares of attention are fp32 whatever the activations are
@@ -165,19 +165,19 @@ def test_operators_are_onnx_20s_own_and_primitive(made: Made) -> None:
                 assert n.outputs[0].dtype == ir.DataType.FLOAT
 
 
-def test_a_folder_is_complete_alone(made: Made, tmp_path: Path) -> None:
-    for model in made.system.models:
-        folder = shutil.copytree(made.folder(model.name), tmp_path / model.name)
-        ids, mask = texts(made.shape.vocab, length=4)
+def test_a_folder_is_complete_alone(exported: Exported, tmp_path: Path) -> None:
+    for model in exported.system.models:
+        folder = shutil.copytree(exported.folder(model.name), tmp_path / model.name)
+        ids, mask = texts(exported.shape.vocab, length=4)
         for precision in PRECISIONS:
-            original = Reader(made.folder(model.name) / FILES[precision]).read(ids, mask, (4,))
+            original = Reader(exported.folder(model.name) / FILES[precision]).read(ids, mask, (4,))
             assert (Reader(folder / FILES[precision]).read(ids, mask, (4,)) == original).all()
         config = json.loads((folder / "config.json").read_text())
-        expected = json.loads((model.folder / "config.json").read_text()) | {"vocab_size": made.shape.vocab, "use_cache": True}
+        expected = json.loads((model.folder / "config.json").read_text()) | {"vocab_size": exported.shape.vocab, "use_cache": True}
         assert config == {key: value for key, value in expected.items() if key != "_name_or_path"}
         generation = json.loads((folder / "generation_config.json").read_text())
         assert generation["eos_token_id"] == 2 and generation["bos_token_id"] == 1
-        assert (folder / "tokenizer.json").exists() == made.shape.tokenizer
+        assert (folder / "tokenizer.json").exists() == exported.shape.tokenizer
         stored = list((folder / "weights").iterdir())
         read = {value.const_value.location for name in FILES.values() for value in external(folder / name)}
         assert {f"weights/{path.name}" for path in stored} == read
@@ -185,23 +185,23 @@ def test_a_folder_is_complete_alone(made: Made, tmp_path: Path) -> None:
         assert head.exists() == (model.name == "router")
         if head.exists():
             tensors = load_file(head)
-            assert (tensors["routing_head.weight"] == made.system.head.weight).all()
-            assert (tensors["routing_head.bias"] == made.system.head.bias).all()
+            assert (tensors["routing_head.weight"] == exported.system.head.weight).all()
+            assert (tensors["routing_head.bias"] == exported.system.head.bias).all()
 
 
 def external(file: Path) -> list[ir.Value]:
     return [value for value in ir.load(file).graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)]
 
 
-def test_the_bundle_is_whole_and_its_runtime_says_whom_it_is_for(made: Made) -> None:
-    Bundle.open(made.bundle).verify()
-    variants = Manifest.read(made.bundle).variants
+def test_the_bundle_is_whole_and_its_runtime_says_whom_it_is_for(exported: Exported) -> None:
+    Bundle.open(exported.bundle).verify()
+    variants = Manifest.read(exported.bundle).variants
     assert [(v.target, v.precision, v.graphs["router"]) for v in variants] == [
         ("portable", precision, f"portable/router/{FILES[precision]}") for precision in PRECISIONS
     ]
     sentence = r"^The bundle .* has no graphs for ort:cpu, only for portable \(for Optimum's ORTModelForCausalLM\): export it with --target ort:cpu\.$"
     with pytest.raises(UnavailableError, match=sentence):
-        FusionRuntime.load(made.bundle)
+        FusionRuntime.load(exported.bundle)
 
 
 @settings(max_examples=3, deadline=None, phases=(Phase.explicit, Phase.generate))  # shrinking would trace for minutes
@@ -229,5 +229,5 @@ def test_any_shape(
     ir.save(graph.model, folder / "model.onnx")
     ids, mask = texts(shape.vocab, min(padding, sum(chunks) - 1), sum(chunks))
     expected = ask(load(system.router), ids, mask)
-    found = Reader(folder / "model.onnx").read(ids, mask, chunks)
-    assert np.abs(found - expected)[mask == 1].max() < TOLERANCE * np.abs(expected).max()
+    logits = Reader(folder / "model.onnx").read(ids, mask, chunks)
+    assert np.abs(logits - expected)[mask == 1].max() < TOLERANCE * np.abs(expected).max()

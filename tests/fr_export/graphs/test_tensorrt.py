@@ -40,8 +40,10 @@ TOLERANCE = 1e-5  # of the largest |logit|, in fp32
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Made(NamedTuple):
-    """A system exported for TensorRT, a text, and what torch says of it in each type: logits float32 [S, V], routing [S, n]."""
+class Exported(NamedTuple):
+    """A system exported for TensorRT, a text, and what torch says of it in each type: logits float32 [S, V], routing
+    [S, n].
+    """
 
     shape: Shape
     system: System
@@ -54,17 +56,19 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Every shape once."""
     folder, shape = tmp_path_factory.mktemp("tensorrt"), SHAPES[request.param]
     router, experts = make_system(folder / "system", shape)
     with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):
-        wanted = Request(FAMILIES[shape.family], router, experts, ("fp32", *HALVES), ("tensorrt",), folder / "bundle", max_seq_len=CAPACITY)
-        export(wanted, Stages(Console(quiet=True)))
+        request_ = Request(
+            FAMILIES[shape.family], router, experts, ("fp32", *HALVES), ("tensorrt",), folder / "bundle", max_seq_len=CAPACITY
+        )
+        export(request_, Stages(Console(quiet=True)))
     system = System.open(FAMILIES[shape.family], router, experts, max_seq_len=CAPACITY)
     ids = [int(i) for i in np.random.default_rng(1).integers(3, shape.vocab, 50)]
     said = {"fp32": ask(system, ids, torch.float32)} | {name: ask(system, ids, dtype) for name, dtype in HALVES.items()}
-    return Made(shape, system, folder / "bundle", ids, said)
+    return Exported(shape, system, folder / "bundle", ids, said)
 
 
 @torch.no_grad()
@@ -82,24 +86,24 @@ def chunkings(model: EngineGraphOnCpu, ids: list[int]) -> Iterator[list[np.ndarr
         yield model.read(ids, chunk, spare)
 
 
-def test_chunks_and_steps_give_torchs_logits_and_routing(made: Made) -> None:
-    for answer in chunkings(EngineGraphOnCpu(made.graph("fp32")), made.ids):
-        for found, expected in zip(answer, made.said["fp32"], strict=True):
-            assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
+def test_chunks_and_steps_give_torchs_logits_and_routing(exported: Exported) -> None:
+    for answer in chunkings(EngineGraphOnCpu(exported.graph("fp32")), exported.ids):
+        for answered, expected in zip(answer, exported.said["fp32"], strict=True):
+            assert np.abs(answered - expected).max() < TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("precision", HALVES)
-def test_half_precision_loses_no_more_than_torch_in_that_type(made: Made, precision: str) -> None:
-    for answer in chunkings(EngineGraphOnCpu(made.graph(precision)), made.ids):
-        for found, exact, rounded in zip(answer, made.said["fp32"], made.said[precision], strict=True):
-            lost = np.abs(found - exact).mean()
+def test_half_precision_loses_no_more_than_torch_in_that_type(exported: Exported, precision: str) -> None:
+    for answer in chunkings(EngineGraphOnCpu(exported.graph(precision)), exported.ids):
+        for answered, exact, rounded in zip(answer, exported.said["fp32"], exported.said[precision], strict=True):
+            lost = np.abs(answered - exact).mean()
             assert 0 < lost < 1.25 * np.abs(rounded - exact).mean(), (lost, np.abs(rounded - exact).mean())
 
 
-def test_rewinds_leave_nothing_behind(made: Made) -> None:
+def test_rewinds_leave_nothing_behind(exported: Exported) -> None:
     """Random walks of appending, rewinding and reading more keys than needed end where one pass over the text ends."""
-    model = EngineGraphOnCpu(made.graph("fp32"))
-    expected = made.said["fp32"][0]
+    model = EngineGraphOnCpu(exported.graph("fp32"))
+    expected = exported.said["fp32"][0]
     bound = TOLERANCE * np.abs(expected).max()
 
     @settings(max_examples=20, deadline=None)
@@ -109,26 +113,26 @@ def test_rewinds_leave_nothing_behind(made: Made) -> None:
         for back, count, spare, strange in steps:
             model.length = min(back, model.length)
             if strange:  # tokens that the rewind takes back
-                kept = model.length
-                model.forward(made.ids[:9])
-                model.length = kept
-            piece = made.ids[model.length : model.length + count]
+                length = model.length
+                model.forward(exported.ids[:9])
+                model.length = length
+            piece = exported.ids[model.length : model.length + count]
             if not piece:
                 continue
             start = model.length
-            wanted = sorted({0, len(piece) // 2, len(piece) - 1})
-            logits = model.forward(piece, wanted, keys=min(CAPACITY, start + len(piece) + spare))[0]
-            assert np.abs(logits - expected[[start + at for at in wanted]]).max() < bound
+            positions = sorted({0, len(piece) // 2, len(piece) - 1})
+            logits = model.forward(piece, positions, keys=min(CAPACITY, start + len(piece) + spare))[0]
+            assert np.abs(logits - expected[[start + at for at in positions]]).max() < bound
 
     walk()
 
 
-def test_the_signature_is_the_contract(made: Made) -> None:
-    layers, shape = made.shape.layers, made.shape
+def test_the_signature_is_the_contract(exported: Exported) -> None:
+    layers, shape = exported.shape.layers, exported.shape
     caches = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
     size = -(-shape.head_dim // 8) * 8
     for precision, dtype in (("fp32", ir.DataType.FLOAT), ("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16)):
-        graph = ir.load(made.graph(precision)).graph
+        graph = ir.load(exported.graph(precision)).graph
         assert [v.name for v in graph.inputs] == [
             *("input_ids", "write_index", "key_positions", "logit_positions"),
             *(f"past.{cache}" for cache in caches),
@@ -168,8 +172,8 @@ def test_gemma2_beyond_65504_is_finite_and_right(tmp_path: Path) -> None:
         target.dialect.end_with(own, system.head)
         bind(own, system.router.weights, SCHEMES["tensorrt"][precision], Store(tmp_path), lambda _: None)
         ir.save(own.model, tmp_path / f"{precision}.onnx")
-        found = EngineGraphOnCpu(tmp_path / f"{precision}.onnx").read(ids, 7)
-        for mine, exact in zip(found, (logits, routing), strict=True):
+        answers = EngineGraphOnCpu(tmp_path / f"{precision}.onnx").read(ids, 7)
+        for mine, exact in zip(answers, (logits, routing), strict=True):
             assert np.isfinite(mine).all() and np.abs(mine - exact).mean() < most * exact.std()
 
 
@@ -182,26 +186,26 @@ def test_both_dialects_read_the_same_weights(name: str) -> None:
     assert weights[0] == weights[1] and one.cache == other.cache
 
 
-def test_graphs_say_nothing_of_the_machine_that_made_them(made: Made) -> None:
-    for path in made.bundle.glob("graphs/*.onnx"):
+def test_graphs_say_nothing_of_the_machine_that_made_them(exported: Exported) -> None:
+    for path in exported.bundle.glob("graphs/*.onnx"):
         assert b".py" not in path.read_bytes() and b"/" not in b"".join(name.encode() for name in ir.load(path).metadata_props)
 
 
-def test_attention_is_one_operator_where_nothing_caps_its_scores(made: Made) -> None:
-    graph = ir.load(made.graph("fp16")).graph
-    found = [n.op_type for n in graph]
-    capped = made.shape.family == "gemma2"
-    assert found.count("Attention") == (0 if capped else made.shape.layers)
-    assert found.count("Softmax") == (made.shape.layers if capped else 0)
+def test_attention_is_one_operator_where_nothing_caps_its_scores(exported: Exported) -> None:
+    graph = ir.load(exported.graph("fp16")).graph
+    operators = [n.op_type for n in graph]
+    capped = exported.shape.family == "gemma2"
+    assert operators.count("Attention") == (0 if capped else exported.shape.layers)
+    assert operators.count("Softmax") == (exported.shape.layers if capped else 0)
     for n in graph:  # what sums or exponentiates does so in fp32
         if n.op_type == "Softmax" or (n.op_type == "Tanh" and capped):
             assert n.outputs[0].dtype == ir.DataType.FLOAT
 
 
-def test_a_wide_residual_stream_stays_in_fp32(made: Made) -> None:
+def test_a_wide_residual_stream_stays_in_fp32(exported: Exported) -> None:
     for precision, dtype in (("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16)):
-        graph = ir.load(made.graph(precision)).graph
-        wide = FAMILIES[made.shape.family].wide_residual
+        graph = ir.load(exported.graph(precision)).graph
+        wide = FAMILIES[exported.shape.family].wide_residual
         norms = [n for n in graph if n.op_type == "RMSNormalization"]
         assert {n.inputs[0].dtype for n in norms} == {ir.DataType.FLOAT if wide else dtype}
         products = [n for n in graph if n.op_type == "MatMul" and "routing" not in str(n.inputs[1].name)]

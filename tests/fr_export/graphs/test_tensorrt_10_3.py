@@ -1,4 +1,6 @@
-"""Graphs for TensorRT 10.3 (JetPack 6), run on ONNX Runtime as its engines run, against plain torch: full prefix, no cache."""
+"""Graphs for TensorRT 10.3 (JetPack 6), run on ONNX Runtime as its engines run, against plain torch: full prefix, no
+cache.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +33,10 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = {"llama3": ("fp32", *HALVES), "gemma2": ("fp32", *HALVES, "int8", "int8-wo")}
 
 
-class Made(NamedTuple):
-    """A system exported for TensorRT 10.3, a text, and what torch says of it in each type: logits float32 [S, V], routing [S, n]."""
+class Exported(NamedTuple):
+    """A system exported for TensorRT 10.3, a text, and what torch says of it in each type: logits float32 [S, V],
+    routing [S, n].
+    """
 
     shape: Shape
     bundle: Path
@@ -45,16 +49,18 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Both families; one in every precision."""
     folder, shape = tmp_path_factory.mktemp("jetpack"), SHAPES[request.param]
     router, experts = make_system(folder / "system", shape)
-    wanted = Request(FAMILIES[shape.family], router, experts, PRECISIONS[shape.family], (TARGET,), folder / "bundle", max_seq_len=CAPACITY)
-    report = export(wanted, Stages(Console(quiet=True)))
+    request_ = Request(
+        FAMILIES[shape.family], router, experts, PRECISIONS[shape.family], (TARGET,), folder / "bundle", max_seq_len=CAPACITY
+    )
+    report = export(request_, Stages(Console(quiet=True)))
     system = System.open(FAMILIES[shape.family], router, experts, max_seq_len=CAPACITY)
     ids = [int(i) for i in np.random.default_rng(1).integers(3, shape.vocab, 50)]
     said = {name: ask(system, ids, dtype) for name, dtype in (("fp32", torch.float32), *HALVES.items())}
-    return Made(shape, folder / "bundle", ids, said, report["variants"])
+    return Exported(shape, folder / "bundle", ids, said, report["variants"])
 
 
 @torch.no_grad()
@@ -66,25 +72,25 @@ def ask(system: System, ids: list[int], dtype: torch.dtype) -> tuple[np.ndarray,
     return logits, hidden @ system.head.weight.T + system.head.bias
 
 
-def test_chunks_and_steps_give_torchs_logits_and_routing(made: Made) -> None:
-    model = EngineGraphOnCpu(made.graph("fp32"))
+def test_chunks_and_steps_give_torchs_logits_and_routing(exported: Exported) -> None:
+    model = EngineGraphOnCpu(exported.graph("fp32"))
     for chunk, spare in ((50, 0), (13, 0), (1, 0), (7, 9), (1, CAPACITY)):
-        for found, expected in zip(model.read(made.ids, chunk, spare), made.said["fp32"], strict=True):
-            assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
+        for answered, expected in zip(model.read(exported.ids, chunk, spare), exported.said["fp32"], strict=True):
+            assert np.abs(answered - expected).max() < TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("precision", HALVES)
-def test_half_precision_loses_no_more_than_torch_in_that_type(made: Made, precision: str) -> None:
-    model = EngineGraphOnCpu(made.graph(precision))
+def test_half_precision_loses_no_more_than_torch_in_that_type(exported: Exported, precision: str) -> None:
+    model = EngineGraphOnCpu(exported.graph(precision))
     for chunk, spare in ((50, 0), (1, 0), (7, 9)):
-        answers = zip(model.read(made.ids, chunk, spare), made.said["fp32"], made.said[precision], (1.25, 1.5), strict=True)
-        for found, exact, rounded, most in answers:  # routing has few values
-            assert 0 < np.abs(found - exact).mean() < most * np.abs(rounded - exact).mean()
+        answers = zip(model.read(exported.ids, chunk, spare), exported.said["fp32"], exported.said[precision], (1.25, 1.5), strict=True)
+        for answered, exact, rounded, most in answers:  # routing has few values
+            assert 0 < np.abs(answered - exact).mean() < most * np.abs(rounded - exact).mean()
 
 
-def test_rewinds_leave_nothing_behind(made: Made) -> None:
+def test_rewinds_leave_nothing_behind(exported: Exported) -> None:
     """Random walks of appending, rewinding and reading more keys than needed end where one pass over the text ends."""
-    model, expected = EngineGraphOnCpu(made.graph("fp32")), made.said["fp32"][0]
+    model, expected = EngineGraphOnCpu(exported.graph("fp32")), exported.said["fp32"][0]
 
     @settings(max_examples=15, deadline=None)
     @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20), st.integers(0, 30), st.booleans()), min_size=1, max_size=6))
@@ -93,10 +99,10 @@ def test_rewinds_leave_nothing_behind(made: Made) -> None:
         for back, count, spare, strange in steps:
             model.length = min(back, model.length)
             if strange:  # tokens that the rewind takes back
-                kept = model.length
-                model.forward(made.ids[:9])
-                model.length = kept
-            piece = made.ids[model.length : model.length + count]
+                length = model.length
+                model.forward(exported.ids[:9])
+                model.length = length
+            piece = exported.ids[model.length : model.length + count]
             if not piece:
                 continue
             start = model.length
@@ -106,23 +112,23 @@ def test_rewinds_leave_nothing_behind(made: Made) -> None:
     walk()
 
 
-def test_operators_and_opset_are_those_that_10_3_reads(made: Made) -> None:
-    variants = Manifest.read(made.bundle).variants
-    assert [(v.target, v.precision) for v in variants] == [(TARGET, precision) for precision in PRECISIONS[made.shape.family]]
+def test_operators_and_opset_are_those_that_10_3_reads(exported: Exported) -> None:
+    variants = Manifest.read(exported.bundle).variants
+    assert [(v.target, v.precision) for v in variants] == [(TARGET, precision) for precision in PRECISIONS[exported.shape.family]]
     for variant in variants:
-        models = [ir.load(made.bundle / name) for name in variant.graphs.values()]
-        found = {n.op_type for model in models for n in model.graph}
-        assert found == set(variant.operators) and found <= known("10.3")
+        models = [ir.load(exported.bundle / name) for name in variant.graphs.values()]
+        operators = {n.op_type for model in models for n in model.graph}
+        assert operators == set(variant.operators) and operators <= known("10.3")
         for model in models:
             assert model.opset_imports == {"": table()["versions"]["10.3"]["opset"]} and {n.domain for n in model.graph} == {""}
-    assert {n.op_type for n in ir.load(made.bundle / "graphs/fusion.onnx").graph} <= known("10.3")
+    assert {n.op_type for n in ir.load(exported.bundle / "graphs/fusion.onnx").graph} <= known("10.3")
 
 
-def test_the_signature_is_that_of_tensorrt_with_new_rows_in_place_of_buffers(made: Made) -> None:
-    shape, size = made.shape, -(-made.shape.head_dim // 8) * 8
+def test_the_signature_is_that_of_tensorrt_with_new_rows_in_place_of_buffers(exported: Exported) -> None:
+    shape, size = exported.shape, -(-exported.shape.head_dim // 8) * 8
     caches = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
     for precision, dtype in (("fp32", ir.DataType.FLOAT), ("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16)):
-        graph = ir.load(made.graph(precision)).graph
+        graph = ir.load(exported.graph(precision)).graph
         own = ["input_ids", "write_index", "key_positions", "logit_positions"]
         assert [v.name for v in graph.inputs] == [*own, *(f"past.{cache}" for cache in caches)]
         assert [v.name for v in graph.outputs] == ["logits", "routing", *(f"new.{cache}" for cache in caches)]
@@ -132,7 +138,7 @@ def test_the_signature_is_that_of_tensorrt_with_new_rows_in_place_of_buffers(mad
                 assert value.dtype == dtype and [str(d) for d in value.shape] == [str(d) for d in (1, shape.kv_heads, rows, size)]
 
 
-def test_the_report_holds_every_precision_against_torch(made: Made) -> None:
-    for entry in made.report:
+def test_the_report_holds_every_precision_against_torch(exported: Exported) -> None:
+    for entry in exported.report:
         assert entry["not_compared"] is None
         assert entry["compared"]["decode"]["routing_agreement"] > 0.8  # type: ignore[index]

@@ -1,7 +1,8 @@
 """Half precision throughout (`ort:cuda`): graphs that run on a GPU, held against torch on a CPU.
 
-fp16 graphs run here as they are shipped (without ONNX Runtime's layout optimisations: 1.32 crashes on them in fp16), though the CPU provider
-leaves out the rounding in front of products. Emulated copies, in fp16 and bf16, round every result as a GPU does: see fr_export/verify/half_on_cpu.py.
+fp16 graphs run here as they are shipped (without ONNX Runtime's layout optimisations: 1.32 crashes on them in fp16),
+though the CPU provider leaves out the rounding in front of products. Emulated copies, in fp16 and bf16, round every
+result as a GPU does: see fr_export/verify/half_on_cpu.py.
 """
 
 import shutil
@@ -43,7 +44,7 @@ SHAPES = {
 }
 
 
-class Made(NamedTuple):
+class Exported(NamedTuple):
     """A system exported for the GPU, and a text."""
 
     shape: Shape
@@ -52,7 +53,7 @@ class Made(NamedTuple):
     ids: list[int]
 
 
-def make(folder: Path, shape: Shape, family: Family | None = None, checkpoints: tuple[str, dict[str, str]] | None = None) -> Made:
+def make(folder: Path, shape: Shape, family: Family | None = None, checkpoints: tuple[str, dict[str, str]] | None = None) -> Exported:
     """Export a system in fp16 and bf16 without comparing it."""
     router, experts = checkpoints or make_system(folder / "system", shape)
     family = family or FAMILIES[shape.family]
@@ -60,11 +61,11 @@ def make(folder: Path, shape: Shape, family: Family | None = None, checkpoints: 
         request = Request(family, router, experts, HALVES, ("ort:cuda",), folder / "bundle", max_seq_len=CAPACITY)
         export(request, Stages(Console(quiet=True)))
     ids = [int(i) for i in np.random.default_rng(1).integers(3, shape.vocab, 50)]
-    return Made(shape, System.open(family, router, experts, max_seq_len=CAPACITY), folder / "bundle", ids)
+    return Exported(shape, System.open(family, router, experts, max_seq_len=CAPACITY), folder / "bundle", ids)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Every shape once."""
     return make(tmp_path_factory.mktemp("half"), SHAPES[request.param])
 
@@ -75,7 +76,9 @@ def graph_of(bundle: Path, precision: str, model: str = "router") -> ir.Model:
 
 
 def run_fp16(bundle: Path, ids: Sequence[int], chunk: int, model: str = "router", extra: str | None = None) -> dict[str, np.ndarray]:
-    """What a shipped fp16 graph answers for every position, read in chunks with its KV buffers carried; `extra` names one more output."""
+    """What a shipped fp16 graph answers for every position, read in chunks with its KV buffers carried; `extra` names
+    one more output.
+    """
     file = bundle / f"graphs/{model}.ort-cuda.fp16.onnx"
     if extra is not None:
         changed = ir.load(file)
@@ -97,64 +100,66 @@ def run_fp16(bundle: Path, ids: Sequence[int], chunk: int, model: str = "router"
         end = start + piece.shape[1]
         feeds |= {"input_ids": piece, "seqlens_k": np.array([end - 1], np.int32), "total_sequence_length": np.array(end, np.int32)}
         feeds["logit_positions"] = np.arange(piece.shape[1])
-        found = dict(zip(names, session.run(None, feeds), strict=True))
-        feeds |= {value.name: found[value.name.replace("past.", "present.")] for value in past}
+        outputs = dict(zip(names, session.run(None, feeds), strict=True))
+        feeds |= {value.name: outputs[value.name.replace("past.", "present.")] for value in past}
         for name, collected in parts.items():
-            collected.append(found[name][0])
+            collected.append(outputs[name][0])
     return {name: np.concatenate(collected) for name, collected in parts.items()}
 
 
 @torch.no_grad()
-def run_torch(made: Made, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """The router as transformers runs it in a type, full prefix and no cache: logits [S, V] and final hidden states [S, H], fp32."""
-    model = load(made.system.router).to(dtype)
-    ids = torch.tensor([made.ids])
+def run_torch(exported: Exported, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The router as transformers runs it in a type, full prefix and no cache: logits [S, V] and final hidden states [S,
+    H], fp32.
+    """
+    model = load(exported.system.router).to(dtype)
+    ids = torch.tensor([exported.ids])
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     return model(input_ids=ids, use_cache=False).logits[0].float().numpy(), hidden[0].float().numpy()
 
 
-def gap(found: np.ndarray, expected: np.ndarray) -> float:
+def gap(values: np.ndarray, expected: np.ndarray) -> float:
     """Mean |difference| in standard deviations of what was expected."""
-    return float(np.abs(found - expected).mean() / expected.std())
+    return float(np.abs(values - expected).mean() / expected.std())
 
 
-def test_fp16_graphs_agree_with_torch_in_chunks_and_steps(made: Made) -> None:
-    logits, hidden = run_torch(made, torch.float32)
-    routing = hidden @ made.system.head.weight.T + made.system.head.bias
-    for chunk in (len(made.ids), 7, 1):
-        found = run_fp16(made.bundle, made.ids, chunk)
-        assert found["logits"].dtype == found["routing"].dtype == np.float32
-        assert gap(found["logits"], logits) < 0.002 and np.abs(found["logits"] - logits).max() < 0.03 * logits.std()
-        assert gap(found["routing"], routing) < 0.004
+def test_fp16_graphs_agree_with_torch_in_chunks_and_steps(exported: Exported) -> None:
+    logits, hidden = run_torch(exported, torch.float32)
+    routing = hidden @ exported.system.head.weight.T + exported.system.head.bias
+    for chunk in (len(exported.ids), 7, 1):
+        outputs = run_fp16(exported.bundle, exported.ids, chunk)
+        assert outputs["logits"].dtype == outputs["routing"].dtype == np.float32
+        assert gap(outputs["logits"], logits) < 0.002 and np.abs(outputs["logits"] - logits).max() < 0.03 * logits.std()
+        assert gap(outputs["routing"], routing) < 0.004
 
 
-def test_emulation_computes_what_the_fp16_graph_does_and_bf16_errs_no_more_than_torch(made: Made, tmp_path: Path) -> None:
+def test_emulation_computes_what_the_fp16_graph_does_and_bf16_errs_no_more_than_torch(exported: Exported, tmp_path: Path) -> None:
     """The whole system, through the runtime; λ = 1 leaves the router's logits."""
-    logits, _ = run_torch(made, torch.float32)
-    theirs, _ = run_torch(made, torch.bfloat16)
-    bundle = Path(shutil.copytree(made.bundle, tmp_path / "bundle"))
+    logits, _ = run_torch(exported, torch.float32)
+    theirs, _ = run_torch(exported, torch.bfloat16)
+    bundle = Path(shutil.copytree(exported.bundle, tmp_path / "bundle"))
     emulate(bundle)
-    shipped = run_fp16(made.bundle, made.ids, len(made.ids))["logits"]
-    (fused,) = reference(made.system, [made.ids], (0.5, 0.5))
+    shipped = run_fp16(exported.bundle, exported.ids, len(exported.ids))["logits"]
+    (fused,) = reference(exported.system, [exported.ids], (0.5, 0.5))
     for precision in HALVES:
         with FusionRuntime.load(bundle, precision, lam=1.0, threads=1) as runtime:
-            found = [runtime.score(made.ids, chunk=chunk).logits for chunk in (len(made.ids), 7, 1)]
+            chunked = [runtime.score(exported.ids, chunk=chunk).logits for chunk in (len(exported.ids), 7, 1)]
         if precision == "fp16":
-            assert max(gap(logits_, shipped) for logits_ in found) < 0.003
+            assert max(gap(logits_, shipped) for logits_ in chunked) < 0.003
         else:
-            assert 0 < max(gap(logits_, theirs) for logits_ in found) < 0.03
-            assert max(gap(logits_, logits) for logits_ in found) < 1.2 * gap(theirs, logits)
+            assert 0 < max(gap(logits_, theirs) for logits_ in chunked) < 0.03
+            assert max(gap(logits_, logits) for logits_ in chunked) < 1.2 * gap(theirs, logits)
         with FusionRuntime.load(bundle, precision, threads=1) as runtime:
-            scores = runtime.score(made.ids)
+            scores = runtime.score(exported.ids)
         same = scores.experts == fused.experts
         assert same.mean() > 0.95 and gap(scores.logits[same], fused.logits[same]) < {"fp16": 0.003, "bf16": 0.03}[precision]
 
 
-def test_activations_are_narrow_and_the_islands_are_not(made: Made) -> None:
+def test_activations_are_narrow_and_the_islands_are_not(exported: Exported) -> None:
     half_types = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
     for precision, half in half_types.items():
         for model in ("router", "expert0"):
-            graph = graph_of(made.bundle, precision, model).graph
+            graph = graph_of(exported.bundle, precision, model).graph
             for n in graph:
                 kinds = {v.dtype for v in (*n.inputs, *n.outputs) if v is not None and v.name and v.dtype in (ir.DataType.FLOAT, half)}
                 if n.op_type == "FusedMatMul":
@@ -162,43 +167,45 @@ def test_activations_are_narrow_and_the_islands_are_not(made: Made) -> None:
                 elif n.op_type == "GroupQueryAttention":
                     assert kinds == {half}
                 elif n.op_type.endswith("SimplifiedLayerNormalization"):
-                    assert kinds == {ir.DataType.FLOAT if made.shape.family == "gemma2" else half}
+                    assert kinds == {ir.DataType.FLOAT if exported.shape.family == "gemma2" else half}
             types = {value.name: value.dtype for value in (*graph.inputs, *graph.outputs)}
             assert {types.pop(name) for name in ("logits", "routing") if name in types} == {ir.DataType.FLOAT}
             assert {kind for name, kind in types.items() if name.startswith(("past.", "present."))} == {half}
 
 
-def test_the_routing_head_multiplies_in_fp32(made: Made) -> None:
-    found = run_fp16(made.bundle, made.ids, len(made.ids), extra="hidden")
-    assert found["hidden"].dtype == np.float32
-    head = made.system.head
-    exact = found["hidden"].astype(np.float64) @ head.weight.T.astype(np.float64) + head.bias
-    assert np.abs(found["routing"] - exact).max() < 1e-5 * np.abs(exact).max()
+def test_the_routing_head_multiplies_in_fp32(exported: Exported) -> None:
+    outputs = run_fp16(exported.bundle, exported.ids, len(exported.ids), extra="hidden")
+    assert outputs["hidden"].dtype == np.float32
+    head = exported.system.head
+    exact = outputs["hidden"].astype(np.float64) @ head.weight.T.astype(np.float64) + head.bias
+    assert np.abs(outputs["routing"] - exact).max() < 1e-5 * np.abs(exact).max()
 
 
-def test_weights_stand_once_and_as_torch_rounds_them(made: Made) -> None:
+def test_weights_stand_once_and_as_torch_rounds_them(exported: Exported) -> None:
     """Matrices of the router and its tied embedding; norms too where they are narrow."""
-    tied = made.system.router.config.tie_word_embeddings
+    tied = exported.system.router.config.tie_word_embeddings
     for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        values = graph_of(made.bundle, precision).graph.initializers.values()
+        values = graph_of(exported.bundle, precision).graph.initializers.values()
         read = {v.name: v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)}
-        files = {(made.bundle / "graphs" / str(tensor.location)) for tensor in read.values()}
-        embedding = made.system.router.weights.read("model.embed_tokens.weight")
+        files = {(exported.bundle / "graphs" / str(tensor.location)) for tensor in read.values()}
+        embedding = exported.system.router.weights.read("model.embed_tokens.weight")
         same_size = [file for file in files if file.stat().st_size == 2 * embedding.size]
         assert len(same_size) == (1 if tied else 2)
         exact = torch.from_numpy(embedding).to(dtype).view(torch.int16).numpy().tobytes()
         assert exact in [file.read_bytes() for file in same_size]
     used = {
         str(v.const_value.location)
-        for path in (made.bundle / "graphs").glob("*.ort-cuda.????.onnx")
+        for path in (exported.bundle / "graphs").glob("*.ort-cuda.????.onnx")
         for v in ir.load(path).graph.initializers.values()
         if isinstance(v.const_value, ir.ExternalTensor)
     }
-    assert used == {f"weights/{path.name}" for path in (made.bundle / "graphs/weights").iterdir()}
+    assert used == {f"weights/{path.name}" for path in (exported.bundle / "graphs/weights").iterdir()}
 
 
 def test_gemma2_beyond_65504_is_finite_and_right_and_a_naive_conversion_is_not(tmp_path: Path) -> None:
-    """Residual stream and gate · up both leave fp16's range; what a plain fp16 graph does then is shown by one without the islands."""
+    """Residual stream and gate · up both leave fp16's range; what a plain fp16 graph does then is shown by one without
+    the islands.
+    """
     shape = Shape("gemma2", experts=2, layers=3)
     checkpoints = make_system(tmp_path / "system", shape)
     for folder in map(Path, (checkpoints[0], *checkpoints[1].values())):
@@ -222,23 +229,23 @@ def test_gemma2_beyond_65504_is_finite_and_right_and_a_naive_conversion_is_not(t
     with FusionRuntime.load(islands.bundle, "fp16", lam=1.0, threads=1) as runtime:
         scores = [runtime.score(islands.ids, chunk=chunk) for chunk in (50, 1)]
     runs += [{"logits": one.logits, "routing": one.routing} for one in scores]
-    for found in runs:
-        assert np.isfinite(found["logits"]).all()
-        assert gap(found["logits"], logits) < 0.01 and gap(found["routing"], routing) < 0.01
-        assert (found["routing"].argmax(-1) == routing.argmax(-1)).all()
+    for outputs in runs:
+        assert np.isfinite(outputs["logits"]).all()
+        assert gap(outputs["logits"], logits) < 0.01 and gap(outputs["routing"], routing) < 0.01
+        assert (outputs["routing"].argmax(-1) == routing.argmax(-1)).all()
     with FusionRuntime.load(naive.bundle, "fp16", lam=1.0, threads=1) as runtime:
         assert not np.isfinite(runtime.score(islands.ids).logits).any()
 
 
 @torch.no_grad()
-def largest_activations(made: Made) -> tuple[float, float]:
+def largest_activations(exported: Exported) -> tuple[float, float]:
     """Largest |value| of the router's residual stream, and of what enters down_proj."""
-    model = load(made.system.router)
+    model = load(exported.system.router)
     stream, gated = [0.0], [0.0]
     for layer in model.model.layers:
         layer.register_forward_hook(lambda _, __, out: stream.append(float((out[0] if isinstance(out, tuple) else out).abs().max())))
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: gated.append(float(args[0].abs().max())))
-    model(input_ids=torch.tensor([made.ids]), use_cache=False)
+    model(input_ids=torch.tensor([exported.ids]), use_cache=False)
     return max(stream), max(gated)
 
 
@@ -261,9 +268,9 @@ def test_rounding_is_that_of_torch(values: list[float], name: str) -> None:
     array = np.array(values, np.float32)
     exact = torch.from_numpy(array).to({"fp16": torch.float16, "bf16": torch.bfloat16}[name])
     if torch.isfinite(exact).all():
-        found = rounded(array, name, "w")
-        assert found.dtype == {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}[name]
-        assert np.array_equal(found.astype(np.float32), exact.float().numpy())
+        half = rounded(array, name, "w")
+        assert half.dtype == {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}[name]
+        assert np.array_equal(half.astype(np.float32), exact.float().numpy())
     else:
         with pytest.raises(InputError, match="'w' holds values beyond fp16's"):
             rounded(array, name, "w")

@@ -27,14 +27,14 @@ def operators(shape: Shape) -> Counter[str]:
 @pytest.mark.parametrize("family", ["llama3", "gemma2"])
 def test_passes_leave_only_what_pays(family: str) -> None:
     layers = 3
-    found = operators(Shape(family, layers=layers, config={"tie_word_embeddings": True}))
-    assert found["GroupQueryAttention"] == layers
-    assert found["FusedMatMul"] == 5 * layers + 1, "packed QKV, output, gate, up, down; and the head"
+    counts = operators(Shape(family, layers=layers, config={"tie_word_embeddings": True}))
+    assert counts["GroupQueryAttention"] == layers
+    assert counts["FusedMatMul"] == 5 * layers + 1, "packed QKV, output, gate, up, down; and the head"
     norms_per_layer = 4 if family == "gemma2" else 2
-    assert found["SkipSimplifiedLayerNormalization"] == 2 * layers
-    assert found["SimplifiedLayerNormalization"] == (norms_per_layer - 2) * layers + 1
-    assert found["Reshape"] == 0
-    assert found["Transpose"] <= 2, "only the selection of logit positions may transpose"
+    assert counts["SkipSimplifiedLayerNormalization"] == 2 * layers
+    assert counts["SimplifiedLayerNormalization"] == (norms_per_layer - 2) * layers + 1
+    assert counts["Reshape"] == 0
+    assert counts["Transpose"] <= 2, "only the selection of logit positions may transpose"
 
 
 def test_one_trace_serves_all_models_of_one_architecture(tmp_path: Path) -> None:

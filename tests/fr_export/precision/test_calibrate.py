@@ -1,4 +1,6 @@
-"""A calibration against torch on exactly the served positions; taken from its cache, killed and taken up again, and refused elsewhere."""
+"""A calibration against torch on exactly the served positions; taken from its cache, killed and taken up again, and
+refused elsewhere.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -48,7 +50,7 @@ def quiet() -> Stages:
 
 
 @dataclass(frozen=True)
-class Made:
+class Case:
     system: System
     graphs: dict[str, Graph]
     bundle: Path
@@ -60,7 +62,7 @@ class Made:
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A system whose last expert is never chosen, and its bundle."""
     folder, shape = tmp_path_factory.mktemp("calibrate"), SHAPES[request.param]
     router, experts = make_system(folder, shape)
@@ -70,12 +72,12 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     system = System.open(FAMILIES[shape.family], router, experts, max_seq_len=48)
     graphs = Traces(system, quiet()).of()
     with patch.object(Traces, "of", return_value=graphs):
-        return Made(system, graphs, export_checkpoints(folder / "bundle", shape, router, experts, ("int8",), max_seq_len=48))
+        return Case(system, graphs, export_checkpoints(folder / "bundle", shape, router, experts, ("int8",), max_seq_len=48))
 
 
 @pytest.fixture(scope="module")
-def whole(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Table:
-    return made.calibrate(tmp_path_factory.mktemp("cache"))
+def whole(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Table:
+    return case.calibrate(tmp_path_factory.mktemp("cache"))
 
 
 def same(one: Table, other: Table) -> None:
@@ -91,11 +93,11 @@ def same(one: Table, other: Table) -> None:
                 np.testing.assert_array_equal(value, vars(other.models[model][matrix])[name])
 
 
-def test_every_model_is_seen_where_it_serves(made: Made, whole: Table) -> None:
-    for number, model in enumerate(made.system.models):
+def test_every_model_is_seen_where_it_serves(case: Case, whole: Table) -> None:
+    for number, model in enumerate(case.system.models):
         network = load(model)
         inputs = [linear_inputs(network, text.ids.astype(np.int64)) for text in whole.texts]
-        for matrix, width in matrices(made.graphs[model.name]).items():
+        for matrix, width in matrices(case.graphs[model.name]).items():
             rows = [np.zeros((0, width), np.float32)]
             for text, inside in zip(whole.texts, inputs, strict=True):
                 answered = [t for t, expert in enumerate(text.experts) if (expert != NOBODY if number == 0 else expert == number - 1)]
@@ -113,28 +115,28 @@ def test_every_model_is_seen_where_it_serves(made: Made, whole: Table) -> None:
     assert {int(expert) for text in whole.texts for expert in text.experts} == {NOBODY, 0, 1}
 
 
-def test_the_texts_are_what_the_system_generates(made: Made, whole: Table) -> None:
+def test_the_texts_are_what_the_system_generates(case: Case, whole: Table) -> None:
     assert len(whole.texts) == len(PROMPTS)
-    found = reference(made.system, [text.ids.tolist() for text in whole.texts], (0.5, 0.5))
+    references = reference(case.system, [text.ids.tolist() for text in whole.texts], (0.5, 0.5))
     answered = [
         (text.experts[t], one.experts[t])
-        for text, one in zip(whole.texts, found, strict=True)
+        for text, one in zip(whole.texts, references, strict=True)
         for t in np.flatnonzero(text.experts != NOBODY)
     ]
     assert np.mean([mine == torchs for mine, torchs in answered]) > 0.9  # the bundle is int8
     for prompt, text in zip(PROMPTS, whole.texts, strict=True):
         first = int(np.flatnonzero(text.experts != NOBODY)[0]) + 1
         assert 1 <= len(text.ids) - first <= NEW
-        if made.system.router.tokenizer is not None:
-            assert text.ids[:first].tolist() == made.system.router.tokenizer.encode(prompt).ids
+        if case.system.router.tokenizer is not None:
+            assert text.ids[:first].tolist() == case.system.router.tokenizer.encode(prompt).ids
         else:
             assert first == 48 // 2, "random ids, as many as leave room"
 
 
-def test_the_second_time_all_is_there(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = made.calibrate(tmp_path)
+def test_the_second_time_all_is_there(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = case.calibrate(tmp_path)
     assert sorted(path.name for path in (tmp_path / first.identity).iterdir()) == sorted(
-        ["texts.safetensors", *(f"model-{model.name}.safetensors" for model in made.system.models)]
+        ["texts.safetensors", *(f"model-{model.name}.safetensors" for model in case.system.models)]
     )
 
     def never(*_: Any, **__: Any) -> Any:
@@ -142,7 +144,7 @@ def test_the_second_time_all_is_there(made: Made, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(FusionRuntime, "load", never)
     monkeypatch.setattr(calibrating, "observe", never)
-    same(made.calibrate(tmp_path), first)
+    same(case.calibrate(tmp_path), first)
 
 
 class Killed(BaseException):
@@ -169,24 +171,24 @@ class Counting(Stages):
             yield counted
 
 
-def test_killed_and_taken_up_again(made: Made, whole: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_taken_up_again(case: Case, whole: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrating, "TOGETHER", 2)
     monkeypatch.setattr(calibrating, "observe", partial(observe, every=0.0))
     counting = Counting()
-    same(made.calibrate(tmp_path / "whole", counting), whole)
+    same(case.calibrate(tmp_path / "whole", counting), whole)
     for last in range(2, counting.steps + 1, 5):
         cache, killed, after = tmp_path / str(last), Counting(last), Counting()
         with pytest.raises(Killed):
-            made.calibrate(cache, killed)
-        same(made.calibrate(cache, after), whole)
+            case.calibrate(cache, killed)
+        same(case.calibrate(cache, after), whole)
         if last > 4:
             assert after.steps < counting.steps, "what was done is not done again"
         assert not list(cache.rglob("*.states")) and not list(cache.rglob(".*"))
 
 
-def test_broken_caches_are_made_again(made: Made, whole: Table, tmp_path: Path) -> None:
-    other = made.calibrate(tmp_path / "other", seed=1)
-    made.calibrate(tmp_path)
+def test_broken_caches_are_made_again(case: Case, whole: Table, tmp_path: Path) -> None:
+    other = case.calibrate(tmp_path / "other", seed=1)
+    case.calibrate(tmp_path)
     folder = tmp_path / whole.identity
     for number, file in enumerate(sorted(folder.iterdir())):
         content = file.read_bytes()
@@ -198,54 +200,54 @@ def test_broken_caches_are_made_again(made: Made, whole: Table, tmp_path: Path) 
         ]
         file.write_bytes(damaged[number % len(damaged)])
         (folder / f"{file.stem}.states").write_bytes(b"nonsense")
-    same(made.calibrate(tmp_path), whole)
+    same(case.calibrate(tmp_path), whole)
     (folder / "texts.safetensors").unlink()
     (folder / "texts.safetensors").mkdir()
-    same(made.calibrate(tmp_path), whole)
+    same(case.calibrate(tmp_path), whole)
     (tmp_path / "file").write_text("no folder")
-    same(made.calibrate(tmp_path / "file"), whole)
+    same(case.calibrate(tmp_path / "file"), whole)
 
 
-def test_what_the_identity_depends_on(made: Made, whole: Table) -> None:
-    manifest = Manifest.read(made.bundle)
-    known = identify(made.system, made.graphs, manifest, PROMPTS, "int8", NEW, 0)
+def test_what_the_identity_depends_on(case: Case, whole: Table) -> None:
+    manifest = Manifest.read(case.bundle)
+    known = identify(case.system, case.graphs, manifest, PROMPTS, "int8", NEW, 0)
     assert known == whole.identity
-    file = Path(made.system.experts[1].folder) / "model.safetensors"
+    file = Path(case.system.experts[1].folder) / "model.safetensors"
     times = file.stat().st_atime_ns, file.stat().st_mtime_ns
     variants: list[tuple[Any, ...]] = [
-        (made.system, manifest, PROMPTS[1:], "int8", NEW, 0),
-        (made.system, manifest, PROMPTS, "fp32", NEW, 0),
-        (made.system, manifest, PROMPTS, "int8", NEW - 1, 0),
-        (made.system, manifest, PROMPTS, "int8", NEW, 1),
-        (made.system, manifest.model_copy(update={"lam": 0.3}), PROMPTS, "int8", NEW, 0),
-        (made.system, manifest.model_copy(update={"fusion": "additive"}), PROMPTS, "int8", NEW, 0),
-        (replace(made.system, max_seq_len=47), manifest, PROMPTS, "int8", NEW, 0),
-        (replace(made.system, head=replace(made.system.head, bias=made.system.head.bias + 1)), manifest, PROMPTS, "int8", NEW, 0),
+        (case.system, manifest, PROMPTS[1:], "int8", NEW, 0),
+        (case.system, manifest, PROMPTS, "fp32", NEW, 0),
+        (case.system, manifest, PROMPTS, "int8", NEW - 1, 0),
+        (case.system, manifest, PROMPTS, "int8", NEW, 1),
+        (case.system, manifest.model_copy(update={"lam": 0.3}), PROMPTS, "int8", NEW, 0),
+        (case.system, manifest.model_copy(update={"fusion": "additive"}), PROMPTS, "int8", NEW, 0),
+        (replace(case.system, max_seq_len=47), manifest, PROMPTS, "int8", NEW, 0),
+        (replace(case.system, head=replace(case.system.head, bias=case.system.head.bias + 1)), manifest, PROMPTS, "int8", NEW, 0),
     ]
-    found = [identify(system, made.graphs, *rest) for system, *rest in variants]
+    identities = [identify(system, case.graphs, *rest) for system, *rest in variants]
     os.utime(file, ns=(times[0], times[1] + 1))
-    found.append(identify(made.system, made.graphs, manifest, PROMPTS, "int8", NEW, 0))
+    identities.append(identify(case.system, case.graphs, manifest, PROMPTS, "int8", NEW, 0))
     os.utime(file, ns=times)
-    assert len({known, *found}) == len(variants) + 2
-    assert identify(made.system, made.graphs, manifest, PROMPTS, "int8", NEW, 0) == known
+    assert len({known, *identities}) == len(variants) + 2
+    assert identify(case.system, case.graphs, manifest, PROMPTS, "int8", NEW, 0) == known
 
 
-def test_long_texts_are_cut_to_the_context(made: Made, tmp_path: Path) -> None:
-    table = made.calibrate(tmp_path, prompts=["x" * 200], new_tokens=1000)
+def test_long_texts_are_cut_to_the_context(case: Case, tmp_path: Path) -> None:
+    table = case.calibrate(tmp_path, prompts=["x" * 200], new_tokens=1000)
     assert 25 <= len(table.texts[0].ids) <= 48
 
 
-def test_weights_that_are_not_finite(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise InputError("The activations that enter m are not all finite: expected numbers.")
 
     monkeypatch.setattr(Observer, "see", broken)
     with pytest.raises(InputError, match=r"^The router \(.*\) cannot be calibrated: The activations that enter m are not all finite"):
-        made.calibrate(tmp_path)
+        case.calibrate(tmp_path)
 
 
-def test_a_table_of_another_system_is_refused(made: Made, whole: Table) -> None:
-    check(whole, made.system, made.graphs)
+def test_a_table_of_another_system_is_refused(case: Case, whole: Table) -> None:
+    check(whole, case.system, case.graphs)
     router = whole.models["router"]
     matrix = next(iter(router))
 
@@ -269,7 +271,7 @@ def test_a_table_of_another_system_is_refused(made: Made, whole: Table) -> None:
     }
     for words, table in cases.items():
         with pytest.raises(InputError, match=words) as caught:
-            check(table, made.system, made.graphs)
+            check(table, case.system, case.graphs)
         assert "calibrate this system instead" in str(caught.value) and "\n" not in str(caught.value)
 
 

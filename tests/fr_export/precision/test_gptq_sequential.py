@@ -56,9 +56,9 @@ def test_layers_are_rounded_for_the_inputs_that_rounded_layers_give(family: str,
     model = load(system.router)
 
     def inputs(names: list[str]) -> dict[str, Hessian]:
-        found = {name: Hessian(model.get_submodule(name).in_features) for name in names}
+        hessians = {name: Hessian(model.get_submodule(name).in_features) for name in names}
         hooks = [
-            model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: found[name].see(args[0][0].numpy()))
+            model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: hessians[name].see(args[0][0].numpy()))
             for name in names
         ]
         with torch.no_grad():
@@ -66,7 +66,7 @@ def test_layers_are_rounded_for_the_inputs_that_rounded_layers_give(family: str,
                 model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
         for hook in hooks:
             hook.remove()
-        return found
+        return hessians
 
     parts = {"self_attn.qkv_proj": ["q_proj", "k_proj", "v_proj"], "self_attn.o_proj": [], "mlp.gate_proj": [], "mlp.up_proj": []}
     for layer in range(2):
@@ -81,11 +81,13 @@ def test_layers_are_rounded_for_the_inputs_that_rounded_layers_give(family: str,
             hessian = Hessian(weights.shape[1])
             hessian.sum += hessians[source].sum
             expected = quantise(weights, hessian.factor(), FORM)
-            found = done[f"model.{at}.{matrix}.weight"]
-            values = found.widened(weights.shape[1])
-            wanted = (expected.values.astype(np.float32) - expected.zeros[..., None]) * expected.scales.astype(np.float32)[..., None]
-            wanted = wanted.reshape(len(wanted), -1)[:, : weights.shape[1]]
-            assert (np.abs(values - wanted) <= 1e-6).mean() > 0.98, matrix  # but for values that lie between two levels
+            stored = done[f"model.{at}.{matrix}.weight"]
+            values = stored.widened(weights.shape[1])
+            expected_values = (expected.values.astype(np.float32) - expected.zeros[..., None]) * expected.scales.astype(np.float32)[
+                ..., None
+            ]
+            expected_values = expected_values.reshape(len(expected_values), -1)[:, : weights.shape[1]]
+            assert (np.abs(values - expected_values) <= 1e-6).mean() > 0.98, matrix  # but for values that lie between two levels
             sizes = [len(model.get_submodule(name).weight) for name in stack]
             replaced |= dict(zip(stack, np.split(values, np.cumsum(sizes)[:-1]), strict=True))
         for name, values in replaced.items():
@@ -96,10 +98,10 @@ def test_layers_are_rounded_for_the_inputs_that_rounded_layers_give(family: str,
 
 def request(folder: Path, shape: Shape, precisions: tuple[str, ...], calibration: str) -> tuple[Request, list[Path]]:
     router, experts = make_system(folder, shape)
-    made = Request(
+    export_request = Request(
         FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), folder / "bundle", calibration=calibration, force=True
     )
-    return made, [Path(router), *map(Path, experts.values())]
+    return export_request, [Path(router), *map(Path, experts.values())]
 
 
 def prompts(folder: Path) -> str:
@@ -113,24 +115,26 @@ def weights_of(bundle: Path, pattern: str) -> dict[str, bytes]:
 
 
 def test_an_export_calibrates_keeps_its_table_and_can_use_it_again(tmp_path: Path) -> None:
-    made, _ = request(tmp_path, Shape(experts=2, tokenizer=True, config={"tie_word_embeddings": True}), ("int8", "int4"), prompts(tmp_path))
-    report = export(made, Stages(Console(quiet=True)))
+    export_request, _ = request(
+        tmp_path, Shape(experts=2, tokenizer=True, config={"tie_word_embeddings": True}), ("int8", "int4"), prompts(tmp_path)
+    )
+    report = export(export_request, Stages(Console(quiet=True)))
     names = [stage["name"] for stage in report["stages"]]
     assert "recording what the system does" in names and "calibrating router" in names
-    assert not (made.out / "recording").exists()
+    assert not (export_request.out / "recording").exists()
     assert 4.3 < report["variants"][1]["bits_per_weight"] <= 5.0
-    table = Table.load(made.out / TABLE)
+    table = Table.load(export_request.out / TABLE)
     assert len(table.texts) == 5 and list(table.models) == ["router", "expert0", "expert1"]
-    first = weights_of(made.out, "*.onnx") | weights_of(made.out, "weights/*")
+    first = weights_of(export_request.out, "*.onnx") | weights_of(export_request.out, "weights/*")
     saved = tmp_path / "saved.safetensors"
-    shutil.copyfile(made.out / TABLE, saved)
-    again = Request(**{**made.__dict__, "calibration": str(saved)})
+    shutil.copyfile(export_request.out / TABLE, saved)
+    again = Request(**{**export_request.__dict__, "calibration": str(saved)})
     report = export(again, Stages(Console(quiet=True)))
     assert not any("recording" in stage["name"] for stage in report["stages"])
-    assert weights_of(made.out, "*.onnx") | weights_of(made.out, "weights/*") == first
-    nearest = export(Request(**{**made.__dict__, "calibration": "none"}), Stages(Console(quiet=True)))
-    assert not (made.out / TABLE).exists() and nearest["variants"][1]["bits_per_weight"] == 4.625
-    assert weights_of(made.out, "weights/*").keys() != first.keys()
+    assert weights_of(export_request.out, "*.onnx") | weights_of(export_request.out, "weights/*") == first
+    nearest = export(Request(**{**export_request.__dict__, "calibration": "none"}), Stages(Console(quiet=True)))
+    assert not (export_request.out / TABLE).exists() and nearest["variants"][1]["bits_per_weight"] == 4.625
+    assert weights_of(export_request.out, "weights/*").keys() != first.keys()
     other, _ = request(tmp_path / "other", Shape(experts=2, hidden=96, tokenizer=True), ("int4",), str(saved))
     with pytest.raises(InputError, match="calibrate this system instead"):
         export(other, Stages(Console(quiet=True)))
@@ -139,28 +143,28 @@ def test_an_export_calibrates_keeps_its_table_and_can_use_it_again(tmp_path: Pat
 
 def test_what_models_share_is_stored_once_and_an_expert_never_asked_rounds_to_nearest(tmp_path: Path) -> None:
     shape = Shape(vocab=400, experts=2, tokenizer=True, config={"tie_word_embeddings": True})
-    made, (router, first, second) = request(tmp_path, shape, ("int8", "int4"), prompts(tmp_path))
+    export_request, (router, first, second) = request(tmp_path, shape, ("int8", "int4"), prompts(tmp_path))
     head = load_file(router / "routing_head.safetensors")
     head["routing_head.bias"] = torch.tensor([1e6, 0.0])
     save_file(head, router / "routing_head.safetensors")
     tensors, embedding = load_file(first / "model.safetensors"), "model.embed_tokens.weight"
     save_file(tensors | {embedding: load_file(router / "model.safetensors")[embedding]}, first / "model.safetensors", {"format": "pt"})
-    export(made, Stages(Console(quiet=True)))
+    export(export_request, Stages(Console(quiet=True)))
     matrix = 400 * 64
     for size, models in ((matrix, 2), (matrix // 2, 2)):  # the router's, which the first expert reads too, and the second expert's
-        assert sum(path.stat().st_size == size for path in (made.out / "graphs/weights").iterdir()) == models
-    stored = {path.read_bytes() for path in (made.out / "graphs/weights").iterdir()}
+        assert sum(path.stat().st_size == size for path in (export_request.out / "graphs/weights").iterdir()) == models
+    stored = {path.read_bytes() for path in (export_request.out / "graphs/weights").iterdir()}
     for name, tensor in load_file(second / "model.safetensors").items():
         if name.endswith("down_proj.weight"):
             assert int8.quantise(tensor.numpy()).values.tobytes() in stored
-    with FusionRuntime.load(made.out, "int4") as runtime:
+    with FusionRuntime.load(export_request.out, "int4") as runtime:
         assert set(runtime.generate([5, 9, 12], max_new_tokens=8).experts) == {"expert0"}
 
 
 def test_weights_beyond_the_range_are_refused_by_name(tmp_path: Path) -> None:
-    made, (router, *_) = request(tmp_path, Shape(experts=1, tokenizer=True), ("int4",), prompts(tmp_path))
+    export_request, (router, *_) = request(tmp_path, Shape(experts=1, tokenizer=True), ("int4",), prompts(tmp_path))
     tensors = load_file(router / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 3e6
     save_file(tensors, router / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"router.* cannot be exported as int4: The weight '.*up_proj.weight' holds values beyond"):
-        export(made, Stages(Console(quiet=True)))
+        export(export_request, Stages(Console(quiet=True)))

@@ -52,15 +52,15 @@ def test_int4_rounds_within_its_range_and_not_worse_than_the_whole_range(weights
     assert zeros is not None and scales.dtype == np.float16 and values.max() <= 15 and zeros.max() <= 15
     exact = blocked(weights, int4.BLOCK).astype(np.float64)
     step = scales.astype(np.float64)[..., None]
-    found = (values.astype(np.float64) - zeros[..., None]) * step
+    widened = (values.astype(np.float64) - zeros[..., None]) * step
     padding = slice(weights.shape[1] - (exact.shape[1] - 1) * int4.BLOCK, None)
-    assert (found[:, -1, padding] == 0).all()
+    assert (widened[:, -1, padding] == 0).all()
     low, high = np.minimum(exact.min(-1), 0)[..., None], np.maximum(exact.max(-1), 0)[..., None]
     whole = ((high - low) / 15).astype(np.float16).astype(np.float64)  # no clipping, no search
     with np.errstate(divide="ignore", invalid="ignore"):
         zero = np.nan_to_num(np.rint(-low / whole))
         plain = np.nan_to_num(np.clip(np.rint(exact / whole) + zero, 0, 15) - zero) * whole
-    assert (np.square(found - exact).sum(-1) <= np.square(plain - exact).sum(-1) * 1.001 + 1e-9).all()
+    assert (np.square(widened - exact).sum(-1) <= np.square(plain - exact).sum(-1) * 1.001 + 1e-9).all()
 
 
 def test_int4_graphs_compute_with_the_rounded_weights(tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_int4_graphs_compute_with_the_rounded_weights(tmp_path: Path) -> None:
     (expected,) = reference(System.open(FAMILIES["llama3"], router, experts), [ids], (0.5, 0.5))
     with FusionRuntime.load(bundle, "int4") as runtime:
         for chunk in (8, 1):
-            found = runtime.score(ids, chunk=chunk).logits
-            assert np.abs(found - expected.logits).mean() < 0.03 * expected.logits.std()
+            logits = runtime.score(ids, chunk=chunk).logits
+            assert np.abs(logits - expected.logits).mean() < 0.03 * expected.logits.std()
 
 
 def test_int4_refuses_weights_beyond_its_range(tmp_path: Path) -> None:
@@ -99,13 +99,13 @@ def test_int4_refuses_weights_beyond_its_range(tmp_path: Path) -> None:
 
 def locations(bundle: Path, precision: str) -> dict[str, dict[str, str]]:
     """Model → initialiser → weight file, read from the exported graphs."""
-    found: dict[str, dict[str, str]] = {}
+    files: dict[str, dict[str, str]] = {}
     for path in sorted((bundle / "graphs").glob(f"*.{precision}.onnx")):
         tensors = ir.load(path).graph.initializers
-        found[path.name.split(".")[0]] = {
+        files[path.name.split(".")[0]] = {
             name: str(value.const_value.location) for name, value in tensors.items() if isinstance(value.const_value, ir.ExternalTensor)
         }
-    return found
+    return files
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2"])
@@ -194,11 +194,11 @@ def test_every_stored_weight_is_named_by_its_hash_and_used(tmp_path: Path) -> No
 def test_a_half_precision_checkpoint_loses_nothing_in_its_own_precision(tmp_path: Path) -> None:
     for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         bundle, _ = export_system(tmp_path / precision, Shape("gemma2", experts=2, dtype=dtype), ("fp32", precision))
-        found = []
+        logits = []
         for which in ("fp32", precision):
             with FusionRuntime.load(bundle, which) as runtime:
-                found.append(runtime.score([5, 9, 200, 31, 7, 7, 120]).logits)
-        assert np.array_equal(found[0], found[1]), precision
+                logits.append(runtime.score([5, 9, 200, 31, 7, 7, 120]).logits)
+        assert np.array_equal(logits[0], logits[1]), precision
 
 
 def test_bf16_rounds_as_torch_does(tmp_path: Path) -> None:

@@ -44,8 +44,9 @@ SHAPES = {
 QUANTISED = ("int8", "int8-wo", "int4")
 
 
-class Made(NamedTuple):
-    """A router in every quantised precision, each calibrated on the same texts: precision → its graph and what its fit says.
+class QuantisedRouter(NamedTuple):
+    """A router in every quantised precision, each calibrated on the same texts: precision → its graph and what its fit
+    says.
 
     Beside each graph stands exact.onnx: the same weights with activations in fp32.
     """
@@ -58,7 +59,7 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def router(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> QuantisedRouter:
     folder, shape = tmp_path_factory.mktemp("quantised"), SHAPES[request.param]
     system = System.open(FAMILIES[shape.family], *make_system(folder / "system", shape), max_seq_len=CAPACITY)
     graph, weights = traced(system), system.router.weights
@@ -82,19 +83,19 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         written[name] = (folder / name / "model.onnx", fitted.about)
     with torch.no_grad():
         logits = load(system.router)(input_ids=torch.tensor([IDS]), use_cache=False).logits[0].numpy()
-    return Made(shape, system, written, fits, logits)
+    return QuantisedRouter(shape, system, written, fits, logits)
 
 
 def weights_of(graph: ir.Graph) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """The quantised matrices of a graph: values int8 [out, in], scales as they are stored, and the block."""
-    found = {}
+    matrices = {}
     for node in graph:
         if node.op_type != "DequantizeLinear" or node.inputs[0].const_value is None:
             continue
         values, scale = (value.const_value.numpy() for value in node.inputs[:2])
         block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else values.shape[1]
-        found[str(node.inputs[0].name).rpartition(".")[0]] = (values.astype(np.int8), scale.astype(np.float32), block)
-    return found
+        matrices[str(node.inputs[0].name).rpartition(".")[0]] = (values.astype(np.int8), scale.astype(np.float32), block)
+    return matrices
 
 
 def widened(values: np.ndarray, scale: np.ndarray, block: int) -> np.ndarray:
@@ -103,29 +104,31 @@ def widened(values: np.ndarray, scale: np.ndarray, block: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
-def test_a_graph_computes_what_torch_computes_with_the_rounded_values(made: Made, precision: str) -> None:
-    """Norms may hold the scales that smoothing moved, so torch takes every weight from the graph; inputs are rounded where the graph does."""
-    path, _ = made.written[precision]
+def test_a_graph_computes_what_torch_computes_with_the_rounded_values(router: QuantisedRouter, precision: str) -> None:
+    """Norms may hold the scales that smoothing moved, so torch takes every weight from the graph; inputs are rounded
+    where the graph does.
+    """
+    path, _ = router.written[precision]
     graph = ir.load(path.with_name("exact.onnx")).graph
-    model = load(made.system.router)
+    model = load(router.system.router)
     matrices = {name: widened(*stored) for name, stored in weights_of(graph).items()}
     vectors = {
         n: v.const_value.numpy().astype(np.float32) for n, v in graph.initializers.items() if v.const_value is not None and len(v.shape) < 2
     }
     steps = {
-        str(n.inputs[1].name).removesuffix(".turned"): float(found.inputs[1].const_value.numpy().astype(np.float32))
+        str(n.inputs[1].name).removesuffix(".turned"): float(rounding.inputs[1].const_value.numpy().astype(np.float32))
         for n in graph
-        if n.op_type == "MatMul" and (found := n.inputs[0].producer()) is not None and found.op_type == "DequantizeLinear"
+        if n.op_type == "MatMul" and (rounding := n.inputs[0].producer()) is not None and rounding.op_type == "DequantizeLinear"
     }
     assert bool(steps) == (precision == "int8")
-    offset = made.system.family.norm_offset
+    offset = router.system.family.norm_offset
     for name, module in model.named_modules():
         own = f"model.{name}.weight"
         if isinstance(module, torch.nn.Linear):
             name, part = own, slice(None)
             if own not in matrices and "self_attn" in own:  # packed with its neighbours
                 name = re.sub("[qkv]_proj", "qkv_proj", own)
-                kv, q = made.shape.kv_heads * made.shape.head_dim, made.shape.heads * made.shape.head_dim
+                kv, q = router.shape.kv_heads * router.shape.head_dim, router.shape.heads * router.shape.head_dim
                 part = {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}[own[-len("q_proj.weight")]]
             module.weight = torch.nn.Parameter(torch.from_numpy(matrices[name][part].copy()))
             if (step := steps.get(name)) is not None:
@@ -137,7 +140,7 @@ def test_a_graph_computes_what_torch_computes_with_the_rounded_values(made: Made
             module.weight = torch.nn.Parameter(torch.from_numpy(table))
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0].numpy()
-    lost = np.abs(expected - made.logits).mean()
+    lost = np.abs(expected - router.logits).mean()
     for chunk, spare in ((40, 0), (7, 3), (1, CAPACITY)):
         exact, shipped = (EngineGraphOnCpu(file).read(IDS, chunk, spare)[0] for file in (path.with_name("exact.onnx"), path))
         gap = np.abs(exact - expected)
@@ -146,27 +149,27 @@ def test_a_graph_computes_what_torch_computes_with_the_rounded_values(made: Made
         else:
             assert gap.max() < 1e-5 * np.abs(expected).max()
         # half precision loses something by itself, and moves values across steps
-        noise = {"fp16": 6e-3, "bf16": 3e-2}[made.system.family.half] * np.abs(expected).std()
+        noise = {"fp16": 6e-3, "bf16": 3e-2}[router.system.family.half] * np.abs(expected).std()
         assert np.abs(shipped - exact).mean() < max(noise, 0.8 * lost if precision == "int8" else 0)
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
-def test_weights_are_the_checkpoints_and_steps_the_calibrations(made: Made, precision: str) -> None:
+def test_weights_are_the_checkpoints_and_steps_the_calibrations(router: QuantisedRouter, precision: str) -> None:
     """Up to rounding, which GPTQ spreads over a row: by a few steps for one value, by less than a step for most."""
-    graph = ir.load(made.written[precision][0]).graph
-    fit, fitted = made.fits[precision]
+    graph = ir.load(router.written[precision][0]).graph
+    fit, fitted = router.fits[precision]
     stored = weights_of(graph)
     assert stored.keys() == {n for n, s in fit.sources.items() if s.tensors and len(fit.model.graph.initializers[n].shape) == 2}
     for name, (values, scale, block) in stored.items():
-        exact = np.concatenate(list(rows(fit.sources[name], made.system.router.weights)))
+        exact = np.concatenate(list(rows(fit.sources[name], router.system.router.weights)))
         error = np.abs(widened(values, scale, block) - exact) / np.repeat(scale.reshape(len(values), -1), block, axis=1)
         assert error.mean() < 0.6 and np.median(error) < 0.5, (name, error.mean())
         assert np.abs(values).max() > (6 if scale.ndim == 2 else 120), "ranges are used"
     if isinstance(fitted, PlannedInt8):
         steps = {
-            str(n.inputs[1].name).removesuffix(".turned"): float(found.inputs[1].const_value.numpy().astype(np.float32))
+            str(n.inputs[1].name).removesuffix(".turned"): float(rounding.inputs[1].const_value.numpy().astype(np.float32))
             for n in graph
-            if n.op_type == "MatMul" and (found := n.inputs[0].producer()) is not None and found.op_type == "DequantizeLinear"
+            if n.op_type == "MatMul" and (rounding := n.inputs[0].producer()) is not None and rounding.op_type == "DequantizeLinear"
         }
         assert steps.keys() == fitted.plan.scales.keys() and steps
         for name, step in steps.items():
@@ -174,11 +177,11 @@ def test_weights_are_the_checkpoints_and_steps_the_calibrations(made: Made, prec
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
-def test_what_is_stored_is_what_tensorrt_reads(made: Made, precision: str) -> None:
+def test_what_is_stored_is_what_tensorrt_reads(router: QuantisedRouter, precision: str) -> None:
     """Symmetric int8 by row, or int4 in blocks that divide the width, with scales above zero in the activations' type."""
-    path, about = made.written[precision]
+    path, about = router.written[precision]
     graph = ir.load(path).graph
-    half = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[made.system.family.half]
+    half = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[router.system.family.half]
     assert {n.domain for n in graph} == {""}
     for node in graph:
         if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
@@ -206,11 +209,11 @@ floats = st.floats(-1000, 1000, width=32, allow_subnormal=False)
 @settings(deadline=None, max_examples=200)
 @given(arrays.arrays(np.float32, st.integers(1, 20), elements=st.floats(0, 60_000, width=32)))
 def test_scales_are_exact_in_both_halves_and_no_smaller(values: np.ndarray) -> None:
-    found = stepped(values)
-    assert (found >= np.maximum(values, SMALLEST)).all()
-    assert (found <= np.maximum(values * np.float32(1 + 2**-7), values + SMALLEST)).all()
-    assert np.array_equal(found.astype(np.float16).astype(np.float32), found)
-    assert np.array_equal(found.astype(ml_dtypes.bfloat16).astype(np.float32), found)
+    scales = stepped(values)
+    assert (scales >= np.maximum(values, SMALLEST)).all()
+    assert (scales <= np.maximum(values * np.float32(1 + 2**-7), values + SMALLEST)).all()
+    assert np.array_equal(scales.astype(np.float16).astype(np.float32), scales)
+    assert np.array_equal(scales.astype(ml_dtypes.bfloat16).astype(np.float32), scales)
 
 
 @settings(deadline=None, max_examples=100)

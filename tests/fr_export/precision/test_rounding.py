@@ -29,8 +29,8 @@ def test_the_measurement_is_that_of_torch(family: str, tmp_path: Path) -> None:
     system = System.open(FAMILIES[family], router, experts)
     graph, weights = traced(system), system.router.weights
     seen = observe(graph, weights, [list(map(int, ids)) for ids in IDS])
-    found = rounding.measure(fit_context(graph, weights, known(IDS), tmp_path / "store"), seen)
-    assert len(found) == 2 * len(PRODUCTS)
+    noise = rounding.measure(fit_context(graph, weights, known(IDS), tmp_path / "store"), seen)
+    assert len(noise) == 2 * len(PRODUCTS)
     model = load(system.router)
     for layer in range(2):
         exact = passed_on(model, layer, IDS)
@@ -46,7 +46,7 @@ def test_the_measurement_is_that_of_torch(family: str, tmp_path: Path) -> None:
             for hook in hooks:
                 hook.remove()
             expected = float(((changed - exact).square().sum(-1) / exact.square().sum(-1)).mean())
-            assert found[matrix] == pytest.approx(expected, rel=2e-2) and expected > 0, part
+            assert noise[matrix] == pytest.approx(expected, rel=2e-2) and expected > 0, part
 
 
 def test_a_model_that_was_never_asked(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def test_the_measurement_is_that_of_torch(family: str, tmp_path: Path) -> None:
     router, experts = make_system(tmp_path, Shape(family, experts=1, layers=2))
     system = System.open(FAMILIES[family], router, experts)
     graph = traced(system)
-    found = sensitive.measure(graph, system.router.weights, IDS, dict.fromkeys(matrices(graph), int4.FORMAT))
-    assert len(found) == 10  # five products a layer
+    errors = sensitive.measure(graph, system.router.weights, IDS, dict.fromkeys(matrices(graph), int4.FORMAT))
+    assert len(errors) == 10  # five products a layer
     for layer in range(2):
         for part, names in (("self_attn.qkv_proj", ("q", "k", "v")), ("self_attn.o_proj", ("o",)), ("mlp.down_proj", ("down",))):
             model = load(system.router)
@@ -41,7 +41,7 @@ def test_the_measurement_is_that_of_torch(family: str, tmp_path: Path) -> None:
                 weight.data = torch.from_numpy(rounded.copy())
             changed = passed_on(model, layer, IDS)
             expected = float(((changed - exact).square().sum(-1) / exact.square().sum(-1)).mean())
-            assert found[f"model.model.layers.{layer}.{part}.weight"] == pytest.approx(expected, rel=1e-3), part
+            assert errors[f"model.model.layers.{layer}.{part}.weight"] == pytest.approx(expected, rel=1e-3), part
 
 
 def test_the_worst_are_kept_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

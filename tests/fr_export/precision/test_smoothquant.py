@@ -63,15 +63,15 @@ def test_a_smoothed_graph_computes_the_same(shape: Shape, tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module", params=["llama3", "gemma2"])
-def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[System, Graph, dict[str, Observer]]:
+def observed_router(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[System, Graph, dict[str, Observer]]:
     system = opened(tmp_path_factory.mktemp("system"), Shape(request.param, heads=4, kv_heads=2, head_dim=16, layers=1))
     graph = traced(system)
     return system, graph, observe(graph, system.router.weights, [IDS])
 
 
-def test_the_scales_are_those_of_the_paper(made: tuple[System, Graph, dict[str, Observer]]) -> None:
+def test_the_scales_are_those_of_the_paper(observed_router: tuple[System, Graph, dict[str, Observer]]) -> None:
     """Against activations hooked in plain torch and weights from the checkpoint."""
-    system, graph, seen = made
+    system, graph, seen = observed_router
     model = load(system.router)
     inputs: dict[str, np.ndarray] = {}
     for name, module in model.named_modules():
@@ -88,22 +88,22 @@ def test_the_scales_are_those_of_the_paper(made: tuple[System, Graph, dict[str, 
         return np.asarray(x**0.6 / columns**0.4)
 
     down = scale(np.abs(inputs[f"{layer}.mlp.down_proj"]).max(0), np.abs(weight[f"{layer}.mlp.down_proj"]).max(0))
-    found = smoothed.sources[f"model.{layer}.mlp.down_proj.weight"].column_scale
-    assert found is not None and np.allclose(found, down, rtol=1e-4)
+    column_scale = smoothed.sources[f"model.{layer}.mlp.down_proj.weight"].column_scale
+    assert column_scale is not None and np.allclose(column_scale, down, rtol=1e-4)
     # two query heads share a value head, so they share its scales
     columns = np.abs(weight[f"{layer}.self_attn.o_proj"]).max(0).reshape(2, 2, 16).max(1)
     value = scale(np.abs(inputs[f"{layer}.self_attn.o_proj"]).max(0).reshape(2, 2, 16).max(1), columns)
-    found = smoothed.sources[f"model.{layer}.self_attn.o_proj.weight"].column_scale
-    assert found is not None and np.allclose(found.reshape(2, 2, 16), value[:, None], rtol=1e-4)
+    column_scale = smoothed.sources[f"model.{layer}.self_attn.o_proj.weight"].column_scale
+    assert column_scale is not None and np.allclose(column_scale.reshape(2, 2, 16), value[:, None], rtol=1e-4)
     # gate and up read one norm: one scale for both, by the larger of their columns; up's rows were divided before
     both = np.maximum(np.abs(weight[f"{layer}.mlp.gate_proj"]).max(0), np.abs(weight[f"{layer}.mlp.up_proj"] / down[:, None]).max(0))
     for name in ("gate_proj", "up_proj"):
-        found = smoothed.sources[f"model.{layer}.mlp.{name}.weight"].column_scale
-        assert found is not None and np.allclose(found, scale(np.abs(inputs[f"{layer}.mlp.{name}"]).max(0), both), rtol=1e-4)
+        column_scale = smoothed.sources[f"model.{layer}.mlp.{name}.weight"].column_scale
+        assert column_scale is not None and np.allclose(column_scale, scale(np.abs(inputs[f"{layer}.mlp.{name}"]).max(0), both), rtol=1e-4)
 
 
-def test_smoothed_activations_are_divided_by_the_scales(made: tuple[System, Graph, dict[str, Observer]]) -> None:
-    system, graph, seen = made
+def test_smoothed_activations_are_divided_by_the_scales(observed_router: tuple[System, Graph, dict[str, Observer]]) -> None:
+    system, graph, seen = observed_router
     smoothed, chosen = smooth(graph, system.router.weights, seen)
     again = observe(smoothed, system.router.weights, [IDS])
     for name in chosen:
@@ -111,8 +111,8 @@ def test_smoothed_activations_are_divided_by_the_scales(made: tuple[System, Grap
         assert scale is not None and np.allclose(again[name].channel_absmax, seen[name].channel_absmax / scale, rtol=1e-3, atol=1e-5)
 
 
-def test_what_was_not_seen_is_left(made: tuple[System, Graph, dict[str, Observer]]) -> None:
-    system, graph, seen = made
+def test_what_was_not_seen_is_left(observed_router: tuple[System, Graph, dict[str, Observer]]) -> None:
+    system, graph, seen = observed_router
     nothing = {name: Observer(name, len(observer.channel_absmax)) for name, observer in seen.items()}
     for observed in ({}, nothing):
         smoothed, chosen = smooth(graph, system.router.weights, observed)
@@ -120,8 +120,8 @@ def test_what_was_not_seen_is_left(made: tuple[System, Graph, dict[str, Observer
         assert all(source.row_scale is source.column_scale is None for source in smoothed.sources.values())
 
 
-def test_the_expected_error_is_that_of_rounded_products(made: tuple[System, Graph, dict[str, Observer]]) -> None:
-    system, graph, _ = made
+def test_the_expected_error_is_that_of_rounded_products(observed_router: tuple[System, Graph, dict[str, Observer]]) -> None:
+    system, graph, _ = observed_router
     weights = system.router.weights
     source = graph.sources["model.model.layers.0.mlp.up_proj.weight"]
     random = np.random.default_rng(1)
@@ -136,14 +136,14 @@ def test_the_expected_error_is_that_of_rounded_products(made: tuple[System, Grap
         step, widths = np.abs(x / scale).max() / 127, np.abs(w * scale).max(1, keepdims=True) / 127
         product = (np.rint(x / scale / step) * step) @ (np.rint(w * scale / widths) * widths).T
         expected.append(np.square(product - x @ w.T).sum() / np.square(x @ w.T).sum())
-    found = expected_errors(source, weights, Columns.read(source, weights), seen, scales)
-    assert np.allclose(found, expected, rtol=0.3), (found, expected)
-    assert found[1] < found[0] / 5
+    errors = expected_errors(source, weights, Columns.read(source, weights), seen, scales)
+    assert np.allclose(errors, expected, rtol=0.3), (errors, expected)
+    assert errors[1] < errors[0] / 5
 
 
-def test_sources_are_scaled_on_top_of_scales(made: tuple[System, Graph, dict[str, Observer]]) -> None:
+def test_sources_are_scaled_on_top_of_scales(observed_router: tuple[System, Graph, dict[str, Observer]]) -> None:
     """Smoothing twice is still the same function: factors multiply."""
-    system, graph, seen = made
+    system, graph, seen = observed_router
     once, _ = smooth(graph, system.router.weights, seen, (0.5,))
     twice, _ = smooth(once, system.router.weights, observe(once, system.router.weights, [IDS]), (0.8,))
     name = "model.model.layers.0.mlp.down_proj.weight"
@@ -154,7 +154,9 @@ def test_sources_are_scaled_on_top_of_scales(made: tuple[System, Graph, dict[str
 
 
 def test_a_model_with_a_matrix_of_an_earlier_one_takes_its_scales(tmp_path: Path) -> None:
-    """A fine-tune of which only the gate was trained: up and down stay equal to the base's after smoothing by other statistics."""
+    """A fine-tune of which only the gate was trained: up and down stay equal to the base's after smoothing by other
+    statistics.
+    """
     router, experts = make_system(tmp_path, Shape(experts=1, layers=1))
     tensors = load_file(Path(router) / "model.safetensors")
     gate = "model.layers.0.mlp.gate_proj.weight"
@@ -174,9 +176,11 @@ def test_a_model_with_a_matrix_of_an_earlier_one_takes_its_scales(tmp_path: Path
             assert np.array_equal(first, second) == (taken is not None), part
 
 
-def test_groups_that_are_to_be_left(made: tuple[System, Graph, dict[str, Observer]]) -> None:
-    """Down projections stay as they are, and are left as well in a model that shares them; others get the scales they would have had."""
-    system, graph, seen = made
+def test_groups_that_are_to_be_left(observed_router: tuple[System, Graph, dict[str, Observer]]) -> None:
+    """Down projections stay as they are, and are left as well in a model that shares them; others get the scales they
+    would have had.
+    """
+    system, graph, seen = observed_router
     down = [name for name in graph.sources if "down_proj" in name]
     taken: dict[str, Choice] = {}
     smoothed, chosen = smooth(graph, system.router.weights, seen, (0.6,), taken=taken, leave=down)

@@ -41,7 +41,7 @@ SHAPES = {
 }
 
 
-class Made(NamedTuple):
+class PlannedRouter(NamedTuple):
     system: System
     graph: Graph
     seen: dict[str, Observer]
@@ -58,7 +58,7 @@ def uneven(graph: Graph) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def planned_router(request: Any, tmp_path_factory: pytest.TempPathFactory) -> PlannedRouter:
     """A smoothed router, planned and written."""
     folder, shape = tmp_path_factory.mktemp("system"), SHAPES[request.param]
     router, experts = make_system(folder, shape)
@@ -69,7 +69,7 @@ def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     noise = uneven(graph)
     chosen = choose(graph, weights, seen, noise)
     path = written(graph, weights, folder / "out", PlannedW8A8(chosen), system.head)
-    return Made(system, graph, seen, noise, chosen, path, ir.load(path).graph)
+    return PlannedRouter(system, graph, seen, noise, chosen, path, ir.load(path).graph)
 
 
 def rounded(array: np.ndarray) -> np.ndarray:
@@ -79,13 +79,13 @@ def rounded(array: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def simulated(made: Made) -> tuple[np.ndarray, np.ndarray]:
+def simulated(planned_router: PlannedRouter) -> tuple[np.ndarray, np.ndarray]:
     """Logits [S, V] and routing scores of torch's own model with smoothed, rounded weights and rounded inputs."""
-    model = load(made.system.router)
+    model = load(planned_router.system.router)
     checkpoint = {name: parameter.clone().numpy() for name, parameter in model.named_parameters()}
     parameters = dict(model.named_parameters())
     planned: dict[str, str] = {}
-    for name, source in made.graph.sources.items():
+    for name, source in planned_router.graph.sources.items():
         start = 0
         for tensor in source.tensors:
             planned[tensor] = name
@@ -101,33 +101,46 @@ def simulated(made: Made) -> tuple[np.ndarray, np.ndarray]:
             parameters[tensor].copy_(torch.from_numpy(part - np.float32(source.offset)))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            tied = name == "lm_head" and made.system.router.config.tie_word_embeddings
-            step = made.plan.scales.get(planned["model.embed_tokens.weight" if tied else f"{name}.weight"])
+            tied = name == "lm_head" and planned_router.system.router.config.tie_word_embeddings
+            step = planned_router.plan.scales.get(planned["model.embed_tokens.weight" if tied else f"{name}.weight"])
             if step is not None:
                 module.register_forward_pre_hook(lambda _, args, step=step: ((args[0] / step).round().clamp(-128, 127) * step,))
     ids = torch.tensor([IDS])
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0].numpy()
-    routing = hidden @ made.system.head.weight.T + made.system.head.bias
+    routing = hidden @ planned_router.system.head.weight.T + planned_router.system.head.bias
     return model(input_ids=ids, use_cache=False).logits[0].numpy(), routing
 
 
-def test_a_graph_computes_what_torch_computes_with_rounded_values(made: Made) -> None:
-    expected, expected_routing = simulated(made)
-    found, routing = run(made.path, IDS)
-    exact, _ = run(written(made.graph, made.system.router.weights, made.path.parent / "exact", head=made.system.head), IDS)
+def test_a_graph_computes_what_torch_computes_with_rounded_values(planned_router: PlannedRouter) -> None:
+    expected, expected_routing = simulated(planned_router)
+    logits, routing = run(planned_router.path, IDS)
+    exact, _ = run(
+        written(
+            planned_router.graph,
+            planned_router.system.router.weights,
+            planned_router.path.parent / "exact",
+            head=planned_router.system.head,
+        ),
+        IDS,
+    )
     lost = np.abs(expected - exact).mean()
-    # where a value lies between two steps, another order of sums may round it to the other: rare, and as small as a step
-    assert np.abs(found - expected).mean() < 0.1 * lost
+    # where a value lies between two steps, another order of sums may round it to the other: rare, and as small as a
+    # step
+    assert np.abs(logits - expected).mean() < 0.1 * lost
     assert np.abs(routing - expected_routing).mean() < 0.01 * np.abs(expected_routing).mean()
-    assert np.median(np.abs(found - expected)) < 1e-3 * lost or np.abs(found - expected).mean() < 0.02 * lost
+    assert np.median(np.abs(logits - expected)) < 1e-3 * lost or np.abs(logits - expected).mean() < 0.02 * lost
 
 
-def test_the_graph_is_what_the_plan_says(made: Made) -> None:
-    """Every product is a MatMul of int8 weights scaled by row; those planned, and no others, round their input about zero."""
-    products = [n for n in made.written if n.op_type == "MatMul"]
-    assert [n.op_type for n in made.written if n.op_type == "FusedMatMul"] == ["FusedMatMul"]  # the routing head
+def test_the_graph_is_what_the_plan_says(planned_router: PlannedRouter) -> None:
+    """Every product is a MatMul of int8 weights scaled by row; those planned, and no others, round their input about
+    zero.
+    """
+    products = [n for n in planned_router.written if n.op_type == "MatMul"]
+    assert [n.op_type for n in planned_router.written if n.op_type == "FusedMatMul"] == ["FusedMatMul"]  # the routing head
     shapes = {
-        name: shape for name, shape in matrices(made.graph).items() if any(name == n.inputs[1].name[: -len(".turned")] for n in products)
+        name: shape
+        for name, shape in matrices(planned_router.graph).items()
+        if any(name == n.inputs[1].name[: -len(".turned")] for n in products)
     }
     assert len(products) == len(shapes)
     work = {True: 0, False: 0}
@@ -140,7 +153,7 @@ def test_the_graph_is_what_the_plan_says(made: Made) -> None:
         assert values.shape == shapes[name]
         restored = product.inputs[0].producer()
         planned = restored is not None and restored.op_type == "DequantizeLinear"
-        assert planned == (name in made.plan.scales)
+        assert planned == (name in planned_router.plan.scales)
         work[planned] += values.size
         if planned:
             quantised = restored.inputs[0].producer()
@@ -148,60 +161,62 @@ def test_the_graph_is_what_the_plan_says(made: Made) -> None:
             for node in (quantised, restored):
                 scale, zero = (value.const_value.numpy() for value in node.inputs[1:])
                 assert scale.shape == zero.shape == () and zero.dtype == np.int8 and zero == 0
-                assert scale == np.float32(made.plan.scales[name])
+                assert scale == np.float32(planned_router.plan.scales[name])
     share = work[True] / (work[True] + work[False])
-    assert share == pytest.approx(made.plan.share) and share >= 0.6
-    assert {product.matrix for product in made.plan.at_a16} == shapes.keys() - made.plan.scales.keys()
-    for product in made.plan.at_a16:
+    assert share == pytest.approx(planned_router.plan.share) and share >= 0.6
+    assert {product.matrix for product in planned_router.plan.at_a16} == shapes.keys() - planned_router.plan.scales.keys()
+    for product in planned_router.plan.at_a16:
         assert product.work == np.prod(shapes[product.matrix])
 
 
-def test_products_of_one_input_share_its_rounding(made: Made) -> None:
-    inputs = [n.inputs[0].name for n in made.written if n.op_type == "QuantizeLinear"]
+def test_products_of_one_input_share_its_rounding(planned_router: PlannedRouter) -> None:
+    inputs = [n.inputs[0].name for n in planned_router.written if n.op_type == "QuantizeLinear"]
     assert len(inputs) == len(set(inputs))
 
 
-def test_every_weight_is_stored_once_under_its_hash(made: Made) -> None:
+def test_every_weight_is_stored_once_under_its_hash(planned_router: PlannedRouter) -> None:
     stored: dict[str, set[str]] = {}
-    for name, value in made.written.initializers.items():
+    for name, value in planned_router.written.initializers.items():
         if isinstance(value.const_value, ir.ExternalTensor):
             stored.setdefault(str(value.const_value.location), set()).add(name)
-    folder = made.path.parent
+    folder = planned_router.path.parent
     assert {f"weights/{path.name}" for path in (folder / "weights").iterdir()} == stored.keys()
     for location in stored:
         assert hashlib.sha256((folder / location).read_bytes()).hexdigest() == Path(location).stem
-    shapes = matrices(made.graph)
+    shapes = matrices(planned_router.graph)
     values = sum(out * width for out, width in shapes.values())
     mine = [location for location, names in stored.items() if any(name.rsplit(".", 1)[0] in shapes for name in names)]
-    assert sum((folder / location).stat().st_size for location in mine) * 8 == pytest.approx(made.plan.bits * values)
-    if made.system.router.config.tie_word_embeddings:  # the head's product and the look-up read one initialiser
-        lookup = next(n for n in made.written if n.op_type == "Gather" and n.inputs[0].dtype == ir.DataType.INT8)
+    assert sum((folder / location).stat().st_size for location in mine) * 8 == pytest.approx(planned_router.plan.bits * values)
+    if planned_router.system.router.config.tie_word_embeddings:  # the head's product and the look-up read one initialiser
+        lookup = next(n for n in planned_router.written if n.op_type == "Gather" and n.inputs[0].dtype == ir.DataType.INT8)
         assert {n.op_type for n in lookup.inputs[0].consumers()} == {"Gather", "DequantizeLinear"}
 
 
-def test_the_noisiest_products_stay_at_16_bit_activations(made: Made) -> None:
-    weights, kept = made.system.router.weights, made.plan.at_a16
-    assert kept and [p.noise / p.work for p in kept] == sorted((p.noise / p.work for p in kept), reverse=True)
-    everything = choose(made.graph, weights, made.seen, made.noise, share=1)
-    assert not everything.at_a16 and everything.share == 1 and everything.scales.items() >= made.plan.scales.items()
-    nothing = choose(made.graph, weights, made.seen, made.noise, share=0)
+def test_the_noisiest_products_stay_at_16_bit_activations(planned_router: PlannedRouter) -> None:
+    weights, at_a16 = planned_router.system.router.weights, planned_router.plan.at_a16
+    assert at_a16 and [p.noise / p.work for p in at_a16] == sorted((p.noise / p.work for p in at_a16), reverse=True)
+    everything = choose(planned_router.graph, weights, planned_router.seen, planned_router.noise, share=1)
+    assert not everything.at_a16 and everything.share == 1 and everything.scales.items() >= planned_router.plan.scales.items()
+    nothing = choose(planned_router.graph, weights, planned_router.seen, planned_router.noise, share=0)
     assert not nothing.scales and nothing.share == 0
-    assert {p.matrix: p.noise for p in nothing.at_a16 if "layers" in p.matrix}.items() <= made.noise.items()
-    spared = [p for p in nothing.at_a16 if p not in kept]  # those that did not fit, or that come after the last that did
-    assert all(p.work > (made.plan.share - 0.6) * sum(q.work for q in nothing.at_a16) for p in spared)
-    assert all(step == pytest.approx(made.seen[name].absmax() / 127) for name, step in everything.scales.items())
-    clipped = choose(made.graph, weights, made.seen, made.noise, Observer.mse, share=1)
-    assert all(step == pytest.approx(made.seen[name].mse() / 127) for name, step in clipped.scales.items())
+    assert {p.matrix: p.noise for p in nothing.at_a16 if "layers" in p.matrix}.items() <= planned_router.noise.items()
+    spared = [p for p in nothing.at_a16 if p not in at_a16]  # those that did not fit, or that come after the last that did
+    assert all(p.work > (planned_router.plan.share - 0.6) * sum(q.work for q in nothing.at_a16) for p in spared)
+    assert all(step == pytest.approx(planned_router.seen[name].absmax() / 127) for name, step in everything.scales.items())
+    clipped = choose(planned_router.graph, weights, planned_router.seen, planned_router.noise, Observer.mse, share=1)
+    assert all(step == pytest.approx(planned_router.seen[name].mse() / 127) for name, step in clipped.scales.items())
     assert clipped.scales != everything.scales
 
 
-def test_what_calibration_never_saw_stays_at_16_bit_activations(made: Made) -> None:
-    weights, name = made.system.router.weights, "model.model.layers.0.mlp.down_proj.weight"
-    unseen = made.seen | {name: Observer(name, 128)}
-    found = choose(made.graph, weights, unseen, made.noise, share=1)
-    assert [p.matrix for p in found.at_a16] == [name] and found.at_a16[0].noise == np.inf
+def test_what_calibration_never_saw_stays_at_16_bit_activations(planned_router: PlannedRouter) -> None:
+    weights, name = planned_router.system.router.weights, "model.model.layers.0.mlp.down_proj.weight"
+    unseen = planned_router.seen | {name: Observer(name, 128)}
+    unseen_plan = choose(planned_router.graph, weights, unseen, planned_router.noise, share=1)
+    assert [p.matrix for p in unseen_plan.at_a16] == [name] and unseen_plan.at_a16[0].noise == np.inf
     with pytest.raises(InputError, match=f"no statistics of '{name}'"):
-        choose(made.graph, weights, {key: value for key, value in made.seen.items() if key != name}, made.noise)
+        choose(
+            planned_router.graph, weights, {key: value for key, value in planned_router.seen.items() if key != name}, planned_router.noise
+        )
 
 
 def test_the_noise_of_logits_is_that_of_rounded_inputs() -> None:
@@ -253,8 +268,8 @@ def test_an_embedding_apart_from_the_head_is_read_by_rows(tmp_path: Path) -> Non
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path.with_name("lookup.onnx")), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"input_ids": np.array([IDS])})
-    assert np.allclose(found[0], rounded(weights.read("model.embed_tokens.weight"))[IDS], atol=1e-6)
+    (embedded,) = session.run(None, {"input_ids": np.array([IDS])})
+    assert np.allclose(embedded[0], rounded(weights.read("model.embed_tokens.weight"))[IDS], atol=1e-6)
 
 
 def test_fitted_weights_make_less_error_than_nearest_ones(tmp_path: Path) -> None:
@@ -299,10 +314,10 @@ def test_without_calibration_there_is_no_scale(tmp_path: Path) -> None:
         StaticW8A8().bind(None, None, iter(()), Store(tmp_path))  # type: ignore[arg-type]
 
 
-def test_the_heads_noise_is_told_in_logits(made: Made) -> None:
-    plans = choose(made.graph, made.system.router.weights, made.seen, made.noise, share=0)
+def test_the_heads_noise_is_told_in_logits(planned_router: PlannedRouter) -> None:
+    plans = choose(planned_router.graph, planned_router.system.router.weights, planned_router.seen, planned_router.noise, share=0)
     by_name = {product.matrix: product for product in plans.at_a16}
     head = next(name for name in by_name if "layers" not in name)
-    seen, columns = made.seen[head], Columns.read(made.graph.sources[head], made.system.router.weights)
-    out = int(made.graph.model.graph.initializers[head].shape[0])
+    seen, columns = planned_router.seen[head], Columns.read(planned_router.graph.sources[head], planned_router.system.router.weights)
+    out = int(planned_router.graph.model.graph.initializers[head].shape[0])
     assert by_name[head].noise == pytest.approx(logit_noise(seen, seen.absmax(), columns) / out)
