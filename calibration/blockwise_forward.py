@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from fusionroute.calibration import checksummed_file
 from fusionroute.runtime.errors import FusionError, InputError, one_line
+from fusionroute.runtime.machine import cores
 
 KIND = "file of states"
 States = tuple[np.ndarray, ...]
@@ -184,7 +184,7 @@ class Walk:
         if block.graph not in self._sessions:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # failures are raised; nothing is printed
-            options.intra_op_num_threads = self._threads or len(os.sched_getaffinity(0))
+            options.intra_op_num_threads = self._threads or cores()
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other threads compute between two runs
             options.enable_cpu_mem_arena = False  # an arena keeps memory for the longest text in every session
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fusionroute.fr_export.evaluation.worker import Job, Piece
 from fusionroute.runtime import InputError, UnavailableError
 from fusionroute.runtime.backends.ort_cpu import TARGET
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.machine import cores
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.text import Text
 
@@ -97,7 +97,7 @@ def _pieces(domain_digest: str, questions: Sequence[Question], text: Text) -> li
 def _decode(job: Job, pieces: Mapping[str, list[Piece]], jobs: int | None, console: Console | None) -> dict[str, dict[str, Outcomes]]:
     """Answer all pieces; outcomes by method and domain."""
     all_pieces = [piece for own in pieces.values() for piece in own]
-    processes = min(jobs or len(os.sched_getaffinity(0)), len(all_pieces))
+    processes = min(jobs or cores(), len(all_pieces))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
     with Progress(*columns, console=console or Console(quiet=True)) as progress:
         bar = progress.add_task(f"{Path(job.bundle).name} {job.precision or ''}".strip(), total=sum(len(p.questions) for p in all_pieces))
