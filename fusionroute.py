@@ -1,7 +1,8 @@
 """The runtime's public face: `from fusionroute import FusionRuntime`.
 
-In a checkout this file makes one package of the folders beside it; in a wheel it is that package's `__init__.py`, and the folders lie
-below it. So `fusionroute.runtime` is spelled alike in both, and an app may have a package `runtime` of its own. See docs/decisions.
+In a checkout this file makes one package of the folders beside it; in a wheel it is that package's `__init__.py`, and
+the folders lie below it. So `fusionroute.runtime` is spelled alike in both, and an app may have a package `runtime` of
+its own. See docs/decisions.
 """
 
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Run FusionRoute bundles: per-token routing between expert LMs, logits fused with the router's. Needs no torch, transformers or onnx."""
+"""Run FusionRoute bundles: per-token routing between expert LMs, logits fused with the router's.
+
+Needs no torch, transformers or onnx.
+"""
 
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.errors import BundleError, ClosedError, FusionError, InputError, UnavailableError

@@ -1,6 +1,7 @@
-"""Background prefill: experts that are not chosen read the text too, so that an expert chosen late answers after a short pause.
+"""Background prefill: experts that are not chosen read the text too, so that one chosen late soon answers.
 
-An expert reads up to multiples of PIECE, here or when it is chosen. So the result depends on the tokens, never on the clock.
+An expert reads up to multiples of PIECE, here or when it is chosen. So the result depends on the tokens, never on the
+clock.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ class Interrupted(Exception):
 
 
 class Cancellation:
-    """Says whether a generation is to end, and why. `deadline`: seconds from now; a value of 0 or less has passed already."""
+    """Says whether a generation is to end, and why.
+
+    `deadline`: seconds from now; a value of 0 or less has passed already.
+    """
 
     def __init__(self, cancel: threading.Event | None = None, deadline: float | None = None):
         """Raises InputError for a deadline that is no number."""

@@ -24,14 +24,17 @@ class Decoder:
 
     def __init__(self, system: LoadedSystem, costs: Costs | None, eos: frozenset[int]):
         """`costs` None: without speculation. Raises ClosedError once the system is closed."""
-        self._system = system
+        self._system, self.eos = system, eos
         self.sequence = TokenSequence()
         self.readers = Readers(system, self.sequence)
         self.step = PlainStep(system, self.readers)
         self.rounds = Rounds(self.step, costs, eos, system.exact) if costs is not None else None
 
     def append(self, ids: Iterable[int]) -> None:
-        """Commit tokens without running a model. Raises InputError for ids outside the vocabulary or beyond the context."""
+        """Commit tokens without running a model.
+
+        Raises InputError for ids outside the vocabulary or beyond the context.
+        """
         try:
             new = [index(i) for i in ids]
         except TypeError as error:
@@ -59,7 +62,10 @@ class Decoder:
             self.rounds.clear()
 
     def restart(self, ids: Sequence[int]) -> None:
-        """Begin another text, keeping what was read of a prompt that begins alike. Raises InputError as `append` does."""
+        """Begin another text, keeping what was read of a prompt that begins alike.
+
+        Raises InputError as `append` does.
+        """
         shared = self.shared_prefix(ids) if self._system.prefixes is not None else 0
         self.rewind(shared)
         self.step.last_expert, self.sequence.prompt_length = None, 0
@@ -70,7 +76,10 @@ class Decoder:
         return self.sequence.shared_prefix(ids)
 
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None = None) -> Token:
-        """Choose and commit the next token, see `PlainStep`. Raises InputError for an empty text or a full context, ClosedError."""
+        """Choose and commit the next token, see `PlainStep`.
+
+        Raises InputError for an empty text or a full context, ClosedError.
+        """
         length, capacity = len(self.sequence.ids), self._system.max_seq_len
         if not length:
             raise InputError("The session holds no tokens: append a prompt of at least one token first.")
@@ -89,7 +98,10 @@ class Decoder:
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:
-        """The fused row [V] that the newest token was chosen from, see `Session.logits`. Raises InputError without one."""
+        """The fused row [V] that the newest token was chosen from, see `Session.logits`.
+
+        Raises InputError without one.
+        """
         if self.step.newest is None:
             raise InputError("There are no logits: call `step` first, and read them before `append` or `rewind`.")
         return self.step.fuser.row(self.step.newest)

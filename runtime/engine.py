@@ -45,10 +45,12 @@ class StreamOptions(SamplingOptions, total=False):
 
 
 class FusionRuntime:
-    """A loaded FusionRoute system. Thread safe: several threads may generate at once, each through a session of its own.
+    """A loaded FusionRoute system.
 
-    `bundle`, `options`, `precision`, `expert_names`, `vocab_size`, `max_seq_len`, and the defaults `fusion` and `lam` say what was
-    loaded; `tokenizer` is None for a bundle without one.
+    Thread safe: several threads may generate at once, each through a session of its own.
+
+    `bundle`, `options`, `precision`, `expert_names`, `vocab_size`, `max_seq_len`, and the defaults `fusion` and `lam`
+    say what was loaded; `tokenizer` is None for a bundle without one.
     """
 
     def __init__(self, bundle: Bundle, options: RuntimeOptions):
@@ -91,24 +93,30 @@ class FusionRuntime:
         share_weights: bool = False,
         verify: bool = False,
     ) -> FusionRuntime:
-        """Open a bundle. `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every file.
+        """Open a bundle.
 
-        `speculation="auto"` drafts tokens ahead where that pays on this machine. Greedy output is the same in fp32, and sampling keeps its
-        distribution. Quantised models round a single token differently from several: with `exact` tokens are read by twos, and greedy
-        output is the same with speculation and without.
+        `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every
+        file.
 
-        `catch_up="background"`: experts read the text while others answer, so that an expert that is chosen late answers at once. This
-        costs their time and memory whether they are chosen or not.
+        `speculation="auto"` drafts tokens ahead where that pays on this machine. Greedy output is the same in fp32, and
+        sampling keeps its distribution. Quantised models round a single token differently from several: with `exact`
+        tokens are read by twos, and greedy output is the same with speculation and without.
 
-        `prefix_cache`: how many finished texts keep their keys and values for prompts that begin alike, beside those in use. 0: every
-        prompt is read from its beginning.
+        `catch_up="background"`: experts read the text while others answer, so that an expert that is chosen late
+        answers at once. This costs their time and memory whether they are chosen or not.
 
-        `expert_memory`, bytes: on TensorRT devices the weights of experts beyond it wait in host memory until they are chosen.
+        `prefix_cache`: how many finished texts keep their keys and values for prompts that begin alike, beside those in
+        use. 0: every prompt is read from its beginning.
 
-        `share_weights`: processes that load the same bundle on the CPU share its weights in memory. They are packed once, in the user's
-        cache folder, at some 2.3 times their size. By default each process packs a copy of its own in memory.
+        `expert_memory`, bytes: on TensorRT devices the weights of experts beyond it wait in host memory until they are
+        chosen.
 
-        Options are checked before anything is opened. Raises FusionError subclasses only: BundleError, UnavailableError, InputError.
+        `share_weights`: processes that load the same bundle on the CPU share its weights in memory. They are packed
+        once, in the user's cache folder, at some 2.3 times their size. By default each process packs a copy of its own
+        in memory.
+
+        Options are checked before anything is opened. Raises FusionError subclasses only: BundleError,
+        UnavailableError, InputError.
         """
         options = RuntimeOptions(
             precision=precision, device=device, fusion=fusion, lam=lam, catch_up=catch_up, speculation=speculation, exact=exact,
@@ -118,8 +126,6 @@ class FusionRuntime:
         if verify:
             opened.verify()
         return cls(opened, options)
-
-    # -- text ---------------------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> Text | None:
@@ -135,13 +141,11 @@ class FusionRuntime:
         return self._prompts.require_tokenizer().decode(list(ids))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: a str (no template), a list of ids, or a list of {"role", "content"} messages (chat template).
+        """Token ids of a str (no template), a list of ids, or a list of {"role", "content"} messages (chat template).
 
         Raises InputError for anything else, UnavailableError where the bundle lacks the tokenizer or the template.
         """
         return self._prompts.ids(prompt)
-
-    # -- generation ---------------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -153,8 +157,8 @@ class FusionRuntime:
     ) -> Result:
         """Generate to the end; options are those of `stream`.
 
-        `on_token` is called in this thread with every token as it becomes certain. If it returns False the text ends there, as
-        "cancelled"; what it raises is raised here.
+        `on_token` is called in this thread with every token as it becomes certain. If it returns False the text ends
+        there, as "cancelled"; what it raises is raised here.
         """
         tokens: list[Token] = []
         with closing(self.stream(prompt, max_new_tokens, **options)) as stream:
@@ -179,12 +183,12 @@ class FusionRuntime:
     ) -> Stream:
         """Generate token by token. `sampling` are the fields of `Sampling` (greedy by default).
 
-        `cancel`, once another thread sets it, and `deadline`, in seconds from this call, end the text within a token, also while the
-        prompt is read; `finish_reason` is then "cancelled" or "deadline", and the tokens so far stand.
+        `cancel`, once another thread sets it, and `deadline`, in seconds from this call, end the text within a token,
+        also while the prompt is read; `finish_reason` is then "cancelled" or "deadline", and the tokens so far stand.
 
-        `expert` answers every token instead of the routed one. With it and `lam=0` the router does not run, and every `routing` is
-        NaN [n_experts]; with `lam=1` no expert runs.
-        Arguments are checked here, before the first token is asked for. Raises InputError, UnavailableError, ClosedError.
+        `expert` answers every token instead of the routed one. With it and `lam=0` the router does not run, and every
+        `routing` is NaN [n_experts]; with `lam=1` no expert runs. Arguments are checked here, before the first token is
+        asked for. Raises InputError, UnavailableError, ClosedError.
         """
         _ = self.backend  # closed runtimes say so first
         cancellation = Cancellation(cancel, deadline)
@@ -211,9 +215,8 @@ class FusionRuntime:
             raise
 
         def tokens() -> Iterator[Token | End]:
-            decoder.sequence.cancellation = cancellation
             try:
-                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, limit, self._eos, cancellation)
+                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, limit, cancellation)
             finally:
                 self._give_back(decoder)
 
@@ -228,7 +231,9 @@ class FusionRuntime:
         fusion: str | None = None,
         lam: float | None = None,
     ) -> Scores:
-        """Teacher-forced fused logits. `positions` limits (and orders) the rows; `chunk=1` reads as one-token decoding does.
+        """Teacher-forced fused logits.
+
+        `positions` limits (and orders) the rows; `chunk=1` reads as one-token decoding does.
 
         Raises InputError for ids outside the vocabulary, more tokens than the context, or positions outside the tokens.
         """
@@ -244,7 +249,7 @@ class FusionRuntime:
             self._give_back(decoder)
 
     def session(self, fusion: str | None = None, lam: float | None = None, expert: str | None = None) -> Session:
-        """A new empty session with its own KV caches; `expert`, if given, answers every token instead of the routed one.
+        """A new empty session with its own KV caches. `expert`: answers every token instead of the routed one.
 
         Raises InputError, ClosedError.
         """
@@ -264,8 +269,6 @@ class FusionRuntime:
         if expert not in self.expert_names:
             raise InputError(f"Unknown expert '{expert}': use one of {', '.join(self.expert_names)}.")
         return self.expert_names.index(expert)
-
-    # -- life ---------------------------------------------------------------------------------------------------------
 
     def _decoder(self) -> Decoder:
         return Decoder(self._system, self._costs, self._eos)

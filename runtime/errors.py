@@ -1,4 +1,4 @@
-"""Every error the runtime and the exporter raise on purpose: one sentence that names the thing, what was expected, and the mend."""
+"""Errors that are raised on purpose: one sentence that names the thing, what was expected, and how to mend it."""
 
 
 class FusionError(Exception):
@@ -22,6 +22,9 @@ class ClosedError(FusionError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line; its type where it says nothing. A KeyError says but a key, so its type stands with it."""
+    """What an error says, on one line; its type where it says nothing.
+
+    A KeyError says but a key, so its type stands with it.
+    """
     text = " ".join(str(error).split())
     return f"{type(error).__name__} {text}".rstrip() if isinstance(error, KeyError) or not text else text

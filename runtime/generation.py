@@ -20,13 +20,13 @@ def generate_tokens(
     pinned: int | None,
     text: TextStream,
     limit: int,
-    eos: frozenset[int],
     cancellation: Cancellation,
 ) -> Iterator[Token | End]:
-    """At most `limit` tokens behind a prompt that was appended, as their text becomes certain; then the reason why they ended.
+    """At most `limit` tokens behind the appended prompt, as their text becomes certain; then the reason for the end.
 
     Raises ClosedError after the runtime was closed.
     """
+    decoder.sequence.cancellation = cancellation
     reason = "length"
     ready: deque[Token] = deque()
     whole_rounds = sampler.sampling.temperature > 0  # a round that the limit cuts short would draw other random numbers
@@ -36,7 +36,7 @@ def generate_tokens(
             if not ready:
                 ready.extend(decoder.advance_some(sampler, coefficients, pinned, MAX_ROUND_TOKENS if whole_rounds else left))
             token = ready.popleft()
-            if token.id in eos:
+            if token.id in decoder.eos:
                 reason = "stop"
                 break
             yield from text.push(token)

@@ -7,7 +7,7 @@ SHORTEST_REACH = 128  # keys that attention reads at least: its lengths are powe
 
 
 def boundary(start: int) -> int:
-    """Where a background pass that begins at `start` ends: the next multiple of PIECE that leaves it two tokens or more."""
+    """Where a background pass from `start` on ends: the next multiple of PIECE that leaves it two tokens or more."""
     return ((start + 1) // PIECE + 1) * PIECE
 
 

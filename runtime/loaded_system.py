@@ -29,7 +29,7 @@ class LoadedSystem:
         threaded = self.background_prefill and not self._backend.async_dispatch
         self.thread = ThreadPoolExecutor(1, "fusionroute-prefill") if threaded else None  # starts with its first work
         models = (None, *range(len(self.expert_names)))
-        self.prefixes = {model: PrefixCache() for model in models} if options.prefix_cache else None  # None is the router
+        self.prefixes = {model: PrefixCache() for model in models} if options.prefix_cache else None  # None: the router
 
     @property
     def backend(self) -> Backend:
@@ -43,7 +43,7 @@ class LoadedSystem:
 
     @property
     def forked(self) -> bool:
-        """Whether this is another process than the one that loaded the models: its locks may be held by threads that are not here."""
+        """Whether this is a forked process: its locks may be held by threads of the process that loaded the models."""
         return os.getpid() != self._process
 
     @property

@@ -1,4 +1,4 @@
-"""How a bundle is run: the options of `FusionRuntime.load`, checked before anything is opened, and the weights of the fusion."""
+"""The options of `FusionRuntime.load`, checked before anything is opened, and the weights of the fusion."""
 
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -12,7 +12,10 @@ CATCH_UP_MODES = ("lazy", "background")
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """The options of `FusionRuntime.load`, where their meaning stands. Raises InputError for a value that is out of its range."""
+    """The options of `FusionRuntime.load`, where their meaning stands.
+
+    Raises InputError for a value that is out of its range.
+    """
 
     precision: str | None = None
     device: str = "auto"
@@ -43,7 +46,10 @@ class RuntimeOptions:
 
 
 def check_fusion(fusion: str | None, lam: float | None) -> None:
-    """Raise InputError for an unknown fusion, or a λ that is no number from 0 to 1. None stands for a value given elsewhere."""
+    """Raise InputError for an unknown fusion, or a λ that is no number from 0 to 1.
+
+    None stands for a value given elsewhere.
+    """
     if fusion is not None and fusion not in FUSIONS:
         raise InputError(f"Unknown fusion '{fusion}': use 'weighted' or 'additive'.")
     number: object = lam  # callers without a type checker pass anything

@@ -1,4 +1,4 @@
-"""Passes over an even number of tokens, for `exact`: then a token's logits do not depend on the pass that it was read in."""
+"""Passes over even numbers of tokens, for `exact`: a token's logits do not depend on the pass that read it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fusionroute.runtime.backend import Cache, Output
 class PairedCache:
     """A KV cache that is read and answered by twos, whoever asks it.
 
-    Matrix products take rows by twos. A last single row has a kernel of its own, which rounds differently, so no token is read
-    alone and none is answered alone.
+    Matrix products take rows by twos. A last single row has a kernel of its own, which rounds differently, so no token
+    is read alone and none is answered alone.
     """
 
     def __init__(self, cache: Cache, tokens: list[int], capacity: int):
@@ -28,7 +28,10 @@ class PairedCache:
         self._cache.length = length
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """See `Cache.forward`. An odd number of tokens reads the one before again, or at the beginning a copy of the last one too."""
+        """See `Cache.forward`.
+
+        An odd number of tokens reads the one before again, or at the beginning a copy of the last one too.
+        """
         cache, padding = self._cache, 0
         if len(ids) % 2 and cache.length:
             cache.length -= 1

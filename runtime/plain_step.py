@@ -22,14 +22,16 @@ class PlainStep:
         self.fuser, self._async_dispatch = backend.fuser(), backend.async_dispatch
         self.newest: Fused | None = None  # what the newest token was chosen from
         self.last_expert: int | None = None  # the expert of the newest token
-        self.router_logits: Any = None  # of the last step, float32 [1, V], until the router's next pass; None if it did not run
+        self.router_logits: Any = None  # of the last step, float32 [1, V]; valid until the next pass
         self._no_routing = np.full(len(self.expert_names), np.nan, np.float32)
 
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None = None) -> Token:
-        """Choose and commit the next token of a text that has some. Its text stays empty. `pinned`: the expert that answers.
+        """Choose and commit the next token of a text that has some.
 
-        A model that has no say does not run: an expert whose logits have weight zero, and the router if neither its logits nor its
-        choice count; routing is then NaN.
+        Its text stays empty. `pinned`: the expert that answers.
+
+        A model that has no say does not run: an expert whose logits have weight zero, and the router if neither its
+        logits nor its choice count; routing is then NaN.
         """
         length = len(self.readers.sequence.ids)
 
@@ -62,14 +64,17 @@ class PlainStep:
         return np.array(scores)
 
     def guess_expert(self) -> int | None:
-        """The expert to run before the routing is known, if models run side by side: the last one, unless it lags behind."""
+        """The expert to run before the routing is known, if models run concurrently: the last one, unless it lags."""
         if not self._async_dispatch or self.last_expert is None:
             return None
         lags = self.readers.experts[self.last_expert].length < max(len(self.readers.sequence.ids) - 1, 1)
         return None if lags else self.last_expert
 
     def fuse(self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int, count: int = 0) -> Fused:
-        """Fuse logits float32 [1, V] at one position, behind the first `length` tokens. `count`: candidates; 0: as the sampler needs."""
+        """Fuse logits float32 [1, V] at one position, behind the first `length` tokens.
+
+        `count`: candidates; 0: as the sampler needs.
+        """
         sampling = sampler.sampling
         penalised = NO_IDS
         if sampling.repetition_penalty != 1.0:
@@ -81,7 +86,10 @@ class PlainStep:
         return self.newest
 
     def logprob(self, token: int, fused: Fused, router: Any, expert: Any, coefficients: tuple[float, float]) -> float:
-        """Log-probability of a token in the fused distribution at temperature 1, without penalty. Logits are float32 [1, V]."""
+        """Log-probability of a token in the fused distribution at temperature 1, without penalty.
+
+        Logits are float32 [1, V].
+        """
         place = np.flatnonzero(fused.ids[0] == token)
         if len(place):
             logit = float(fused.unpenalised[0, place[0]])

@@ -17,7 +17,7 @@ class Pool:
         self.idle: list[Decoder] = []
         self._prefixes = prefixes
         self._open = True
-        self._lock = threading.RLock()  # reentrant: a stream may be collected, and give its decoder back, while the lock is held
+        self._lock = threading.RLock()  # a stream may be collected, and give its decoder back, while it is held
 
     def take(self, ids: Sequence[int], make: Callable[[], Decoder]) -> Decoder:
         """An idle decoder: the one whose prompt begins as `ids` do, else the one idle for longest; or a new one."""

@@ -1,7 +1,10 @@
-"""The prefix cache: prompts that begin alike are read once. What one session has read of its prompt, others of the runtime copy.
+"""The prefix cache: prompts that begin alike are read once.
 
-Only tokens that were read several at a time count, and an even number of them. Such passes agree bit for bit however a text is cut;
-a single token, or the last of an odd number, may round differently. So no text depends on what happens to be cached.
+What one session has read of its prompt, others of the runtime copy.
+
+Only tokens that were read several at a time count, and an even number of them. Such passes agree bit for bit however a
+text is cut; a single token, or the last of an odd number, may round differently. So no text depends on what happens to
+be cached.
 """
 
 from __future__ import annotations

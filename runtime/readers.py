@@ -27,7 +27,10 @@ class Reader:
 
     @property
     def cache(self) -> Cache:
-        """The KV cache, made at first use: a model that never runs costs nothing. Raises ClosedError once the runtime is closed."""
+        """The KV cache, made at first use: a model that never runs costs nothing.
+
+        Raises ClosedError once the runtime is closed.
+        """
         backend = self._system.backend
         if self._cache is None:
             model = backend.router if self._expert is None else backend.experts[self._expert]
@@ -43,7 +46,8 @@ class Reader:
     def read(self, positions: Sequence[int]) -> Output:
         """Read up to the last of some ascending positions close together; the output at each of them, see `Output`.
 
-        What was read behind the first of them is read again. Raises ClosedError, and Interrupted for a cancelled generation.
+        What was read behind the first of them is read again. Raises ClosedError, and Interrupted for a cancelled
+        generation.
         """
         cache, ids = self._cache_with_prefix(), self._sequence.ids
         cache.length, end = min(cache.length, positions[0]), positions[-1] + 1

@@ -1,4 +1,4 @@
-"""Which token comes next: exact sampling from the few top candidates, reading the full row of logits only where they do not suffice."""
+"""The choice of the next token: exact sampling from a few top candidates, and from the full row only if it must be."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ COLDEST = 1e-3  # below, float32 cannot hold the log-normaliser of logits / temp
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen. Raises InputError where a value is out of its range.
+    """How tokens are chosen. Raises InputError for a value out of its range.
 
-    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p within the top-k, min-p. Among equal logits the lower
-    token id comes first, so top-k keeps exactly k tokens.
+    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p within the top-k, min-p. Among equal
+    logits the lower token id comes first, so top-k keeps exactly k tokens.
     """
 
     temperature: float = 0.0  # 0: greedy
@@ -77,7 +77,7 @@ Row = Callable[[], npt.NDArray[np.float32]]  # the full fused and penalised logi
 
 
 class Sampler:
-    """Chooses tokens. What a seed gives does not depend on how many candidates each step is given."""
+    """Chooses tokens. A seed gives the same tokens whatever the number of candidates in each step."""
 
     def __init__(self, sampling: Sampling):
         self.sampling = sampling
@@ -91,100 +91,100 @@ class Sampler:
         return min(self.sampling.top_k or DEFAULT_CANDIDATES, vocabulary)
 
     def choose(self, candidates: Candidates, row: Row) -> int:
-        """The id of the next token; `row` is called only where the candidates do not decide."""
+        """The id of the next token; `row` is called only if the candidates do not decide."""
         if self.sampling.temperature == 0:
             return int(candidates.ids[0])
         draw = self.random.random()  # one per step, whatever happens next
         ids, logits, log_normaliser = candidates
-        place = self._place(logits, log_normaliser, draw, whole=False)
-        if place is None:
+        rank = self._rank(logits, log_normaliser, draw, whole=False)
+        if rank is None:
             ids, logits = _descending(row())
-            place = self._place(logits, log_normaliser, draw, whole=True)
-            assert place is not None  # the whole vocabulary always decides
-        return int(ids[place])
+            rank = self._rank(logits, log_normaliser, draw, whole=True)
+            assert rank is not None  # the whole vocabulary always decides
+        return int(ids[rank])
 
     def distribution(self, candidates: Candidates, row: Row) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """What a filtered `choose` draws from at a temperature: ids int64 [n] and their probabilities float64 [n]."""
         ids, logits, log_normaliser = candidates
-        kept = self._count(logits, log_normaliser, whole=False)
-        if kept is None:
+        count = self._filtered_count(logits, log_normaliser, whole=False)
+        if count is None:
             ids, logits = _descending(row())
-            kept = self._count(logits, log_normaliser, whole=True)
-        return self._first(ids, logits, kept)
+            count = self._filtered_count(logits, log_normaliser, whole=True)
+        return self._head(ids, logits, count)
 
     def among(self, ids: npt.NDArray[np.int64], logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """What `choose` would draw from at a temperature if these tokens [n], in descending order, were all: as `distribution`."""
+        """`distribution` if these tokens [n], in descending order, were the whole vocabulary."""
         scaled, mass, _ = self._scaled(logits)
-        return self._first(ids, logits, self._kept(scaled, mass, float(mass[-1]), whole=True))
+        return self._head(ids, logits, self._filter_prefix(scaled, mass, float(mass[-1]), whole=True))
 
-    def _first(
-        self, ids: npt.NDArray[np.int64], logits: npt.NDArray[np.float32], kept: int | None
+    def _head(
+        self, ids: npt.NDArray[np.int64], logits: npt.NDArray[np.float32], count: int | None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """The first tokens alone, with their shares."""
-        weights = np.exp((logits[:kept].astype(np.float64) - float(logits[0])) / self.sampling.temperature)
-        return ids[:kept].copy(), weights / weights.sum()
+        """The first `count` tokens with their probabilities among themselves."""
+        weights = np.exp((logits[:count].astype(np.float64) - float(logits[0])) / self.sampling.temperature)
+        return ids[:count].copy(), weights / weights.sum()
 
-    def _count(self, logits: npt.NDArray[np.float32], log_normaliser: float, *, whole: bool) -> int | None:
-        """How many of these descending logits the filters keep, None where that is more than are given."""
+    def _filtered_count(self, logits: npt.NDArray[np.float32], log_normaliser: float, *, whole: bool) -> int | None:
+        """How many of these descending logits the filters keep; None if that is more than there are here."""
         scaled, mass, first = self._scaled(logits)
-        return self._kept(scaled, mass, math.exp(min(log_normaliser - first, 700.0)), whole=whole)
+        return self._filter_prefix(scaled, mass, math.exp(min(log_normaliser - first, 700.0)), whole=whole)
 
     def _scaled(self, logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
-        """Descending logits / temperature relative to the first one, their weights' running sum, and the first one."""
+        """Descending logits / temperature relative to the first, their weights' cumulative sum, and the first."""
         scaled = logits.astype(np.float64)
         scaled /= self.sampling.temperature
         first = float(scaled[0])
         scaled -= first
         return scaled, np.cumsum(np.exp(scaled)), first
 
-    def _place(self, logits: npt.NDArray[np.float32], log_normaliser: float, draw: float, *, whole: bool) -> int | None:
-        """The rank that a uniform draw falls on; None where more than these logits are needed to know.
+    def _rank(self, logits: npt.NDArray[np.float32], log_normaliser: float, draw: float, *, whole: bool) -> int | None:
+        """The rank that a uniform draw in [0, 1) falls on; None if more logits than these are needed to know.
 
-        Every bound and sum below reads the descending logits from the first on, so it is the same number, bit for bit,
-        for any count of candidates. Weights are relative to the first token's.
+        Every bound and sum below reads the descending logits from the first on. So it is the same number, bit for bit,
+        for any number of candidates. Weights are relative to the first token's.
         """
         scaled, mass, first = self._scaled(logits)
         if self.filtered:
-            kept = self._kept(scaled, mass, math.exp(min(log_normaliser - first, 700.0)), whole=whole)
-            if kept is None:
+            count = self._filter_prefix(scaled, mass, math.exp(min(log_normaliser - first, 700.0)), whole=whole)
+            if count is None:
                 return None
-            target = draw * mass[kept - 1]
+            target = draw * mass[count - 1]
         else:
-            # The normaliser comes in float32. Taking it a little too large and sharing the excess out over all tokens keeps
-            # the distribution exact; taken too small it would cut the tail off.
+            # The normaliser comes in float32. Here it is a little too large, and the excess is shared out over all
+            # tokens, which keeps the distribution exact. Too small, it would cut the tail off.
             total = math.exp(min(log_normaliser - first, 700.0) + 1e-6 * max(10.0, abs(log_normaliser)))
-            kept = len(mass)
+            count = len(mass)
             target = draw * total
             if target >= mass[-1]:
                 if not whole:
                     return None
                 target = (target - mass[-1]) / (total - mass[-1]) * mass[-1]
-        return min(int(mass.searchsorted(target, side="right")), kept - 1)
+        return min(int(mass.searchsorted(target, side="right")), count - 1)
 
-    def _kept(self, scaled: npt.NDArray[np.float64], mass: npt.NDArray[np.float64], total: float, *, whole: bool) -> int | None:
-        """How many of the first tokens the filters keep (each keeps a beginning); None where that is more than are given."""
-        sampling, given = self.sampling, len(scaled)
-        kept = sampling.top_k or given + 1  # given + 1: more than are given
+    def _filter_prefix(self, scaled: npt.NDArray[np.float64], mass: npt.NDArray[np.float64], total: float, *, whole: bool) -> int | None:
+        """How many of the first tokens the filters keep; None if that is more than there are here."""
+        sampling, available = self.sampling, len(scaled)
+        count = sampling.top_k or available + 1  # available + 1: more than there are here
         if whole:
-            kept = min(kept, given)
+            count = min(count, available)
         if sampling.top_p < 1:
             if sampling.top_k:
-                if kept > given:  # the share is of the top-k's mass, which is unknown
+                if count > available:  # the share is of the top-k's mass, which is unknown
                     return None
-                total = float(mass[kept - 1])
-            kept = min(kept, int(mass.searchsorted(sampling.top_p * total)) + 1)
+                total = float(mass[count - 1])
+            count = min(count, int(mass.searchsorted(sampling.top_p * total)) + 1)
         if sampling.min_p > 0:
             above = int(np.count_nonzero(scaled >= math.log(sampling.min_p)))
-            kept = min(kept, above if above < given else given + 1)
+            count = min(count, above if above < available else available + 1)
         if whole:
-            return min(kept, given)
-        return kept if kept <= given else None
+            return min(count, available)
+        return count if count <= available else None
 
 
 def _descending(row: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Ids [V] and logits [V] in descending order, the lower id first among equals."""
-    # Float bits, with the negatives' turned round, order as integers do; with the id in the lower half one plain sort does
-    # it all, three to four times as fast as a stable argsort of 256k logits. Adding 0 makes -0 equal to 0.
+    # Float bits sort as integers once those of negative numbers are flipped. With the id in the lower half, one plain
+    # sort is enough: three to four times as fast as a stable argsort of 256k logits. Adding 0 makes -0 equal to 0.
     bits = (row + np.float32(0)).view(np.int32)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (~order).astype(np.int64) << 32 | np.arange(len(row))

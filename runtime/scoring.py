@@ -17,7 +17,8 @@ from fusionroute.runtime.readers import Reader, Readers
 class Scores:
     """Teacher-forced results. logits float32 [P, V]: row t is the fused distribution of the token after position t.
 
-    experts int64 [P] and routing float32 [P, n_experts] at the same positions (all of them unless `positions` said otherwise).
+    experts int64 [P] and routing float32 [P, n_experts] at the same positions (all of them unless `positions` said
+    otherwise).
     """
 
     logits: np.ndarray
@@ -26,7 +27,10 @@ class Scores:
 
 
 def positions_to_score(length: int, positions: Sequence[int] | None, chunk: int) -> list[int]:
-    """The positions, all of them for None. Raises InputError for one outside the `length` tokens, no tokens, or a bad chunk."""
+    """The positions, all of them for None.
+
+    Raises InputError for one outside the `length` tokens, no tokens, or a bad chunk.
+    """
     asked = list(range(length)) if positions is None else [int(position) for position in positions]
     if not length:
         raise InputError("There is nothing to score: expected at least one token id.")
@@ -40,7 +44,7 @@ def positions_to_score(length: int, positions: Sequence[int] | None, chunk: int)
 def score(
     readers: Readers, fuser: Fuser, vocab_size: int, positions: Sequence[int], chunk: int, coefficients: tuple[float, float]
 ) -> Scores:
-    """Fused logits at `positions` of the committed tokens, in any order, which are read anew in chunks of `chunk` tokens."""
+    """Fused logits at `positions`, in any order, of the committed tokens, which are read anew in chunks of `chunk`."""
     ordered = sorted(set(positions))
     scores = _score_sorted(readers, fuser, vocab_size, np.asarray(ordered, np.int64), chunk, coefficients)
     if list(positions) == ordered:

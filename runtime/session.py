@@ -61,7 +61,10 @@ class Session:
         return self._decoder.accepted
 
     def append(self, ids: Iterable[int]) -> None:
-        """Commit tokens without running a model. Raises InputError for ids outside the vocabulary or beyond the context."""
+        """Commit tokens without running a model.
+
+        Raises InputError for ids outside the vocabulary or beyond the context.
+        """
         self._decoder.append(ids)
         self._text = TextStream(self._tokenizer)
 
@@ -76,7 +79,9 @@ class Session:
         self._sampler = Sampler(GREEDY)
 
     def step(self, *, fusion: str | None = None, lam: float | None = None, **sampling: Unpack[SamplingOptions]) -> Token:
-        """Choose, append and return the next token. Sampling arguments are those of `Sampling`; equal ones continue one random stream.
+        """Choose, append and return the next token.
+
+        Sampling arguments are those of `Sampling`; equal ones continue one random stream.
 
         Raises InputError for an empty session or a full context, ClosedError after the runtime was closed.
         """
@@ -95,10 +100,10 @@ class Session:
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:
-        """The fused logits that the newest token was chosen from, float32 [V], after the penalty and before the temperature.
+        """Fused logits that the newest token was chosen from, float32 [V], after the penalty, before the temperature.
 
-        They are handed over, not copied (a device copies them to the host once): the array is the caller's for good. Later steps
-        and `close` leave it unchanged. Raises InputError unless a step came last.
+        They are handed over, not copied (a device copies them to the host once): the array is the caller's for good.
+        Later steps and `close` leave it unchanged. Raises InputError unless a step came last.
         """
         return self._decoder.logits
 

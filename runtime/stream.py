@@ -13,8 +13,8 @@ from fusionroute.runtime.text import Token
 class Result:
     """A finished generation. `token_ids` and `experts` (one name per token) exclude the end-of-sequence token.
 
-    finish_reason: "stop" (end of sequence or a stop string), "length" (max_new_tokens or the context), "cancelled", "deadline".
-    drafted, accepted: tokens that speculation guessed, and how many of them held.
+    finish_reason: "stop" (end of sequence or a stop string), "length" (max_new_tokens or the context), "cancelled",
+    "deadline". drafted, accepted: tokens that speculation guessed, and how many of them held.
     """
 
     text: str
@@ -48,7 +48,7 @@ class End(NamedTuple):
 
 
 class Stream(Iterator[Token]):
-    """Tokens as they become certain; `finish_reason` and the counts of speculation (see `Result`) are set when the iteration ends.
+    """Tokens as they become certain; at the end `finish_reason` and the counts of speculation are set, see `Result`.
 
     Belongs to the thread that iterates it: other threads end it through `cancel`.
     """

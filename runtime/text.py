@@ -1,4 +1,4 @@
-"""Text and tokens: encoding, decoding, and a stream that gives each token its text, whole characters only, up to a stop string."""
+"""Encoding, decoding, and a stream that gives each token its text: whole characters only, up to a stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -15,13 +15,16 @@ from fusionroute.runtime.errors import BundleError, InputError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are not, or not yet, a character
-LONGEST = 4  # bytes of a UTF-8 character
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
+MAX_CHARACTER_BYTES = 4  # of UTF-8
 
 
 @dataclass(slots=True)
 class Token:
-    """One generated token. `logprob` is that of the fused distribution at temperature 1; `text` is what it adds to the decoded text."""
+    """One generated token.
+
+    `logprob` is that of the fused distribution at temperature 1; `text` is what it adds to the decoded text.
+    """
 
     id: int
     expert: str
@@ -35,11 +38,11 @@ class Text:
 
     def __init__(self, tokenizer: "Tokenizer"):
         self._tokenizer = tokenizer
-        # What tokenizer.json may hold of a training set-up would silently shorten or fill prompts.
+        # A tokenizer.json left over from training may truncate or pad prompts without a word.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._bytes: dict[int, int] = {}  # tokens that stand for one byte each, and the byte
+        self._bytes: dict[int, int] = {}  # byte-fallback tokens, and the byte that each stands for
         letter = tokenizer.token_to_id("<0x41>")
         if letter is not None and self.decode([letter]) == "A":
             ids = {byte: tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
@@ -47,7 +50,7 @@ class Text:
 
     @classmethod
     def load(cls, path: str | Path) -> "Text":
-        """Read a `tokenizer.json`. Raises BundleError where it is missing or is none."""
+        """Read a `tokenizer.json`. Raises BundleError for a file that is missing or is not a tokenizer."""
         from tokenizers import Tokenizer
 
         try:
@@ -56,9 +59,9 @@ class Text:
             raise BundleError(f"{path} cannot be read as a tokenizer.json ({error}); export the bundle again.") from error
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids, with the special tokens that tokenizer.json adds (BOS); `special=False` for text that a chat template made.
+        """Token ids, with the special tokens of tokenizer.json (BOS); `special=False` for text from a chat template.
 
-        Raises InputError where `text` is not a str of whole characters.
+        Raises InputError unless `text` is a str of whole characters.
         """
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
@@ -67,7 +70,10 @@ class Text:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids; ids outside the vocabulary add nothing. Raises InputError where one is not a whole number from 0."""
+        """The text of token ids; ids outside the vocabulary add nothing.
+
+        Raises InputError for one that is not a whole number from 0.
+        """
         try:
             text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         except (TypeError, OverflowError) as error:
@@ -84,20 +90,22 @@ class Text:
 
 
 class _Detokeniser:
-    """Decodes token by token: each step decodes a few tokens only, and all pieces together are `text.decode` of all ids.
+    """Decodes a few tokens at each step; all pieces together are `text.decode` of all ids.
 
-    `push` and `finish` return the pieces that have become certain, one per token in order. `open` says that the last of them
-    gets an UNFINISHED if the text ends here: its token stops inside a character.
+    `push` and `finish` return the pieces that have become certain, one per token in order. `open`: the last piece gets
+    an UNFINISHED if the text ends here, because its token ends inside a character.
     """
+
+    # tokenizers' DecodeStream (0.23) drops a text's unfinished end, and raises on invalid runs of byte-fallback tokens
 
     def __init__(self, text: Text):
         self._text = text
         self.open = False
-        # The last tokens before: a decoder may treat the very first token in its own way (no leading space), and the bytes
-        # of an unfinished character lie in at most three tokens. Tokens that decode to nothing would be no context.
+        # The last few tokens. A decoder may treat the very first token differently (no leading space), and the bytes
+        # of an unfinished character lie in at most three tokens. Tokens that decode to nothing are left out.
         self._context: list[int] = []
-        # Byte tokens and silent ones among them. Their decoder reads a run of bytes as a whole: all of it is text, or each
-        # byte is an UNFINISHED.
+        # Byte tokens, with silent tokens among them. The decoder reads a run of bytes as a whole: either all of it is
+        # text, or every byte becomes an UNFINISHED.
         self._run: list[int] = []
 
     def push(self, id: int) -> list[str]:
@@ -119,26 +127,30 @@ class _Detokeniser:
         return pieces if "".join(pieces) == whole else [""] * (len(pieces) - 1) + [whole]
 
     def _extend(self, ids: list[int], *, ended: bool = False) -> str:
-        """What these ids add, as far as it is certain: an UNFINISHED at the end may become a character with the bytes to come."""
+        """The text that these ids add, as far as it is certain: a last UNFINISHED may still become a character."""
         before = self._text.decode(self._context)
         if self.open:
             before = before.removesuffix(UNFINISHED)
         self._context += ids
         after = self._text.decode(self._context)
-        self._context = self._context[1 - LONGEST :]
+        self._context = self._context[1 - MAX_CHARACTER_BYTES :]
         self.open = not ended and after.endswith(UNFINISHED)
         return (after.removesuffix(UNFINISHED) if self.open else after)[len(before) :]
 
 
 class TextStream:
-    """Gives generated tokens their text and hands them out, in order, once that text is certain.
+    """Gives generated tokens their text, and hands each out in order once its text is certain.
 
-    A token's text is what it adds to the decoded text; a character of several tokens belongs to the last of them. The texts of
-    all tokens together are `text.decode` of all ids, cut before the first stop string in it. `stopped` says that one was met.
+    A token's text is what it adds to the decoded text; a character of several tokens belongs to the last of them. The
+    texts of all tokens together are `text.decode` of all ids, cut before the first stop string. `stopped`: there was
+    one.
     """
 
     def __init__(self, text: Text | None, stop: str | Sequence[str] = ()):
-        """Without a tokenizer all texts are empty. Raises InputError for an empty stop string, and for any without a tokenizer."""
+        """Without a tokenizer all texts are empty.
+
+        Raises InputError for an empty stop string, and for any without a tokenizer.
+        """
         self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
         for string in self._stops:
             if not isinstance(string, str) or not string:
@@ -154,7 +166,10 @@ class TextStream:
         self._pieces: list[str] = []  # texts of the first held tokens
 
     def push(self, token: Token) -> list[Token]:
-        """Add a token; returns the tokens whose text is now certain. Once `stopped`, tokens come back at once, without text."""
+        """Add a token; returns the tokens whose text is now certain.
+
+        Once `stopped`, tokens come back at once, without text.
+        """
         if self._detokeniser is None or self.stopped:
             token.text = ""
             return [token]
@@ -174,31 +189,32 @@ class TextStream:
 
     def _release(self, *, final: bool) -> list[Token]:
         text = "".join(self._pieces)
-        met, begun = self._search(text)
-        if met < len(text) and (final or met <= begun):
+        match, partial = self._search(text)
+        if match < len(text) and (final or match <= partial):
             self.stopped = True
-            return self._hand_out(len(self._held), met)
+            return self._hand_out(len(self._held), match)
         if final:
             return self._hand_out(len(self._held), len(text))
-        # Inside a character the tokens that may be part of it wait too: no more than three, also if it never ends.
-        complete = len(self._pieces) - (LONGEST - 1 if self._detokeniser is not None and self._detokeniser.open else 0)
+        # Inside a character, the tokens that may belong to it wait too: at most three, even if it never ends.
+        complete = len(self._pieces) - (MAX_CHARACTER_BYTES - 1 if self._detokeniser is not None and self._detokeniser.open else 0)
         count = end = 0
         for piece in self._pieces[: max(complete, 0)]:
             end += len(piece)
-            if end > begun:
+            if end > partial:
                 break
             count += 1
-        return self._hand_out(count, begun)
+        return self._hand_out(count, partial)
 
     def _search(self, text: str) -> tuple[int, int]:
-        """Where the first stop string starts, and where the end of the text could become one; len(text): nowhere.
+        """Where the first stop string starts, and where the text's end may begin another; len(text): nowhere.
 
-        One that may yet begin earlier is waited for, so the outcome does not depend on how the text is split into tokens.
+        If one may still begin earlier, the text waits for it. So the result does not depend on how text is split into
+        tokens.
         """
-        met = min((place for string in self._stops if (place := text.find(string)) >= 0), default=len(text))
+        match = min((place for string in self._stops if (place := text.find(string)) >= 0), default=len(text))
         tails = range(max(len(text) - self._longest + 1, 0), len(text)) if self._stops else range(0)
-        begun = next((place for place in tails if any(string.startswith(text[place:]) for string in self._stops)), len(text))
-        return met, begun
+        partial = next((place for place in tails if any(string.startswith(text[place:]) for string in self._stops)), len(text))
+        return match, partial
 
     def _hand_out(self, count: int, end: int) -> list[Token]:
         """The first held tokens, with their texts up to the character `end` of the held text."""

@@ -12,12 +12,15 @@ from fusionroute.runtime.limits import even
 
 
 class TokenSequence:
-    """Token ids, and how many of them were there before the first step. `cancellation`: what may end the current generation."""
+    """Token ids, and how many of them were there before the first step.
+
+    `cancellation`: what may end the current generation.
+    """
 
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.cancellation: Cancellation | None = None
-        self.prompt_length = 0  # 0 until the first step. Models read these tokens several at a time, so other sessions may borrow them
+        self.prompt_length = 0  # 0 until the first step; other sessions may copy what was read of the prompt
         self.lending = threading.Lock()  # held while another session copies what was read, and while that is forgotten
 
     def start_decoding(self) -> None:

@@ -1,1 +1,1 @@
-"""Lossless speculation: cheap guesses at the next tokens, verified several at a time by the models that would have chosen them."""
+"""Lossless speculation: cheap drafts of the next tokens, verified several at a time by the models that choose them."""

@@ -1,7 +1,7 @@
 """How far to draft ahead: the cost of a draft on this machine against the acceptance rate in this text.
 
-Costs are measured at load and the acceptance rate comes from the tokens. So the choice, and with it the length of every pass,
-does not depend on the clock.
+Costs are measured at load and the acceptance rate comes from the tokens. So the choice, and with it the length of every
+pass, does not depend on the clock.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fusionroute.runtime.speculation.costs import MAX_ROUND_TOKENS, Costs, seconds_by_tokens
 
 MEMORY = 0.97  # of the weight of earlier drafts that each verified draft leaves
-PRIORS = {"router": (0.5, 1.0), "lookup": (0.5, 2.0)}  # acceptance rate before anything is seen, and how many drafts that belief is worth
+PRIORS = {"router": (0.5, 1.0), "lookup": (0.5, 2.0)}  # acceptance rate at first, and how many drafts that is worth
 MIN_SPEEDUP = 1.1  # over plain decoding, or no drafts: costs are not known much better than that
 MIN_STEP_SECONDS = 1e-3  # a faster plain step is never drafted for: planning and learning would take a tenth of it
 LENGTH_STEP = 128  # tokens after which costs are looked up for the new length
@@ -36,7 +36,7 @@ class Rate:
 
 @dataclass
 class DraftPlan:
-    """How many rows to verify, of which all but one are drafts, and where the drafts come from. rows = 1: a plain step."""
+    """How many rows to verify, all but one of them drafts, and where the drafts come from. rows = 1: a plain step."""
 
     source: str
     rows: int
@@ -57,19 +57,19 @@ class DraftPlanner:
     def pays(self) -> bool:
         """Whether drafts can pay at all: a plain step takes longer than planning."""
         expert = min((passes[0][0] for passes in self.costs.experts), default=0.0)
-        # side by side, the measured pass of a single token is only queued: it says nothing
-        return self.costs.beside or self.costs.router[0][0] + expert >= MIN_STEP_SECONDS
+        # with concurrent models the measured pass of a single token is only queued: its time says nothing
+        return self.costs.concurrent or self.costs.router[0][0] + expert >= MIN_STEP_SECONDS
 
     def plan(self, most: int, looked_up: int, router: bool, expert: int | None, length: int) -> DraftPlan:
-        """The fastest way to go on behind `length` tokens, producing at most `most`, if the text offers `looked_up` drafts.
+        """The fastest way to produce up to `most` tokens behind `length` others, if the text offers `looked_up` drafts.
 
-        `router`: whether the router runs. `expert`: the expert that is likely to answer (None: none runs; the router's own drafts
-        then verify nothing).
+        `router`: whether the router runs. `expert`: the expert that is likely to answer (None: none runs; the router's
+        own drafts then verify nothing).
         """
         router_seconds, expert_seconds = self._prices(length, expert or 0)
         router_seconds, expert_seconds = router_seconds if router else FREE, expert_seconds if expert is not None else FREE
         fusion, switching = self.costs.fusion, self.switches.mean * expert_seconds[1]
-        plain = max(router_seconds[1], expert_seconds[1]) if self.costs.beside else router_seconds[1] + expert_seconds[1]
+        plain = max(router_seconds[1], expert_seconds[1]) if self.costs.concurrent else router_seconds[1] + expert_seconds[1]
         best, fastest = DraftPlan("router", 1), (plain + fusion) / MIN_SPEEDUP
         rows_offered = {
             "lookup": min(looked_up + 1, most, MAX_ROUND_TOKENS),

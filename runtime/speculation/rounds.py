@@ -1,8 +1,8 @@
-"""One round of speculation: draft some tokens, let every chosen expert verify its positions in one pass, keep those that hold.
+"""A round of speculation: draft tokens, let each chosen expert verify its positions in one pass, keep what holds.
 
-A draft of the router costs a router step, which also says which expert answers (the router is a language model of the same
-vocabulary). Drafts looked up in the text are free, and router and experts read them in one pass each. That pass of an expert is
-also its catch-up.
+A draft of the router costs a router step, which also says which expert answers (the router is a language model of the
+same vocabulary). Drafts looked up in the text are free, and router and experts read them in one pass each. That pass of
+an expert is also its catch-up.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Rounds:
     def __init__(self, step: PlainStep, costs: Costs, eos: frozenset[int], exact: bool):
         self._step, self._readers, self._sequence = step, step.readers, step.readers.sequence
         self._costs, self._eos, self._exact = costs, eos, exact
-        self._rows = np.empty((MAX_ROUND_TOKENS, step.vocab_size), np.float32)  # the router's logits: each of its steps overwrites the last
+        self._rows = np.empty((MAX_ROUND_TOKENS, step.vocab_size), np.float32)  # of the router, which reuses its own
         self.clear()
 
     def clear(self) -> None:
@@ -42,7 +42,7 @@ class Rounds:
         self.drafted = self.accepted = self._unseen = 0
 
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
-        """Choose and commit one to `most` tokens, distributed as those of `PlainStep.advance`; greedy ones are the same."""
+        """Choose and commit one to `most` tokens, distributed as those of `PlainStep`; greedy ones are the same."""
         step, ids = self._step, self._sequence.ids
         if not self._pays:
             return [step.advance(sampler, coefficients, pinned)]
@@ -67,7 +67,10 @@ class Rounds:
     def _speculate(
         self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, plan: DraftPlan, offered: list[int]
     ) -> tuple[list[Token], Any]:
-        """Carry out a plan that drafts, commit its tokens, and learn from them. The tokens, and the router's logits as `_round` has them."""
+        """Carry out a plan that drafts, commit its tokens, and learn from them.
+
+        The tokens, and the router's logits as `_round` has them.
+        """
         start = len(self._sequence.ids)
         tokens: list[Token] = []
         try:
@@ -82,7 +85,7 @@ class Rounds:
         return tokens, router_rows
 
     def _learn_router_rate(self, tokens: list[Token], rows: Any, sampled: bool) -> None:
-        """Learn from tokens that the router did not draft whether it would have, by its logits [≥ len(tokens), V], which are at hand."""
+        """Learn whether the router would have drafted these tokens, from its logits [≥ len(tokens), V]."""
         self._unseen += 1
         if not isinstance(rows, np.ndarray) and self._unseen % DEVICE_LEARNING_INTERVAL:
             return
@@ -150,13 +153,16 @@ class Rounds:
         return drafts, len(drafts) + (end is None)
 
     def _answers(self, choices: Sequence[int], row: int, start: int) -> dict[int, Any]:
-        """Let the expert chosen at a row read up to the last row that it answers; its logits at all of them by row, float32 [1, V]."""
+        """Let the expert of a row read up to the last row that it answers; its logits by row, float32 [1, V]."""
         own = [other for other in range(row, len(choices)) if choices[other] == choices[row]]
         logits = self._readers.read_expert(choices[row], [start - 1 + other for other in own]).logits
         return {other: logits[place : place + 1] for place, other in enumerate(own)}
 
     def _draft(self, sampler: Sampler, rows: int) -> tuple[Output, list[int], list[Distribution]]:
-        """Let the router go on alone for `rows` steps. Each but the last drafts a token: its likeliest, or one drawn from `proposal`."""
+        """Let the router go on alone for `rows` steps.
+
+        Each but the last drafts a token: its likeliest, or one drawn from `proposal`.
+        """
         step, ids = self._step, self._sequence.ids
         drafts: list[int] = []
         distributions: list[Distribution] = []
@@ -198,7 +204,8 @@ def target(sampler: Sampler, fused: Fused) -> Distribution | Softmax:
 def proposal(sampler: Sampler, row: np.ndarray) -> Distribution:
     """What a draft is drawn from: what sampling would draw from if the likeliest of the router's logits [V] were all.
 
-    Any distribution may propose. This one is as good as the router's own and needs no exponential of the whole vocabulary.
+    Any distribution may propose. This one is as good as the router's own and needs no exponential of the whole
+    vocabulary.
     """
     ids = np.flatnonzero(row >= row.max() - np.float32(DRAFT_MARGIN * sampler.sampling.temperature))
     if len(ids) > DEFAULT_CANDIDATES:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from fusionroute.calibration import checksummed_file
-from fusionroute.calibration.commands import app
+from fusionroute.calibration.commands import VERB
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import NOBODY, Text
 from fusionroute.calibration.table import KIND, Table, figures
+from fusionroute.runtime.commands.verbs import run_verb
 from fusionroute.runtime.errors import InputError
 from tests.support.commands import Command, in_folder
 
@@ -94,7 +95,7 @@ def test_summary() -> None:
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
     made().save(tmp_path / "t.safetensors")
-    with in_folder("calibration", app, tmp_path, monkeypatch, capsys) as run:
+    with in_folder("calibration", lambda: run_verb("calibrate", VERB), tmp_path, monkeypatch, capsys) as run:
         yield run
 
 

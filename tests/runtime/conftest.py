@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Copies of the bundles that FUSIONROUTE_BUNDLES names (folders with colons between); else two small systems, exported here."""
+    """Copies of the folders in FUSIONROUTE_BUNDLES (with colons between); else two small systems, exported here."""
     root = tmp_path_factory.mktemp("bundles")
     named = [Path(name) for name in os.environ.get("FUSIONROUTE_BUNDLES", "").split(":") if name]
     if named:

@@ -1,4 +1,4 @@
-"""Background catch-up: it bounds what a waking expert has to read, and what comes out does not depend on when it runs."""
+"""Background prefill bounds what an expert chosen late has to read; its timing does not change the result."""
 
 import random
 import time
@@ -52,16 +52,16 @@ def texts(rt: FusionRuntime, whim: Whim | None) -> list[tuple[int, str, float]]:
         assert session._decoder.readers._background is not None
         session._decoder.readers._background._thread = whim  # type: ignore[assignment]
     session.append(PROMPT)
-    found = []
+    tokens = []
     for number in range(150):
         session._pinned = int(len(session) % PIECE < 2)  # wakes where a piece ends
         token = session.step()
-        found.append((token.id, token.expert, token.logprob))
+        tokens.append((token.id, token.expert, token.logprob))
         if whim is not None:
             whim.act()
         if number == 60:
             session.rewind(160)
-    return found
+    return tokens
 
 
 def test_tokens_do_not_depend_on_when_it_runs(rt: FusionRuntime) -> None:
@@ -70,6 +70,22 @@ def test_tokens_do_not_depend_on_when_it_runs(rt: FusionRuntime) -> None:
     for seed, eager in ((1, 0.3), (2, 0.7), (3, 1.0)):
         assert texts(rt, Whim(seed, eager)) == expected
     assert texts(rt, None) == expected
+
+
+def test_exact_passes_are_even_whenever_it_runs(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[tuple[int, int]] = []
+    forward = OrtCache.forward
+
+    def recording(cache: OrtCache, ids: Any, positions: Any) -> Any:
+        counts.append((len(ids), len(positions)))
+        return forward(cache, ids, positions)
+
+    monkeypatch.setattr(OrtCache, "forward", recording)
+    with FusionRuntime.load(bundles[0], "int8", catch_up="background", exact=True, prefix_cache=0) as rt:
+        expected = texts(rt, Whim(0, 0.0))
+        for seed, eager in ((1, 0.3), (2, 1.0)):
+            assert texts(rt, Whim(seed, eager)) == expected
+    assert all(read % 2 == answered % 2 == 0 for read, answered in counts)
 
 
 def test_no_expert_stays_far_behind(rt: FusionRuntime) -> None:

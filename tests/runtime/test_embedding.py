@@ -76,9 +76,9 @@ def test_a_deadline_is_kept_within_one_token(rt: FusionRuntime, monkeypatch: pyt
         "fusionroute.runtime.readers.UNWATCHED_TOKENS", CHUNK
     )  # else the prompt is looked after by a thread of its own, which asks the same clock
     for seconds, count in ((0, 0), (-1, 0), (0.5, 1), (4, 4), (4.5, 5), (50, 12)):
-        found = rt.generate(PROMPT, 12, deadline=seconds)
-        assert found.token_ids == whole.token_ids[:count]
-        assert found.finish_reason == ("deadline" if count < 12 else "length")
+        result = rt.generate(PROMPT, 12, deadline=seconds)
+        assert result.token_ids == whole.token_ids[:count]
+        assert result.finish_reason == ("deadline" if count < 12 else "length")
     for wrong in (float("nan"), "1", True):
         with pytest.raises(InputError, match=r"deadline is .*expected a number of seconds from now"):
             rt.generate(PROMPT, 3, deadline=wrong)  # type: ignore[arg-type]
@@ -139,9 +139,9 @@ def test_a_stream_that_is_cancelled_in_its_prompt_says_so(rt: FusionRuntime, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(OrtCache, "forward", cancelled)
-        found = rt.generate(ids, 4, cancel=cancel)
+        result = rt.generate(ids, 4, cancel=cancel)
     assert OrtCache.forward is forward
-    assert found.finish_reason == "cancelled" and not found.token_ids
+    assert result.finish_reason == "cancelled" and not result.token_ids
     assert rt.generate(ids, 4) == whole
 
 

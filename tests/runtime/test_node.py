@@ -1,4 +1,4 @@
-"""The example node: frames are dropped and not queued, texts end in time, a stuck planner is cancelled, and everything shuts down."""
+"""The example node: frames are dropped, texts end in time, a stuck planner is cancelled, everything shuts down."""
 
 import importlib.util
 import sys

@@ -19,8 +19,8 @@ SYSTEM = list(range(5, 65))
 @pytest.fixture(scope="module", params=["int8", "fp32"])
 def runtimes(request: pytest.FixtureRequest, bundles: list[Path]) -> Iterator[tuple[FusionRuntime, FusionRuntime]]:
     """One that keeps prefixes, and one that does not."""
-    with FusionRuntime.load(bundles[0], request.param) as kept, FusionRuntime.load(bundles[0], request.param, prefix_cache=0) as anew:
-        yield kept, anew
+    with FusionRuntime.load(bundles[0], request.param) as sharing, FusionRuntime.load(bundles[0], request.param, prefix_cache=0) as anew:
+        yield sharing, anew
 
 
 @pytest.fixture
@@ -40,36 +40,36 @@ def read(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_a_prompt_that_begins_alike_is_read_from_where_it_parts(
     runtimes: tuple[FusionRuntime, FusionRuntime], read: dict[str, int]
 ) -> None:
-    kept, anew = runtimes
-    kept.generate([*SYSTEM, 70, 71, 72], 4)
-    for rt, expected in ((kept, 3), (anew, 63)):
+    sharing, anew = runtimes
+    sharing.generate([*SYSTEM, 70, 71, 72], 4)
+    for rt, expected in ((sharing, 3), (anew, 63)):
         read.clear()
         rt.generate([*SYSTEM, 80, 81, 82], 1)
         assert read["router"] == expected
     read.clear()
-    kept.generate([*SYSTEM, 80, 81, 82], 1)
-    assert read["router"] == 3, "the newest token is never read alone, and an even number is kept"
+    sharing.generate([*SYSTEM, 80, 81, 82], 1)
+    assert read["router"] == 3, "the newest token is never read alone, and an even number is lent"
 
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_tokens_do_not_depend_on_what_is_kept(runtimes: tuple[FusionRuntime, FusionRuntime], data: st.DataObject) -> None:
-    kept = runtimes[0]
+    sharing = runtimes[0]
     shared = data.draw(st.lists(st.integers(5, 90), min_size=1, max_size=80))
     for _ in range(3):
         ids = shared[: data.draw(st.integers(1, len(shared)))] + data.draw(st.lists(st.integers(5, 90), max_size=5))
         results = [rt.generate(ids, 8) for rt in runtimes]
         assert results[0].token_ids == results[1].token_ids
         assert results[0].experts == results[1].experts
-        tolerance = 0.0 if kept.precision == "int8" else 1e-4
+        tolerance = 0.0 if sharing.precision == "int8" else 1e-4
         np.testing.assert_allclose(results[0].logprobs, results[1].logprobs, atol=tolerance, rtol=0)
         shared = ids + results[0].token_ids  # the next turn of a chat
 
 
 def test_sessions_share_while_they_live(runtimes: tuple[FusionRuntime, FusionRuntime], read: dict[str, int]) -> None:
-    kept, anew = runtimes
+    sharing, anew = runtimes
     prompt = [91, *SYSTEM]
-    first, second = kept.session(), kept.session()
+    first, second = sharing.session(), sharing.session()
     first.append(prompt)
     lead = first.step()
     read.clear()
@@ -82,9 +82,9 @@ def test_sessions_share_while_they_live(runtimes: tuple[FusionRuntime, FusionRun
 
 
 def test_what_was_forgotten_is_not_lent(runtimes: tuple[FusionRuntime, FusionRuntime]) -> None:
-    kept, anew = runtimes
+    sharing, anew = runtimes
     prompt = [92, *SYSTEM]
-    lender, borrower, fresh = kept.session(), kept.session(), anew.session()
+    lender, borrower, fresh = sharing.session(), sharing.session(), anew.session()
     lender.append(prompt)
     lender.step()
     lender.rewind(20)
@@ -96,9 +96,9 @@ def test_what_was_forgotten_is_not_lent(runtimes: tuple[FusionRuntime, FusionRun
 
 
 def test_what_was_read_token_by_token_is_not_lent(runtimes: tuple[FusionRuntime, FusionRuntime], read: dict[str, int]) -> None:
-    """Rounding differs there, so that text would depend on what is kept."""
-    kept, _ = runtimes
-    lender, borrower = kept.session(), kept.session()
+    """Rounding differs there, so that text would depend on what is cached."""
+    sharing, _ = runtimes
+    lender, borrower = sharing.session(), sharing.session()
     lender.append([94, *SYSTEM])
     lender.step()
     lender.rewind(20)
@@ -111,18 +111,18 @@ def test_what_was_read_token_by_token_is_not_lent(runtimes: tuple[FusionRuntime,
 
 
 def test_lenders_may_go_on_and_forget_meanwhile(runtimes: tuple[FusionRuntime, FusionRuntime]) -> None:
-    kept, anew = runtimes
+    sharing, anew = runtimes
     prompts = [[93, *SYSTEM, 5 + number] for number in range(4)]
     expected = [anew.generate(ids, 6).token_ids for ids in prompts]
     wrong: list[str] = []
 
     def work(number: int) -> None:
-        session = kept.session()
+        session = sharing.session()
         for turn in range(15):
             session.append(prompts[number])
-            found = [session.step().id for _ in range(6)]
-            if found != expected[number]:
-                wrong.append(f"thread {number}, text {turn}: {found}")
+            tokens = [session.step().id for _ in range(6)]
+            if tokens != expected[number]:
+                wrong.append(f"thread {number}, text {turn}: {tokens}")
             session.rewind(0 if turn % 2 else 30)
             session.rewind(0)
 

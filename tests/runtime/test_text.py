@@ -1,10 +1,9 @@
-"""Detokenising as it streams: all texts together are the decoded text, whatever the ids, cut before the first stop string."""
+"""Streaming detokenisation: all pieces together are the decoded text, cut before the first stop string."""
 
 import functools
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ MAKERS = {
 
 
 @functools.cache
-def made(kind: str) -> Text:
+def text_of(kind: str) -> Text:
     return Text(MAKERS[kind]())
 
 
@@ -123,7 +122,7 @@ def joined(tokens: Sequence[Token]) -> str:
 
 
 def id_of(kind: str, string: str) -> int:
-    id = made(kind)._tokenizer.token_to_id(string)
+    id = text_of(kind)._tokenizer.token_to_id(string)
     assert id is not None
     return id
 
@@ -140,7 +139,7 @@ def one_byte(kind: str, byte: int) -> int:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_random_ids_stream_to_what_they_decode_to(kind: str) -> None:
-    text = made(kind)
+    text = text_of(kind)
     size = text._tokenizer.get_vocab_size() + 3  # the last ones pad the vocabulary
 
     @settings(max_examples=300, deadline=None)
@@ -163,7 +162,7 @@ raw = st.one_of(
 @pytest.mark.parametrize("kind", ["byte level", "byte fallback", "byte fallback, strip"])
 def test_any_bytes_stream_to_what_they_decode_to(kind: str) -> None:
     """Whole, broken and invalid characters, one byte a token, with other tokens among them."""
-    text = made(kind)
+    text = text_of(kind)
     words = text.encode(" the fox", special=False)
     special = id_of(kind, "<eos>")
 
@@ -190,7 +189,7 @@ def test_any_bytes_stream_to_what_they_decode_to(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_real_text_streams_whole(kind: str) -> None:
-    text = made(kind)
+    text = text_of(kind)
     for line in SAMPLE:
         ids = text.encode(line, special=False)
         tokens, _ = streamed(text, ids)
@@ -201,7 +200,7 @@ def test_real_text_streams_whole(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
 def test_a_character_belongs_to_the_token_that_completes_it(kind: str) -> None:
-    stream = TextStream(made(kind))
+    stream = TextStream(text_of(kind))
     held = [one_byte(kind, byte) for byte in "😀é".encode()]
     out = [stream.push(token(id)) for id in held]
     if kind == "byte level":
@@ -214,29 +213,43 @@ def test_a_character_belongs_to_the_token_that_completes_it(kind: str) -> None:
 
 
 def test_what_stays_unfinished_comes_at_the_end() -> None:
-    stream = TextStream(made("byte level"))
+    stream = TextStream(text_of("byte level"))
     assert [stream.push(token(one_byte("byte level", byte))) for byte in b"\xf0\x9f"] == [[], []]
     assert [each.text for each in stream.finish()] == ["", "\ufffd"]
     assert stream.finish() == []
 
 
 def test_endless_invalid_bytes_are_not_held_for_ever() -> None:
-    stream = TextStream(made("byte level"))
+    stream = TextStream(text_of("byte level"))
     out = [len(stream.push(token(one_byte("byte level", 0x80)))) for _ in range(20)]
     assert out == [0, 0, 0] + [1] * 17
     assert joined(stream.finish()) == "\ufffd" * 4  # three held tokens: the one handed out last left its own to the next
 
 
 @pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
-def test_time_is_linear(kind: str) -> None:
-    def seconds(count: int) -> float:
-        start = time.process_time()
-        streamed(made(kind), [one_byte(kind, 0x80)] * count, ["never met", "\ufffd!"])
-        return time.process_time() - start
+def test_work_is_linear(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens decoded and characters searched for 4,000 invalid bytes, against those for 1,000."""
+    work = 0
+    decode, search = Text.decode, TextStream._search
 
-    seconds(100)
-    # quadratic: 64 times, whenever it is measured; the rest is room for a busy machine
-    assert any(seconds(16_000) < 40 * seconds(2_000) for _ in range(3))
+    def counted_decode(text: Text, ids: Sequence[int], **options: Any) -> str:
+        nonlocal work
+        work += len(ids)
+        return decode(text, ids, **options)
+
+    def counted_search(stream: TextStream, text: str) -> tuple[int, int]:
+        nonlocal work
+        work += len(text)
+        return search(stream, text)
+
+    monkeypatch.setattr(Text, "decode", counted_decode)
+    monkeypatch.setattr(TextStream, "_search", counted_search)
+    counts = []
+    for count in (1_000, 4_000):
+        work = 0
+        streamed(text_of(kind), [one_byte(kind, 0x80)] * count, ["never met", "\ufffd!"])
+        counts.append(work)
+    assert counts[1] < 4.1 * counts[0]
 
 
 # Stop strings
@@ -249,7 +262,7 @@ def reference(full: str, stop: Sequence[str]) -> str:
 
 @pytest.mark.parametrize("kind", ["byte level", "byte fallback", "word piece"])
 def test_stop_strings_cut_the_text_as_if_it_were_whole(kind: str) -> None:
-    text = made(kind)
+    text = text_of(kind)
     alphabet = [text.encode(word, special=False) for word in ("a", "b", " the", "ab", "é", "😀", "aab", ".")]
     size = text._tokenizer.get_vocab_size()
 
@@ -269,7 +282,7 @@ def test_stop_strings_cut_the_text_as_if_it_were_whole(kind: str) -> None:
 
 
 def test_tokens_that_may_begin_a_stop_string_wait() -> None:
-    text = made("byte level")
+    text = text_of("byte level")
     stream = TextStream(text, ["END", "!!"])
     out = []
     for char in "xEyEN!zEND":
@@ -281,7 +294,7 @@ def test_tokens_that_may_begin_a_stop_string_wait() -> None:
 
 
 def test_a_token_that_holds_the_start_of_a_stop_string_is_cut() -> None:
-    text = made("byte level")
+    text = text_of("byte level")
     ids = [id_of("byte level", "<plain>"), *text.encode("x", special=False)]
     tokens, stopped = streamed(text, ids, ["in>x"])
     assert stopped
@@ -289,7 +302,7 @@ def test_a_token_that_holds_the_start_of_a_stop_string_is_cut() -> None:
 
 
 def test_a_stop_string_that_never_ends_is_text_at_the_end() -> None:
-    text = made("byte level")
+    text = text_of("byte level")
     stream = TextStream(text, ["abc", "b"])
     (a,), (b,) = text.encode("a", special=False), text.encode("b", special=False)
     assert [stream.push(token(a)), stream.push(token(b))] == [[], []]  # "abc" would begin earlier
@@ -299,15 +312,15 @@ def test_a_stop_string_that_never_ends_is_text_at_the_end() -> None:
 
 
 def test_one_stop_string_need_not_be_in_a_list() -> None:
-    text = made("byte level")
+    text = text_of("byte level")
     assert joined(streamed(text, text.encode("one, two", special=False), ", ")[0]) == "one"
 
 
 def test_wrong_stop_strings() -> None:
     with pytest.raises(InputError, match="stop string ''"):
-        TextStream(made("byte level"), ["x", ""])
+        TextStream(text_of("byte level"), ["x", ""])
     with pytest.raises(InputError, match="stop string 7"):
-        TextStream(made("byte level"), [7])  # type: ignore[list-item]
+        TextStream(text_of("byte level"), [7])  # type: ignore[list-item]
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         TextStream(None, ["x"])
 
@@ -339,7 +352,7 @@ def test_encode_and_decode_are_the_tokenizers(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_said_in_one_sentence(tmp_path: Path) -> None:
-    text = made("byte level")
+    text = text_of("byte level")
     for wrong in ("\ud800", 7, None):
         with pytest.raises(InputError, match="Unicode"):
             text.encode(wrong)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""One runtime in many threads: the same tokens as in one, an end for everybody when it is closed, and no memory that grows."""
+"""One runtime in many threads: the same tokens as in one, an end for all when it is closed, no memory that grows."""
 
 import random
 import subprocess
@@ -21,24 +21,24 @@ def test_a_session_in_each_thread_gives_what_one_thread_gives(bundles: list[Path
             def text(number: int, rt: FusionRuntime = rt) -> list[int]:
                 session = rt.session()
                 session.append(rt.encode(f"{number}+{PROMPT}"))
-                found = [session.step().id for _ in range(10)]
+                tokens = [session.step().id for _ in range(10)]
                 session.rewind(5)
-                return [*found, *(session.step(temperature=1.0, seed=number).id for _ in range(10))]
+                return [*tokens, *(session.step(temperature=1.0, seed=number).id for _ in range(10))]
 
             expected = [text(number) for number in range(4)]
-            found: dict[int, list[int]] = {}
+            results: dict[int, list[int]] = {}
             start = threading.Barrier(4)
 
-            def work(number: int, start: threading.Barrier = start, found: dict[int, list[int]] = found) -> None:
+            def work(number: int, start: threading.Barrier = start, results: dict[int, list[int]] = results) -> None:
                 start.wait()
-                found[number] = text(number)
+                results[number] = text(number)
 
             workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
             for worker in workers:
                 worker.start()
             for worker in workers:
                 worker.join()
-            assert [found[number] for number in range(4)] == expected
+            assert [results[number] for number in range(4)] == expected
 
 
 def until_closed(use: Callable[[], object], started: threading.Barrier, ends: list[str]) -> None:

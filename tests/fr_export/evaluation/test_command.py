@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fusionroute.fr_export.commands import evaluate as module
+from fusionroute.fr_export.commands.main import run as run_verb
 from fusionroute.fr_export.evaluation import lambdas
 from fusionroute.fr_export.tasks.domains import draw_many
 from fusionroute.runtime import FusionRuntime
@@ -24,7 +25,7 @@ from tests.support.paths import REPOSITORY
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
-    with in_folder("evaluate", module.app, tmp_path, monkeypatch, capsys) as run:
+    with in_folder("evaluate", lambda: run_verb("evaluate"), tmp_path, monkeypatch, capsys) as run:
         yield run
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
-from fusionroute.fr_export.families.family import TINY
+from fusionroute.fr_export.families.family import TINY_SYSTEMS
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, DOMAINS, draw_many
 from fusionroute.fr_export.tiny.architectures import ARCHITECTURES
 from fusionroute.fr_export.verify.torch_reference import Reference, load, reference
@@ -36,7 +36,7 @@ def system(family: Any) -> System:
 
 @pytest.fixture(scope="module")
 def tokenizer(family: Any) -> Any:
-    return AutoTokenizer.from_pretrained(TINY / family.name / "router")
+    return AutoTokenizer.from_pretrained(TINY_SYSTEMS / family.name / "router")
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +79,12 @@ def alone(system: System, rows: dict[str, list[tuple[list[int], int]]]) -> dict[
 
 
 def test_all_files_together_are_small() -> None:
-    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) <= 12_000_000
+    assert sum(path.stat().st_size for path in TINY_SYSTEMS.rglob("*") if path.is_file()) <= 12_000_000
 
 
 def test_architecture(family: Any) -> None:
     for folder in FOLDERS:
-        config = AutoConfig.from_pretrained(TINY / family.name / folder)
+        config = AutoConfig.from_pretrained(TINY_SYSTEMS / family.name / folder)
         assert config.architectures == [{"gemma2": "Gemma2ForCausalLM", "llama3": "LlamaForCausalLM"}[family.name]]
         assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (128, 4, 512)
         assert config.max_position_embeddings >= 1024
@@ -101,23 +101,23 @@ def test_architecture(family: Any) -> None:
 
 def test_weights_are_bfloat16_and_the_head_is_float32(family: Any) -> None:
     for folder in FOLDERS:
-        with safe_open(TINY / family.name / folder / "model.safetensors", "pt") as file:
+        with safe_open(TINY_SYSTEMS / family.name / folder / "model.safetensors", "pt") as file:
             assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
-    with safe_open(TINY / family.name / "router" / "routing_head.safetensors", "pt") as file:
+    with safe_open(TINY_SYSTEMS / family.name / "router" / "routing_head.safetensors", "pt") as file:
         head = file.get_slice("routing_head.weight")
         assert (head.get_dtype(), head.get_shape()) == ("F32", [3, 128])
 
 
 def test_tokenizer(family: Any, tokenizer: Any) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert len({(TINY / family.name / folder / name).read_bytes() for folder in FOLDERS}) == 1
+        assert len({(TINY_SYSTEMS / family.name / folder / name).read_bytes() for folder in FOLDERS}) == 1
     ids = tokenizer("12+30=")["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.convert_ids_to_tokens(ids[1:]) == list("12+30=")
     text = "Grüße, 你好!\n\tdef f(x):  return x\n"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     for folder in FOLDERS:
-        generation = json.loads((TINY / family.name / folder / "generation_config.json").read_text())
+        generation = json.loads((TINY_SYSTEMS / family.name / folder / "generation_config.json").read_text())
         assert tokenizer.convert_ids_to_tokens(generation["eos_token_id"]) == [family.end_of_turn, family.eos]
 
 

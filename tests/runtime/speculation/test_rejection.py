@@ -39,13 +39,16 @@ def test_samples_have_the_distribution_of_plain_sampling(
 
 def careless(p: Distribution | Softmax, q: Distribution, draft: int, random: np.random.Generator) -> int:
     """Verification that draws a refused token anew from p instead of from what is left of p."""
-    if random.random() * q.at(np.array([draft]))[0] < p.at(np.array([draft]))[0]:
+    if random.random() * q.probabilities_of(np.array([draft]))[0] < p.probabilities_of(np.array([draft]))[0]:
         return draft
     return p.draw(random.random())
 
 
 def distance(folder: Path, check: Any, source: str, options: dict[str, Any]) -> float:
-    """χ² of pairs of sampled tokens against their enumerated probabilities, over its 99.9 % quantile. Rare pairs are taken together."""
+    """χ² of pairs of sampled tokens against their enumerated probabilities, over its 99.9 % quantile.
+
+    Rare pairs are taken together.
+    """
     draws = 700 if "top_k" in options else 1500
     with pytest.MonkeyPatch.context() as patch, FusionRuntime.load(folder, device="cpu", precision="fp32", speculation="auto") as rt:
         patch.setattr("fusionroute.runtime.speculation.rounds.verify", check)
@@ -68,9 +71,9 @@ def distance(folder: Path, check: Any, source: str, options: dict[str, Any]) -> 
     assert rest > RARE or not seen
     if rest > RARE:
         bins.append((sum(seen.values()), draws * rest))
-    found, free = float(sum((count - mean) ** 2 / mean for count, mean in bins)), len(bins) - 1
+    chi_square, free = float(sum((count - mean) ** 2 / mean for count, mean in bins)), len(bins) - 1
     quantile: float = free * (1 - 2 / (9 * free) + 3.09 * (2 / (9 * free)) ** 0.5) ** 3  # 99.9 %, Wilson and Hilferty 1931
-    return found / quantile
+    return chi_square / quantile
 
 
 @given(st.integers(2, 6), st.booleans(), st.booleans(), st.integers(0, 1000))
@@ -89,23 +92,23 @@ def test_verified_tokens_are_distributed_as_the_target(size: int, sparse: bool, 
 @settings(max_examples=40, deadline=None)
 def test_drafts_are_drawn_from_the_likeliest_tokens(vocab: int, temperature: float, filters: dict[str, Any]) -> None:
     row = (4 * np.random.default_rng(vocab).standard_normal(vocab)).astype(np.float32).round(1)  # with equal ones
-    found = proposal(Sampler(Sampling(temperature, **filters)), row)
+    drafts = proposal(Sampler(Sampling(temperature, **filters)), row)
     scaled = row.astype(np.float64) / temperature
     order = np.lexsort((np.arange(vocab), -scaled))
     near = order[scaled[order] > scaled.max() - DRAFT_MARGIN + 1e-4]
     if len(near) <= DEFAULT_CANDIDATES and not filters:
-        assert set(near) <= set(found.ids.tolist())
+        assert set(near) <= set(drafts.ids.tolist())
     assert (
-        len(found.ids) <= min(DEFAULT_CANDIDATES, filters.get("top_k", DEFAULT_CANDIDATES))
-        and (scaled[found.ids] > scaled.max() - DRAFT_MARGIN - 1e-4).all()
+        len(drafts.ids) <= min(DEFAULT_CANDIDATES, filters.get("top_k", DEFAULT_CANDIDATES))
+        and (scaled[drafts.ids] > scaled.max() - DRAFT_MARGIN - 1e-4).all()
     )
-    assert np.array_equal(scaled[found.ids], scaled[order[: len(found.ids)]])  # the first so many, or others equal to the last
-    weights = np.exp(scaled[found.ids] - scaled.max())
-    assert found.probabilities == pytest.approx(weights / weights.sum())
+    assert np.array_equal(scaled[drafts.ids], scaled[order[: len(drafts.ids)]])  # the first so many, or others equal to the last
+    weights = np.exp(scaled[drafts.ids] - scaled.max())
+    assert drafts.probabilities == pytest.approx(weights / weights.sum())
     everything = np.exp(scaled[order[:DEFAULT_CANDIDATES]] - scaled.max())
     everything = everything[everything >= np.exp(-DRAFT_MARGIN - 1e-4)]
     shares = np.cumsum(everything) / everything.sum()
     if "top_p" in filters and temperature < 5:
-        assert len(found.ids) == np.searchsorted(shares, 0.6) + 1
+        assert len(drafts.ids) == np.searchsorted(shares, 0.6) + 1
     if "min_p" in filters:
         assert (weights >= 0.2 * (1 - 1e-6)).all()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionError, FusionRuntime, InputError
@@ -17,7 +17,7 @@ from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.speculation import costs
 from fusionroute.runtime.speculation.costs import LENGTHS, MAX_ROUND_TOKENS, SIZES, Costs, seconds_by_tokens
 from fusionroute.runtime.speculation.draft_planner import MIN_SPEEDUP, DraftPlan, DraftPlanner
-from fusionroute.runtime.speculation.lookup import LONGEST, SHORTEST, Lookup
+from fusionroute.runtime.speculation.lookup import MAX_NGRAM, MIN_NGRAM, Lookup
 
 Choose = Callable[..., DraftPlan]
 ONE = ((1.0, 1.1, 1.3, 1.9), (1.1, 1.3, 1.7, 2.7))  # short and long texts
@@ -66,11 +66,11 @@ def same(folder: Path, precision: str, count: int, exact: bool, **options: Any) 
     settings: dict[str, Any] = {"precision": precision, "device": "cpu", "exact": exact}
     with FusionRuntime.load(folder, **settings) as plain, FusionRuntime.load(folder, speculation="auto", **settings) as guessing:
         for ids in prompts(count, plain.vocab_size):
-            expected, found = plain.generate(ids, 24, **options), guessing.generate(ids, 24, **options)
-            assert (found.token_ids, found.experts) == (expected.token_ids, expected.experts)
-            assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
-            assert expected.drafted == 0 and 0 <= found.accepted <= found.drafted
-            drafted += found.drafted
+            expected, result = plain.generate(ids, 24, **options), guessing.generate(ids, 24, **options)
+            assert (result.token_ids, result.experts) == (expected.token_ids, expected.experts)
+            assert result.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+            assert expected.drafted == 0 and 0 <= result.accepted <= result.drafted
+            drafted += result.drafted
     return drafted
 
 
@@ -117,9 +117,9 @@ def test_an_expert_whose_turn_never_came_did_not_run(bundles: list[Path], eager:
         monkeypatch.setattr(OrtCache, "forward", noted)
         for ids in prompts(20, rt.vocab_size):
             names.clear()
-            found = rt.generate(ids, 12)
-            if found.finish_reason == "length":
-                assert names == {"router", *found.experts}
+            result = rt.generate(ids, 12)
+            if result.finish_reason == "length":
+                assert names == {"router", *result.experts}
 
 
 def test_exact_reads_and_answers_by_twos(bundles: list[Path], eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,19 +154,40 @@ def test_what_models_have_read_agrees_with_the_text(bundles: list[Path], eager: 
                 assert token.id == expected.id and token.routing == pytest.approx(expected.routing, abs=1e-4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 7))
 def test_lookup_finds_what_a_search_finds(text: list[int], most: int) -> None:
     lookup = Lookup()
     for end in range(1, len(text) + 1):
         now = text[:end]
         expected: list[int] = []
-        for size in range(min(LONGEST, end), SHORTEST - 1, -1):
+        for size in range(min(MAX_NGRAM, end), MIN_NGRAM - 1, -1):
             starts = [at + size for at in range(end - size) if now[at : at + size] == now[end - size :]]
             if starts:
                 whole = now[starts[-1] :]
                 expected = [whole[n % len(whole)] for n in range(most)]
                 break
         assert lookup.propose(now, most) == expected
+
+
+class Counted(list[int]):
+    """Token ids that count how often they are read."""
+
+    reads = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        Counted.reads += 1
+        return super().__getitem__(place)
+
+
+def test_lookup_reads_a_text_once_however_often_it_is_asked() -> None:
+    lookup, tokens, most = Lookup(), Counted(), 7
+    Counted.reads = 0
+    for token in np.random.default_rng(0).integers(0, 4, 2000).tolist():
+        tokens.append(token)
+        lookup.propose(tokens, most)
+    sizes = MAX_NGRAM - MIN_NGRAM + 1
+    assert Counted.reads <= len(tokens) * (2 * sizes + most), "n-grams of one new token, the search for the last ones, the drafts"
 
 
 def speed(known: Costs, source: str, rows: int, rate: float, switches: float, length: int) -> float:
@@ -201,7 +222,7 @@ def test_drafts_are_as_many_as_pay(known: Costs, rate: float, length: int) -> No
 
 
 def test_models_that_run_side_by_side_leave_less_to_gain() -> None:
-    planner = DraftPlanner(replace(EVEN, beside=True))
+    planner = DraftPlanner(replace(EVEN, concurrent=True))
     for _ in range(100):
         planner.saw("lookup", 3, 3)
         planner.saw("router", 3, 3)
@@ -216,7 +237,7 @@ def test_without_reading_alone_a_plain_step_costs_two_tokens() -> None:
 
 
 def test_acceptance_is_learnt_without_drafting(bundles: list[Path]) -> None:
-    """Rates come near what a recount of the same text says, though nothing was ever drafted; and drafting begins once it pays."""
+    """Rates are those of a recount of the same text, though nothing was drafted; drafting begins once it pays."""
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
         rt._costs = Costs(LINEAR, (LINEAR,) * len(rt.expert_names), 0.1)  # several tokens cost what they cost one by one
         kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 1}]
@@ -320,7 +341,7 @@ def test_any_mixture_of_steps_rounds_rewinds_and_errors(bundles: list[Path], eag
 
 
 def test_nothing_is_read_behind_the_end_of_a_text(bundles: list[Path], eager: None) -> None:
-    """With every token an end in turn: texts end where those of plain decoding do, and no round goes on behind the end."""
+    """Each token in turn is made the end: texts end where plain ones do, and no round goes on behind the end."""
     with (
         FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt,
         FusionRuntime.load(bundles[0], device="cpu", precision="fp32") as plain,
@@ -329,8 +350,8 @@ def test_nothing_is_read_behind_the_end_of_a_text(bundles: list[Path], eager: No
         for end in ends:
             rt._eos = plain._eos = frozenset({end})
             rt._pool.idle.clear()  # sessions made with other ends
-            found, expected = rt.generate([7, 9, 30], 30), plain.generate([7, 9, 30], 30)
-            assert (found.token_ids, found.finish_reason) == (expected.token_ids, "stop")
+            result, expected = rt.generate([7, 9, 30], 30), plain.generate([7, 9, 30], 30)
+            assert (result.token_ids, result.finish_reason) == (expected.token_ids, "stop")
         session = rt.session()
         session.append([7, 9, 30])
         for _ in range(8):
