@@ -1,4 +1,6 @@
-"""What this project measures. Run from the root of a checkout, after `pip install -e '.[cpu,export,train,bench]'`; each takes `--help`.
+"""What this project measures.
+
+Run from the root of a checkout, after `pip install -e '.[cpu,export,train,bench]'`; each takes `--help`.
 
 | `python -m benchmarks.` | measures | result |
 |---|---|---|
@@ -13,6 +15,6 @@
 | `embedding` | what a host process pays: loading, memory, the GIL, cancellation | docs/embedding.md |
 | `real_size` | time and memory of exporting and running Gemma-2-2B shapes | docs/real-size.md |
 
-`mixed` writes a copy of a system whose weights lie on no quantisation grid, as input for `precision` and `quantiser`; `real_text` is the text
-that several of them read.
+`mixed` writes a copy of a system whose weights lie on no quantisation grid, as input for `precision` and `quantiser`;
+`real_text` is the text that several of them read.
 """

@@ -1,29 +1,26 @@
-"""What a host process pays on this machine: loading, the first token, memory of one and two processes, the GIL, cancellation, deadlines.
+"""What a host process pays: loading, the first token, memory, the GIL, cancellation and deadlines. Prints tables.
 
 python -m benchmarks.embedding BUNDLE [--precision int8,int4,fp32]
 """
 
-from __future__ import annotations
-
 import argparse
 import json
-import re
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
+
+import psutil
 
 PROMPT = "The capital of France is a city of"
 TOKENS, LOADS, ROUNDS = 24, 3, 5
 
 
-def smaps() -> dict[str, int]:
-    """Memory of this process in MiB: Pss (a shared page counts in part, divided among the processes that map it) and Private_Dirty."""
-    text = Path("/proc/self/smaps_rollup").read_text()
-    return {key: int(re.search(rf"^{key}:\s+(\d+)", text, re.M)[1]) >> 10 for key in ("Pss", "Private_Dirty")}  # type: ignore[index]
+def proportional_memory() -> int:
+    """Memory of this process in MiB, where a shared page is divided among the processes that map it (PSS)."""
+    return int(psutil.Process().memory_full_info().pss) >> 20
 
 
 def say(**figures: Any) -> None:
@@ -58,7 +55,7 @@ def serve(bundle: str, precision: str, shared: str, threads: str) -> None:
             count = len(rt.generate(PROMPT, TOKENS).token_ids)
             say(tokens=count / (time.perf_counter() - begin), per_cpu=count / (time.process_time() - cpu_begin))
         elif command == "memory":
-            say(**smaps())
+            say(pss=proportional_memory())
         elif command.startswith("count"):
             say(**count_loops(rt, command == "count beside"))
         elif command == "stop":
@@ -82,7 +79,10 @@ def count_loops(rt: Any, beside: bool) -> dict[str, float]:
 
 
 def measure_stops(rt: Any) -> dict[str, float]:
-    """Token times between a cancellation or a deadline and the end of the text, and those past a deadline within a prompt of 512 tokens."""
+    """Time from a cancellation or a deadline to the end of the text, in token times.
+
+    `in_prompt`: the same for a deadline that falls into the reading of a prompt of 512 tokens.
+    """
 
     def seconds_of(prompt: Any, count: int, **options: Any) -> float:
         start = time.perf_counter()
@@ -155,9 +155,9 @@ def rows(bundle: str, precision: str, threads: str) -> None:
     for shared, (first, second) in pairs.items():
         for process in (first, second):
             process.ask("speed")
-        together = [process.ask("memory")["Pss"] for process in (first, second)]
+        together = [process.ask("memory")["pss"] for process in (first, second)]
         second.end()
-        alone[shared] = (first.ask("memory")["Pss"], together)
+        alone[shared] = (first.ask("memory")["pss"], together)
     speeds: dict[str, list[dict[str, float]]] = {shared: [] for shared in starts}
     for _ in range(ROUNDS):
         for shared, (first, _second) in pairs.items():

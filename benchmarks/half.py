@@ -1,10 +1,12 @@
-"""What half precision in all operators (`--target ort:cuda`) loses on a real system, without a GPU. Writes half.json and prints a table.
+"""What half precision in all operators (`--target ort:cuda`) loses on a real system, without a GPU.
+
+Writes half.json and prints a table.
 
 python -m benchmarks.half --router SYSTEM/router --expert NAME=SYSTEM/experts/NAME … --out DIR
 
-The graphs are exported as for a GPU and computed on the CPU with a GPU's rounding (fr_export/verify/half_on_cpu.py). The text is Python's
-language reference, or a file of yours. The reference is plain torch in fp32; its logits of 20,000 tokens and a vocabulary of 49,152 take 4 GB
-of memory.
+The graphs are exported as for a GPU and computed on the CPU with a GPU's rounding (fr_export/verify/half_on_cpu.py).
+The text is Python's language reference, or a file of yours. The reference is plain torch in fp32; its logits of 20,000
+tokens and a vocabulary of 49,152 take 4 GB of memory.
 """
 
 import json
@@ -25,7 +27,7 @@ from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.verify.compare import LONGEST, compare
 from fusionroute.fr_export.verify.half_on_cpu import emulate
 
-TOP_1_BOUNDS = {"fp16": 0.995, "bf16": 0.97}  # bf16's rounding alone changes the fused argmax of about 2 % of the tokens
+TOP_1_BOUNDS = {"fp16": 0.995, "bf16": 0.97}  # rounding to bf16 changes the argmax of about 2 % of the tokens
 
 
 def main(

@@ -1,8 +1,11 @@
-"""What a long text costs: time per token, memory of sessions, and the pause when an expert has to catch up. Writes JSON and a chart.
+"""What a long text costs: time per token, memory of sessions, and the pause when an expert has to catch up.
+
+Writes JSON and a chart.
 
 python -m benchmarks.length BUNDLE --out DIR [--precision int8]      a bundle exported with --max-seq-len 8192
 
-The chart shows each figure beside its arithmetic: every token reads all keys and values of the text, and each model that ran caches them once.
+The chart shows each figure beside its arithmetic: every token reads all keys and values of the text, and each model
+that ran caches them once.
 """
 
 import gc
@@ -25,6 +28,7 @@ from fusionroute.runtime.bench.bandwidth import of_host
 from fusionroute.runtime.bench.memory import resident
 
 LENGTHS = (256, 1024, 4096, 8192)
+MEMORY_LENGTHS = (512, 1536)
 STEPS, ROUNDS = 12, 3
 SLEEP = 2000  # tokens for which an expert is not asked
 
@@ -52,7 +56,10 @@ def main(
 
 
 def steps(rt: FusionRuntime, ids: list[int], lengths: list[int], progress: Progress) -> list[dict[str, float]]:
-    """Median time of decode steps after texts of several lengths, in turns. The router and one expert have read the text."""
+    """Median time of decode steps after texts of several lengths, in turns.
+
+    The router and one expert have read the text.
+    """
     task = progress.add_task("steps by length", total=len(lengths) * (ROUNDS + 1))
     sessions = []
     for length in lengths:
@@ -75,7 +82,7 @@ def steps(rt: FusionRuntime, ids: list[int], lengths: list[int], progress: Progr
 def memory(rt: FusionRuntime, ids: list[int], progress: Progress) -> list[dict[str, int]]:
     """Private memory of 1, 2 and 4 sessions, each with a text that the router and one expert have read."""
     rows = []
-    for length in (512, 1536):
+    for length in MEMORY_LENGTHS:
         sessions: list[Any] = []
         gc.collect()  # frees the sessions of the previous length
         before = resident().anonymous

@@ -2,9 +2,10 @@
 
 python -m benchmarks.mixed SYSTEM OUT      folders with router/ and experts/NAME/
 
-Weights that were quantised once lie on a grid, where a quantiser may look better or worse than it is. This rotates pairs of residual channels
-by random angles, after folding the norms' weights into the matrices that read them. RMSNorm commutes with a rotation (the computational
-invariance of SliceGPT, arXiv:2401.15024). The head then differs from the embedding, so the two are untied.
+Weights that were quantised once lie on a grid, where a quantiser may look better or worse than it is. This rotates
+pairs of residual channels by random angles, after folding the norms' weights into the matrices that read them. RMSNorm
+commutes with a rotation (the computational invariance of SliceGPT, arXiv:2401.15024). The head then differs from the
+embedding, so the two are untied.
 """
 
 import json

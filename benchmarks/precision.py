@@ -1,9 +1,11 @@
-"""What each precision loses on a real system, on text it was not calibrated on. Writes precision.json and prints a table.
+"""What each precision loses on a real system, on text it was not calibrated on.
+
+Writes precision.json and prints a table.
 
 python -m benchmarks.precision --router SYSTEM/router --expert NAME=SYSTEM/experts/NAME … --out DIR     SmolLM2-135M: an hour on one core
 
-The text is Python's language reference, or a file of yours. The reference is plain torch in fp32; its logits of 20,000 tokens and a vocabulary
-of 49,152 take 4 GB of memory.
+The text is Python's language reference, or a file of yours. The reference is plain torch in fp32; its logits of 20,000
+tokens and a vocabulary of 49,152 take 4 GB of memory.
 """
 
 import json

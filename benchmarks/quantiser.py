@@ -2,8 +2,9 @@
 
 python -m benchmarks.quantiser --router SYSTEM/router --expert NAME=SYSTEM/experts/NAME … --out DIR [--only int4]
 
-Every row is one way to quantise the matrices of a system. It is exported and run like any bundle, and compared with plain torch in fp32 on text
-that calibration never sees (Python's language reference). A row takes a few minutes for four models of 135 million parameters on two cores.
+Every row is one way to quantise the matrices of a system. It is exported and run like any bundle, and compared with
+plain torch in fp32 on text that calibration never sees (Python's language reference). A row takes a few minutes for
+four models of 135 million parameters on two cores.
 """
 
 import json
@@ -58,7 +59,11 @@ class Nearest:
 
 
 class Gptq(Nearest):
-    """Weight-only blocks by GPTQ: optionally after smoothing, with another format for the embedding, and with sensitive matrices at 8 bits."""
+    """Weight-only blocks by GPTQ.
+
+    Optionally after smoothing, with another format for the embedding, or with sensitive matrices at 8 bits up to a
+    budget.
+    """
 
     def __init__(self, name: str, fmt: Format, smoothed: bool = False, embedding: Format | None = None, budget: float = 0.0):
         super().__init__(name, fmt)
@@ -78,7 +83,7 @@ class Gptq(Nearest):
 
 
 class StaticW8A8(Nearest):
-    """W8A8 whose parts can be left out: SmoothQuant, the choice of served tokens."""
+    """W8A8, optionally without SmoothQuant (`smoothed`) or calibrated on all tokens, not the served ones (`routed`)."""
 
     def __init__(self, name: str, smoothed: bool = True, routed: bool = True):
         super().__init__(name, int8.FORMAT)

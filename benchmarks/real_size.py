@@ -1,10 +1,12 @@
-"""Time and memory of exporting and running a system of real size: Gemma-2-2B shapes, random bf16 weights, a router and two experts.
+"""Time and memory of exporting and running a system of real size: three models of Gemma-2-2B's shapes.
+
+The weights are random bf16.
 
 python -m benchmarks.real_size WORK_DIR [--precision int4 --prompts 8]
 python -m benchmarks.real_size WORK_DIR --precision int4 --target rtx:sm86+sm89+sm120 --experts math
 
-Needs about 26 GB of disk in WORK_DIR (16 GB of checkpoints, 8.5 GB of bundle). On two cores it takes about 20 minutes rounded to nearest, and
-hours calibrated. Prints a Markdown table; docs/real-size.md has results.
+Needs about 26 GB of disk in WORK_DIR (16 GB of checkpoints, 8.5 GB of bundle). On two cores it takes about 20 minutes
+rounded to nearest, and hours calibrated. Prints a Markdown table; docs/real-size.md has results.
 """
 
 import json
@@ -65,7 +67,10 @@ def write_checkpoint(folder: Path, seed: int) -> None:
 
 
 def run(*command: str) -> tuple[str, float, float, float]:
-    """Run a command. Returns its stdout, its seconds, and the peaks in GB of anonymous and of mapped-file memory over all its processes."""
+    """Run a command.
+
+    Returns its stdout, its seconds, and the peaks in GB of anonymous and of mapped-file memory over all its processes.
+    """
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     peaks = [0, 0]
@@ -105,7 +110,7 @@ def main(
     target: str = "ort",
     experts: str = "math,code",
 ) -> None:
-    """Write the checkpoints once, export them (calibrated if `prompts` is above 0), and generate token ids if the target is the CPU."""
+    """Write the checkpoints once, export them (calibrated if `prompts` > 0), and generate if the target is the CPU."""
     router, folders = work / "router", {name: work / name for name in experts.split(",")}
     for number, folder in enumerate((router, *folders.values())):
         if not (folder / "model.safetensors.index.json").is_file():
@@ -114,7 +119,8 @@ def main(
     save_file({"routing_head.weight": head}, router / "routing_head.safetensors")
     expert_flags = [argument for name, folder in folders.items() for argument in ("--expert", f"{name}={folder}")]
     bundle, prompt_file = work / "bundle", work / "prompts.txt"
-    prompt_file.write_text("".join(f"prompt {number}\n" for number in range(prompts)))  # only their number counts: there is no tokenizer
+    # without a tokenizer the text of a prompt does not matter
+    prompt_file.write_text("".join(f"prompt {number}\n" for number in range(prompts)))
     output, seconds, anonymous, mapped = run(
         "export.py", "--family", "gemma2", "--router", str(router), *expert_flags, "--precision", precision, "--target", target, "--max-seq-len", str(max_seq_len),
         "--calibration", str(prompt_file) if prompts else "none", "--out", str(bundle), "--force", "--json",

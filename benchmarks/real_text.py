@@ -1,4 +1,4 @@
-"""Text that no model here was trained or calibrated on: Python's language reference, which every Python brings along."""
+"""Text that no model here was trained or calibrated on: Python's language reference, part of every Python."""
 
 from pathlib import Path
 from pydoc_data.topics import topics

@@ -11,7 +11,10 @@ from fusionroute.runtime.backend import Output
 
 @contextmanager
 def router_outputs(runtime: FusionRuntime, change: Callable[[Output], Output]) -> Iterator[None]:
-    """Sessions that start here get the router's outputs as `change` returns them. Load the runtime with `prefix_cache=0`."""
+    """Sessions that start here get the router's outputs as `change` returns them.
+
+    Load the runtime with `prefix_cache=0`.
+    """
     router = runtime.backend.router
     new_cache = router.cache
 

@@ -1,12 +1,13 @@
-"""What speculation gives on real texts: speed with and without drafts, acceptance, switches of experts, and the worst case.
+"""What speculation gains on real texts: speed with and without drafts, acceptance, and the worst case.
 
 python -m benchmarks.speculation BUNDLE [BUNDLE …] --out FILE.json [--precision int8] [--each 12]
 
-Texts: the built-in prompts (greedy, and sampled at temperature 0.7), prompts that ask for a copy of their own input, and the built-in prompts
-with drafts that are all wrong: the router's logits, which then have no weight in the fusion, and the looked-up drafts are shifted by one token.
-Every text is generated without drafts, with drafts, and by the first expert alone, in turns; the first text of each kind warms up. Ratios are
-of times summed over all texts, since a single short text says little. "modelled" is the time that the cost model of docs/speculation.md predicts
-for plain decoding, from passes timed after every round, divided by the time measured; both take the fastest round.
+Texts: the built-in prompts (greedy, and sampled at temperature 0.7), prompts that ask for a copy of their own input,
+and the built-in prompts with drafts that are all wrong: the router's logits, which then have no weight in the fusion,
+and the looked-up drafts are shifted by one token. Every text is generated without drafts, with drafts, and by the first
+expert alone, in turns; the first text of each kind warms up. Ratios are of times summed over all texts, since a single
+short text says little. "modelled" is the time that the cost model of docs/speculation.md predicts for plain decoding,
+from passes timed after every round, divided by the time measured; both take the fastest round.
 """
 
 import json
@@ -136,7 +137,7 @@ def measure(bundle: Path, precision: str, prompts: list[str], rounds: int, token
                         per_token, runs[number, way] = generate(rt, text, tokens, sampling, wrong, expert)
                         times[way][-1].append(per_token)
                     progress.advance(task)
-                measured_costs.append(costs.measure(plain.bundle, plain.backend))  # every round: the machine's speed changes
+                measured_costs.append(costs.measure(plain.bundle, plain.backend))  # the machine's speed changes
             rows[kind] = summary(runs, times, len(texts))
             modelled = sum(model(fastest(measured_costs), runs[number, "plain"], plain.expert_names) for number in range(len(texts)))
             rows[kind]["modelled"] = modelled / float(np.min(times["plain"], axis=0).sum())
@@ -147,7 +148,10 @@ def measure(bundle: Path, precision: str, prompts: list[str], rounds: int, token
 def generate(
     rt: FusionRuntime, text: str, count: int, sampling: dict[str, Any], wrong: bool, expert: str | None
 ) -> tuple[float, dict[str, Any]]:
-    """Generate one text, past its end, by `expert` alone if there is one. Returns seconds per token after the first, and what came out."""
+    """Generate one text, past its end, by `expert` alone if there is one.
+
+    Returns seconds per token after the first, and what came out.
+    """
     options = {name: value for name, value in sampling.items() if name != "lam"}
     with wrong_drafts(rt) if wrong and expert is None else nullcontext():
         session = rt.session(expert=expert, lam=sampling.get("lam") if expert is None else 0.0)
@@ -174,7 +178,10 @@ def fastest(measured: list[costs.Costs]) -> costs.Costs:
 
 
 def model(cost: costs.Costs, run: dict[str, Any], names: list[str]) -> float:
-    """Seconds per token of one text, as the cost model of plain decoding predicts: the router reads one token, the expert all it has missed."""
+    """Seconds per token of one text, as the cost model of plain decoding predicts.
+
+    For each token the router reads one token, and the expert all that it has missed.
+    """
     read = dict.fromkeys(names, 0)
     total = 0.0
     for number, name in enumerate(run["experts"]):

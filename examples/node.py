@@ -1,9 +1,10 @@
-"""A robot's node: a camera produces frames, a planner asks the runtime about the newest one, a watchdog cancels it when it hangs.
+"""A robot's node: a camera, a planner that asks the runtime about the newest frame, and a watchdog.
 
 python examples/node.py dist/gemma2 [SECONDS]
 
-Each class maps to a ROS 2 node: `Camera.run` is a timer callback that publishes, `Planner.frames` a subscription with a queue of depth 1 (keep
-last), `Planner.plans` a publisher, `Watchdog.run` a timer. The runtime is loaded once per process.
+Each class maps to a ROS 2 node: `Camera.run` is a timer callback that publishes, `Planner.frames` a subscription with a
+queue of depth 1 (keep last), `Planner.plans` a publisher, `Watchdog.run` a timer. The runtime is loaded once per
+process.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class Plan:
 
 
 class Newest:
-    """Back-pressure: a queue of depth one. A new frame replaces one that the planner has not taken, so that the planner never reads old frames."""
+    """Back-pressure: a queue of depth one.
+
+    A new frame replaces one that the planner has not taken, so that the planner never reads old frames.
+    """
 
     def __init__(self) -> None:
         self._frames: queue.Queue[Frame] = queue.Queue(1)
@@ -120,7 +124,7 @@ class Planner:
 
 
 class Watchdog:
-    """Cancels the planner's text when no token came for `patience` seconds: a second line of defence behind the deadline."""
+    """Cancels the planner's text when no token came for `patience` seconds: a second defence behind the deadline."""
 
     def __init__(self, planner: Planner, patience: float, stop: threading.Event):
         self._planner, self._patience, self._stop = planner, patience, stop

@@ -1,4 +1,4 @@
-"""Use the runtime from a Python program: stream text as it is generated, with the expert of each token, and stop in time.
+"""Use the runtime from a Python program: stream tokens with their experts, and stop in time.
 
 python examples/stream.py dist/gemma2 "12+30="
 """

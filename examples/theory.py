@@ -1,9 +1,10 @@
-"""Why choosing among experts is not enough: a system built by hand in which only fusion with the router's logits writes the right text.
+"""Why choosing among experts is not enough: a hand-built system in which only fusion writes the right text.
 
 python examples/theory.py [PICTURE]
 
-At two steps both experts are wrong, so no sequence of choices between them writes the text. The router alone is wrong at three steps. Fused they
-are right at every step. docs/theory.md explains why. The checkpoints are real ones, exported and run like any other.
+At two steps both experts are wrong, so no sequence of choices between them writes the text. The router alone is wrong
+at three steps. Fused they are right at every step. docs/theory.md explains why. The checkpoints are real ones, exported
+and run like any other.
 """
 
 import sys
@@ -28,7 +29,7 @@ Floats = npt.NDArray[np.floating[Any]]
 
 
 class Step(NamedTuple):
-    """One word of the text, the expert that the router chooses for it, and each model's logits of (the word, apples, pears)."""
+    """One word of the text, the expert chosen for it, and each model's logits of (the word, apples, pears)."""
 
     word: str
     chosen: str
@@ -64,7 +65,7 @@ def table(model: str) -> Floats:
 
 
 def write_model(folder: Path, logits: Floats) -> str:
-    """Write a Llama checkpoint that computes the table: one-hot embeddings, a layer that adds nothing, and the table as LM head."""
+    """Write a Llama checkpoint that computes the table: one-hot embeddings, an idle layer, the table as LM head."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -156,9 +157,9 @@ class Policy(NamedTuple):
 
 
 def policies(rt: FusionRuntime) -> list[Policy]:
-    """Each expert, the best choice between them, the router, and router and routed expert fused, all as the runtime computes them."""
+    """Each expert, the best choice between them, the router, and the fusion, as the runtime computes them."""
     a, b = (Policy(f"expert {name}", alone(rt, name)) for name in EXPERTS)
-    # an oracle picks the better expert at each step; picking at random averages their probabilities, which is never better
+    # an oracle picks the better expert at each step; a random pick averages their probabilities, never more
     best = Policy("best choice", np.where((a.right >= b.right)[:, None], a.logits, b.logits))
     return [a, b, best, Policy("router", fused(rt, 1.0)), Policy("fusion", fused(rt, 0.5))]
 
@@ -221,7 +222,7 @@ def main(picture: str = "theory.png") -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:2])
-    except (FusionError, OSError, ValueError) as error:  # the last two: a picture that cannot be written, or of an unknown kind
+    except (FusionError, OSError, ValueError) as error:  # the last two: the picture cannot be written
         sys.exit(f"error: {one_line(error)}")
     except ModuleNotFoundError as error:
         sys.exit(f"error: This example needs the package '{error.name}': install the extras (pip install 'fusionroute[cpu,export,train]').")

@@ -19,7 +19,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def traced_once() -> Iterator[None]:
-    """Exports of equal architectures share one trace, which takes most of a small export's time; an export changes only copies of it."""
+    """Exports of equal architectures share one trace, which takes most of a small export's time."""
     if find_spec("torch") is None:  # tests/runtime alone
         yield
         return

@@ -1,4 +1,4 @@
-"""What only a machine with an NVIDIA GPU can tell, in one report: `python -m benchmarks.gpu_check`, or `make gpu-check`.
+"""What only a machine with an NVIDIA GPU can tell, in one report: `make gpu-check`.
 
 | file | checks |
 |---|---|

@@ -2,10 +2,11 @@
 
 python -m benchmarks.gpu_check [--bundle DIR …] [--out DIR]
 
-Checks both shipped systems, or the bundles named, with each of TensorRT and TensorRT-RTX that is installed. Builds engines for this GPU and
-adds them to the bundle. Compares the engines with the CPU backend, captured graphs with plain runs, evicted experts with resident ones, and
-the speed of INT8 with that of half precision. Without a GPU it compares the graphs on ONNX Runtime, builds TensorRT-RTX's engines for RTX
-GPUs, times the CPU, and says what it skipped. Exit status 1 where a check failed; a skipped check fails nothing.
+Checks both shipped systems, or the bundles named, with each of TensorRT and TensorRT-RTX that is installed. Builds
+engines for this GPU and adds them to the bundle. Compares the engines with the CPU backend, captured graphs with plain
+runs, evicted experts with resident ones, and the speed of INT8 with that of half precision. Without a GPU it compares
+the graphs on ONNX Runtime, builds TensorRT-RTX's engines for RTX GPUs, times the CPU, and says what it skipped. Exit
+status 1 where a check failed; a skipped check fails nothing.
 """
 
 import platform

@@ -20,7 +20,7 @@ ON_GPU = {
 
 
 def run_all(bundles: Sequence[Path], flavours: Sequence[str], gpu: int | None) -> Iterator[Outcome]:
-    """All checks of all bundles, with every library of `flavours`; a library that is missing gives one skipped outcome."""
+    """All checks of all bundles with every library of `flavours`; a missing library gives one skipped outcome."""
     for folder in bundles:
         for variant in Manifest.read(folder).variants:
             if variant.target == TARGET:

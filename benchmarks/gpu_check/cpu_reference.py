@@ -1,4 +1,7 @@
-"""What the GPU is compared with: the same bundle in fp32 on the CPU backend, over fixed texts. Computed once per bundle."""
+"""What the GPU is compared with: the same bundle in fp32 on the CPU backend, over fixed texts.
+
+Computed once per bundle.
+"""
 
 from collections.abc import Sequence
 from functools import cache
@@ -50,7 +53,7 @@ def prompts(folder: Path) -> list[list[int]]:
 
 @cache
 def passages(folder: Path, length: int) -> list[list[int]]:
-    """The held-out texts, joined and cut into `length` tokens each; seeded random ids for a bundle without a tokenizer."""
+    """The held-out texts, joined and cut into `length` tokens each; random ids if the bundle has no tokenizer."""
     manifest = Manifest.read(folder)
     if "tokenizer.json" in manifest.files:
         tokenizer = Text.load(folder / "tokenizer.json")

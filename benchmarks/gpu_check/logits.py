@@ -1,4 +1,7 @@
-"""Teacher-forced logits, in chunks and token by token, against the CPU backend in fp32. The bounds are those of the export."""
+"""Teacher-forced logits, in chunks and token by token, against the CPU backend in fp32.
+
+The bounds are those of the export.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

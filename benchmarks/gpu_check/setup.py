@@ -11,7 +11,7 @@ from fusionroute.runtime.tensorrt.library import TARGET, load
 
 @dataclass(frozen=True)
 class Setup:
-    """`flavour`: the library, `tensorrt` or `rtx`; `gpu`: compute capability of this machine's GPU (89 is 8.9), None without one."""
+    """A bundle, a library (`flavour`: tensorrt or rtx) and the GPU's compute capability (89 is 8.9; None: no GPU)."""
 
     folder: Path
     flavour: str

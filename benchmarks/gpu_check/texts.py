@@ -1,4 +1,4 @@
-"""Greedy texts of the GPU: those of the CPU, and the same with and without captured graphs, and with and without evictions."""
+"""Greedy texts of the GPU equal those of the CPU; captured graphs and evicted experts do not change them."""
 
 from typing import Any
 from unittest.mock import patch

@@ -1,4 +1,6 @@
-"""The paper's comparison on small systems: train every method, export it, measure it through the runtime. Writes docs/results.md.
+"""The paper's comparison on small systems: train every method, export it, measure it through the runtime.
+
+Writes docs/results.md.
 
 python -m benchmarks.paper --family gemma2 --work DIR               about two hours on one core; files already in DIR are reused
 python -m benchmarks.paper --family gemma2 --work DIR --width 64    half the width, with fewer methods: how the gain changes with size
@@ -38,7 +40,10 @@ READ = 1000  # prompts per domain whose right answers are read to see the routin
 
 
 class Comparison:
-    """One family at one width. Checkpoints, bundles and results are files in the work folder, written when they are missing."""
+    """One family at one width.
+
+    Checkpoints, bundles and results are files in the work folder, written when they are missing.
+    """
 
     def __init__(self, family: str, work: Path, width: int, prompts: int, scale: float, jobs: int):
         self.folder = work / f"{family}-{width}"

@@ -1,4 +1,4 @@
-"""Writes docs/results.md and its pictures from the measured results: the prose is in results.template.md, the numbers come from here."""
+"""Writes docs/results.md: the prose is in results.template.md, tables and pictures come from the measured results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -181,7 +181,7 @@ def class_table(folder: Path) -> str:
 
 
 def informative_table(folder: Path) -> str:
-    """Where some experts are right and others wrong: share of each expert, and how often the routed one is right; seeds averaged."""
+    """Share of each expert where experts differ, and how often the routed one is right; seeds averaged."""
     seeds = [Choices.load(folder / f"system-{seed}.choices.npz").table(DOMAINS) for seed in range(3)]
     lines = [row("token class", "tokens", *DOMAINS, "routed expert right", "a random one"), row("---", *["--:"] * 6)]
     for same in zip(*seeds, strict=True):

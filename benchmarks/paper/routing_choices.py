@@ -1,4 +1,4 @@
-"""Which experts the router chooses where it matters: at tokens of right answers that some experts would write and others would not."""
+"""Which experts the router chooses where it matters: at tokens that some experts get right and others wrong."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +15,8 @@ from fusionroute.runtime import FusionRuntime
 class Choices:
     """P informative positions of n experts.
 
-    label int64 [P]: token class; chosen int64 [P]: routed expert; right bool [P, n]: whether an expert's greedy token is the answer's.
+    label int64 [P]: token class; chosen int64 [P]: routed expert; right bool [P, n]: whether an expert's greedy token
+    is the answer's.
     """
 
     label: np.ndarray
@@ -33,7 +34,7 @@ class Choices:
             return cls(**arrays)
 
     def table(self, names: Sequence[str]) -> list[tuple[str, int, list[float], float, float]]:
-        """Per token class: count, share of each expert, how often the routed expert is right, how often a random one would be."""
+        """Per token class: count, share of each expert, how often the routed and a random expert are right."""
         lines = []
         for number, name in [*enumerate(CLASSES), (None, "all")]:
             positions = np.arange(len(self.label)) if number is None else np.flatnonzero(self.label == number)

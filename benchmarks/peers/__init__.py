@@ -1,7 +1,8 @@
 """The same models and prompts in other runtimes, beside this one: `python -m benchmarks.peers`.
 
-Each peer is one file (fusionroute, genai, llama, openvino, optimum, torch) that runs as a process in an environment of its own, so it imports
-nothing here except `worker`, which answers requests, and `workaround`, which fuses models around a runtime that cannot.
+Each peer is one file (fusionroute, genai, llama, openvino, optimum, torch) that runs as a process in an environment of
+its own, so it imports nothing here except `worker`, which answers requests, and `workaround`, which fuses models around
+a runtime that cannot.
 
 | file | |
 |---|---|

@@ -1,10 +1,10 @@
-"""The same models and prompts in other runtimes, each in an environment of its own, beside ours: JSON, tables and a chart.
+"""The same models and prompts in other runtimes, each in its own environment, beside ours. Writes JSON and tables.
 
 python -m benchmarks.peers --router SYSTEM/router --expert NAME=SYSTEM/experts/NAME … --bundle BUNDLE --work WORK [--write]
 
-BUNDLE is the system exported for ort:cpu in fp32, int8 and int4. The first run fills WORK with environments, models and perplexities (an
-hour, about 15 GB); later runs take a few minutes. Run this on an otherwise idle machine. --write renews the tables and the chart of
-docs/performance.md; the chart needs the extra `bench`.
+BUNDLE is the system exported for ort:cpu in fp32, int8 and int4. The first run fills WORK with environments, models and
+perplexities (an hour, about 15 GB); later runs take a few minutes. Run this on an otherwise idle machine. --write
+renews the tables and the chart of docs/performance.md; the chart needs the extra `bench`.
 """
 
 import json
@@ -23,7 +23,8 @@ from fusionroute.fr_export.commands.export import parse_experts
 from fusionroute.runtime.bundle import Bundle
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")  # those that decide which kernels run
+# features that decide which kernels run
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
 def describe_machine(threads: int, bundle: Path) -> dict[str, Any]:

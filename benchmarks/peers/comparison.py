@@ -59,7 +59,10 @@ class Comparison:
         return [ids[start : start + LONG] for start in range(0, len(ids) - LONG, LONG)]
 
     def prompts(self, rounds: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Short and long prompts of a warm-up round and of `rounds` more. All differ, so that a prompt cache gains nothing."""
+        """Short and long prompts of a warm-up round and of `rounds` more.
+
+        All differ, so that a prompt cache gains nothing.
+        """
         texts = self.texts()[JUDGED:]
         return [text[:PROMPT] for text in texts[rounds + 1 :][: rounds + 1]], texts[: rounds + 1]
 
@@ -90,7 +93,10 @@ class Comparison:
         return [row | numbers(measured, row["name"], f"{OURS} {precision}") for row in rows]
 
     def perplexity(self, name: str, peer: Peer, form: str, folder: Path) -> float:
-        """Perplexity of the first JUDGED texts, each read in one pass, in a process of its own. Measured once and kept. Raises PeerError."""
+        """Perplexity of the first JUDGED texts, each read in one pass, in a process of its own. Measured once and kept.
+
+        Raises PeerError.
+        """
         description = folder / ("manifest.json" if peer.name == OURS else MARKER)
         digest = sha256(description.read_bytes() if description.is_file() else str(folder.resolve()).encode()).hexdigest()
         cache = self.work / "perplexity.json"

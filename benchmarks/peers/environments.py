@@ -14,14 +14,13 @@ ENVIRONMENTS = {  # folder → packages; ours is the environment that runs the c
     "optimum": ("optimum-onnx[onnxruntime]==0.1.0", "onnxruntime==1.32.0", "transformers==4.57.6", TORCH),
     "torch": ("transformers==5.24.0", TORCH),
 }
-EXCLUDED = (
-    "torchvision"  # OpenVINO's exporter depends on it; text models do not need it, and one built for another torch breaks every import
-)
+# OpenVINO's exporter depends on it. Text models do not need it, and a build for another torch breaks every import.
+EXCLUDED = "torchvision"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A runtime: its name, its environment (None: this one), its module in this folder, and its formats (`forms`) of each precision."""
+    """A runtime: its name, environment (None: this one), module in this folder, and formats (`forms`) by precision."""
 
     name: str
     environment: str | None

@@ -10,7 +10,7 @@ from fusionroute.runtime.bench.run import generate
 
 
 class FusionRoute:
-    """One precision of a bundle. `fused`: the whole system; otherwise the router alone, since no expert runs at λ = 1."""
+    """One precision of a bundle: the whole system if `fused`, else the router alone (no expert runs at λ = 1)."""
 
     def __init__(self, folder: str, precision: str, context: int, threads: int, fused: bool = False):
         self.runtime = FusionRuntime.load(folder, precision, "cpu", threads=threads, lam=None if fused else 1.0)

@@ -23,7 +23,7 @@ ROUTED = "include_hidden_states=true"  # for the routing head
 
 
 def build(checkpoint: Path, form: str, out: Path) -> None:
-    """Build `out` for generating; for a router also `out/all` with logits of every token and `out/routed` with hidden states."""
+    """Build `out`; for a router also `out/all` with logits of every token and `out/routed` with hidden states."""
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     precision, *options = FORMS[form]
@@ -36,7 +36,10 @@ def build(checkpoint: Path, form: str, out: Path) -> None:
 
 
 def opened(folder: Path, threads: int | None, entries: dict[str, str]) -> og.Model:
-    """A model whose texts never end: its end-of-text token is one that does not occur. `threads` None: the library chooses."""
+    """A model whose texts never end: its end-of-text token is one that does not occur.
+
+    `threads` None: the library chooses.
+    """
     options = dict[str, int | str](entries) if threads is None else {"intra_op_num_threads": threads, **entries}
     endless = json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"] - 1
     config = og.Config(str(folder))
@@ -80,7 +83,10 @@ class Genai:
 
 
 class Fused:
-    """The workaround: one generator per model. The chosen expert first reads what it has missed; the router's logits are replaced by the fused ones."""
+    """The workaround: one generator per model.
+
+    The chosen expert first reads what it has missed; the router's logits are replaced by the fused ones.
+    """
 
     def __init__(self, folders: dict[str, str], head: str, lam: float, context: int, threads: int | None, entries: dict[str, str]):
         self.routing, self.lam, self.context = Routing.load(Path(head)), lam, context

@@ -20,7 +20,7 @@ LAYER = {  # Hugging Face's name of a layer's tensor → GGUF's
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads · size, hidden] of a query or key matrix in the order of GGUF's Llama, where rotary pairs are adjacent."""
+    """Rows [heads · size, hidden] of a query or key matrix in GGUF's order, where rotary pairs are adjacent."""
     return np.asarray(weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape))
 
 

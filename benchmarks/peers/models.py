@@ -11,7 +11,10 @@ MARKER = "made.txt"  # in a folder whose model is complete: the checkpoint and t
 
 
 def model_folder(work: Path, peer: Peer, form: str, checkpoint: Path, bundle: Path) -> Path:
-    """What a peer loads: the bundle, the checkpoint (torch), or a folder that the peer builds at first use. Raises PeerError."""
+    """What a peer loads: the bundle, the checkpoint (torch), or a folder that the peer builds at first use.
+
+    Raises PeerError.
+    """
     if peer.environment is None:
         return bundle
     if peer.environment == "torch":

@@ -26,7 +26,7 @@ def build(checkpoint: Path, form: str, out: Path) -> None:
 
 
 class OpenVino:
-    """A pipeline with the library's own settings, except threads and the prefix cache, which would skip prompts it has seen."""
+    """A pipeline with the library's settings, except threads and the prefix cache, which would skip known prompts."""
 
     def __init__(self, folder: str, form: str, context: int, threads: int):
         scheduler = openvino_genai.SchedulerConfig()

@@ -15,7 +15,8 @@ from benchmarks.peers.worker import Generation, main, stepwise
 def build(checkpoint: Path, form: str, out: Path) -> None:
     """Export in fp32, Optimum's only precision for decoders.
 
-    Optimum needs transformers 4, which does not read `rope_parameters`, where transformers 5 stores the base of the rotary embedding.
+    Optimum needs transformers 4, which does not read `rope_parameters`, where transformers 5 stores the base of the
+    rotary embedding.
     """
     config = json.loads((checkpoint / "config.json").read_text())
     config |= {"rope_theta": config["rope_parameters"]["rope_theta"]}
@@ -28,7 +29,10 @@ def build(checkpoint: Path, form: str, out: Path) -> None:
 
 
 class Optimum:
-    """An exported folder. It is called directly, since `generate` adds more work per token than the calls themselves cost."""
+    """An exported folder.
+
+    It is called directly, since `generate` adds more work per token than the calls themselves cost.
+    """
 
     def __init__(self, folder: str, form: str, context: int, threads: int):
         options = onnxruntime.SessionOptions()

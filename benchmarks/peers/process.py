@@ -83,7 +83,10 @@ def working(workers: dict[str, Worker]) -> Iterator[dict[str, Worker]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One worker's rounds. `decode`: seconds for all tokens of a text after the first; `prefill`: seconds to the first token of a long prompt."""
+    """One worker's rounds.
+
+    `decode`: seconds for all tokens of a text after the first; `prefill`: seconds to the first token of a long prompt.
+    """
 
     decode: list[float]
     prefill: list[float]
@@ -94,7 +97,10 @@ class Measured:
 
 
 def in_turns(workers: dict[str, Worker], short: list[list[int]], long: list[list[int]], count: int) -> dict[str, Measured]:
-    """Ask every worker once per round, one at a time; the first round only warms up. `count` tokens are timed after the first one of each text."""
+    """Ask every worker once per round, one at a time; the first round only warms up.
+
+    `count` tokens are timed after the first one of each text.
+    """
     texts: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     prefill: dict[str, list[float]] = {name: [] for name in workers}
     idle = dict.fromkeys(workers, 0.0)

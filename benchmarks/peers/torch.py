@@ -14,7 +14,10 @@ from benchmarks.peers.worker import Generation, main, stepwise
 
 
 class Torch:
-    """A checkpoint in fp32. It is called directly, since `generate` adds more work per token than the calls themselves cost."""
+    """A checkpoint in fp32.
+
+    It is called directly, since `generate` adds more work per token than the calls themselves cost.
+    """
 
     def __init__(self, folder: str, form: str, context: int, threads: int):
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""What users must write around other runtimes to fuse models: the routing head, and a count of the tokens that each expert has missed."""
+"""What users must add to other runtimes to fuse models: the routing head, and what each expert has missed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Routing:
 
 
 class Experts(Generic[Row]):
-    """How many tokens each expert has read. `readers`, one per expert, take ids int32 [S] and run the expert on them."""
+    """How many tokens each expert has read. `readers`, one per expert, run the expert on ids int32 [S]."""
 
     def __init__(self, readers: list[Callable[[np.ndarray], Row]]):
         self.readers, self.lengths = readers, [0] * len(readers)

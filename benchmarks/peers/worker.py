@@ -24,7 +24,7 @@ import numpy as np
 
 @dataclass
 class Generation:
-    """A greedy text: seconds to the `first` token and of the `rest`, the tokens, and in a fused system the expert of each."""
+    """A greedy text: seconds to the `first` token and for the `rest`, the tokens, and their experts if it is fused."""
 
     first: float
     rest: float
@@ -43,7 +43,10 @@ class Model(Protocol):
 
 
 def stepwise(prompt: list[int], count: int, step: Callable[[list[int]], int]) -> Generation:
-    """Generate and time a text token by token. `step` appends ids to what the model has read and returns the likeliest next token."""
+    """Generate and time a text token by token.
+
+    `step` appends ids to what the model has read and returns the likeliest next token.
+    """
     start = time.perf_counter()
     tokens = [step(prompt)]
     first = time.perf_counter()

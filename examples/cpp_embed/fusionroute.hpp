@@ -1,7 +1,8 @@
 // FusionRoute bundles from C++17: load, generate, stream to a callback, cancel, step, and errors as exceptions.
 //
 // Any thread may call any function. Callers need not hold the GIL, and it is released while a model or a callback runs.
-// Create one Interpreter in main() before everything else; it must outlive everything else. Use a Session from one thread at a time.
+// Create one Interpreter in main() before everything else; it must outlive everything else.
+// Use a Session from one thread at a time.
 #pragma once
 
 #include <pybind11/embed.h>
@@ -65,7 +66,8 @@ inline SharedObject share(py::object object) {
 
 }  // namespace detail
 
-// Starts Python without its signal handlers. `python` is the interpreter of the environment that has fusionroute installed.
+// Starts Python without its signal handlers.
+// `python` is the interpreter of the environment that has fusionroute installed.
 class Interpreter {
  public:
   explicit Interpreter(const std::string& python) {
@@ -133,7 +135,8 @@ struct Options {
   }
 };
 
-// Called without the GIL, in the thread that generates. Returning false ends the text; an exception propagates out of `generate`.
+// Called without the GIL, in the thread that generates.
+// Returning false ends the text; an exception propagates out of `generate`.
 using OnToken = std::function<bool(const Token&)>;
 
 inline Token token_of(const py::handle& token) {
@@ -144,7 +147,8 @@ inline Token token_of(const py::handle& token) {
 // Fused logits of one step, not copied. Valid while this Row or a copy of it lives, even after the runtime is closed.
 class Row {
  public:
-  explicit Row(py::array_t<float> array) : data_(array.data()), size_(static_cast<std::size_t>(array.size())), owner_(detail::share(std::move(array))) {}
+  explicit Row(py::array_t<float> array)
+      : data_(array.data()), size_(static_cast<std::size_t>(array.size())), owner_(detail::share(std::move(array))) {}
   const float* data() const noexcept { return data_; }
   std::size_t size() const noexcept { return size_; }
   float operator[](std::size_t id) const noexcept { return data_[id]; }

@@ -1,4 +1,7 @@
-"""`fusionroute evaluate`, `python -m fr_export.evaluate`: task accuracy of bundles by several decoding methods. Needs no torch."""
+"""`fusionroute evaluate`, `python -m fr_export.evaluate`: task accuracy of bundles by several decoding methods.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 

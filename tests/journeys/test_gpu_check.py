@@ -33,7 +33,7 @@ ON_GPU = ("parity", "same tokens", "graph replay", "eviction", "weights once")
 
 
 class Checked(NamedTuple):
-    """A finished run: exit status, the report, and its outcomes by check and by precision (or "CPU precisions", "all")."""
+    """A finished run: exit status, report, and outcomes by check and by precision (or "CPU precisions", "all")."""
 
     status: int
     report: str
@@ -45,7 +45,7 @@ class Checked(NamedTuple):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small system for the CPU and for TensorRT, where weight-only int8 stands for int8, which would need calibration."""
+    """A small system for CPU and TensorRT, where weight-only int8 replaces int8, which needs calibration."""
     folder = tmp_path_factory.mktemp("gpu")
     shape = Shape("gemma2", layers=1, experts=3, tokenizer=True, config={"tie_word_embeddings": False})
     router, experts = make_system(folder, shape, seed=2)
@@ -68,7 +68,7 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def short() -> Iterator[None]:
-    """Few tokens, a bandwidth that need not be measured, and bounds for random weights, many of whose choices are near ties."""
+    """Few tokens, a fixed bandwidth, and bounds for random weights, which have many near ties."""
     with (
         patch.multiple(cpu_reference, TOKENS=64, NEW_TOKENS=10),
         patch.multiple(speed, NEW_TOKENS=8, REPEATS=2),
@@ -138,7 +138,7 @@ def test_wrong_engines_fail(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_captures_that_go_wrong_are_seen(bundle: Path, tmp_path: Path) -> None:
-    """The check fails where launches do nothing, which leaves the previous step in the buffers, and where nothing is captured."""
+    """The check fails if launches do nothing (buffers then hold the previous step) or if nothing is captured."""
     add_engines(bundle, chunk=512)
     [fp32] = [variant for variant in Manifest.read(bundle).variants if (variant.target, variant.precision) == ("tensorrt", "fp32")]
     setup = Setup(bundle, "rtx", 89)
@@ -162,7 +162,7 @@ def test_memory_is_held_against_the_engines(bundle: Path, one_copy: float, good:
 
 
 def test_without_a_gpu(bundle: Path, tmp_path: Path) -> None:
-    """Engines of TensorRT-RTX are built where it is installed; whatever needs a GPU is reported as skipped, and nothing fails."""
+    """TensorRT-RTX's engines are built if it is installed; whatever needs a GPU is skipped, and nothing fails."""
     manifest = Manifest.read(bundle)
     variants = [variant for variant in manifest.variants if variant.precision != "fp32" or variant.target == "ort:cpu"]
     manifest.model_copy(update={"variants": variants}).write(bundle)

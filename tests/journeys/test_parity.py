@@ -1,4 +1,4 @@
-"""Exported systems against plain torch over many shapes, in every precision, through chunks, single tokens and rewinds."""
+"""Exported systems of many shapes equal plain torch, in every precision, in chunks, by token and after rewinds."""
 
 from pathlib import Path
 
@@ -15,7 +15,14 @@ from tests.support.exporting import ALL, export_system
 from tests.support.parity import check_parity
 from tests.support.systems import Shape
 
-ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "sliding_window": 5}
 
 SHAPES = {
@@ -49,7 +56,10 @@ def test_shapes(name: str, tmp_path: Path) -> None:
 
 
 def check_quantised(bundle: Path, system: System, ids: list[int]) -> None:
-    """fp16, bf16 and int8 stay near fp32, in chunks and token by token. Bounds are relative to the spread of the logits."""
+    """fp16, bf16 and int8 stay near fp32, in chunks and token by token.
+
+    Bounds are relative to the spread of the logits.
+    """
     (expected,) = reference(system, [ids], (0.5, 0.5))
     for precision, bound in (("fp16", 0.003), ("bf16", 0.024), ("int8", 0.08)):
         with FusionRuntime.load(bundle, precision=precision) as runtime:

@@ -1,6 +1,7 @@
 """A real model: SmolLM2-135M as router and as three perturbed experts. Slow.
 
-The checkpoints come from FUSIONROUTE_SMOLLM2, a folder with router/ and experts/, or else from scripts beside the repository.
+The checkpoints come from FUSIONROUTE_SMOLLM2, a folder with router/ and experts/, or else from scripts beside the
+repository.
 """
 
 import os

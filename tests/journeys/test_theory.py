@@ -1,4 +1,4 @@
-"""The paper's argument, measured on an exported system: choosing among experts cannot reach what fusing with the router does."""
+"""The paper's argument, measured on an exported system: fusion reaches what choosing among experts cannot."""
 
 import itertools
 from collections.abc import Iterator

@@ -1,4 +1,7 @@
-"""Optimum exports through its own command line and loads the result unmodified. Slow, in an environment of its own: `make test-optimum`."""
+"""Optimum exports through its own command line and loads the result unmodified.
+
+Slow, in an environment of its own: `make test-optimum`.
+"""
 
 import json
 import shutil

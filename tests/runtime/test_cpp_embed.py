@@ -1,4 +1,4 @@
-"""The C++ example is built and run: it streams what Python streams, and ends where it is told to."""
+"""The C++ example is built and run: it streams what Python streams, and ends when it is told to."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ PROMPT = "12+30="
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example, built without optimisation: that is quicker."""
+    """The example, built without optimisation, which is faster to build."""
     for tool in ("cmake", "g++"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed: nothing to build the C++ example with")
@@ -30,8 +30,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = REPOSITORY / "examples" / "cpp_embed"
     options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Debug"]
     for command in (["cmake", "-S", str(source), "-B", str(folder), *options], ["cmake", "--build", str(folder)]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0 and "warning:" not in done.stderr, done.stdout + done.stderr
+        build = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert build.returncode == 0 and "warning:" not in build.stderr, build.stdout + build.stderr
     return folder / "cpp_embed"
 
 
@@ -43,27 +43,28 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_example_streams_what_python_does_and_can_be_stopped(program: Path, bundles: list[Path]) -> None:
     for folder in bundles:
-        done = run(program, str(folder), PROMPT)
-        assert done.returncode == 0 and not done.stderr, done.stderr
-        said = {line.split(" ", 1)[0]: line.split(" ", 1)[1].strip() for line in done.stdout.splitlines()}
+        process = run(program, str(folder), PROMPT)
+        assert process.returncode == 0 and not process.stderr, process.stderr
+        printed = {line.split(" ", 1)[0]: line.split(" ", 1)[1].strip() for line in process.stdout.splitlines()}
         with FusionRuntime.load(folder) as rt:
             expected = rt.generate(PROMPT, 24)
             free = rt.generate(PROMPT, 400, temperature=1.0, seed=1)
         pairs = zip(expected.token_ids, expected.experts, strict=True)
-        assert said["tokens"] == " ".join(f"{id}:{expert}" for id, expert in pairs)
-        assert said["reason"] == expected.finish_reason
-        assert said["session"] == f"{expected.token_ids[0]} best {expected.token_ids[0]}"
-        assert said["InputError"].startswith("temperature is -1.0, expected 0 or at least")
-        assert said["logic_error"] == "thrown by a callback"
-        assert said["ClosedError"] == "The runtime was closed: load the bundle again."
-        if len(free.token_ids) > 300:  # long enough to be stopped on the way
-            reason, _, more, _ = said["cancel"].split()
+        assert printed["tokens"] == " ".join(f"{id}:{expert}" for id, expert in pairs)
+        assert printed["reason"] == expected.finish_reason
+        assert printed["session"] == f"{expected.token_ids[0]} best {expected.token_ids[0]}"
+        assert printed["InputError"].startswith("temperature is -1.0, expected 0 or at least")
+        assert printed["logic_error"] == "thrown by a callback"
+        assert printed["ClosedError"] == "The runtime was closed: load the bundle again."
+        if len(free.token_ids) > 300:  # too long to end by itself
+            reason, _, more, _ = printed["cancel"].split()
             assert reason == "cancelled" and int(more) <= 4, "the token under way, and up to three that waited for a character's end"
-            assert said["deadline"].split()[0] == "deadline"
+            assert printed["deadline"].split()[0] == "deadline"
 
 
 def test_the_example_ends_with_the_sentence_of_what_is_wrong(program: Path, bundles: list[Path], tmp_path: Path) -> None:
-    done = run(program, str(tmp_path), PROMPT)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and str(tmp_path) in done.stderr and done.stderr.count("\n") == 1
-    done = run(program, str(bundles[0]), PROMPT, "int2")
-    assert done.returncode == 1 and "has no precision 'int2'" in done.stderr
+    process = run(program, str(tmp_path), PROMPT)
+    assert process.returncode == 1 and process.stderr.startswith("error: ")
+    assert str(tmp_path) in process.stderr and process.stderr.count("\n") == 1
+    process = run(program, str(bundles[0]), PROMPT, "int2")
+    assert process.returncode == 1 and "has no precision 'int2'" in process.stderr

@@ -35,19 +35,19 @@ def until(condition: Any, seconds: float = 60) -> None:
 def test_frames_are_dropped_and_texts_end_in_time(node: Any, bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with FusionRuntime.load(bundles[0], threads=1) as rt:
         monkeypatch.setattr(rt, "eos", frozenset())  # texts that never end by themselves
-        works = node.Node(rt, period=0.005, budget=0.05, patience=60.0, max_new_tokens=900)
-        works.start()
-        until(lambda: len(works.planner.plans) >= 6)
-        works.shutdown()
-        assert not any(thread.is_alive() for thread in works._threads)
-    plans, frames = works.planner.plans, works.frames
+        robot = node.Node(rt, period=0.005, budget=0.05, patience=60.0, max_new_tokens=900)
+        robot.start()
+        until(lambda: len(robot.planner.plans) >= 6)
+        robot.shutdown()
+        assert not any(thread.is_alive() for thread in robot._threads)
+    plans, frames = robot.planner.plans, robot.frames
     assert {plan.reason for plan in plans[:-1]} == {"deadline"} and not plans[0].complete, "900 tokens do not fit the budget"
     assert plans[-1].reason in ("deadline", "cancelled")
     numbers = [plan.frame for plan in plans]
     assert numbers == sorted(set(numbers)) and frames.dropped > 0
-    waiting = works.camera.produced - frames.dropped - len(plans)
+    waiting = robot.camera.produced - frames.dropped - len(plans)
     assert waiting in (0, 1), "every frame was dropped, answered, or waits in the queue of one"
-    assert works.watchdog.bites == 0
+    assert robot.watchdog.bites == 0
 
 
 class Stuck:
@@ -59,20 +59,20 @@ class Stuck:
 
 
 def test_the_watchdog_cancels_what_gives_no_token(node: Any) -> None:
-    works = node.Node(Stuck(), period=0.005, patience=0.05)
-    works.start()
-    until(lambda: works.watchdog.bites >= 2)
-    works.shutdown()
-    assert {plan.reason for plan in works.planner.plans} == {"cancelled"}
+    robot = node.Node(Stuck(), period=0.005, patience=0.05)
+    robot.start()
+    until(lambda: robot.watchdog.bites >= 2)
+    robot.shutdown()
+    assert {plan.reason for plan in robot.planner.plans} == {"cancelled"}
 
 
 def test_the_planner_ends_when_the_runtime_is_closed(node: Any, bundles: list[Path]) -> None:
     rt = FusionRuntime.load(bundles[0], threads=1)
-    works = node.Node(rt, period=0.005)
-    works.start()
-    until(lambda: works.planner.plans)
+    robot = node.Node(rt, period=0.005)
+    robot.start()
+    until(lambda: robot.planner.plans)
     rt.close()
-    planner = works._threads[1]
+    planner = robot._threads[1]
     planner.join(60)
-    assert not planner.is_alive() and works.planner.error is None and not works.stop.is_set()
-    works.shutdown()
+    assert not planner.is_alive() and robot.planner.error is None and not robot.stop.is_set()
+    robot.shutdown()

@@ -29,7 +29,7 @@ def check_parity(bundle: Path, system: System, ids: list[int], prompt: int) -> N
 
 
 def check_greedy(runtime: FusionRuntime, system: System, prompt: list[int], error: float) -> None:
-    """64 greedy tokens and their experts equal the reference's argmax wherever its margin is more than 10 times the error."""
+    """64 greedy tokens and experts are the reference's argmax wherever its margin is over 10 times the error."""
     session = runtime.session()
     session.append(prompt)
     tokens = [session.step() for _ in range(64)]

@@ -16,7 +16,10 @@ CONFIGS: dict[str, Any] = {"gemma2": Gemma2Config, "llama3": LlamaConfig}
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a system. `config` overrides any field of the Hugging Face config, `expert_config` those of the experts."""
+    """The shape of a system.
+
+    `config` overrides any field of the Hugging Face config, `expert_config` those of the experts.
+    """
 
     family: str = "llama3"
     heads: int = 4
@@ -63,7 +66,7 @@ def make_system(folder: Path, shape: Shape, seed: int = 0) -> tuple[str, dict[st
 
 
 def make_model(folder: Path, shape: Shape, seed: int, expert: bool) -> Path:
-    """Write one checkpoint with seeded random weights; norms are random too, or a forgotten offset would go unnoticed."""
+    """Write one checkpoint with seeded random weights, norms too: a forgotten offset must show."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(shape.build(expert), dtype=torch.float32)
     for name, parameter in model.named_parameters():

@@ -14,7 +14,7 @@ from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.trace import trace
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime.errors import FusionError, InputError
-from tests.support.hooks import hooked, layers_of
+from tests.support.layer_inputs import layers_of, linear_inputs
 from tests.support.systems import Shape, make_system
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -45,7 +45,7 @@ def test_blocks_compute_what_torch_computes(traced: tuple[System, Graph]) -> Non
     model = load(system.router)
     covered = set()
     for number, text in enumerate(texts):
-        expected = hooked(model, text)
+        expected = linear_inputs(model, text)
         for matrix, channels in matrices(graph).items():
             for layer in layers_of(matrix):
                 covered.add(layer)

@@ -30,7 +30,7 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.manifest import Manifest
-from tests.support.concatenated import Reader, positions
+from tests.support.portable_graph import Reader, positions
 from tests.support.systems import Shape, make_system
 
 SHAPES = {

@@ -32,7 +32,7 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Manifest
 from tests.support.exporting import export_checkpoints
-from tests.support.hooks import hooked, layers_of
+from tests.support.layer_inputs import layers_of, linear_inputs
 from tests.support.systems import Shape, make_system
 
 PROMPTS = ["12+30=", "def f(x):", "Es war", "a", "What?"]
@@ -94,7 +94,7 @@ def same(one: Table, other: Table) -> None:
 def test_every_model_is_seen_where_it_serves(made: Made, whole: Table) -> None:
     for number, model in enumerate(made.system.models):
         network = load(model)
-        inputs = [hooked(network, text.ids.astype(np.int64)) for text in whole.texts]
+        inputs = [linear_inputs(network, text.ids.astype(np.int64)) for text in whole.texts]
         for matrix, width in matrices(made.graphs[model.name]).items():
             rows = [np.zeros((0, width), np.float32)]
             for text, inside in zip(whole.texts, inputs, strict=True):

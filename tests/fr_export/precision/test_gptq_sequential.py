@@ -26,7 +26,7 @@ from fusionroute.fr_export.precision.gptq_sequential import round_sequentially
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
-from tests.support.calibrating import traced
+from tests.support.calibration import traced
 from tests.support.systems import Shape, make_system
 
 FORM = int4.FORMAT

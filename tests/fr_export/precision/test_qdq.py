@@ -32,7 +32,7 @@ from fusionroute.fr_export.precision.qdq.weight_formats import SMALLEST, block_g
 from fusionroute.fr_export.precision.scheme import Fitted, Fitting
 from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineGraphOnCpu
 from fusionroute.fr_export.verify.torch_reference import load
-from tests.support.calibrating import observe, traced
+from tests.support.calibration import observe, traced
 from tests.support.systems import Shape, make_system
 
 CAPACITY = 64

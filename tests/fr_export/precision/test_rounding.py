@@ -10,7 +10,7 @@ from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import rounding
 from fusionroute.fr_export.verify.torch_reference import load
-from tests.support.calibrating import fit_context, known, observe, passed_on, traced
+from tests.support.calibration import fit_context, known, observe, passed_on, traced
 from tests.support.systems import Shape, make_system
 
 IDS = [np.random.default_rng(0).integers(3, 300, 50).astype(np.int32), np.array([5, 9, 200], np.int32)]

@@ -17,7 +17,7 @@ from fusionroute.fr_export.precision import int4, sensitive
 from fusionroute.fr_export.precision.blockwise import nearest, widened
 from fusionroute.fr_export.precision.int8 import SMALL
 from fusionroute.fr_export.verify.torch_reference import load
-from tests.support.calibrating import fit_context, known, passed_on, traced
+from tests.support.calibration import fit_context, known, passed_on, traced
 from tests.support.systems import Shape, make_system
 
 IDS = [np.random.default_rng(0).integers(3, 300, 50).astype(np.int32), np.array([5, 9, 200], np.int32)]

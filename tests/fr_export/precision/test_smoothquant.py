@@ -16,7 +16,7 @@ from fusionroute.fr_export.graphs.graph import Graph, Source
 from fusionroute.fr_export.graphs.source_rows import rows
 from fusionroute.fr_export.precision.smoothquant import Choice, Columns, expected_errors, groups, smooth
 from fusionroute.fr_export.verify.torch_reference import load
-from tests.support.calibrating import observe, run, traced, written
+from tests.support.calibration import observe, run, traced, written
 from tests.support.systems import Shape, make_system
 
 TIED = {"tie_word_embeddings": True}

@@ -30,7 +30,7 @@ from fusionroute.fr_export.precision.smoothquant import Columns, smooth
 from fusionroute.fr_export.precision.w8a8 import SMALLEST_NORMAL, PlannedW8A8, StaticW8A8, quantise
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime.errors import InputError
-from tests.support.calibrating import fit_context, observe, run, traced, written
+from tests.support.calibration import fit_context, observe, run, traced, written
 from tests.support.systems import Shape, make_system
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(3, 300, 32)]

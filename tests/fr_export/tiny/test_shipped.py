@@ -42,13 +42,13 @@ def tokenizer(family: Any) -> Any:
 @pytest.fixture(scope="module")
 def rows(tokenizer: Any) -> dict[str, list[tuple[list[int], int]]]:
     """Domain → (token ids of prompt, answer and end, number of those of the prompt)."""
-    found = {}
+    rows = {}
     for domain in ALL_DOMAINS:
         samples = draw_many(domain, "test", PROMPTS, seed=5)
         prompts = [tokenizer(sample.prompt)["input_ids"] for sample in samples]
         answers = [tokenizer(sample.answer, add_special_tokens=False)["input_ids"] for sample in samples]
-        found[domain] = [([*p, *a, tokenizer.eos_token_id], len(p)) for p, a in zip(prompts, answers, strict=True)]
-    return found
+        rows[domain] = [([*p, *a, tokenizer.eos_token_id], len(p)) for p, a in zip(prompts, answers, strict=True)]
+    return rows
 
 
 def exact(logits: np.ndarray, ids: list[int], start: int) -> bool:
@@ -67,15 +67,15 @@ def fused(system: System, rows: dict[str, list[tuple[list[int], int]]]) -> dict[
 @pytest.fixture(scope="module")
 def alone(system: System, rows: dict[str, list[tuple[list[int], int]]]) -> dict[str, dict[str, float]]:
     """Expert → domain → exact match."""
-    found: dict[str, dict[str, float]] = {}
+    accuracies: dict[str, dict[str, float]] = {}
     for expert in system.experts:
         model = load(expert)
-        found[expert.name] = {}
+        accuracies[expert.name] = {}
         for domain, own in rows.items():
             with torch.no_grad():
                 right = [exact(model(torch.tensor([ids]), use_cache=False).logits[0].numpy(), ids, start) for ids, start in own]
-            found[expert.name][domain] = float(np.mean(right))
-    return found
+            accuracies[expert.name][domain] = float(np.mean(right))
+    return accuracies
 
 
 def test_all_files_together_are_small() -> None:
@@ -122,7 +122,7 @@ def test_tokenizer(family: Any, tokenizer: Any) -> None:
 
 
 def accuracy(rows: list[tuple[list[int], int]], fused: list[Reference]) -> float:
-    return float(np.mean([exact(found.logits, ids, start) for (ids, start), found in zip(rows, fused, strict=True)]))
+    return float(np.mean([exact(answer.logits, ids, start) for (ids, start), answer in zip(rows, fused, strict=True)]))
 
 
 def test_each_expert_is_ahead_in_its_own_domain(alone: dict[str, dict[str, float]]) -> None:
@@ -135,7 +135,7 @@ def test_each_expert_is_ahead_in_its_own_domain(alone: dict[str, dict[str, float
 def test_routing_follows_the_domain(rows: dict[str, list[tuple[list[int], int]]], fused: dict[str, list[Reference]]) -> None:
     """Where experts agree the choice is free, so that shares need not be near 1; chance is a third."""
     for number, domain in enumerate(DOMAINS):
-        chosen = [found.experts[start - 1 : -1] for (_, start), found in zip(rows[domain], fused[domain], strict=True)]
+        chosen = [answer.experts[start - 1 : -1] for (_, start), answer in zip(rows[domain], fused[domain], strict=True)]
         shares = np.bincount(np.concatenate(chosen), minlength=len(DOMAINS)) / sum(map(len, chosen))
         assert shares.argmax() == number and shares[number] > 0.4, (domain, shares)
 
@@ -156,7 +156,7 @@ def test_12_plus_30(system: System, tokenizer: Any, chat: bool) -> None:
     )
     ids = [*prompt, *tokenizer("42", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     settings = FusionSettings.read(system.router.folder)
-    [found] = reference(system, [ids], fusion_coefficients(settings.fusion, settings.lam))
-    assert tokenizer.decode(found.logits[len(prompt) - 1 : -2].argmax(-1)) == "42"
-    assert found.logits[-2].argmax() in system.router.end_tokens
-    assert (found.experts[len(prompt) - 1 : -1] == DOMAINS.index("math")).mean() > 0.5
+    [answer] = reference(system, [ids], fusion_coefficients(settings.fusion, settings.lam))
+    assert tokenizer.decode(answer.logits[len(prompt) - 1 : -2].argmax(-1)) == "42"
+    assert answer.logits[-2].argmax() in system.router.end_tokens
+    assert (answer.experts[len(prompt) - 1 : -1] == DOMAINS.index("math")).mean() > 0.5

@@ -28,8 +28,8 @@ from tests.support.systems import Shape, make_model
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
-    with in_folder("training", lambda: run("train"), tmp_path, monkeypatch, capsys) as found:
-        yield found
+    with in_folder("training", lambda: run("train"), tmp_path, monkeypatch, capsys) as command:
+        yield command
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Graphs of the `portable` dialect, run as Optimum runs them: caches that grow, a mask over all tokens, positions counted from the mask."""
+"""Graphs of the `portable` dialect, run as Optimum runs them: growing caches, a mask, positions from the mask."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ class Reader:
         )
 
     def read(self, ids: np.ndarray, mask: np.ndarray, chunks: Sequence[int], empty: tuple[int, int] = (1, 1)) -> np.ndarray:
-        """Logits float32 [B, S, V] of ids and mask [B, S], read in chunks; `empty` is the shape of the heads of empty caches."""
+        """Logits float32 [B, S, V] of ids and mask [B, S], read in chunks; `empty`: heads and size of empty caches."""
         assert sum(chunks) == ids.shape[1]
         types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         past = {

@@ -9,7 +9,7 @@ from torch import nn
 
 
 @torch.no_grad()
-def hooked(model: Any, text: np.ndarray) -> dict[str, np.ndarray]:
+def linear_inputs(model: Any, text: np.ndarray) -> dict[str, np.ndarray]:
     """Input [S, K] of every linear layer of a torch model, by the layer's name."""
     inputs: dict[str, np.ndarray] = {}
 
