@@ -48,7 +48,8 @@ slow: $(VENV)/test
 # The light runtime alone on the oldest supported ONNX Runtime.
 test-oldest: $(VENV)/test .venv-oldest/ready
 	rm -rf dist/oldest
-	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.support.exporting dist/oldest 2>/dev/null) .venv-oldest/bin/python -m pytest tests/runtime
+	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.support.exporting dist/oldest 2>/dev/null) .venv-oldest/bin/python -m pytest tests/runtime \
+		--ignore tests/runtime/providers --ignore tests/runtime/tensorrt
 
 # What is written for Optimum, read by Optimum, which needs an older transformers.
 test-optimum: .venv-optimum/ready

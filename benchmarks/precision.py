@@ -23,8 +23,9 @@ from fusionroute.fr_export.commands.export import parse_experts
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request
 from fusionroute.fr_export.families import FAMILIES
-from fusionroute.fr_export.verify.bounds import BOUNDS, misses
+from fusionroute.fr_export.verify.bounds import misses
 from fusionroute.fr_export.verify.compare import compare
+from fusionroute.runtime.precisions import PRECISIONS
 
 CONTEXT = 1024  # tokens
 
@@ -54,7 +55,7 @@ def main(
         for name in names:
             with stages.stage(f"measuring {name}", sum(map(len, texts)) + decode) as advance:
                 figures[name] = compare(str(bundle), name, texts, references, advance, decode)
-                figures[name]["missed"] = misses("ort:cpu", name, figures[name]) if name in BOUNDS else []
+                figures[name]["missed"] = misses("ort:cpu", name, figures[name]) if name in PRECISIONS else []
             (out / "precision.json").write_text(json.dumps(figures, indent=1))
     table = Table("precision", "read", "perplexity", "KL mean", "KL p99", "top-1", "sure", "routing")
     for name, compared in figures.items():

@@ -8,7 +8,7 @@ four models of 135 million parameters on two cores.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,24 +25,22 @@ from benchmarks.real_text import passages
 from fusionroute.calibration.observe import observe
 from fusionroute.calibration.serving_masks import Mask
 from fusionroute.fr_export.checkpoints.system import System
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.commands.export import parse_experts
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
-from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.graph import Graph, users
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import SCHEMES, int4, int8, w8a8
 from fusionroute.fr_export.precision.blockwise import Format, attach, nearest, sliced, store_blocks
-from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
-from fusionroute.fr_export.precision.plan_w8a8 import plan
+from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
+from fusionroute.fr_export.precision.plan_w8a8 import choose
 from fusionroute.fr_export.precision.rounding import measure
-from fusionroute.fr_export.precision.scheme import Fitted, Scheme, users
+from fusionroute.fr_export.precision.scheme import Fitted, Scheme
 from fusionroute.fr_export.precision.sensitive import sensitive
 from fusionroute.fr_export.precision.smoothquant import smooth
-from fusionroute.fr_export.verify.bounds import BOUNDS
 from fusionroute.fr_export.verify.compare import compare
 
 CONTEXT = 1024  # tokens
@@ -51,13 +49,13 @@ CONTEXT = 1024  # tokens
 class Nearest:
     """Weight-only blocks, rounded to nearest."""
 
-    def __init__(self, name: str, form: Format):
-        self.name, self.form, self.bits = name, form, form.bits_per_weight
+    def __init__(self, name: str, fmt: Format):
+        self.name, self.format, self.bits = name, fmt, fmt.bits_per_weight
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """See `scheme.Scheme`."""
         pieces = sliced(rows, int(matrix.shape[1]))
-        attach(graph, matrix, store_blocks((nearest(piece, self.form) for piece in pieces), self.form, store))
+        attach(graph, matrix, store_blocks((nearest(piece, self.format) for piece in pieces), self.format, store))
 
 
 class Gptq(Nearest):
@@ -67,43 +65,43 @@ class Gptq(Nearest):
     budget.
     """
 
-    def __init__(self, name: str, form: Format, smoothed: bool = False, embedding: Format | None = None, budget: float = 0.0):
-        super().__init__(name, form)
-        self.smoothed, self.embedding, self.budget = smoothed, embedding or form, budget
+    def __init__(self, name: str, fmt: Format, smoothed: bool = False, embedding: Format | None = None, budget: float = 0.0):
+        super().__init__(name, fmt)
+        self.smoothed, self.embedding, self.budget = smoothed, embedding or fmt, budget
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """See `scheme.Fitting`."""
         if self.smoothed:
-            graph, _ = smooth(graph, weights, known.observed, taken=shared.setdefault("scales", {}))
+            graph, _ = smooth(context.graph, context.weights, context.evidence.observed, taken=context.shared.scales)
+            context = replace(context, graph=graph)
+        graph = context.graph
         values = graph.model.graph.initializers
-        forms = {name: self.embedding if users(values[name])[1] else self.form for name in matrices(graph)}
+        formats = {name: self.embedding if users(values[name])[1] else self.format for name in matrices(graph)}
         if self.budget:
-            forms |= dict.fromkeys(sensitive(graph, weights, known, forms, int8.SMALL, self.budget), int8.SMALL)
-        return graph, Compensated(self, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
+            formats |= dict.fromkeys(sensitive(context, formats, int8.SMALL, self.budget), int8.SMALL)
+        return graph, FittedByGptq(self, round_sequentially(context, formats))
 
 
-class Static(Nearest):
+class StaticW8A8(Nearest):
     """W8A8, optionally without SmoothQuant (`smoothed`) or calibrated on all tokens, not the served ones (`routed`)."""
 
     def __init__(self, name: str, smoothed: bool = True, routed: bool = True):
         super().__init__(name, int8.FORMAT)
         self.smoothed, self.routed = smoothed, routed
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """See `scheme.Fitting`."""
+        graph, weights, evidence = context.graph, context.weights, context.evidence
         if not self.routed:
-            masks = [Mask(len(text.ids), np.arange(len(text.ids))) for text in known.recorded]
-            known = replace(known, masks=masks, observed=observe(split(graph), known.recorded, masks, *reader(graph, weights)))
+            masks = [Mask(len(text.ids), np.arange(len(text.ids))) for text in evidence.recorded]
+            unrouted = observe(split(graph), evidence.recorded, masks, *reader(graph, weights))
+            context = replace(context, evidence=replace(evidence, masks=masks, observed=unrouted))
         if self.smoothed:
-            return w8a8.Static().fit(graph, weights, known, store, shared, advance)
-        forms = {matrix: w8a8.by_row(channels) for matrix, channels in matrices(graph).items()}
-        stored = compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance)
-        noise = measure(graph, weights, known, known.observed)
-        return graph, w8a8.W8A8(plan(graph, weights, known.observed, noise), stored)
+            return w8a8.StaticW8A8().fit(context)
+        formats = {matrix: w8a8.by_row(channels) for matrix, channels in matrices(graph).items()}
+        observed = context.evidence.observed
+        plan = choose(graph, weights, observed, measure(context, observed))
+        return graph, w8a8.PlannedW8A8(plan, round_sequentially(context, formats))
 
 
 def symmetric(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
@@ -139,9 +137,9 @@ STEPS: tuple[Scheme, ...] = (
     Nearest("int8 nearest, 64", int8.FORMAT),
     Gptq("int8 GPTQ, 64", int8.FORMAT),
     Gptq("int8 GPTQ, 64, smoothed", int8.FORMAT, smoothed=True),
-    Static("w8a8 without SmoothQuant", smoothed=False),
-    Static("w8a8 calibrated on all tokens", routed=False),
-    Static("w8a8 as it is"),
+    StaticW8A8("w8a8 without SmoothQuant", smoothed=False),
+    StaticW8A8("w8a8 calibrated on all tokens", routed=False),
+    StaticW8A8("w8a8 as it is"),
 )
 
 
@@ -166,7 +164,7 @@ def main(
         for step in STEPS:
             if step.name in rows or only not in step.name:
                 continue
-            SCHEMES["ort:cpu"][step.name], BOUNDS[step.name] = step, {}
+            SCHEMES["ort:cpu"][step.name] = step
             bundle = out / "bundle"
             request = Request(FAMILIES[family], router, experts, (step.name,), ("ort:cpu",), bundle, max_seq_len=CONTEXT, force=True)
             variant = export_uncompared(request, stages)["variants"][0]

@@ -1,1 +1,14 @@
-"""The texts that exported systems are measured on, and what the activations look like where each expert really works."""
+"""Calibration: which texts an exported system produces, and which activations enter each weight matrix on them.
+
+    prompts.py            texts to calibrate on, and texts to report on
+    record.py             the system continues the prompts; which expert answered where
+    serving_masks.py      from that: the positions that each model has to serve
+    blockwise_forward.py  runs a model one decoder block at a time over all texts
+    observers.py          statistics of one matrix's input, in memory that does not grow
+    observe.py            the statistics of a whole model; an interrupted run goes on
+    table.py              all texts and statistics of a system, in one file
+    checksummed_file.py   safetensors files with a digest over everything they hold
+    show.py, commands.py  `python -m calibration FILE`: what a table says
+
+It needs the runtime alone, no torch and no exporter.
+"""

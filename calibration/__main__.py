@@ -1,6 +1,7 @@
-"""`python -m calibration`: the door to the command."""
+"""`python -m calibration`: the same as `fusionroute calibrate`."""
 
-from fusionroute.calibration.commands import app
+from fusionroute.calibration.commands import VERB
+from fusionroute.runtime.commands.verbs import run_verb
 
 if __name__ == "__main__":
-    app()
+    run_verb("calibrate", VERB)

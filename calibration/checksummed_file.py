@@ -1,4 +1,4 @@
-"""Safetensors files of one kind that prove whole: a digest in the header covers everything they hold."""
+"""Safetensors files of a kind, with a digest in the header that covers everything they hold."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,23 +12,29 @@ from fusionroute.runtime.errors import InputError, one_line
 from fusionroute.runtime.files import replacing
 
 FORMAT = "1"  # of all kinds
-SEAL = "sha256"
+CHECKSUM = "sha256"  # its name in the header
 
 
 def write(path: Path, kind: str, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-    """Write arrays and a few words about them, in one step. Raises InputError where that fails, and leaves an older file as it was."""
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    """Write arrays and the texts `about` them, in one step.
+
+    Raises InputError where that fails; an older file is then unchanged.
+    """
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     header = {**about, "kind": kind, "format": FORMAT}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside:
-            save_file(whole, beside, header | {SEAL: seal(whole, header)})
+            save_file(contiguous, beside, header | {CHECKSUM: checksum(contiguous, header)})
     except (OSError, SafetensorError) as error:
         raise InputError(f"The {kind} cannot be written to {path} ({one_line(error)}); choose a folder with room.") from error
 
 
 def read(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays and words that `write` was given. Raises InputError for a file that is missing, of another kind or format, or not whole."""
+    """The arrays and texts that were written.
+
+    Raises InputError for a file that is missing, changed, or of another kind or format.
+    """
     try:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
@@ -39,12 +45,12 @@ def read(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (OSError, SafetensorError) as error:
         raise InputError(f"The {kind} {path} cannot be read ({one_line(error)}); make it again.") from error
-    if header.pop(SEAL, None) != seal(tensors, header):
+    if header.pop(CHECKSUM, None) != checksum(tensors, header):
         raise InputError(f"The {kind} {path} was changed after it was written (its SHA-256 differs): make it again.")
     return tensors, {name: text for name, text in header.items() if name not in ("kind", "format")}
 
 
-def seal(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
+def checksum(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str:
     """SHA-256 over names, types, shapes and bytes, and over the header."""
     digest = hashlib.sha256(repr(sorted(header.items())).encode())
     for name in sorted(tensors):

@@ -8,12 +8,16 @@ import typer
 from rich.console import Console
 
 from fusionroute.runtime.command_errors import one_sentence
+from fusionroute.runtime.commands.options import Debug, Json
+from fusionroute.runtime.commands.verbs import Verb
+
+VERB = Verb("fusionroute.calibration.commands:main", "Show what a calibration recorded.", extra="export")
 
 
 def main(
     file: Annotated[Path, typer.Argument(help="Calibration table that an export wrote (.safetensors).")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Show what the activations of a system look like where each expert works: ranges, outliers, and who answered."""
     missing = "The calibration needs the package '{}': install the extra 'export' (pip install 'fusionroute[export]')."
@@ -26,8 +30,3 @@ def main(
             print(json.dumps(summary), flush=True)
         else:
             show(Console(highlight=False), summary)
-
-
-def app() -> None:
-    """Entry point, which always exits."""
-    typer.run(main)

@@ -1,4 +1,4 @@
-"""Statistics of the activations that enter a weight matrix, gathered piece by piece in memory that does not grow."""
+"""Statistics of the activations that enter a weight matrix, gathered piece by piece in constant memory."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from fusionroute.runtime.errors import InputError
 
 BINS = 2048
 LEVELS = 127  # positive steps of symmetric 8 bit
-SMALLEST = -100  # exponent of the smallest histogram: below, float32 cannot hold its scale
-PIECE = 1 << 16  # values looked at together: they stay in a core's cache
+SMALLEST = -100  # exponent of the smallest histogram: below it float32 cannot hold the scale
+PIECE = 1 << 16  # values processed together: they stay in the L2 cache
 
 Floats = npt.NDArray[np.float32]
 
 
 class Observer:
-    """Statistics of one matrix's input, K channels wide. They do not depend on how the rows were cut into pieces (sums: but for rounding).
+    """Statistics of one matrix's input, K channels wide.
 
-    channel_absmax float32 [K], channel_sum float64 [K] (of squares), counts int64 [BINS]: a histogram of |x| over [0, limit), where `limit`
-    is the smallest power of two above every |x|. It doubles when a larger value comes: neighbouring bins are merged, exactly.
-    Where nothing was seen (an expert that was never chosen) `rows` is 0, and so are all ranges.
+    How the rows are cut into pieces changes nothing but rounding in the sums. channel_absmax float32 [K]; channel_sum
+    float64 [K], of squares; counts int64 [BINS]: a histogram of |x| over [0, limit), where `limit` is the smallest
+    power of two above every |x|. It doubles when a larger value comes: neighbouring bins are merged, exactly. Without
+    any rows (an expert that was never chosen) all ranges are 0.
     """
 
     def __init__(self, matrix: str, channels: int):
@@ -47,32 +48,32 @@ class Observer:
         return self.channel_sum / max(self.rows, 1)
 
     def see(self, activations: Floats) -> None:
-        """Add float32 [..., K]. Raises InputError where a value is not finite, and then keeps nothing of them."""
+        """Add activations float32 [..., K]. Raises InputError where a value is not finite; nothing is added then."""
         rows = activations.reshape(-1, len(self.channel_absmax))
         if not len(rows):
             return
-        low, high = float(rows.min()), float(rows.max())  # NaN wins in both
+        low, high = float(rows.min()), float(rows.max())  # NaN propagates through both
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(
                 f"The activations that enter {self.matrix} are not all finite: expected numbers; check the model's weights, "
                 "or run it in fp32 or bf16 where fp16 overflows."
             )
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
-        self._reach(max(-low, high))
+        self._widen(max(-low, high))
         self.rows += len(rows)
-        scale = np.float32(BINS / self.limit)  # a power of two, as `limit` is: no product below is rounded
+        scale = np.float32(BINS / self.limit)  # a power of two like `limit`: the products below are exact
         step = max(1, PIECE // rows.shape[1])
         for start in range(0, len(rows), step):
-            size = np.abs(rows[start : start + step])
-            np.maximum(self.channel_absmax, size.max(axis=0), out=self.channel_absmax)
-            self.channel_sum += np.einsum("ij,ij->j", size, size, dtype=np.float64)
-            self.counts += np.bincount((size * scale).astype(np.intp).ravel(), minlength=BINS)
+            magnitudes = np.abs(rows[start : start + step])
+            np.maximum(self.channel_absmax, magnitudes.max(axis=0), out=self.channel_absmax)
+            self.channel_sum += np.einsum("ij,ij->j", magnitudes, magnitudes, dtype=np.float64)
+            self.counts += np.bincount((magnitudes * scale).astype(np.intp).ravel(), minlength=BINS)
 
-    def _reach(self, value: float) -> None:
+    def _widen(self, value: float) -> None:
         """Widen the histogram until it holds `value`."""
         exponent = math.frexp(value)[1] if value else SMALLEST  # value < 2**exponent
         while self.exponent < exponent:
-            if not self.counts[1:].any():  # all in the first bin, however wide
+            if not self.counts[1:].any():  # all values are in the first bin, however wide it is
                 self.exponent = exponent
                 return
             self.counts[: BINS // 2] = self.counts.reshape(-1, 2).sum(axis=1)
@@ -82,7 +83,11 @@ class Observer:
     # -- on disk ------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything that was gathered: numbers float64 [rows, minimum, maximum, exponent], absmax float32 [K], squares float64 [K], counts."""
+        """All statistics as arrays.
+
+        numbers float64 [rows, minimum, maximum, exponent], absmax float32 [K], squares float64 [K], counts unsigned, up
+        to the last bin that is not empty.
+        """
         counts = self.counts[: self._used()]
         return {
             "numbers": np.array([self.rows, self.minimum, self.maximum, self.exponent], np.float64),
@@ -93,51 +98,55 @@ class Observer:
 
     @classmethod
     def of(cls, matrix: str, tensors: Mapping[str, npt.NDArray[Any]]) -> Observer:
-        """The observer that `tensors` describe. Raises InputError where they cannot come from one."""
-        wrong = InputError(
+        """The observer whose statistics are `tensors`. Raises InputError where they contradict each other."""
+        mismatch = InputError(
             f"The statistics of {matrix} do not fit together: expected what an observer of this version gathers; make them again."
         )
         try:
             rows, minimum, maximum, exponent = tensors["numbers"].tolist()
             absmax, squares, counts = (tensors[name] for name in ("absmax", "squares", "counts"))
         except (KeyError, ValueError) as error:
-            raise wrong from error
+            raise mismatch from error
         if absmax.ndim != 1 or absmax.shape != squares.shape or counts.ndim != 1 or len(counts) > BINS:
-            raise wrong
-        found = cls(matrix, len(absmax))
-        found.minimum, found.maximum = minimum, maximum
-        found.rows, found.exponent = int(rows), int(exponent)
-        found.channel_absmax[:], found.channel_sum[:], found.counts[: len(counts)] = absmax, squares, counts
+            raise mismatch
+        observer = cls(matrix, len(absmax))
+        observer.minimum, observer.maximum = minimum, maximum
+        observer.rows, observer.exponent = int(rows), int(exponent)
+        observer.channel_absmax[:], observer.channel_sum[:], observer.counts[: len(counts)] = absmax, squares, counts
         if (
-            found.counts.sum() != rows * len(absmax)
+            observer.counts.sum() != rows * len(absmax)
             or not (absmax >= 0).all()
             or not (squares >= 0).all()
-            or not found.absmax() < found.limit
+            or not observer.absmax() < observer.limit
         ):
-            raise wrong
-        return found
+            raise mismatch
+        return observer
 
-    # -- ranges of symmetric 8 bit: the largest |x| that is kept ------------------------------------------------------
+    # -- ranges of symmetric 8 bit: the largest |x| that is not clipped ---------------------------------------------
 
     def absmax(self) -> float:
         """The largest |x|: nothing is clipped. 0 before the first row."""
         return float(self.channel_absmax.max(initial=0))
 
     def percentile(self, p: float) -> float:
-        """The |x| that p per cent of all values do not exceed, to within a bin of the histogram (its values taken as evenly spread)."""
+        """The |x| that p per cent of all values do not exceed, to within a bin of the histogram.
+
+        Values are taken as evenly spread within a bin. Raises InputError where p is not from 0 to 100.
+        """
         if not 0 <= p <= 100:
             raise InputError(f"The percentile {p} is out of range: expected 0 to 100.")
         total = np.cumsum(self.counts)
-        wanted = p / 100 * total[-1]
-        bin = int(total.searchsorted(wanted))
-        inside = self.counts[bin] - (total[bin] - wanted)
+        rank = p / 100 * total[-1]
+        bin = int(total.searchsorted(rank))
+        inside = self.counts[bin] - (total[bin] - rank)
         return min(float(self._edge(bin + inside / max(int(self.counts[bin]), 1))), self.absmax())
 
     def mse(self) -> float:
         """The range with the smallest expected squared error of rounding to 127 steps a side and of clipping.
 
-        Minimised over the histogram, whose values are taken as evenly spread within each bin: the mean squared error criterion of
-        Sung, Shin, Hwang 2015 (arXiv:1511.06488) and Banner, Nahshan, Soudry 2019 (ACIQ, arXiv:1810.05723), on the data itself.
+        Minimised over the histogram, whose values are taken as evenly spread within each bin: the mean squared error
+        criterion of Sung, Shin, Hwang 2015 (arXiv:1511.06488) and Banner, Nahshan, Soudry 2019 (ACIQ,
+        arXiv:1810.05723), on the data itself.
         """
         largest = self.absmax()
         if not largest:
@@ -148,7 +157,10 @@ class Observer:
         return float(fine[self._errors(fine * largest).argmin()] * largest)
 
     def error(self, limit: float) -> float:
-        """The expected squared error of one value where |x| up to `limit` > 0 is kept, in 127 steps a side; 0 before the first row."""
+        """The expected squared error of a value that is rounded to 127 steps a side up to `limit` > 0.
+
+        Values beyond `limit` are clipped. 0 before the first row.
+        """
         return float(self._errors(np.array([limit]))[0] / self._edge(1)) / max(int(self.counts.sum()), 1)
 
     def _errors(self, clips: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -166,8 +178,9 @@ class Observer:
     def entropy(self) -> float:
         """The range whose 128-level histogram loses the least information: the smallest KL divergence.
 
-        Migacz, "8-bit inference with TensorRT", GTC 2017, which TensorRT's entropy calibrator follows: for every i from 128 on, the first i
-        bins with all outliers put into the last (P) against those bins merged into 128 levels, each spread over its bins that are not empty (Q).
+        Migacz, "8-bit inference with TensorRT", GTC 2017, which TensorRT's entropy calibrator follows. For every i from
+        128 on, P is the first i bins with all outliers added to the last one. Q is those bins merged into 128 levels,
+        each spread over its bins that are not empty.
         """
         levels = LEVELS + 1
         used = self._used()
@@ -178,14 +191,15 @@ class Observer:
         ends = np.arange(levels, used + 1)  # i
         bounds = -(-ends[:, None] * np.arange(levels + 1) // levels)  # where the levels begin: [candidates, 129]
         mass, bins = np.diff(sums[bounds], axis=1), np.diff(filled[bounds], axis=1)
-        total, kept, last = sums[-1], sums[ends], counts[ends - 1]
-        clipped = total - kept
-        # KL(P || Q) = Σ p·log(p/q) / total + log(kept / total), where p and q are counts, and p is q's own but for the clipped values.
+        total, inside, last = sums[-1], sums[ends], counts[ends - 1]
+        clipped = total - inside
+        # KL(P || Q) = Σ p·log(p/q) / total + log(inside / total), in counts: p are those that q is made of, except for
+        # the clipped values.
         spread = np.divide(mass, bins, out=np.ones_like(mass), where=bins > 0)
         with np.errstate(divide="ignore"):
             outliers = _xlogx(last + clipped) - _xlogx(last) - clipped * np.where(last > 0, np.log(spread[:, -1]), -np.inf)
         sum_of_logs = entropies[ends] - (mass * np.log(spread)).sum(axis=1) + np.where(clipped > 0, outliers, 0.0)
-        divergence = sum_of_logs / total + np.log(np.maximum(kept, 1) / total)
+        divergence = sum_of_logs / total + np.log(np.maximum(inside, 1) / total)
         return min(float(self._edge(float(ends[divergence.argmin()]) - 0.5)), self.absmax())
 
     def _used(self) -> int:
@@ -199,5 +213,5 @@ class Observer:
 
 def _xlogx(x: Any) -> npt.NDArray[np.float64]:
     """x·log x, 0 at 0."""
-    found: npt.NDArray[np.float64] = x * np.log(np.where(x > 0, x, 1.0))
-    return found
+    product: npt.NDArray[np.float64] = x * np.log(np.where(x > 0, x, 1.0))
+    return product

@@ -22,7 +22,10 @@ HELD_OUT = shipped("held_out")  # whole texts to report on; calibration never se
 
 @dataclass(frozen=True)
 class Parts:
-    """Texts to calibrate on, and texts to report on. `note` is a sentence for the user where these are the same, else None."""
+    """Texts to calibrate on, and texts to report on.
+
+    `note` is a sentence for the user where these are the same, else None.
+    """
 
     calibration: list[str]
     held_out: list[str]
@@ -58,8 +61,9 @@ def divide(prompts: Sequence[str]) -> Parts:
 
 
 def load_prompts(source: str = "builtin") -> list[str]:
-    """Prompts from `builtin`, a .txt file (one per line), or a .jsonl file (a string, or an object with "prompt" or "text", per line).
+    """Prompts from `builtin`, a .txt file or a .jsonl file.
 
+    A .txt file has one prompt per line; a .jsonl file has one string, or one object with "prompt" or "text", per line.
     Raises InputError naming the file and line that cannot be used.
     """
     if source == "builtin":

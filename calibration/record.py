@@ -1,4 +1,4 @@
-"""What the exported system does on its own: texts that it generates, and which expert answered where."""
+"""Record what the exported system generates: texts, and which expert chose each token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ NOBODY = -1
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt and what the system made of it, its end-of-sequence token included.
+    """A prompt with the system's continuation, its end-of-sequence token included.
 
-    ids int32 [S]; experts int8 [S]: the index of the expert that chose token t + 1, NOBODY where none was asked: at every position of the
-    prompt but its last one, and at the last token.
+    ids int32 [S]. experts int8 [S]: the index of the expert that chose token t + 1; NOBODY where none was chosen, which
+    is at all positions of the prompt except the last one, and at the last token.
     """
 
     ids: npt.NDArray[np.int32]
@@ -27,11 +27,11 @@ class Text:
 def record(
     runtime: FusionRuntime, prompts: Sequence[str | Sequence[int]], new_tokens: int, seed: int, advance: Callable[[float], None]
 ) -> list[Text]:
-    """One text per prompt, sampled at temperature 1 within the top 95 % of the mass, since greedy texts loop.
+    """One text per prompt, sampled at temperature 1 and top_p 0.95, since greedy texts loop.
 
-    A prompt that leaves no room for `new_tokens` in the context keeps its beginning. Each prompt has a random stream of its own, so its
-    text does not depend on the others. `advance` hears of every finished text. Raises InputError for an empty prompt, or where
-    `new_tokens` leaves no room for one.
+    A prompt that leaves no room for `new_tokens` in the context is cut at its end. Each prompt has a random stream of
+    its own, so its text does not depend on the other prompts. `advance` is called with 1 after every text. Raises
+    InputError for an empty prompt, and where `new_tokens` leaves no room for a prompt.
     """
     if not 1 <= new_tokens < runtime.max_seq_len:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Which positions each model serves: what its layers read, and where its logits count."""
+"""Which positions each model serves: those that its layers read, and those where its logits count."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,21 @@ from fusionroute.calibration.record import NOBODY, Text
 
 @dataclass(frozen=True)
 class Mask:
-    """A model's part in one text: its layers read the first `body` positions, its logits count at `head` (int64, ascending)."""
+    """A model's part in one text.
+
+    Its layers read the first `body` positions; its logits count at the positions `head` (int64, ascending).
+    """
 
     body: int
     head: npt.NDArray[np.int64]
 
 
 def served(texts: Sequence[Text], model: int | None) -> list[Mask]:
-    """What the router (None) or an expert serves of each text.
+    """One mask per text: what the router (`model` None) or an expert (its index) serves of it.
 
-    The router reads everything and answers wherever somebody was asked. An expert answers where it was chosen; by then it has read, through
-    catch-up, every position up to there, and it never reads what comes behind the last one. One that is never chosen reads nothing.
+    The router reads everything, and its logits count wherever an expert was chosen. An expert's logits count where it
+    was chosen. By then it has read every position up to there, so its layers read up to the last of these positions
+    and no further. An expert that is never chosen reads nothing.
     """
     masks = []
     for text in texts:
@@ -32,7 +36,7 @@ def served(texts: Sequence[Text], model: int | None) -> list[Mask]:
 
 
 def shares(texts: Sequence[Text], n: int) -> npt.NDArray[np.float64]:
-    """The share [n] of the answered positions that each of n experts answered; zeros where there are none."""
+    """Each of n experts' share of the positions where one was chosen, float64 [n]; zeros where there are none."""
     counts = np.zeros(n, np.int64)
     for text in texts:
         counts += np.bincount(text.experts[text.experts != NOBODY], minlength=n)

@@ -1,4 +1,4 @@
-"""Show a calibration table to people."""
+"""Print a calibration table for people."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def show(console: Console, summary: dict[str, Any]) -> None:
-    """Print what `Table.summary` says: one table of experts, and one per model with a line per matrix."""
+    """Print a `Table.summary()`: one table of experts, and one per model with a line per matrix."""
     console.print(
         f"{summary['texts']} texts, {summary['tokens']:,} tokens, {summary['answered']:,} answered; identity {summary['identity'][:12]}"
     )
@@ -17,15 +17,15 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     console.print(experts)
     for model, matrices in summary["models"].items():
         table = grid(model, "matrix", "rows", "absmax", "p99.99", "mse range", "outlier ratio")
-        for matrix, found in matrices.items():
-            ranges = [f"{found[name]:.4g}" for name in ("absmax", "p99.99", "mse")]
-            ratio = "" if found["outliers"] is None else f"{found['outliers']:.1f}"
-            table.add_row(matrix, f"{found['rows']:,}", *ranges, ratio)
+        for matrix, figures in matrices.items():
+            ranges = [f"{figures[name]:.4g}" for name in ("absmax", "p99.99", "mse")]
+            ratio = "" if figures["outliers"] is None else f"{figures['outliers']:.1f}"
+            table.add_row(matrix, f"{figures['rows']:,}", *ranges, ratio)
         console.print(table)
 
 
 def grid(title: str, first: str, *others: str) -> Table:
-    """A table whose first column holds names and all others numbers."""
+    """A table whose first column holds names, and all others numbers."""
     table = Table(title=title, title_justify="left")
     table.add_column(first, overflow="fold")
     for name in others:

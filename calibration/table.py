@@ -1,4 +1,4 @@
-"""The calibration table: recorded texts and every model's statistics, in one file that can be used again and looked at."""
+"""The calibration table: recorded texts and statistics of every model, in one file that later exports can use."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ KIND = "calibration table"
 
 @dataclass(frozen=True)
 class Table:
-    """`models` maps the router, then the experts in their order, to the statistics of each weight matrix by its name in the model's graph.
+    """The texts, and by model the statistics of each weight matrix, by its name in the model's graph.
 
-    `identity` is a digest of everything that the table depends on. An expert that was never chosen has observers without rows.
+    `models` has the router first, then the experts in their order. `identity` is a digest of everything that the table
+    depends on. An expert that was never chosen has observers without rows.
     """
 
     texts: list[Text]
@@ -45,7 +46,10 @@ class Table:
 
     @classmethod
     def load(cls, path: Path) -> Table:
-        """Read what `save` wrote. Raises InputError for a file that is missing, broken, or of another kind or format."""
+        """Read a file that `save` wrote.
+
+        Raises InputError where it is missing, broken, or of another kind or format.
+        """
         tensors, about = checksummed_file.read(path, KIND)
         try:
             names: dict[str, list[str]] = json.loads(about["models"])
@@ -61,7 +65,7 @@ class Table:
             raise InputError(f"The {KIND} {path} lacks a part or holds a wrong one ({one_line(error)}): make it again.") from error
 
     def summary(self) -> dict[str, Any]:
-        """What a reader wants to know, as plain data: counts of tokens, shares of the experts, and `figures` of every matrix."""
+        """The table as plain data: counts of texts and tokens, shares of the experts, and `figures` of every matrix."""
         experts = list(self.models)[1:]
         return {
             "identity": self.identity,
@@ -69,22 +73,25 @@ class Table:
             "tokens": sum(len(text.ids) for text in self.texts),
             "answered": sum(int((text.experts >= 0).sum()) for text in self.texts),
             "shares": dict(zip(experts, shares(self.texts, len(experts)).tolist(), strict=True)),
-            "models": {model: {matrix: figures(seen) for matrix, seen in observers.items()} for model, observers in self.models.items()},
+            "models": {
+                model: {matrix: figures(observer) for matrix, observer in observers.items()} for model, observers in self.models.items()
+            },
         }
 
 
-def figures(seen: Observer) -> dict[str, float | None]:
-    """Rows seen, ranges (largest |x|, 99.99th percentile, least squared error at 8 bit), and the largest channel over the median one.
+def figures(observer: Observer) -> dict[str, float | None]:
+    """The numbers that people look at.
 
-    The last is None where the median channel is zero.
+    rows; the ranges absmax (largest |x|), p99.99 (percentile) and mse (least squared error at 8 bit); outliers, the
+    largest channel's absmax over the median channel's, or None where the median is zero.
     """
-    median = float(np.median(seen.channel_absmax))
+    median = float(np.median(observer.channel_absmax))
     return {
-        "rows": seen.rows,
-        "absmax": seen.absmax(),
-        "p99.99": seen.percentile(99.99),
-        "mse": seen.mse(),
-        "outliers": seen.absmax() / median if median else None,
+        "rows": observer.rows,
+        "absmax": observer.absmax(),
+        "p99.99": observer.percentile(99.99),
+        "mse": observer.mse(),
+        "outliers": observer.absmax() / median if median else None,
     }
 
 

@@ -20,7 +20,7 @@ from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.evidence import evidence
 from fusionroute.fr_export.precision.scheme import Fitting
-from fusionroute.fr_export.verify.bounds import check_bounds, refuse_missed
+from fusionroute.fr_export.verify.bounds import refuse_missed
 from fusionroute.fr_export.verify.measure import measure
 from fusionroute.fr_export.verify.report import NAME as REPORT
 from fusionroute.fr_export.verify.report import build_report, write_report
@@ -57,7 +57,6 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
     with StagedBundle(request.out, request.force) as staging:
         folder = staging.folder
         plan = [(target, SCHEMES[target][name]) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
-        check_bounds([(target, scheme.name) for target, scheme in plan])
         if request.gpus:
             capabilities(load("rtx"), request.gpus)
         with stages.stage("checking the checkpoints"):
@@ -70,7 +69,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             stages.note(note)
 
         traces = Traces(system, stages)
-        graphs = traces.of(TARGETS[request.targets[0]].lowering)
+        graphs = traces.of(TARGETS[request.targets[0]].dialect)
 
         known = {}
         if request.calibration != "none" and any(isinstance(scheme, Fitting) for _, scheme in plan):

@@ -5,13 +5,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-REUSED = 16  # rows of logits up to which a cache answers from buffers that it keeps
+REUSED = 16  # most rows of logits that a cache returns in buffers that it uses again
 
 
 class Output(NamedTuple):
-    """One forward pass. `logits` stays where the backend computed it; `routing` is float32 [K, n_experts] for a router, else None.
+    """One forward pass. `logits` stays where the backend computed it; `routing` is float32 [K, n_experts] for a router,
+    else None.
 
-    With K ≤ REUSED both are buffers that the next pass through the same cache overwrites; with more they are the caller's.
+    With K ≤ REUSED the next pass through the same cache overwrites both; with more they are arrays for the caller.
     """
 
     logits: Any
@@ -24,8 +25,9 @@ NO_IDS = np.zeros(0, np.int64)
 class FusionInputs(NamedTuple):
     """What one fusion reads: logits of K positions, float32 [K, V], where the models left them or on the host.
 
-    coefficients: weights of the router's and the expert's logits. k: how many candidates are returned for each position.
-    penalty_ids: int64 [P], the token ids that the repetition penalty touches at each position. temperature: of `sampling_normaliser`.
+    coefficients: weights of the router's and the expert's logits. k: how many candidates are returned for each
+    position. penalty_ids: int64 [P], the token ids that the repetition penalty touches at each position. temperature:
+    of `sampling_normaliser`.
     """
 
     router: Any
@@ -38,10 +40,11 @@ class FusionInputs(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """What fusion returns for K positions. The arrays are the backend's buffers: read or copy them before the next call.
+    """What fusion returns for K positions, in the backend's buffers: read or copy them before the next call.
 
-    ids int64 [K, k] and logits float32 [K, k] after the penalty, sorted; unpenalised float32 [K, k]; log_normaliser float32 [K] of the
-    fused logits at temperature 1; sampling_normaliser float32 [K] of the penalised logits at the temperature; rows float32 [K, V].
+    ids int64 [K, k] and logits float32 [K, k] after the penalty, sorted; unpenalised float32 [K, k]; log_normaliser
+    float32 [K] of the fused logits at temperature 1; sampling_normaliser float32 [K] of the penalised logits at the
+    temperature; rows float32 [K, V].
     """
 
     ids: np.ndarray
@@ -58,29 +61,32 @@ class Cache(Protocol):
     length: int
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """Append S tokens and return outputs for K of their positions (0 … S−1, counted within `ids`)."""
+        """Append S tokens and return outputs for K of their positions (0 … S−1, counted within `ids`, ascending).
+
+        Raises FusionError where the device fails, Interrupted after `interrupt`.
+        """
         ...
 
     def copy_prefix(self, other: Any, length: int) -> None:
-        """Copy the first `length` tokens of another cache of the same model, where the backend can; else nothing changes.
+        """Take over the first `length` tokens of another cache of the same model, where the backend can copy them.
 
-        Their keys and values must not change meanwhile; later ones may.
+        The other cache must keep these tokens meanwhile; it may append others.
         """
         ...
 
     def interrupt(self) -> None:
-        """From another thread: let the forward pass under way end early with Interrupted, as if it had never begun.
+        """Called from another thread: end the running pass early with Interrupted, and leave the cache as it was.
 
-        Work that a device has queued cannot be called back: there it does nothing.
+        Work queued on a device cannot be stopped: backends that queue do nothing.
         """
         ...
 
 
 class LanguageModel(Protocol):
-    """A loaded model; caches are made per session and may be used by one thread each."""
+    """A loaded model. Every session has a cache of its own, which one thread uses at a time."""
 
     def cache(self) -> Cache:
-        """A new empty cache."""
+        """A new empty cache of the full context."""
         ...
 
 
@@ -92,7 +98,9 @@ class Fuser(Protocol):
         ...
 
     def row(self, fused: Fused) -> np.ndarray:
-        """The full row of the last fusion, of one position, float32 [V]: the caller's array, which later fusions leave alone."""
+        """The fused logits of the last fusion, of one position, float32 [V]: an array for the caller, which later
+        fusions do not change.
+        """
         ...
 
 

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusionroute.runtime.errors import BundleError, UnavailableError, one_line
+from fusionroute.runtime.precisions import fastest_first
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Manifest, Variant
 
 ELSEWHERE = {"portable": "for Optimum's ORTModelForCausalLM"}  # targets that no device of the runtime serves
-PREFERRED = ("int8", "fp16", "bf16", "fp32")  # what is opened when no precision is named: the fastest first
 
 
 class Bundle:
-    """Opening checks that every file is there with its size, and hashes graphs and texts; `verify()` hashes all."""
+    """An opened bundle.
+
+    Opening checks that every file exists with its size and hashes all but weights; `verify()` hashes these too.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
@@ -35,17 +38,18 @@ class Bundle:
             if (size := (path / name).stat().st_size) != file.bytes:
                 raise BundleError(f"{path / name} has {size} bytes where the manifest says {file.bytes}; copy or export the bundle again.")
         for name in bundle.manifest.files:
-            if name.endswith((".onnx", ".engine", ".json", ".jinja")):  # executed or small: always checked; weights by size only
+            # executed or small: always hashed; weights are checked by size only
+            if name.endswith((".onnx", ".engine", ".json", ".jinja")):
                 bundle.check(name)
         return bundle
 
     def check(self, name: str) -> None:
-        """Compare one file's hash with the manifest."""
+        """Compare one file's hash with the manifest. Raises BundleError where they differ."""
         try:
-            found = sha256(self.folder / name)
+            digest = sha256(self.folder / name)
         except OSError as error:
             raise BundleError(f"{self.folder / name} cannot be read ({error.strerror}); copy or export the bundle again.") from error
-        if found != self.manifest.files[name].sha256:
+        if digest != self.manifest.files[name].sha256:
             raise BundleError(
                 f"{self.folder / name} was changed after the export (its SHA-256 differs from the manifest); export the bundle again."
             )
@@ -60,7 +64,10 @@ class Bundle:
             raise BundleError(f"{self.folder / name} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
 
     def verify(self) -> None:
-        """Hash every file and look for files that the manifest does not know. Raises BundleError on the first that differs."""
+        """Hash every file, and look for files that the manifest does not name.
+
+        Raises BundleError for the first that is wrong.
+        """
         for name in self.manifest.files:
             self.check(name)
         known = set(self.manifest.files) | {"manifest.json"}
@@ -73,25 +80,28 @@ class Bundle:
 
     def variants(self, target: str) -> list[Variant]:
         """The variants for a target such as `ort:cpu`, the fastest first."""
-        found = {variant.precision: variant for variant in self.manifest.variants if variant.target == target}
-        return [found[name] for name in sorted(found, key=lambda name: PREFERRED.index(name) if name in PREFERRED else len(PREFERRED))]
+        by_precision = {variant.precision: variant for variant in self.manifest.variants if variant.target == target}
+        return [by_precision[name] for name in fastest_first(by_precision, target)]
 
     def variant(self, target: str, precision: str | None) -> Variant:
-        """The variant for a target and a precision, by default the fastest. Raises UnavailableError naming what the bundle has."""
-        found = {variant.precision: variant for variant in self.variants(target)}
-        if not found:
+        """The variant for a target and a precision, by default the fastest.
+
+        Raises UnavailableError naming what the bundle has.
+        """
+        by_precision = {variant.precision: variant for variant in self.variants(target)}
+        if not by_precision:
             targets = sorted({variant.target for variant in self.manifest.variants})
             known = ", ".join(f"{name} ({ELSEWHERE[name]})" if name in ELSEWHERE else name for name in targets)
             raise UnavailableError(
                 f"The bundle {self.folder} has no graphs for {target}, only for {known}: export it with --target {target}."
             )
         if precision is None:
-            precision = next(iter(found))
-        if precision not in found:
+            precision = next(iter(by_precision))
+        if precision not in by_precision:
             raise UnavailableError(
-                f"The bundle {self.folder} has no precision '{precision}' for {target}, only {', '.join(found)}: export it with --precision {precision}."
+                f"The bundle {self.folder} has no precision '{precision}' for {target}, only {', '.join(by_precision)}: export it with --precision {precision}."
             )
-        return found[precision]
+        return by_precision[precision]
 
 
 def sha256(path: Path) -> str:

@@ -1,6 +1,8 @@
-"""What the cache folder holds, and its limits: entries that were not used for long are removed, and the least recently used of too many bytes.
+"""What the cache folder holds, and its limits: entries that were not used for long are removed, and the least recently
+used of too many bytes.
 
-An entry is a file or folder of a kind, `fusionroute/KIND/ENTRY`. Kinds without a limit here belong to the exporter: only `clear` removes them.
+An entry is a file or folder of a kind, `fusionroute/KIND/ENTRY`. Kinds without a limit here belong to the exporter:
+only `clear` removes them.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 from fusionroute.runtime import files
 
 DAY = 86_400.0  # seconds
-AGES = {"costs": 30 * DAY, "packed": 30 * DAY, "providers": 30 * DAY}  # kind → seconds without use after which an entry is removed
+# kind → seconds without use after which an entry is removed
+AGES = {"costs": 30 * DAY, "packed": 30 * DAY, "providers": 30 * DAY}
 MOST_BYTES = 50 * 10**9  # that all entries of these kinds may have together
 RECENT = 3_600.0  # seconds: an entry used since then is not removed to make room
 USER = ".used-by-"  # and a process id: name of a file in an entry's folder, as long as that process may read the folder
@@ -26,7 +30,7 @@ Clock = Callable[[], float]  # seconds since the epoch
 
 @dataclass(frozen=True)
 class Entry:
-    """One file or folder of the cache. last_used: seconds since the epoch. in_use: a process that lives has said that it reads it."""
+    """One file or folder of the cache. last_used: seconds since the epoch. in_use: by a living process, see `use`."""
 
     kind: str
     path: Path
@@ -45,7 +49,10 @@ class Entry:
 
 
 def entries(kind: str | None = None) -> list[Entry]:
-    """All entries, or those of a kind, by kind and the least recently used first. Raises OSError for a folder that cannot be read."""
+    """All entries, or those of a kind, by kind and the least recently used first.
+
+    Raises OSError for a folder that cannot be read.
+    """
     root = files.cache_folder()
     kinds = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     listed = [
@@ -62,12 +69,12 @@ def _entry(kind: str, path: Path) -> Entry | None:
     """None where another process removes it now."""
     try:
         inner = list(path.rglob("*")) if path.is_dir() else []
-        stats = [each.stat() for each in (path, *inner) if not each.name.startswith(USER)]
-        size = sum(stat.st_size for each, stat in zip((path, *inner), stats, strict=False) if not each.is_dir())
+        statuses = [part.stat() for part in (path, *inner) if not part.name.startswith(USER)]
     except OSError:
         return None
-    users = [each for each in inner if each.name.startswith(USER)]
-    return Entry(kind, path, size, max(stat.st_mtime for stat in stats), any(map(_lives, users)))
+    size = sum(status.st_size for status in statuses if S_ISREG(status.st_mode))
+    users = [part for part in inner if part.name.startswith(USER)]
+    return Entry(kind, path, size, max(status.st_mtime for status in statuses), any(list(map(_lives, users))))
 
 
 def _lives(user: Path) -> bool:
@@ -85,7 +92,7 @@ def _lives(user: Path) -> bool:
 
 
 def use(folder: Path) -> None:
-    """Say that this process reads a folder of the cache from now on: it is used now, and is not removed while the process lives.
+    """Note that this process reads a folder of the cache: it is used now, and stays while the process lives.
 
     Raises OSError where there is no such folder, or it cannot be written to.
     """
@@ -94,9 +101,10 @@ def use(folder: Path) -> None:
 
 
 def prune(incoming: float = 0.0, clock: Clock = time.time, most_bytes: int = MOST_BYTES) -> list[Entry]:
-    """Remove entries that are too old, then the least recently used until `most_bytes` hold the rest and `incoming` bytes.
+    """Remove entries that are too old, then the least recently used until `incoming` bytes fit into `most_bytes`.
 
-    Called when something new is written. What is in use, or was used in the last hour, stays. Returns what was removed; raises nothing.
+    Called when something new is written. Entries in use, or used in the last hour, stay. Returns what was removed.
+    Raises nothing.
     """
     now, doomed = clock(), []
     try:
@@ -113,7 +121,10 @@ def prune(incoming: float = 0.0, clock: Clock = time.time, most_bytes: int = MOS
 
 
 def clear(kind: str | None = None) -> list[Entry]:
-    """Remove all entries, or those of a kind, except those in use; returns what was removed. Raises OSError for an unreadable folder."""
+    """Remove all entries, or those of a kind, except those in use; returns what was removed.
+
+    Raises OSError for an unreadable folder.
+    """
     return _remove(entry for entry in entries(kind) if not entry.in_use)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# filelock and platformdirs are imported where they are used: most runs need neither, and they would slow `import fusionroute.runtime`.
+# filelock and platformdirs are imported where they are used: most runs need neither, and importing takes time.
 
 
 def cache_folder() -> Path:
-    """The user's cache folder: on Linux `fusionroute` in $XDG_CACHE_HOME, else in ~/.cache; elsewhere where the system has its caches."""
+    """The user's cache folder; on Linux `fusionroute` in $XDG_CACHE_HOME, or in ~/.cache without that."""
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("fusionroute", appauthor=False))
@@ -19,7 +19,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The name of a file to write, which then takes the place of `path` in one step. After an error `path` is as it was.
+    """The name of a file to write, which then replaces `path` in one step. After an error `path` is as it was.
 
     The name is a new one each time: two processes that write the same file at once do not mix.
     """
@@ -32,14 +32,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file that takes the place of an older one in one step. Raises OSError, and then leaves the older one as it was."""
+    """Write a file that takes the place of an older one in one step.
+
+    Raises OSError, and then leaves the older one as it was.
+    """
     with replacing(path) as partial:
         partial.write_bytes(content)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process of this machine, and no other thread, holds the lock file `path`. Raises OSError where it cannot be created."""
+    """Wait until no other process of this machine, and no other thread, holds the lock file `path`.
+
+    Raises OSError where it cannot be created.
+    """
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,8 @@ def cores() -> int:
     import psutil  # only where the standard library does not tell
 
     process = psutil.Process()
-    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # macOS has no affinity
+    # macOS has no affinity
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
 
 
 def processor() -> list[str]:

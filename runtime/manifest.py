@@ -25,7 +25,7 @@ InsidePath = Annotated[str, AfterValidator(inside)]
 
 
 class Strict(BaseModel):
-    """Unknown fields are errors: a newer bundle must not be half understood."""
+    """Unknown fields are errors: an old runtime must not misread a newer bundle."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,9 +48,11 @@ class Model(Strict):
 
 
 class Profile(Strict):
-    """Up to how many tokens a call of a model may have, keys it may read and positions it may answer for; each from 1 on.
+    """Largest sizes that engines are built for. Of a model: tokens in a call, keys that it reads, positions that it
+    returns logits for.
 
-    Of the fusion graph: `rows` it may fuse, `candidates` it may return, and ids it may penalise in each row (from 0 on).
+    Of the fusion graph: rows that it fuses, candidates that it returns, and ids that it penalises in each row. The
+    smallest are 1 (penalised: 0).
     """
 
     tokens: Annotated[int, Field(ge=1)]
@@ -62,7 +64,8 @@ class Profile(Strict):
 
 
 class Engines(Strict):
-    """Engines built from the graphs of one variant, by model and `fusion`: they run with that version of that library, on those GPUs only.
+    """Engines built from the graphs of one variant, by model name and `fusion`. They run with this version of the
+    library, on these GPUs only.
 
     `sms` are compute capabilities: 86 for SM86.
     """
@@ -77,9 +80,9 @@ class Engines(Strict):
 class Variant(Strict):
     """One precision for one target: a graph per model (router first) and the fusion graph.
 
-    `weight_bytes` are the bytes of weights that one token reads of each model: all but the rows of embeddings that it does not look up.
-    Bundles that were exported before it was there do not have it. `operators` are the ONNX operators of its graphs, where a builder has to
-    know them.
+    `weight_bytes`: bytes of weights that one token reads of each model, which are all but the embedding rows of other
+    tokens; empty in bundles of older versions. `operators`: the ONNX operators of its graphs, for targets whose builder
+    must know them.
     """
 
     target: str
@@ -101,9 +104,9 @@ class Variant(Strict):
 
 
 class Manifest(Strict):
-    """Everything a runtime must know about a bundle before it opens another file of it.
+    """Everything a runtime must know of a bundle before it opens its other files.
 
-    `lam_curve` holds pairs of λ and accuracy on the validation split, where λ was tuned; None where it was not.
+    `lam_curve`: pairs of λ and accuracy on the validation split; None where λ was not tuned.
     """
 
     format: Literal[1]
@@ -122,7 +125,7 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def belong_together(self) -> "Manifest":
-        """Every variant has a graph for every model, and every graph's hash is known."""
+        """Check that every variant has a graph for every model, and that every graph and engine is among the files."""
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise ValueError("two models have the same name")
@@ -148,7 +151,7 @@ class Manifest(Strict):
         return [model.name for model in self.models[1:]]
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into a bundle folder, in place of an older one."""
+        """Write `manifest.json` into a bundle folder, in place of an older one. Raises OSError."""
         replace(folder / NAME, (self.model_dump_json(indent=1) + "\n").encode())
 
     @classmethod

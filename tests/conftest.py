@@ -29,10 +29,10 @@ def traced_once() -> Iterator[None]:
 
     graphs: dict[Any, Any] = {}
 
-    def cached_trace(family: Any, config: Any, vocab_size: int, max_seq_len: int, lowering: Any = ort) -> Any:
-        key = family.name, architecture(config, vocab_size), max_seq_len, lowering
+    def cached_trace(family: Any, config: Any, vocab_size: int, max_seq_len: int, dialect: Any = ort) -> Any:
+        key = family.name, architecture(config, vocab_size), max_seq_len, dialect
         if key not in graphs:
-            graphs[key] = trace(family, config, vocab_size, max_seq_len, lowering)
+            graphs[key] = trace(family, config, vocab_size, max_seq_len, dialect)
         return graphs[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:

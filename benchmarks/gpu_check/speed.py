@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.gpu_check.outcome import Finding, Skipped
 from benchmarks.gpu_check.setup import Setup
-from fusionroute.runtime.bench.bench import Request, bench
+from fusionroute.runtime.bench.bench import BenchOptions, bench
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.tensorrt.library import TARGET
 
@@ -29,7 +29,7 @@ def compare_precisions(folder: Path, device: str, target: str) -> Finding:
     pair = [name for name in ("int8", "fp16", "bf16") if name in available][:2]
     if len(pair) < 2:
         raise Skipped(f"the bundle has not int8 and a half precision for {target}, only {', '.join(available) or 'nothing'}")
-    figures = bench(folder, Request(tuple(pair), device, new_tokens=NEW_TOKENS, repeats=REPEATS, rows="fused,router"))
+    figures = bench(folder, BenchOptions(tuple(pair), device, new_tokens=NEW_TOKENS, repeats=REPEATS, rows="fused,router"))
     int8, half = (row for row in figures["rows"] if row["system"] == "fused")
     speeds = "; ".join(
         f"{row['precision']} {row['tokens_per_second']:.1f} tokens/s, p95 {row['p95'] * 1e3:.2f} ms, first token {row['first_token'] * 1e3:.1f} ms"

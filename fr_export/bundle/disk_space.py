@@ -30,7 +30,7 @@ def check_space(system: System, plan: Sequence[tuple[str, Scheme]], engines: boo
 def weights_on_disk(system: System, plan: Sequence[tuple[str, Scheme]], engines: bool) -> int:
     """Bytes of the weights in a bundle. Targets of one dialect share the weights of a precision, others do not."""
     values = sum(int(np.prod(entry.shape)) for model in system.models for entry in model.weights.entries.values())
-    bits = {(TARGETS[target].lowering, scheme.name, scheme.bits): scheme.bits for target, scheme in plan}
+    bits = {(TARGETS[target].dialect, scheme.name, scheme.bits): scheme.bits for target, scheme in plan}
     total = sum(bits.values())
     if engines:  # they hold the weights again
         total += sum(scheme.bits for target, scheme in plan if target == TENSORRT)

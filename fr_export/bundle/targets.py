@@ -11,7 +11,7 @@ from fusionroute.fr_export.bundle import optimum_folder
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import RoutingHead
 from fusionroute.fr_export.families import Family
-from fusionroute.fr_export.graphs.dialects import Lowering, ort, portable, tensorrt, tensorrt_10_3
+from fusionroute.fr_export.graphs.dialects import Dialect, ort, portable, tensorrt, tensorrt_10_3
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.passes import decompose_rmsnorm, to_half
 from fusionroute.fr_export.precision.half import TYPES
@@ -42,9 +42,9 @@ def nothing(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead 
 
 @dataclass(frozen=True)
 class Target:
-    """How models are traced (`lowering`), rewritten for a precision (`prepare`) and stored (`place`, `complete`)."""
+    """How models are traced (`dialect`), rewritten for a precision (`prepare`) and stored (`place`, `complete`)."""
 
-    lowering: Lowering
+    dialect: Dialect
     prepare: Prepare
     place: Place = named
     complete: Complete = nothing

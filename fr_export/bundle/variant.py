@@ -1,6 +1,6 @@
 """Write the graphs of all models in one precision for one target."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,13 +8,16 @@ import onnx_ir as ir
 
 from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, TARGETS
 from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.fit_context import FitContext, Shared
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Variant
@@ -45,12 +48,12 @@ class VariantWriter:
 
         Raises InputError where a model's weights do not fit the precision, FusionError where a model cannot be traced.
         """
-        system, made_for = self._system, TARGETS[target]
+        system, spec = self._system, TARGETS[target]
         first = target not in self._started
         self._started.add(target)
-        traces = self._traces.of(made_for.lowering)
+        traces = self._traces.of(spec.dialect)
         total = sum(trace.parameters for trace in traces.values())
-        shared: dict[Store, dict[str, Any]] = {}  # what fitting shares between the models of one store
+        shared: dict[Store, Shared] = {}  # what the models of one store have in common
         paths: dict[str, str] = {}
         fitted: dict[str, Any] = {}
         token_bytes: dict[str, int] = {}
@@ -58,28 +61,24 @@ class VariantWriter:
         bits = 0.0
         with self._stages.stage(f"writing {scheme.name} for {target}", total) as advance:
             for model in system.models:
-                paths[model.name] = made_for.place(model.name, target, scheme.name, first)
+                paths[model.name] = spec.place(model.name, target, scheme.name, first)
                 file = self._folder / paths[model.name]
                 store = self._store(file.parent)
                 head = system.head if model is system.router else None
-                graph, own = traces[model.name], scheme
                 try:
-                    if isinstance(scheme, Fitting) and self._evidence:
-                        fit, fitted_scheme = scheme.fit(
-                            self._traces.of()[model.name], model.weights, self._evidence[model.name], store, shared.setdefault(store, {}), advance
-                        )  # fmt: skip
-                        graph, own, fitted[model.name] = graph.fitted(fit), fitted_scheme, fitted_scheme.about
-                    graph = graph.clone()
-                    made_for.prepare(graph, scheme.name, system.family)
-                    made_for.lowering.end_with(graph, head)
+                    graph, own, about = self._fit(model, traces[model.name], scheme, store, shared.setdefault(store, Shared()), advance)
+                    spec.prepare(graph, scheme.name, system.family)
+                    spec.dialect.end_with(graph, head)
                     bind(graph, model.weights, own, store, advance)
                 except InputError as error:
                     raise InputError(f"{model.where} cannot be exported as {scheme.name}: {error}") from error
+                if about is not None:
+                    fitted[model.name] = about
                 graph.model.graph.name = model.name
                 token_bytes[model.name] = weight_bytes(graph.model)
                 operators |= {node.op_type for node in graph.model.graph}
                 ir.save(graph.model, file)
-                made_for.complete(file.parent, model, system.vocab_size, head)
+                spec.complete(file.parent, model, system.vocab_size, head)
                 bits += own.bits * traces[model.name].parameters / total
         variant = Variant(
             target=target,
@@ -91,6 +90,16 @@ class VariantWriter:
             operators=sorted(operators) if target in (TENSORRT, OLDER) else [],
         )
         return WrittenVariant(variant, fitted)
+
+    def _fit(
+        self, model: Checkpoint, trace: Graph, scheme: Scheme, store: Store, shared: Shared, advance: Callable[[int], None]
+    ) -> tuple[Graph, Scheme, dict[str, Any] | None]:
+        """A copy of the trace and the scheme to bind it with, fitted where activations are known; and its report."""
+        if not (isinstance(scheme, Fitting) and self._evidence):
+            return trace.clone(), scheme, None
+        context = FitContext(self._traces.of()[model.name], model.weights, self._evidence[model.name], store, shared, advance)
+        graph, fitted = scheme.fit(context)
+        return trace.with_sources_of(graph).clone(), fitted, fitted.about
 
     def remove_unread(self, variants: list[Variant]) -> None:
         """Remove the weights that none of the variants' graphs reads: intermediate results of a precision."""

@@ -17,7 +17,7 @@ SLICE = 1 << 24  # elements converted at a time: 64 MB as fp32. Gemma-2's embedd
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """Where one tensor lies: its file, its dtype as safetensors names it, its shape."""
 
     file: Path
@@ -28,7 +28,7 @@ class Entry:
 class Weights:
     """Name → tensor of one folder. Opening reads the headers only; `rows` reads slices as fp32."""
 
-    def __init__(self, folder: Path, entries: dict[str, Entry]):
+    def __init__(self, folder: Path, entries: dict[str, StoredTensor]):
         self.folder = folder
         self.entries = entries
 
@@ -51,7 +51,7 @@ class Weights:
         else:
             raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json; download or write it again.")
         files |= {folder / name for name in extra if (folder / name).is_file()}
-        entries: dict[str, Entry] = {}
+        entries: dict[str, StoredTensor] = {}
         for file in sorted(files):
             if file.parent != folder:
                 raise InputError(f"{index} names the shard {file}, which lies outside its folder; shards must lie beside the index.")
@@ -61,7 +61,7 @@ class Weights:
                 with safe_open(file, framework="pt") as handle:
                     for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
                         part = handle.get_slice(name)
-                        entries[name] = Entry(file, part.get_dtype(), tuple(part.get_shape()))
+                        entries[name] = StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
             except SafetensorError as error:
                 raise InputError(f"{file} is not a complete safetensors file ({error}); download or write it again.") from error
         return cls(folder, entries)
@@ -73,7 +73,7 @@ class Weights:
         """Shape of a tensor as stored. Raises InputError where the checkpoint lacks it."""
         return self.entry(name).shape
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> StoredTensor:
         """Where a tensor lies. Raises InputError where the checkpoint lacks it, or where it is no float tensor."""
         if name not in self.entries:
             raise InputError(
@@ -119,7 +119,7 @@ class Weights:
         return np.concatenate(list(self.rows(name)))
 
 
-def finite(piece: torch.Tensor, name: str, entry: Entry) -> np.ndarray:
+def finite(piece: torch.Tensor, name: str, entry: StoredTensor) -> np.ndarray:
     """A slice of a tensor as fp32. Raises InputError where a value is not finite."""
     values: np.ndarray = piece.to(torch.float32).numpy()
     if not np.isfinite(values).all():

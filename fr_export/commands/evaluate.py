@@ -1,4 +1,7 @@
-"""`fusionroute evaluate`, `python -m fr_export.evaluate`: task accuracy of bundles by several decoding methods. Needs no torch."""
+"""`fusionroute evaluate`, `python -m fr_export.evaluate`: task accuracy of bundles by several decoding methods.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from fusionroute.fr_export.evaluation.report import tables
 from fusionroute.fr_export.evaluation.study import EvaluationRequest, expanded, run
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, Split, draw_many
 from fusionroute.runtime.command_errors import one_sentence
+from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Fusion, Manifest
 
@@ -44,8 +48,8 @@ def main(
     sweep_lambda: Annotated[bool, typer.Option("--sweep-lambda", help="Also measure λ = 0, 0.1, …, 1 and draw the curve.")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="First choose λ on the validation split and write it into the bundle.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json and the pictures.")] = Path("evaluation"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print results.json on stdout, all else on stderr.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Measure exact match, F1 and BLEU of exported bundles by several decoding methods, with bootstrap intervals."""
     missing = "Evaluating needs the package '{}': install the extra 'train' (pip install 'fusionroute[train]')."
@@ -113,8 +117,3 @@ def show(report: dict[str, Any], out: Path, as_json: bool) -> None:
     for label, curve in report["lambda_curves"].items():
         console.print(f"{label}: " + ", ".join(f"λ {lam:g} {value:.1%}" for lam, value in curve))
     console.print(f"results.json and pictures: {out}")
-
-
-def app() -> None:
-    """Entry point, which always exits."""
-    typer.run(main)

@@ -1,7 +1,6 @@
 """`python export.py`, `fusionroute export`: the flags of the exporter, read straight into a `Request`."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,8 +9,10 @@ from rich.console import Console
 
 from fusionroute.fr_export.families import FAMILIES, Family
 from fusionroute.runtime.command_errors import fail, one_sentence
+from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.manifest import Fusion
+from fusionroute.runtime.precisions import RECORDS
 from fusionroute.runtime.tensorrt.library import parse_sms
 
 # as the command line spells them → what they are for
@@ -132,9 +133,11 @@ def main(
         typer.Option(help="Named checkpoints: tiny (ships with the package; the default) or paper (hub ids)."),
     ] = None,
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
-    expert: Annotated[list[str] | None, typer.Option(help="NAME=SRC; repeat per expert, in the order of the routing head's rows.")] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SRC", help="Repeat per expert, in the order of the routing head's rows.")
+    ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Comma list; default: those that suit the family on each target. A wrong name lists them all.")
+        str | None, typer.Option(help=f"Comma list of {', '.join(f'{each.name} ({each.help})' for each in RECORDS)}.")
     ] = None,
     target: Annotated[
         str, typer.Option(help=f"Comma list of {', '.join(f'{name} ({use})' for name, use in TARGET_HELP.items())}.")
@@ -157,8 +160,8 @@ def main(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where a precision loses more than its bound; nothing is written then.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout, all else on stderr.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Export a FusionRoute system, a router LM and its expert LMs, into a bundle that the runtime generates from."""
     bundle = out or Path("dist") / family.name
@@ -204,10 +207,3 @@ def show(report: dict[str, Any], bundle: Path, as_json: bool) -> None:
         from fusionroute.fr_export.verify.report import show_report
 
         show_report(Console(), report, bundle)
-
-
-def app(arguments: Sequence[str] | None = None, name: str | None = None) -> None:
-    """Run the command on the arguments, or on those of the process, and exit. `name` is what its help calls it."""
-    command = typer.Typer(add_completion=False)
-    command.command()(main)
-    command(args=arguments, prog_name=name)

@@ -5,6 +5,7 @@ A new verb is one new file and one line here; a verb that needs the runtime alon
 
 from collections.abc import Sequence
 
+from fusionroute.calibration import commands as calibration
 from fusionroute.runtime import commands as runtime
 from fusionroute.runtime.commands.verbs import Verb, program, run_verb
 
@@ -13,7 +14,7 @@ VERBS = {
     **runtime.VERBS,
     "train": Verb("fusionroute.fr_export.commands.train:main", "Train a router for given experts.", extra="export,train"),
     "evaluate": Verb("fusionroute.fr_export.commands.evaluate:main", "Measure the accuracy of bundles on tasks.", extra="train"),
-    "calibrate": Verb("fusionroute.calibration.commands:main", "Show what a calibration recorded.", extra="export"),
+    "calibrate": calibration.VERB,
 }
 
 

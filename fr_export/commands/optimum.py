@@ -24,9 +24,9 @@ class FusionRouteExportCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Run the exporter, which ends the process with its exit status."""
-        from fusionroute.fr_export.commands.export import app
+        from fusionroute.fr_export.commands.main import run
 
-        app(self.args.arguments, "optimum-cli export fusionroute")
+        run("export", self.args.arguments, "optimum-cli export fusionroute")
 
 
 REGISTER_COMMANDS = [(FusionRouteExportCommand, ExportCommand)]

@@ -14,6 +14,7 @@ from fusionroute.fr_export.commands.export import parse_experts, parse_family
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.training.recipe import PRESETS, Dtype, Optimizer, Precision, PresetName, Recipe, Stage, StageName
 from fusionroute.runtime.command_errors import one_sentence
+from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.files import cache_folder
 
 T = TypeVar("T", int, float)
@@ -53,8 +54,8 @@ def main(
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Optimizer steps between checkpoints (in OUT.unfinished).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a router trained before, once the new one is complete.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout, all else on stderr.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Train a FusionRoute router (arXiv:2601.05106) from a causal LM and frozen experts, for the exporter."""
     missing = "Training needs the package '{}': install the extras (pip install 'fusionroute[export,train]')."
@@ -165,8 +166,3 @@ def show(report: Any, as_json: bool) -> None:
     console.print(table)
     skipped = f", {report.skipped} skipped as too long" if report.skipped else ""
     console.print(f"{report.out}: {report.rows} samples and {report.pairs} preferences learnt from{skipped}")
-
-
-def app() -> None:
-    """Entry point, which always exits."""
-    typer.run(main)

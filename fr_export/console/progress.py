@@ -14,7 +14,7 @@ INTERVAL = 0.02  # seconds between samples of the memory
 
 
 @dataclass
-class Stage:
+class FinishedStage:
     """One finished stage. Its memory is anonymous: the page cache that mapped files use is not counted."""
 
     name: str
@@ -26,7 +26,7 @@ class Stages:
     """Runs stages one after the other under one progress display on stderr."""
 
     def __init__(self, console: Console):
-        self.done: list[Stage] = []
+        self.done: list[FinishedStage] = []
         self.progress = Progress(
             TextColumn("{task.description:<34}"),
             BarColumn(),
@@ -44,7 +44,7 @@ class Stages:
         with PeakMemory() as memory:
             yield lambda amount: self.progress.advance(task, amount)
         self.progress.update(task, completed=total or 1.0)
-        self.done.append(Stage(name, round(time.perf_counter() - start, 2), round(memory.peak / 2**20, 1)))
+        self.done.append(FinishedStage(name, round(time.perf_counter() - start, 2), round(memory.peak / 2**20, 1)))
 
     def note(self, text: str) -> None:
         """Show a sentence above the progress display."""

@@ -31,22 +31,23 @@ class Comparison(NamedTuple):
 
 
 def interval(values: Sequence[np.ndarray], seed: int = 0) -> Interval:
-    """The mean of per-prompt values, one array [N_d] per domain; of several domains the average of their means.
+    """The mean of per-prompt values, one array [N_d] per domain; over several domains the average of their means.
 
-    Prompts are drawn again, with replacement, within each domain.
+    Resamples draw prompts with replacement within each domain.
     """
     means = _means(values, seed)
     return Interval(_average(values), *_ends(means))
 
 
 def compare(first: Sequence[np.ndarray], second: Sequence[np.ndarray], seed: int = 0) -> Comparison:
-    """How much the mean of `first` exceeds that of `second`, prompt i of both being the same (paired bootstrap, Koehn 2004).
+    """By how much the mean of `first` exceeds that of `second` (paired bootstrap, Koehn 2004).
 
-    Arrays are as for `interval`. p is twice the smaller share of resamples on one side of zero, both counting ties and the sample itself.
+    Arrays are as for `interval`; prompt i is the same in both. p is twice the smaller share of resamples on one side of
+    zero; both shares count ties and the sample itself.
     """
     differences = [np.subtract(a, b, dtype=np.float64) for a, b in zip(first, second, strict=True)]
     means = _means(differences, seed)
-    side = min(np.count_nonzero(means <= 1e-9), np.count_nonzero(means >= -1e-9))  # resampled sums of equal parts round
+    side = min(np.count_nonzero(means <= 1e-9), np.count_nonzero(means >= -1e-9))  # sums of resampled equal values round
     return Comparison(_average(differences), *_ends(means), min(1.0, 2 * (int(side) + 1) / (RESAMPLES + 1)))
 
 
@@ -56,8 +57,8 @@ def _average(values: Sequence[np.ndarray]) -> float:
 
 def _means(values: Sequence[np.ndarray], seed: int) -> npt.NDArray[np.float64]:
     """The statistic on each resample, float64 [RESAMPLES]."""
-    parts = [_weights(len(own), seed, domain) @ own.astype(np.float32) for domain, own in enumerate(values)]
-    return np.mean(parts, axis=0, dtype=np.float64)  # type: ignore[no-any-return]
+    domains = [_weights(len(own), seed, domain) @ own.astype(np.float32) for domain, own in enumerate(values)]
+    return np.mean(domains, axis=0, dtype=np.float64)  # type: ignore[no-any-return]
 
 
 def _ends(means: npt.NDArray[np.float64]) -> tuple[float, float]:
@@ -67,7 +68,10 @@ def _ends(means: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=8)
 def _weights(count: int, seed: int, domain: int) -> npt.NDArray[np.float32]:
-    """How often each of N prompts is drawn in each resample, divided by N: float32 [RESAMPLES, N]. Means are then one product."""
+    """How often each of N prompts is drawn in each resample, divided by N: float32 [RESAMPLES, N].
+
+    Means are one product with it.
+    """
     rng = np.random.default_rng((seed, domain))
     weights = np.empty((RESAMPLES, count), np.float32)
     for row in weights:

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, as PNG bytes. matplotlib is imported only here, when one is drawn."""
+"""Pictures of an evaluation, as PNG bytes. matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fusionroute.fr_export.evaluation.token_classes import CLASSES
 
 
 def accuracy(entries: Sequence[dict[str, Any]]) -> bytes:
-    """Bars of exact match with 95 % intervals: a panel per bundle and precision, a group per domain and for the average, a bar per method.
+    """Bars of exact match with 95 % intervals.
 
-    entries: those of `report.summary`.
+    There is a panel per bundle and precision, in it a group per domain and one for the average, and a bar per method.
+    `entries` are those of `report.summary`.
     """
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
     panels = list(dict.fromkeys((entry["bundle"], entry["precision"]) for entry in entries))
@@ -28,8 +29,8 @@ def accuracy(entries: Sequence[dict[str, Any]]) -> bytes:
         for entry in entries:
             if (entry["bundle"], entry["precision"]) == panel:
                 number = methods.index(entry["method"])
-                found = [*(scores["accuracy"] for scores in entry["domains"].values()), entry["average"]["accuracy"]]
-                values, low, high = (100 * np.array([one[key] for one in found]) for key in ("value", "low", "high"))
+                accuracies = [*(scores["accuracy"] for scores in entry["domains"].values()), entry["average"]["accuracy"]]
+                values, low, high = (100 * np.array([interval[key] for interval in accuracies]) for key in ("value", "low", "high"))
                 axes.bar(
                     np.arange(len(groups)) + (number - (len(methods) - 1) / 2) * width, values, width * 0.92,
                     yerr=np.maximum([values - low, high - values], 0), error_kw={"elinewidth": 0.8, "ecolor": "0.25"},
@@ -43,7 +44,7 @@ def accuracy(entries: Sequence[dict[str, Any]]) -> bytes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = int(figure.get_figwidth() / (0.5 + 0.065 * max(map(len, labels))))  # inches that the longest label takes
+    columns = int(figure.get_figwidth() / (0.5 + 0.065 * max(map(len, labels))))  # by the inches of the longest label
     figure.legend(handles, labels, loc="outside upper center", ncols=max(1, min(5, columns)), fontsize=8, frameon=False)
     return _png(figure)
 
@@ -68,7 +69,7 @@ def lambda_curves(curves: Mapping[str, Curve]) -> bytes:
 def routing_maps(rows: Sequence[Row]) -> bytes:
     """Per row two maps, by domain and by token class: the share of the tokens that came from each expert.
 
-    Colours turn at chance level, 1/n for n experts.
+    Colours change at chance level, 1/n for n experts.
     """
     from matplotlib.colors import Normalize, TwoSlopeNorm
 

@@ -1,4 +1,4 @@
-"""λ of the weighted fusion: accuracy over its range, and the best one into the bundle."""
+"""λ of the weighted fusion: accuracy over its range, the best one, and how it gets into a bundle."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def curve(results: Results, grid: Sequence[float] = GRID) -> Curve:
 
 
 def best(points: Curve) -> float:
-    """The λ of the highest accuracy; among equals the one nearest to 0.5, the default, and then the lower one."""
+    """The λ of the highest accuracy; among equals the one closest to the default 0.5, and then the lower one."""
     return min(points, key=lambda point: (-round(point[1], 9), abs(point[0] - 0.5), point[0]))[0]
 
 
 def write(bundle: Path, points: Curve) -> None:
-    """Make the best λ of a curve the bundle's, in one step, and keep the curve beside it in the manifest.
+    """Write the best λ of a curve and the curve itself into the bundle's manifest, in one step.
 
-    Raises BundleError for what is no bundle, FusionError where it cannot be written.
+    Raises BundleError where there is no bundle, FusionError where it cannot be written.
     """
     manifest = Manifest.read(bundle)
     try:

@@ -1,4 +1,6 @@
-"""The decoding methods that evaluations compare. All are greedy; each says which row of logits the next token comes from.
+"""The decoding methods that evaluations compare.
+
+All are greedy; each chooses the logits that the next token comes from.
 
 | name | next token |
 |---|---|
@@ -7,9 +9,9 @@
 | `token` | λ = 0: token-level selection without complementary logits, the paper's ablation |
 | `router` | λ = 1: the router alone |
 | `expert:NAME` | one expert alone |
-| `collab` | the most certain expert of each token (Collab, Chakraborty et al. 2025, arXiv:2503.21720, without its reward model) |
-| `sequence` | sequence-level selection: of the experts' whole answers, the one with the highest mean log-probability per token |
-| `sequence-routed` | sequence-level selection by the router: its choice at the last token of the prompt answers alone |
+| `collab` | the most certain expert of each token (Collab, arXiv:2503.21720, without its reward model) |
+| `sequence` | of the experts' whole answers, the one with the highest mean log-probability per token |
+| `sequence-routed` | the expert that the router chooses at the last token of the prompt answers alone |
 
 The last two choose among finished answers: `fr_export.evaluation.sequence`.
 """
@@ -34,8 +36,8 @@ SEQUENCE, SEQUENCE_ROUTED = "sequence", "sequence-routed"
 class Answer:
     """One method's answer to a prompt.
 
-    token_ids exclude the end-of-sequence token. experts: index of the expert behind each decision, that for the end of the sequence
-    included. logprob: mean log-probability per decision, under the distribution that the method decoded from.
+    token_ids exclude the end-of-sequence token. experts: index of the expert behind each token, the end-of-sequence
+    token included. logprob: mean log-probability per token, under the distribution that the method decoded from.
     """
 
     text: str
@@ -45,26 +47,30 @@ class Answer:
 
 
 class Draft:
-    """An answer in the making: the committed tokens, and how far each model has read them."""
+    """An unfinished answer: its tokens so far, and how far each model has read them."""
 
     def __init__(self, readers: Sequence[Reader], prompt: Ids):
         self._readers, self.ids = readers, prompt
         self._places: list[Place] = [reader.root for reader in readers]
 
     def read(self, model: int) -> Output:
-        """Output of the router (0) or of expert `model` − 1 after the last token. logits float32 [V], routing float32 [n_experts]."""
+        """Output of the router (0) or of expert `model` − 1 after the last token.
+
+        logits float32 [V], routing float32 [n_experts] or None.
+        """
         place = self._places[model]
         self._places[model], output = self._readers[model].read(place, self.ids[place.length :])
         return output
 
 
 Method = Callable[[Draft], tuple[np.ndarray, int]]
-"""What decides the next token: its row of logits, float32 [V], and the index of the expert that it is put down to."""
+"""Draft → the logits of the next token, float32 [V], and the index of the expert that it is attributed to."""
 
 
 def fused(draft: Draft, router: float, expert: float) -> tuple[np.ndarray, int]:
-    """FusionRoute (arXiv:2601.05106): the expert with the highest routing score answers, its logits are added to the router's, both
-    weighted. A weight of zero leaves a model out.
+    """FusionRoute (arXiv:2601.05106): router · logits of the router + expert · logits of the routed expert.
+
+    The routed expert is the one with the highest routing score. A model whose weight is zero is not run.
     """
     routed = draft.read(0)
     assert routed.routing is not None
@@ -81,14 +87,17 @@ def alone(draft: Draft, expert: int) -> tuple[np.ndarray, int]:
 
 
 def collab(draft: Draft, experts: int) -> tuple[np.ndarray, int]:
-    """Every expert proposes its most likely token; the proposal with the largest probability wins, and all experts read it."""
+    """Every expert proposes its most likely token, and the most probable proposal wins. All experts read it."""
     rows = [draft.read(1 + expert).logits for expert in range(experts)]
     choice = int(np.argmax([_peak_logprob(row) for row in rows]))
     return rows[choice], choice
 
 
 def method_named(name: str, experts: Sequence[str], fusion: str, lam: float) -> Method:
-    """The method behind a name of the table above. `fusion` and `lam` are those of `fused`. Raises InputError for an unknown name."""
+    """The method of a name in the table above. `fusion` and `lam` are those of `fused`.
+
+    Raises InputError for an unknown name.
+    """
     kind, colon, argument = name.partition(":")
     if name == "collab":
         return functools.partial(collab, experts=len(experts))
@@ -104,21 +113,21 @@ def method_named(name: str, experts: Sequence[str], fusion: str, lam: float) -> 
         except ValueError as error:  # not a number, or one out of range
             raise InputError(f"'{name}' is no method: expected lambda:X with X from 0 to 1.") from error
     else:
-        known = ", ".join(
+        methods = ", ".join(
             ("fused", "router", "token", *(f"expert:{expert}" for expert in experts), "sequence", "sequence-routed", "collab")
         )
-        raise InputError(f"Unknown method '{name}': expected some of {known}, or lambda:X with X from 0 to 1.")
+        raise InputError(f"Unknown method '{name}': expected some of {methods}, or lambda:X with X from 0 to 1.")
     return functools.partial(fused, router=weights[0], expert=weights[1])
 
 
 def check(name: str, experts: Sequence[str]) -> None:
-    """Raises InputError where `name` is none of the table above."""
+    """Raise InputError where `name` is not in the table above."""
     if name not in (SEQUENCE, SEQUENCE_ROUTED):
         method_named(name, experts, "weighted", 0.5)
 
 
 class Decoder:
-    """Greedy decoding by any method, one prompt at a time; what one method has read serves the others."""
+    """Greedy decoding by any method, one prompt at a time. Methods share the outputs that models have computed."""
 
     def __init__(self, runtime: FusionRuntime):
         self.runtime = runtime
@@ -129,9 +138,10 @@ class Decoder:
         self._prompt: Ids = ()
 
     def start(self, prompt: Sequence[int], guess: Sequence[int] = ()) -> None:
-        """Begin with the token ids of a prompt. `guess` is an answer that some method may well give: it costs or saves time, no more.
+        """Begin with the token ids of a prompt.
 
-        Raises InputError for a prompt that is empty or leaves no room in the context.
+        `guess` is an answer that some method is likely to give; it changes time, not answers. Raises InputError for a
+        prompt that is empty or leaves no room in the context.
         """
         if not 0 < len(prompt) < self.runtime.max_seq_len:
             raise InputError(
@@ -143,7 +153,10 @@ class Decoder:
             reader.start(self._prompt, tuple(guess[: self.runtime.max_seq_len - len(prompt)]))
 
     def answer(self, method: Method, limit: int) -> Answer:
-        """The method's answer: it ends at an end-of-sequence token, after `limit` tokens, or where the context is full."""
+        """The method's answer.
+
+        It ends at an end-of-sequence token, after `limit` tokens, or where the context is full.
+        """
         draft = Draft(self._readers, self._prompt)
         experts: list[int] = []
         total = 0.0
@@ -160,5 +173,5 @@ class Decoder:
 
 
 def _peak_logprob(row: np.ndarray) -> float:
-    """Log-probability of the most likely token, summed in double."""
+    """Log-probability of the most likely token, computed in float64."""
     return -float(np.log(np.exp((row - row.max()).astype(np.float64)).sum()))

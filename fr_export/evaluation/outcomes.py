@@ -19,10 +19,11 @@ from fusionroute.runtime.files import replace
 class Outcomes:
     """Row i belongs to question i. N questions, n experts, C = len(CLASSES) token classes.
 
-    answers [N]; correct bool [N]: the text is the reference, character by character; f1 float32 [N]; logprob float32 [N]: mean
-    log-probability per token, the end of the sequence included; tokens int32 [N], without the end; first int16 [N]: index of the expert
-    behind the first decision; counts int32 [N, n, C]: tokens by expert and class. `questions` is the digest of the questions and the chat
-    template: only outcomes of the same questions may be compared.
+    answers [N]; correct bool [N]: the text is the reference, character by character; f1 float32 [N]; logprob float32
+    [N]: mean log-probability per token, the end of the sequence included; tokens int32 [N], without the end; first
+    int16 [N]: index of the expert behind the first decision; counts int32 [N, n, C]: tokens by expert and class.
+    `questions` is the digest of the questions and the chat template: only outcomes of the same questions may be
+    compared.
     """
 
     questions: str
@@ -65,7 +66,10 @@ def joined(parts: Sequence[Outcomes]) -> Outcomes:
 
 
 def save_results(path: str | Path, results: Mapping[str, Mapping[str, Outcomes]]) -> None:
-    """Write results to one compressed .npz file, which replaces an older one in one step. Raises OSError where it cannot be written."""
+    """Write results to one compressed .npz file, which replaces an older one in one step.
+
+    Raises OSError where it cannot be written.
+    """
     arrays: dict[str, np.ndarray] = {}
     for method, domains in results.items():
         for domain, outcomes in domains.items():

@@ -1,4 +1,4 @@
-"""Many processes at one evaluation. They end with their parent, however that ends."""
+"""Spread an evaluation over processes. They end with their parent, however that ends."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from fusionroute.fr_export.evaluation.outcomes import Outcomes
 from fusionroute.fr_export.evaluation.worker import Job, Piece, Worker
 from fusionroute.runtime.errors import FusionError
 
-Parts = dict[str, Outcomes]
+PieceOutcomes = dict[str, Outcomes]
+"""method → the outcomes of one piece."""
 
 
-def answer_all(job: Job, pieces: Sequence[Piece], processes: int, advance: Callable[[int], None]) -> list[Parts]:
-    """Outcomes by method for each piece, in order. `advance` hears how many prompts were finished; one process is this one.
+def answer_all(job: Job, pieces: Sequence[Piece], processes: int, advance: Callable[[int], None]) -> list[PieceOutcomes]:
+    """Outcomes by method for each piece, in order. A single process is this one.
 
-    Raises what a worker raised, and FusionError where one was killed.
+    `advance` is called with the number of questions of every finished piece. Raises the errors of workers, and
+    FusionError where one was killed.
     """
     if processes == 1:
-        worker, found = Worker(job), []
+        worker, outcomes = Worker(job), []
         for piece in pieces:
-            found.append(worker.answer(piece))
+            outcomes.append(worker.answer(piece))
             advance(len(piece.questions))
-        return found
+        return outcomes
     lifeline, end = multiprocessing.Pipe(duplex=False)
     executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_hold_on_to, initargs=(lifeline,))
-    # Ctrl-C is for the parent, which then ends the workers. A blocked signal is inherited, and the workers start at the first task.
+    # The parent handles Ctrl-C and ends the workers. They inherit the blocked signal, since they start at the first
+    # task.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         futures = {executor.submit(_answer, job, piece): piece for piece in pieces}
@@ -55,12 +58,12 @@ def _worker(job: Job) -> Worker:
     return Worker(job)
 
 
-def _answer(job: Job, piece: Piece) -> Parts:
+def _answer(job: Job, piece: Piece) -> PieceOutcomes:
     return _worker(job).answer(piece)
 
 
 def _hold_on_to(lifeline: Connection) -> None:
-    """End this process at once, in the midst of its work, when the other end is closed: by the parent, or by the parent's death."""
+    """End this process at once, even in the middle of its work, when the parent closes the other end or dies."""
 
     def watch() -> None:
         lifeline.poll(None)

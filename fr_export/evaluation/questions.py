@@ -1,4 +1,4 @@
-"""The questions that bundles are evaluated on: prompts with references, by domain, from a file or from the synthetic tasks."""
+"""The questions that bundles are evaluated on: prompts with references, by domain."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def digest(questions: Sequence[Question], chat: bool) -> str:
 
 
 def read_questions(path: Path, count: int, seed: int) -> dict[str, list[FileQuestion]]:
-    """Questions by domain from JSON lines {"prompt": str, "answer": str, "domain": str}, at most `count` of each domain.
+    """Questions by domain from JSON lines, at most `count` of each domain.
 
-    Of more, a seeded choice in the file's order. Raises InputError, naming file and line, for what cannot be read.
+    A line is {"prompt": str, "answer": str, "domain": str}. Of more than `count` a seeded choice is taken, in the
+    file's order. Raises InputError, naming file and line, for what cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

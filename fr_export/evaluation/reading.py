@@ -1,4 +1,4 @@
-"""What each model says after each beginning of a text, computed once for all methods that ask."""
+"""Each model's outputs after each prefix of a text, computed once for all methods."""
 
 from __future__ import annotations
 
@@ -13,48 +13,51 @@ Ids = tuple[int, ...]
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """A beginning of a text as one model reads it: the chunk that ends here, behind those of its parents.
+    """A prefix of a text as one model has read it: the chunk that ends here, after the chunks of its parents.
 
-    Kernels round one token and several differently, so what is read in other chunks is another place.
+    Kernels round one token differently from several, so the same prefix read in other chunks is another place.
     """
 
     parent: Place | None
     ids: Ids
     length: int
     following: dict[Ids, Place] = field(default_factory=dict)
-    output: Output | None = None  # logits [V], routing [n_experts] of a router; None: not read yet, or dropped to save memory
+    output: Output | None = None  # logits [V], routing [n_experts] of a router; None: not computed yet, or dropped to save memory
 
 
 class Reader:
-    """One model and one prompt at a time. All methods read through it, so that no model reads a beginning twice.
+    """One model, which reads one prompt at a time. All methods read through it, so no model computes a prefix twice.
 
-    With `guessing` a whole answer may be read ahead in one pass. One pass rounds differently than token by token: in the last bits
-    of fp32, visibly in int8.
+    With `guessing` a whole answer may be read ahead in one pass, which rounds differently from reading token by token:
+    in the last bits in fp32, visibly in int8.
     """
 
     def __init__(self, model: LanguageModel, vocab_size: int, chunk: int, guessing: bool):
         self._chunk = chunk
         self._cache = model.cache()
-        self._room = max(64, FUSED // vocab_size)  # rows of logits that are kept
+        self._room = max(64, FUSED // vocab_size)  # number of outputs that stay in memory
         self._guessing = guessing
-        self._kept: deque[Place] = deque()
+        self._with_output: deque[Place] = deque()
         self.start((), ())
 
     def start(self, prompt: Ids, guess: Ids) -> None:
-        """Begin a new text. `guess` is an answer that some method may well give."""
-        while self._kept:  # places hold each other: their rows would stay until the garbage collector comes by
-            self._kept.pop().output = None
-        self.root = self._held = Place(None, (), 0)  # _held: what the KV cache holds
+        """Begin a new text. `guess` is an answer that some method is likely to give."""
+        while self._with_output:  # places refer to each other: their rows would stay until garbage collection
+            self._with_output.pop().output = None
+        self.root = self._cached = Place(None, (), 0)  # _cached: the place that the KV cache is at
         self._prompt = prompt
         self._guess = guess[: self._room - 1] if self._guessing and len(prompt) + len(guess) <= self._chunk else ()
 
     def read(self, place: Place, ids: Ids) -> tuple[Place, Output]:
-        """The place after `ids` (at least one) and the model's output there. Ids are read in chunks as the runtime's sessions do."""
+        """The place after `ids` (at least one) and the model's output there.
+
+        Chunks are those of the runtime's sessions.
+        """
         if self._guess:
             if not self.root.following:
                 self._read_ahead()
-            while known := place.following.get(ids[: 1 if place.length else len(self._prompt)]):
-                place, ids = known, ids[len(known.ids) :]
+            while following := place.following.get(ids[: 1 if place.length else len(self._prompt)]):
+                place, ids = following, ids[len(following.ids) :]
         while ids:
             chunk, ids = ids[: self._chunk], ids[self._chunk :]
             if chunk not in place.following:
@@ -63,13 +66,13 @@ class Reader:
         return place, place.output or self._run(place)
 
     def _run(self, place: Place) -> Output:
-        """Let the model read up to a place, from where the cache's text and the way there part."""
+        """Let the model read up to a place, from its last common prefix with the cached text on."""
         missing = [place]
         assert place.parent is not None
         place = place.parent
-        if place is not self._held:
-            held = _beginnings(self._held)
-            while place not in held:
+        if place is not self._cached:
+            cached = _prefixes(self._cached)
+            while place not in cached:
                 missing.append(place)
                 assert place.parent is not None
                 place = place.parent
@@ -77,30 +80,30 @@ class Reader:
         for place in reversed(missing):
             logits, routing = self._cache.forward(place.ids, (len(place.ids) - 1,))
             output = Output(logits[0].copy(), None if routing is None else routing[0].copy())
-            self._keep(place, output)
-        self._held = place
+            self._store(place, output)
+        self._cached = place
         return output
 
     def _read_ahead(self) -> None:
-        """Read prompt and guess in one pass; the outputs are put down to the places of reading token by token."""
+        """Read prompt and guess in one pass. The outputs go to the places that reading token by token would reach."""
         self._cache.length = 0
-        wanted = range(len(self._prompt) - 1, len(self._prompt) + len(self._guess))
-        logits, routing = self._cache.forward((*self._prompt, *self._guess), wanted)
+        positions = range(len(self._prompt) - 1, len(self._prompt) + len(self._guess))
+        logits, routing = self._cache.forward((*self._prompt, *self._guess), positions)
         for row, ids in enumerate((self._prompt, *((token,) for token in self._guess))):
-            place = self._held.following[ids] = Place(self._held, ids, self._held.length + len(ids))
-            self._keep(place, Output(logits[row].copy(), None if routing is None else routing[row].copy()))
-            self._held = place
+            place = self._cached.following[ids] = Place(self._cached, ids, self._cached.length + len(ids))
+            self._store(place, Output(logits[row].copy(), None if routing is None else routing[row].copy()))
+            self._cached = place
 
-    def _keep(self, place: Place, output: Output) -> None:
+    def _store(self, place: Place, output: Output) -> None:
         place.output = output
-        self._kept.append(place)
-        if len(self._kept) > self._room:
-            self._kept.popleft().output = None
+        self._with_output.append(place)
+        if len(self._with_output) > self._room:
+            self._with_output.popleft().output = None
 
 
-def _beginnings(place: Place | None) -> set[Place]:
-    found = set()
+def _prefixes(place: Place | None) -> set[Place]:
+    prefixes = set()
     while place is not None:
-        found.add(place)
+        prefixes.add(place)
         place = place.parent
-    return found
+    return prefixes

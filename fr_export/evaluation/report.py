@@ -34,10 +34,11 @@ class Row:
 
 
 def summary(rows: Sequence[Row], questions: Questions, seed: int) -> list[dict[str, Any]]:
-    """One JSON object per row. Accuracy and F1 are shares from 0 to 1 with 95 % bootstrap intervals, BLEU is from 0 to 100 or None.
+    """One JSON object per row.
 
-    `against_first` is the paired bootstrap of the average accuracy against that of the first row, None for the first row. `routing` holds
-    each expert's share of the tokens, by domain and by token class.
+    Accuracy and F1 are shares from 0 to 1 with 95 % bootstrap intervals, BLEU is from 0 to 100 or None. `against_first`
+    is the paired bootstrap of the average accuracy against that of the first row, None for the first row. `routing`
+    holds each expert's share of the tokens, by domain and by token class.
     """
     entries = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Which expert the tokens of answers came from, as shares."""
+"""Each expert's share of the tokens in answers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fusionroute.fr_export.evaluation.outcomes import Outcomes
 
 
 def by_domain(outcomes: Mapping[str, Outcomes]) -> np.ndarray:
-    """Share of each expert in a domain's tokens, float64 [domains, n]; NaN for a domain without tokens."""
+    """Each expert's share of a domain's tokens, float64 [domains, n]; NaN for a domain without tokens."""
     return _shares(np.stack([own.counts.sum((0, 2)) for own in outcomes.values()]))
 
 
 def by_class(outcomes: Mapping[str, Outcomes]) -> np.ndarray:
-    """Share of each expert in the tokens of each class over all domains, float64 [C, n]; NaN for a class that no token has."""
+    """Each expert's share of the tokens of a class over all domains, float64 [C, n]; NaN for a class without tokens."""
     return _shares(np.sum([own.counts.sum(0) for own in outcomes.values()], axis=0).T)
 
 

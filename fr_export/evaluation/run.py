@@ -40,13 +40,14 @@ def evaluate(
 ) -> Results:
     """Answer every question of every domain by every method; results by method and domain, in the orders given.
 
-    methods are the names in `fr_export.evaluation.methods`; `fusion` and `lam` (as exported where None) are those of `fused`. Sequence
-    selection needs the outcomes of the experts (and of `fused`), which are then returned too. `known` results on the same questions are not
-    computed again, such as those of experts that another bundle shares. An answer has at most SLACK tokens more than the domain's longest
-    reference. `jobs` processes (one per core where None) with one thread each share the questions; `console` shows a progress bar.
+    methods are the names in `fr_export.evaluation.methods`; `fusion` and `lam` (as exported where None) are those of
+    `fused`. Sequence selection needs the outcomes of the experts (and of `fused`), which are then returned too. `known`
+    results on the same questions are not computed again, such as those of experts that another bundle shares. An answer
+    has at most SLACK tokens more than the domain's longest reference. `jobs` processes (one per core where None) with
+    one thread each share the questions; `console` shows a progress bar.
 
-    Raises InputError for unknown methods, domains without prompts and prompts that do not fit, BundleError and UnavailableError as
-    loading the bundle does.
+    Raises InputError for unknown methods, domains without prompts and prompts that do not fit, BundleError and
+    UnavailableError as loading the bundle does.
     """
     opened = Bundle.open(bundle)
     manifest = opened.manifest

@@ -1,4 +1,4 @@
-"""How near answers come to their references, beside exact match."""
+"""How close answers come to their references, apart from exact match."""
 
 import re
 from collections import Counter
@@ -11,20 +11,20 @@ _ORDER = 4  # of BLEU's longest n-grams
 def f1(answer: str, reference: str) -> float:
     """Harmonic mean of precision and recall over words, as SQuAD defines it (arXiv:1606.05250), 1 where both have none.
 
-    Words are runs of letters and digits, and single marks. Unlike SQuAD's script this keeps case, articles and punctuation, which the
-    tasks ask for.
+    Words are runs of letters and digits, and single marks. Unlike SQuAD's script this respects case, articles and
+    punctuation, which the tasks ask for.
     """
-    found, expected = (Counter(_WORD.findall(text)) for text in (answer, reference))
-    if not found or not expected:
-        return float(found == expected)
-    return 2 * sum((found & expected).values()) / (sum(found.values()) + sum(expected.values()))
+    words, expected = (Counter(_WORD.findall(text)) for text in (answer, reference))
+    if not words or not expected:
+        return float(words == expected)
+    return 2 * sum((words & expected).values()) / (sum(words.values()) + sum(expected.values()))
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> float | None:
-    """Corpus BLEU from 0 to 100 (sacrebleu's defaults, arXiv:1804.08771) of the answers whose reference is a text, however short.
+    """Corpus BLEU from 0 to 100 (sacrebleu's defaults, arXiv:1804.08771).
 
-    A text has at least one 4-gram, counted as the score itself counts words: "42" has none. None where no reference is a text.
-    Raises ModuleNotFoundError without sacrebleu.
+    Only answers whose reference has at least four words count, in the score's own count of words. None where no
+    reference is that long. Raises ModuleNotFoundError without sacrebleu.
     """
     from sacrebleu.metrics import BLEU
 

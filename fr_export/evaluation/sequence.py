@@ -11,9 +11,10 @@ from fusionroute.runtime.errors import InputError
 
 
 def most_likely(alone: Sequence[Outcomes]) -> Outcomes:
-    """Per question the expert answer with the highest mean log-probability per token under its own expert; among equals the first.
+    """Per question the expert answer with the highest mean log-probability per token.
 
-    alone: the outcomes of each expert alone, in the bundle's order. Raises InputError where they answer different prompts.
+    The log-probabilities are those of the answering expert; among equals the first wins. alone: the outcomes of each
+    expert alone, in the bundle's order. Raises InputError where they answer different prompts.
     """
     return _chosen(alone, np.argmax([outcomes.logprob for outcomes in _same(alone)], axis=0))
 
@@ -21,7 +22,8 @@ def most_likely(alone: Sequence[Outcomes]) -> Outcomes:
 def first_routed(alone: Sequence[Outcomes], routed: Outcomes) -> Outcomes:
     """Per question the answer of the expert that the router chose at the prompt's last token.
 
-    routed: outcomes of a method that the router leads (`fused`, `token`, `router`). Raises InputError where they answer different prompts.
+    routed: outcomes of a method that the router leads (`fused`, `token`, `router`). Raises InputError where they answer
+    different prompts.
     """
     _same([*alone, routed])
     return _chosen(alone, routed.first)

@@ -1,4 +1,7 @@
-"""Whole evaluations: several bundles, precisions and methods on the same questions; λ tuned or swept; numbers and pictures in a folder."""
+"""Whole evaluations: several bundles, precisions and methods on the same questions.
+
+λ is tuned or swept; numbers and pictures go to a folder.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,11 @@ ROUTED = ("fused", "token", "router")  # led by the router: the picture shows th
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to evaluate: every method ("experts" stands for all `expert:NAME`) on every precision (None: the fastest) of every bundle.
+    """What to evaluate: every method on every precision of every bundle.
 
-    Where `tuning` questions are given, λ is chosen on them first. `source` names the questions in results.json. `lam` and `fusion` are those
-    of the method `fused`.
+    The method "experts" stands for all `expert:NAME`, the precision None for the fastest of the bundle. Where `tuning`
+    questions are given, λ is chosen on them first. `source` names the questions in results.json. `lam` and `fusion` are
+    those of the method `fused`.
     """
 
     bundles: tuple[Path, ...]
@@ -49,7 +53,8 @@ class EvaluationRequest:
 def run(request: EvaluationRequest, console: Console) -> dict[str, Any]:
     """Evaluate and write results.json and the pictures to `request.out`; returns what results.json holds.
 
-    Tuning measures the first precision and writes λ and its curve into the bundle. Raises FusionError subclasses and OSError.
+    Tuning measures the first precision and writes λ and its curve into the bundle. Raises FusionError subclasses and
+    OSError.
     """
     bundles = [Bundle.open(folder) for folder in request.bundles]
     for bundle in bundles:  # an error in the last one must show before the first one is evaluated

@@ -26,7 +26,10 @@ class Job(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some questions of a domain as pairs of prompt and reference. `digest` stands for all of the domain; `limit` is in tokens per answer."""
+    """Some questions of a domain as pairs of prompt and reference.
+
+    `digest` stands for all of the domain; `limit` is in tokens per answer.
+    """
 
     digest: str
     questions: tuple[tuple[str, str], ...]

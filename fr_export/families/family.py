@@ -7,7 +7,7 @@ from typing import Any
 
 from fusionroute.runtime.errors import InputError
 
-TINY = Path(__file__).parents[1] / "tiny"
+TINY_SYSTEMS = Path(__file__).parents[1] / "tiny"
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
 
 
@@ -44,7 +44,7 @@ class Family:
         if name == "paper":
             return self.paper
         if name == "tiny":
-            root = TINY / self.name
+            root = TINY_SYSTEMS / self.name
             experts = {expert: str(root / "experts" / expert) for expert in ("math", "code", "instruction")}
             return Preset(str(root / "router"), experts)
         raise InputError(f"Unknown preset '{name}' of family {self.name}: use 'tiny' or 'paper'.")

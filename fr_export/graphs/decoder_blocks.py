@@ -57,7 +57,7 @@ def split(graph: Graph) -> list[Block]:
 
 
 def reader(graph: Graph, weights: Weights) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[str], np.ndarray]]:
-    """A Walk's `embed` (ids [S] → float32 [1, S, H], reads the wanted rows only) and `read` (a weight of the graph, float32).
+    """A Walk's `embed` (ids [S] → float32 [1, S, H], reads these rows only) and `read` (a weight of the graph, float32).
 
     Both raise InputError as `Weights` does.
     """
@@ -93,10 +93,10 @@ def is_product(graph: Graph, node: ir.Node) -> bool:
 def embedding(graph: Graph) -> ir.Node:
     """The node that looks up the tokens' embedding rows."""
     ids = graph.model.graph.inputs[0]
-    found = [user for user in ids.consumers() if user.op_type == "Gather" and user.inputs[1] is ids]
-    if len(found) != 1:
-        raise FusionError(f"The traced graph looks up its embedding {len(found)} times; expected once: this architecture cannot be cut.")
-    return found[0]
+    lookups = [user for user in ids.consumers() if user.op_type == "Gather" and user.inputs[1] is ids]
+    if len(lookups) != 1:
+        raise FusionError(f"The traced graph looks up its embedding {len(lookups)} times; expected once: this architecture cannot be cut.")
+    return lookups[0]
 
 
 def place(graph: Graph, look_up: ir.Node) -> dict[ir.Node, int | None]:
@@ -126,20 +126,20 @@ def build(
     graph: Graph, name: str, nodes: list[ir.Node], states_in: list[ir.Value], states_out: list[ir.Value], observed: dict[str, ir.Value]
 ) -> Block:
     """The block that computes `states_out` and the observed values from `states_in`; its names say nothing of its layer."""
-    wanted = unique((*states_out, *observed.values()))
-    made: dict[ir.Value, ir.Value] = {}
+    results = unique((*states_out, *observed.values()))
+    copied: dict[ir.Value, ir.Value] = {}
     inputs: list[ir.Value] = []
     weights: dict[str, str] = {}
     initializers: list[ir.Value] = []
     for number, state in enumerate(states_in):
-        made[state] = stand_in(f"state.{number}", state)
-        inputs.append(made[state])
+        copied[state] = stand_in(f"state.{number}", state)
+        inputs.append(copied[state])
     copies = []
-    for node in needed(nodes, wanted, set(states_in)):
+    for node in needed(nodes, results, set(states_in)):
         for value in node.inputs:
-            if value is None or value in made:
+            if value is None or value in copied:
                 continue
-            made[value] = copy = stand_in(LAYER.sub("", PAST.sub("past.", value.name)), value)
+            copied[value] = copy = stand_in(LAYER.sub("", PAST.sub("past.", value.name)), value)
             source = graph.sources.get(value.name)
             if source is not None and source.constant is not None and source.constant.size <= INLINE:
                 copy.const_value = ir.tensor(np.asarray(source.constant, np.float32), name=copy.name)
@@ -150,21 +150,21 @@ def build(
             (inputs if copy.const_value is None else initializers).append(copy)
         outputs = []
         for value in node.outputs:
-            outputs.append(ir.Value(name=f"value.{len(made)}" if value.name else "", type=value.type))
-            made[value] = outputs[-1]
-        taken = [None if value is None else made[value] for value in node.inputs]
+            outputs.append(ir.Value(name=f"value.{len(copied)}" if value.name else "", type=value.type))
+            copied[value] = outputs[-1]
+        taken = [None if value is None else copied[value] for value in node.inputs]
         copies.append(ir.Node(node.domain, node.op_type, taken, node.attributes.values(), outputs=outputs))
-    for value in wanted:
-        made[value].type = ir.TensorType(ir.DataType.FLOAT)
+    for value in results:
+        copied[value].type = ir.TensorType(ir.DataType.FLOAT)
     opsets = graph.model.graph.opset_imports
-    cut = ir.Graph(inputs, [made[v] for v in wanted], nodes=copies, initializers=initializers, opset_imports=dict(opsets), name="block")
+    cut = ir.Graph(inputs, [copied[v] for v in results], nodes=copies, initializers=initializers, opset_imports=dict(opsets), name="block")
     model = ir.serde.serialize_model(ir.Model(cut, ir_version=graph.model.ir_version))
     return Block(
         name,
         model.SerializeToString(deterministic=True),
-        tuple(made[value].name for value in states_in),
-        tuple(made[value].name for value in states_out),
-        {matrix: made[value].name for matrix, value in observed.items()},
+        tuple(copied[value].name for value in states_in),
+        tuple(copied[value].name for value in states_out),
+        {matrix: copied[value].name for matrix, value in observed.items()},
         {matrix: width for matrix, width in matrices(graph).items() if matrix in observed},
         weights,
     )
@@ -176,14 +176,14 @@ def stand_in(name: str, value: ir.Value) -> ir.Value:
     return ir.Value(name=name, type=value.type, shape=shape)
 
 
-def needed(nodes: list[ir.Node], wanted: list[ir.Value], given: set[ir.Value]) -> list[ir.Node]:
-    """Those of the nodes (in order) that the wanted values depend on."""
-    open_values, kept = set(wanted), []
+def needed(nodes: list[ir.Node], results: list[ir.Value], given: set[ir.Value]) -> list[ir.Node]:
+    """Those of the nodes (in order) that the results depend on."""
+    open_values, used = set(results), []
     for node in reversed(nodes):
         if open_values.intersection(node.outputs):
-            kept.append(node)
+            used.append(node)
             open_values |= {value for value in node.inputs if value is not None and value not in given}
-    return kept[::-1]
+    return used[::-1]
 
 
 def unique(values: Iterable[ir.Value]) -> list[ir.Value]:

@@ -3,80 +3,56 @@
 from pathlib import Path
 
 import onnx
-from onnx import TensorProto, helper
+import onnx_ir as ir
+from onnx import TensorProto
+from onnx_ir.passes.common import InlinePass, RemoveUnusedOpsetsPass
+from onnxscript import FLOAT, INT64, script
+from onnxscript import opset18 as op  # not 20, whose ReduceMax has no CUDA kernel: https://github.com/microsoft/onnxruntime/issues/27729
 
-INPUTS = {
-    "router_logits": (TensorProto.FLOAT, ["positions", "vocab"]),
-    "expert_logits": (TensorProto.FLOAT, ["positions", "vocab"]),
-    "coefficients": (TensorProto.FLOAT, [2]),  # (λ, 1 − λ) weighted, (1, 1) additive
-    "penalty_ids": (TensorProto.INT64, ["positions", "penalised"]),
-    "penalty": (TensorProto.FLOAT, []),
-    "temperature": (TensorProto.FLOAT, []),
-    "k": (TensorProto.INT64, [1]),
-}
-OUTPUTS = {
-    "fused": (TensorProto.FLOAT, ["positions", "vocab"]),  # after the penalty
-    "candidate_logits": (TensorProto.FLOAT, ["positions", "k"]),
-    "candidate_ids": (TensorProto.INT64, ["positions", "k"]),
-    "log_normaliser": (TensorProto.FLOAT, ["positions"]),  # of the fused logits before the penalty, at temperature 1
-    "sampling_normaliser": (TensorProto.FLOAT, ["positions"]),  # of the penalised logits at the temperature
-    "unpenalised": (
-        TensorProto.FLOAT,
-        ["positions", "k"],
-    ),  # the candidates before the penalty, for their log-probability
-}
+# mypy: disable-error-code="valid-type, no-any-return"
+# onnxscript reads these annotations, which mypy knows as variables only
+LOGITS, CANDIDATES, ROWS = FLOAT["positions", "vocab"], FLOAT["positions", "k"], FLOAT["positions"]
+PENALTY_IDS, CANDIDATE_IDS = INT64["positions", "penalised"], INT64["positions", "k"]
+ONE, TWO = INT64[1], FLOAT[2]
+
+
+@script()
+def log_sum_exp(rows: LOGITS) -> ROWS:
+    """log Σ exp over the last axis, summed in double: in float32 the small terms of 256k tokens are lost (ReduceLogSumExp errs by 1e-2)."""
+    last = op.Constant(value_ints=[1])
+    peak = op.ReduceMax(rows, last, keepdims=1)
+    total = op.ReduceSum(op.Cast(op.Exp(rows - peak), to=TensorProto.DOUBLE), last, keepdims=0)
+    return op.Cast(op.Log(total), to=TensorProto.FLOAT) + op.Squeeze(peak, last)
+
+
+@script()
+def fusion(
+    router_logits: LOGITS, expert_logits: LOGITS, coefficients: TWO, penalty_ids: PENALTY_IDS, penalty: FLOAT, temperature: FLOAT, k: ONE
+) -> tuple[LOGITS, CANDIDATES, CANDIDATE_IDS, ROWS, ROWS, CANDIDATES]:
+    """The graph. coefficients: (λ, 1 − λ) weighted, (1, 1) additive; penalty_ids [positions, n] may hold an id twice.
+
+    Returns fused logits after the repetition penalty, their k largest and the ids of these; log-normalisers, of the logits before the penalty
+    at temperature 1 and of the penalised ones at the temperature; and the k before the penalty, for their log-probability.
+
+    The penalty (arXiv:1909.05858: positive logits are divided by it, negative ones multiplied) goes in before the candidates are chosen,
+    so that none is missed.
+    """
+    a, b = op.Split(coefficients, num_outputs=2)
+    raw = router_logits * a + expert_logits * b
+    met = op.GatherElements(raw, penalty_ids, axis=1)
+    lowered = op.Where(met > op.Constant(value_float=0.0), met / penalty, met * penalty)
+    fused = op.ScatterElements(raw, penalty_ids, lowered, axis=1)
+    candidate_logits, candidate_ids = op.TopK(fused, k, axis=1)
+    log_normaliser = log_sum_exp(raw)
+    sampling_normaliser = log_sum_exp(fused / temperature)
+    unpenalised = op.GatherElements(raw, candidate_ids, axis=1)
+    return fused, candidate_logits, candidate_ids, log_normaliser, sampling_normaliser, unpenalised
 
 
 def write_fusion_graph(path: Path) -> None:
-    """Write the graph, which serves every family, precision and vocabulary.
-
-    The repetition penalty (arXiv:1909.05858: positive logits are divided by it, negative ones multiplied) goes in before the
-    candidates are chosen, so that none is missed; `penalty_ids` may hold an id twice.
-    """
-    nodes = [
-        helper.make_node("Split", ["coefficients"], ["a", "b"], num_outputs=2),
-        helper.make_node("Mul", ["router_logits", "a"], ["router_part"]),
-        helper.make_node("Mul", ["expert_logits", "b"], ["expert_part"]),
-        helper.make_node("Add", ["router_part", "expert_part"], ["raw"]),
-        *log_sum_exp("raw", "log_normaliser"),
-        helper.make_node("GatherElements", ["raw", "penalty_ids"], ["met"], axis=1),
-        helper.make_node("Div", ["met", "penalty"], ["lowered"]),
-        helper.make_node("Mul", ["met", "penalty"], ["deepened"]),
-        helper.make_node("Greater", ["met", "zero"], ["positive"]),
-        helper.make_node("Where", ["positive", "lowered", "deepened"], ["changed"]),
-        helper.make_node("ScatterElements", ["raw", "penalty_ids", "changed"], ["fused"], axis=1),
-        helper.make_node("Div", ["fused", "temperature"], ["cooled"]),
-        *log_sum_exp("cooled", "sampling_normaliser"),
-        helper.make_node("TopK", ["fused", "k"], ["candidate_logits", "candidate_ids"], axis=1),
-        helper.make_node("GatherElements", ["raw", "candidate_ids"], ["unpenalised"], axis=1),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "fusion",
-        [helper.make_tensor_value_info(name, *kind) for name, kind in INPUTS.items()],
-        [helper.make_tensor_value_info(name, *kind) for name, kind in OUTPUTS.items()],
-        [
-            helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0]),
-            helper.make_tensor("last", TensorProto.INT64, [1], [1]),
-        ],
-    )
-    # not 20, whose ReduceMax has no CUDA kernel in older releases (https://github.com/microsoft/onnxruntime/issues/27729)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10, producer_name="fusionroute")
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
-
-
-def log_sum_exp(rows: str, result: str) -> list[onnx.NodeProto]:
-    """log Σ exp over the last axis, summed in double: in float32 the small terms of 256k tokens are lost (ReduceLogSumExp errs by 1e-2)."""
-    steps = [
-        ("ReduceMax", [rows, "last"], "peak", {"keepdims": 1}),
-        ("Sub", [rows, f"{result}.peak"], "shifted", {}),
-        ("Exp", [f"{result}.shifted"], "terms", {}),
-        ("Cast", [f"{result}.terms"], "wide", {"to": TensorProto.DOUBLE}),
-        ("ReduceSum", [f"{result}.wide", "last"], "sum", {"keepdims": 0}),
-        ("Log", [f"{result}.sum"], "log", {}),
-        ("Cast", [f"{result}.log"], "narrow", {"to": TensorProto.FLOAT}),
-        ("Squeeze", [f"{result}.peak", "last"], "offset", {}),
-    ]
-    nodes = [helper.make_node(op, inputs, [f"{result}.{out}"], **attributes) for op, inputs, out, attributes in steps]
-    return [*nodes, helper.make_node("Add", [f"{result}.narrow", f"{result}.offset"], [result])]
+    """Write the graph, which serves every family, precision and vocabulary."""
+    model = ir.from_proto(fusion.to_model_proto(producer_name="fusionroute"))
+    InlinePass()(model)  # TensorRT reads no functions
+    RemoveUnusedOpsetsPass()(model)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    ir.save(model, path)

@@ -46,9 +46,9 @@ class Graph:
         """A copy whose nodes and initialisers can be rewritten for one model and one precision."""
         return Graph(self.model.clone(), dict(self.sources), self.layers, self.cache)
 
-    def fitted(self, fit: "Graph") -> "Graph":
+    def with_sources_of(self, other: "Graph") -> "Graph":
         """This graph with the sources of one in another dialect, whose initialisers have the same names."""
-        return replace(self, sources={name: fit.sources.get(name, source) for name, source in self.sources.items()})
+        return replace(self, sources={name: other.sources.get(name, source) for name, source in self.sources.items()})
 
 
 def node(
@@ -61,12 +61,12 @@ def node(
 ) -> ir.Node:
     """Insert a node `domain::op` in front of `before` (or at the end) with existing or new output values."""
     domain, _, op_type = op.rpartition("::")
-    made = ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(attributes), outputs=outputs)
+    new = ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(attributes), outputs=outputs)
     if before is None:
-        graph.append(made)
+        graph.append(new)
     else:
-        graph.insert_before(before, made)
-    return made
+        graph.insert_before(before, new)
+    return new
 
 
 def added(
@@ -74,9 +74,9 @@ def added(
     dtype: ir.DataType = ir.DataType.FLOAT, **attributes: int | list[int],
 ) -> ir.Value:  # fmt: skip
     """The result of a new node."""
-    made = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape) if isinstance(shape, tuple) else shape)
-    node(inner, before, op, inputs, [made], **attributes)
-    return made
+    result = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape) if isinstance(shape, tuple) else shape)
+    node(inner, before, op, inputs, [result], **attributes)
+    return result
 
 
 def initializer(
@@ -86,3 +86,19 @@ def initializer(
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=tensor)
     graph.initializers[name] = value
     return value
+
+
+def users(matrix: ir.Value) -> tuple[list[ir.Node], list[ir.Node]]:
+    """The products and the embedding look-ups that read a matrix. A tied embedding has both."""
+    products = [n for n in matrix.consumers() if n.op_type == "FusedMatMul"]
+    lookups = [n for n in matrix.consumers() if n.op_type == "Gather"]
+    return products, lookups
+
+
+def replace_node(inner: ir.Graph, old: ir.Node, fresh: ir.Value) -> None:
+    """Let `fresh` stand where the old node's result stood, and remove the node."""
+    result = old.outputs[0]
+    name = result.name
+    result.replace_all_uses_with(fresh, replace_graph_outputs=True)
+    inner.remove(old, safe=True)
+    fresh.name = name

@@ -34,7 +34,7 @@ def counted(parts: Iterator[np.ndarray], advance: Callable[[int], None]) -> Iter
 
 def digest(parts: Iterator[np.ndarray]) -> str:
     """What values are known by, however they are cut into slices."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for part in parts:
-        found.update(np.ascontiguousarray(part).data)
-    return found.hexdigest()
+        sha256.update(np.ascontiguousarray(part).data)
+    return sha256.hexdigest()

@@ -1,6 +1,8 @@
 """Trace a Hugging Face causal LM into ONNX without its weights: parameters are fakes that have a shape and a name only."""
 
 import copy
+import inspect
+import sys
 from typing import Any
 
 import torch
@@ -11,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from fusionroute.fr_export.console.quiet import quiet
 from fusionroute.fr_export.families import Family
-from fusionroute.fr_export.graphs.dialects import Lowering, ort
+from fusionroute.fr_export.graphs.dialects import Dialect, ort
 from fusionroute.fr_export.graphs.dialects.layers import NORMS, cache_head_size
 from fusionroute.fr_export.graphs.graph import Graph, Source
-from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.errors import FusionError, one_line
 
 IDENTITY = {
     "_name_or_path",
@@ -34,22 +36,31 @@ def architecture(config: Any, vocab_size: int) -> str:
     return repr(sorted((shaping | {"vocab_size": vocab_size}).items(), key=lambda item: item[0]))
 
 
-def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, lowering: Lowering = ort) -> Graph:
-    """Trace one architecture in a dialect. Returns its graph with outputs logits, hidden, present; memory does not grow with the weights."""
+def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, dialect: Dialect = ort) -> Graph:
+    """Trace one architecture in a dialect. Returns its graph with outputs logits, hidden, present; memory does not grow with the weights.
+
+    Raises FusionError for a family that the tracer cannot serve.
+    """
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(config, key, None) is None:
+            raise unserved(family, f"'{key}' in its config")
     config = copy.deepcopy(config)
     config.vocab_size, config.pad_token_id, config.dtype = vocab_size, None, torch.float32
     if getattr(config, "head_dim", None) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
-    constants = computed_buffers(config, max_seq_len)
-    input_names, output_names = lowering.names(config.num_hidden_layers)
+    constants = computed_buffers(family, config, max_seq_len)
+    input_names, output_names = dialect.names(config.num_hidden_layers)
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        arguments, dynamic = lowering.example(config, max_seq_len)
-        with lowering.emitting(model):
-            program = torch.onnx.export(
-                lowering.Forward(model, max_seq_len).eval(), arguments, dynamo=True, dynamic_shapes=dynamic, input_names=input_names,
-                output_names=output_names, opset_version=lowering.OPSET, optimize=False, verbose=False,
-            )  # fmt: skip
+        arguments, dynamic = dialect.example(config, max_seq_len)
+        with dialect.emitting(model):
+            try:
+                program = torch.onnx.export(
+                    dialect.Forward(model, max_seq_len).eval(), arguments, dynamo=True, dynamic_shapes=dynamic, input_names=input_names,
+                    output_names=output_names, opset_version=dialect.OPSET, optimize=False, verbose=False,
+                )  # fmt: skip
+            except Exception as error:  # a module of the model that torch cannot express in ONNX
+                raise FusionError(f"The family {family.name} cannot be traced: {one_line(error)}") from error
     assert program is not None
     graph = Graph(program.model, {}, config.num_hidden_layers, (config.num_key_value_heads, cache_head_size(config.head_dim)))
     norms = {n.inputs[1].name for n in program.model.graph if n.op_type in NORMS}
@@ -70,14 +81,15 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, loweri
     if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= parameters:
         raise FusionError("The trace separated the tied embedding from the head; this release of torch or transformers is not supported.")
     ClearMetadataAndDocStringPass()(graph.model)  # torch's notes: half of the file, with paths of this machine
-    lowering.finish(graph, max_seq_len)
+    dialect.finish(graph, max_seq_len)
     return graph
 
 
-def computed_buffers(config: Any, max_seq_len: int) -> dict[str, Any]:
+def computed_buffers(family: Family, config: Any, max_seq_len: int) -> dict[str, Any]:
     """Buffers that no checkpoint stores, from a real model of the same config with no layers and a tiny vocabulary.
 
     Float32: rotary tables `rotary_cos` and `rotary_sin` [max_seq_len, head_size / 2], and all non-persistent buffers by name.
+    Raises FusionError for a family that lacks what the dialects rely on.
     """
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = 0, 8
@@ -85,6 +97,7 @@ def computed_buffers(config: Any, max_seq_len: int) -> dict[str, Any]:
         small.layer_types = []
     with torch.no_grad(), quiet():
         model: nn.Module = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+        check_served(family, model)
         cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(max_seq_len)[None])
         buffers = {name: buffer.float().numpy() for name, buffer in model.named_buffers()}
     half = cos.shape[-1] // 2
@@ -92,3 +105,22 @@ def computed_buffers(config: Any, max_seq_len: int) -> dict[str, Any]:
         "rotary_cos": cos[0, :, :half].contiguous().numpy(),
         "rotary_sin": sin[0, :, :half].contiguous().numpy(),
     }
+
+
+def check_served(family: Family, model: nn.Module) -> None:
+    """Refuse a model that lacks what the dialects replace or read. Raises FusionError naming it."""
+    rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
+    if rotary is None:
+        raise unserved(family, "rotary embeddings at 'model.rotary_emb'")
+    _, _, *more = inspect.signature(rotary.forward).parameters.values()
+    if required := [parameter.name for parameter in more if parameter.default is parameter.empty]:
+        raise unserved(family, f"one rotary table for all layers (its own also depends on {' and '.join(required)})")
+    if not hasattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb"):
+        raise unserved(family, "a function 'apply_rotary_pos_emb' beside its model")
+    if not isinstance(getattr(model, "lm_head", None), nn.Linear):
+        raise unserved(family, "a linear head at 'lm_head'")
+
+
+def unserved(family: Family, lack: str) -> FusionError:
+    """The error for a family that lacks something."""
+    return FusionError(f"The family {family.name} cannot be traced, since it lacks {lack}: only decoders built like Llama and Gemma 2 can.")

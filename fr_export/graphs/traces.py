@@ -3,7 +3,7 @@
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.graphs.dialects import Lowering, ort
+from fusionroute.fr_export.graphs.dialects import Dialect, ort
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.trace import architecture, trace
 from fusionroute.runtime.errors import FusionError, one_line
@@ -14,15 +14,15 @@ class Traces:
 
     def __init__(self, system: System, stages: Stages):
         self._system, self._stages = system, stages
-        self._by_dialect: dict[Lowering, dict[str, Graph]] = {}
+        self._by_dialect: dict[Dialect, dict[str, Graph]] = {}
 
-    def of(self, dialect: Lowering = ort) -> dict[str, Graph]:
+    def of(self, dialect: Dialect = ort) -> dict[str, Graph]:
         """Model name → its graph. Raises FusionError where an architecture cannot be traced."""
         if dialect not in self._by_dialect:
             self._by_dialect[dialect] = self._trace_all(dialect)
         return self._by_dialect[dialect]
 
-    def _trace_all(self, dialect: Lowering) -> dict[str, Graph]:
+    def _trace_all(self, dialect: Dialect) -> dict[str, Graph]:
         system = self._system
         keys = {model.name: architecture(model.config, system.vocab_size) for model in system.models}
         graphs: dict[str, Graph] = {}
@@ -34,7 +34,7 @@ class Traces:
                     advance(1)
         return {name: graphs[key] for name, key in keys.items()}
 
-    def _trace(self, model: Checkpoint, dialect: Lowering) -> Graph:
+    def _trace(self, model: Checkpoint, dialect: Dialect) -> Graph:
         system = self._system
         try:
             return trace(system.family, model.config, system.vocab_size, system.max_seq_len, dialect)

@@ -1,22 +1,43 @@
-"""The table of precisions and where each can be computed: a new one is one new file and one line here."""
+"""Stage 3, precisions: how a traced graph's matrices are rounded, stored and read.
 
-from fusionroute.fr_export.precision.fp32 import Fp32
-from fusionroute.fr_export.precision.half import Half
-from fusionroute.fr_export.precision.half_activations import Throughout
-from fusionroute.fr_export.precision.int4 import Int4
-from fusionroute.fr_export.precision.int8 import Int8
-from fusionroute.fr_export.precision.portable import SCHEMES as PORTABLE
-from fusionroute.fr_export.precision.qdq import SCHEMES as TENSORRT
-from fusionroute.fr_export.precision.qdq import SCHEMES_10_3 as TENSORRT_10_3
-from fusionroute.fr_export.precision.scheme import Scheme
-from fusionroute.fr_export.precision.w8a8 import Static
+A precision is one file here (or in qdq/, for targets that read Q/DQ) that ends with SCHEMES: target → its schemes; and one record in
+runtime/precisions.py.
 
-SCHEMES: dict[str, dict[str, Scheme]] = {
-    "ort:cpu": {scheme.name: scheme for scheme in (Fp32(), Half("fp16"), Half("bf16"), Int8(), Int4(), Static())},
-    "ort:cuda": {scheme.name: scheme for scheme in (Throughout("fp16"), Throughout("bf16"))},
-    "portable": PORTABLE,
-    "tensorrt": TENSORRT,
-    "tensorrt:10.3": TENSORRT_10_3,
-}
+scheme.py           what a scheme does; fit_context.py: what it is given to fit one model
+fp32 … w8a8         the schemes
+blockwise.py        matrices in blocks with scales, as ONNX Runtime's operators read them
+gptq*.py            rounding that makes up for its own errors; sensitive.py: which matrices need more bits
+smoothquant.py      evens out the channels of activations; plan_w8a8.py: which products take 8-bit activations
+calibrate.py        what the above learn from texts
+bind_weights.py     a graph gets one model's weights
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pkgutil import walk_packages
+
+from fusionroute.fr_export.precision.scheme import Scheme, Schemes
+from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.precisions import PRECISIONS
+
+
+def collect(modules: Mapping[str, Schemes]) -> dict[str, dict[str, Scheme]]:
+    """Target → name → scheme, in the order of the records. `modules`: the SCHEMES of each module, by the module's name.
+
+    Raises FusionError for a scheme without a record, which would have no bound.
+    """
+    by_target: dict[str, dict[str, Scheme]] = {target: {} for schemes in modules.values() for target in schemes}
+    for module, schemes in modules.items():
+        for target, scheme in ((target, scheme) for target, each in schemes.items() for scheme in each):
+            if scheme.name not in PRECISIONS:
+                raise FusionError(
+                    f"The precision '{scheme.name}' of {module} has no record and so no bound: add one to runtime/precisions.py."
+                )
+            by_target[target][scheme.name] = scheme
+    return {target: {name: by_target[target][name] for name in PRECISIONS if name in by_target[target]} for target in sorted(by_target)}
+
+
+MODULES = [import_module(module.name) for module in walk_packages(__path__, f"{__name__}.")]
+SCHEMES = collect({module.__name__: module.SCHEMES for module in MODULES if hasattr(module, "SCHEMES")})
 
 __all__ = ["SCHEMES", "Scheme"]

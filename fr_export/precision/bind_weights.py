@@ -7,12 +7,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from fusionroute.fr_export.checkpoints.weights import Weights
-from fusionroute.fr_export.graphs.graph import INLINE, Graph
+from fusionroute.fr_export.graphs.graph import INLINE, Graph, users
 from fusionroute.fr_export.graphs.source_rows import counted, rows
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.half import TYPES, rounded
-from fusionroute.fr_export.precision.scheme import users
+from fusionroute.fr_export.precision.scheme import Scheme
 
 
 def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: Callable[[int], None]) -> None:

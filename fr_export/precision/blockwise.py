@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.graphs.graph import Graph, initializer, node
+from fusionroute.fr_export.graphs.graph import Graph, initializer, node, replace_node, users
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
-from fusionroute.fr_export.precision.scheme import replace, users
 from fusionroute.runtime.errors import InputError
 
 PIECE = 1 << 22  # values rounded at a time: each rounding makes copies
@@ -80,7 +79,7 @@ def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
 class Stored:
     """A quantised matrix in the store."""
 
-    form: Format
+    format: Format
     values: Blob
     scales: Blob
     zeros: Blob | None
@@ -92,80 +91,80 @@ class Stored:
 
     def widened(self, width: int) -> np.ndarray:
         """The matrix float32 [R, width] that products compute with, read back from the store."""
-        form, blocks = self.form, -(-width // self.form.block)
-        scales = self.scales.read(form.scale_type).reshape(-1, blocks)
+        fmt, blocks = self.format, -(-width // self.format.block)
+        scales = self.scales.read(fmt.scale_type).reshape(-1, blocks)
 
         def whole(blob: Blob) -> np.ndarray:
-            return unpack(blob.read(np.dtype(np.uint8)).reshape(len(scales), -1), form.bits)
+            return unpack(blob.read(np.dtype(np.uint8)).reshape(len(scales), -1), fmt.bits)
 
-        values = whole(self.values).reshape(*scales.shape, form.block)
-        if form.signed:
-            values = values ^ form.middle
-        return widened(Quantised(values, scales, None if self.zeros is None else whole(self.zeros)[:, :blocks]), form, width)
+        values = whole(self.values).reshape(*scales.shape, fmt.block)
+        if fmt.signed:
+            values = values ^ fmt.middle
+        return widened(Quantised(values, scales, None if self.zeros is None else whole(self.zeros)[:, :blocks]), fmt, width)
 
 
-def widened(part: Quantised, form: Format, width: int) -> np.ndarray:
+def widened(part: Quantised, fmt: Format, width: int) -> np.ndarray:
     """The rows float32 [R, width] that products compute with."""
-    found = part.values.astype(np.float32)
-    found -= 1 << (form.bits - 1) if part.zeros is None else part.zeros[..., None]
-    found *= part.scales.astype(np.float32)[..., None]
-    return found.reshape(len(found), -1)[:, :width]
+    values = part.values.astype(np.float32)
+    values -= 1 << (fmt.bits - 1) if part.zeros is None else part.zeros[..., None]
+    values *= part.scales.astype(np.float32)[..., None]
+    return values.reshape(len(values), -1)[:, :width]
 
 
-def nearest(rows: np.ndarray, form: Format) -> Quantised:
+def nearest(rows: np.ndarray, fmt: Format) -> Quantised:
     """Round fp32 rows [R, K] to the nearest values of their blocks."""
-    rows = blocked(rows, form.block)
-    scales, zeros = form.grid(rows, None)
+    rows = blocked(rows, fmt.block)
+    scales, zeros = fmt.grid(rows, None)
     step = scales.astype(np.float32)
     scaled = rows * np.divide(1, step, out=np.zeros_like(step), where=step > 0)[..., None]
     np.rint(scaled, out=scaled)
-    scaled += 1 << (form.bits - 1) if zeros is None else zeros[..., None]
-    np.clip(scaled, 0, 2**form.bits - 1, out=scaled)
+    scaled += 1 << (fmt.bits - 1) if zeros is None else zeros[..., None]
+    np.clip(scaled, 0, 2**fmt.bits - 1, out=scaled)
     return Quantised(scaled.astype(np.uint8), scales, zeros)
 
 
-def held(parts: Iterable[np.ndarray], form: Format, name: str) -> Iterator[np.ndarray]:
+def in_range(parts: Iterable[np.ndarray], fmt: Format, name: str) -> Iterator[np.ndarray]:
     """The slices of the matrix `name`. Raises InputError where a value lies beyond what the format can hold."""
     for part in parts:
-        if max(part.max(), -part.min()) > form.largest:
+        if max(part.max(), -part.min()) > fmt.largest:
             raise InputError(
-                f"The weight '{name}' holds values beyond the {form.largest:,.0f} that int{form.bits} can hold; export it as {'int8' if form.bits < 8 else 'fp32'}."
+                f"The weight '{name}' holds values beyond the {fmt.largest:,.0f} that int{fmt.bits} can hold; export it as {'int8' if fmt.bits < 8 else 'fp32'}."
             )
         yield part
 
 
-def store_blocks(parts: Iterable[Quantised], form: Format, store: Store) -> Stored:
+def store_blocks(parts: Iterable[Quantised], fmt: Format, store: Store) -> Stored:
     """Put the slices of a matrix [out, in] into the store."""
     with contextlib.ExitStack() as stack:
         values, scales = (stack.enter_context(store.writer()) for _ in range(2))
-        zeros = stack.enter_context(store.writer()) if form.zeros else None
+        zeros = stack.enter_context(store.writer()) if fmt.zeros else None
         for part in parts:
-            values.write(pack(part.values ^ form.middle if form.signed else part.values, form.bits))
-            scales.write(part.scales.astype(form.scale_type, copy=False))
+            values.write(pack(part.values ^ fmt.middle if fmt.signed else part.values, fmt.bits))
+            scales.write(part.scales.astype(fmt.scale_type, copy=False))
             if zeros is not None and part.zeros is not None:
-                zeros.write(pack(part.zeros, form.bits))
-    return Stored(form, values.blob, scales.blob, zeros.blob if zeros else None)
+                zeros.write(pack(part.zeros, fmt.bits))
+    return Stored(fmt, values.blob, scales.blob, zeros.blob if zeros else None)
 
 
 def attach(graph: Graph, matrix: ir.Value, stored: Stored) -> None:
     """Replace the operators that read `matrix` [out, in] by ones that read what is stored."""
-    inner, form = graph.model.graph, stored.form
+    inner, fmt = graph.model.graph, stored.format
     out, width = (int(dim) for dim in matrix.shape)
-    blocks, depth = -(-width // form.block), form.block * form.bits // 8
-    packed_zeros = -(-blocks * form.bits // 8)
-    label = f"int{form.bits}"
+    blocks, depth = -(-width // fmt.block), fmt.block * fmt.bits // 8
+    packed_zeros = -(-blocks * fmt.bits // 8)
+    label = f"int{fmt.bits}"
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "product": {"values": (out, blocks, depth), "scale": (out * blocks,), "zero": (out * packed_zeros,)},
         "lookup": {"values": (out, blocks * depth), "scale": (out, blocks), "zero": (out, packed_zeros)},
     }
     blobs = {
         "values": (stored.values, ir.DataType.UINT8),
-        "scale": (stored.scales, TYPES[form.scale_type]),
+        "scale": (stored.scales, TYPES[fmt.scale_type]),
         "zero": (stored.zeros, ir.DataType.UINT8),
     }
 
     def operands(use: str, before: ir.Node) -> list[ir.Value | None]:
-        made: list[ir.Value | None] = []
+        inputs: list[ir.Value | None] = []
         for kind, (blob, dtype) in blobs.items():
             if blob is None:
                 continue
@@ -175,8 +174,8 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored) -> None:
                 wide = ir.Value(name=f"{name}.fp32", type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape)
                 node(inner, before, "Cast", [value], [wide], to=int(ir.DataType.FLOAT))
                 value = wide
-            made.append(value)
-        return made
+            inputs.append(value)
+        return inputs
 
     products, lookups = users(matrix)
     if products:
@@ -186,20 +185,20 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored) -> None:
             fresh = ir.Value(name=f"{result.name}.{label}", type=result.type, shape=result.shape)
             node(
                 inner, product, "com.microsoft::MatMulNBits", [product.inputs[0], *weight], [fresh],
-                K=width, N=out, bits=form.bits, block_size=form.block, accuracy_level=4,
+                K=width, N=out, bits=fmt.bits, block_size=fmt.block, accuracy_level=4,
             )  # fmt: skip
-            replace(inner, product, fresh)
+            replace_node(inner, product, fresh)
     for lookup in lookups:
         result = lookup.outputs[0]
         fresh = ir.Value(name=f"{result.name}.{label}", type=result.type, shape=result.shape)
         table, *widths = operands("lookup", lookup)
         node(
             inner, lookup, "com.microsoft::GatherBlockQuantized", [table, lookup.inputs[1], *widths], [fresh],
-            bits=form.bits, block_size=form.block, gather_axis=0, quantize_axis=1,
+            bits=fmt.bits, block_size=fmt.block, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
-        if blocks * form.block != width:
+        if blocks * fmt.block != width:
             fresh = _cut(inner, lookup, fresh, width)
-        replace(inner, lookup, fresh)
+        replace_node(inner, lookup, fresh)
     assert matrix.name is not None
     del inner.initializers[matrix.name]
 

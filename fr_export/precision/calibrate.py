@@ -53,24 +53,24 @@ def calibrate(
     """
     new_tokens = min(new_tokens, system.max_seq_len // 2)
     identity = identify(system, graphs, Manifest.read(bundle), prompts, precision, new_tokens, seed)
-    kept = Cache(cache / identity, identity)
-    texts = recorded(bundle, precision, asked(system, prompts, seed), new_tokens, seed, kept, stages)
+    cached = Cache(cache / identity, identity)
+    texts = recorded(bundle, precision, asked(system, prompts, seed), new_tokens, seed, cached, stages)
     models: dict[str, dict[str, Observer]] = {}
     for number, model in enumerate(system.models):
         blocks = split(graphs[model.name])
         with stages.stage(f"calibrating {model.name}", len(blocks)) as advance:
-            found = kept.table(f"model-{model.name}").models.get(model.name)
-            if found is None:
+            observers = cached.table(f"model-{model.name}").models.get(model.name)
+            if observers is None:
                 masks = served(texts, number - 1 if number else None)
-                states = kept.folder / f"model-{model.name}.states"
+                states = cached.folder / f"model-{model.name}.states"
                 try:
-                    found = observe(
+                    observers = observe(
                         blocks, texts, masks, *reader(graphs[model.name], model.weights), advance, states, f"{identity}/{model.name}"
                     )
                 except InputError as error:
                     raise InputError(f"{model.where} cannot be calibrated: {error}") from error
-                kept.keep(f"model-{model.name}", Table([], {model.name: found}, identity))
-        models[model.name] = found
+                cached.keep(f"model-{model.name}", Table([], {model.name: observers}, identity))
+        models[model.name] = observers
     table = Table(texts, models, identity)
     check(table, system, graphs)
     return table
@@ -88,13 +88,13 @@ def check(table: Table, system: System, graphs: dict[str, Graph]) -> None:
             f"The calibration table is of the models {', '.join(table.models) or 'none'}, the system has {', '.join(names)}: {mend}."
         )
     for name in names:
-        expected, found = matrices(graphs[name]), {matrix: len(seen.channel_absmax) for matrix, seen in table.models[name].items()}
-        if different := sorted(expected.keys() ^ found.keys()):
+        expected, widths = matrices(graphs[name]), {matrix: len(seen.channel_absmax) for matrix, seen in table.models[name].items()}
+        if different := sorted(expected.keys() ^ widths.keys()):
             whose = "lacks" if different[0] in expected else "has more than the model, such as"
             raise InputError(f"The calibration table of {name} {whose} the matrix {different[0]}: {mend}.")
         for matrix, width in expected.items():
-            if found[matrix] != width:
-                raise InputError(f"The calibration table of {name} has {found[matrix]} channels for {matrix}, the model {width}: {mend}.")
+            if widths[matrix] != width:
+                raise InputError(f"The calibration table of {name} has {widths[matrix]} channels for {matrix}, the model {width}: {mend}.")
     for text in table.texts:
         if len(text.ids) and not 0 <= text.ids.min() <= text.ids.max() < system.vocab_size:
             raise InputError(f"The calibration table holds token ids outside the vocabulary of {system.vocab_size}: {mend}.")
@@ -137,10 +137,10 @@ def asked(system: System, prompts: Sequence[str], seed: int) -> list[str | list[
 
 
 def recorded(
-    bundle: Path, precision: str, prompts: list[str | list[int]], new_tokens: int, seed: int, kept: "Cache", stages: Stages
+    bundle: Path, precision: str, prompts: list[str | list[int]], new_tokens: int, seed: int, cached: "Cache", stages: Stages
 ) -> list[Text]:
     """One text per prompt. Every text has a random stream of its own, so that those of an interrupted call are taken as they are."""
-    texts = kept.table("texts").texts
+    texts = cached.table("texts").texts
     with stages.stage("recording what the system does", len(prompts)) as advance:
         advance(len(texts))
         if len(texts) < len(prompts):
@@ -148,7 +148,7 @@ def recorded(
                 while len(texts) < len(prompts):
                     start = len(texts)
                     texts = texts + record(runtime, prompts[start : start + TOGETHER], new_tokens, seed + start, advance)
-                    kept.keep("texts", Table(texts, {}, kept.identity))
+                    cached.keep("texts", Table(texts, {}, cached.identity))
     return texts
 
 
@@ -161,9 +161,9 @@ class Cache:
     def table(self, name: str) -> Table:
         """What was kept under a name, or an empty table."""
         with contextlib.suppress(InputError):
-            found = Table.load(self.folder / f"{name}.safetensors")
-            if found.identity == self.identity:
-                return found
+            table = Table.load(self.folder / f"{name}.safetensors")
+            if table.identity == self.identity:
+                return table
         return Table([], {}, self.identity)
 
     def keep(self, name: str, table: Table) -> None:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision.scheme import Schemes
 
 
 class Fp32:
@@ -21,3 +22,6 @@ class Fp32:
             for part in rows:
                 writer.write(part)
         matrix.const_value = writer.blob.tensor(matrix.name, ir.DataType.FLOAT, tuple(matrix.shape))
+
+
+SCHEMES: Schemes = {"ort:cpu": (Fp32(),)}

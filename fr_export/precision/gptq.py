@@ -68,25 +68,25 @@ class Factor:
 
 
 @torch.no_grad()
-def quantise(rows: np.ndarray, factor: Factor, form: Format) -> Quantised:
+def quantise(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
     """Round fp32 rows [R, K] so that Σ ((W − Ŵ)·x)² over the inputs of the Hessian becomes small. Rows do not depend on each other."""
     count, width = rows.shape
-    padded = blocked(rows, form.block)
-    scales, zeros = form.grid(padded, blocked(factor.importance[None], form.block)[0])
+    padded = blocked(rows, fmt.block)
+    scales, zeros = fmt.grid(padded, blocked(factor.importance[None], fmt.block)[0])
     step = torch.from_numpy(scales.astype(np.float32).T.copy())  # [blocks, R]
     inverse = torch.where(step > 0, 1 / step, 0.0)
-    top = 2**form.bits - 1
-    middle = np.full(scales.shape, 1 << (form.bits - 1), np.uint8) if zeros is None else zeros
+    top = 2**fmt.bits - 1
+    middle = np.full(scales.shape, 1 << (fmt.bits - 1), np.uint8) if zeros is None else zeros
     zero = torch.from_numpy(middle.T.astype(np.float32))
     left = torch.from_numpy(rows).T[factor.order].contiguous()  # [K, R]: a channel is a row, what is still to be rounded
-    levels = torch.empty(padded.shape[1] * form.block, count, dtype=torch.uint8)
-    levels.view(padded.shape[1], form.block, count).copy_(torch.from_numpy(middle.T.copy())[:, None])
+    levels = torch.empty(padded.shape[1] * fmt.block, count, dtype=torch.uint8)
+    levels.view(padded.shape[1], fmt.block, count).copy_(torch.from_numpy(middle.T.copy())[:, None])
     for begin in range(0, width, TOGETHER):
         end = min(begin + TOGETHER, width)
         errors = torch.empty(end - begin, count)
         for at in range(begin, end):
             channel = int(factor.order[at])
-            block = channel // form.block
+            block = channel // fmt.block
             level = (left[at] * inverse[block]).round_().add_(zero[block]).clamp_(0, top)
             levels[channel] = level.to(torch.uint8)
             error = (left[at] - (level - zero[block]) * step[block]) / factor.inverse[at, at]

@@ -10,13 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from fusionroute.calibration.blockwise_forward import Walk
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.source_rows import counted, digest, rows
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision.blockwise import Format, Stored, attach, held, sliced, store_blocks
-from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.blockwise import Format, Stored, attach, in_range, sliced, store_blocks
+from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq import Factor, Hessian, quantise
 from fusionroute.fr_export.precision.scheme import Scheme
 
@@ -28,19 +27,19 @@ def in_blocks(graph: Graph, matrix: ir.Value, stored: Stored, store: Store) -> N
     attach(graph, matrix, stored)
 
 
-class Compensated:
-    """The matrices of one model as `compensate` stored them, read as `attach` says; whatever it did not see goes through `rest`."""
+class FittedByGptq:
+    """The matrices of one model as `round_sequentially` stored them, read as `attach` says; whatever it did not see goes through `rest`."""
 
     def __init__(self, rest: Scheme, stored: Mapping[str, Stored], attach: Attach = in_blocks):
-        values = sum(each.values.length * 8 // each.form.bits for each in stored.values())
+        values = sum(each.values.length * 8 // each.format.bits for each in stored.values())
         self.name, self.bits = rest.name, sum(each.bytes for each in stored.values()) * 8 / values if values else rest.bits
         self._rest, self._stored, self._attach = rest, stored, attach
 
     @property
     def about(self) -> dict[str, Any]:
         """For the report: the matrices that are stored with more bits than the others."""
-        fewest = min((each.form.bits for each in self._stored.values()), default=0)
-        return {"sensitive": [name for name, each in self._stored.items() if each.form.bits > fewest]}
+        fewest = min((each.format.bits for each in self._stored.values()), default=0)
+        return {"sensitive": [name for name, each in self._stored.items() if each.format.bits > fewest]}
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Replace the operators that read the matrix."""
@@ -50,34 +49,26 @@ class Compensated:
             self._rest.bind(graph, matrix, rows, store)
 
 
-def compensate(
-    graph: Graph,
-    weights: Weights,
-    known: Evidence,
-    forms: Mapping[str, Format],
-    store: Store,
-    shared: dict[str, Stored],
-    advance: Callable[[int], None],
-) -> dict[str, Stored]:
-    """Round the matrices of `forms` (matrix → how) by GPTQ; returns them by name. Nothing where the model was never asked.
+def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> dict[str, Stored]:
+    """Round the matrices of `formats` (matrix → how) by GPTQ; returns them by name. Nothing where the model was never asked.
 
-    `shared` holds the matrices of earlier models by their content: one that a model has in common with them is stored once, as they rounded it.
-    `advance` hears of every value done. Memory: one decoder block in fp32 twice, its Hessians, and the states of all texts.
+    Memory: one decoder block in fp32 twice, its Hessians, and the states of all texts. Raises InputError as `Weights` and `Walk` do.
     """
+    graph, weights, shared = context.graph, context.weights, context.shared.stored
     done: dict[str, Stored] = {}
-    if not known.texts:
+    if not context.evidence.texts:
         return done
     embed, read = reader(graph, weights)
-    walk = Walk(split(graph), known.texts, embed, read)
+    walk = Walk(split(graph), context.evidence.texts, embed, read)
     while not walk.done:
-        factors = inputs(walk, forms)
+        factors = inputs(walk, formats)
         replaced = {}
         for matrix, factor in factors.items():
-            form = forms[matrix]
-            key = f"{form.bits}-{form.block}-{form.signed}-{digest(rows(graph.sources[matrix], weights))}"
+            fmt = formats[matrix]
+            key = f"{fmt.bits}-{fmt.block}-{fmt.signed}-{digest(rows(graph.sources[matrix], weights))}"
             if key not in shared:
-                pieces = counted(sliced(held(rows(graph.sources[matrix], weights), form, matrix), factor.channels), advance)
-                shared[key] = store_blocks((quantise(piece, factor, form) for piece in pieces), form, store)
+                pieces = counted(sliced(in_range(rows(graph.sources[matrix], weights), fmt, matrix), factor.channels), context.advance)
+                shared[key] = store_blocks((quantise(piece, factor, fmt) for piece in pieces), fmt, context.store)
             done[matrix] = shared[key]
             if walk.position < len(walk.blocks) - 1:
                 replaced[matrix] = shared[key].widened(factor.channels)
@@ -86,10 +77,10 @@ def compensate(
     return done
 
 
-def inputs(walk: Walk, forms: Mapping[str, Format]) -> dict[str, Factor]:
+def inputs(walk: Walk, formats: Mapping[str, Format]) -> dict[str, Factor]:
     """The Hessian, factored, of every matrix that the walk's current block observes; matrices of one input share it."""
     block = walk.block
-    outputs = {matrix: output for matrix, output in block.observed.items() if matrix in forms}
+    outputs = {matrix: output for matrix, output in block.observed.items() if matrix in formats}
     first = {output: matrix for matrix, output in reversed(outputs.items())}
     hessians = {output: Hessian(block.channels[matrix]) for output, matrix in first.items()}
 

@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.graphs.graph import Graph, node
+from fusionroute.fr_export.graphs.graph import Graph, node, users
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision.scheme import users
+from fusionroute.fr_export.precision.scheme import Schemes
 from fusionroute.runtime.errors import InputError
 
 TYPES: dict[str, tuple[np.dtype, ir.DataType, str]] = {
@@ -67,3 +67,6 @@ class Half:
             node(inner, products[0], "Cast", [matrix], [wide], to=int(ir.DataType.FLOAT))
             for product in products:
                 product.replace_input_with(1, wide)
+
+
+SCHEMES: Schemes = {"ort:cpu": (Half("fp16"), Half("bf16"))}

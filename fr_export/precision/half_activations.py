@@ -8,9 +8,10 @@ import onnx_ir as ir
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.half import store_half
+from fusionroute.fr_export.precision.scheme import Schemes
 
 
-class Throughout:
+class HalfActivations:
     """Half the bytes of fp32 on disk and in the GPU's memory, rounded to nearest; the same bytes as `Half` stores for the CPU."""
 
     bits = 16.0
@@ -21,3 +22,6 @@ class Throughout:
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Store half-precision rows; no operator changes. Raises InputError where a weight lies beyond the type's range."""
         store_half(matrix, rows, self.name, store)
+
+
+SCHEMES: Schemes = {"ort:cuda": (HalfActivations("fp16"), HalfActivations("bf16"))}

@@ -6,22 +6,20 @@ Every block's range is clipped where that lowers its squared rounding error. Wit
 that it finds sensitive are kept at 8 bits; without, they are rounded to nearest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
-from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.graph import Graph, users
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision.blockwise import Format, Quantised, attach, held, nearest, sliced, store_blocks
-from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.blockwise import Format, Quantised, attach, in_range, nearest, sliced, store_blocks
+from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.int8 import SMALL
-from fusionroute.fr_export.precision.scheme import Fitted, users
+from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.sensitive import sensitive
 
 BLOCK, TOP = 64, 15
@@ -50,9 +48,9 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
         error *= step[..., None]
         error -= rows
         np.square(error, out=error)
-        found = error.sum(-1) if importance is None else np.einsum("rbk,bk->rb", error, importance)
-        better = found < best
-        best[better], scales[better], zeros[better] = found[better], scale[better], zero[better]
+        squared = error.sum(-1) if importance is None else np.einsum("rbk,bk->rb", error, importance)
+        better = squared < best
+        best[better], scales[better], zeros[better] = squared[better], scale[better], zero[better]
     return scales, zeros
 
 
@@ -71,14 +69,14 @@ class Int4:
 
     name = "int4"
 
-    def __init__(self, form: Format = FORMAT, embedding: Format = FINE):
-        self.form, self.embedding = form, embedding
-        self.bits = max(form.bits_per_weight, embedding.bits_per_weight)
+    def __init__(self, fmt: Format = FORMAT, embedding: Format = FINE):
+        self.format, self.embedding = fmt, embedding
+        self.bits = max(fmt.bits_per_weight, embedding.bits_per_weight)
 
-    def form_of(self, matrix: ir.Value) -> Format:
+    def format_of(self, matrix: ir.Value) -> Format:
         """4 bits, or 8 for an embedding whose rows have an odd number of blocks: ONNX Runtime 1.23 misreads their packed zero points."""
         if not users(matrix)[1]:
-            return self.form
+            return self.format
         blocks = -(-int(matrix.shape[1]) // self.embedding.block)
         return SMALL if blocks % 2 else self.embedding
 
@@ -87,14 +85,16 @@ class Int4:
 
         Raises InputError where a block's scale could lie beyond fp16's range.
         """
-        form = self.form_of(matrix)
-        pieces = sliced(held(rows, form, str(matrix.name)), int(matrix.shape[1]))
-        attach(graph, matrix, store_blocks((nearest(piece, form) for piece in pieces), form, store))
+        fmt = self.format_of(matrix)
+        pieces = sliced(in_range(rows, fmt, str(matrix.name)), int(matrix.shape[1]))
+        attach(graph, matrix, store_blocks((nearest(piece, fmt) for piece in pieces), fmt, store))
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
-        """Keep what is sensitive at 8 bits, then round with `compensate`; see `scheme.Fitting`."""
-        forms = {name: self.form_of(graph.model.graph.initializers[name]) for name in matrices(graph)}
-        forms |= dict.fromkeys(sensitive(graph, weights, known, forms, SMALL, BUDGET), SMALL)
-        return graph, Compensated(self, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
+        """Keep what is sensitive at 8 bits, then round with `round_sequentially`; see `scheme.Fitting`."""
+        graph = context.graph
+        formats = {name: self.format_of(graph.model.graph.initializers[name]) for name in matrices(graph)}
+        formats |= dict.fromkeys(sensitive(context, formats, SMALL, BUDGET), SMALL)
+        return graph, FittedByGptq(self, round_sequentially(context, formats))
+
+
+SCHEMES: Schemes = {"ort:cpu": (Int4(),)}

@@ -1,29 +1,28 @@
 """int8, weight-only: blocks of 64 along the input axis, one fp32 scale each, symmetric about the zero point 128 (8.5 bits per weight)."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Format, Quantised, attach, nearest, store_blocks
-from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
-from fusionroute.fr_export.precision.scheme import Fitted
+from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
+from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.smoothquant import smooth
 
 BLOCK = 64
-TINY = float(np.finfo(np.float32).tiny)
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
     """Scales float32 [R, blocks] = max|block| / 127; the zero point is 128, which both operators assume where none is given."""
     scales = np.maximum(rows.max(-1), -rows.min(-1)) / np.float32(127)
-    scales[scales < TINY] = 0  # the inverse would overflow; such blocks are zero
+    scales[scales < SMALLEST_NORMAL] = 0  # the inverse would overflow; such blocks are zero
     return scales, None
 
 
@@ -51,10 +50,11 @@ class Int8:
         """Quantise slice by slice and replace the operators that read the matrix."""
         attach(graph, matrix, store_blocks(map(quantise, rows), FORMAT, store))
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
-        """Even out channels, for the activations' sake, then round with `compensate`; see `scheme.Fitting`."""
-        graph, _ = smooth(graph, weights, known.observed, taken=shared.setdefault("scales", {}))
-        forms = dict.fromkeys(matrices(graph), FORMAT)
-        return graph, Compensated(self, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance))
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
+        """Even out channels, for the activations' sake, then round with `round_sequentially`; see `scheme.Fitting`."""
+        graph, _ = smooth(context.graph, context.weights, context.evidence.observed, taken=context.shared.scales)
+        formats = dict.fromkeys(matrices(graph), FORMAT)
+        return graph, FittedByGptq(self, round_sequentially(replace(context, graph=graph), formats))
+
+
+SCHEMES: Schemes = {"ort:cpu": (Int8(),)}

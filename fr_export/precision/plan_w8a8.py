@@ -8,8 +8,7 @@ import numpy as np
 from fusionroute.calibration.observers import LEVELS, Observer
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import layer
-from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.precision.scheme import users
+from fusionroute.fr_export.graphs.graph import Graph, users
 from fusionroute.fr_export.precision.smoothquant import Columns
 from fusionroute.runtime.errors import InputError
 
@@ -20,7 +19,7 @@ SHARE = 0.6  # of the multiply-adds of a token that must have 8-bit activations
 class Product:
     """One matrix [out, in] of a model: multiply-adds per token, and what 8-bit activations would cost it.
 
-    `noise` is what rounding its input does to what its decoder block passes on (`effect.effect`), infinite where calibration never saw the
+    `noise` is what rounding its input does to what its decoder block passes on (`residual_error`), infinite where calibration never saw the
     input. Of the LM head it is the expected squared error of a logit (to second order, KL is half of its variance).
     """
 
@@ -30,26 +29,26 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """`scales`: matrix → step of its input's 8-bit values. `kept`: the products that stay at A16, the noisiest first.
+class W8A8Plan:
+    """`scales`: matrix → step of its input's 8-bit values. `at_a16`: the products that stay at A16, the noisiest first.
 
     `share`: of a token's multiply-adds, the part that is W8A8. `bits`: per weight on disk, scales included.
     """
 
     scales: Mapping[str, float]
-    kept: tuple[Product, ...]
+    at_a16: tuple[Product, ...]
     share: float
     bits: float
 
 
-def plan(
+def choose(
     graph: Graph,
     weights: Weights,
     observed: Mapping[str, Observer],
     measured: Mapping[str, float],
     limit: Callable[[Observer], float] = Observer.absmax,
     share: float = SHARE,
-) -> Plan:
+) -> W8A8Plan:
     """Choose for a graph as `smooth` returns it; `observed` (matrix → what enters it) are statistics of that graph, not of the unsmoothed one.
 
     `measured` gives the noise of the decoder blocks' products, `limit` the largest |x| that is kept. Products whose noise per multiply-add
@@ -74,24 +73,24 @@ def plan(
     products.sort(key=lambda product: product.noise / product.work, reverse=True)
     total = sum(product.work for product in products)
     left = total  # multiply-adds that are W8A8
-    kept = []
+    at_a16 = []
     for product in products:
         if product.noise == np.inf or left - product.work >= share * total:
-            kept.append(product)
+            at_a16.append(product)
             left -= product.work
-    scales = {product.matrix: limits[product.matrix] / LEVELS or 1.0 for product in products if product not in kept}
+    scales = {product.matrix: limits[product.matrix] / LEVELS or 1.0 for product in products if product not in at_a16}
     rows = {name: shape[0] for name, shape in matrices(graph).items()}
     values = sum(out * width for out, width in matrices(graph).values())
-    return Plan(scales, tuple(kept), left / total, 8 + 32 * sum(rows.values()) / values)
+    return W8A8Plan(scales, tuple(at_a16), left / total, 8 + 32 * sum(rows.values()) / values)
 
 
 def matrices(graph: Graph) -> dict[str, tuple[int, int]]:
     """Shape [out, in] of every matrix that products or look-ups read."""
-    found = {}
+    shapes = {}
     for name, value in graph.model.graph.initializers.items():
         if name in graph.sources and any(users(value)) and len(value.shape) == 2:
-            found[name] = (int(value.shape[0]), int(value.shape[1]))
-    return found
+            shapes[name] = (int(value.shape[0]), int(value.shape[1]))
+    return shapes
 
 
 def logit_noise(seen: Observer, limit: float, columns: Columns) -> float:

@@ -10,17 +10,17 @@ import numpy as np
 from fusionroute.calibration.blockwise_forward import States
 
 
-def stream(states: Sequence[States]) -> np.ndarray:
+def residual_stream(states: Sequence[States]) -> np.ndarray:
     """The residual stream float32 [tokens, H] of all texts: what a block passes on may be several tensors, whose sum it is."""
     return np.concatenate([np.sum(parts, axis=0)[0] for parts in states])
 
 
-def effect(changed: Sequence[States], exact: np.ndarray) -> float:
+def residual_error(changed: Sequence[States], exact: np.ndarray) -> float:
     """Mean squared change of the residual stream, relative to its squared size at each token. `exact` float32 [tokens, H]."""
-    return float((np.square(stream(changed) - exact).sum(-1) / np.square(exact).sum(-1)).mean())
+    return float((np.square(residual_stream(changed) - exact).sum(-1) / np.square(exact).sum(-1)).mean())
 
 
-def few(texts: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
+def sample(texts: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
     """Texts from all over the set, of together about so many tokens."""
     step = max(1, sum(map(len, texts)) // tokens)
     return list(texts[::step])

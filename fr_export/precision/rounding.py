@@ -9,35 +9,34 @@ import onnx_ir as ir
 
 from fusionroute.calibration.blockwise_forward import Block, Walk
 from fusionroute.calibration.observers import LEVELS, Observer
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
-from fusionroute.fr_export.graphs.graph import Graph, initializer, node
-from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.residual_error import effect, few, stream
+from fusionroute.fr_export.graphs.graph import initializer, node
+from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.residual_error import residual_error, residual_stream, sample
 
 TOKENS = 1024  # read for the measurement
 STEP = ".step"  # of a matrix's name: the step of its input's 8-bit values
 
 
-def measure(graph: Graph, weights: Weights, known: Evidence, observed: Mapping[str, Observer]) -> dict[str, float]:
-    """Matrix of a decoder block → `effect.effect` of rounding what enters it to steps of absmax / 127. Nothing where the model was never asked.
+def measure(context: FitContext, observed: Mapping[str, Observer]) -> dict[str, float]:
+    """Matrix of a decoder block → `residual_error` of rounding what enters it to steps of absmax / 127. Nothing where the model was never asked.
 
-    `observed` (matrix → what enters it) are statistics of this very graph.
+    `observed` (matrix → what enters it) are statistics of this very graph, which `smooth` may have changed since `evidence` was gathered.
     """
-    texts = few(known.texts, TOKENS)
+    texts = sample(context.evidence.texts, TOKENS)
     if not texts:
         return {}
-    embed, read = reader(graph, weights)
+    embed, read = reader(context.graph, context.weights)
     off = np.zeros(1, np.float32)
-    walk = Walk([stepped(block) for block in split(graph)], texts, embed, lambda name: off if name.endswith(STEP) else read(name))
-    found = {}
+    walk = Walk([stepped(block) for block in split(context.graph)], texts, embed, lambda name: off if name.endswith(STEP) else read(name))
+    noise = {}
     while walk.position < len(walk.blocks) - 1:
-        exact = stream(walk.peek())
+        exact = residual_stream(walk.peek())
         for matrix in walk.block.channels:
             step = np.array([observed[matrix].absmax() / LEVELS], np.float32)
-            found[matrix] = effect(walk.peek({matrix + STEP: step}), exact)
+            noise[matrix] = residual_error(walk.peek({matrix + STEP: step}), exact)
         walk.advance()
-    return found
+    return noise
 
 
 def stepped(block: Block) -> Block:
@@ -55,11 +54,11 @@ def stepped(block: Block) -> Block:
         inner.inputs.append(step)
         weights[step.name] = block.weights[given] + STEP
 
-        def made(op: str, *inputs: ir.Value, before: ir.Node = product, at: str = given) -> ir.Value:
+        def inserted(op: str, *inputs: ir.Value, before: ir.Node = product, at: str = given) -> ir.Value:
             result = ir.Value(name=f"{at}.{op}")
             node(inner, before, op, list(inputs), [result])
             return result
 
-        levels = made("Clip", made("Round", made("Div", x, step)), scalars["level.low"], scalars["level.high"])
-        product.replace_input_with(0, made("Where", made("Greater", step, scalars["step.none"]), made("Mul", levels, step), x))
+        levels = inserted("Clip", inserted("Round", inserted("Div", x, step)), scalars["level.low"], scalars["level.high"])
+        product.replace_input_with(0, inserted("Where", inserted("Greater", step, scalars["step.none"]), inserted("Mul", levels, step), x))
     return replace(block, graph=ir.serde.serialize_model(model).SerializeToString(deterministic=True), weights=weights)

@@ -8,48 +8,48 @@ from fusionroute.calibration.blockwise_forward import Walk
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.precision.blockwise import Format, held, nearest, widened
-from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.residual_error import effect, few, stream
+from fusionroute.fr_export.precision.blockwise import Format, in_range, nearest, widened
+from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.residual_error import residual_error, residual_stream, sample
 
 TOKENS = 2048  # read for the measurement
 TIMES = 3.0  # the median error per weight from which on a matrix is sensitive
 
 
-def sensitive(graph: Graph, weights: Weights, known: Evidence, forms: Mapping[str, Format], wide: Format, budget: float) -> tuple[str, ...]:
-    """The matrices to store as `wide` instead of as `forms` says, the most sensitive first, within `budget` bits per weight on average.
+def sensitive(context: FitContext, formats: Mapping[str, Format], wide: Format, budget: float) -> tuple[str, ...]:
+    """The matrices to store as `wide` instead of as `formats` says, the most sensitive first, within `budget` bits per weight on average.
 
-    `forms` has all matrices that products read, which all count, but only those within decoder blocks are measured. None where the model was
+    `formats` has all matrices that products read, which all count, but only those within decoder blocks are measured. None where the model was
     never asked.
     """
-    texts = few(known.texts, TOKENS)
+    texts = sample(context.evidence.texts, TOKENS)
     if not texts:
         return ()
-    errors = measure(graph, weights, texts, forms)
-    sizes = {name: int(np.prod(graph.model.graph.initializers[name].shape)) for name in forms}
+    errors = measure(context.graph, context.weights, texts, formats)
+    sizes = {name: int(np.prod(context.graph.model.graph.initializers[name].shape)) for name in formats}
     per_weight = {name: error / sizes[name] for name, error in errors.items()}
     limit = TIMES * float(np.median(list(per_weight.values())))
-    room = sum((budget - form.bits_per_weight) * sizes[name] for name, form in forms.items())
-    kept = []
+    room = sum((budget - fmt.bits_per_weight) * sizes[name] for name, fmt in formats.items())
+    chosen = []
     for name in sorted(per_weight, key=lambda name: per_weight[name], reverse=True):
-        cost = (wide.bits_per_weight - forms[name].bits_per_weight) * sizes[name]
+        cost = (wide.bits_per_weight - formats[name].bits_per_weight) * sizes[name]
         if per_weight[name] >= limit and cost <= room:
-            kept.append(name)
+            chosen.append(name)
             room -= cost
-    return tuple(kept)
+    return tuple(chosen)
 
 
-def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], forms: Mapping[str, Format]) -> dict[str, float]:
-    """Matrix → `effect.effect` when it alone is rounded."""
+def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], formats: Mapping[str, Format]) -> dict[str, float]:
+    """Matrix → `residual_error` when it alone is rounded."""
     embed, read = reader(graph, weights)
     walk = Walk(split(graph), texts, embed, read)
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     while walk.position < len(walk.blocks) - 1:
-        exact = stream(walk.peek())
+        exact = residual_stream(walk.peek())
         for matrix, width in walk.block.channels.items():
-            form = forms[matrix]
-            (values,) = held([read(matrix)], form, matrix)
-            rounded = widened(nearest(values, form), form, width)
-            found[matrix] = effect(walk.peek({matrix: rounded}), exact)
+            fmt = formats[matrix]
+            (values,) = in_range([read(matrix)], fmt, matrix)
+            rounded = widened(nearest(values, fmt), fmt, width)
+            errors[matrix] = residual_error(walk.peek({matrix: rounded}), exact)
         walk.advance()
-    return found
+    return errors

@@ -29,7 +29,7 @@ class Group:
     """
 
     matrices: tuple[str, ...]
-    made: Mapping[str, int]
+    makers: Mapping[str, int]
     share: np.ndarray
 
     @property
@@ -59,7 +59,7 @@ def smooth(
     for group in groups(graph):
         if not all(name in observed and observed[name].rows for name in group.matrices):
             continue
-        keys = [f"{name in group.made}-{digest(rows(graph.sources[name], weights))}" for name in matrices_of(graph, group)]
+        keys = [f"{name in group.makers}-{digest(rows(graph.sources[name], weights))}" for name in matrices_of(graph, group)]
         choice = next((taken[key] for key in keys if key in taken), None)
         if choice is None:
             left = set(group.matrices) <= set(leave)
@@ -96,14 +96,14 @@ def best(
 
 def matrices_of(graph: Graph, group: Group) -> list[str]:
     """The matrices that a group scales, those that make its value and those that read it; no vectors, which cost nothing to store."""
-    made = [name for name in group.made if len(graph.model.graph.initializers[name].shape) == 2]
-    return [*group.matrices, *made]
+    own_rows = [name for name in group.makers if len(graph.model.graph.initializers[name].shape) == 2]
+    return [*group.matrices, *own_rows]
 
 
 def moved(graph: Graph, sources: Mapping[str, Source], group: Group, scale: np.ndarray) -> dict[str, Source]:
     """The sources that change where a group's channels are divided by their scales, float32 [scales]."""
     changed = {name: scaled(sources[name], column_scale=scale[group.share]) for name in group.matrices}
-    for name, start in group.made.items():
+    for name, start in group.makers.items():
         factors = np.ones(int(graph.model.graph.initializers[name].shape[0]), np.float32)
         factors[start : start + len(scale)] = 1 / scale
         changed[name] = scaled(sources[name], row_scale=factors)
@@ -165,23 +165,23 @@ def scaled(source: Source, row_scale: np.ndarray | None = None, column_scale: np
 
 def largest(channels: np.ndarray, group: Group) -> np.ndarray:
     """The largest of the channels [K] that share a scale, for each scale."""
-    found = np.zeros(group.scales, np.float32)
-    np.maximum.at(found, group.share, channels)
-    return found
+    maxima = np.zeros(group.scales, np.float32)
+    np.maximum.at(maxima, group.share, channels)
+    return maxima
 
 
 def groups(graph: Graph) -> list[Group]:
     """All places of a graph where a scale can move. Those whose rows change a matrix come first, so that its columns are read after that."""
     inner = graph.model.graph
-    found: list[Group] = []
+    places: list[Group] = []
     for value in dict.fromkeys(n.inputs[0] for n in inner if n.op_type == "FusedMatMul"):
         users = list(value.consumers())
         if value in inner.outputs or not all(n.op_type == "FusedMatMul" and alone(graph, n.inputs[1]) for n in users):
             continue
-        if made := makers(graph, value):
-            rows_made, share = made
-            found.append(Group(tuple(n.inputs[1].name for n in users), rows_made, share))
-    return sorted(found, key=lambda group: all(len(inner.initializers[name].shape) == 1 for name in group.made))
+        if made_by := makers(graph, value):
+            rows_made, share = made_by
+            places.append(Group(tuple(n.inputs[1].name for n in users), rows_made, share))
+    return sorted(places, key=lambda group: all(len(inner.initializers[name].shape) == 1 for name in group.makers))
 
 
 def makers(graph: Graph, value: ir.Value) -> tuple[dict[str, int], np.ndarray] | None:
@@ -194,7 +194,7 @@ def makers(graph: Graph, value: ir.Value) -> tuple[dict[str, int], np.ndarray] |
         weight = maker.inputs[NORMS[maker.op_type]]
         return ({weight.name: 0}, np.arange(width)) if value is maker.outputs[0] and alone(graph, weight) else None
     if maker.op_type == "Mul":  # act(gate)·up: linear in up
-        factor = next((made for operand in maker.inputs if (made := linear(graph, operand))), None)
+        factor = next((names for operand in maker.inputs if (names := linear(graph, operand))), None)
         return (dict.fromkeys(factor, 0), np.arange(width)) if factor else None
     attention = unviewed(value).producer()
     if attention is not None and attention.op_type == "GroupQueryAttention":

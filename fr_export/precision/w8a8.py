@@ -5,6 +5,7 @@ quantisation: symmetric int8, activations per tensor, weights per channel. Produ
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,19 @@ import onnx_ir as ir
 
 from fusionroute.calibration.observe import observe
 from fusionroute.calibration.observers import LEVELS
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
-from fusionroute.fr_export.graphs.graph import Graph, added, initializer, node
+from fusionroute.fr_export.graphs.graph import Graph, added, initializer, node, replace_node, users
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
 from fusionroute.fr_export.precision.blockwise import Format, Stored
-from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.gptq_sequential import compensate
-from fusionroute.fr_export.precision.plan_w8a8 import Plan, plan
+from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.gptq_sequential import round_sequentially
+from fusionroute.fr_export.precision.plan_w8a8 import W8A8Plan, choose
 from fusionroute.fr_export.precision.rounding import measure
-from fusionroute.fr_export.precision.scheme import Fitted, replace, users
+from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.smoothquant import smooth
 from fusionroute.runtime.errors import InputError
 
-TINY = float(np.finfo(np.float32).tiny)
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -37,11 +37,11 @@ def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def row_scales(rows: np.ndarray) -> np.ndarray:
     """Float32 [R] = max|row| / 127."""
     scales: np.ndarray = np.maximum(rows.max(-1), -rows.min(-1)) / np.float32(LEVELS)
-    scales[scales < TINY] = 1  # readers want scales above zero, and the inverse must not overflow
+    scales[scales < SMALLEST_NORMAL] = 1  # readers want scales above zero, and the inverse must not overflow
     return scales
 
 
-class Static:
+class StaticW8A8:
     """8-bit weights and activations, whose scales calibration gives."""
 
     name = "w8a8"
@@ -51,35 +51,31 @@ class Static:
         """Raises InputError: there is no static scale without calibration."""
         raise InputError("w8a8 needs the scales of calibration: export it without --calibration none.")
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """Even out channels, plan, and round the weights by GPTQ; see `fit` below and `scheme.Fitting`."""
-        graph, made, stored = fit(graph, weights, known, store, shared, advance, by_row)
-        return graph, W8A8(made, stored)
+        graph, plan, stored = fit(context, by_row)
+        return graph, PlannedW8A8(plan, stored)
 
 
-def fit(
-    graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None], form: Callable[[int], Format],
-) -> tuple[Graph, Plan, dict[str, Stored]]:  # fmt: skip
-    """Even out channels (SmoothQuant), look at them again, plan, and round the weights by GPTQ, each matrix to `form(channels)`.
+def fit(context: FitContext, fmt: Callable[[int], Format]) -> tuple[Graph, W8A8Plan, dict[str, Stored]]:
+    """Even out channels (SmoothQuant), look at them again, plan, and round the weights by GPTQ, each matrix to `fmt(channels)`.
 
     Evening out costs the weights' accuracy, so it is undone where the plan leaves activations at 16 bits anyway.
     """
-    traced, scales = graph, shared.setdefault("scales", {})
-    graph, _ = smooth(traced, weights, known.observed, taken=dict(scales))
-    seen = observe(split(graph), known.recorded, known.masks, *reader(graph, weights))
-    measured = measure(graph, weights, known, seen)
-    kept = [product.matrix for product in plan(graph, weights, seen, measured).kept]
-    graph, _ = smooth(traced, weights, known.observed, taken=scales, leave=kept)
-    made = plan(graph, weights, observe(split(graph), known.recorded, known.masks, *reader(graph, weights)), measured)
-    forms = {matrix: form(channels) for matrix, channels in matrices(graph).items()}
-    return graph, made, compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance)
+    weights, evidence, scales = context.weights, context.evidence, context.shared.scales
+    graph, _ = smooth(context.graph, weights, evidence.observed, taken=dict(scales))
+    observed = observe(split(graph), evidence.recorded, evidence.masks, *reader(graph, weights))
+    noise = measure(replace(context, graph=graph), observed)
+    left_out = [product.matrix for product in choose(graph, weights, observed, noise).at_a16]
+    graph, _ = smooth(context.graph, weights, evidence.observed, taken=scales, leave=left_out)
+    plan = choose(graph, weights, observe(split(graph), evidence.recorded, evidence.masks, *reader(graph, weights)), noise)
+    formats = {matrix: fmt(channels) for matrix, channels in matrices(graph).items()}
+    return graph, plan, round_sequentially(replace(context, graph=graph), formats)
 
 
-def about(plan: Plan) -> dict[str, Any]:
+def about(plan: W8A8Plan) -> dict[str, Any]:
     """A plan for the report."""
-    return {"w8a8_share": round(plan.share, 4), "a16": [product.matrix for product in plan.kept]}
+    return {"w8a8_share": round(plan.share, 4), "a16": [product.matrix for product in plan.at_a16]}
 
 
 def by_row(channels: int) -> Format:
@@ -92,12 +88,12 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
     return row_scales(rows[:, 0])[:, None], None
 
 
-class W8A8:
+class PlannedW8A8:
     """One model's weights and activations in 8 bits, as its plan says."""
 
     name = "w8a8"
 
-    def __init__(self, plan: Plan, stored: Mapping[str, Stored] | None = None):
+    def __init__(self, plan: W8A8Plan, stored: Mapping[str, Stored] | None = None):
         self.plan, self.bits = plan, plan.bits
         self._stored = stored or {}
 
@@ -130,7 +126,7 @@ class W8A8:
             result = product.outputs[0]
             fresh = ir.Value(name=f"{result.name}.w8a8", type=result.type, shape=result.shape)
             node(inner, product, "MatMul", [x, turned], [fresh])
-            replace(inner, product, fresh)
+            replace_node(inner, product, fresh)
         if lookups:
             column = operand("row_scale", ir.DataType.FLOAT, (out, 1))
         for lookup in lookups:
@@ -140,7 +136,7 @@ class W8A8:
             wide = added(inner, lookup, "Cast", [picked], f"{result.name}.wide", to=int(ir.DataType.FLOAT))
             fresh = ir.Value(name=f"{result.name}.w8a8", type=result.type, shape=result.shape)
             node(inner, lookup, "Mul", [wide, steps], [fresh])
-            replace(inner, lookup, fresh)
+            replace_node(inner, lookup, fresh)
         del inner.initializers[name]
 
     def _blobs(self, name: str, rows: Iterator[np.ndarray], store: Store) -> tuple[Blob, Blob]:
@@ -167,3 +163,6 @@ def rounded_input(inner: ir.Graph, product: ir.Node, scale: ir.TensorProtocol) -
     ]
     small = added(inner, product, "QuantizeLinear", [x, *parameters], f"{x.name}.int8", x.shape, ir.DataType.INT8)
     return added(inner, product, "DequantizeLinear", [small, *parameters], f"{x.name}.rounded", x.shape, scale.dtype)
+
+
+SCHEMES: Schemes = {"ort:cpu": (StaticW8A8(),)}

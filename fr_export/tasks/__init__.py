@@ -1,4 +1,4 @@
-"""The synthetic tasks of the shipped systems: training draws samples from them, evaluation draws prompts with one right answer.
+"""The synthetic tasks of the shipped systems. Training draws samples from them, evaluation draws prompts.
 
 generators.py  a random generator → a prompt and its only right answer
 domains.py     the three domains, and prompts that need two of them

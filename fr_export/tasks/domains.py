@@ -1,8 +1,10 @@
-"""What the shipped systems are trained and tested on: three domains with checkable answers, and prompts that need two of them.
+"""The domains that the shipped systems are trained and tested on.
 
-Every draw is seeded. Training, validation and test are disjoint by construction: a hash of the prompt decides which of them it belongs
-to, and a training answer may not even work out a held-out expression on its way. Composite prompts are put together from parts of their
-own split. One kind of composite, a code and an instruction prompt together, is never trained on at all.
+Three have checkable answers; composite prompts need two of them.
+
+Every draw is seeded. Training, validation and test are disjoint by construction: a hash of the prompt decides its
+split, and a training answer may not even contain a held-out expression as a step. Composite prompts are made of parts
+of their own split. One kind of composite, a code prompt with an instruction prompt, is never trained on.
 """
 
 import hashlib
@@ -17,9 +19,9 @@ Split = Literal["train", "validation", "test"]
 
 DOMAINS = ("math", "code", "instruction")
 COMPOSITE, UNSEEN = "composite", "unseen"
-PAIRED = "paired"  # two prompts of one domain: for training only, they teach that a prompt may ask for two things
+PAIRED = "paired"  # two prompts of one domain, for training only: they teach that a prompt may ask for two things
 ALL_DOMAINS = (*DOMAINS, COMPOSITE, UNSEEN)
-_SHARES: dict[int, Split] = {0: "test", 1: "test", 2: "validation"}  # of 24 equal shares of all prompts; the rest is for training
+_SHARES: dict[int, Split] = {0: "test", 1: "test", 2: "validation"}  # of 24 equal shares of all prompts; the others are for training
 _PAIRS = {
     PAIRED: tuple((domain, domain) for domain in DOMAINS),
     COMPOSITE: (("math", "code"), ("code", "math"), ("math", "instruction"), ("instruction", "math")),
@@ -47,12 +49,15 @@ def split_of(prompt: str) -> Split:
 
 
 def belongs(task: Task, split: Split) -> bool:
-    """Whether a task may be used in the split; in training also everything that its answer works out must be for training."""
+    """Whether a task may be used in the split. In training all steps of its answer must be for training too."""
     return split_of(task.prompt) == split and (split != "train" or all(split_of(fact) == "train" for fact in task.facts))
 
 
 def draw(domain: str, split: Split, rng: random.Random) -> Sample:
-    """One random sample of a domain (of ALL_DOMAINS, or PAIRED) from the split. Raises ValueError for a training sample of the unseen composites."""
+    """One random sample of a domain (of ALL_DOMAINS, or PAIRED) from the split.
+
+    Raises ValueError for a training sample of the unseen composites.
+    """
     if domain == UNSEEN and split == "train":
         raise ValueError("the unseen composites are never trained on")
     if domain in DOMAINS:
@@ -60,18 +65,18 @@ def draw(domain: str, split: Split, rng: random.Random) -> Sample:
     if domain == COMPOSITE and rng.random() < 1 / 3:
         return _json_total(split, rng)
     first, second = rng.choice(_PAIRS[domain])
-    (asked, ((_, answer),)), (then, parts) = _single(first, split, rng), _single(second, split, rng)
-    return Sample(f"{asked}\n{then}", ((first, answer + "\n"), *parts), domain)
+    (first_prompt, ((_, answer),)), (second_prompt, parts) = _single(first, split, rng), _single(second, split, rng)
+    return Sample(f"{first_prompt}\n{second_prompt}", ((first, answer + "\n"), *parts), domain)
 
 
 def draw_many(domain: str, split: Split, count: int, seed: int) -> list[Sample]:
-    """`count` different samples, always the same ones for the same arguments."""
+    """`count` different samples; the same arguments always give the same ones."""
     rng = random.Random(f"{domain}/{split}/{seed}")
-    found: dict[str, Sample] = {}
-    while len(found) < count:
+    samples: dict[str, Sample] = {}  # prompt → sample
+    while len(samples) < count:
         sample = draw(domain, split, rng)
-        found.setdefault(sample.prompt, sample)
-    return list(found.values())
+        samples.setdefault(sample.prompt, sample)
+    return list(samples.values())
 
 
 def _task(tasks: Mapping[Draw, float], split: Split, rng: random.Random) -> Task:

@@ -1,4 +1,4 @@
-"""The task generators of the shipped systems' three domains: each turns a random generator into a prompt and its only right answer."""
+"""The task generators of the three domains: a random generator → a prompt and its only right answer."""
 
 import random
 from collections.abc import Callable
@@ -11,7 +11,7 @@ LETTERS = "abcdefghkmnpqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Task:
-    """One prompt and its answer. `facts` are prompts of other tasks that the answer works out on its way."""
+    """One prompt and its answer. `facts` are the prompts of other tasks that are steps of the answer."""
 
     prompt: str
     answer: str
@@ -25,7 +25,7 @@ Draw = Callable[[random.Random], Task]
 
 
 def _number(rng: random.Random) -> int:
-    """Small operands weigh more: they teach the columns before the carries."""
+    """An operand. Small ones are more frequent: they teach the columns before the carries."""
     return rng.randrange(10) if rng.random() < 0.25 else rng.randrange(100)
 
 
@@ -42,7 +42,7 @@ def subtraction(rng: random.Random) -> Task:
 
 
 def product(rng: random.Random) -> Task:
-    """`6*7=` → `42`. No fact to hide: a multiplication table is memorised, not derived, so word problems may state it."""
+    """`6*7=` → `42`. It is not held out of word problems: a multiplication table is memorised, not derived."""
     a, b = rng.randrange(1, 10), rng.randrange(1, 10)
     return Task(f"{a}*{b}=", str(a * b))
 
@@ -182,4 +182,4 @@ TASKS: dict[str, dict[Draw, float]] = {
     },
     "instruction": {repeat: 1, reverse_words: 2, upper_case: 2, number_items: 1, join_words: 1.5, write_json: 1},
 }  # fmt: skip
-"""Domain → its tasks and how often each is drawn."""
+"""Domain → its tasks, each with its relative frequency."""

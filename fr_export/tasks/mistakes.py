@@ -11,7 +11,10 @@ _ITEM = re.compile(r"\w+")
 
 
 def mistake(sample: Sample, rng: random.Random) -> str:
-    """The sample's answer with one thing wrong: a digit, a word or a letter changed, two items swapped, or the last one left out."""
+    """The sample's answer with one thing wrong.
+
+    A digit, a word or a letter is changed, two items are swapped, or the last one is left out.
+    """
     while True:
         changed = rng.choice(_KINDS)(sample.answer, rng)
         if changed and changed != sample.answer:
@@ -20,8 +23,8 @@ def mistake(sample: Sample, rng: random.Random) -> str:
 
 def _other_item(text: str, rng: random.Random) -> str:
     """One number, word or letter becomes another of its kind."""
-    found = rng.choice(list(_ITEM.finditer(text)))
-    item = found[0]
+    match = rng.choice(list(_ITEM.finditer(text)))
+    item = match[0]
     if item.isdigit():
         place = rng.randrange(len(item))
         new = item[:place] + str((int(item[place]) + rng.choice((1, 2, 8, 9))) % 10) + item[place + 1 :]
@@ -31,7 +34,7 @@ def _other_item(text: str, rng: random.Random) -> str:
         new = rng.choice(LETTERS)
     else:
         return text
-    return text[: found.start()] + new + text[found.end() :]
+    return text[: match.start()] + new + text[match.end() :]
 
 
 def _swapped(text: str, rng: random.Random) -> str:
@@ -45,7 +48,7 @@ def _swapped(text: str, rng: random.Random) -> str:
 
 
 def _shortened(text: str, rng: random.Random) -> str:
-    """The last item, and what stands before it, is left out."""
+    """The last item, and the text between it and the item before, is left out."""
     items = list(_ITEM.finditer(text))
     return text if len(items) < 2 else text[: items[-2].end()] + text[items[-1].end() :]
 

@@ -22,14 +22,14 @@ def main(
     """Train a family's small system from nothing and write it."""
     missing = "Training the shipped systems needs the package '{}': install the extras (pip install 'fusionroute[cpu,export,train]')."
     with one_sentence("training", missing, out or work, f"finished models stay in {work}", debug):
-        from fusionroute.fr_export.families.family import TINY
+        from fusionroute.fr_export.families.family import TINY_SYSTEMS
         from fusionroute.fr_export.tiny.architectures import ARCHITECTURES, WIDTH
         from fusionroute.fr_export.tiny.ship import ship
         from fusionroute.fr_export.tiny.workshop import BUDGETS, Workshop
 
         console = Console(stderr=True)
         workshop = Workshop(ARCHITECTURES[family], work / f"{family}-{WIDTH}", budget=BUDGETS[family].scaled(steps_scale))
-        settings = ship(workshop, out or TINY / family, jobs, console)
+        settings = ship(workshop, out or TINY_SYSTEMS / family, jobs, console)
         accuracy = max(value for _, value in settings.lam_curve or [])
         console.print(f"λ = {settings.lam}, mean accuracy on the validation split {accuracy:.1%}")
 

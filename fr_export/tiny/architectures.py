@@ -115,7 +115,10 @@ ARCHITECTURES = {
 
 
 def new_model(architecture: Architecture, width: int = WIDTH) -> Any:
-    """A freshly initialised causal LM of hidden size `width`. Attention is eager: only that knows Gemma-2's soft-capping."""
+    """A freshly initialised causal LM of hidden size `width`.
+
+    Attention is eager: only that knows Gemma-2's soft-capping.
+    """
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // architecture.config["num_attention_heads"]}
     if "query_pre_attn_scalar" in architecture.config:
         sizes["query_pre_attn_scalar"] = sizes["head_dim"]

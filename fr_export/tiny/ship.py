@@ -1,4 +1,4 @@
-"""Train the routers of a family, tune λ on their exported bundles, and put the best system into the folder that the package ships."""
+"""Train the routers of a family, tune λ on their bundles, and write the best system to the shipped folder."""
 
 import shutil
 from collections.abc import Mapping

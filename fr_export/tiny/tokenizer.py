@@ -11,7 +11,10 @@ from fusionroute.fr_export.tiny.architectures import VOCABULARY, Architecture
 
 
 def build_tokenizer(architecture: Architecture) -> Any:
-    """Train the tokenizer (of transformers). Digits stay single; the post-processor puts the begin-of-sequence token in front."""
+    """Train the tokenizer (of transformers).
+
+    Digits stay single; the post-processor puts the begin-of-sequence token in front.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,7 +1,7 @@
 """Train a family's small system from nothing: one base, three experts, and a router per seed.
 
-Everything is trained by the tool itself (`fr_export.training.train`), from files that seeded generators write. `benchmarks/comparison.py`
-trains the baselines of docs/results.md from the same parts.
+Everything is trained by the tool itself (`fr_export.training.train`), from files that seeded generators write.
+`benchmarks/comparison.py` trains the baselines of docs/results.md from the same parts.
 """
 
 from collections.abc import Mapping
@@ -22,18 +22,23 @@ from fusionroute.fr_export.training.train import train
 TOKENS = 1024  # per batch
 ROWS = 24  # of training data per step, about two thirds of what a batch takes
 BASE_LR, EXPERT_LR = 4e-3, 2e-3
-# The head learns slowly: at 1e-2 its softmax saturates on one expert before it can tell the domains apart, and stays there.
+# The head learns slowly: at 1e-2 its softmax saturates on one expert before it can tell the domains apart, and stays
+# there.
 SFT_LR, MIXED_LR, HEAD_LR = 2e-3, 5e-4, 1e-3
 
 EVEN_MIX = {**dict.fromkeys(DOMAINS, 1.0), COMPOSITE: 1.0, PAIRED: 0.5}
 BASE_MIX = {"math": 1.5, "code": 0.75, "instruction": 0.75, COMPOSITE: 0.75, PAIRED: 0.5}  # sums take longest to learn
-# Without any composites an expert forgets that a prompt may ask for two things, and cannot go on in the middle of such an answer.
+# Without any composites an expert forgets that a prompt may ask for two things, and cannot go on in the middle of such
+# an answer.
 EXPERT_COMPOSITES = 0.15
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Optimizer steps of each run. The base learns a little of everything; experts still err in their own domain, as real ones do."""
+    """Optimizer steps of each run.
+
+    The base learns a little of everything; experts still err in their own domain, as real ones do.
+    """
 
     base: int = 3000
     experts: Mapping[str, int] = field(default_factory=lambda: {"math": 600, "code": 300, "instruction": 300})
@@ -95,11 +100,17 @@ class Workshop:
         )
 
     def router(self, seed: int) -> Path:
-        """The router, trained from the instruction expert: SFT, then the mixed run of Algorithm 1. Its `stages/sft` is the router after SFT."""
+        """The router, trained from the instruction expert: SFT, then the mixed run of Algorithm 1.
+
+        Its `stages/sft` is the router after SFT.
+        """
         return self._post_train(f"routers/{seed}", self.expert_folders, seed)
 
     def direct(self, seed: int) -> Path:
-        """The paper's baseline "direct fine-tuning": the same start, data and steps without routing, SFT and then SFT mixed with DPO."""
+        """The paper's baseline "direct fine-tuning": SFT, then SFT mixed with DPO.
+
+        Start, data and steps are those of `router`; there is no routing.
+        """
         return self._post_train(f"direct/{seed}", {}, seed)
 
     def _post_train(self, name: str, experts: dict[str, str], seed: int) -> Path:

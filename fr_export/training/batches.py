@@ -19,8 +19,8 @@ _POOL = 1024  # samples that are sorted by length together: little padding, and 
 class Samples:
     """Rows to learn from, and the experts' scores of their T learnt tokens, concatenated row by row.
 
-    With preferences the rows alternate: chosen, rejected. `expert_log_probs` is float32 [N, T], `informative` bool [T], `reference`
-    float32 [T] (log π_ref, of preferences); None where there are no experts or no reference.
+    With preferences the rows alternate: chosen, rejected. `expert_log_probs` is float32 [N, T], `informative` bool [T],
+    `reference` float32 [T] (log π_ref, of preferences); None where there are no experts or no reference.
     """
 
     rows: Sequence[Row]
@@ -43,11 +43,12 @@ class Samples:
         return [2 * max(pair) for pair in zip(lengths[::2], lengths[1::2], strict=True)]
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """The batch of these samples: B rows of S tokens, padded at the end (attention is causal, so no mask is needed).
+        """The batch of these samples: B rows of S tokens, padded at the end.
 
-        `ids` int64 [B, S]; `positions` int64 [T], into the flattened rows; `labels` int64 [T], the tokens that come after them;
-        `owners` int64 [T], the row of each; and the scores of these tokens as tensors [N, T] or [T]. Of P pairs, all chosen answers
-        come first, then all rejected ones: B = 2P.
+        Attention is causal, so no mask is needed. `ids` int64 [B, S]; `positions` int64 [T], into the flattened rows;
+        `labels` int64 [T], the tokens that come after them; `owners` int64 [T], the row of each; and the scores of
+        these tokens as tensors [N, T] or [T]. Of P pairs, all chosen answers come first, then all rejected ones: B =
+        2P.
         """
         order = [2 * n for n in numbers] + [2 * n + 1 for n in numbers] if self.preferred else list(numbers)
         rows = [self.rows[n] for n in order]
@@ -84,10 +85,11 @@ def flat(pairs: Sequence[Pair]) -> list[Row]:
 def optimizer_steps(
     sets: Sequence[Samples], size: int, tokens: int | None, per_step: int, epochs: int, max_steps: int | None, seed: int
 ) -> list[list[Batch]]:
-    """The optimizer steps of a stage, each of `per_step` batches of one set; the steps of all sets are shuffled together.
+    """The optimizer steps of a stage, each of `per_step` batches of one set.
 
-    A batch has `size` samples, or as many as fill `tokens` padded tokens. `max_steps` replaces `epochs`. Which samples a step takes does
-    not depend on `per_step`, the number of batches that share them; where there are fewer samples than batches some are repeated.
+    The steps of all sets are shuffled together. A batch has `size` samples, or as many as fill `tokens` padded tokens.
+    `max_steps` replaces `epochs`. Which samples a step takes does not depend on `per_step`, the number of batches that
+    share them; where there are fewer samples than batches some are repeated.
     """
     rng = np.random.default_rng(seed)
 
@@ -114,7 +116,10 @@ def cut(costs: Sequence[int], size: int, tokens: int | None, rng: np.random.Gene
 
 
 def by_length(order: Sequence[int], costs: Sequence[int], size: int, tokens: int | None) -> list[list[int]]:
-    """Cut samples, sorted by rising cost, into batches of `size`, or of as many as fill `tokens` padded tokens (at least one)."""
+    """Cut samples, sorted by rising cost, into batches.
+
+    A batch has `size` samples, or as many as fill `tokens` padded tokens, and at least one.
+    """
     batches: list[list[int]] = []
     for number in order:
         last = batches[-1] if batches else []

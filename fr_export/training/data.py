@@ -20,7 +20,10 @@ _PREFERENCE = '{"prompt": …, "chosen": …, "rejected": …}, all texts or all
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence: `ids` int32 [S], and `learnt` bool [S], True for the tokens of answers. The first token is never learnt."""
+    """One sequence: `ids` int32 [S], and `learnt` bool [S], True for the tokens of answers.
+
+    The first token is never learnt.
+    """
 
     ids: npt.NDArray[np.int32]
     learnt: npt.NDArray[np.bool_]
@@ -53,7 +56,8 @@ class Pair(NamedTuple):
 class Encoder:
     """Turns samples into rows with a checkpoint's tokenizer and chat template.
 
-    Prompt and answer are tokenised separately, as in generation. Raises InputError where the checkpoint has no tokenizer.
+    Prompt and answer are tokenised separately, as in generation. Raises InputError where the checkpoint has no
+    tokenizer.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -141,7 +145,10 @@ def read_sft(file: Path, encoder: Encoder) -> list[Row]:
 
 
 def read_preferences(file: Path, encoder: Encoder) -> list[Pair]:
-    """The pairs of a JSONL file of preferences (TRL's formats). Raises InputError `file:line: …` for a line that is not a preference."""
+    """The pairs of a JSONL file of preferences (TRL's formats).
+
+    Raises InputError `file:line: …` for a line that is not a preference.
+    """
 
     def pair(sample: dict[str, Any]) -> Pair:
         match sample:

@@ -1,4 +1,7 @@
-"""log π_i(y_t) of frozen models on a data set, computed once and cached on disk under a hash of everything it depends on."""
+"""log π_i(y_t) of frozen models on a data set, computed once and cached on disk.
+
+The name of a cache file is a hash of everything that its content depends on.
+"""
 
 import hashlib
 import os

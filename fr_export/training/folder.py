@@ -13,7 +13,10 @@ TRAINING_FILE = "training.json"  # its presence says that a folder was written b
 
 
 class RouterStaging(Staging):
-    """A trained router's folder, which appears only when complete. `force` replaces one that this tool has written before."""
+    """A trained router's folder, which appears only when complete.
+
+    `force` replaces one that this tool has written before.
+    """
 
     mark = TRAINING_FILE
 
@@ -32,9 +35,9 @@ class RouterStaging(Staging):
 class Work:
     """`OUT.unfinished`: checkpoints and finished stages, so that an interrupted run can be resumed.
 
-    It is removed at the end, after an error too; with `keep` only when the run is done. `identity` says what goes into the run: `resume`
-    takes up a run of the same identity only. Only the `writer` among the ranks makes and removes the folder. Raises InputError where
-    the folder holds something else than `resume` and `force` allow for.
+    It is removed at the end, after an error too; with `keep` only when the run is done. `identity` says what goes into
+    the run: `resume` takes up a run of the same identity only. Only the `writer` among the ranks makes and removes the
+    folder. Raises InputError where the folder holds something else than `resume` and `force` allow for.
     """
 
     def __init__(self, out: Path, identity: dict[str, Any], *, keep: bool, resume: bool, force: bool, writer: bool) -> None:

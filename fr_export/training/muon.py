@@ -35,7 +35,8 @@ class Muon(torch.optim.AdamW):
             group["momentum"] = momentum
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # AdamW's own method updates checkpoints of older versions, and fails on parameters that have momentum but no "step".
+        # AdamW's own method updates checkpoints of older versions, and fails on parameters that have momentum but no
+        # "step".
         torch.optim.Optimizer.__setstate__(self, state)
 
     def step(self, closure: None = None) -> None:

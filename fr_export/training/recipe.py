@@ -1,4 +1,7 @@
-"""How a router is trained: the stages, their numbers, and the two presets. Light to import: the command line takes its defaults from here."""
+"""How a router is trained: the stages, their numbers, and the two presets.
+
+Light to import: the command line takes its defaults from here.
+"""
 
 import math
 from dataclasses import dataclass
@@ -45,9 +48,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. A batch is `batch_size` rows (or pairs), or, where `batch_tokens` is set, as many as fit that many padded tokens.
+    """How to train.
 
-    Raises InputError for a name that is unknown, a stage that is named twice or missing, and a number that is not finite.
+    A batch is `batch_size` rows (or pairs), or, where `batch_tokens` is set, as many as fit that many padded tokens.
+    Raises InputError for a name that is unknown, a stage that is named twice or missing, and a number that is not
+    finite.
     """
 
     stages: tuple[Stage, ...]

@@ -13,9 +13,10 @@ from fusionroute.fr_export.training.recipe import Dtype, Recipe
 class TrainingRequest:
     """One run. Without experts it is direct fine-tuning: plain SFT and plain DPO, no routing head.
 
-    `router` and the values of `experts` are folders or hub ids; the order of the experts is that of the routing head's rows.
-    `sft` and `preferences` are JSONL files, or rows that are tokenised already. `cache` is the folder that keeps the experts'
-    log-probabilities for other runs (None: nothing is kept). `dtype` is that of the written weights (None: the source's).
+    `router` and the values of `experts` are folders or hub ids; the order of the experts is that of the routing head's
+    rows. `sft` and `preferences` are JSONL files, or rows that are tokenised already. `cache` is the folder that keeps
+    the experts' log-probabilities for other runs (None: nothing is kept). `dtype` is that of the written weights (None:
+    the source's).
     """
 
     family: Family

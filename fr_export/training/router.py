@@ -70,9 +70,10 @@ class Router(nn.Module):
         return cls(lm, head, vocab)
 
     def forward(self, ids: Tensor, positions: Tensor, learns_routing: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Logits [T, vocab] and routing scores w [T, n] (None without a head) at `positions` of the flattened `ids` [B, S].
+        """Logits [T, vocab] and routing scores w [T, n] at `positions` of the flattened `ids` [B, S].
 
-        With `learns_routing=False` the scores carry no gradient: they only select an expert.
+        The scores are None without a head. With `learns_routing=False` they carry no gradient: they only select an
+        expert.
         """
         hidden = final_hidden(self.lm, ids, positions)
         logits = lm_logits(self.lm, hidden, self.vocab)
@@ -109,9 +110,10 @@ def has_head(checkpoint: Checkpoint) -> bool:
 
 
 def start_head(checkpoint: Checkpoint, experts: list[str]) -> Tensor | None:
-    """The head float32 [n, hidden] that training starts from: the checkpoint's own, or zeros, which score all experts alike.
+    """The head float32 [n, hidden] that training starts from.
 
-    None without experts. Raises InputError for a head of another number of experts, or with a bias.
+    It is the checkpoint's own, or zeros, which score all experts alike. None without experts. Raises InputError for a
+    head of another number of experts, or with a bias.
     """
     if not experts:
         return None
@@ -139,7 +141,10 @@ def stored_dtype(checkpoint: Checkpoint) -> Dtype:
 
 @torch.no_grad()
 def write_router(router: Router, source: Checkpoint, folder: Path, dtype: Dtype) -> None:
-    """Write the router into an empty folder: weights in `dtype` (of DTYPES), the head in float32, the source's config and texts."""
+    """Write the router into an empty folder.
+
+    Weights are in `dtype`, the head is in float32; config and tokenizer files are the source's.
+    """
     weights = {name: tensor.to("cpu", DTYPES[dtype]).contiguous() for name, tensor in router.weights().items()}
     save_torch_state_dict(weights, folder, max_shard_size=SHARD)
     if router.head is not None:

@@ -1,4 +1,4 @@
-"""Train a router: the experts' log-probabilities first, then stage after stage, then the folder that the exporter reads."""
+"""Train a router: the experts' log-probabilities, then stage after stage, then the folder for the exporter."""
 
 import json
 import platform
@@ -48,7 +48,10 @@ _RANKS_WAIT = timedelta(days=7)  # other ranks wait while one computes the exper
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. Each of `stages` has name, steps, seconds, peak_mib (anonymous memory, MiB) and last (the loss curve's last point)."""
+    """What a run did.
+
+    Each of `stages` has name, steps, seconds, peak_mib (anonymous memory, MiB) and last (the loss curve's last point).
+    """
 
     out: str
     rows: int  # SFT samples learnt from
@@ -60,9 +63,9 @@ class Report:
 def train(request: TrainingRequest, display: Stages | None = None) -> Report:
     """Train the router that `request` describes and write it to `request.out`, which appears only when complete.
 
-    Under `accelerate launch` all ranks call this, and rank 0 writes. The same seed gives the same weights, byte for byte, on the same
-    CPU with the same number of threads. Raises InputError where data, checkpoints and recipe do not fit together, UnavailableError for a
-    missing package.
+    Under `accelerate launch` all ranks call this, and rank 0 writes. The same seed gives the same weights, byte for
+    byte, on the same CPU with the same number of threads. Raises InputError where data, checkpoints and recipe do not
+    fit together, UnavailableError for a missing package.
     """
     for package in ("accelerate", "matplotlib", *(["peft"] if request.recipe.lora_rank else [])):
         if find_spec(package) is None:
@@ -94,7 +97,7 @@ class _Run:
         self.identity = self._identity()
 
     def _data(self) -> tuple[list[Row], list[Row], int]:
-        """The SFT rows, the rows of the preferences (chosen and rejected alternate), and how many samples were too long."""
+        """SFT rows, rows of the preferences (chosen and rejected alternate), number of samples that are too long."""
         request, stages = self.request, self.recipe.stages
         rows: list[Row] = []
         pairs: list[Row] = []
@@ -194,7 +197,10 @@ class _Run:
         return curve
 
     def _reference(self, router: Router, preferences: Samples, file: Path) -> npt.NDArray[np.float32]:
-        """log π_ref float32 [T] of the preferences, under the router as it is now. A resumed stage reads them from `file`."""
+        """log π_ref float32 [T] of the preferences, under the router as it is now.
+
+        A resumed stage reads them from `file`.
+        """
         router.to(self.state.device).eval()
         autocast = torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")  # as in the stage itself
         with self.state.main_process_first(), autocast:

@@ -1,4 +1,7 @@
-"""One stage of a router's training, on transformers' Trainer, which brings accumulation, clipping, ranks and checkpoints."""
+"""One stage of a router's training, on transformers' Trainer.
+
+The Trainer brings accumulation, clipping, ranks and checkpoints.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -35,8 +38,8 @@ _POINTS = 200  # of a loss curve, at most
 class RouterTrainer(Trainer):
     """Trains a router on the steps of one stage.
 
-    Every loss is a mean over all tokens (or pairs) of an optimizer step, however many batches and ranks share the step: each batch counts
-    by its share. The routing head has a learning rate of its own; preferences do not train it.
+    Every loss is a mean over all tokens (or pairs) of an optimizer step, however many batches and ranks share the step:
+    each batch counts by its share. The routing head has a learning rate of its own; preferences do not train it.
     """
 
     def __init__(self, router: Router, stage: Stage, recipe: Recipe, sets: Sequence[Samples], folder: Path, save_every: int | None) -> None:
@@ -61,7 +64,10 @@ class RouterTrainer(Trainer):
         return [{name: value for name, value in point.items() if name != "epoch"} for point in self.state.log_history if "loss" in point]
 
     def get_train_dataloader(self) -> Any:
-        """This rank's batches, in order. All epochs of a stage are one epoch of the Trainer, so that resuming skips finished steps."""
+        """This rank's batches, in order.
+
+        All epochs of a stage are one epoch of the Trainer, so that resuming skips finished steps.
+        """
         own_batches = [batch for step in self.steps for batch in step[self.args.process_index :: self.args.world_size]]
         return DataLoader(_Collated(own_batches), batch_size=1, collate_fn=itemgetter(0), pin_memory=self.args.dataloader_pin_memory)
 
@@ -92,7 +98,10 @@ class RouterTrainer(Trainer):
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The batches of one step on this rank, and the counts over all ranks: (tokens or pairs, informative tokens)."""
+        """The batches of one step on this rank, and the counts over all ranks.
+
+        The counts are (tokens or pairs, informative tokens).
+        """
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         total = torch.tensor([counts(batch) for batch in batches]).sum(0)
         if self.args.world_size > 1:

@@ -19,25 +19,25 @@ from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 REFERENCE_LIMIT = 1 << 30  # bytes in fp32: larger models are not loaded into torch, and not compared
 
 
-class Comparison(NamedTuple):
+class ComparedVariants(NamedTuple):
     """(target, precision) → the figures of `compare_scores`; where nothing at all could be compared, the reason."""
 
     figures: dict[tuple[str, str], dict[str, Any]]
     reason: str | None
 
 
-def measure(system: System, manifest: Manifest, prompts: Sequence[str], folder: Path, stages: Stages) -> Comparison:
+def measure(system: System, manifest: Manifest, prompts: Sequence[str], folder: Path, stages: Stages) -> ComparedVariants:
     """Compare every variant that this machine can run with torch in fp32, on the texts of `prompts`.
 
     Writes the manifest into the folder, since the runtime that compares reads the bundle as users will.
     """
     variants = [variant for variant in manifest.variants if obstacle(variant) is None]
     if not variants:
-        return Comparison({}, None)
+        return ComparedVariants({}, None)
     largest = max(model.parameters for model in manifest.models) * 4
     if largest > REFERENCE_LIMIT:
         reason = f"a model takes {largest / 1e9:.1f} GB in fp32, more than the {REFERENCE_LIMIT / 1e9:.1f} GB that the comparison loads"
-        return Comparison({}, reason)
+        return ComparedVariants({}, reason)
     manifest.write(folder)
     texts = sequences(system, prompts)
     coefficients = fusion_coefficients(manifest.fusion, manifest.lam)
@@ -54,7 +54,7 @@ def measure(system: System, manifest: Manifest, prompts: Sequence[str], folder: 
             else:
                 compared = compare(str(folder), variant.precision, texts, references, advance)
         figures[variant.target, variant.precision] = compared
-    return Comparison(figures, None)
+    return ComparedVariants(figures, None)
 
 
 def obstacle(variant: Variant) -> str | None:

@@ -1,6 +1,7 @@
 """The table of devices: a new backend is one new file and one line in `DEVICES`.
 
-Backends for GPUs are imported when one is opened: their modules read pydantic, which would double the time of `import fusionroute.runtime`.
+Backends for GPUs are imported when one is opened: they import pydantic, which would double the time of importing the
+runtime.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def open_provider(name: str) -> Open:
 
 
 ENGINE_TARGETS = (TARGET, OLDER)
-DEVICES: dict[str, tuple[tuple[str, ...], Open]] = {  # name → the targets that it runs, the best first, and the function that opens it
+# name → the targets that it runs, the best first, and the function that opens it
+DEVICES: dict[str, tuple[tuple[str, ...], Open]] = {
     "cpu": ((ort_cpu.TARGET,), open_cpu),
     "cuda": (("ort:cuda",), open_provider("cuda")),
     "tensorrt": (ENGINE_TARGETS, open_engines("tensorrt")),
@@ -68,9 +70,9 @@ AUTOMATIC = ("tensorrt", "rtx", "cuda")  # what `auto` tries where there is a GP
 def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str]:
     """Load a bundle's models on a device; returns the backend and the name of the precision that was opened.
 
-    `auto` takes the first that works: engines of the bundle that fit this machine, ONNX Runtime on CUDA, the CPU. Devices that fail are logged.
-    Raises InputError for an unknown device or options that it does not take, UnavailableError for a device that the bundle or this machine
-    does not have.
+    `auto` takes the first that works: engines of the bundle that fit this machine, ONNX Runtime on CUDA, the CPU.
+    Devices that fail are logged. Raises InputError for an unknown device or options that it does not take,
+    UnavailableError for a device that the bundle or this machine does not have.
     """
     device = options.device
     check_name(device)
@@ -99,7 +101,7 @@ def refuse_expert_memory(options: BackendOptions) -> None:
 
 
 def resolved(bundle: Bundle, device: str) -> str:
-    """The key in DEVICES for a device's name; for `auto`, the first device of this machine that the bundle has graphs for.
+    """The key in DEVICES for a device's name; for `auto`, this machine's first device that the bundle serves.
 
     Raises InputError for an unknown name.
     """
@@ -111,7 +113,10 @@ def resolved(bundle: Bundle, device: str) -> str:
 
 
 def open_on_gpu(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str] | None:
-    """The first GPU backend that opens a variant of the bundle, the fastest precision first; None without one. Raises nothing."""
+    """The first GPU backend that opens a variant of the bundle, the fastest precision first; None without one.
+
+    Raises nothing.
+    """
     for device in AUTOMATIC if device_sm() is not None else ():
         targets, open_device = DEVICES[device]
         for variant in (variant for target in targets for variant in bundle.variants(target)):

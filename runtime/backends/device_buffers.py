@@ -1,8 +1,9 @@
 """Memory that ONNX Runtime binds by address: buffers on the device, and small inputs that travel to it in one piece.
 
-Binding an input that lies elsewhere than its reader copies it there and then (IOBinding::BindInput in core/session/IOBinding.cc): what changes later
-on the host is not seen. So every input is bound where the session reads it, and what is on the device is updated in place. `update_inplace` has
-arrived when it returns (cudaMemcpy_HostToDevice in core/providers/cuda/cuda_provider_factory.cc waits for the stream).
+When an input is bound in another memory than the session reads, ONNX Runtime copies it once, at binding
+(IOBinding::BindInput in core/session/IOBinding.cc), and later changes are lost. So every input is bound where the
+session reads it, and inputs on the device are updated in place. `update_inplace` returns when the bytes have arrived
+(cudaMemcpy_HostToDevice in core/providers/cuda/cuda_provider_factory.cc).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-ALIGNMENT = 256  # bytes: what TensorRT asks of addresses
+ALIGNMENT = 256  # bytes: TensorRT takes only addresses that are multiples of it
 HOST = "Cpu"  # ONNX Runtime's name of the host's allocator
 
 Layout = Mapping[str, tuple[tuple[int, ...], Any]]  # name → shape, numpy dtype
@@ -24,7 +25,7 @@ def aligned(size: int) -> int:
 
 
 class Place:
-    """A session's device: `memory` is its name, such as `cuda`; the first device of that kind is meant."""
+    """A session's device: the first one of the kind that `memory` names, such as `cuda`."""
 
     def __init__(self, onnxruntime: Any, session: Any, memory: str):
         self._values = onnxruntime.OrtValue
@@ -33,7 +34,7 @@ class Place:
         self._on_device = {value.name: memory == "cpu" or info.name != HOST for value, info in infos}
 
     def holds(self, name: str) -> bool:
-        """Whether the session reads an input on the device, and not on the host."""
+        """Whether the session reads an input on the device; else it reads it on the host."""
         return self._on_device[name]
 
     def buffer(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -48,12 +49,12 @@ class Place:
 
 
 def start(value: Any) -> int:
-    """The first aligned address of an OrtValue that is ALIGNMENT bytes larger than needed."""
+    """The first aligned address of an OrtValue; `Place.zeros` makes it ALIGNMENT bytes larger than needed."""
     return aligned(int(value.data_ptr()))
 
 
 class Inputs:
-    """Small inputs of one shape. The host writes `arrays`, then calls `send`."""
+    """Small inputs of fixed shapes, sent to the device in one copy. The host writes `arrays`, then calls `send`."""
 
     def __init__(self, place: Place, layout: Layout):
         self._place, self._layout = place, layout
@@ -79,14 +80,14 @@ class Inputs:
                 self._addresses[name] = self.arrays[name].ctypes.data
 
     def bind(self, binding: Any, name: str | None = None, shape: tuple[int, ...] | None = None) -> None:
-        """Bind all inputs, or one of them with a shape that it has the bytes for."""
+        """Bind all inputs, or one of them with a smaller shape."""
         for each in self._layout if name is None else (name,):
             full, dtype = self._layout[each]
             memory = self._place.memory if self._place.holds(each) else "cpu"
             binding.bind_input(each, memory, 0, dtype, full if shape is None else shape, self._addresses[each])
 
     def send(self) -> None:
-        """Let the next run see what the host wrote."""
+        """Copy what the host wrote to the device, for the next run."""
         self._value.update_inplace(self._staged)
 
 

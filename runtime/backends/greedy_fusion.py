@@ -1,4 +1,4 @@
-"""Fusion for one candidate in numpy: a third of the fusion graph's time, which sorts, sums twice and copies what nobody asks for here."""
+"""Fusion for one candidate, in numpy: three times as fast as the fusion graph, which also sorts and copies rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import numpy as np
 from fusionroute.runtime.backend import Fused
 
 
-class SingleFuser:
-    """The one likeliest token of L = a·L_router + b·L_expert, float32 [1, V] each, in buffers that the next call overwrites."""
+class GreedyFuser:
+    """The likeliest token of L = a·L_router + b·L_expert, float32 [1, V] each.
+
+    The next call overwrites the buffers that it returns.
+    """
 
     def __init__(self, vocab: int):
         self._rows = np.empty((1, vocab), np.float32)
@@ -20,7 +23,7 @@ class SingleFuser:
         self._normaliser, self._sampling = np.empty(1, np.float32), np.empty(1, np.float32)
 
     def __call__(self, router: Any, expert: Any, coefficients: tuple[float, float], temperature: float) -> Fused:
-        """See `backend.Fuser`: without a penalty. Among equal logits the lower id comes first."""
+        """See `runtime.backend.Fuser`; there is no penalty. Of equal logits the lower id wins."""
         rows, scratch = self._rows, self._scratch
         a, b = coefficients
         np.multiply(expert, np.float32(b), out=rows)
@@ -35,7 +38,7 @@ class SingleFuser:
         return Fused(self._id, self._logit, self._logit, self._normaliser, self._sampling, rows)
 
     def _log_sum(self, peak: np.float32, temperature: float) -> float:
-        """logsumexp of the rows / temperature. numpy sums in pairs, so that small terms are not lost."""
+        """logsumexp of the rows / temperature. NumPy's pairwise sum keeps small terms."""
         scratch = self._scratch
         np.subtract(self._rows, peak, out=scratch)
         if temperature != 1.0:
@@ -44,5 +47,5 @@ class SingleFuser:
         return float(peak) / temperature + math.log(scratch.sum())
 
     def hand_over(self) -> None:
-        """The rows of the last fusion are someone else's now."""
+        """Leave the rows of the last fusion to the caller; the next call writes into new ones."""
         self._rows = np.empty_like(self._rows)

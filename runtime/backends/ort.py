@@ -1,4 +1,4 @@
-"""What the backends on ONNX Runtime have in common: the package, sessions, and whether a graph is what the manifest describes."""
+"""What the backends on ONNX Runtime share: the package, sessions, and the check of graphs against the manifest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def package(extra: str) -> Any:
-    """The module onnxruntime. Raises UnavailableError where no package brings it; `extra` is the one that should."""
+    """The module onnxruntime. Raises UnavailableError where it is missing; `extra` of this project installs it."""
     try:
         return import_module("onnxruntime")
     except ImportError as error:
@@ -37,7 +37,7 @@ def open_session(onnxruntime: Any, graph: Path | bytes, options: Any, **argument
 
 
 def abandon() -> None:
-    """In a child that was forked: never destroy the sessions, which would wait for threads that stayed behind."""
+    """In a forked child: never destroy the sessions, which would wait for threads that only the parent has."""
     for session in list(OPEN):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
@@ -52,20 +52,20 @@ def settings(onnxruntime: Any, threads: int) -> Any:
     options.log_severity_level = 4  # failures are raised; nothing is printed
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = threads
-    # idle pools must not spin: router and expert take turns, and a spinning pool steals the other's cores
+    # idle thread pools must not spin: router and expert take turns, and a spinning pool takes cores from the other
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
 def fits(session: Any, spec: Model, vocab: int, routed: int) -> bool:
     """Whether a graph's caches, logits and routing scores are those of the manifest: buffers are bound by address."""
-    found = {value.name: tuple(value.shape) for value in (*session.get_inputs(), *session.get_outputs())}
-    caches = [name for name in found if name.startswith(("past.", "present."))]
+    shapes = {value.name: tuple(value.shape) for value in (*session.get_inputs(), *session.get_outputs())}
+    caches = [name for name in shapes if name.startswith(("past.", "present."))]
     return (
         len(caches) == 4 * spec.layers
-        and all(found[name][1::2] == (spec.kv_heads, spec.head_size) for name in caches)
-        and found.get("logits", ())[-1:] == (vocab,)
-        and found.get("routing", (0,))[-1:] == (routed,)
+        and all(shapes[name][1::2] == (spec.kv_heads, spec.head_size) for name in caches)
+        and shapes.get("logits", ())[-1:] == (vocab,)
+        and shapes.get("routing", (0,))[-1:] == (routed,)
     )
 
 

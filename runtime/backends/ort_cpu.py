@@ -1,4 +1,4 @@
-"""ONNX Runtime's CPU provider: IO binding on numpy buffers, KV caches updated in place, nothing allocated per decoded token."""
+"""ONNX Runtime's CPU provider: IO binding on numpy buffers, caches updated in place, no allocation per token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from fusionroute.runtime.backend import REUSED, Fused, FusionInputs, Output
 from fusionroute.runtime.backends import ort
-from fusionroute.runtime.backends.greedy_fusion import SingleFuser
+from fusionroute.runtime.backends.greedy_fusion import GreedyFuser
 from fusionroute.runtime.backends.prepacked_weights import packed
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Interrupted
@@ -28,9 +28,12 @@ TARGET = "ort:cpu"
 
 
 class OrtCpu:
-    """All models of one variant, each in its own inference session. `share_weights`: packed in a file that is mapped, see `packed`."""
+    """All models of one variant, each in its own inference session.
 
-    prefill_chunk = 256  # what 512 tokens leave between two operators does not stay in the cores' caches: a tenth slower
+    `share_weights`: processes share packed weights, see `prepacked_weights`.
+    """
+
+    prefill_chunk = 256  # activations of 512 tokens spill out of the L2 cache between operators: about 10 % slower
     async_dispatch = False
 
     def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None, *, share_weights: bool = False):
@@ -59,7 +62,7 @@ class OrtCpu:
                     f"ONNX Runtime {onnxruntime.__version__} cannot load {name} from {path} ({one_line(error)}); export the bundle again."
                 ) from error
 
-        with ThreadPoolExecutor(cores()) as pool:  # packing weights takes most of the time, on one core for each model
+        with ThreadPoolExecutor(cores()) as pool:  # loading mostly packs weights, on one core per model
             sessions = list(
                 pool.map(lambda model: session(model.name, variant.graphs[model.name], threads, share_weights), manifest.models)
             )
@@ -70,7 +73,8 @@ class OrtCpu:
             for session, model in zip(sessions, manifest.models, strict=True)
         ]
         self.router, self.experts = models[0], models[1:]
-        self._fusion = session("the fusion graph", variant.fusion_graph, 1)  # one pass over a row: threads cost more than they give
+        # one pass over a row is too short for threads
+        self._fusion = session("the fusion graph", variant.fusion_graph, 1)
         self._vocab = manifest.vocab_size
 
     def fuser(self) -> OrtFuser:
@@ -91,7 +95,7 @@ class OrtModel:
         self.run_options = run_options
 
     def cache(self) -> OrtCache:
-        """Buffers of the full capacity; the system hands out their memory as it is first written."""
+        """Buffers of the full capacity. The operating system maps their pages when they are first written."""
         return OrtCache(self)
 
 
@@ -103,7 +107,8 @@ class OrtCache:
         self._model = model
         self._run = model.session.run_with_iobinding
         self._options = model.run_options()
-        self._options.add_run_config_entry("gpu_graph_id", "0")  # 1.32 asks for it at every run: to miss it costs an exception, 40 µs
+        # 1.32 reads it at every run; without it that costs an exception, 40 µs
+        self._options.add_run_config_entry("gpu_graph_id", "0")
         self._binding = binding = model.session.io_binding()
         spec = model.model
         shape = (1, spec.kv_heads, model.capacity, spec.head_size)
@@ -117,29 +122,29 @@ class OrtCache:
         self._seqlens, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
         binding.bind_input("seqlens_k", "cpu", 0, np.int32, (1,), self._seqlens.ctypes.data)
         binding.bind_input("total_sequence_length", "cpu", 0, np.int32, (), self._total.ctypes.data)
-        self._bound = (0, 0)  # (S, K) that ids, positions and outputs are bound for
-        self._kept = self._outputs(1)  # grows with the rows that are asked for, up to REUSED
+        self._bound = (0, 0)  # the (S, K) that is bound now
+        self._reused = self._outputs(1)  # grows to the most rows asked for, up to REUSED
         self._positions = np.zeros(1, np.int64)
-        self._logits, self._routing = self._kept
+        self._logits, self._routing = self._reused
 
-    def _outputs(self, wanted: int) -> tuple[np.ndarray, np.ndarray | None]:
-        logits = np.empty((wanted, self._model.vocab), np.float32)
-        return logits, np.empty((wanted, self._model.experts), np.float32) if self._model.experts else None
+    def _outputs(self, row_count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        logits = np.empty((row_count, self._model.vocab), np.float32)
+        return logits, np.empty((row_count, self._model.experts), np.float32) if self._model.experts else None
 
-    def _rows(self, wanted: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Output buffers for so many rows: the first of those that are kept, or the caller's own."""
-        if wanted > REUSED:
-            return self._outputs(wanted)
-        if wanted > len(self._kept[0]):
-            self._kept = self._outputs(wanted)
-        logits, routing = self._kept
-        return logits[:wanted], None if routing is None else routing[:wanted]
+    def _rows(self, row_count: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Output buffers: views of the ones used again, or beyond REUSED rows new arrays for the caller."""
+        if row_count > REUSED:
+            return self._outputs(row_count)
+        if row_count > len(self._reused[0]):
+            self._reused = self._outputs(row_count)
+        logits, routing = self._reused
+        return logits[:row_count], None if routing is None else routing[:row_count]
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """See `backend.Cache.forward`."""
-        count, wanted = len(ids), len(positions)
-        if self._bound != (count, wanted):
-            self._bind(count, wanted)
+        """See `runtime.backend.Cache.forward`."""
+        count, row_count = len(ids), len(positions)
+        if self._bound != (count, row_count):
+            self._bind(count, row_count)
         self._ids[0, :count] = ids
         self._positions[:] = positions
         self._seqlens[0] = self.length + count - 1
@@ -153,35 +158,38 @@ class OrtCache:
             raise FusionError(f"ONNX Runtime failed on {count} tokens of {self._model.model.name}: {one_line(error)}") from error
         self.length += count
         output = Output(self._logits, self._routing)
-        if wanted > REUSED:  # those arrays now belong to the caller
+        if row_count > REUSED:  # those arrays now belong to the caller
             self._bound = (0, 0)
             self._logits, self._routing = self._rows(1)
         return output
 
     def copy_prefix(self, other: OrtCache, length: int) -> None:
-        """See `backend.Cache.adopt`."""
+        """See `runtime.backend.Cache.copy_prefix`."""
         self._buffers[..., :length, :] = other._buffers[..., :length, :]
         self.length = length
 
     def interrupt(self) -> None:
-        """See `backend.Cache.interrupt`. ONNX Runtime looks between two operators."""
+        """See `runtime.backend.Cache.interrupt`. ONNX Runtime checks between two operators."""
         self._options.terminate = True
 
-    def _bind(self, count: int, wanted: int) -> None:
-        self._bound = (0, 0)  # until all is bound: an error on the way must not leave a shape that is not
+    def _bind(self, count: int, row_count: int) -> None:
+        self._bound = (0, 0)  # until everything is bound: after an error the next call binds again
         binding, model = self._binding, self._model
         binding.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
-        self._positions = np.zeros(wanted, np.int64)
-        binding.bind_input("logit_positions", "cpu", 0, np.int64, (wanted,), self._positions.ctypes.data)
-        self._logits, self._routing = self._rows(wanted)
-        binding.bind_output("logits", "cpu", 0, np.float32, (1, wanted, model.vocab), self._logits.ctypes.data)
+        self._positions = np.zeros(row_count, np.int64)
+        binding.bind_input("logit_positions", "cpu", 0, np.int64, (row_count,), self._positions.ctypes.data)
+        self._logits, self._routing = self._rows(row_count)
+        binding.bind_output("logits", "cpu", 0, np.float32, (1, row_count, model.vocab), self._logits.ctypes.data)
         if self._routing is not None:
-            binding.bind_output("routing", "cpu", 0, np.float32, (1, wanted, model.experts), self._routing.ctypes.data)
-        self._bound = (count, wanted)
+            binding.bind_output("routing", "cpu", 0, np.float32, (1, row_count, model.experts), self._routing.ctypes.data)
+        self._bound = (count, row_count)
 
 
 def zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 zeros that take memory page by page as they are written. NumPy asks for huge pages, of which a few tokens of each head take many."""
+    """Float32 zeros, mapped page by page as they are written.
+
+    NumPy asks for huge pages: a few tokens of each head would take many of them.
+    """
     if not hasattr(mmap, "MADV_NOHUGEPAGE"):
         return np.zeros(shape, np.float32)
     region = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -191,7 +199,10 @@ def zeros(shape: tuple[int, ...]) -> np.ndarray:
 
 
 class OrtFuser:
-    """The fusion graph with outputs bound for one position and few candidates, rebound when the shape changes; without it where one will do."""
+    """The fusion graph with bound buffers, bound again when shapes change.
+
+    One candidate without a penalty goes to GreedyFuser instead.
+    """
 
     def __init__(self, session: Any, vocab: int):
         self._run = session.run_with_iobinding
@@ -208,13 +219,13 @@ class OrtFuser:
             self._bind(name, array)
         self._penalty_ids = np.zeros((0, 0), np.int64)
         self._addresses: dict[str, int] = {}
-        self._single = SingleFuser(vocab)
+        self._single = GreedyFuser(vocab)
 
     def _bind(self, name: str, array: np.ndarray) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def __call__(self, inputs: FusionInputs) -> Fused:
-        """See `backend.Fuser`. `router` and `expert` are float32 [K, V]."""
+        """See `runtime.backend.Fuser`. `router` and `expert` are float32 [K, V]."""
         router, expert, coefficients, k, penalty_ids, penalty, temperature = inputs
         count = len(router)
         if k == count == 1 and not len(penalty_ids):
@@ -240,7 +251,7 @@ class OrtFuser:
         return self._fused
 
     def row(self, fused: Fused) -> np.ndarray:
-        """See `backend.Fuser.row`. Not copied: the next fusion writes into new buffers."""
+        """See `runtime.backend.Fuser.row`. Not copied: the next fusion writes into new buffers."""
         self._shape = (0, 0)
         self._single.hand_over()
         row: np.ndarray = fused.rows[0]

@@ -1,7 +1,7 @@
-"""ONNX Runtime on an NVIDIA GPU: IO binding on buffers that stay on the device, whatever the execution provider (see providers.py).
+"""ONNX Runtime on an NVIDIA GPU, with any of its providers: IO binding on buffers that stay on the device.
 
-A run ends with a wait for the device. Logits stay there and go to the fusion graph; candidates, normalisers and routing come back, a full row only
-where it is asked for. Nothing is allocated per decoded token, but views of a few arrays.
+A run ends when the device is done. Logits stay there and go to the fusion graph. Candidates, normalisers and routing
+come to the host, a full row of logits only where it is read. A decoded token allocates only views of a few arrays.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fusionroute.runtime.limits import reach
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model, Variant
 
-# what a cache may hold: its type in numpy (in ONNX's numbers where numpy has none), and bytes of a value
+# ONNX type of a cache → its type in numpy (ONNX's number where numpy has none), and bytes of a value
 TYPES: dict[str, tuple[Any, int]] = {"tensor(float)": (np.float32, 4), "tensor(float16)": (np.float16, 2), "tensor(bfloat16)": (16, 2)}
 
 
 class Dialect(NamedTuple):
-    """How the graphs of a target are told where they are in the text. keyed: they read as many keys as `key_positions` is long."""
+    """How graphs of a target learn the text's length. keyed: they read as many keys as `key_positions` is long."""
 
     lengths: Layout
     fill: Callable[[dict[str, np.ndarray], int, int], None]  # (arrays, tokens in the cache, new tokens)
@@ -36,13 +36,13 @@ class Dialect(NamedTuple):
 
 
 def fill_ort(arrays: dict[str, np.ndarray], length: int, count: int) -> None:
-    """The text's length with the new tokens, twice."""
+    """Both inputs tell the text's length with the new tokens."""
     arrays["seqlens_k"][0] = length + count - 1
     arrays["total_sequence_length"][()] = length + count
 
 
 def fill_tensorrt(arrays: dict[str, np.ndarray], length: int, count: int) -> None:
-    """Where the new tokens go."""
+    """The position of the first new token."""
     arrays["write_index"][0] = length
 
 
@@ -104,7 +104,7 @@ class GpuModel:
 class GpuCache:
     """KV buffers [1, kv_heads, capacity, head_size] per layer, each bound as both past and present.
 
-    Decode steps have a binding of their own, which changes only where attention comes to read a longer part of the cache.
+    Decode steps have a binding of their own. It changes only when attention reads a longer part of the cache.
     """
 
     def __init__(self, model: GpuModel):
@@ -126,42 +126,45 @@ class GpuCache:
         self._chunks: tuple[Any, Inputs] | None = None
 
     def _binding(self) -> Any:
-        """A binding of the caches."""
+        """A binding with the caches bound."""
         binding, memory, dtype = self._model.session.io_binding(), self._model.place.memory, TYPES[self._model.cache_type][0]
         for name, buffer in self._buffers.items():
             binding.bind_input(f"past.{name}", memory, 0, dtype, self._shape, start(buffer))
             binding.bind_output(f"present.{name}", memory, 0, dtype, self._shape, start(buffer))
         return binding
 
-    def _inputs(self, count: int, wanted: int) -> Inputs:
-        """The small inputs for `count` tokens and `wanted` positions."""
-        text: Layout = {"input_ids": ((1, count), np.int64), "logit_positions": ((wanted,), np.int64)}
+    def _inputs(self, count: int, row_count: int) -> Inputs:
+        """The small inputs for `count` tokens and `row_count` positions."""
+        text: Layout = {"input_ids": ((1, count), np.int64), "logit_positions": ((row_count,), np.int64)}
         return Inputs(self._model.place, {**self._model.dialect.lengths, **text})
 
-    def _outputs(self, binding: Any, wanted: int) -> Output:
-        """Bind what comes out: one row of logits stays on the device, several and all routing go to the host."""
+    def _outputs(self, binding: Any, row_count: int) -> Output:
+        """Bind the outputs: one row of logits stays on the device; several rows, and all routing, go to the host."""
         model = self._model
         logits: Any = self._rows
         routing = self._routing
-        if wanted == 1:
+        if row_count == 1:
             binding.bind_output("logits", model.place.memory, 0, np.float32, (1, 1, model.vocab), self._rows.address)
         else:
-            logits = np.empty((wanted, model.vocab), np.float32)
-            routing = None if routing is None else np.empty((wanted, model.experts), np.float32)
+            logits = np.empty((row_count, model.vocab), np.float32)
+            routing = None if routing is None else np.empty((row_count, model.experts), np.float32)
             binding.bind_output("logits", "cpu", 0, np.float32, (1, *logits.shape), logits.ctypes.data)
         if routing is not None:
             binding.bind_output("routing", "cpu", 0, np.float32, (1, *routing.shape), routing.ctypes.data)
         return Output(logits, routing)
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """See `backend.Cache.forward`. One row stays on the device until the next call; several are arrays that belong to the caller."""
-        count, wanted, model = len(ids), len(positions), self._model
+        """See `runtime.backend.Cache.forward`.
+
+        One row stays on the device until the next call; several are arrays for the caller.
+        """
+        count, row_count, model = len(ids), len(positions), self._model
         output = Output(self._rows, self._routing)
-        if (count, wanted) == (1, 1):
+        if (count, row_count) == (1, 1):
             binding, inputs = self._step
         else:
-            binding, inputs = self._chunk(count, wanted)
-            output = self._outputs(binding, wanted)
+            binding, inputs = self._chunk(count, row_count)
+            output = self._outputs(binding, row_count)
         arrays = inputs.arrays
         arrays["input_ids"][0] = ids
         arrays["logit_positions"][:] = positions
@@ -180,16 +183,18 @@ class GpuCache:
         return output
 
     def copy_prefix(self, other: GpuCache, length: int) -> None:
-        """ONNX Runtime's Python API copies nothing from device to device: prompts are read again (see `backend.Cache.adopt`)."""
+        """Does nothing: ONNX Runtime's Python API cannot copy from device to device (see
+        `runtime.backend.Cache.copy_prefix`).
+        """
 
     def interrupt(self) -> None:
-        """See `backend.Cache.interrupt`: a run goes on to its end."""
+        """See `runtime.backend.Cache.interrupt`: a run cannot be stopped."""
 
-    def _chunk(self, count: int, wanted: int) -> tuple[Any, Inputs]:
-        """The binding for chunks and its inputs, which change with their shape."""
-        binding, inputs = self._chunks or (self._binding(), self._inputs(count, wanted))
-        if self._chunks is None or (inputs.arrays["input_ids"].size, inputs.arrays["logit_positions"].size) != (count, wanted):
-            inputs = self._inputs(count, wanted)
+    def _chunk(self, count: int, row_count: int) -> tuple[Any, Inputs]:
+        """The binding for chunks, and its inputs, which are new for each shape."""
+        binding, inputs = self._chunks or (self._binding(), self._inputs(count, row_count))
+        if self._chunks is None or (inputs.arrays["input_ids"].size, inputs.arrays["logit_positions"].size) != (count, row_count):
+            inputs = self._inputs(count, row_count)
             inputs.bind(binding)
             self._chunks = binding, inputs
         return binding, inputs

@@ -1,9 +1,9 @@
-"""Graphs with their weights as this processor's kernels want them, in files that all processes map: one copy in memory, at full speed.
+"""Weights packed for this processor's kernels, in files that all processes map: one copy in memory, at full speed.
 
-ONNX Runtime packs weights when it loads a graph, each process for itself. It can also write the graph with what it has packed beside the
-weights ("session.save_external_prepacked_constant_initializers") and maps that when it loads this graph. So it is done once per bundle and
-machine, in the user's cache folder. ONNX Runtime packs again on loading and uses the mapped copy of what comes out alike, so a file of
-another processor costs memory, not correctness.
+When ONNX Runtime loads a graph it packs the weights, in every process again. It can also write the graph with its
+packed weights ("session.save_external_prepacked_constant_initializers") and map them when it loads that graph. This is
+done once per bundle and machine, in the user's cache folder. On loading, ONNX Runtime packs again and uses the mapped
+copy where both are equal: a file from another processor costs memory, but never a wrong number.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ ENTRIES = {
     "session.optimized_model_external_initializers_file_name": WEIGHTS,
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
 }
-ROOM = {"fp16": 5.0, "bf16": 5.0}  # times the bytes of a model's weights: as they were, and packed; half precision is widened before
+# disk space in multiples of the weights: a copy and the packed one; half precision is packed as fp32
+ROOM = {"fp16": 5.0, "bf16": 5.0}
 USUAL = 2.5
 
 
 def packed(bundle: Bundle, variant: Variant, model: str, release: str, write: Callable[[dict[str, str], Path], Any]) -> Path:
-    """The packed form of a model's graph, made at first use: `write` opens the graph with such session entries, to be written to a path.
+    """The path of a model's graph with packed weights, which are written at first use.
 
-    `release`: ONNX Runtime's. Raises UnavailableError where it cannot be written.
+    `write(entries, path)` opens the original graph with these session entries and lets ONNX Runtime save it to the
+    path. `release`: ONNX Runtime's version. Raises UnavailableError where it cannot be written.
     """
     graph = variant.graphs[model]
     folder = files.cache_folder() / "packed" / key(bundle, graph, release)
@@ -53,7 +55,7 @@ def packed(bundle: Bundle, variant: Variant, model: str, release: str, write: Ca
 
 
 def key(bundle: Bundle, graph: str, release: str) -> str:
-    """A name for what a graph of these very files gives with this release on this processor."""
+    """The folder's name: a hash of the graph's name, the bundle's weights, ONNX Runtime's version and the processor."""
     read = [name for name in sorted(bundle.manifest.files) if name == graph or name.endswith(".bin")]
     stamps = [(name, bundle.manifest.files[name].sha256, (bundle.folder / name).stat().st_mtime_ns) for name in read]
     about = [graph, stamps, release, processor()]
@@ -68,7 +70,7 @@ def ready(folder: Path) -> bool:
 
 
 def whole(folder: Path) -> bool:
-    """Whether a folder holds all that was written: a mapped file that lacks its end would end the process."""
+    """Whether a folder holds all that was written: reading beyond the end of a mapped file kills the process."""
     try:
         sizes: dict[str, int] = json.loads((folder / SIZES).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -77,9 +79,13 @@ def whole(folder: Path) -> bool:
 
 
 def make(folder: Path, needed: float, write: Callable[[dict[str, str], Path], Any]) -> None:
-    """Write a folder that appears when it is complete, unless another process was quicker. Raises OSError."""
-    with files.locked(folder.parent / "lock"):  # making takes the memory of a model and its packed copy: one at a time
-        for left in folder.parent.glob(".*.partial"):  # by a process that was killed
+    """Write a folder, which appears when it is complete; another process may have written it already.
+
+    Raises OSError.
+    """
+    # packing takes the memory of a model and of its packed copy: one at a time
+    with files.locked(folder.parent / "lock"):
+        for left in folder.parent.glob(".*.partial"):  # left by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         if ready(folder):
             return
@@ -92,7 +98,7 @@ def make(folder: Path, needed: float, write: Callable[[dict[str, str], Path], An
             write(ENTRIES, partial / GRAPH)
             sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
             (partial / SIZES).write_text(json.dumps(sizes))
-            shutil.rmtree(folder, ignore_errors=True)  # one that is not whole; who has mapped it keeps it
+            shutil.rmtree(folder, ignore_errors=True)  # an incomplete one; processes that have mapped it keep it
             cache.use(partial)
             partial.rename(folder)
         finally:

@@ -2,22 +2,28 @@
 
 Options, and why (nothing is set that these sources do not speak of):
 
-- CUDA, https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html. `arena_extend_strategy=kSameAsRequested`: the default,
-  kNextPowerOfTwo, grows the arena by powers of two, of which weights that are loaded once leave much unused. `use_tf32=0`: the only fp32 product
-  is the routing head, which decides who answers, and TF32 keeps 10 bits of its inputs. Left as they are: `gpu_mem_limit` (no budget is known here),
-  `cudnn_conv_algo_search` and `prefer_nhwc` (there are no convolutions), `user_compute_stream` (every run ends with a wait, which orders models).
-- TensorRT, https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html. `trt_profile_*_shapes`: one engine for every chunk;
-  without them it is built again when a shape leaves the range seen so far. `trt_engine_cache_*` and `trt_timing_cache_*`: the next start loads
-  what this one built. Cached engines are found by the graph's file name and structure, not by its weights (TRTGenerateId in
-  core/providers/tensorrt/tensorrt_execution_provider_utils.h), so that each graph gets a folder named by its hash. `trt_fp16_enable`,
-  `trt_bf16_enable` and `trt_int8_enable` stay off: the network is strongly typed only then (tensorrt_execution_provider.cc), as the graphs ask.
-- TensorRT-RTX, https://nvidia.github.io/TensorRT-RTX-EP-ABI/_generated/provider-options.html: `nv_profile_*_shapes` and `nv_runtime_cache_path` alike.
-- CUDA graphs (`enable_cuda_graph`, `trt_cuda_graph_enable`) stay off. GroupQueryAttention reads `total_sequence_length` on the host at every launch
-  (contrib_ops/cuda/bert/group_query_attention.cc): a captured step would keep the first one. With TensorRT no shape may change between runs
-  (https://github.com/microsoft/onnxruntime/pull/16081), and prompts and decoding share a session.
+- CUDA, https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html.
+  `arena_extend_strategy=kSameAsRequested`: the default, kNextPowerOfTwo, grows the arena by powers of two, of which
+  weights that are loaded once leave much unused. `use_tf32=0`: the only fp32 product is the routing head, which decides
+  who answers, and TF32 keeps 10 bits of its inputs. Left as they are: `gpu_mem_limit` (no budget is known here),
+  `cudnn_conv_algo_search` and `prefer_nhwc` (there are no convolutions), `user_compute_stream` (every run ends with a
+  wait, which orders models).
+- TensorRT, https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html. `trt_profile_*_shapes`: one
+  engine for every chunk; without them it is built again when a shape leaves the range seen so far. `trt_engine_cache_*`
+  and `trt_timing_cache_*`: the next start loads what this one built. Cached engines are found by the graph's file name
+  and structure, not by its weights (TRTGenerateId in core/providers/tensorrt/tensorrt_execution_provider_utils.h), so
+  that each graph gets a folder named by its hash. `trt_fp16_enable`, `trt_bf16_enable` and `trt_int8_enable` stay off:
+  the network is strongly typed only then (tensorrt_execution_provider.cc), as the graphs ask.
+- TensorRT-RTX, https://nvidia.github.io/TensorRT-RTX-EP-ABI/_generated/provider-options.html: `nv_profile_*_shapes` and
+  `nv_runtime_cache_path` alike.
+- CUDA graphs (`enable_cuda_graph`, `trt_cuda_graph_enable`) stay off. GroupQueryAttention reads `total_sequence_length`
+  on the host at every launch (contrib_ops/cuda/bert/group_query_attention.cc): a captured step would keep the first
+  one. With TensorRT no shape may change between runs (https://github.com/microsoft/onnxruntime/pull/16081), and prompts
+  and decoding share a session.
 
-The package holds libraries that are looked for only when a session is made: without CUDA or cuDNN, ONNX Runtime 1.31 opens it on the CPU and only
-logs that (seen here), so that a session is asked for its providers. The first one is of a tiny model: an fp16 graph on the CPU can crash the process.
+The package holds libraries that are looked for only when a session is made: without CUDA or cuDNN, ONNX Runtime 1.31
+opens it on the CPU and only logs that (seen here), so that a session is asked for its providers. The first one is of a
+tiny model: an fp16 graph on the CPU can crash the process.
 """
 
 from __future__ import annotations
@@ -49,7 +55,8 @@ NEGATION = bytes.fromhex(  # the ONNX model y = −x, float32 [1]
 )
 RANGES = ("min", "opt", "max")
 
-Options = Callable[["Manifest", Path], dict[str, str]]  # (manifest, folder for what is worth keeping) → the provider's options
+# (manifest, folder for what is worth keeping) → the provider's options
+Options = Callable[["Manifest", Path], dict[str, str]]
 
 
 def cuda_options(manifest: Manifest, cache: Path) -> dict[str, str]:
@@ -59,8 +66,8 @@ def cuda_options(manifest: Manifest, cache: Path) -> dict[str, str]:
 
 def tensorrt_options(manifest: Manifest, cache: Path) -> dict[str, str]:
     """For TensorRT."""
-    kept = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
-    return kept | {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(cache)} | profile("trt", manifest)
+    engine_cache = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+    return engine_cache | {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(cache)} | profile("trt", manifest)
 
 
 def rtx_options(manifest: Manifest, cache: Path) -> dict[str, str]:
@@ -87,10 +94,11 @@ def profile(prefix: str, manifest: Manifest) -> dict[str, str]:
 class Provider:
     """An execution provider and what the backend has to know of it.
 
-    extra: of this package, that installs it. memory: ONNX Runtime's name of the device's memory.
-    fallback: another provider for the nodes that it refuses, and for the fusion graph, whose sums in double precision TensorRT does not have;
-    where that is not in the build either, the CPU does both. plugin: a module that brings the provider to an onnxruntime built without it.
-    level: of graph optimisation. TensorRT must find the graph as it was exported, with its Q/DQ.
+    extra: of this package, that installs it. memory: ONNX Runtime's name of the device's memory. fallback: another
+    provider for the nodes that it refuses, and for the fusion graph, whose sums in double precision TensorRT does not
+    have; where that is not in the build either, the CPU does both. plugin: a module that brings the provider to an
+    onnxruntime built without it. level: of graph optimisation. TensorRT must find the graph as it was exported, with
+    its Q/DQ.
     """
 
     name: str
@@ -113,7 +121,10 @@ PROVIDERS = {
 
 
 class Opener:
-    """Opens graphs on a provider. Raises UnavailableError where this machine lacks the package, the provider or the GPU."""
+    """Opens graphs on a provider.
+
+    Raises UnavailableError where this machine lacks the package, the provider or the GPU.
+    """
 
     def __init__(self, provider: Provider):
         self.provider = provider
@@ -139,23 +150,25 @@ class Opener:
         return f"This onnxruntime ({self._ort.__version__}) has no {provider.name}: uninstall it, then {mend}."
 
     def _register(self) -> list[Any]:
-        """The devices of a provider that comes as a plugin, see https://nvidia.github.io/TensorRT-RTX-EP-ABI/installation.html."""
+        """The devices of a provider that comes as a plugin, see
+        https://nvidia.github.io/TensorRT-RTX-EP-ABI/installation.html.
+        """
         provider, onnxruntime = self.provider, self._ort
         assert provider.plugin is not None
         try:
             plugin = import_module(provider.plugin)
             if all(device.ep_name != provider.name for device in onnxruntime.get_ep_devices()):
                 onnxruntime.register_execution_provider_library(provider.name, plugin.get_library_path())
-            found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider.name]
+            devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider.name]
         except ImportError as error:
             raise UnavailableError(self._missing()) from error
         except Exception as error:  # ONNX Runtime has no public base class for its errors
             raise UnavailableError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot register {provider.name} ({one_line(error)}): use device='cpu'."
             ) from error
-        if not found:
+        if not devices:
             raise UnavailableError(f"{provider.name} finds no GPU that it runs on (RTX 30 or later): use device='cuda' or 'cpu'.")
-        return found[:1]
+        return devices[:1]
 
     def open(self, path: Path, manifest: Manifest, digest: str) -> Any:
         """A session of a model's graph, whose SHA-256 names the folder of what the provider keeps for the next start."""

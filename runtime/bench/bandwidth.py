@@ -15,9 +15,9 @@ from fusionroute.runtime.bench.memory import available
 from fusionroute.runtime.machine import cores
 from fusionroute.runtime.tensorrt.device import Device
 
-SMALLEST, CACHES = 256 << 20, 8  # bytes, and times the last-level cache, that a buffer has at least
+SMALLEST, CACHES = 256 << 20, 8  # least size of the buffer: bytes, and multiples of the last-level cache
 TRIES = 5
-KERNELS: tuple[Callable[[np.ndarray], Any], ...] = (  # which one the processor reads fastest with, differs
+KERNELS: tuple[Callable[[np.ndarray], Any], ...] = (  # the fastest of them differs between processors
     lambda part: np.dot(part, part),
     lambda part: part.view(np.int8).min(),
 )
@@ -34,7 +34,7 @@ def of_host() -> Bandwidth:
     """Every core reads its share of one large buffer."""
     threads = cores()
     size = min(max(SMALLEST, CACHES * last_level_cache()), max(available() // 4, 1 << 20))
-    buffer = np.ones(size // 4, np.float32)  # written, or all of its pages would be one page of zeros
+    buffer = np.ones(size // 4, np.float32)  # written: unwritten pages would all be one page of zeros
     parts = np.array_split(buffer, threads)
     with ThreadPoolExecutor(threads) as pool:
         best = min(seconds(partial(sweep, pool, kernel, parts)) for kernel in KERNELS)
@@ -47,7 +47,7 @@ def sweep(pool: ThreadPoolExecutor, kernel: Callable[[np.ndarray], Any], parts: 
 
 
 def of_device(device: Device) -> Bandwidth:
-    """Copies within the device's memory, whose bytes are read once and written once."""
+    """Copies within the device's memory, which read and write every byte once."""
     size = min(SMALLEST, device.free_memory() // 8)
     source, target, stream, done = device.memory(size), device.memory(size), device.stream(), device.event()
     stream.zero(source)
@@ -62,14 +62,14 @@ def of_device(device: Device) -> Bandwidth:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """The shortest of several tries, after one that warms up."""
+    """The shortest of TRIES runs of `work`, after one that warms up."""
     work()
-    found = []
+    durations = []
     for _ in range(TRIES):
         start = time.perf_counter()
         work()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        durations.append(time.perf_counter() - start)
+    return min(durations)
 
 
 def last_level_cache() -> int:

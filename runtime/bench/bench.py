@@ -18,7 +18,7 @@ from fusionroute.runtime.bench.precision import Precision, size_and_quality
 from fusionroute.runtime.bench.prompt import prompt_ids
 from fusionroute.runtime.bench.run import Run, generate
 from fusionroute.runtime.bench.summary import summarise
-from fusionroute.runtime.bench.workload import DRAFTS, FUSED, System, systems
+from fusionroute.runtime.bench.workload import DRAFTS, FUSED, Workload, workloads
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.machine import cores, installed
@@ -31,8 +31,8 @@ HALF = ("fp16", "bf16")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to measure. `precisions`: None for all that the bundle has for the device. `rows`: see `row.systems`.
+class BenchOptions:
+    """What to measure. `precisions`: None for all that the bundle has for the device. `rows`: see `workload.workloads`.
 
     `sequential`: one precision after the other, where they do not fit in memory together.
     """
@@ -47,142 +47,145 @@ class Request:
     sequential: bool = False
 
 
-def bench(folder: Path, request: Request, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def bench(folder: Path, options: BenchOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Measure a bundle; returns the object that `--json` prints. Raises FusionError subclasses."""
-    opened = Bundle.open(folder)
-    device = resolved(opened, request.device)
+    bundle = Bundle.open(folder)
+    device = resolved(bundle, options.device)
     gpu = None if device == "cpu" else Device()
-    names = chosen(opened, device, request.precisions)
-    ids = prompt_ids(opened, request.prompt, request.prompt_tokens)
-    manifest = opened.manifest
-    if len(ids) + request.new_tokens > manifest.max_seq_len:
+    names = precision_names(bundle, device, options.precisions)
+    ids = prompt_ids(bundle, options.prompt, options.prompt_tokens)
+    manifest = bundle.manifest
+    if len(ids) + options.new_tokens > manifest.max_seq_len:
         raise InputError(
-            f"{len(ids)} tokens of prompt and {request.new_tokens} new ones do not fit the context of {manifest.max_seq_len}: "
+            f"{len(ids)} tokens of prompt and {options.new_tokens} new ones do not fit the context of {manifest.max_seq_len}: "
             "ask for fewer, or export with a larger --max-seq-len."
         )
     progress("reading memory", 0)
     ceiling = bandwidth.of_device(gpu) if gpu else bandwidth.of_host()
     precisions: list[Precision] = []
-    runs: dict[tuple[str, System], list[Run]] = {}
-    for group in [[name] for name in names] if request.sequential else [names]:
+    runs: dict[tuple[str, Workload], list[Run]] = {}
+    for group in [[name] for name in names] if options.sequential else [names]:
         with ExitStack() as stack:
-            units: dict[tuple[str, System], Callable[[], Run]] = {}
+            units: dict[tuple[str, Workload], Callable[[], Run]] = {}
             for name in group:
                 progress(f"loading {name}", 0.2 / len(names))
-                precision, made = loaded(opened, name, device, gpu, ids, request, stack)
+                precision, new_units = load(bundle, name, device, gpu, ids, options, stack)
                 precisions.append(precision)
-                units |= made
-            share = 0.8 * len(group) / len(names) / (len(units) * request.repeats)
-            shown = {key: named(key[0], key[1], share, unit, progress) for key, unit in units.items()}
-            runs |= take_turns(shown, request.repeats)
+                units |= new_units
+            share = 0.8 * len(group) / len(names) / (len(units) * options.repeats)
+            shown = {key: with_progress(key[0], key[1], share, unit, progress) for key, unit in units.items()}
+            runs |= take_turns(shown, options.repeats)
             units.clear()
             shown.clear()
-    weights = {name: choose(opened, DEVICES[device][0], name, device).weight_bytes for name in names}
+    weights = {name: choose(bundle, DEVICES[device][0], name, device).weight_bytes for name in names}
     base = next(iter(runs.values()))
     rows = [
-        summarise(name, system, found, base, len(ids), weights[name], ceiling.bytes_per_second) for (name, system), found in runs.items()
+        summarise(name, workload, texts, base, len(ids), weights[name], ceiling.bytes_per_second)
+        for (name, workload), texts in runs.items()
     ]
-    cache = bandwidth.last_level_cache()
     result: dict[str, Any] = {
         "bundle": str(folder),
         "family": manifest.family,
         "device": device,
         "prompt_tokens": len(ids),
-        "new_tokens": request.new_tokens,
-        "repeats": request.repeats,
-        "interleaved": not request.sequential,
+        "new_tokens": options.new_tokens,
+        "repeats": options.repeats,
+        "interleaved": not options.sequential,
         "machine": {
             "cores": cores(),
             "architecture": platform.machine(),
             "compute_capability": gpu.sm if gpu else None,
             "read_bandwidth": ceiling.bytes_per_second,
             "bandwidth_buffer": ceiling.buffer,
-            "last_level_cache": cache,
+            "last_level_cache": bandwidth.last_level_cache(),
         },
-        "versions": {name: found for name in PACKAGES if (found := installed(name))},
+        "versions": {name: version for name in PACKAGES if (version := installed(name))},
         "precisions": [asdict(each) | {"memory": each.memory._asdict()} for each in precisions],
         "rows": [{field.name: getattr(row, field.name) for field in fields(row)} for row in rows],
     }
     return result | {"notes": notes(result)}
 
 
-def chosen(bundle: Bundle, device: str, wanted: Sequence[str] | None) -> list[str]:
-    """The precisions to measure: those that were named, or all that the bundle has for the device (of engines: those that are built)."""
+def precision_names(bundle: Bundle, device: str, names: Sequence[str] | None) -> list[str]:
+    """The precisions to measure: those that were named, or all that the bundle has for the device (of engines: built).
+
+    Raises UnavailableError where the bundle lacks one, or has none for the device.
+    """
     targets = DEVICES[device][0]
-    if wanted is None:
-        target = choose(bundle, targets, None, device).target  # says what is there, where nothing is for this device
-        mine = [variant for variant in bundle.manifest.variants if variant.target == target]
-        built = [variant for variant in mine if device in {engines.flavour for engines in variant.engines}]
-        return [variant.precision for variant in built or mine]
-    return [choose(bundle, targets, name, device).precision for name in dict.fromkeys(wanted)]
+    if names is None:
+        target = choose(bundle, targets, None, device).target
+        variants = [variant for variant in bundle.manifest.variants if variant.target == target]
+        built = [variant for variant in variants if device in {engines.flavour for engines in variant.engines}]
+        return [variant.precision for variant in built or variants]
+    return [choose(bundle, targets, name, device).precision for name in dict.fromkeys(names)]
 
 
-def loaded(
-    bundle: Bundle, name: str, device: str, gpu: Device | None, ids: Sequence[int], request: Request, stack: ExitStack
-) -> tuple[Precision, dict[tuple[str, System], Callable[[], Run]]]:
-    """Load a precision until `stack` is left, and warm it up; what it took, and for each of its rows the function that measures a text."""
+def load(
+    bundle: Bundle, name: str, device: str, gpu: Device | None, ids: Sequence[int], options: BenchOptions, stack: ExitStack
+) -> tuple[Precision, dict[tuple[str, Workload], Callable[[], Run]]]:
+    """Load a precision until `stack` is left, and warm it up. Returns its size and a function per workload."""
     free = gpu.free_memory() if gpu else 0
     with Growth() as growth:
         start = time.perf_counter()
         runtime = stack.enter_context(
             # every text is read from its beginning, however often it was read before
-            FusionRuntime.load(bundle.folder, name, device, speculation="auto" if DRAFTS in request.rows else "off", prefix_cache=0)
+            FusionRuntime.load(bundle.folder, name, device, speculation="auto" if DRAFTS in options.rows else "off", prefix_cache=0)
         )
         seconds = time.perf_counter() - start
-        units = {(name, system): unit(system, runtime, ids, request.new_tokens) for system in systems(request.rows, runtime)}
+        units = {(name, workload): unit(workload, runtime, ids, options.new_tokens) for workload in workloads(options.rows, runtime)}
         for measure in units.values():
             measure()
     variant = choose(bundle, DEVICES[device][0], name, device)
     size, quality = size_and_quality(bundle, variant, device if gpu else None)
-    taken = free - gpu.free_memory() if gpu else None
-    return Precision(name, variant.bits_per_weight, size, quality, seconds, growth.peak, taken), units
+    device_memory = free - gpu.free_memory() if gpu else None
+    return Precision(name, variant.bits_per_weight, size, quality, seconds, growth.peak, device_memory), units
 
 
-def unit(system: System, runtime: FusionRuntime, ids: Sequence[int], count: int) -> Callable[[], Run]:
-    """What is measured again and again: one text, in the same buffers each time."""
-    session = system.session(runtime)
-    return lambda: generate(session, ids, count, system.drafts)
+def unit(workload: Workload, runtime: FusionRuntime, ids: Sequence[int], count: int) -> Callable[[], Run]:
+    """The function that is measured again and again: it generates one text, in the same buffers each time."""
+    session = workload.session(runtime)
+    return lambda: generate(session, ids, count, workload.drafts)
 
 
-def named(precision: str, system: System, share: float, measure: Callable[[], Run], progress: Progress) -> Callable[[], Run]:
-    """A unit that tells of itself."""
+def with_progress(precision: str, workload: Workload, share: float, measure: Callable[[], Run], progress: Progress) -> Callable[[], Run]:
+    """A unit that reports its name and its share of the benchmark before it runs."""
 
     def measured() -> Run:
-        progress(f"{precision} {system.name}", share)
+        progress(f"{precision} {workload.name}", share)
         return measure()
 
     return measured
 
 
 def take_turns(units: dict[Key, Callable[[], Run]], repeats: int) -> dict[Key, list[Run]]:
-    """Each unit once per round, A B A B …: what slows the machine for a while slows all of them."""
-    found: dict[Key, list[Run]] = {key: [] for key in units}
+    """Run each unit once per round, A B A B …: what slows the machine for a while slows all of them."""
+    runs: dict[Key, list[Run]] = {key: [] for key in units}
     for _ in range(repeats):
         for key, measure in units.items():
-            found[key].append(measure())
-    return found
+            runs[key].append(measure())
+    return runs
 
 
 def notes(result: dict[str, Any]) -> list[str]:
     """What a reader must know to read the figures right."""
-    found = []
+    sentences = []
     names = [each["name"] for each in result["precisions"]]
     if result["device"] == "cpu" and len(names) > 1:
         half = [name for name in names if name in HALF]
         wide = f": {' and '.join(half)} is stored in half precision and computed in fp32 here" if half else ""
-        found.append(f"This compares precisions on the CPU, not engines on a GPU{wide}.")
+        sentences.append(f"This compares precisions on the CPU, not engines on a GPU{wide}.")
     plain = [row for row in result["rows"] if row["acceptance_rate"] is None]
     if any(row["weight_bytes_per_token"] is None for row in plain):
-        found.append("The bundle does not say how many bytes a token reads: export it again to see the share of the bandwidth.")
+        sentences.append("The bundle does not say how many bytes a token reads: export it again to see the share of the bandwidth.")
     elif result["device"] == "cpu" and (
         small := [row for row in plain if row["weight_bytes_per_token"] < result["machine"]["last_level_cache"]]
     ):
         which = "all rows" if len(small) == len(result["rows"]) else ", ".join(f"{row['precision']} {row['system']}" for row in small)
-        found.append(
+        sentences.append(
             f"What a token reads fits the processor's last-level cache ({which}): the share of memory's bandwidth means little there."
         )
     if not result["interleaved"]:
-        found.append(
+        sentences.append(
             "The precisions ran one after the other, not in turns: what slowed the machine for a while may have met only one of them."
         )
-    return found
+    return sentences

@@ -1,4 +1,4 @@
-"""What the experts of a text's tokens say about switches and catch-ups."""
+"""Switches and catch-ups, counted from the experts of a text's tokens."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ def library() -> Any:
 
 
 def figure(result: dict[str, Any]) -> Any:
-    """Four charts: speed of every row, seconds per token, and for each precision speed against quality and against size."""
-    made = library()(figsize=(11, 7.5), layout="constrained")
-    speed, times, quality, size = made.subplots(2, 2).flat
+    """Four charts: speed of every row, seconds per token, and per precision speed against quality and size."""
+    drawing = library()(figsize=(11, 7.5), layout="constrained")
+    speed, times, quality, size = drawing.subplots(2, 2).flat
     rows, names = result["rows"], [each["name"] for each in result["precisions"]]
     colour = dict(zip(names, COLOURS * len(names), strict=False))
     labels = [f"{row['precision']} {row['system']}" for row in rows]
@@ -45,7 +45,7 @@ def figure(result: dict[str, Any]) -> Any:
     against(quality, "Quality", "perplexity beyond torch's, %", result, colour, loss.get, "the bundle's report says nothing of quality")
     bytes_of = {each["name"]: each["bytes"] / 1e6 for each in result["precisions"] if each["bytes"]}
     against(size, "Size", "graphs and weights, or engines, MB", result, colour, bytes_of.get, "the bundle's report says nothing of sizes")
-    return made
+    return drawing
 
 
 def against(
@@ -53,11 +53,11 @@ def against(
 ) -> None:
     """A point per precision: its first row's speed against a value."""
     shown = False
-    for name, mine in colour.items():
+    for name, shade in colour.items():
         row = next(row for row in result["rows"] if row["precision"] == name)
         if (x := value(name)) is not None:
             shown = True
-            axes.scatter([x], [row["tokens_per_second"]], color=mine, s=60)
+            axes.scatter([x], [row["tokens_per_second"]], color=shade, s=60)
             axes.annotate(name, (x, row["tokens_per_second"]), xytext=(6, 6), textcoords="offset points")
     if not shown:
         axes.text(0.5, 0.5, otherwise, ha="center", va="center", transform=axes.transAxes)
@@ -67,7 +67,10 @@ def against(
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Write the charts as a picture, of the kind that the name ends in. Raises FusionError where that does not work."""
+    """Write the charts as a picture; the suffix of `path` decides its format.
+
+    Raises FusionError where it cannot be written.
+    """
     try:
         figure(result).savefig(path, dpi=120)
     except (OSError, ValueError) as error:
@@ -75,7 +78,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def svg(result: dict[str, Any]) -> str:
-    """The charts as an SVG element for a page: no names of standards, dates or links in it."""
+    """The charts as an SVG element for a page, without namespaces, dates and links."""
     file = io.StringIO()
     figure(result).savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = file.getvalue()

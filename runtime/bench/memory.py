@@ -1,4 +1,4 @@
-"""How much memory a precision takes, as the system counts it."""
+"""How much memory a precision takes, as the operating system counts it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import psutil
 
-INTERVAL = 0.01  # seconds between looks
+INTERVAL = 0.01  # seconds between samples
 
 
 class Resident(NamedTuple):
@@ -32,11 +32,13 @@ def available() -> int:
 
 
 class Growth:
-    """While it is entered, looks at the memory in the background; `peak` is by how much each kind was at most above the beginning."""
+    """A context manager that samples this process's memory in the background; `peak` is the largest growth of each kind
+    since it was entered.
+    """
 
     def __enter__(self) -> Growth:
         with contextlib.suppress(OSError, AttributeError, TypeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
+            ctypes.CDLL(None).malloc_trim(0)  # memory freed before must not hide what is taken now
         self._before = resident()
         self.peak = Resident(0, 0)
         self._stop = threading.Event()

@@ -1,4 +1,4 @@
-"""The figures as one page that needs nothing else."""
+"""The figures as one HTML page that loads nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 def write_page(result: dict[str, Any], path: Path) -> None:
-    """Write it. Raises FusionError where that does not work."""
+    """Write the page of a result. Raises FusionError where the file cannot be written."""
     from jinja2 import Template
 
     page = Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True).render(

@@ -1,4 +1,4 @@
-"""What a bundle says of one of its precisions: its size, and what it loses."""
+"""The size of one of a bundle's precisions, and its quality from the bundle's report."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ QUALITY = ("perplexity_ratio", "kl_mean", "greedy_agreement", "routing_agreement
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes on disk of graphs and weights, or of engines; `quality` as in the bundle's report, against torch. None: not known.
+    """Bytes on disk of graphs and weights, or of engines; `quality` as in the bundle's report. None: not known.
 
-    memory: the most that loading it and generating once added to this process. device_memory: what they took of a GPU's.
+    memory: the largest growth of this process while it was loaded and generated once. device_memory: bytes of the GPU's
+    memory that it took.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The prompt of a benchmark, as token ids of a given number."""
+"""The prompt of a benchmark: a given number of token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.text import Text
 
-DEFAULT = 64  # tokens, where neither a text nor a number is given
+DEFAULT = 64  # tokens, unless a text or a number is given
 TEXT = (
     "The ferry leaves at 7:45 and takes 35 minutes. How many passengers can cross on one day if it sails 12 times and holds 180?\n"
     "def crossings(start, end, pause):\n    return [start + n * pause for n in range((end - start) // pause)]\n"

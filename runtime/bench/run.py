@@ -14,9 +14,11 @@ Clock = Callable[[], float]  # seconds
 
 @dataclass(frozen=True)
 class Run:
-    """One text. `first`: seconds from the prompt to the first token; `seconds` of each later one; `experts`: of every token, the first included.
+    """One text. `first`: seconds from the prompt to the first token; `seconds` of each later one; `experts`: of every
+    token, the first included.
 
-    Tokens of one round of speculation come together: the first of them took its time, the others none. `drafted`, `accepted`: see `Result`.
+    Tokens of one round of speculation come together: the first of them took its time, the others none. `drafted`,
+    `accepted`: see `Result`.
     """
 
     first: float
@@ -27,7 +29,7 @@ class Run:
 
 
 def generate(session: Session, prompt: Sequence[int], count: int, drafts: bool = False, clock: Clock = time.perf_counter) -> Run:
-    """Choose `count` tokens greedily after a prompt, whether or not the text would end before; `drafts`: with speculation."""
+    """Choose `count` tokens greedily after a prompt, also beyond the text's end; `drafts`: with speculation."""
     session.clear()
     times, experts = [clock()], list[str]()
     session.append(prompt)

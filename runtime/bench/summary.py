@@ -1,4 +1,4 @@
-"""The arithmetic of a row: medians, percentiles, bytes and shares out of its runs."""
+"""A row of the result: medians, percentiles, bytes and shares, computed from its runs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import numpy as np
 
 from fusionroute.runtime.bench.counters import catch_ups, switches
 from fusionroute.runtime.bench.run import Run
-from fusionroute.runtime.bench.workload import ROUTER, System
+from fusionroute.runtime.bench.workload import ROUTER, Workload
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system in one precision. Seconds, bytes, and bytes per second; None where the bundle does not say what a token reads.
+    """One workload in one precision: seconds, bytes, and bytes per second; None where the bundle does not tell bytes.
 
-    With drafts models read several tokens at once: bytes per token and catch-ups are then left out. acceptance_rate: None without drafts.
+    With drafts models read several tokens at once: bytes per token and catch-ups are then left out. acceptance_rate:
+    None without drafts.
 
-    seconds_per_token: median over the texts of a text's mean, catch-ups included; p50, p95, p99 over all tokens; first tokens are apart.
-    times_first: speed in multiples of the first row's, the median over the rounds. catch_ups: tokens that an expert read at once.
+    seconds_per_token: median over the texts of a text's mean, catch-ups included; p50, p95, p99 over all tokens; first
+    tokens are apart. times_first: speed in multiples of the first row's, the median over the rounds. catch_ups: tokens
+    that an expert read at once.
     """
 
     precision: str
@@ -45,25 +47,28 @@ class Row:
 
 def summarise(
     precision: str,
-    system: System,
+    workload: Workload,
     runs: Sequence[Run],
     base: Sequence[Run],
     prompt: int,
     weights: dict[str, int],
     bandwidth: float,
 ) -> Row:
-    """A row from its runs and those of the first row, of the same rounds. `weights`: bytes that a token reads of each model, or nothing."""
+    """A row from its runs and those of the first row, of the same rounds.
+
+    `weights`: bytes that a token reads of each model, or nothing.
+    """
     means = [float(np.mean(run.seconds)) for run in runs]
     typical = float(np.median(means))
     tokens = np.concatenate([run.seconds for run in runs])
     p50, p95, p99 = (float(value) for value in np.percentile(tokens, (50, 95, 99)))
     experts = runs[0].experts  # greedy texts do not differ
-    read = weight_bytes(system, experts[1:], weights) if weights and not system.drafts else None
+    read = weight_bytes(workload, experts[1:], weights) if weights and not workload.drafts else None
     drafted = sum(run.drafted for run in runs)
     rate = None if read is None else read / typical
     return Row(
         precision=precision,
-        system=system.name,
+        system=workload.name,
         first_token=float(np.median([run.first for run in runs])),
         seconds_per_token=typical,
         tokens_per_second=1 / typical,
@@ -71,18 +76,18 @@ def summarise(
         p50=p50,
         p95=p95,
         p99=p99,
-        switches=switches(experts) if system.expert else 0,
-        experts=dict(Counter(experts)) if system.expert else {},
-        catch_ups=catch_ups(experts, prompt) if system.expert and not system.drafts else [],
+        switches=switches(experts) if workload.expert else 0,
+        experts=dict(Counter(experts)) if workload.expert else {},
+        catch_ups=catch_ups(experts, prompt) if workload.expert and not workload.drafts else [],
         weight_bytes_per_token=read,
         bytes_per_second=rate,
         bandwidth_share=None if rate is None else rate / bandwidth,
-        acceptance_rate=sum(run.accepted for run in runs) / max(drafted, 1) if system.drafts else None,
+        acceptance_rate=sum(run.accepted for run in runs) / max(drafted, 1) if workload.drafts else None,
         runs=[asdict(run) for run in runs],
     )
 
 
-def weight_bytes(system: System, experts: Sequence[str], weights: dict[str, int]) -> float:
+def weight_bytes(workload: Workload, experts: Sequence[str], weights: dict[str, int]) -> float:
     """Bytes of weights read per token, a mean over tokens from these experts."""
-    router = weights[ROUTER] if system.router else 0
-    return router + (float(np.mean([weights[name] for name in experts])) if system.expert else 0.0)
+    router = weights[ROUTER] if workload.router else 0
+    return router + (float(np.mean([weights[name] for name in experts])) if workload.expert else 0.0)

@@ -1,4 +1,4 @@
-"""The figures on a terminal."""
+"""The figures as tables on a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = (
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row in the units that people read."""
+    """A row's cells, in the units of COLUMNS."""
     lengths, read, rate, share = row["catch_ups"], row["weight_bytes_per_token"], row["bytes_per_second"], row["bandwidth_share"]
     return (
         row["precision"],
@@ -35,7 +35,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def megabytes(count: int | None) -> str:
-    """Bytes for people."""
+    """Bytes as megabytes; a dash where unknown."""
     return "–" if count is None else f"{count / 1e6:,.1f}"
 
 
@@ -60,7 +60,7 @@ SIZES = ("precision", "bits", "bundle MB", "own memory MB", "mapped MB", "GPU MB
 
 
 def sizes(each: dict[str, Any]) -> tuple[str, ...]:
-    """A precision in the units that people read."""
+    """A precision's cells, in the units of SIZES."""
     quality = each["quality"] or {}
     perplexity, agreement = quality.get("perplexity_ratio"), quality.get("greedy_agreement")
     return (

@@ -1,4 +1,4 @@
-"""What one row of a benchmark runs: the fused system, or one of its models alone."""
+"""The workloads of a benchmark, one row each: the fused system, or one of its models alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ FUSED, ROUTER = "fused", "router"
 DRAFTS = "+drafts"  # behind a row's name: with speculation
 
 
-class System(NamedTuple):
-    """A way to run a bundle. `router` and `expert` say whether that model reads each token; `pinned` names the expert where it is not chosen."""
+class Workload(NamedTuple):
+    """A way to run a bundle.
+
+    `router` and `expert`: whether such a model reads each token. `pinned`: the expert of every token; None: routed.
+    """
 
     name: str
     router: bool
@@ -25,31 +28,31 @@ class System(NamedTuple):
     drafts: bool = False
 
     def session(self, runtime: FusionRuntime) -> Session:
-        """A session that runs it."""
+        """A session for it."""
         return runtime.session(self.fusion, self.lam, self.pinned)
 
 
-def systems(names: str, runtime: FusionRuntime) -> list[System]:
-    """The systems of a comma list: `fused` (routed), `fused:EXPERT` (always that expert), `router` or EXPERT (that model alone).
+def workloads(names: str, runtime: FusionRuntime) -> list[Workload]:
+    """The workloads of a comma list: `fused` (routed), `fused:EXPERT` (always that expert), `router` or EXPERT (alone).
 
     Each may end in `+drafts`: it then speculates.
 
     Raises InputError for any other name.
     """
-    return [system(name.strip(), runtime) for name in dict.fromkeys(names.split(","))]
+    return [workload(name.strip(), runtime) for name in dict.fromkeys(names.split(","))]
 
 
-def system(name: str, runtime: FusionRuntime) -> System:
-    """One of `systems`."""
+def workload(name: str, runtime: FusionRuntime) -> Workload:
+    """One of `workloads`."""
     if name.endswith(DRAFTS):
-        return system(name.removesuffix(DRAFTS), runtime)._replace(name=name, drafts=True)
+        return workload(name.removesuffix(DRAFTS), runtime)._replace(name=name, drafts=True)
     first, _, pinned = name.partition(":")
     if name == FUSED or (first == FUSED and pinned in runtime.expert_names):
         weights = fusion_coefficients(runtime.fusion, runtime.lam)
-        return System(name, not pinned or weights[0] > 0, weights[1] > 0, pinned or None, runtime.fusion, runtime.lam)
+        return Workload(name, not pinned or weights[0] > 0, weights[1] > 0, pinned or None, runtime.fusion, runtime.lam)
     if name == ROUTER:
-        return System(name, True, False, None, "weighted", 1.0)
+        return Workload(name, True, False, None, "weighted", 1.0)
     if name in runtime.expert_names:
-        return System(name, False, True, name, "weighted", 0.0)
+        return Workload(name, False, True, name, "weighted", 0.0)
     experts = ", ".join(runtime.expert_names)
     raise InputError(f"Unknown row '{name}': use {FUSED}, {FUSED}:EXPERT, {ROUTER} or the name of an expert ({experts}).")

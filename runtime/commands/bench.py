@@ -42,7 +42,7 @@ def bench(
     for path in (plot_file, html):
         if path is not None:
             check_writable(path)
-    request = benchmark.Request(
+    request = benchmark.BenchOptions(
         precisions=None if precision is None else names(precision),
         device=device,
         prompt=prompt,

@@ -22,7 +22,7 @@ def cache(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what the cache folder holds: measured costs of speculation (measured again after --clear), packed weights, unfinished exports."""
+    """Show or clear the cache folder: packed weights, measured costs of speculation, and what exports keep there."""
     listed = clear(kind) if clear_entries else entries(kind)
     if as_json:
         rows = [
@@ -46,9 +46,9 @@ def table(listed: Sequence[Entry]) -> Table:
     for column in ("kind", "entries", "MB", "in use", "last used", "longest unused"):
         shown.add_column(column, justify="left" if column == "kind" else "right")
     for kind in dict.fromkeys(entry.kind for entry in listed):
-        mine = [entry for entry in listed if entry.kind == kind]
-        days = [(now - entry.last_used) / DAY for entry in mine]
-        size = sum(entry.bytes for entry in mine)
-        in_use = sum(entry.in_use for entry in mine)
-        shown.add_row(kind, str(len(mine)), f"{size / 1e6:,.1f}", str(in_use), f"{min(days):.0f} days ago", f"{max(days):.0f} days")
+        of_kind = [entry for entry in listed if entry.kind == kind]
+        days = [(now - entry.last_used) / DAY for entry in of_kind]
+        size = sum(entry.bytes for entry in of_kind)
+        in_use = sum(entry.in_use for entry in of_kind)
+        shown.add_row(kind, str(len(of_kind)), f"{size / 1e6:,.1f}", str(in_use), f"{min(days):.0f} days ago", f"{max(days):.0f} days")
     return shown

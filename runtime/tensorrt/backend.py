@@ -22,13 +22,14 @@ from fusionroute.runtime.tensorrt.transfers import Block, Copies, Mapped
 
 
 class TensorRt:
-    """All models of one variant. `expert_memory` bytes of device memory hold the weights of as many experts as fit; None: all.
+    """All models of one variant. `expert_memory`: bytes of device memory for the weights of experts; None: no limit.
 
-    Router and fusion share the router's stream and scratch memory. The experts share another one, since the router may run beside them.
+    Router and fusion share the router's stream and scratch memory. The experts share another one, since the router may
+    run beside them.
     """
 
-    prefill_chunk = 512  # the largest of the engines' profile: see `engines`
-    async_dispatch = True  # a forward pass is queued and not waited for: see Session.advance
+    prefill_chunk = 512  # the largest of the engines' profile: see `profile`
+    async_dispatch = True  # a forward pass is queued, and runs while the host goes on
 
     def __init__(self, bundle: Bundle, variant: Variant, flavour: str, expert_memory: int | None = None):
         manifest = bundle.manifest
@@ -57,7 +58,7 @@ class TensorRt:
             engine = loader.load(spec.name)
             weights = engine.weights() if residency else None
             if residency and weights:
-                residency.adopt(weights)  # before the next one is loaded: the budget holds from the beginning
+                residency.adopt(weights)  # before the next one is loaded, so that the budget always holds
             loaded.append((engine, spec, weights))
         side = Scratch(device.memory(max(engine.scratch for engine, *_ in loaded)), device.event())
         self.experts = [
@@ -69,8 +70,8 @@ class TensorRt:
         shared.transfers.upload(keys, None)
 
     def __del__(self) -> None:
-        # a runtime that is closed unused would free what its first upload still reads
-        with suppress(Exception):  # it was never whole, or the driver is shutting down
+        # a runtime that is closed unused would free memory that its first upload still reads
+        with suppress(Exception):  # it was not built completely, or the driver is shutting down
             self._shared.device.finish()
 
     def fuser(self) -> Fuser:
@@ -84,10 +85,10 @@ def check(engine: Engine, spec: Spec, shared: Shared, routed: int, bundle: str) 
     rest = {"new": (1, spec.kv_heads, -1, spec.head_size)} if "new.0.key" in engine.shapes else {"present": kv}
     kinds = {"past": kv} | rest
     expected = {f"{when}.{layer}.{kind}": kinds[when] for when in kinds for layer in range(spec.layers) for kind in ("key", "value")}
-    found = {name: shape for name, shape in engine.shapes.items() if name.startswith(("past.", "present.", "new."))}
-    known = all(engine.types[name] in BYTES for name in found)
+    caches = {name: shape for name, shape in engine.shapes.items() if name.startswith(("past.", "present.", "new."))}
+    known = all(engine.types[name] in BYTES for name in caches)
     rows = engine.shapes.get("logits", ())[-1:] == (shared.vocab,) and engine.shapes.get("routing", (0,))[-1] == routed
-    if found != expected or not known or not rows or engine.on_host:
+    if caches != expected or not known or not rows or engine.on_host:
         raise BundleError(
             f"The engine of {spec.name} does not have the inputs and outputs that the manifest describes; "
             f"rebuild it with `python -m runtime build {bundle}`."

@@ -30,15 +30,16 @@ def build(
 ) -> None:
     """Write `engine` from the ONNX file `graph`, whose weights may lie beside it.
 
-    `profile` gives the shapes of every input that has a free dimension (of a shape input, its values). `sms` are the compute capabilities
-    (86 for SM86) that TensorRT-RTX builds for; TensorRT builds for the GPU it runs on. `operators` are those of the graph, checked before
-    anything is built. `workspace`: bytes of device memory that layers may use beside their tensors. `advance` is told of every part done,
-    together 1. Raises FusionError subclasses in one sentence, with the layer where the library names it.
+    `profile` gives the shapes of every input that has a free dimension (of a shape input, its values). `sms` are the
+    compute capabilities (86 for SM86) that TensorRT-RTX builds for; TensorRT builds for the GPU it runs on. `operators`
+    are those of the graph, checked before anything is built. `workspace`: bytes of device memory that layers may use
+    beside their tensors. `advance` is called with the shares of the work as they are done; they sum to 1. Raises
+    FusionError subclasses, with the layer where the library names it, and OSError.
     """
     library = load(flavour)
     log = logger(library)
     builder = library.Builder(log)
-    # TensorRT 10 builds weakly typed networks unless told; newer ones know no others
+    # TensorRT 10 builds weakly typed networks unless this is set; newer versions build no others
     flags = library.NetworkDefinitionCreationFlag.__members__.get("STRONGLY_TYPED")
     network = builder.create_network(0 if flags is None else 1 << int(flags))
     parser = library.OnnxParser(network, log)
@@ -49,9 +50,9 @@ def build(
         )
     config = builder.create_builder_config()
     if flavour == "rtx":
-        wanted = capabilities(library, sms)
-        config.num_compute_capabilities = len(wanted)
-        for place, capability in enumerate(wanted):
+        targets = capabilities(library, sms)
+        config.num_compute_capabilities = len(targets)
+        for place, capability in enumerate(targets):
             config.set_compute_capability(capability, place)
     if workspace is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, workspace)
@@ -73,7 +74,7 @@ def build(
 
 
 def unread(parser: Any) -> str | None:
-    """What a parser says of the first node that it cannot read."""
+    """A parser's error about the first node that it cannot read; None without one."""
     if not parser.num_errors:
         return None
     error = parser.get_error(0)
@@ -82,7 +83,7 @@ def unread(parser: Any) -> str | None:
 
 
 def logger(library: Any) -> Any:
-    """A logger that keeps the last error for the sentence, and prints nothing."""
+    """A logger that prints nothing and keeps the first error, for the sentence that is raised."""
 
     class Log(library.ILogger):
         last = ""
@@ -98,16 +99,19 @@ def logger(library: Any) -> Any:
 
 
 def told(message: str) -> str:
-    """A library's error in a few words: the layer, where it names one, and the first sentence."""
+    """A library's error, shortened: the layer, where it names one, and at most 300 characters."""
     text = " ".join(message.split())
-    layer = next((name for found in LAYER.findall(text) for name in found if name), None)
+    layer = next((name for names in LAYER.findall(text) for name in names if name), None)
     text = re.sub(r"^\S*::\S+: Error Code \d+: ", "", text)
     short = text if len(text) <= 300 else text[:297] + "..."
     return f"layer {layer}: {short}" if layer and layer not in short[: len(layer) + 20] else short
 
 
 def progress(library: Any, advance: Advance) -> Any:
-    """A progress monitor that follows the outermost phases. What `advance` raises ends the build and is raised by `check`."""
+    """A progress monitor that follows the outermost phases.
+
+    What `advance` raises ends the build and is raised by `check`.
+    """
 
     class Monitor(library.IProgressMonitor):
         def __init__(self) -> None:
@@ -147,7 +151,10 @@ def progress(library: Any, advance: Advance) -> Any:
 
 @contextlib.contextmanager
 def build_lock(name: str) -> Iterator[None]:
-    """Wait for other builds of this user on this machine that hold a lock of this name."""
+    """Hold a lock of the cache folder, which builds of this user on this machine wait for.
+
+    Raises FusionError where it cannot be created.
+    """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(cache_folder() / name))

@@ -1,4 +1,4 @@
-"""A thin layer over `cuda.bindings.runtime`: streams, events, memory, copies and captured graphs, with every status checked."""
+"""A thin layer over `cuda.bindings.runtime` that checks every status: streams, events, memory, copies, graphs."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ class Device:
             self._api: Any = import_module("cuda.bindings.runtime")
         except ImportError as error:
             raise UnavailableError("The TensorRT backend needs cuda-bindings: pip install cuda-bindings.") from error
-        status, *found = self._api.cudaGetDeviceCount()
-        if int(status) or not found[0]:
+        status, *results = self._api.cudaGetDeviceCount()
+        if int(status) or not results[0]:
             raise UnavailableError(f"No CUDA device answers here ({self._reason(status)}): use device='cpu', or mend the driver.")
         kinds = self._api.cudaDeviceAttr
         self.index: int = self.call("cudaGetDevice")
         self.sm: int = 10 * self._attribute(kinds.cudaDevAttrComputeCapabilityMajor) + self._attribute(
             kinds.cudaDevAttrComputeCapabilityMinor
         )
-        self.integrated = bool(self._attribute(kinds.cudaDevAttrIntegrated))  # host and device share their memory (Jetson)
+        # host and device share their memory (Jetson)
+        self.integrated = bool(self._attribute(kinds.cudaDevAttrIntegrated))
         self._to_device = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._on_device = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._to_host = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
 
     def call(self, name: str, *arguments: Any) -> Any:
         """One function of the CUDA runtime; its result, if it has one. Raises FusionError with CUDA's own words."""
-        error, *found = getattr(self._api, name)(*arguments)
+        error, *results = getattr(self._api, name)(*arguments)
         if int(error):
             raise FusionError(f"CUDA failed in {name}: {self._reason(error)}; load the bundle again.")
-        return found[0] if found else None
+        return results[0] if results else None
 
     def _reason(self, error: Any) -> str:
         return str(self._api.cudaGetErrorString(error)[1].decode())

@@ -1,4 +1,4 @@
-"""The engines of a bundle: built from its graphs, kept in its folder `engines` with an entry in the manifest, and held against the machine."""
+"""A bundle's engines: built from its graphs into its folder `engines`, listed in its manifest, chosen for a machine."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fusionroute.runtime.bundle import sha256
 from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError
 from fusionroute.runtime.files import replacing
+from fusionroute.runtime.manifest import NAME, Engines, File, Manifest, Variant
 from fusionroute.runtime.tensorrt.build import Advance, build, build_lock
 from fusionroute.runtime.tensorrt.library import NAMES, OLDER, TARGET, load
 from fusionroute.runtime.tensorrt.operators import number, since
 from fusionroute.runtime.tensorrt.profile import profile_of, shapes
 
-if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import Engines, Manifest, Variant
-
 FOLDER = "engines"
 FUSION = "fusion"
 
-Begin = Callable[[str], Advance]  # (name of the engine) → who is told of its progress
+Begin = Callable[[str], Advance]  # called with an engine's name; returns the function that takes its progress
 
 
 def target_for(manifest: Manifest, flavour: str, version: str) -> str:
-    """Which graphs of a bundle a library builds: those in its newest operators where it has them and the bundle too.
+    """The target whose graphs a library builds: TARGET where the library has its operators and the bundle its graphs,
+    else OLDER.
 
     Raises UnavailableError where the bundle has graphs for newer libraries only.
     """
@@ -46,11 +44,9 @@ def build_engines(
 ) -> Engines:
     """Build every engine of a variant into the bundle at `folder`; its manifest is left as it is.
 
-    `begin` is called with an engine's name before it is built. Raises FusionError subclasses as `build` does, and OSError; the bundle is then
-    as it was: engines appear, in place of older ones, when the last of them is built.
+    `begin` is called with an engine's name before it is built. Raises FusionError subclasses as `build` does, and
+    OSError; the bundle is then as it was: engines appear, in place of older ones, when the last of them is built.
     """
-    from fusionroute.runtime.manifest import Engines  # pydantic is slow to import
-
     version = load(flavour).__version__
     profile = profile_of(manifest)
     dimensions = shapes(profile, manifest.vocab_size)
@@ -59,7 +55,7 @@ def build_engines(
     library = flavour + variant.target.removeprefix(TARGET).replace(":", "-")
     paths = {name: f"{FOLDER}/{name}.{library}.{variant.precision}.{gpus}.engine" for name in graphs}
     (folder / FOLDER).mkdir(exist_ok=True)
-    for abandoned in (folder / FOLDER).glob(".*.partial"):  # by a build that was killed
+    for abandoned in (folder / FOLDER).glob(".*.partial"):  # left by a build that was killed
         abandoned.unlink()
     with ExitStack() as stack:
         partial = {name: stack.enter_context(replacing(folder / path)) for name, path in paths.items()}
@@ -81,24 +77,24 @@ def fitting(bundle: Path, variant: Variant, flavour: str, version: str, sm: int 
     Raises UnavailableError that names what differs and how to rebuild.
     """
     mend = f"rebuild them here with: python -m runtime build {bundle} --precision {variant.precision}"
-    mine = [built for built in variant.engines if built.flavour == flavour]
-    if not mine:
+    of_flavour = [built for built in variant.engines if built.flavour == flavour]
+    if not of_flavour:
         raise UnavailableError(f"The bundle {bundle} has no {NAMES[flavour]} engines for {variant.precision}: {mend}.")
     if sm is None:
         raise UnavailableError(f"{NAMES[flavour]} engines need an NVIDIA GPU, and there is none here: use device='cpu'.")
-    right = [built for built in mine if sm in built.sms]
-    if not right:
-        has = ", ".join(dict.fromkeys(f"sm{each}" for built in mine for each in built.sms))
+    for_gpu = [built for built in of_flavour if sm in built.sms]
+    if not for_gpu:
+        has = ", ".join(dict.fromkeys(f"sm{each}" for built in of_flavour for each in built.sms))
         raise UnavailableError(
             f"The {NAMES[flavour]} engines of {bundle} for {variant.precision} are for {has}, but this machine's GPU is sm{sm}: {mend}."
         )
-    found = next((built for built in right if built.version == version), None)
-    if found is None:
+    engines = next((built for built in for_gpu if built.version == version), None)
+    if engines is None:
         raise UnavailableError(
-            f"The {NAMES[flavour]} engines of {bundle} for {variant.precision} were built by version {right[0].version}, but this machine has "
+            f"The {NAMES[flavour]} engines of {bundle} for {variant.precision} were built by version {for_gpu[0].version}, but this machine has "
             f"{version}: {mend}."
         )
-    return found
+    return engines
 
 
 def rebuild(
@@ -106,8 +102,9 @@ def rebuild(
 ) -> Manifest:
     """Build the engines of some variants of a bundle and write its manifest after each, so that what is done stays.
 
-    Builds of one bundle wait for one another, and each adds to the manifest that the one before has written; `manifest` is used where
-    the folder has none yet. Returns the new manifest. Engines that new ones replace are removed. Raises FusionError subclasses as `build` does.
+    Builds of one bundle wait for one another, and each adds to the manifest that the one before has written; `manifest`
+    is used where the folder has none yet. Returns the new manifest. Engines that new ones replace are removed. Raises
+    FusionError subclasses as `build` does.
     """
     lock = f"locks/{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()}.lock"
     for variant in variants:
@@ -122,9 +119,10 @@ def rebuild(
 
 
 def current_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """The manifest that a bundle has now, or `manifest` where none is written yet. Raises BundleError as `Manifest.read` does."""
-    from fusionroute.runtime.manifest import NAME, Manifest  # pydantic is slow to import
+    """The manifest that a bundle has now, or `manifest` where none is written yet.
 
+    Raises BundleError as `Manifest.read` does.
+    """
     return Manifest.read(folder) if (folder / NAME).exists() else manifest
 
 
@@ -132,8 +130,6 @@ def add_engines(
     folder: Path, variant: Variant, manifest: Manifest, flavour: str, sms: tuple[int, ...], workspace: int | None, begin: Begin
 ) -> Manifest:
     """Build one variant's engines and write the manifest with them; see `rebuild`. Raises OSError too."""
-    from fusionroute.runtime.manifest import File  # pydantic is slow to import
-
     name = (variant.target, variant.precision)
     current = next((each for each in manifest.variants if (each.target, each.precision) == name), None)
     if current is None:

@@ -1,4 +1,4 @@
-"""The two libraries with one API, and what the machine's GPU is."""
+"""TensorRT and TensorRT-RTX, two libraries with one API, and the machine's GPU."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def device_sm() -> int | None:
 
 def parse_sms(text: str) -> tuple[int, ...]:
     """`sm86+sm89` → (86, 89). Raises InputError for anything else."""
-    found = []
+    sms = []
     for part in text.split("+"):
         number = part.strip().lower().removeprefix("sm")
         if not number.isdigit():
             raise InputError(f"'{part}' is no compute capability: expected such as sm86+sm89+sm120.")
-        found.append(int(number))
-    return tuple(dict.fromkeys(found))
+        sms.append(int(number))
+    return tuple(dict.fromkeys(sms))
 
 
 def capabilities(library: Any, sms: tuple[int, ...]) -> list[Any]:
-    """The library's names of compute capabilities. Raises InputError for one that it does not build for."""
+    """The library's constants for compute capabilities. Raises InputError for one that it does not build for."""
     known = {int(name[2:]): value for name, value in library.ComputeCapability.__members__.items() if name.startswith("SM")}
     for sm in sms:
         if sm not in known:

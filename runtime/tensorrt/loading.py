@@ -1,4 +1,4 @@
-"""Engines of a bundle, loaded by TensorRT or TensorRT-RTX: one API in two modules, told apart by a variable only."""
+"""Engines of a bundle, loaded by TensorRT or TensorRT-RTX: two modules with the same API."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2}
 class Loader:
     """The engines of one variant that fit this machine's library and GPU.
 
-    Raises UnavailableError where the library is missing or no engine fits, BundleError where an engine is not the one exported.
+    Raises UnavailableError where the library is missing or no engine fits, BundleError for an engine that was changed.
     """
 
     def __init__(self, bundle: Bundle, variant: Variant, flavour: str, device: Device):
@@ -34,7 +34,10 @@ class Loader:
         self._runtime = self._api.Runtime(self._log)
 
     def load(self, name: str) -> Engine:
-        """Deserialise the engine of a model, or the fusion graph's. Engines are native code: the bytes are hashed first."""
+        """Deserialise the engine of a model, or the fusion graph's.
+
+        Engines are native code, so their bytes are hashed first.
+        """
         path = self._built.engines[name]
         try:
             content = (self._bundle.folder / path).read_bytes()
@@ -81,18 +84,21 @@ class Engine:
         self.scratch = int(engine.device_memory_size_v2)
 
     def context(self, scratch: Memory, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> Context:
-        """A context with its tensors' addresses and input shapes; it works in `scratch`, of at least the engine's size."""
+        """A context with tensor addresses and input shapes set.
+
+        Its working memory is `scratch`, of at least `self.scratch` bytes.
+        """
         context = self._engine.create_execution_context(self._api.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise FusionError(f"TensorRT cannot make an execution context for {self.name} ({self._log.last}); free device memory.")
         context.set_device_memory(scratch.address, scratch.size)
-        made = Context(self.name, context, self._log)
-        made.bind(addresses)
-        made.shape(shapes)
-        return made
+        wrapped = Context(self.name, context, self._log)
+        wrapped.bind(addresses)
+        wrapped.shape(shapes)
+        return wrapped
 
     def weights(self) -> Weights:
-        """The weights as a thing that can leave the device and come back. Raises UnavailableError where TensorRT cannot do that."""
+        """The weights, which can be evicted and restored. Raises UnavailableError where TensorRT cannot do that."""
         make = getattr(self._engine, "create_weights_manager", None)
         manager = make() if make else None
         if manager is None:
@@ -103,7 +109,7 @@ class Engine:
 
 
 class Context:
-    """An execution context. One from which a graph was captured must not be changed any more."""
+    """An execution context. After a graph was captured from it, it must not change."""
 
     def __init__(self, name: str, context: Any, log: Any):
         self._name, self._context, self._log = name, context, log
@@ -123,13 +129,13 @@ class Context:
         checked(self._context.execute_async_v3(int(stream)), f"run {self._name}", self._log)
 
     def capturable(self, stream: Stream) -> bool:
-        """Whether a CUDA graph may be captured now; TensorRT-RTX says so, TensorRT has nothing to ask."""
+        """Whether a CUDA graph may be captured now; TensorRT-RTX tells; TensorRT has no such question, and may always."""
         ask = getattr(self._context, "is_stream_capturable", None)
         return ask is None or bool(ask(int(stream)))
 
 
 class Weights:
-    """An engine's weights, which may leave the device: contexts, captured graphs and virtual addresses stay valid."""
+    """An engine's weights, which may be evicted: contexts, captured graphs and virtual addresses stay valid."""
 
     def __init__(self, name: str, manager: Any, host: Any, log: Any):
         self._name, self._manager, self._host, self._log = name, manager, host, log
@@ -151,6 +157,6 @@ class Weights:
 
 
 def checked(done: bool, what: str, log: Any) -> None:
-    """Raise FusionError where TensorRT says that something did not work."""
+    """Raise FusionError where a call of TensorRT returned False."""
     if not done:
         raise FusionError(f"TensorRT cannot {what} ({one_line(Exception(log.last))}); build the engines again.")

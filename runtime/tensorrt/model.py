@@ -1,6 +1,6 @@
 """Language models as engines: one stream each, KV caches written in place, decode steps as captured CUDA graphs.
 
-Engines for TensorRT 10.3 only give the new keys and values, which are copied into the caches behind the step.
+Engines for TensorRT 10.3 return only the new keys and values, which are copied into the caches after the step.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from fusionroute.runtime.tensorrt.transfers import Block, Transfers
 
 
 class Scratch(NamedTuple):
-    """Working memory of engines that never run at the same time. `free` is None where one stream alone uses it."""
+    """Working memory of engines that never run at the same time.
+
+    `free`: reached when no engine uses it; None where only one stream does.
+    """
 
     memory: Memory
     free: Event | None
 
 
 class Shared(NamedTuple):
-    """What the models of a backend have in common. `lock` is held while work is queued, never while it is waited for."""
+    """What the models of a backend share. `lock` is held while work is queued, never while the host waits for it."""
 
     device: Device
     transfers: Transfers
@@ -36,7 +39,7 @@ class Shared(NamedTuple):
     capacity: int
     chunk: int
     vocab: int
-    key_positions: Block  # int64 0 … capacity − 1, of which a step reads the beginning
+    key_positions: Block  # int64 0 … capacity − 1; a step reads the beginning
 
 
 class Model:
@@ -57,7 +60,7 @@ class Model:
         self.weights, self.residency = weights, residency
         width = BYTES.get(engine.types.get("past.0.key", ""), 0)  # the backend refuses an engine without caches
         self.each = spec.kv_heads * spec.head_size * width  # bytes of one token in one cache
-        # what is new is copied before the stream goes on, so that all sessions share the place where it is written
+        # new rows are copied away before the stream goes on, so that all sessions can write them to one place
         self.new_rows = shared.device.memory(2 * spec.layers * aligned(self.each * shared.chunk)) if "new.0.key" in engine.types else None
 
     def cache(self) -> Cache:
@@ -66,7 +69,7 @@ class Model:
 
 
 class Rows:
-    """Logits that stay on the device, float32 [1, V]: reading them copies them, and waits."""
+    """Logits on the device, float32 [1, V]. Reading them waits for them and copies them to the host."""
 
     def __init__(self, cache: Cache, block: Block):
         self.block = block
@@ -92,7 +95,7 @@ class Rows:
 
 
 class Answer:
-    """One forward pass, perhaps still under way (see `backend.Output`). `routing` waits for it."""
+    """One forward pass, perhaps still under way (see `runtime.backend.Output`). `routing` waits for it."""
 
     def __init__(self, cache: Cache, logits: Block, routing: Block | None):
         self.logits = Rows(cache, logits)
@@ -121,7 +124,7 @@ class Known(NamedTuple):
 
 
 class Cache:
-    """One model's KV buffers and bound contexts for one session (see `backend.Cache`)."""
+    """One model's KV buffers and bound contexts for one session (see `runtime.backend.Cache`)."""
 
     def __init__(self, model: Model):
         self.model, self.length = model, 0
@@ -143,7 +146,8 @@ class Cache:
         )
         self._outputs = self._buffers(1)
         self._places = [self._keys_values.address + number * each for number in range(len(names))]
-        self._appended: list[tuple[int, int]] = []  # where the rows of a cache belong, and where new ones are written
+        # of each cache: its address, and the address where its new rows are written
+        self._appended: list[tuple[int, int]] = []
         self._addresses = {**self._inputs.addresses, "key_positions": shared.key_positions.device}
         for number, name in enumerate(names):
             self._addresses[f"past.{name}"] = place = self._places[number]
@@ -162,34 +166,40 @@ class Cache:
             self.model.shared.transfers.release(self._outputs.values(), self.done, self.read)
 
     def _settle(self) -> None:
-        """Wait for copies of the last pass, which were waited for already unless a step was given up or a text is read in chunks."""
+        """Wait for the copies of the last pass.
+
+        This costs nothing unless a step was interrupted, or a text is read in chunks.
+        """
         for block in (self._inputs, *self._outputs.values()):
             self.model.shared.transfers.settle(block)
 
-    def _buffers(self, wanted: int) -> dict[str, Block]:
-        """Output blocks for `wanted` rows."""
+    def _buffers(self, row_count: int) -> dict[str, Block]:
+        """Output blocks for `row_count` rows."""
         device, model = self.model.shared.device, self.model
-        blocks = {"logits": Block(device, {"logits": ((wanted, model.shared.vocab), np.float32)})}
+        blocks = {"logits": Block(device, {"logits": ((row_count, model.shared.vocab), np.float32)})}
         if model.experts:
-            blocks["routing"] = Block(device, {"routing": ((wanted, model.experts), np.float32)})
+            blocks["routing"] = Block(device, {"routing": ((row_count, model.experts), np.float32)})
         return blocks
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Any:
-        """See `backend.Cache.forward`. One row stays on the device, and the pass may still be under way; several are waited for."""
-        count, wanted, shared = len(ids), len(positions), self.model.shared
+        """See `runtime.backend.Cache.forward`.
+
+        One row stays on the device, and the pass may still run; for several rows it waits.
+        """
+        count, row_count, shared = len(ids), len(positions), self.model.shared
         if count > shared.chunk:
             raise InputError(f"{count} tokens at a time are more than the engines read: at most {shared.chunk}.")
-        blocks = self._outputs if wanted == 1 else self._buffers(wanted)
+        blocks = self._outputs if row_count == 1 else self._buffers(row_count)
         self._settle()
         arrays = self._inputs.arrays
         arrays["write_index"][0] = self.length
         arrays["input_ids"][:count] = ids
-        arrays["logit_positions"][:wanted] = positions
+        arrays["logit_positions"][:row_count] = positions
         with shared.lock:
             shared.device.enter()
-            self._queue(count, wanted, blocks)
+            self._queue(count, row_count, blocks)
             self.length += count
-            if wanted == 1:
+            if row_count == 1:
                 return Answer(self, blocks["logits"], blocks.get("routing"))
             for block in blocks.values():
                 shared.transfers.download(block, self.done)
@@ -199,10 +209,10 @@ class Cache:
         return Known(rows["logits"], rows.get("routing"))
 
     def interrupt(self) -> None:
-        """See `backend.Cache.interrupt`: what is queued runs to its end."""
+        """See `runtime.backend.Cache.interrupt`: queued work cannot be stopped."""
 
-    def _queue(self, count: int, wanted: int, blocks: dict[str, Block]) -> None:
-        """Everything of one pass that runs on the device."""
+    def _queue(self, count: int, row_count: int, blocks: dict[str, Block]) -> None:
+        """Queue everything of one pass that runs on the device."""
         model = self.model
         stream, free = model.stream, model.scratch.free
         if model.residency is not None and model.weights is not None and free is not None:
@@ -211,39 +221,42 @@ class Cache:
         if free is not None:
             stream.wait(free)
             stream.wait(self.read)
-        if (count, wanted) == (1, 1):
+        if (count, row_count) == (1, 1):
             self._decode(reach(self.length + 1, model.shared.capacity))
         else:
-            self._read(count, wanted, blocks)
+            self._read(count, row_count, blocks)
         self._append(count)
         stream.record(self.done)
         if free is not None:
             stream.record(free)
 
     def copy_prefix(self, other: Cache, length: int) -> None:
-        """See `backend.Cache.adopt`. Both caches are of one model, whose stream keeps the order."""
+        """See `runtime.backend.Cache.copy_prefix`. Both caches are of one model, so its stream keeps the order."""
         model, shared = self.model, self.model.shared
         row = model.each // model.spec.kv_heads
         pitch = shared.capacity * row
         with shared.lock:
             shared.device.enter()
-            for mine, theirs in zip(self._places, other._places, strict=True):
-                model.stream.copy_rows(mine, pitch, theirs, pitch, length * row, model.spec.kv_heads)
+            for target, source in zip(self._places, other._places, strict=True):
+                model.stream.copy_rows(target, pitch, source, pitch, length * row, model.spec.kv_heads)
             model.stream.record(self.done)
             model.stream.record(other.done)  # its buffers may be freed after that
         self.length = length
 
     def _append(self, count: int) -> None:
-        """Copy new keys and values behind those of the caches. No part of a captured graph: the place differs from step to step."""
+        """Append new keys and values to the caches.
+
+        Not part of a captured graph: the address changes with every step.
+        """
         heads = self.model.spec.kv_heads
         row = self.model.each // heads
         for place, new in self._appended:
             self.model.stream.copy_rows(place + self.length * row, self.model.shared.capacity * row, new, count * row, count * row, heads)
 
-    def _read(self, count: int, wanted: int, blocks: dict[str, Block]) -> None:
-        """A chunk of any shape, in a context that changes with it."""
+    def _read(self, count: int, row_count: int, blocks: dict[str, Block]) -> None:
+        """Read a chunk of any shape, in a context whose shapes change."""
         addresses = {name: block.device for name, block in blocks.items()}
-        shapes = self._shapes(count, wanted, reach(self.length + count, self.model.shared.capacity))
+        shapes = self._shapes(count, row_count, reach(self.length + count, self.model.shared.capacity))
         if self._chunks is None:
             self._chunks = self.model.engine.context(self.model.scratch.memory, self._addresses | addresses, shapes)
         else:
@@ -252,7 +265,10 @@ class Cache:
         self._chunks.run(self.model.stream)
 
     def _decode(self, keys: int) -> None:
-        """One token. The first step of a length runs as it is, and is then captured, in a context of its own that stays as it is."""
+        """Read one token.
+
+        The first step that reads `keys` keys runs directly and is then captured, in a context that never changes.
+        """
         stream = self.model.stream
         if (step := self._steps.get(keys)) is None:
             addresses = self._addresses | {name: block.device for name, block in self._outputs.items()}
@@ -266,5 +282,5 @@ class Cache:
             step[0].run(stream)
 
     @staticmethod
-    def _shapes(count: int, wanted: int, keys: int) -> dict[str, tuple[int, ...]]:
-        return {"input_ids": (1, count), "write_index": (1,), "key_positions": (keys,), "logit_positions": (wanted,)}
+    def _shapes(count: int, row_count: int, keys: int) -> dict[str, tuple[int, ...]]:
+        return {"input_ids": (1, count), "write_index": (1,), "key_positions": (keys,), "logit_positions": (row_count,)}

@@ -1,4 +1,4 @@
-"""Which ONNX operators which TensorRT has: the table that graphs are held against, and what a builder's own parser says."""
+"""The ONNX operators of each TensorRT version: a table to choose graphs by, and the check by a builder's own parser."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ TABLE = Path(__file__).with_name("operators.json")
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """operators.json: version → the operators that it has beyond those of the version before, and sources."""
-    found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
-    return found
+    """operators.json: for each version the operators that it added, and sources."""
+    content: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return content
 
 
 def known(version: str) -> set[str]:
-    """The operators of a TensorRT version such as "10.3": those of the last listed one that is no newer."""
-    found: set[str] = set()
+    """The operators of a TensorRT version such as "10.3": those of the newest version in the table that is not newer."""
+    operators: set[str] = set()
     for listed, entry in table()["versions"].items():
         if number(listed) <= number(version):
-            found |= set(entry["operators"])
-    return found
+            operators |= set(entry["operators"])
+    return operators
 
 
 def since(operator: str) -> str | None:
@@ -41,7 +41,10 @@ def number(version: str) -> tuple[int, ...]:
 
 
 def check(operators: Iterable[str], parser: Any, flavour: str, version: str) -> None:
-    """Refuse a graph before it is built. Raises UnavailableError naming the first operator that the parser does not import."""
+    """Check a graph's operators before it is built.
+
+    Raises UnavailableError for the first that the parser does not import.
+    """
     for operator in sorted(operators):
         if not parser.supports_operator(operator):
             newer = since(operator)

@@ -1,15 +1,12 @@
-"""The shapes that engines are built for: one profile for every chunk length up to the limit, so that a bundle needs one engine per model."""
+"""The shapes that engines are built for: one profile for all chunk lengths, so one engine per model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fusionroute.runtime import limits
+from fusionroute.runtime.manifest import Manifest, Profile
 
-if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import Manifest, Profile
-
-MOST_CANDIDATES = 512  # tokens that the fusion engine returns for a position; sampling from more of them reads the full row
+# tokens that the fusion engine returns for a position; sampling from more of them reads the full row
+MOST_CANDIDATES = 512
 TOPK_LIMIT = 3840  # TensorRT's TopK takes fewer
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, usual, largest
@@ -17,8 +14,6 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, u
 
 def profile_of(manifest: Manifest) -> Profile:
     """What the engines of a bundle are built for: chunks of up to CHUNK tokens, and all of its context."""
-    from fusionroute.runtime.manifest import Profile  # pydantic is slow to import, and only commands that build need it
-
     chunk = min(limits.CHUNK, manifest.max_seq_len)
     return Profile(
         tokens=chunk,

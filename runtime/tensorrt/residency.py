@@ -1,4 +1,4 @@
-"""Which experts' weights are on the device, when not all fit a budget: the least recently used makes room, and comes back from pinned memory."""
+"""Experts' weights within a budget of device memory: the least recently used are evicted to pinned host memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from fusionroute.runtime.tensorrt.loading import Weights
 
 
 class Residency:
-    """Weights within a byte budget. They are read-only, so one pinned copy of each is made at loading, and evicting copies nothing.
+    """Weights within a byte budget. They are read-only: a pinned copy is made at loading, and evicting copies nothing.
 
-    Raises InputError where the budget does not hold one expert, and on devices that share the host's memory, where evicting saves none.
+    Raises InputError where the budget does not hold one expert, and on devices that share the host's memory, where
+    evicting saves none.
     """
 
     def __init__(self, device: Device, budget: int):
@@ -18,11 +19,11 @@ class Residency:
             raise InputError("This device shares the host's memory, where evicting experts saves nothing: load without expert_memory.")
         self._device, self._budget = device, budget
         self._stream = device.stream()
-        self._copies: dict[Weights, tuple[Memory, Event]] = {}  # pinned, and an event that is reached when they are on the device
+        self._copies: dict[Weights, tuple[Memory, Event]] = {}  # the pinned copy, and the event of its last restoring
         self._resident: dict[Weights, None] = {}  # the least recently used first
 
     def adopt(self, weights: Weights) -> None:
-        """Keep a pinned copy of weights just loaded and take them off the device; they come back at first use."""
+        """Copy weights that were just loaded to pinned memory and evict them; they are restored at first use."""
         if weights.size > self._budget:
             raise InputError(
                 f"expert_memory={self._budget} does not hold the {weights.size} bytes of one expert: allow at least as much, or none."
@@ -33,8 +34,11 @@ class Residency:
         self._copies[weights] = memory, self._device.event()
 
     def bring(self, weights: Weights, reader: Stream, idle: Event) -> None:
-        """Have weights on the device before later work of `reader`, the one stream that uses them. `idle` is reached when no expert runs any more."""
-        if weights in self._resident:  # and their only reader has waited for them
+        """Restore weights, where they are not resident, before later work of `reader`, the only stream that uses them.
+
+        `idle` is reached when no expert runs.
+        """
+        if weights in self._resident:  # their only reader has waited for them before
             del self._resident[weights]
         else:
             while sum(other.size for other in self._resident) + weights.size > self._budget:

@@ -1,4 +1,4 @@
-"""Small blocks that travel between host and device: copied on a stream of their own, or mapped where both share their memory."""
+"""Small blocks that travel between host and device: copied on a stream of their own, or mapped in shared memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ Layout = Mapping[str, tuple[tuple[int, ...], Any]]  # name → shape, dtype
 
 
 class Block:
-    """Named arrays in one piece of pinned host memory, and where the device finds them.
+    """Named arrays in one range of pinned host memory, and their addresses on the device.
 
-    `arrays` are the host's views. `event` is reached when the last transfer is over; `number` is that transfer's (see Copies).
+    `arrays` are the host's views. `event` is reached when the last transfer is over; `number` is that transfer's (see
+    Copies).
     """
 
     def __init__(self, device: Device, layout: Layout):
@@ -45,10 +46,14 @@ def host_array(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 class Transfers(Protocol):
-    """How blocks travel. The host writes a block's arrays only after `settle`, and reads them only after `download` and `settle`."""
+    """How blocks travel.
+
+    The host writes a block's arrays only after `settle`, and reads them only after `download` and `settle`.
+    """
 
     def upload(self, block: Block, reader: Stream | None, free: Event | None = None) -> None:
-        """Let later work of `reader` see what the host wrote; None: whoever reads it waits for a later upload, and nobody settles it.
+        """Let later work of `reader` see what the host wrote. None: its readers wait for a later upload instead, and
+        nobody settles the block.
 
         `free` is reached when the device no longer reads what the block held before; None: that was waited for.
         """
@@ -63,12 +68,12 @@ class Transfers(Protocol):
         ...
 
     def release(self, blocks: Iterable[Block], done: Event, read: Event) -> None:
-        """Wait until blocks may be freed, which the device last wrote before `done` and read before `read`."""
+        """Wait until blocks may be freed that the device last wrote before `done` and last read before `read`."""
         ...
 
 
 class Copies:
-    """Copies on one stream. They end in order, so a wait for one of them is a wait for all before it, which then cost nothing."""
+    """Copies on one stream. They end in order: after a wait for one of them, waits for earlier ones cost nothing."""
 
     def __init__(self, device: Device):
         self.stream = device.stream()
@@ -111,7 +116,7 @@ class Copies:
 
 
 class Mapped:
-    """Host and device share their memory: nothing is copied, but neither may touch a block while the other uses it."""
+    """Host and device share memory: nothing is copied, but neither may touch a block while the other uses it."""
 
     def upload(self, block: Block, reader: Stream | None, free: Event | None = None) -> None:
         """See `Transfers`. The block is in use until `free` is reached again, which its reader records."""

@@ -1,4 +1,4 @@
-"""Statistics of what a model serves, against numpy on exactly those positions; cut off anywhere and taken up again bit for bit."""
+"""Statistics of the positions that a model serves, against numpy; interrupted runs go on bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,19 @@ from tests.support.small_blocks import LAYERS, TABLE, WEIGHTS, H, V, blocks, exp
 def texts(seed: int = 0, count: int = 4) -> list[Text]:
     """Random texts in which expert 2 never answers."""
     rng = np.random.default_rng(seed)
-    made = []
+    recorded = []
     for _ in range(count):
         prompt, new = rng.integers(1, 5), rng.integers(1, 6)
         experts = [NOBODY] * (prompt - 1) + rng.integers(0, 2, new).tolist() + [NOBODY]
-        made.append(Text(rng.integers(0, V, prompt + new).astype(np.int32), np.array(experts, np.int8)))
-    return made
+        recorded.append(Text(rng.integers(0, V, prompt + new).astype(np.int32), np.array(experts, np.int8)))
+    return recorded
 
 
 TEXTS = texts()
 
 
-def observed(masks: list[Mask], found: list[Text] = TEXTS, **options: Any) -> dict[str, Observer]:
-    return observe(blocks(), found, masks, lambda ids: TABLE[ids][None], WEIGHTS.__getitem__, threads=1, **options)
+def observed(masks: list[Mask], texts: list[Text] = TEXTS, **options: Any) -> dict[str, Observer]:
+    return observe(blocks(), texts, masks, lambda ids: TABLE[ids][None], WEIGHTS.__getitem__, threads=1, **options)
 
 
 def same(one: dict[str, Observer], other: dict[str, Observer]) -> None:
@@ -45,12 +45,12 @@ def same(one: dict[str, Observer], other: dict[str, Observer]) -> None:
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 99), st.sampled_from([None, 0, 1, 2]))
 def test_what_is_served_and_nothing_else(seed: int, model: int | None) -> None:
-    found = texts(seed)
-    masks = served(found, model)
-    for matrix, observer in observed(masks, found).items():
+    recorded = texts(seed)
+    masks = served(recorded, model)
+    for matrix, observer in observed(masks, recorded).items():
         rows = [
             expected(text.ids, WEIGHTS)[matrix][mask.head if matrix == "lm_head" else np.arange(mask.body)]
-            for text, mask in zip(found, masks, strict=True)
+            for text, mask in zip(recorded, masks, strict=True)
         ]
         x = np.concatenate(rows)
         assert observer.rows == len(x)
@@ -63,9 +63,9 @@ def test_what_is_served_and_nothing_else(seed: int, model: int | None) -> None:
 
 def test_an_expert_that_serves_nothing(tmp_path: Path) -> None:
     done: list[float] = []
-    found = observed(served(TEXTS, 2), advance=done.append, states=tmp_path / "states")
-    assert list(found) == [*(f"layers.{layer}.w" for layer in range(LAYERS)), "lm_head"]
-    assert all(observer.rows == 0 and observer.channel_absmax.shape == (H,) for observer in found.values())
+    observers = observed(served(TEXTS, 2), advance=done.append, states=tmp_path / "states")
+    assert list(observers) == [*(f"layers.{layer}.w" for layer in range(LAYERS)), "lm_head"]
+    assert all(observer.rows == 0 and observer.channel_absmax.shape == (H,) for observer in observers.values())
     assert sum(done) == LAYERS + 1 and not list(tmp_path.iterdir())
 
 

@@ -117,7 +117,7 @@ def test_mse_is_as_good_as_the_best_range_on_the_raw_values(kind: str, seed: int
 
 def migacz(counts: np.ndarray) -> int:
     """The number of bins with the smallest divergence, as the slides of GTC 2017 describe it, bin by bin."""
-    found = {}
+    divergences = {}
     for i in range(LEVELS + 1, len(counts) + 1):
         p = counts[:i].astype(np.float64)
         p[-1] += counts[i:].sum()
@@ -129,8 +129,8 @@ def migacz(counts: np.ndarray) -> int:
                 q[mine] = counts[:i][level == which].sum() / mine.sum()
         p, q = p / p.sum(), q / max(q.sum(), 1)
         with np.errstate(divide="ignore"):
-            found[i] = float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
-    return min(found, key=lambda i: found[i])
+            divergences[i] = float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
+    return min(divergences, key=lambda i: divergences[i])
 
 
 @pytest.mark.parametrize("kind", ["even", "heavy", "outliers"])

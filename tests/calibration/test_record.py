@@ -1,4 +1,4 @@
-"""Recorded texts against plain torch: each token within the nucleus of its distribution, each expert the router's choice."""
+"""Recorded texts against plain torch: each token lies in the nucleus, each expert is the router's choice."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +19,13 @@ NEW, CONTEXT = 40, 96
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, System]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, System]:
     return export_system(tmp_path_factory.mktemp("record"), Shape(layers=1, tokenizer=True), ("fp32",), max_seq_len=CONTEXT)
 
 
 @pytest.fixture
-def runtime(made: tuple[Path, System]) -> Iterator[FusionRuntime]:
-    with FusionRuntime.load(made[0], threads=1) as loaded:
+def runtime(exported: tuple[Path, System]) -> Iterator[FusionRuntime]:
+    with FusionRuntime.load(exported[0], threads=1) as loaded:
         yield loaded
 
 
@@ -37,11 +37,11 @@ def equal(one: Text, other: Text) -> bool:
     return np.array_equal(one.ids, other.ids) and np.array_equal(one.experts, other.experts)
 
 
-def test_what_the_system_does_on_its_own(made: tuple[Path, System], runtime: FusionRuntime) -> None:
+def test_what_the_system_does_on_its_own(exported: tuple[Path, System], runtime: FusionRuntime) -> None:
     texts = recorded(runtime)
-    found = reference(made[1], [text.ids.tolist() for text in texts], (0.5, 0.5))
+    references = reference(exported[1], [text.ids.tolist() for text in texts], (0.5, 0.5))
     chosen = set()
-    for prompt, text, expected in zip(PROMPTS, texts, found, strict=True):
+    for prompt, text, expected in zip(PROMPTS, texts, references, strict=True):
         start = runtime.prompt_ids(prompt)
         assert text.ids.dtype == np.int32 and text.experts.dtype == np.int8
         assert text.ids[: len(start)].tolist() == start and len(text.ids) == len(start) + NEW == len(text.experts)

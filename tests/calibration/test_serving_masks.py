@@ -19,7 +19,10 @@ def recorded(draw: st.DrawFn) -> Text:
 
 
 def played(text: Text, model: int) -> tuple[set[int], list[int]]:
-    """The positions that an expert reads, and those it answers at: when asked, it first reads everything that it has missed."""
+    """The positions that an expert reads, and those where it answers.
+
+    Before it answers it reads everything that it has missed.
+    """
     read: set[int] = set()
     answered = []
     for position, expert in enumerate(text.experts):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from fusionroute.calibration import checksummed_file
-from fusionroute.calibration.commands import app
+from fusionroute.calibration.commands import VERB
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import NOBODY, Text
 from fusionroute.calibration.table import KIND, Table, figures
+from fusionroute.runtime.commands.verbs import run_verb
 from fusionroute.runtime.errors import InputError
 from tests.support.commands import Command, in_folder
 
@@ -24,7 +25,7 @@ def inputs(model: str) -> dict[str, np.ndarray]:
     return {"model.layers.10.q": wide.astype(np.float32), "model.layers.2.q": rng.standard_normal((ROWS[model], 4)).astype(np.float32)}
 
 
-def made() -> Table:
+def example_table() -> Table:
     texts = [Text(np.array([1, 2, 3, 4], np.int32), np.array([NOBODY, 0, 0, NOBODY], np.int8))]
     texts.append(Text(np.array([7, 8], np.int32), np.array([1, NOBODY], np.int8)))
     models: dict[str, dict[str, Observer]] = {}
@@ -36,7 +37,7 @@ def made() -> Table:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    table = made()
+    table = example_table()
     table.save(tmp_path / "t.safetensors")
     again = Table.load(tmp_path / "t.safetensors")
     assert again.identity == table.identity
@@ -53,7 +54,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert (tmp_path / "t.safetensors").stat().st_size < 12_000 * len(ROWS) * 2
 
 
-@pytest.mark.parametrize("table", [Table([], {}, ""), Table(made().texts, {}, "x"), Table([], made().models, "x")])
+@pytest.mark.parametrize("table", [Table([], {}, ""), Table(example_table().texts, {}, "x"), Table([], example_table().models, "x")])
 def test_parts_alone(tmp_path: Path, table: Table) -> None:
     table.save(tmp_path / "t")
     again = Table.load(tmp_path / "t")
@@ -61,7 +62,7 @@ def test_parts_alone(tmp_path: Path, table: Table) -> None:
 
 
 def test_tables_that_lack_something(tmp_path: Path) -> None:
-    made().save(tmp_path / "t")
+    example_table().save(tmp_path / "t")
     tensors, about = checksummed_file.read(tmp_path / "t", KIND)
     for change in ("lengths", "ids", "router/model.layers.2.q/counts"):
         checksummed_file.write(tmp_path / "t", KIND, {name: x for name, x in tensors.items() if name != change}, about)
@@ -76,25 +77,25 @@ def test_tables_that_lack_something(tmp_path: Path) -> None:
 def test_figures() -> None:
     for model in ("router", "math"):
         for matrix, x in inputs(model).items():
-            found = figures(made().models[model][matrix])
+            summary = figures(example_table().models[model][matrix])
             channels = np.abs(x).max(0)
-            assert found["rows"] == len(x) and found["absmax"] == channels.max()
-            assert found["outliers"] == pytest.approx(channels.max() / np.median(channels))
-            assert found["p99.99"] == pytest.approx(np.percentile(np.abs(x), 99.99), rel=0.2)
-            assert found["mse"] is not None and 0.5 * channels.max() < found["mse"] <= channels.max()
-    assert figures(made().models["code"]["model.layers.2.q"]) == {"rows": 0, "absmax": 0, "p99.99": 0, "mse": 0, "outliers": None}
+            assert summary["rows"] == len(x) and summary["absmax"] == channels.max()
+            assert summary["outliers"] == pytest.approx(channels.max() / np.median(channels))
+            assert summary["p99.99"] == pytest.approx(np.percentile(np.abs(x), 99.99), rel=0.2)
+            assert summary["mse"] is not None and 0.5 * channels.max() < summary["mse"] <= channels.max()
+    assert figures(example_table().models["code"]["model.layers.2.q"]) == {"rows": 0, "absmax": 0, "p99.99": 0, "mse": 0, "outliers": None}
 
 
 def test_summary() -> None:
-    summary = made().summary()
+    summary = example_table().summary()
     assert (summary["texts"], summary["tokens"], summary["answered"]) == (2, 6, 3)
     assert summary["shares"] == pytest.approx({"math": 2 / 3, "code": 1 / 3})
 
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    made().save(tmp_path / "t.safetensors")
-    with in_folder("calibration", app, tmp_path, monkeypatch, capsys) as run:
+    example_table().save(tmp_path / "t.safetensors")
+    with in_folder("calibration", lambda: run_verb("calibrate", VERB), tmp_path, monkeypatch, capsys) as run:
         yield run
 
 
@@ -103,10 +104,10 @@ def test_the_command(command: Command) -> None:
     assert ended.status == 0 and ended.err == ""
     for words in ("2 texts, 6 tokens, 3 answered", "66.7%", "33.3%", "router", "model.layers.10.q", "400", "outlier ratio"):
         assert words in ended.out
-    shown = f"{figures(made().models['router']['model.layers.10.q'])['absmax']:.4g}"
+    shown = f"{figures(example_table().models['router']['model.layers.10.q'])['absmax']:.4g}"
     assert shown in ended.out
     ended = command("t.safetensors", "--json")
-    assert ended.status == 0 and json.loads(ended.out) == json.loads(json.dumps(made().summary()))
+    assert ended.status == 0 and json.loads(ended.out) == json.loads(json.dumps(example_table().summary()))
 
 
 def test_the_command_on_what_is_no_table(command: Command, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -18,9 +19,9 @@ from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES
-from fusionroute.fr_export.verify.bounds import OWN
 from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.manifest import Engines, Manifest
+from fusionroute.runtime.precisions import PRECISIONS
 from fusionroute.runtime.tensorrt.residency import Residency
 from tests.support.simulated.bundles import add_engines
 from tests.support.simulated.install import simulated
@@ -71,7 +72,7 @@ def short() -> Iterator[None]:
     with (
         patch.multiple(cpu_reference, TOKENS=64, NEW_TOKENS=10),
         patch.multiple(speed, NEW_TOKENS=8, REPEATS=2),
-        patch.dict(OWN, {("tensorrt", precision): {"kl_mean": 0.05} for precision in ("bf16", "int8")}),
+        patch.dict(PRECISIONS, {name: replace(PRECISIONS[name], bounds_on={"tensorrt": {"kl_mean": 0.05}}) for name in ("bf16", "int8")}),
         patch.object(bandwidth, "of_host", return_value=bandwidth.Bandwidth(1e10, 1)),
     ):
         yield

@@ -1,4 +1,4 @@
-"""What a calibrating export generates its texts with: a bundle beside the one that it makes, of which nothing stays."""
+"""The temporary bundle that generates the texts of a calibrating export."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def forms(graph: Path) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize(("limit", "recorded"), [(recording.LARGE, (8, 64)), (0, (4, 128))], ids=["small", "large"])
 def test_recording(limit: int, recorded: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large systems record at 4 bits in large blocks, which need least memory; what is exported has its own blocks."""
+    """Large systems record at 4 bits in large blocks, which need least memory. The exported bundle has its own blocks."""
     shape = Shape(layers=1, experts=2, hidden=128, tokenizer=True)
     router, experts = make_system(tmp_path, shape)
     prompts = tmp_path / "prompts.txt"

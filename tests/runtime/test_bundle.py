@@ -62,8 +62,8 @@ def refusal(bundle: Path) -> str:
 
 
 def first(content: dict[str, Any]) -> dict[str, Any]:
-    first_variant: dict[str, Any] = content["variants"][0]
-    return first_variant
+    variant: dict[str, Any] = content["variants"][0]
+    return variant
 
 
 def escape(path: str) -> dict[str, Change]:
@@ -234,7 +234,9 @@ def test_a_tokenizer_that_the_manifest_does_not_name_is_not_used(bundle: Path) -
 
 
 def test_links_out_of_the_bundle_are_refused_or_lead_to_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
-    """A link gains nothing: what it leads to must have the hash, and ONNX Runtime reads no weights outside of the folder."""
+    """A link gains nothing: what it leads to must have the hash, and ONNX Runtime reads no weights outside of the
+    folder.
+    """
     for kind in ("graph", "weights", "tokenizer"):
         name = named(bundle, kind)
         outside = tmp_path / f"outside-{kind}"

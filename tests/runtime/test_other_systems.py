@@ -1,4 +1,7 @@
-"""The light runtime without what only Linux has. Windows and macOS are simulated: what they lack is taken away before the first import."""
+"""The light runtime without what only Linux has.
+
+Windows and macOS are simulated: what they lack is taken away before the first import.
+"""
 
 import json
 import subprocess

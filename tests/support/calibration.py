@@ -22,6 +22,7 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.fit_context import FitContext, Shared
 from fusionroute.fr_export.precision.fp32 import Fp32
 
 
@@ -46,6 +47,11 @@ def observe(graph: Graph, weights: Weights, texts: Sequence[Sequence[int]]) -> d
 def known(texts: Sequence[np.ndarray]) -> Evidence:
     """Evidence of texts that the model serves at every position; it has no statistics."""
     return Evidence([Text(ids, np.zeros(len(ids), np.int8)) for ids in texts], [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
+
+
+def fit_context(graph: Graph, weights: Weights, evidence: Evidence, folder: Path) -> FitContext:
+    """What a precision is given to fit the first model of a variant, whose weights go to `folder`."""
+    return FitContext(graph, weights, evidence, Store(folder), Shared(), lambda _: None)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from fusionroute.fr_export.checkpoints.system import RoutingHead
 from fusionroute.fr_export.graphs.graph import Graph
 
 
-class Lowering(Protocol):
+class Dialect(Protocol):
     """One dialect of ONNX."""
 
     def __hash__(self) -> int:

@@ -30,8 +30,8 @@ def cache_head_size(head_size: int) -> int:
 def padded(*heads: Tensor) -> list[Tensor]:
     """Queries, keys or values [..., D] with D as it is in the cache."""
     size = heads[0].shape[-1]
-    wanted = cache_head_size(size)
-    return [nn.functional.pad(x, (0, wanted - size)) if wanted != size else x for x in heads]
+    padded_size = cache_head_size(size)
+    return [nn.functional.pad(x, (0, padded_size - size)) if padded_size != size else x for x in heads]
 
 
 def linear(self: nn.Linear, x: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def emitting(model: Any) -> AbstractContextManager[None]:
 
 
 class Forward(layers.Model):
-    """The signature of the `ort` dialect: ids and KV buffers in, logits and final hidden states of the wanted positions out."""
+    """The signature of the `ort` dialect: ids and KV buffers in, logits and final hidden states of the asked positions out."""
 
     def __init__(self, model: Any, max_seq_len: int):
         self.rotary = rotary_inside(model.config.head_dim)

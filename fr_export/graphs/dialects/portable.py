@@ -28,11 +28,11 @@ PAST, TOTAL = "past_sequence_length", "past_sequence_length + sequence_length"
 class Step:
     """What the attention calls of one forward pass share; travels through the model's keyword arguments.
 
-    past: per layer key and value [B, KV, P, D]. kept bool [B, P + S]: the positions that hold no padding.
+    past: per layer key and value [B, KV, P, D]. unpadded bool [B, P + S]: the positions that hold no padding.
     """
 
-    def __init__(self, past: list[tuple[Tensor, Tensor]], kept: Tensor):
-        self.past, self.kept = past, kept
+    def __init__(self, past: list[tuple[Tensor, Tensor]], unpadded: Tensor):
+        self.past, self.unpadded = past, unpadded
         self.present: list[tuple[Tensor, Tensor]] = list(past)
         self.masks: dict[int | None, Tensor] = {}
 
@@ -48,10 +48,10 @@ class Step:
         Places count, not positions: padding on the left moves both alike.
         """
         if window not in self.masks:
-            total = self.kept.shape[1]
+            total = self.unpadded.shape[1]
             distance = (torch.arange(length) + (total - length))[:, None] - torch.arange(total)[None]
             near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            self.masks[window] = near & self.kept[:, None, None, None]
+            self.masks[window] = near & self.unpadded[:, None, None, None]
         return self.masks[window]
 
 

@@ -95,7 +95,7 @@ def emitting(model: Any) -> AbstractContextManager[None]:
 
 
 class Forward(layers.Model):
-    """The signature of the `tensorrt` dialect: ids and KV buffers in, logits and final hidden states of the wanted positions out."""
+    """The signature of the `tensorrt` dialect: ids and KV buffers in, logits and final hidden states of the asked positions out."""
 
     Step = Step
 

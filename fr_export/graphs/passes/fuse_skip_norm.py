@@ -14,7 +14,7 @@ def fuse_skip_norm(graph: Graph) -> None:
         add = total.producer()
         if add is None or add.op_type != "Add" or any(x is None or x.shape != total.shape for x in add.inputs):
             continue
-        out, kept = (ir.Value(name=f"{v.name}.fused", type=v.type, shape=v.shape) for v in (norm.outputs[0], total))
+        out, fused_total = (ir.Value(name=f"{v.name}.fused", type=v.type, shape=v.shape) for v in (norm.outputs[0], total))
         epsilon = norm.attributes["epsilon"].as_float()
         unused = [ir.Value(name=f"{out.name}.{which}") for which in ("mean", "deviation")]
         fused = node(
@@ -22,19 +22,19 @@ def fuse_skip_norm(graph: Graph) -> None:
             norm,
             "com.microsoft::SkipSimplifiedLayerNormalization",
             [*add.inputs, norm.inputs[1]],
-            [out, *unused, kept],
+            [out, *unused, fused_total],
             epsilon=epsilon,
         )
         for value in unused:
             value.name = ""  # left out
         norm.outputs[0].replace_all_uses_with(out)
         # the sum is needed after the norm only: before it, nothing but this norm may use it
-        total.replace_all_uses_with(kept)
-        fused_order(inner, fused, kept)
+        total.replace_all_uses_with(fused_total)
+        fused_order(inner, fused, fused_total)
     RemoveUnusedNodesPass()(graph.model)
 
 
-def fused_order(inner: ir.Graph, fused: ir.Node, kept: ir.Value) -> None:
+def fused_order(inner: ir.Graph, fused: ir.Node, fused_total: ir.Value) -> None:
     """Check that no user of the sum stands before the operator that now makes it."""
     position = {n: index for index, n in enumerate(inner)}
-    assert all(position[user] > position[fused] for user in kept.consumers() if user in position)
+    assert all(position[user] > position[fused] for user in fused_total.consumers() if user in position)

@@ -10,7 +10,7 @@ from fusionroute.fr_export.graphs.graph import Graph, Source, initializer, node
 def pack_qkv(graph: Graph) -> None:
     """Stack the rows of query, key and value weights [out, in] wherever all three come straight from products of the same input."""
     for attention in [n for n in graph.model.graph if n.op_type == "GroupQueryAttention"]:
-        products = [made for value in attention.inputs[:3] if value is not None and (made := value.producer()) is not None]
+        products = [product for value in attention.inputs[:3] if value is not None and (product := value.producer()) is not None]
         out = packed(graph, products)
         if out is None:
             continue  # a bias, a rotary outside the operator, or a padded head lies between

@@ -15,7 +15,7 @@ FLOAT = ir.DataType.FLOAT
 NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
 IN_HALF = ("FusedMatMul", "MatMul", "GroupQueryAttention", "Attention", "TensorScatter")
 IN_FLOAT = ("Tanh", "Where", "Softmax")  # what attention in primitive operators has between its products
-TINY = 1e-30  # a token whose values are all zero is divided by this
+SMALLEST_DIVISOR = 1e-30  # a token whose values are all zero is divided by this
 
 
 def to_half(graph: Graph, half: ir.DataType, wide: bool) -> None:
@@ -91,7 +91,7 @@ class _Narrowing:
         gate · up is the one input of a product that no norm bounds: in fp16 it would overflow before down_proj, or in its sums.
         """
         x = product.inputs[0]
-        axis, tiny = self._constant("last_axis", np.array([-1], np.int64)), self._constant("tiny", np.array(TINY, np.float32))
+        axis, tiny = self._constant("last_axis", np.array([-1], np.int64)), self._constant("tiny", np.array(SMALLEST_DIVISOR, np.float32))
         size, largest, scale, scaled = (ir.Value(name=f"{x.name}.{part}") for part in ("abs", "largest", "scale", "scaled"))
         node(self.inner, product, "Abs", [x], [size])
         node(self.inner, product, "ReduceMax", [size, axis], [largest], keepdims=1)
@@ -122,11 +122,11 @@ class _Narrowing:
     def _cast(self, value: ir.Value, dtype: ir.DataType, before: ir.Node | None) -> ir.Value:
         key = (value, dtype)
         if key not in self.casts:
-            made = ir.Value(name=f"{value.name}.{dtype.name.lower()}", type=ir.TensorType(dtype), shape=value.shape)
-            node(self.inner, before, "Cast", [value], [made], to=int(dtype))
+            cast = ir.Value(name=f"{value.name}.{dtype.name.lower()}", type=ir.TensorType(dtype), shape=value.shape)
+            node(self.inner, before, "Cast", [value], [cast], to=int(dtype))
             if value in self.types:
-                self._set(made, dtype)
-            self.casts[key] = made
+                self._set(cast, dtype)
+            self.casts[key] = cast
         return self.casts[key]
 
     def _widen_all(self, value: ir.Value) -> None:
@@ -149,8 +149,8 @@ class _Narrowing:
         self.types[value] = dtype
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        found = self.inner.initializers.get(name)
-        return found or initializer(self.inner, name, ir.DataType.from_numpy(array.dtype), array.shape, ir.tensor(array, name=name))
+        constant = self.inner.initializers.get(name)
+        return constant or initializer(self.inner, name, ir.DataType.from_numpy(array.dtype), array.shape, ir.tensor(array, name=name))
 
 
 def _gated(n: ir.Node | None, types: dict[ir.Value, ir.DataType]) -> bool:
@@ -165,7 +165,7 @@ def _gated(n: ir.Node | None, types: dict[ir.Value, ir.DataType]) -> bool:
 
 def _floating(value: ir.Value) -> bool:
     """Whether a value that depends on no embedding is fp32; traced constants have no type of their own."""
-    made = value.producer()
-    if made is not None and made.op_type == "Constant":
-        return "value" in made.attributes and made.attributes["value"].as_tensor().dtype == FLOAT
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Constant":
+        return "value" in producer.attributes and producer.attributes["value"].as_tensor().dtype == FLOAT
     return value.dtype in (FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

@@ -9,21 +9,20 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.graphs.graph import Graph, initializer, node
+from fusionroute.fr_export.graphs.graph import Graph, initializer, node, users
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision.blockwise import Format, Stored, held, nearest, sliced, store_blocks
+from fusionroute.fr_export.precision.blockwise import Format, Stored, in_range, nearest, sliced, store_blocks
 from fusionroute.fr_export.precision.half import TYPES
 from fusionroute.fr_export.precision.qdq.products import multiply
-from fusionroute.fr_export.precision.scheme import users
 
 INTEGERS = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 Enter = Callable[[ir.Node], ir.Value]
 
 
-def round_to_nearest(matrix: ir.Value, rows: Iterator[np.ndarray], form: Format, store: Store) -> Stored:
+def round_to_nearest(matrix: ir.Value, rows: Iterator[np.ndarray], fmt: Format, store: Store) -> Stored:
     """A matrix without knowledge of its inputs. Raises InputError where a value is beyond what the format holds."""
-    pieces = sliced(held(rows, form, str(matrix.name)), int(matrix.shape[1]))
-    return store_blocks((nearest(piece, form) for piece in pieces), form, store)
+    pieces = sliced(in_range(rows, fmt, str(matrix.name)), int(matrix.shape[1]))
+    return store_blocks((nearest(piece, fmt) for piece in pieces), fmt, store)
 
 
 def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store, enter: Enter | None = None) -> None:
@@ -31,20 +30,20 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store, enter: 
 
     `enter` gives the first operand of a product, which is otherwise what it was.
     """
-    inner, form = graph.model.graph, stored.form
+    inner, fmt = graph.model.graph, stored.format
     name, (out, width) = str(matrix.name), (int(size) for size in matrix.shape)
     products, lookups = users(matrix)
-    blocks = width // form.block
-    integers = INTEGERS[form.bits]
+    blocks = width // fmt.block
+    integers = INTEGERS[fmt.bits]
     values = initializer(
-        inner, f"{name}.int{form.bits}", integers, (out, width), stored.values.tensor(f"{name}.int{form.bits}", integers, (out, width))
+        inner, f"{name}.int{fmt.bits}", integers, (out, width), stored.values.tensor(f"{name}.int{fmt.bits}", integers, (out, width))
     )
-    by_row = form.bits == 8
+    by_row = fmt.bits == 8
     shape = (out,) if by_row else (out, blocks)
-    scales = store.put(stored.scales.read(form.scale_type).astype(numpy_type(matrix.dtype)))
+    scales = store.put(stored.scales.read(fmt.scale_type).astype(numpy_type(matrix.dtype)))
     scale = initializer(inner, f"{name}.scale", matrix.dtype, shape, scales.tensor(f"{name}.scale", matrix.dtype, shape))
     wide = ir.Value(name=f"{name}.wide", type=ir.TensorType(matrix.dtype), shape=matrix.shape)
-    where = {"axis": 0} if by_row else {"axis": 1, "block_size": form.block}
+    where = {"axis": 0} if by_row else {"axis": 1, "block_size": fmt.block}
     node(inner, (lookups or products)[0], "DequantizeLinear", [values, scale], [wide], **where)
     multiply(graph, matrix, wide, enter)
     for lookup in lookups:
@@ -54,4 +53,4 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store, enter: 
 
 def numpy_type(dtype: ir.DataType) -> np.dtype:
     """Of an activation type."""
-    return next((found for found, kind, _ in TYPES.values() if kind == dtype), np.dtype(np.float32))
+    return next((array_type for array_type, kind, _ in TYPES.values() if kind == dtype), np.dtype(np.float32))

@@ -3,23 +3,21 @@
 With calibration the weights are rounded by GPTQ, and matrices that it finds sensitive are kept at 8 bits; without, they are rounded to nearest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.int4 import BUDGET
 from fusionroute.fr_export.precision.qdq.dequantise import attach, round_to_nearest
-from fusionroute.fr_export.precision.qdq.forms import BLOCKS, by_row, in_blocks
-from fusionroute.fr_export.precision.scheme import Fitted
+from fusionroute.fr_export.precision.qdq.weight_formats import BLOCKS, by_row, in_blocks
+from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.sensitive import sensitive
 
 TYPICAL = replace(in_blocks(BLOCKS[0]), scale_type=np.dtype(np.float16))  # what matrices are measured in, with its size on disk
@@ -36,12 +34,12 @@ class Int4:
         """Round slice by slice. Raises InputError where a block's scale lies beyond fp16's range."""
         attach(graph, matrix, round_to_nearest(matrix, rows, in_blocks(int(matrix.shape[1])), store), store)
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
-        """Keep what is sensitive at 8 bits, then round with `compensate`; see `scheme.Fitting`."""
-        widths = matrices(graph)
-        kept = sensitive(graph, weights, known, dict.fromkeys(widths, TYPICAL), WIDE, BUDGET)
-        forms = {name: by_row(width) if name in kept else in_blocks(width) for name, width in widths.items()}
-        stored = compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance)
-        return graph, Compensated(self, stored, attach)
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
+        """Keep what is sensitive at 8 bits, then round with `round_sequentially`; see `scheme.Fitting`."""
+        widths = matrices(context.graph)
+        at_8_bits = sensitive(context, dict.fromkeys(widths, TYPICAL), WIDE, BUDGET)
+        formats = {name: by_row(width) if name in at_8_bits else in_blocks(width) for name, width in widths.items()}
+        return context.graph, FittedByGptq(self, round_sequentially(context, formats), attach)
+
+
+SCHEMES: Schemes = {"tensorrt": (Int4(),)}  # its blocks are ONNX 21's, and TensorRT 10.3 is only said to read up to 20

@@ -3,44 +3,41 @@
 Products that the plan keeps at A16 read weights in 8 bits and activations in half precision.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Stored
-from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.plan_w8a8 import Plan
+from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.plan_w8a8 import W8A8Plan
 from fusionroute.fr_export.precision.qdq.dequantise import attach, numpy_type, round_to_nearest
-from fusionroute.fr_export.precision.qdq.forms import by_row, stepped
-from fusionroute.fr_export.precision.scheme import Fitted
-from fusionroute.fr_export.precision.w8a8 import Static, about, fit, rounded_input
+from fusionroute.fr_export.precision.qdq.weight_formats import by_row, stepped
+from fusionroute.fr_export.precision.scheme import Fitted, Schemes
+from fusionroute.fr_export.precision.w8a8 import StaticW8A8, about, fit, rounded_input
 
 
-class Int8(Static):
+class Int8(StaticW8A8):
     """8-bit weights and activations, whose scales calibration gives."""
 
     name = "int8"
     bits = 8.1
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """Even out channels, plan, and round the weights by GPTQ, as `w8a8` does; see `scheme.Fitting`."""
-        graph, plan, stored = fit(graph, weights, known, store, shared, advance, by_row)
-        return graph, Planned(plan, stored)
+        graph, plan, stored = fit(context, by_row)
+        return graph, PlannedInt8(plan, stored)
 
 
-class Planned:
+class PlannedInt8:
     """One model's weights and activations in 8 bits, as its plan says."""
 
     name = "int8"
 
-    def __init__(self, plan: Plan, stored: Mapping[str, Stored]):
+    def __init__(self, plan: W8A8Plan, stored: Mapping[str, Stored]):
         self.plan, self._stored = plan, stored
         self.bits = Int8.bits
 
@@ -60,3 +57,6 @@ class Planned:
             return rounded_input(graph.model.graph, product, ir.tensor(stepped(np.array(step, np.float32)).astype(numpy_type(dtype))))
 
         attach(graph, matrix, stored, store, enter if step is not None else None)
+
+
+SCHEMES: Schemes = {"tensorrt": (Int8(),), "tensorrt:10.3": (Int8(),)}

@@ -1,20 +1,18 @@
 """int8-wo, weight-only: 8 bits with one scale per row (8.1 bits per weight); activations stay in half precision."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.qdq.dequantise import attach, round_to_nearest
-from fusionroute.fr_export.precision.qdq.forms import by_row
-from fusionroute.fr_export.precision.scheme import Fitted
+from fusionroute.fr_export.precision.qdq.weight_formats import by_row
+from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 
 
 class Int8WeightOnly:
@@ -27,10 +25,10 @@ class Int8WeightOnly:
         """Round slice by slice. Raises InputError where a row's scale lies beyond fp16's range."""
         attach(graph, matrix, round_to_nearest(matrix, rows, by_row(int(matrix.shape[1])), store), store)
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
-        """Round with `compensate`; see `scheme.Fitting`."""
-        forms = {name: by_row(width) for name, width in matrices(graph).items()}
-        stored = compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance)
-        return graph, Compensated(self, stored, attach)
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
+        """Round with `round_sequentially`; see `scheme.Fitting`."""
+        formats = {name: by_row(width) for name, width in matrices(context.graph).items()}
+        return context.graph, FittedByGptq(self, round_sequentially(context, formats), attach)
+
+
+SCHEMES: Schemes = {"tensorrt": (Int8WeightOnly(),), "tensorrt:10.3": (Int8WeightOnly(),)}

@@ -9,9 +9,9 @@ from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.fp32 import Fp32
 from fusionroute.fr_export.precision.half import TYPES
-from fusionroute.fr_export.precision.half_activations import Throughout
+from fusionroute.fr_export.precision.half_activations import HalfActivations
 from fusionroute.fr_export.precision.qdq.products import multiply
-from fusionroute.fr_export.precision.scheme import Scheme
+from fusionroute.fr_export.precision.scheme import Scheme, Schemes
 
 
 class Plain:
@@ -19,10 +19,17 @@ class Plain:
 
     def __init__(self, name: str):
         self.name = name
-        self._stored: Scheme = Throughout(name) if name in TYPES else Fp32()
+        self._stored: Scheme = HalfActivations(name) if name in TYPES else Fp32()
         self.bits = self._stored.bits
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Store the rows and rewrite the products. Raises InputError where a weight lies beyond the type's range."""
         self._stored.bind(graph, matrix, rows, store)
         multiply(graph, matrix, matrix)
+
+
+SCHEMES: Schemes = {
+    "portable": (Plain("fp32"), Plain("fp16")),
+    "tensorrt": (Plain("fp32"), Plain("fp16"), Plain("bf16")),
+    "tensorrt:10.3": (Plain("fp32"), Plain("fp16"), Plain("bf16")),
+}

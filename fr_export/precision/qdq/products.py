@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from fusionroute.fr_export.graphs.graph import Graph, node
-from fusionroute.fr_export.precision.scheme import replace, users
+from fusionroute.fr_export.graphs.graph import Graph, node, replace_node, users
 
 
 def multiply(graph: Graph, matrix: ir.Value, weight: ir.Value, enter: Callable[[ir.Node], ir.Value] | None = None) -> None:
@@ -20,4 +19,4 @@ def multiply(graph: Graph, matrix: ir.Value, weight: ir.Value, enter: Callable[[
         result = product.outputs[0]
         fresh = ir.Value(name=f"{result.name}.product", type=result.type, shape=result.shape)
         node(inner, product, "MatMul", [enter(product) if enter else product.inputs[0], turned], [fresh])
-        replace(inner, product, fresh)
+        replace_node(inner, product, fresh)

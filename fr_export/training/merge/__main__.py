@@ -1,6 +1,7 @@
 """`python -m fr_export.training.merge`: merge experts of one base.
 
-python -m fr_export.training.merge --method dare --base SRC --expert SRC --expert SRC --scale 0.5 --drop 0.5 --seed 0 --out DIR
+python -m fr_export.training.merge --method dare --base SRC --expert SRC --expert SRC --scale 0.5 --drop 0.5 --seed 0
+--out DIR
 """
 
 from pathlib import Path

@@ -1,6 +1,7 @@
 """The formulas that merge experts: pure functions of the base's values and the experts' values.
 
-Written by hand: mergekit computes the same, but brings 400 MB of packages (datasets, pandas, pyarrow, scipy) for three formulas.
+Written by hand: mergekit computes the same, but brings 400 MB of packages (datasets, pandas, pyarrow, scipy) for three
+formulas.
 """
 
 import math
@@ -35,7 +36,8 @@ def task_arithmetic(base: Values, experts: Sequence[Values], scale: float) -> Va
 def dare(base: Values, experts: Sequence[Values], scale: float, drop: float, random: np.random.Generator) -> Values:
     """Task arithmetic on sparse differences (arXiv:2311.03099).
 
-    Each entry of each expert − base is set to zero with probability `drop`, and divided by 1 − drop otherwise, so that its mean stays.
+    Each entry of each expert − base is set to zero with probability `drop`, and divided by 1 − drop otherwise, so that
+    its mean stays.
     """
     sparse = [(expert - base) * (random.random(base.shape, np.float32) >= drop) / np.float32(1 - drop) for expert in experts]
     return _add_differences(base, sparse, scale)

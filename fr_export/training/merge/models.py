@@ -34,10 +34,11 @@ def merge(
     seed: int = 0,
     display: Stages | None = None,
 ) -> None:
-    """Write the merged model to `out`, which appears only when complete. Config, tokenizer and dtype are the first expert's.
+    """Write the merged model to `out`, which appears only when complete.
 
-    `scale` is used by task_arithmetic and dare, `drop` and `seed` by dare: equal seeds give equal weights. `base` and `experts` are folders
-    or hub ids. Raises InputError for settings out of range, for models that are not of one architecture and vocabulary, and where `out` exists.
+    Config, tokenizer and dtype are the first expert's. `scale` is used by task_arithmetic and dare, `drop` and `seed`
+    by dare: equal seeds give equal weights. `base` and `experts` are folders or hub ids. Raises InputError for settings
+    out of range, for models that are not of one architecture and vocabulary, and where `out` exists.
     """
     combine = formula(method, scale, drop, seed)
     if not experts:

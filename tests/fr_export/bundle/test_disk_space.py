@@ -1,4 +1,4 @@
-"""The room that a bundle needs, against what exports of it have on disk."""
+"""The estimate of a bundle's size on disk, against real exports and against plain counting."""
 
 import math
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_engines_hold_the_weights_again(system: System) -> None:
 
 
 def test_a_bundle_is_as_large_as_the_check_says(request_: Request, system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is rounded to nearest. The rest of a bundle, graphs and tables, is small beside real weights."""
+    """Counts the weights alone: graphs and tables are small beside real weights."""
     targets = ("ort:cpu", "ort:cuda", "portable")
     monkeypatch.setattr("fusionroute.fr_export.export.measure", lambda *_: ({}, "its size is measured here"))
     export(replace(request_, targets=targets), Stages(Console(quiet=True)))

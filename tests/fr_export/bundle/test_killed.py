@@ -29,7 +29,7 @@ from rich.console import Console
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.graphs import weight_store as store
 from fusionroute.fr_export.graphs.traces import Traces
-from fusionroute.fr_export.commands.export import app
+from fusionroute.fr_export.commands.main import run
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.verify import measure
@@ -59,7 +59,7 @@ for line in sys.stdin:
         sys.argv = ["export.py", *order["arguments"]]
         if order["stop"]:
             stop(order["stop"])
-        app()
+        run("export")
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

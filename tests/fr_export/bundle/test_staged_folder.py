@@ -19,7 +19,7 @@ DEAD = 2**22 + 1  # beyond the largest process id
 
 
 def fill(folder: Path, text: str) -> None:
-    """A bundle, as far as staging looks."""
+    """A folder that staging takes for a bundle."""
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -78,14 +78,14 @@ def notes(out: Path) -> None:
 
 
 def web_page(out: Path) -> None:
-    """A manifest.json is what browsers know too."""
+    """Browsers read files of this name too."""
     out.mkdir()
     (out / "manifest.json").write_text('{"name": "my page", "icons": []}')
     (out / "index.html").write_text("mine")
 
 
 def list_of_files(out: Path) -> None:
-    """Other tools list their files as well."""
+    """Other tools list their files in it too."""
     out.mkdir()
     (out / "manifest.json").write_text('{"files": {"index.html": "1.0"}}')
     (out / "index.html").write_text("mine")
@@ -204,8 +204,9 @@ def test_a_failing_rename_brings_the_old_bundle_back(
 
 @pytest.mark.parametrize("pid", [DEAD, os.getpid(), os.getppid()], ids=["dead", "own", "taken"])
 def test_the_next_export_clears_what_a_killed_one_left(out: Path, tmp_path: Path, pid: int) -> None:
-    """Also where its process id lives on in another process, as in containers, where all are small."""
+    """Even if another process has its id now, as happens in containers, where ids are small."""
     fill(tmp_path / f".bundle.partial-{pid}", "half")
+    (tmp_path / f".bundle.lock-{pid}").touch()
     stage(out)
     assert texts(tmp_path) == bundle("new")
 

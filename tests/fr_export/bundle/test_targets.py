@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from fusionroute.fr_export.bundle.targets import TARGETS
-from fusionroute.fr_export.commands.export import parse_gpus, parse_precisions, parse_targets
+from fusionroute.fr_export.commands.export import ALIASES, TARGET_HELP, parse_gpus, parse_precisions, parse_targets
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
@@ -31,8 +31,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Request:
     return Request(FAMILIES["gemma2"], router, experts, ("fp32", "fp16", "bf16"), ("ort:cpu", "ort:cuda"), folder / "bundle", force=True)
 
 
-def test_every_target_has_schemes_and_a_way_to_make_its_graph() -> None:
-    assert SCHEMES.keys() == TARGETS.keys()
+def test_every_target_has_schemes_a_way_to_make_its_graph_and_help() -> None:
+    named = (name.partition("[")[0] for name in TARGET_HELP)
+    assert SCHEMES.keys() == TARGETS.keys() == {ALIASES.get(name, name) for name in named}
 
 
 def test_a_bundle_for_both_targets_is_compared_where_it_runs_and_shares_its_weights(mixed: Request) -> None:

@@ -1,4 +1,4 @@
-"""Bytes of weights that a token reads, against the files on disk and against plain counting."""
+"""Bytes of weights that a token reads, against the files on disk and the number of weights."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_fp32_against_the_number_of_weights(exported: tuple[Path, Shape]) -> Non
 
 
 def test_precisions_read_as_much_as_their_bits_say(exported: tuple[Path, Shape]) -> None:
-    """But for half precision, which the CPU widens when it loads."""
+    """Except half precision, which ONNX Runtime widens on loading."""
     read = {variant.precision: sum(variant.weight_bytes.values()) for variant in Manifest.read(exported[0]).variants}
     assert read["fp16"] == pytest.approx(read["fp32"], rel=0.02) and read["bf16"] == pytest.approx(read["fp32"], rel=0.02)
     assert read["int8"] == pytest.approx(read["fp32"] * 8.5 / 32, rel=0.1)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fusionroute.fr_export import export
-from fusionroute.fr_export.commands import export as verb
+from fusionroute.fr_export.commands.main import run
 from fusionroute.fr_export.graphs import weight_store
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.runtime import FusionRuntime
@@ -29,7 +29,7 @@ SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2, 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
     """In an empty folder, with the system's checkpoints beside it."""
     (tmp_path / "here").mkdir()
-    with in_folder("export.py", verb.app, tmp_path / "here", monkeypatch, capsys) as command:
+    with in_folder("export.py", lambda: run("export"), tmp_path / "here", monkeypatch, capsys) as command:
         yield command
 
 
@@ -41,7 +41,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
 
 
 def assert_one_sentence(err: str, *words: str) -> None:
-    """The error stands on the last line alone, and no traceback above it."""
+    """The last line is the error; there is no traceback above it."""
     *above, last = err.splitlines()
     assert last.startswith("error: ") and last.endswith("."), err
     assert "Traceback" not in err and not any("error" in line for line in above), err
@@ -222,7 +222,7 @@ def test_debug_shows_where(command: Command, system: tuple[object, ...], monkeyp
 
 @pytest.mark.parametrize("package", ["torch", "onnx_ir"])
 def test_without_a_package_that_the_exporter_needs(package: str, tmp_path: Path) -> None:
-    lacking = f"import sys; sys.modules['{package}'] = None; from fusionroute.fr_export.commands.export import app; app()"
+    lacking = f"import sys; sys.modules['{package}'] = None; from fusionroute.fr_export.commands.main import run; run('export')"
     ended = python("-c", lacking, *LLAMA, "--out", tmp_path / "bundle")
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr == (
@@ -236,7 +236,7 @@ def test_wrong_usage_as_a_process() -> None:
 
 
 def test_a_reader_that_has_left(system: tuple[object, ...], command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report cannot be printed any more: no traceback, and the bundle stands."""
+    """If the reader of stdout has left, there is no traceback, and the bundle stays."""
 
     class Closed:
         """A stdout whose other end is closed."""

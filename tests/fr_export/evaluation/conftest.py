@@ -1,4 +1,4 @@
-"""Two bundles for the tests of evaluations: a system of random weights, and the shipped one that has learnt its tasks."""
+"""Two bundles for the tests of evaluations: a system of random weights, and the shipped Gemma-2 system."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`python -m fr_export.evaluate` on the shipped system: its numbers, files and pictures, tuning, and what it refuses."""
+"""`python -m fr_export.evaluate` on the shipped system: numbers, files and pictures, tuning, wrong usage."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fusionroute.fr_export.commands import evaluate as module
+from fusionroute.fr_export.commands.main import run as run_verb
 from fusionroute.fr_export.evaluation import lambdas
 from fusionroute.fr_export.tasks.domains import draw_many
 from fusionroute.runtime import FusionRuntime
@@ -24,7 +25,7 @@ from tests.support.paths import REPOSITORY
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
-    with in_folder("evaluate", module.app, tmp_path, monkeypatch, capsys) as run:
+    with in_folder("evaluate", lambda: run_verb("evaluate"), tmp_path, monkeypatch, capsys) as run:
         yield run
 
 
@@ -56,8 +57,8 @@ def test_what_it_measures_and_writes(shipped_bundle: Path, command: Command, tmp
         for domain in ("math", "code"):
             scores = row["domains"][domain]
             if f"{row['method']} {domain}" in right:
-                found = right[f"{row['method']} {domain}"]
-                assert scores["accuracy"]["value"] == pytest.approx(sum(found) / 6)
+                expected = right[f"{row['method']} {domain}"]
+                assert scores["accuracy"]["value"] == pytest.approx(sum(expected) / 6)
             assert scores["prompts"] == 6 and scores["accuracy"]["low"] <= scores["accuracy"]["value"] <= scores["accuracy"]["high"]
             assert sum(row["routing"]["domains"][domain].values()) == pytest.approx(1)
         average = sum(row["domains"][domain]["accuracy"]["value"] for domain in ("math", "code")) / 2
@@ -154,9 +155,9 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", USAGE)
 def test_wrong_usage_has_status_2(shipped_bundle: Path, command: Command, name: str, tmp_path: Path) -> None:
     arguments, words = USAGE[name]
-    found = command(*(shipped_bundle if argument == "BUNDLE" else argument for argument in arguments))
-    assert found.status == 2 and found.out == "" and not any(tmp_path.iterdir())
-    shown = " ".join(found.err.replace("│", " ").split())
+    ended = command(*(shipped_bundle if argument == "BUNDLE" else argument for argument in arguments))
+    assert ended.status == 2 and ended.out == "" and not any(tmp_path.iterdir())
+    shown = " ".join(ended.err.replace("│", " ").split())
     for word in words:
         assert word in shown
 
@@ -179,11 +180,11 @@ def test_failures_end_in_one_sentence(shipped_bundle: Path, command: Command, na
     assert not any(tmp_path.iterdir())
 
 
-def assert_one_sentence(found: Ended, *words: str) -> None:
-    assert found.status == 1 and found.out == ""
-    assert found.err.startswith("error: ") and found.err.endswith(".\n") and found.err.count("\n") == 1, found.err
+def assert_one_sentence(ended: Ended, *words: str) -> None:
+    assert ended.status == 1 and ended.out == ""
+    assert ended.err.startswith("error: ") and ended.err.endswith(".\n") and ended.err.count("\n") == 1, ended.err
     for word in words:
-        assert word in found.err
+        assert word in ended.err
 
 
 def test_additive_bundles_have_no_lambda_to_tune(shipped_bundle: Path, command: Command, tmp_path: Path) -> None:
@@ -210,12 +211,12 @@ def test_faults_and_interrupts(shipped_bundle: Path, command: Command, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(module, "run", raising(RuntimeError("two\nlines")))
         assert_one_sentence(command(*few), "unexpectedly", "RuntimeError: two lines", "--debug")
-        found = command(*few, "--debug")
-        assert found.status == 1 and "Traceback" in found.err
+        ended = command(*few, "--debug")
+        assert ended.status == 1 and "Traceback" in ended.err
         patch.setattr(module, "run", raising(KeyboardInterrupt()))
         assert_one_sentence(command(*few), "Interrupted")
     with monkeypatch.context() as patch:
         patch.setattr("fusionroute.runtime.files.Path.replace", raising(OSError(28, "No space left on device", "evaluation/accuracy.png")))
-        found = command(*few)
-        assert found.status == 1 and "No space left on device): make room, or name another disk with --out." in found.err
+        ended = command(*few)
+        assert ended.status == 1 and "No space left on device): make room, or name another disk with --out." in ended.err
     assert list((tmp_path / "evaluation").iterdir()) == []

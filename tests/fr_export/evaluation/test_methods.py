@@ -59,9 +59,9 @@ def test_a_guess_changes_no_answer(exact: FusionRuntime) -> None:
         plain = answers(exact, list(OPTIONS), prompt)
         right = tuple(plain["fused"].token_ids)
         for guess in (right, right[:5], (*right[:4], 7, 8, 9), (7,)):
-            found = answers(exact, list(OPTIONS), prompt, guess)
-            assert [(a.token_ids, a.experts) for a in found.values()] == [(a.token_ids, a.experts) for a in plain.values()]
-            assert np.allclose([a.logprob for a in found.values()], [a.logprob for a in plain.values()], atol=1e-5)
+            shared = answers(exact, list(OPTIONS), prompt, guess)
+            assert [(a.token_ids, a.experts) for a in shared.values()] == [(a.token_ids, a.experts) for a in plain.values()]
+            assert np.allclose([a.logprob for a in shared.values()], [a.logprob for a in plain.values()], atol=1e-5)
 
 
 def test_a_right_guess_costs_one_pass_per_model(exact: FusionRuntime, monkeypatch: pytest.MonkeyPatch) -> None:

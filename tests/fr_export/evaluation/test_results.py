@@ -37,12 +37,12 @@ CODE = outcomes(["no", "right", "x", "y"], [-0.2, -0.3, -0.5, -0.9], expert=1)
 
 
 def test_the_most_likely_answer_wins() -> None:
-    found = most_likely([MATH, CODE])
-    assert found.answers == ["right", "right", "42 ≠ 43", "y"]  # the first among equals
-    assert found.accuracy == 0.5
-    assert found.first.tolist() == [0, 1, 0, 1]
-    assert found.counts.sum((0, 2)).tolist() == [5 + 7, 5 + 1]
-    assert found.logprob.tolist() == pytest.approx([-0.1, -0.3, -0.5, -0.9])
+    selected = most_likely([MATH, CODE])
+    assert selected.answers == ["right", "right", "42 ≠ 43", "y"]  # the first among equals
+    assert selected.accuracy == 0.5
+    assert selected.first.tolist() == [0, 1, 0, 1]
+    assert selected.counts.sum((0, 2)).tolist() == [5 + 7, 5 + 1]
+    assert selected.logprob.tolist() == pytest.approx([-0.1, -0.3, -0.5, -0.9])
 
 
 def test_the_router_chooses_an_answer() -> None:
@@ -65,9 +65,9 @@ def test_rows_and_joined_are_inverse() -> None:
 def test_files(tmp_path: Path) -> None:
     results = {"expert:math": {"d": MATH}, "fused": {"d": CODE, 'other "d"': MATH}}
     save_results(tmp_path / "x.npz", results)
-    found = load_results(tmp_path / "x.npz")
-    assert [(method, list(domains)) for method, domains in found.items()] == [(m, list(d)) for m, d in results.items()]
-    assert all(same(found[m][d], one) for m, domains in results.items() for d, one in domains.items())
+    loaded = load_results(tmp_path / "x.npz")
+    assert [(method, list(domains)) for method, domains in loaded.items()] == [(m, list(d)) for m, d in results.items()]
+    assert all(same(loaded[m][d], one) for m, domains in results.items() for d, one in domains.items())
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
     (tmp_path / "text").write_text("no results")
     np.savez(tmp_path / "other.npz", a=np.ones(3))
@@ -81,12 +81,12 @@ def test_question_files(tmp_path: Path) -> None:
     path = tmp_path / "tasks.jsonl"
     lines = [f'{{"prompt": "{n}+1=", "answer": "{n + 1}", "domain": "{"even" if n % 2 == 0 else "odd"}", "more": 1}}' for n in range(20)]
     path.write_text("\n".join(lines) + "\n\n")
-    found = read_questions(path, 100, 0)
-    assert {domain: len(own) for domain, own in found.items()} == {"even": 10, "odd": 10}
-    assert found["odd"][1] == FileQuestion("3+1=", "4")
+    questions = read_questions(path, 100, 0)
+    assert {domain: len(own) for domain, own in questions.items()} == {"even": 10, "odd": 10}
+    assert questions["odd"][1] == FileQuestion("3+1=", "4")
     fewer = read_questions(path, 4, 0)
     assert fewer == read_questions(path, 4, 0) != read_questions(path, 4, 1)
-    assert all(len(own) == 4 and list(own) == [q for q in found[domain] if q in own] for domain, own in fewer.items())
+    assert all(len(own) == 4 and list(own) == [q for q in questions[domain] if q in own] for domain, own in fewer.items())
 
 
 BROKEN = {

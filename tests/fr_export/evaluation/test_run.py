@@ -1,4 +1,4 @@
-"""`evaluate`: outcomes of all methods, whole whatever the number of processes, and nothing computed or left running without need."""
+"""`evaluate`: the outcomes of all methods, however many processes; nothing is computed twice or left running."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_outcomes_are_those_of_the_runtime(random_bundle: Path, questions: Quest
             limit = SLACK + max(len(rt.tokenizer.encode(question.answer, special=False)) for question in own)
             options_of: dict[str, StreamOptions] = {"fused": {}, "expert:expert1": {"expert": "expert1", "lam": 0.0}}
             for method, options in options_of.items():
-                found = results[method][domain]
+                outcomes = results[method][domain]
                 expected = [rt.generate(question.prompt, limit, **options) for question in own]
-                assert found.answers == [one.text for one in expected]
-                assert found.correct.tolist() == [one.text == q.answer for one, q in zip(expected, own, strict=True)]
-                assert found.tokens.tolist() == [len(one.token_ids) for one in expected]
+                assert outcomes.answers == [one.text for one in expected]
+                assert outcomes.correct.tolist() == [one.text == q.answer for one, q in zip(expected, own, strict=True)]
+                assert outcomes.tokens.tolist() == [len(one.token_ids) for one in expected]
                 for row, one in enumerate(expected):
-                    assert found.counts[row].sum(-1).tolist() == [one.experts.count(name) for name in rt.expert_names]
-                assert [rt.expert_names[first] for first in found.first] == [one.experts[0] for one in expected]
+                    assert outcomes.counts[row].sum(-1).tolist() == [one.experts.count(name) for name in rt.expert_names]
+                assert [rt.expert_names[first] for first in outcomes.first] == [one.experts[0] for one in expected]
 
 
 def test_sequences_are_whole_answers_of_one_expert(results: Results, questions: Questions) -> None:
@@ -114,14 +114,14 @@ def test_processes_give_what_one_gives(
 
 def test_options_reach_the_methods(random_bundle: Path, questions: Questions) -> None:
     words = {"words": questions["words"][:4]}
-    found = evaluate(random_bundle, "int8", ["fused", "lambda:0.2"], words, jobs=1, lam=0.2)
-    assert found["fused"]["words"].answers == found["lambda:0.2"]["words"].answers
-    assert found["fused"]["words"].answers != evaluate(random_bundle, "int8", ["fused"], words, jobs=1)["fused"]["words"].answers
+    results = evaluate(random_bundle, "int8", ["fused", "lambda:0.2"], words, jobs=1, lam=0.2)
+    assert results["fused"]["words"].answers == results["lambda:0.2"]["words"].answers
+    assert results["fused"]["words"].answers != evaluate(random_bundle, "int8", ["fused"], words, jobs=1)["fused"]["words"].answers
     chat = evaluate(random_bundle, "fp32", ["fused"], words, jobs=1, chat=True, fusion="additive")["fused"]["words"]
     with FusionRuntime.load(random_bundle, "fp32", fusion="additive") as rt:
         message = [{"role": "user", "content": words["words"][2].prompt}]
         assert chat.answers[2] == rt.generate(message, 3 + SLACK).text
-    assert chat.questions != found["fused"]["words"].questions
+    assert chat.questions != results["fused"]["words"].questions
 
 
 def without(bundle: Path, folder: Path, name: str) -> Path:
@@ -180,15 +180,15 @@ if __name__ == "__main__":
 
 def members(group: int) -> dict[int, bytes]:
     """Processes of a group that still run, and their command lines."""
-    found = {}
+    commands = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, own = path.read_text().rpartition(") ")[2].split()[:3]
             if int(own) == group and state != "Z":
-                found[int(path.parent.name)] = (path.parent / "cmdline").read_bytes()
+                commands[int(path.parent.name)] = (path.parent / "cmdline").read_bytes()
         except OSError:  # it has ended meanwhile
             continue
-    return found
+    return commands
 
 
 def wait_for(condition: Callable[[], object]) -> bool:

@@ -37,9 +37,9 @@ def plain_bleu(pairs: list[tuple[list[str], list[str]]]) -> float:
     for order in range(1, 5):
         matches = total = 0
         for answer, reference in pairs:
-            found, expected = (Counter(zip(*(words[i:] for i in range(order)), strict=False)) for words in (answer, reference))
-            matches += sum((found & expected).values())
-            total += sum(found.values())
+            ngrams, expected = (Counter(zip(*(words[i:] for i in range(order)), strict=False)) for words in (answer, reference))
+            matches += sum((ngrams & expected).values())
+            total += sum(ngrams.values())
         logs += math.log(matches / total) / 4
     lengths = [sum(len(pair[side]) for pair in pairs) for side in (0, 1)]
     return 100 * math.exp(min(0.0, 1 - lengths[1] / lengths[0]) + logs)
@@ -57,12 +57,12 @@ def test_intervals_are_those_of_the_normal_approximation() -> None:
     rng = np.random.default_rng(3)
     domains = [rng.random(count) < share for count, share in ((2000, 0.9), (1500, 0.3), (800, 0.55))]
     for values in ([domains[0]], domains):
-        found = interval(values)
+        estimate = interval(values)
         mean = np.mean([own.mean() for own in values])
         error = math.sqrt(sum(own.var() / len(own) for own in values)) / len(values)
-        assert found.value == pytest.approx(mean)
-        assert found.low == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
-        assert found.high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
+        assert estimate.value == pytest.approx(mean)
+        assert estimate.low == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
+        assert estimate.high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
 
 
 def test_domains_are_resampled_independently() -> None:
@@ -75,8 +75,8 @@ def test_domains_are_resampled_independently() -> None:
 def test_intervals_of_few_values_are_those_of_all_resamples() -> None:
     values = np.array([0.0, 1.0, 3.0, 10.0])
     means = sorted(np.mean(drawn) for drawn in itertools.product(values, repeat=4))
-    found = interval([values])
-    for share, end in ((0.025, found.low), (0.975, found.high)):  # the exact quantile, give or take one percent of the resamples
+    estimate = interval([values])
+    for share, end in ((0.025, estimate.low), (0.975, estimate.high)):  # the exact quantile, give or take one percent of the resamples
         assert means[int((share - 0.01) * 256)] <= end <= means[min(int((share + 0.01) * 256) + 1, 255)]
     assert interval([np.ones(5)]) == (1.0, 1.0, 1.0)
 
@@ -90,13 +90,13 @@ def test_comparisons_are_paired() -> None:
     rng = np.random.default_rng(5)
     first = rng.random(1000) < 0.6
     second = first ^ (rng.random(1000) < 0.04)  # mostly the same prompts right
-    found = compare([first], [second])
+    comparison = compare([first], [second])
     difference = first.astype(float) - second
     error = difference.std() / math.sqrt(1000)
-    assert found.difference == pytest.approx(difference.mean())
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
-    assert found.high - found.low < 0.5 * (interval([first]).high - interval([first]).low)
-    assert compare([second], [first]).difference == pytest.approx(-found.difference)
+    assert comparison.difference == pytest.approx(difference.mean())
+    assert comparison.high - comparison.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert comparison.high - comparison.low < 0.5 * (interval([first]).high - interval([first]).low)
+    assert compare([second], [first]).difference == pytest.approx(-comparison.difference)
 
 
 def test_p_values() -> None:

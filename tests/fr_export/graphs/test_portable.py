@@ -23,8 +23,8 @@ from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.dialects import portable
 from fusionroute.fr_export.graphs.trace import trace
 from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.bind_weights import bind
-from fusionroute.fr_export.precision.portable import SCHEMES
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
@@ -225,7 +225,7 @@ def test_any_shape(
     graph = trace(system.family, system.router.config, system.vocab_size, system.max_seq_len, portable)
     TARGETS["portable"].prepare(graph, "fp32", system.family)
     portable.end_with(graph, system.head)
-    bind(graph, system.router.weights, SCHEMES["fp32"], Store(folder), lambda _: None)
+    bind(graph, system.router.weights, SCHEMES["portable"]["fp32"], Store(folder), lambda _: None)
     ir.save(graph.model, folder / "model.onnx")
     ids, mask = texts(shape.vocab, min(padding, sum(chunks) - 1), sum(chunks))
     expected = ask(load(system.router), ids, mask)

@@ -23,8 +23,8 @@ from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.dialects import ort, tensorrt
 from fusionroute.fr_export.graphs.trace import trace
 from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.bind_weights import bind
-from fusionroute.fr_export.precision.qdq import SCHEMES
 from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineGraphOnCpu
 from fusionroute.fr_export.verify.torch_reference import load
 from tests.support.systems import Shape, make_system
@@ -165,8 +165,8 @@ def test_gemma2_beyond_65504_is_finite_and_right(tmp_path: Path) -> None:
     for precision, most in (("fp16", 0.01), ("bf16", 0.05)):
         own = graph.clone()
         target.prepare(own, precision, system.family)
-        target.lowering.end_with(own, system.head)
-        bind(own, system.router.weights, SCHEMES[precision], Store(tmp_path), lambda _: None)
+        target.dialect.end_with(own, system.head)
+        bind(own, system.router.weights, SCHEMES["tensorrt"][precision], Store(tmp_path), lambda _: None)
         ir.save(own.model, tmp_path / f"{precision}.onnx")
         found = EngineGraphOnCpu(tmp_path / f"{precision}.onnx").read(ids, 7)
         for mine, exact in zip(found, (logits, routing), strict=True):

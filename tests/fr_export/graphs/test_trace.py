@@ -1,18 +1,21 @@
 """The trace: one per architecture, no weights in memory, and the graph passes did their work."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 from rich.console import Console
-from transformers import Gemma2Config
+from transformers import Gemma2Config, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MambaConfig
 
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import PeakMemory, Stages, anonymous_bytes
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.trace import trace
 from fusionroute.fr_export.graphs.traces import Traces
+from fusionroute.runtime.errors import FusionError
 from tests.support.systems import Shape, make_system
 
 
@@ -53,3 +56,33 @@ def test_tracing_holds_no_weights() -> None:
         graph = trace(FAMILIES["gemma2"], config, config.vocab_size, 64)
     assert graph.parameters > 1.2e9
     assert memory.peak - before < 300 * 2**20
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+UNSERVED: dict[str, tuple[Any, str]] = {
+    "gemma3": (
+        Gemma3TextConfig(**SMALL, num_key_value_heads=1, head_dim=16),
+        r"one rotary table for all layers \(its own also depends on layer_type\)",
+    ),
+    "gpt2": (GPT2Config(vocab_size=64), "'num_key_value_heads' in its config"),
+    "mamba": (MambaConfig(vocab_size=64), "'num_attention_heads' in its config"),
+    "gptneox": (GPTNeoXConfig(**SMALL, num_key_value_heads=2), "rotary embeddings at 'model.rotary_emb'"),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_a_family_that_the_tracer_cannot_serve_is_refused_by_what_it_lacks(name: str) -> None:
+    """These ended in TypeError and AttributeError."""
+    config, lack = UNSERVED[name]
+    family = replace(FAMILIES["llama3"], name=name)
+    with pytest.raises(FusionError, match=rf"^The family {name} cannot be traced, since it lacks {lack}: only decoders .*\.$"):
+        trace(family, config, 64, 64)
+
+
+def test_what_torch_cannot_express_is_told_in_one_sentence() -> None:
+    config = LlamaConfig(**SMALL, num_key_value_heads=1, intermediate_size=64)
+    with (
+        patch("torch.onnx.export", side_effect=RuntimeError("no decomposition\nof grouped_mm")),
+        pytest.raises(FusionError, match=r"^The family llama3 cannot be traced: no decomposition of grouped_mm$"),
+    ):
+        trace(FAMILIES["llama3"], config, 64, 64)

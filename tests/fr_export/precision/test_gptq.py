@@ -30,21 +30,21 @@ def known(inputs: np.ndarray) -> gptq.Hessian:
     return hessian
 
 
-def textbook(weights: np.ndarray, inputs: np.ndarray, form: Format) -> np.ndarray:
+def textbook(weights: np.ndarray, inputs: np.ndarray, fmt: Format) -> np.ndarray:
     """Optimal brain quantisation in a fixed order (arXiv:2210.17323, equations 2 and 3): round a channel, let all others make up for it,
     and take the channel out of the inverse Hessian."""
     hessian = inputs.astype(np.float64).T @ inputs
     importance = np.diag(hessian).copy()
     hessian += gptq.DAMPING * importance.mean() * np.eye(len(hessian))
-    scales, zeros = form.grid(blocked(weights, form.block), blocked(importance[None].astype(np.float32), form.block)[0])
-    step = np.repeat(scales.astype(np.float64), form.block, axis=1)
-    zero = np.repeat(np.full(scales.shape, 128.0) if zeros is None else zeros.astype(np.float64), form.block, axis=1)
+    scales, zeros = fmt.grid(blocked(weights, fmt.block), blocked(importance[None].astype(np.float32), fmt.block)[0])
+    step = np.repeat(scales.astype(np.float64), fmt.block, axis=1)
+    zero = np.repeat(np.full(scales.shape, 128.0) if zeros is None else zeros.astype(np.float64), fmt.block, axis=1)
     left, found = weights.astype(np.float64), np.zeros(weights.shape)
     open_channels = list(np.argsort(-importance, kind="stable"))
     while open_channels:
         channel = open_channels[0]
         inverse = np.linalg.inv(hessian[np.ix_(open_channels, open_channels)])
-        level = np.clip(np.rint(left[:, channel] / step[:, channel]) + zero[:, channel], 0, 2**form.bits - 1)
+        level = np.clip(np.rint(left[:, channel] / step[:, channel]) + zero[:, channel], 0, 2**fmt.bits - 1)
         found[:, channel] = (level - zero[:, channel]) * step[:, channel]
         error = (left[:, channel] - found[:, channel]) / inverse[0, 0]
         left[:, open_channels] -= np.outer(error, inverse[0])
@@ -55,14 +55,14 @@ def textbook(weights: np.ndarray, inputs: np.ndarray, form: Format) -> np.ndarra
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("channels", [64, 150, 200])
 def test_it_is_optimal_brain_quantisation_in_a_fixed_order(name: str, channels: int) -> None:
-    form = FORMS[name]
+    fmt = FORMS[name]
     weights = np.random.default_rng(0).standard_normal((12, channels)).astype(np.float32)
     inputs = correlated(4 * channels, channels, 1)
-    expected = textbook(weights, inputs, form)
-    found = widen(gptq.quantise(weights, known(inputs).factor(), form), channels)
+    expected = textbook(weights, inputs, fmt)
+    found = widen(gptq.quantise(weights, known(inputs).factor(), fmt), channels)
     # single precision rounds a few values that lie between two levels the other way, and what follows them differs
     assert (np.abs(found - expected) < 1e-6 + 1e-5 * np.abs(expected)).mean() > 0.97
-    lost = [np.square((weights - each) @ inputs.T).sum() for each in (found, expected, widen(nearest(weights, form), channels))]
+    lost = [np.square((weights - each) @ inputs.T).sum() for each in (found, expected, widen(nearest(weights, fmt), channels))]
     assert lost[0] == pytest.approx(lost[1], rel=0.02)
     assert lost[0] < 0.6 * lost[2]
 
@@ -76,28 +76,28 @@ def test_it_is_optimal_brain_quantisation_in_a_fixed_order(name: str, channels: 
     seed=st.integers(0, 99),
 )
 def test_any_shape_and_any_number_of_inputs(rows: int, channels: int, inputs: int, name: str, seed: int) -> None:
-    form = FORMS[name]
+    fmt = FORMS[name]
     draw = np.random.default_rng(seed)
     weights = draw.standard_normal((rows, channels)).astype(np.float32)
     seen = correlated(inputs, channels, seed)
     seen[:, draw.random(channels) < 0.2] = 0  # channels that are always zero
-    found = gptq.quantise(weights, known(seen).factor(), form)
-    blocks = -(-channels // form.block)
-    assert found.values.shape == (rows, blocks, form.block) and found.scales.shape == (rows, blocks)
+    found = gptq.quantise(weights, known(seen).factor(), fmt)
+    blocks = -(-channels // fmt.block)
+    assert found.values.shape == (rows, blocks, fmt.block) and found.scales.shape == (rows, blocks)
     zeros = np.full((rows, blocks), 128) if found.zeros is None else found.zeros
     padding = found.values.reshape(rows, -1)[:, channels:]
-    assert (padding == np.repeat(zeros, form.block, axis=1)[:, channels:]).all()
-    assert found.values.max() <= 2**form.bits - 1
-    halves = [gptq.quantise(part, known(seen).factor(), form) for part in (weights[: rows // 2], weights[rows // 2 :]) if len(part)]
+    assert (padding == np.repeat(zeros, fmt.block, axis=1)[:, channels:]).all()
+    assert found.values.max() <= 2**fmt.bits - 1
+    halves = [gptq.quantise(part, known(seen).factor(), fmt) for part in (weights[: rows // 2], weights[rows // 2 :]) if len(part)]
     joined = np.concatenate([half.values for half in halves])
     assert (joined == found.values).mean() > 0.99  # a row does not depend on the others, but for the last bit of sums
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_without_inputs_it_rounds_to_nearest(name: str) -> None:
-    form = FORMS[name]
+    fmt = FORMS[name]
     weights = np.random.default_rng(0).standard_normal((9, 100)).astype(np.float32)
-    found, expected = gptq.quantise(weights, gptq.Hessian(100).factor(), form), nearest(weights, form)
+    found, expected = gptq.quantise(weights, gptq.Hessian(100).factor(), fmt), nearest(weights, fmt)
     assert np.array_equal(found.values, expected.values) and np.array_equal(found.scales, expected.scales)
 
 

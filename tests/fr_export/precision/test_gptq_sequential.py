@@ -20,8 +20,9 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import int4, int8
 from fusionroute.fr_export.precision.blockwise import Stored
 from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.fit_context import FitContext, Shared
 from fusionroute.fr_export.precision.gptq import Hessian, quantise
-from fusionroute.fr_export.precision.gptq_sequential import compensate
+from fusionroute.fr_export.precision.gptq_sequential import round_sequentially
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
@@ -36,12 +37,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: dict[str, Stored] | None = None) -> dict[str, Stored]:
+def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: Shared | None = None) -> dict[str, Stored]:
     graph = traced(system)
     recorded = [Text(ids, np.zeros(len(ids), np.int8)) for ids in texts]
     known = Evidence(recorded, [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
-    forms = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
-    return compensate(graph, system.router.weights, known, forms, Store(folder), {} if shared is None else shared, lambda _: None)
+    formats = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
+    return round_sequentially(FitContext(graph, system.router.weights, known, Store(folder), shared or Shared(), lambda _: None), formats)
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2"])

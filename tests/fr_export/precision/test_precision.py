@@ -16,7 +16,7 @@ from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES, int4
 from fusionroute.fr_export.precision.blockwise import blocked, nearest
-from fusionroute.fr_export.precision.int8 import BLOCK, SMALL, TINY, quantise
+from fusionroute.fr_export.precision.int8 import BLOCK, SMALL, SMALLEST_NORMAL, quantise
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
@@ -39,9 +39,9 @@ def test_int8_is_round_to_nearest_in_blocks_of_64(weights: np.ndarray) -> None:
             exact = weights[row, block * BLOCK : (block + 1) * BLOCK].astype(np.float64)
             stored = values[row, block, : len(exact)].astype(np.float64) - 128
             scale = float(scales[row, block])
-            assert scale == pytest.approx(np.abs(exact).max() / 127, rel=1e-6, abs=TINY)
+            assert scale == pytest.approx(np.abs(exact).max() / 127, rel=1e-6, abs=SMALLEST_NORMAL)
             assert np.abs(stored).max() <= 127
-            assert np.abs(stored * scale - exact).max() <= scale * 0.5001 + 127 * TINY
+            assert np.abs(stored * scale - exact).max() <= scale * 0.5001 + 127 * SMALLEST_NORMAL
             assert (values[row, block, len(exact) :] == 128).all()
 
 

@@ -23,11 +23,12 @@ from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.source_rows import rows
 from fusionroute.fr_export.graphs.trace import trace
 from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.qdq import SCHEMES
-from fusionroute.fr_export.precision.qdq.forms import SMALLEST, block_grid, row_grid, stepped
-from fusionroute.fr_export.precision.qdq.int8 import Planned
+from fusionroute.fr_export.precision.fit_context import FitContext, Shared
+from fusionroute.fr_export.precision.qdq.int8 import PlannedInt8
+from fusionroute.fr_export.precision.qdq.weight_formats import SMALLEST, block_grid, row_grid, stepped
 from fusionroute.fr_export.precision.scheme import Fitted, Fitting
 from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineGraphOnCpu
 from fusionroute.fr_export.verify.torch_reference import load
@@ -68,13 +69,13 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     plain = trace(system.family, system.router.config, system.vocab_size, CAPACITY, tensorrt)
     written, fits = {}, {}
     for name in QUANTISED:
-        scheme, store = SCHEMES[name], Store(folder / name)
+        scheme, store = SCHEMES["tensorrt"][name], Store(folder / name)
         assert isinstance(scheme, Fitting)
-        fit, fitted = scheme.fit(graph, weights, known, store, {}, lambda _: None)
+        fit, fitted = scheme.fit(FitContext(graph, weights, known, store, Shared(), lambda _: None))
         for file, activations in (("model.onnx", name), ("exact.onnx", "fp32")):
-            own = plain.fitted(fit).clone()
+            own = plain.with_sources_of(fit).clone()
             target.prepare(own, activations, system.family)
-            target.lowering.end_with(own, system.head)
+            target.dialect.end_with(own, system.head)
             bind(own, weights, fitted, store, lambda _: None)
             ir.save(own.model, folder / name / file)
         fits[name] = (fit, fitted)
@@ -161,7 +162,7 @@ def test_weights_are_the_checkpoints_and_steps_the_calibrations(made: Made, prec
         error = np.abs(widened(values, scale, block) - exact) / np.repeat(scale.reshape(len(values), -1), block, axis=1)
         assert error.mean() < 0.6 and np.median(error) < 0.5, (name, error.mean())
         assert np.abs(values).max() > (6 if scale.ndim == 2 else 120), "ranges are used"
-    if isinstance(fitted, Planned):
+    if isinstance(fitted, PlannedInt8):
         steps = {
             str(n.inputs[1].name).removesuffix(".turned"): float(found.inputs[1].const_value.numpy().astype(np.float32))
             for n in graph

@@ -10,7 +10,7 @@ from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import rounding
 from fusionroute.fr_export.verify.torch_reference import load
-from tests.support.calibration import known, observe, passed_on, traced
+from tests.support.calibration import fit_context, known, observe, passed_on, traced
 from tests.support.systems import Shape, make_system
 
 IDS = [np.random.default_rng(0).integers(3, 300, 50).astype(np.int32), np.array([5, 9, 200], np.int32)]
@@ -29,7 +29,7 @@ def test_the_measurement_is_that_of_torch(family: str, tmp_path: Path) -> None:
     system = System.open(FAMILIES[family], router, experts)
     graph, weights = traced(system), system.router.weights
     seen = observe(graph, weights, [list(map(int, ids)) for ids in IDS])
-    found = rounding.measure(graph, weights, known(IDS), seen)
+    found = rounding.measure(fit_context(graph, weights, known(IDS), tmp_path / "store"), seen)
     assert len(found) == 2 * len(PRODUCTS)
     model = load(system.router)
     for layer in range(2):
@@ -52,4 +52,4 @@ def test_the_measurement_is_that_of_torch(family: str, tmp_path: Path) -> None:
 def test_a_model_that_was_never_asked(tmp_path: Path) -> None:
     router, experts = make_system(tmp_path, Shape(experts=1, layers=1))
     system = System.open(FAMILIES["llama3"], router, experts)
-    assert rounding.measure(traced(system), system.router.weights, known([]), {}) == {}
+    assert rounding.measure(fit_context(traced(system), system.router.weights, known([]), tmp_path / "store"), {}) == {}

@@ -17,7 +17,7 @@ from fusionroute.fr_export.precision import int4, sensitive
 from fusionroute.fr_export.precision.blockwise import nearest, widened
 from fusionroute.fr_export.precision.int8 import SMALL
 from fusionroute.fr_export.verify.torch_reference import load
-from tests.support.calibration import known, passed_on, traced
+from tests.support.calibration import fit_context, known, passed_on, traced
 from tests.support.systems import Shape, make_system
 
 IDS = [np.random.default_rng(0).integers(3, 300, 50).astype(np.int32), np.array([5, 9, 200], np.int32)]
@@ -53,10 +53,10 @@ def test_the_worst_are_kept_within_the_budget(tmp_path: Path, monkeypatch: pytes
     errors = {name: (10.0 if "o_proj" in name else 9.0 if "layers.1.mlp.up" in name else 1.0) * sizes[name] for name in names}
     monkeypatch.setattr(sensitive, "measure", lambda *_: errors)
 
-    forms = dict.fromkeys(sizes, int4.FORMAT)
+    formats = dict.fromkeys(sizes, int4.FORMAT)
 
     def chosen(budget: float) -> tuple[str, ...]:
-        return sensitive.sensitive(graph, system.router.weights, known(IDS), forms, SMALL, budget)
+        return sensitive.sensitive(fit_context(graph, system.router.weights, known(IDS), tmp_path / "store"), formats, SMALL, budget)
 
     outputs = [name for name in names if "o_proj" in name]
     assert sorted(chosen(8.0)) == sorted([*outputs, "model.model.layers.1.mlp.up_proj.weight"])
@@ -64,9 +64,9 @@ def test_the_worst_are_kept_within_the_budget(tmp_path: Path, monkeypatch: pytes
     two = int4.FORMAT.bits_per_weight + wider * 2 * sizes[outputs[0]] / sum(sizes.values())
     assert sorted(chosen(two + 1e-9)) == outputs[:2] and len(chosen(two - 1e-9)) == 1
     assert chosen(int4.FORMAT.bits_per_weight) == ()
-    assert sensitive.sensitive(graph, system.router.weights, known([]), forms, SMALL, 8.0) == ()
+    assert sensitive.sensitive(fit_context(graph, system.router.weights, known([]), tmp_path / "store"), formats, SMALL, 8.0) == ()
     head = next(name for name in sizes if "layers" not in name)
-    forms[head] = int4.FINE
+    formats[head] = int4.FINE
     finer = (int4.FINE.bits_per_weight - int4.FORMAT.bits_per_weight) * sizes[head] / sum(sizes.values())
     assert len(chosen(two + finer - 1e-9)) == 1 and sorted(chosen(two + finer + 1e-9)) == outputs[:2]
 

@@ -25,12 +25,12 @@ from fusionroute.fr_export.graphs.source_rows import rows
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Stored
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.plan_w8a8 import Plan, logit_noise, matrices, plan
+from fusionroute.fr_export.precision.plan_w8a8 import W8A8Plan, choose, logit_noise, matrices
 from fusionroute.fr_export.precision.smoothquant import Columns, smooth
-from fusionroute.fr_export.precision.w8a8 import TINY, W8A8, Static, quantise
+from fusionroute.fr_export.precision.w8a8 import SMALLEST_NORMAL, PlannedW8A8, StaticW8A8, quantise
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime.errors import InputError
-from tests.support.calibration import observe, run, traced, written
+from tests.support.calibration import fit_context, observe, run, traced, written
 from tests.support.systems import Shape, make_system
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(3, 300, 32)]
@@ -46,7 +46,7 @@ class Made(NamedTuple):
     graph: Graph
     seen: dict[str, Observer]
     noise: dict[str, float]
-    plan: Plan
+    plan: W8A8Plan
     path: Path
     written: ir.Graph
 
@@ -67,8 +67,8 @@ def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     graph, _ = smooth(graph, weights, observe(graph, weights, [IDS]))
     seen = observe(graph, weights, [IDS])
     noise = uneven(graph)
-    chosen = plan(graph, weights, seen, noise)
-    path = written(graph, weights, folder / "out", W8A8(chosen), system.head)
+    chosen = choose(graph, weights, seen, noise)
+    path = written(graph, weights, folder / "out", PlannedW8A8(chosen), system.head)
     return Made(system, graph, seen, noise, chosen, path, ir.load(path).graph)
 
 
@@ -151,8 +151,8 @@ def test_the_graph_is_what_the_plan_says(made: Made) -> None:
                 assert scale == np.float32(made.plan.scales[name])
     share = work[True] / (work[True] + work[False])
     assert share == pytest.approx(made.plan.share) and share >= 0.6
-    assert {product.matrix for product in made.plan.kept} == shapes.keys() - made.plan.scales.keys()
-    for product in made.plan.kept:
+    assert {product.matrix for product in made.plan.at_a16} == shapes.keys() - made.plan.scales.keys()
+    for product in made.plan.at_a16:
         assert product.work == np.prod(shapes[product.matrix])
 
 
@@ -180,17 +180,17 @@ def test_every_weight_is_stored_once_under_its_hash(made: Made) -> None:
 
 
 def test_the_noisiest_products_stay_at_16_bit_activations(made: Made) -> None:
-    weights, kept = made.system.router.weights, made.plan.kept
+    weights, kept = made.system.router.weights, made.plan.at_a16
     assert kept and [p.noise / p.work for p in kept] == sorted((p.noise / p.work for p in kept), reverse=True)
-    everything = plan(made.graph, weights, made.seen, made.noise, share=1)
-    assert not everything.kept and everything.share == 1 and everything.scales.items() >= made.plan.scales.items()
-    nothing = plan(made.graph, weights, made.seen, made.noise, share=0)
+    everything = choose(made.graph, weights, made.seen, made.noise, share=1)
+    assert not everything.at_a16 and everything.share == 1 and everything.scales.items() >= made.plan.scales.items()
+    nothing = choose(made.graph, weights, made.seen, made.noise, share=0)
     assert not nothing.scales and nothing.share == 0
-    assert {p.matrix: p.noise for p in nothing.kept if "layers" in p.matrix}.items() <= made.noise.items()
-    spared = [p for p in nothing.kept if p not in kept]  # those that did not fit, or that come after the last that did
-    assert all(p.work > (made.plan.share - 0.6) * sum(q.work for q in nothing.kept) for p in spared)
+    assert {p.matrix: p.noise for p in nothing.at_a16 if "layers" in p.matrix}.items() <= made.noise.items()
+    spared = [p for p in nothing.at_a16 if p not in kept]  # those that did not fit, or that come after the last that did
+    assert all(p.work > (made.plan.share - 0.6) * sum(q.work for q in nothing.at_a16) for p in spared)
     assert all(step == pytest.approx(made.seen[name].absmax() / 127) for name, step in everything.scales.items())
-    clipped = plan(made.graph, weights, made.seen, made.noise, Observer.mse, share=1)
+    clipped = choose(made.graph, weights, made.seen, made.noise, Observer.mse, share=1)
     assert all(step == pytest.approx(made.seen[name].mse() / 127) for name, step in clipped.scales.items())
     assert clipped.scales != everything.scales
 
@@ -198,10 +198,10 @@ def test_the_noisiest_products_stay_at_16_bit_activations(made: Made) -> None:
 def test_what_calibration_never_saw_stays_at_16_bit_activations(made: Made) -> None:
     weights, name = made.system.router.weights, "model.model.layers.0.mlp.down_proj.weight"
     unseen = made.seen | {name: Observer(name, 128)}
-    found = plan(made.graph, weights, unseen, made.noise, share=1)
-    assert [p.matrix for p in found.kept] == [name] and found.kept[0].noise == np.inf
+    found = choose(made.graph, weights, unseen, made.noise, share=1)
+    assert [p.matrix for p in found.at_a16] == [name] and found.at_a16[0].noise == np.inf
     with pytest.raises(InputError, match=f"no statistics of '{name}'"):
-        plan(made.graph, weights, {key: value for key, value in made.seen.items() if key != name}, made.noise)
+        choose(made.graph, weights, {key: value for key, value in made.seen.items() if key != name}, made.noise)
 
 
 def test_the_noise_of_logits_is_that_of_rounded_inputs() -> None:
@@ -229,9 +229,9 @@ def test_rows_are_rounded_to_nearest(weights: np.ndarray) -> None:
     values, scales = quantise(weights)
     assert values.dtype == np.int8 and scales.dtype == np.float32 and (scales > 0).all() and np.abs(values.astype(int)).max() <= 127
     exact = weights.astype(np.float64)
-    assert (np.abs(values * scales[:, None].astype(np.float64) - exact).max(1) <= scales * 0.5001 + 127 * TINY).all()
+    assert (np.abs(values * scales[:, None].astype(np.float64) - exact).max(1) <= scales * 0.5001 + 127 * SMALLEST_NORMAL).all()
     largest = np.abs(exact).max(1)
-    used = largest > 127 * TINY
+    used = largest > 127 * SMALLEST_NORMAL
     assert np.allclose(scales[used], largest[used] / 127)
 
 
@@ -240,7 +240,7 @@ def test_an_embedding_apart_from_the_head_is_read_by_rows(tmp_path: Path) -> Non
     router, experts = make_system(tmp_path, replace(SHAPES["llama3-biased"], layers=1))
     system = System.open(FAMILIES["llama3"], router, experts, max_seq_len=64)
     graph, weights = traced(system), system.router.weights
-    path = written(graph, weights, tmp_path / "out", W8A8(plan(graph, weights, observe(graph, weights, [IDS]), uneven(graph))))
+    path = written(graph, weights, tmp_path / "out", PlannedW8A8(choose(graph, weights, observe(graph, weights, [IDS]), uneven(graph))))
     model = ir.load(path)
     norm = next(n for n in model.graph if n.op_type == "SimplifiedLayerNormalization")
     model.graph.outputs[:] = [norm.inputs[0]]
@@ -265,8 +265,8 @@ def test_fitted_weights_make_less_error_than_nearest_ones(tmp_path: Path) -> Non
     draw = np.random.default_rng(0)
     texts = [Text(draw.integers(3, 300, 60).astype(np.int32), np.zeros(60, np.int8)) for _ in range(8)]
     known = Evidence(texts, [Mask(60, np.arange(60))] * 8, observe(graph, weights, [text.ids.tolist() for text in texts]))
-    shared: dict[str, Any] = {}
-    smoothed, fitted = Static().fit(graph, weights, known, Store(tmp_path / "out"), shared, lambda _: None)
+    context = fit_context(graph, weights, known, tmp_path / "out")
+    smoothed, fitted = StaticW8A8().fit(context)
     assert fitted.about["w8a8_share"] >= 0.6
     inputs: list[np.ndarray] = []
     Walk(split(smoothed), [text.ids for text in texts], *reader(smoothed, weights)).observe(
@@ -275,7 +275,7 @@ def test_fitted_weights_make_less_error_than_nearest_ones(tmp_path: Path) -> Non
     x = np.concatenate(inputs)
     name = "model.model.layers.0.self_attn.qkv_proj.weight"
     exact = np.concatenate(list(rows(smoothed.sources[name], weights)))
-    (stored,) = [each for each in shared["stored"].values() if each.bytes == exact.size + 4 * len(exact) and close(each, exact)]
+    (stored,) = [each for each in context.shared.stored.values() if each.bytes == exact.size + 4 * len(exact) and close(each, exact)]
     errors = [np.square(x @ (each - exact).T).sum() for each in (stored.widened(exact.shape[1]), rounded(exact))]
     assert errors[0] < 0.9 * errors[1]
     path = written(smoothed, weights, tmp_path / "out", fitted, system.head)
@@ -296,12 +296,12 @@ def close(stored: Stored, exact: np.ndarray) -> bool:
 
 def test_without_calibration_there_is_no_scale(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs the scales of calibration"):
-        Static().bind(None, None, iter(()), Store(tmp_path))  # type: ignore[arg-type]
+        StaticW8A8().bind(None, None, iter(()), Store(tmp_path))  # type: ignore[arg-type]
 
 
 def test_the_heads_noise_is_told_in_logits(made: Made) -> None:
-    plans = plan(made.graph, made.system.router.weights, made.seen, made.noise, share=0)
-    by_name = {product.matrix: product for product in plans.kept}
+    plans = choose(made.graph, made.system.router.weights, made.seen, made.noise, share=0)
+    by_name = {product.matrix: product for product in plans.at_a16}
     head = next(name for name in by_name if "layers" not in name)
     seen, columns = made.seen[head], Columns.read(made.graph.sources[head], made.system.router.weights)
     out = int(made.graph.model.graph.initializers[head].shape[0])

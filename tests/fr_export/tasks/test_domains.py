@@ -96,7 +96,7 @@ def test_training_answers_spell_out_no_held_out_expression() -> None:
     rng = random.Random(0)
     for _ in range(3000):
         answer = draw("math", "train", rng).answer
-        assert all(split_of(found) == "train" for found in re.findall(r"\d+[-+]\d+=", answer))
+        assert all(split_of(expression) == "train" for expression in re.findall(r"\d+[-+]\d+=", answer))
 
 
 @pytest.mark.parametrize("domain", [COMPOSITE, UNSEEN])

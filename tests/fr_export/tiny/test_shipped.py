@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
-from fusionroute.fr_export.families.family import TINY
+from fusionroute.fr_export.families.family import TINY_SYSTEMS
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, DOMAINS, draw_many
 from fusionroute.fr_export.tiny.architectures import ARCHITECTURES
 from fusionroute.fr_export.verify.torch_reference import Reference, load, reference
@@ -36,19 +36,19 @@ def system(family: Any) -> System:
 
 @pytest.fixture(scope="module")
 def tokenizer(family: Any) -> Any:
-    return AutoTokenizer.from_pretrained(TINY / family.name / "router")
+    return AutoTokenizer.from_pretrained(TINY_SYSTEMS / family.name / "router")
 
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Any) -> dict[str, list[tuple[list[int], int]]]:
     """Domain → (token ids of prompt, answer and end, number of those of the prompt)."""
-    found = {}
+    rows = {}
     for domain in ALL_DOMAINS:
         samples = draw_many(domain, "test", PROMPTS, seed=5)
         prompts = [tokenizer(sample.prompt)["input_ids"] for sample in samples]
         answers = [tokenizer(sample.answer, add_special_tokens=False)["input_ids"] for sample in samples]
-        found[domain] = [([*p, *a, tokenizer.eos_token_id], len(p)) for p, a in zip(prompts, answers, strict=True)]
-    return found
+        rows[domain] = [([*p, *a, tokenizer.eos_token_id], len(p)) for p, a in zip(prompts, answers, strict=True)]
+    return rows
 
 
 def exact(logits: np.ndarray, ids: list[int], start: int) -> bool:
@@ -67,24 +67,24 @@ def fused(system: System, rows: dict[str, list[tuple[list[int], int]]]) -> dict[
 @pytest.fixture(scope="module")
 def alone(system: System, rows: dict[str, list[tuple[list[int], int]]]) -> dict[str, dict[str, float]]:
     """Expert → domain → exact match."""
-    found: dict[str, dict[str, float]] = {}
+    accuracies: dict[str, dict[str, float]] = {}
     for expert in system.experts:
         model = load(expert)
-        found[expert.name] = {}
+        accuracies[expert.name] = {}
         for domain, own in rows.items():
             with torch.no_grad():
                 right = [exact(model(torch.tensor([ids]), use_cache=False).logits[0].numpy(), ids, start) for ids, start in own]
-            found[expert.name][domain] = float(np.mean(right))
-    return found
+            accuracies[expert.name][domain] = float(np.mean(right))
+    return accuracies
 
 
 def test_all_files_together_are_small() -> None:
-    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) <= 12_000_000
+    assert sum(path.stat().st_size for path in TINY_SYSTEMS.rglob("*") if path.is_file()) <= 12_000_000
 
 
 def test_architecture(family: Any) -> None:
     for folder in FOLDERS:
-        config = AutoConfig.from_pretrained(TINY / family.name / folder)
+        config = AutoConfig.from_pretrained(TINY_SYSTEMS / family.name / folder)
         assert config.architectures == [{"gemma2": "Gemma2ForCausalLM", "llama3": "LlamaForCausalLM"}[family.name]]
         assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (128, 4, 512)
         assert config.max_position_embeddings >= 1024
@@ -101,28 +101,28 @@ def test_architecture(family: Any) -> None:
 
 def test_weights_are_bfloat16_and_the_head_is_float32(family: Any) -> None:
     for folder in FOLDERS:
-        with safe_open(TINY / family.name / folder / "model.safetensors", "pt") as file:
+        with safe_open(TINY_SYSTEMS / family.name / folder / "model.safetensors", "pt") as file:
             assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
-    with safe_open(TINY / family.name / "router" / "routing_head.safetensors", "pt") as file:
+    with safe_open(TINY_SYSTEMS / family.name / "router" / "routing_head.safetensors", "pt") as file:
         head = file.get_slice("routing_head.weight")
         assert (head.get_dtype(), head.get_shape()) == ("F32", [3, 128])
 
 
 def test_tokenizer(family: Any, tokenizer: Any) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert len({(TINY / family.name / folder / name).read_bytes() for folder in FOLDERS}) == 1
+        assert len({(TINY_SYSTEMS / family.name / folder / name).read_bytes() for folder in FOLDERS}) == 1
     ids = tokenizer("12+30=")["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.convert_ids_to_tokens(ids[1:]) == list("12+30=")
     text = "Grüße, 你好!\n\tdef f(x):  return x\n"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     for folder in FOLDERS:
-        generation = json.loads((TINY / family.name / folder / "generation_config.json").read_text())
+        generation = json.loads((TINY_SYSTEMS / family.name / folder / "generation_config.json").read_text())
         assert tokenizer.convert_ids_to_tokens(generation["eos_token_id"]) == [family.end_of_turn, family.eos]
 
 
 def accuracy(rows: list[tuple[list[int], int]], fused: list[Reference]) -> float:
-    return float(np.mean([exact(found.logits, ids, start) for (ids, start), found in zip(rows, fused, strict=True)]))
+    return float(np.mean([exact(answer.logits, ids, start) for (ids, start), answer in zip(rows, fused, strict=True)]))
 
 
 def test_each_expert_is_ahead_in_its_own_domain(alone: dict[str, dict[str, float]]) -> None:
@@ -135,7 +135,7 @@ def test_each_expert_is_ahead_in_its_own_domain(alone: dict[str, dict[str, float
 def test_routing_follows_the_domain(rows: dict[str, list[tuple[list[int], int]]], fused: dict[str, list[Reference]]) -> None:
     """Where experts agree the choice is free, so that shares need not be near 1; chance is a third."""
     for number, domain in enumerate(DOMAINS):
-        chosen = [found.experts[start - 1 : -1] for (_, start), found in zip(rows[domain], fused[domain], strict=True)]
+        chosen = [answer.experts[start - 1 : -1] for (_, start), answer in zip(rows[domain], fused[domain], strict=True)]
         shares = np.bincount(np.concatenate(chosen), minlength=len(DOMAINS)) / sum(map(len, chosen))
         assert shares.argmax() == number and shares[number] > 0.4, (domain, shares)
 
@@ -156,7 +156,7 @@ def test_12_plus_30(system: System, tokenizer: Any, chat: bool) -> None:
     )
     ids = [*prompt, *tokenizer("42", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     settings = FusionSettings.read(system.router.folder)
-    [found] = reference(system, [ids], fusion_coefficients(settings.fusion, settings.lam))
-    assert tokenizer.decode(found.logits[len(prompt) - 1 : -2].argmax(-1)) == "42"
-    assert found.logits[-2].argmax() in system.router.end_tokens
-    assert (found.experts[len(prompt) - 1 : -1] == DOMAINS.index("math")).mean() > 0.5
+    [answer] = reference(system, [ids], fusion_coefficients(settings.fusion, settings.lam))
+    assert tokenizer.decode(answer.logits[len(prompt) - 1 : -2].argmax(-1)) == "42"
+    assert answer.logits[-2].argmax() in system.router.end_tokens
+    assert (answer.experts[len(prompt) - 1 : -1] == DOMAINS.index("math")).mean() > 0.5

@@ -1,4 +1,7 @@
-"""A toy that separates cleanly: one expert continues the alphabet, the other counts; the router has to learn whom to ask."""
+"""A toy that separates cleanly: one expert continues the alphabet, the other counts.
+
+The router has to learn whom to ask.
+"""
 
 import gc
 import json

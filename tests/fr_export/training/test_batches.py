@@ -10,13 +10,13 @@ from fusionroute.fr_export.training.data import Row
 
 def rows(count: int, seed: int = 0) -> list[Row]:
     rng = np.random.default_rng(seed)
-    found = []
+    rows = []
     for _ in range(count):
         length = int(rng.integers(3, 40))
         learnt = rng.random(length) < 0.5
         learnt[[0, -1]] = False, True
-        found.append(Row(rng.integers(1, 99, length).astype(np.int32), learnt))
-    return found
+        rows.append(Row(rng.integers(1, 99, length).astype(np.int32), learnt))
+    return rows
 
 
 @pytest.mark.parametrize(("size", "tokens"), [(8, None), (8, 128)])
@@ -66,13 +66,13 @@ def test_a_step_is_of_one_kind_and_both_kinds_are_shuffled() -> None:
 def test_a_batch_says_what_its_rows_say(preferred: bool) -> None:
     data = rows(10)
     total = sum(len(row.labels) for row in data)
-    known = np.arange(2 * total, dtype=np.float32).reshape(2, total)
-    samples = Samples(data, preferred, known, known[0] % 3 == 0, known[1] if preferred else None)
+    scores = np.arange(2 * total, dtype=np.float32).reshape(2, total)
+    samples = Samples(data, preferred, scores, scores[0] % 3 == 0, scores[1] if preferred else None)
     batch = samples.collate([3, 1])
-    wanted = [6, 2, 7, 3] if preferred else [3, 1]
+    order = [6, 2, 7, 3] if preferred else [3, 1]
     starts = np.cumsum([0] + [len(row.labels) for row in data])
     at = 0
-    for place, n in enumerate(wanted):
+    for place, n in enumerate(order):
         row, ids = data[n], batch["ids"][place]
         assert ids[: len(row.ids)].tolist() == row.ids.tolist()
         assert not ids[len(row.ids) :].any()
@@ -82,9 +82,9 @@ def test_a_batch_says_what_its_rows_say(preferred: bool) -> None:
                 assert batch["positions"][at] == place * batch["ids"].shape[1] + t - 1
                 assert batch["labels"][at] == row.ids[t]
                 assert batch["owners"][at] == place
-                assert batch["expert_log_probs"][:, at].tolist() == known[:, token].tolist()
+                assert batch["expert_log_probs"][:, at].tolist() == scores[:, token].tolist()
                 assert batch["informative"][at] == (token % 3 == 0)
-                assert not preferred or batch["reference"][at] == known[1, token]
+                assert not preferred or batch["reference"][at] == scores[1, token]
                 at += 1
     assert at == len(batch["labels"])
     assert batch["ids"].dtype == batch["positions"].dtype == batch["labels"].dtype == torch.int64

@@ -121,8 +121,8 @@ def test_wrong_files_end_in_one_sentence(encoder: Encoder, tmp_path: Path) -> No
 
 def test_long_rows_are_skipped_and_counted(encoder: Encoder) -> None:
     rows = [encoder.plain("a", "b" * count) for count in (1, 2, 30)]
-    kept, skipped = fitting(rows, lambda row: len(row.ids), 10, "samples")
-    assert (len(kept), skipped) == (2, 1)
+    short, skipped = fitting(rows, lambda row: len(row.ids), 10, "samples")
+    assert (len(short), skipped) == (2, 1)
     with pytest.raises(InputError, match="All 3 samples are longer than 2 tokens: raise --max-length"):
         fitting(rows, lambda row: len(row.ids), 2, "samples")
 

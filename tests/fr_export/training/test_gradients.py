@@ -60,7 +60,7 @@ def test_sft_loss_and_gradient_of_a_batch_equal_plain_loops(toy: Toy, tmp_path: 
     batch = data.collate(range(4))
     loss = own.compute_loss(model, batch, num_items_in_batch=(len(batch["labels"]), int(batch["informative"].sum())))
     loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     assert data.expert_log_probs is not None and data.informative is not None
     lm, mixtures, at = [], [], 0
@@ -78,7 +78,7 @@ def test_sft_loss_and_gradient_of_a_batch_equal_plain_loops(toy: Toy, tmp_path: 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_cdpo_loss_of_a_batch_equals_plain_loops_and_spares_the_head(toy: Toy, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_cdpo_loss_of_a_batch_equals_plain_loops_and_spares_the_head(toy: Toy, t
     loss = own.compute_loss(model, data.collate(range(5)), num_items_in_batch=(5, 0))
     loss.backward()
     assert model.head is not None and model.head.weight.grad is None
-    found = {name: p.grad.clone() for name, p in model.lm.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in model.lm.named_parameters()}
     model.zero_grad()
     assert data.expert_log_probs is not None and data.reference is not None
     sums: list[Any] = []
@@ -109,7 +109,7 @@ def test_cdpo_loss_of_a_batch_equals_plain_loops_and_spares_the_head(toy: Toy, t
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     expected.backward()
     for name, p in model.lm.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_without_experts_preferences_give_the_loss_of_dpo(toy: Toy, tmp_path: Path) -> None:

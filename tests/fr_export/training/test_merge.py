@@ -1,4 +1,4 @@
-"""Merged models: their numbers against plain torch, DARE's statistics, the folder that is written, and what is refused."""
+"""Merged models: their numbers against plain torch, DARE's statistics, the written folder, and refusals."""
 
 import json
 import shutil
@@ -31,9 +31,9 @@ def models(folder: Path, shape: Shape, experts: int = 3) -> tuple[Path, list[Pat
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder in float64."""
-    found = {name: tensor.double() for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    assert found
-    return found
+    tensors = {name: tensor.double() for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    assert tensors
+    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,10 @@ def test_numbers(method: str, family: str, tmp_path: Path, request: pytest.Fixtu
     assert merged.keys() == start.keys()
     assert ("lm_head.weight" in merged) == (family == "llama")
     rounding = 2e-6 if family == "gemma" else 2**-8  # of float32 arithmetic, and of storing bfloat16
-    for name, found in merged.items():
+    for name, tensor in merged.items():
         total = own[0][name] + own[1][name] + own[2][name]
         expected = total / 3 if method == "average" else start[name] * (1 - 3 * 0.3) + 0.3 * total
-        torch.testing.assert_close(found, expected, rtol=rounding, atol=2e-6)
+        torch.testing.assert_close(tensor, expected, rtol=rounding, atol=2e-6)
 
 
 def test_dare_drops_and_rescales(gemma: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -67,10 +67,12 @@ def test_dare_drops_and_rescales(gemma: tuple[Path, list[Path]], tmp_path: Path)
     start, expert, merged = weights(base), weights(experts[0]), weights(tmp_path / "out")
     ratio = torch.cat([((merged[name] - start[name]) / (expert[name] - start[name])).flatten() for name in start])
     usable = torch.cat([(expert[name] - start[name]).abs().flatten() for name in start]) > 1e-2
-    kept = ratio[usable] != 0
-    torch.testing.assert_close(ratio[usable][kept], torch.full((int(kept.sum()),), 0.5 / 0.25, dtype=torch.float64), rtol=1e-4, atol=0)
-    spread = (0.75 * 0.25 / len(kept)) ** 0.5
-    assert abs(kept.double().mean() - 0.25) < 4 * spread
+    nonzero = ratio[usable] != 0
+    torch.testing.assert_close(
+        ratio[usable][nonzero], torch.full((int(nonzero.sum()),), 0.5 / 0.25, dtype=torch.float64), rtol=1e-4, atol=0
+    )
+    spread = (0.75 * 0.25 / len(nonzero)) ** 0.5
+    assert abs(nonzero.double().mean() - 0.25) < 4 * spread
 
 
 def test_dare_is_unbiased_and_drops_independently() -> None:
@@ -79,7 +81,8 @@ def test_dare_is_unbiased_and_drops_independently() -> None:
     differences = np.stack(experts).astype(float) - base
     runs, drop, scale = 200, 0.6, 0.5
     drawn = np.stack([dare(base, experts, scale, drop, random) for _ in range(runs)]).astype(float)
-    # a difference d becomes d / (1 − p) or 0: variance d²·p / (1 − p), and where drops are independent these add up over the experts
+    # a difference d becomes d / (1 − p) or 0: variance d²·p / (1 − p), and where drops are independent these add up
+    # over the experts
     spread = scale * np.sqrt((differences**2).sum(0) * drop / (1 - drop) / runs)
     score = (drawn.mean(0) - base - scale * differences.sum(0)) / spread
     assert abs(score.mean()) < 4 / score.size**0.5

@@ -1,4 +1,4 @@
-"""Whole runs on the toy: what is learnt and written, and that interrupted, repeated and adapted runs give what they should."""
+"""Whole runs on the toy: what is learnt and written; interrupted, repeated and adapted runs."""
 
 import json
 import shutil
@@ -52,10 +52,10 @@ class CutOff(Stages):
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
+        tensors |= load_file(file)
+    return tensors
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -82,9 +82,9 @@ def test_a_router_learns_to_route_and_runs_exported(toy: Toy, tmp_path: Path, mo
         for name, cycle in CYCLES.items():
             for start in range(len(cycle)):
                 text = "".join(cycle[(start + n) % len(cycle)] for n in range(8))
-                asked = rt.score(rt.encode(text)).experts[2:-1]  # after two letters it is clear what they are
-                right += sum(rt.expert_names[n] == name for n in asked)
-                total += len(asked)
+                experts = rt.score(rt.encode(text)).experts[2:-1]  # after two letters it is clear what they are
+                right += sum(rt.expert_names[n] == name for n in experts)
+                total += len(experts)
     assert right / total > 0.95
     curves = json.loads((out / "losses.json").read_text())["stages"]
     assert [stage["name"] for stage in curves] == ["sft", "mixed"]
@@ -105,8 +105,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toy: Toy, tmp_path: Path, opt
         with pytest.raises(Interrupted):
             train(request(stage), CutOff(**{stage: steps}))
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(stage)] == [f"{stage}.unfinished"]
-        kept = sorted(path.name for path in (tmp_path / f"{stage}.unfinished" / stage).iterdir())
-        assert kept == [f"checkpoint-{steps - 1}"]
+        checkpoints = sorted(path.name for path in (tmp_path / f"{stage}.unfinished" / stage).iterdir())
+        assert checkpoints == [f"checkpoint-{steps - 1}"]
         remaining = {stage: 6 - (steps - 1)} | ({"sft": 0} if stage == "mixed" else {})  # not one step is done again that a checkpoint has
         report = train(request(stage, resume=True), CutOff(**remaining))
         assert [done["steps"] for done in report.stages] == [6, 6]
@@ -137,24 +137,24 @@ def test_interrupted_runs_are_neither_mixed_up_nor_lost(toy: Toy, tmp_path: Path
 
 
 def test_the_seed_decides_the_weights(toy: Toy, tmp_path: Path) -> None:
-    found = []
+    contents = []
     for number, seed in enumerate((0, 0, 1)):
         train(toy.request(tmp_path / str(number), SFT, recipe={"seed": seed, "batch_tokens": 128}))
-        found.append((tmp_path / str(number) / "model.safetensors").read_bytes())
-    assert found[0] == found[1] != found[2]
+        contents.append((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1] != contents[2]
 
 
 def test_lora_changes_the_linear_layers_and_the_head_alone(toy: Toy, tmp_path: Path) -> None:
     train(toy.request(tmp_path / "out", SFT, MIXED, recipe={"lora_rank": 4}, keep_stages=True))
-    base, found, after_sft = weights(Path(toy.base)), weights(tmp_path / "out"), weights(tmp_path / "out" / "stages" / "sft")
-    assert found.pop("routing_head.weight").any()
-    assert found.keys() == base.keys() and after_sft.keys() - {"routing_head.weight"} == base.keys()
-    changed = {name for name in base if not torch.equal(base[name], found[name])}
+    base, trained, after_sft = weights(Path(toy.base)), weights(tmp_path / "out"), weights(tmp_path / "out" / "stages" / "sft")
+    assert trained.pop("routing_head.weight").any()
+    assert trained.keys() == base.keys() and after_sft.keys() - {"routing_head.weight"} == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], trained[name])}
     assert changed == {name for name in base if name.endswith("proj.weight")}
     for name in changed:
-        rank = int(torch.linalg.matrix_rank(found[name] - base[name], rtol=1e-3))
+        rank = int(torch.linalg.matrix_rank(trained[name] - base[name], rtol=1e-3))
         assert rank == 4, name
-        assert not torch.equal(found[name], after_sft[name])
+        assert not torch.equal(trained[name], after_sft[name])
 
 
 def test_direct_fine_tuning_has_no_head_and_learns_preferences(toy: Toy, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fusionroute.fr_export.commands import train as verb
+from fusionroute.fr_export.commands.main import run
 from fusionroute.fr_export.training.data import Row, read_sft
 from fusionroute.fr_export.training.recipe import Recipe, Stage
 from fusionroute.fr_export.training.request import TrainingRequest
@@ -28,8 +28,8 @@ from tests.support.systems import Shape, make_model
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
-    with in_folder("training", verb.app, tmp_path, monkeypatch, capsys) as found:
-        yield found
+    with in_folder("training", lambda: run("train"), tmp_path, monkeypatch, capsys) as command:
+        yield command
 
 
 @pytest.fixture

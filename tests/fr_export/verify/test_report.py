@@ -18,13 +18,14 @@ from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES, gptq
 from fusionroute.fr_export.precision.blockwise import Format, Quantised
-from fusionroute.fr_export.verify.bounds import BOUNDS, misses
+from fusionroute.fr_export.verify.bounds import misses
 from fusionroute.fr_export.verify.compare import sequences
 from fusionroute.fr_export.verify.report import show_report
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.precisions import PRECISIONS
 from tests.support.exporting import ALL
 from tests.support.systems import Shape, make_system
 
@@ -97,8 +98,8 @@ def test_a_precision_that_misses_its_bound_is_told_and_strict_refuses_it(request
     before = (request_.out / "manifest.json").read_bytes()
     rounded = gptq.quantise
 
-    def coarse(rows: np.ndarray, factor: gptq.Factor, form: Format) -> Quantised:
-        exact = rounded(rows, factor, form)
+    def coarse(rows: np.ndarray, factor: gptq.Factor, fmt: Format) -> Quantised:
+        exact = rounded(rows, factor, fmt)
         return Quantised(exact.values // 64 * 64, exact.scales, exact.zeros)  # as if six bits were lost
 
     monkeypatch.setattr("fusionroute.fr_export.precision.gptq_sequential.quantise", coarse)
@@ -127,14 +128,8 @@ def test_bounds_are_told_from_both_sides() -> None:
     assert misses("tensorrt", "int8", {"chunks": missed, "decode": missed}) == [], "activations in 8 bits too: bounded as w8a8"
 
 
-def test_every_precision_has_a_bound() -> None:
-    assert {precision for schemes in SCHEMES.values() for precision in schemes} == set(BOUNDS)
-
-
-def test_a_precision_without_a_bound_is_refused_before_any_work(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(BOUNDS, "fp16")
-    with pytest.raises(FusionError, match=r"^The precision fp16 for ort:cpu has no bound: .*\.$"):
-        export(replace(request_, router="nowhere"), Stages(Console(quiet=True)))
+def test_every_precision_has_a_record_and_every_record_a_scheme() -> None:
+    assert {precision for schemes in SCHEMES.values() for precision in schemes} == set(PRECISIONS)
 
 
 def test_a_single_prompt_is_noted_on_the_console_and_in_the_report(

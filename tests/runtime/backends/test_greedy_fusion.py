@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backend import Fused, FusionInputs
-from fusionroute.runtime.backends.greedy_fusion import SingleFuser
+from fusionroute.runtime.backends.greedy_fusion import GreedyFuser
 from fusionroute.runtime.backends.ort_cpu import OrtFuser
 
 VOCAB = 37
@@ -26,15 +26,15 @@ weights = st.sampled_from([(0.5, 0.5), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.3,
 def test_numbers_are_those_of_float64(
     router: np.ndarray, expert: np.ndarray, coefficients: tuple[float, float], temperature: float
 ) -> None:
-    fused = SingleFuser(VOCAB)(router, expert, coefficients, temperature)
+    fused = GreedyFuser(VOCAB)(router, expert, coefficients, temperature)
     a, b = (np.float64(np.float32(weight)) for weight in coefficients)
     expected = a * router[0] + b * expert[0].astype(np.float64)
     np.testing.assert_allclose(fused.rows[0], expected, rtol=1e-6, atol=1e-5)
     assert fused.ids[0, 0] == np.flatnonzero(fused.rows[0] == fused.rows[0].max())[0]  # the lower id among equals
     assert fused.logits[0, 0] == fused.unpenalised[0, 0] == fused.rows[0].max()
-    for found, scaled in ((fused.log_normaliser[0], expected), (fused.sampling_normaliser[0], expected / temperature)):
+    for normaliser, scaled in ((fused.log_normaliser[0], expected), (fused.sampling_normaliser[0], expected / temperature)):
         np.testing.assert_allclose(
-            found, scaled.max() + np.log(np.exp(scaled - scaled.max()).sum()), rtol=1e-6, atol=1e-5 / min(temperature, 1.0)
+            normaliser, scaled.max() + np.log(np.exp(scaled - scaled.max()).sum()), rtol=1e-6, atol=1e-5 / min(temperature, 1.0)
         )
 
 
@@ -51,7 +51,8 @@ def test_the_graph_says_the_same(rt: FusionRuntime, seed: int, coefficients: tup
     router, expert = 9 * np.random.default_rng(seed).standard_normal((2, 1, rt.vocab_size)).astype(np.float32)
     fuse = rt.backend.fuser()
     quick = [np.copy(value) for value in fuse(FusionInputs(router, expert, coefficients, temperature=temperature))]
-    graph = fuse(FusionInputs(router, expert, coefficients, 2, temperature=temperature))  # two candidates: it has to sort
+    # two candidates: it has to sort
+    graph = fuse(FusionInputs(router, expert, coefficients, 2, temperature=temperature))
     assert np.array_equal(quick[5], graph.rows)
     assert quick[0][0, 0] == graph.ids[0, 0]
     assert quick[1][0, 0] == graph.logits[0, 0]
@@ -63,13 +64,13 @@ def test_the_graph_says_the_same(rt: FusionRuntime, seed: int, coefficients: tup
 def test_one_candidate_without_a_penalty_takes_it(rt: FusionRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """A penalty and several candidates go through the graph."""
     taken: list[int] = []
-    quick = SingleFuser.__call__
+    quick = GreedyFuser.__call__
 
-    def counted(self: SingleFuser, *arguments: Any) -> Fused:
+    def counted(self: GreedyFuser, *arguments: Any) -> Fused:
         taken.append(1)
         return quick(self, *arguments)
 
-    monkeypatch.setattr(SingleFuser, "__call__", counted)
+    monkeypatch.setattr(GreedyFuser, "__call__", counted)
     assert isinstance(rt.backend.fuser(), OrtFuser)
     session = rt.session()
     session.append([5, 6, 7])
@@ -81,9 +82,9 @@ def test_one_candidate_without_a_penalty_takes_it(rt: FusionRuntime, monkeypatch
     session.step(temperature=0.7, top_k=1, seed=0)
     assert len(taken) == 2
     session.step()
-    kept = session.logits
-    before = kept.copy()
+    logits = session.logits
+    before = logits.copy()
     session.step()
     assert len(taken) == 4
-    assert np.array_equal(kept, before)
-    assert not np.array_equal(kept, session.logits)
+    assert np.array_equal(logits, before)
+    assert not np.array_equal(logits, session.logits)

@@ -29,7 +29,7 @@ def load(bundle: Path, precision: str = "int8", **options: Any) -> FusionRuntime
     return FusionRuntime.load(bundle, precision, "cpu", threads=1, **({"share_weights": True} | options))
 
 
-def made(packed: Path) -> dict[Path, int]:
+def weight_files(packed: Path) -> dict[Path, int]:
     """Every packed weights file and when it was written."""
     return {path: path.stat().st_mtime_ns for path in packed.glob(f"*/{WEIGHTS}")}
 
@@ -41,20 +41,20 @@ def test_numbers_are_those_of_private_weights(bundles: list[Path], packed: Path,
         for rt in (private, shared):
             assert rt.precision == precision
         for chunk in (1, 512):
-            found, expected = shared.score(ids, chunk=chunk), private.score(ids, chunk=chunk)
-            assert np.array_equal(found.logits, expected.logits) and np.array_equal(found.routing, expected.routing)
+            scores, expected = shared.score(ids, chunk=chunk), private.score(ids, chunk=chunk)
+            assert np.array_equal(scores.logits, expected.logits) and np.array_equal(scores.routing, expected.routing)
         maps = Path("/proc/self/maps").read_text()
-        files = made(packed)
+        files = weight_files(packed)
         assert len(files) == len(private.bundle.manifest.models)
         assert all(str(path) in maps for path in files), "not mapped"
     with load(bundles[0], precision):
-        assert made(packed) == files, "written again"
+        assert weight_files(packed) == files, "written again"
 
 
 def test_what_is_not_whole_is_made_again(bundles: list[Path], packed: Path) -> None:
     with load(bundles[0]) as rt:
         expected = rt.generate(PROMPT, 8).token_ids
-    cut, unread, gone = list(made(packed))[:3]
+    cut, unread, gone = list(weight_files(packed))[:3]
     os.truncate(cut, 4096)
     (unread.parent / SIZES).write_text("[")
     gone.unlink()
@@ -63,7 +63,7 @@ def test_what_is_not_whole_is_made_again(bundles: list[Path], packed: Path) -> N
     (left / WEIGHTS).write_bytes(b"half")
     with load(bundles[0]) as rt:
         assert rt.generate(PROMPT, 8).token_ids == expected
-    assert all(path.stat().st_size == json.loads((path.parent / SIZES).read_text())[WEIGHTS] for path in made(packed))
+    assert all(path.stat().st_size == json.loads((path.parent / SIZES).read_text())[WEIGHTS] for path in weight_files(packed))
     assert not left.exists()
 
 
@@ -71,11 +71,11 @@ def test_another_export_is_packed_anew(bundles: list[Path], packed: Path, tmp_pa
     """Also where names and sizes are the same: a bundle whose weights were damaged may have been replaced."""
     copy = Path(shutil.copytree(bundles[0], tmp_path / "copy"))
     load(copy).close()
-    first = made(packed)
+    first = weight_files(packed)
     for path in copy.rglob("*.bin"):
         os.utime(path, ns=(1, 1))
     load(copy).close()
-    assert len(made(packed)) == 2 * len(first)
+    assert len(weight_files(packed)) == 2 * len(first)
 
 
 class Usage(NamedTuple):
@@ -129,4 +129,4 @@ def test_processes_that_come_at_once(bundles: list[Path], packed: Path) -> None:
     said = {other.communicate(timeout=120)[0] for other in others}
     assert all(other.returncode == 0 for other in others)
     assert len(said) == 1
-    assert sorted(path.name for path in packed.iterdir()) == sorted(["lock", *(path.parent.name for path in made(packed))])
+    assert sorted(path.name for path in packed.iterdir()) == sorted(["lock", *(path.parent.name for path in weight_files(packed))])

@@ -3,8 +3,6 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,35 +15,20 @@ from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bench import bandwidth
-from fusionroute.runtime.bench.bench import Request, bench, take_turns
+from fusionroute.runtime.bench.bench import BenchOptions, bench, take_turns
 from fusionroute.runtime.bench.counters import catch_ups, switches
 from fusionroute.runtime.bench.memory import INTERVAL, Growth
 from fusionroute.runtime.bench.run import Run, generate
 from fusionroute.runtime.bench.summary import summarise
-from fusionroute.runtime.bench.workload import System
+from fusionroute.runtime.bench.workload import Workload
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
+from tests.runtime.bench.conftest import measured
 from tests.runtime.commands.test_commands import assert_one_sentence, command
 from tests.support.commands import Command
 
 __all__ = ["command"]
-CEILING = bandwidth.Bandwidth(20e9, 1 << 28)
-FEW = ("--prompt-tokens", 9, "--new-tokens", 12, "--repeats", 3)
-
-
-@pytest.fixture(autouse=True)
-def known_bandwidth(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Reading a large buffer for every test would take longer than the tests."""
-    with patch.object(bandwidth, "of_host", return_value=CEILING):
-        yield
-
-
-def measured(command: Command, bundle: Path, *options: object) -> dict[str, Any]:
-    ended = command("bench", bundle, *FEW, "--json", *options)
-    assert ended.status == 0, ended.err
-    found: dict[str, Any] = json.loads(ended.out)
-    return found
 
 
 def test_figures_follow_from_the_runs(bundles: list[Path], command: Command) -> None:
@@ -134,9 +117,9 @@ def test_units_take_turns() -> None:
 
         return run
 
-    found = take_turns({name: unit(name) for name in "AB"}, 3)
+    runs_by_unit = take_turns({name: unit(name) for name in "AB"}, 3)
     assert "".join(order) == "ABABAB"
-    assert {name: [run.seconds[0] for run in runs] for name, runs in found.items()} == {"A": [1, 3, 5], "B": [2, 4, 6]}
+    assert {name: [run.seconds[0] for run in runs] for name, runs in runs_by_unit.items()} == {"A": [1, 3, 5], "B": [2, 4, 6]}
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -177,16 +160,16 @@ def test_the_prompt_has_the_length_asked_for(bundles: list[Path]) -> None:
 
 def without(bundle: Path, tmp_path: Path, *, tokenizer: bool = True, weight_bytes: bool = True) -> Path:
     """A copy as it would be without a tokenizer, or as older exports wrote it."""
-    made = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    content = json.loads((made / "manifest.json").read_text())
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    content = json.loads((copy / "manifest.json").read_text())
     if not tokenizer:
         del content["files"]["tokenizer.json"]
-        (made / "tokenizer.json").unlink()
+        (copy / "tokenizer.json").unlink()
     if not weight_bytes:
         for variant in content["variants"]:
             del variant["weight_bytes"]
-    (made / "manifest.json").write_text(json.dumps(content))
-    return made
+    (copy / "manifest.json").write_text(json.dumps(content))
+    return copy
 
 
 def test_older_bundles_say_nothing_of_bytes(bundles: list[Path], command: Command, tmp_path: Path) -> None:
@@ -202,90 +185,6 @@ def test_a_bundle_without_a_tokenizer(bundles: list[Path], command: Command, tmp
     ended = command("bench", bundle, "--prompt", "a")
     assert ended.status == 1 and ended.out == ""
     assert_one_sentence(ended.err.splitlines(keepends=True)[-1], "no tokenizer.json", "--prompt-tokens")
-
-
-class Page(HTMLParser):
-    """What a page refers to, and whether all its elements are closed."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.links: list[str] = []
-        self.open: list[str] = []
-        self.seen: dict[str, int] = {}
-        self.text = self.figures = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.seen[tag] = self.seen.get(tag, 0) + 1
-        self.links += [str(value) for name, value in attributes if name in ("href", "src", "xlink:href", "srcset", "data")]
-        if tag not in ("meta", "link", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attributes)
-        self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self.open[-1:] == ["pre"]:
-            self.figures += data
-
-
-def test_page_and_picture(bundles: list[Path], command: Command, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    page, picture = tmp_path / "page.html", tmp_path / "picture.png"
-    named = Path(shutil.copytree(bundles[0], tmp_path / "<b>&bundle"))
-    result = measured(command, named, "--html", page, "--plot", picture)
-    text = page.read_text(encoding="utf-8")
-    found = Page(text)
-    assert "http" not in text.lower() and "@import" not in text and all(link.startswith("#") for link in found.links)
-    assert not found.open and found.seen["svg"] == 1 and found.seen["table"] == 2 and "b" not in found.seen
-    for row in result["rows"]:
-        assert f"{row['tokens_per_second']:,.1f}" in found.text
-    assert json.loads(found.figures) == result
-    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-
-
-def test_charts_hold_the_figures(bundles: list[Path], command: Command) -> None:
-    pytest.importorskip("matplotlib")
-    from fusionroute.runtime.bench.figure import figure
-
-    result = measured(command, bundles[0], "--rows", "fused,router")
-    result["precisions"][1]["quality"] = {"perplexity_ratio": 1.02}
-    speed, _, quality, size = figure(result).axes
-    assert [bar.get_height() for bar in speed.patches] == [row["tokens_per_second"] for row in result["rows"]]
-    rows = {row["precision"]: row for row in result["rows"] if row["system"] == "fused"}
-    [point] = quality.collections
-    assert point.get_offsets().tolist() == [[pytest.approx(2.0), rows[result["precisions"][1]["name"]]["tokens_per_second"]]]
-    assert [c.get_offsets().tolist()[0] for c in size.collections] == [
-        [each["bytes"] / 1e6, rows[each["name"]]["tokens_per_second"]] for each in result["precisions"]
-    ]
-
-
-def test_table(bundles: list[Path], command: Command) -> None:
-    ended = command("bench", bundles[0], *FEW)
-    assert ended.status == 0
-    for word in (
-        "9 tokens of prompt, 12 new ones, median of 3",
-        "memory read at 20.0 GB/s",
-        "fp32",
-        "int8",
-        "tokens/s",
-        "not engines on a GPU",
-    ):
-        assert word in ended.out
-
-
-def test_without_matplotlib(bundles: list[Path], command: Command, tmp_path: Path) -> None:
-    with patch.dict("sys.modules", {"matplotlib.figure": None}):
-        for option in ("--plot", "--html"):
-            ended = command("bench", bundles[0], option, tmp_path / "file.png")
-            assert ended.status == 1 and ended.out == ""
-            assert_one_sentence(ended.err, "matplotlib", "fusionroute[bench]")
-        assert command("bench", bundles[0], *FEW).status == 0
 
 
 FAILURES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
@@ -326,9 +225,9 @@ def test_the_ceiling_reads_all_of_a_large_buffer() -> None:
         lengths.append(part.nbytes)
 
     with patch.object(bandwidth, "KERNELS", (kernel,)), patch.object(bandwidth, "seconds", lambda work: (work(), 0.5)[1]):
-        found = WHOLE()
-    assert sum(lengths) == found.buffer and found.bytes_per_second == 2 * found.buffer
-    assert found.buffer >= min(bandwidth.SMALLEST, 1 << 20)
+        measured = WHOLE()
+    assert sum(lengths) == measured.buffer and measured.bytes_per_second == 2 * measured.buffer
+    assert measured.buffer >= min(bandwidth.SMALLEST, 1 << 20)
     ticks = iter([0.0, 9.0, 20.0, 25.0, 30.0, 38.0, 40.0, 47.0, 50.0, 56.0])
     with patch("time.perf_counter", lambda: next(ticks)):
         assert bandwidth.seconds(lambda: None) == 5.0
@@ -354,12 +253,12 @@ def test_models_of_different_sizes() -> None:
     sizes = {"router": 10, "a": 100, "b": 1000}
     runs = [Run(9.0, [1.0, 3.0], ["a", "b", "b"]), Run(7.0, [2.0, 4.0], ["a", "b", "b"])]
     base = [Run(1.0, [4.0, 4.0], []), Run(1.0, [6.0, 6.0], [])]
-    for system, read, counts in (
-        (System("fused", True, True, None, "weighted", 0.5), 1010, (1, [6])),
-        (System("b", False, True, "b", "weighted", 0.0), 1000, (1, [6])),
-        (System("router", True, False, None, "weighted", 1.0), 10, (0, [])),
+    for workload, read, counts in (
+        (Workload("fused", True, True, None, "weighted", 0.5), 1010, (1, [6])),
+        (Workload("b", False, True, "b", "weighted", 0.0), 1000, (1, [6])),
+        (Workload("router", True, False, None, "weighted", 1.0), 10, (0, [])),
     ):
-        row = summarise("fp32", system, runs, base, 5, sizes, 4000.0)
+        row = summarise("fp32", workload, runs, base, 5, sizes, 4000.0)
         assert (row.weight_bytes_per_token, row.seconds_per_token, row.first_token, row.times_first) == (read, 2.5, 8.0, 2.0)
         assert (row.bytes_per_second, row.bandwidth_share) == (read / 2.5, read / 2.5 / 4000)
         assert (row.switches, row.catch_ups) == counts
@@ -369,7 +268,7 @@ def test_drafts_are_a_row_of_their_own(bundles: list[Path], tmp_path: Path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(DraftPlanner, "plan", lambda self, most, *_: DraftPlan("router", min(most, 4)))
     monkeypatch.setattr("fusionroute.runtime.speculation.draft_planner.MIN_STEP_SECONDS", 0.0)
-    result = bench(bundles[0], Request(("fp32",), "cpu", prompt_tokens=9, new_tokens=20, repeats=2, rows="fused,fused+drafts"))
+    result = bench(bundles[0], BenchOptions(("fp32",), "cpu", prompt_tokens=9, new_tokens=20, repeats=2, rows="fused,fused+drafts"))
     plain, drafting = result["rows"]
     assert plain["acceptance_rate"] is None and plain["runs"][0]["drafted"] == 0
     assert drafting["experts"] == plain["experts"] and drafting["switches"] == plain["switches"]

@@ -150,6 +150,32 @@ def test_inspect_tells_how_well_lambda_was_tuned(bundles: list[Path], command: C
     assert "λ = 0.25 (tuned: accuracy 75.0% on the validation split)" in " ".join(command("inspect", bundle).out.split())
 
 
+@pytest.mark.parametrize(
+    ("target", "precision", "item_size"),
+    [
+        ("ort:cpu", "fp16", 4),
+        ("ort:cpu", "int8", 4),
+        ("ort:cuda", "fp16", 2),
+        ("portable", "bf16", 2),
+        ("portable", "int8", 4),
+        ("tensorrt", "fp32", 4),
+        ("tensorrt", "int8", 2),
+        ("tensorrt:10.3", "bf16", 2),
+    ],
+)
+def test_inspect_counts_the_bytes_of_keys_and_values(
+    bundles: list[Path], command: Command, tmp_path: Path, target: str, precision: str, item_size: int
+) -> None:
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    manifest = Manifest.read(bundle)
+    model = manifest.models[0].model_copy(update={"layers": 3, "kv_heads": 5, "head_size": 100})
+    models = [model, *(model.model_copy(update={"name": expert}) for expert in manifest.experts)]
+    variant = manifest.variants[0].model_copy(update={"target": target, "precision": precision})
+    manifest.model_copy(update={"models": models, "variants": [variant]}).write(bundle)
+    row = next(line for line in command("inspect", bundle).out.splitlines() if line.startswith(f"│ {target} "))
+    assert f" {2 * 3 * 5 * 100 * item_size:,} " in row
+
+
 def test_inspect_tells_of_changed_weights_when_asked(bundles: list[Path], command: Command, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
     weights = next((bundle / "graphs" / "weights").iterdir())

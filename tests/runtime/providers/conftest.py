@@ -1,4 +1,4 @@
-"""Bundles for GPUs, and the GPU's backend opened on the CPU provider, which runs their graphs (bf16 ones in an fp32 copy)."""
+"""Bundles for GPUs, and the GPU's backend opened on the CPU provider (which runs bf16 graphs as fp32 copies)."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,8 +30,10 @@ Load = Callable[[Path, str, str], FusionRuntime]  # (bundle, target, precision)
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By family: `ort:cuda` in fp16 and bf16, `tensorrt` in fp16 and fp32; the bf16 graphs are copies in fp32 that round as bf16 does."""
-    found = {}
+    """By family: `ort:cuda` in fp16 and bf16, `tensorrt` in fp16 and fp32; the bf16 graphs are copies in fp32 that
+    round as bf16 does.
+    """
+    folders = {}
     for family in FAMILIES:
         folder = tmp_path_factory.mktemp(family)
         router, experts = make_system(folder, Shape(family, layers=2, experts=2))
@@ -43,8 +45,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 request = Request(FAMILIES[family], router, experts, precisions, targets, folder / out, max_seq_len=320, calibration="none")
                 export(request, Stages(Console(quiet=True)))
         emulate(folder / "emulated")
-        found[family] = folder / "bundle"
-    return found
+        folders[family] = folder / "bundle"
+    return folders
 
 
 @contextmanager
@@ -65,7 +67,7 @@ def on_cpu(target: str) -> Iterator[None]:
 def relabelled(bundle: Path, out: Path) -> Path:
     """A copy of an emulated bundle whose variants say that they are for CUDA."""
     shutil.copytree(bundle, out)
-    made = Manifest.read(out)
-    variants = [variant.model_copy(update={"target": "ort:cuda"}) for variant in made.variants]
-    made.model_copy(update={"variants": variants}).write(out)
+    manifest = Manifest.read(out)
+    variants = [variant.model_copy(update={"target": "ort:cuda"}) for variant in manifest.variants]
+    manifest.model_copy(update={"variants": variants}).write(out)
     return out

@@ -1,4 +1,4 @@
-"""The same graphs run by `session.run` with copies of everything, without the runtime's backends: what every binding must give."""
+"""The same graphs run by `session.run` with copies of everything: the results that every binding must have."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class Reader:
         self._caches = {name: np.zeros(shape, TYPES[kind]) for name, kind in inputs.items() if name.startswith("past.")}
         self.length = 0
 
-    def forward(self, ids: list[int], wanted: list[int]) -> dict[str, np.ndarray]:
+    def forward(self, ids: list[int], positions: list[int]) -> dict[str, np.ndarray]:
         """Append tokens; logits [K, V] and routing [K, n] of some of them."""
         end = self.length + len(ids)
-        feeds: dict[str, Any] = {"input_ids": np.array([ids]), "logit_positions": np.array(wanted)}
+        feeds: dict[str, Any] = {"input_ids": np.array([ids]), "logit_positions": np.array(positions)}
         if self._scattered:
             feeds |= {"write_index": np.array([self.length]), "key_positions": np.arange(end)}
         else:
             feeds |= {"seqlens_k": np.array([end - 1], np.int32), "total_sequence_length": np.array(end, np.int32)}
         caches = {name: cache.copy() for name, cache in self._caches.items()}
-        found = dict(zip(self._outputs, self._session.run(None, feeds | caches), strict=True))
-        self._caches = {name: found[name.replace("past.", "present.")] for name in self._caches}
+        outputs = dict(zip(self._outputs, self._session.run(None, feeds | caches), strict=True))
+        self._caches = {name: outputs[name.replace("past.", "present.")] for name in self._caches}
         self.length = end
-        return {name: found[name][0] for name in ("logits", "routing") if name in found}
+        return {name: outputs[name][0] for name in ("logits", "routing") if name in outputs}
 
 
 class Step(NamedTuple):
@@ -53,7 +53,9 @@ class Step(NamedTuple):
 
 
 class Plain:
-    """One text: greedy steps of router, expert and weighted fusion, with a repetition penalty; every model reads what it missed in chunks."""
+    """One text: greedy steps of router, expert and weighted fusion, with a repetition penalty; every model reads what
+    it missed in chunks.
+    """
 
     def __init__(self, folder: Path, variant: Variant, chunk: int, level: str):
         manifest = Manifest.read(folder)
@@ -85,9 +87,9 @@ class Plain:
         model.length = min(model.length, len(self.tokens) - 1)
         while True:
             piece = self.tokens[model.length : model.length + self._chunk]
-            found = model.forward(piece, [len(piece) - 1])
+            outputs = model.forward(piece, [len(piece) - 1])
             if model.length == len(self.tokens):
-                return found
+                return outputs
 
     def score(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Fused logits [S, V] and experts [S] at every position, read in chunks."""

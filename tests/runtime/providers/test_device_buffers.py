@@ -19,10 +19,10 @@ class Binding:
     """What was bound: name → (device, shape, address)."""
 
     def __init__(self) -> None:
-        self.found: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        self.bound: dict[str, tuple[str, tuple[int, ...], int]] = {}
 
     def bind_input(self, name: str, device: str, number: int, dtype: Any, shape: tuple[int, ...], address: int) -> None:
-        self.found[name] = device, shape, address
+        self.bound[name] = device, shape, address
 
 
 class Values:
@@ -55,7 +55,7 @@ def test_what_is_sent_is_what_stands_at_the_bound_addresses(drawn: list[tuple[li
         for name, array in sent.items():
             inputs.arrays[name][...] = array
         inputs.send()
-        for name, (device, shape, address) in binding.found.items():
+        for name, (device, shape, address) in binding.bound.items():
             assert (device, shape) == ("cuda" if where.holds(name) else "cpu", layout[name][0])
             assert address % ALIGNMENT == 0 if device == "cuda" else address == inputs.arrays[name].ctypes.data
             assert ctypes.string_at(address, sent[name].nbytes) == sent[name].tobytes()
@@ -65,9 +65,9 @@ def test_what_the_host_writes_reaches_the_device_with_send_only() -> None:
     inputs, binding = Inputs(place({"ids": False}), {"ids": ((4,), np.int64)}), Binding()
     inputs.bind(binding)
     inputs.arrays["ids"][:] = 7
-    address = binding.found["ids"][2]
+    address = binding.bound["ids"][2]
     assert list((ctypes.c_int64 * 4).from_address(address)) == [0] * 4
     inputs.send()
     assert list((ctypes.c_int64 * 4).from_address(address)) == [7] * 4
     inputs.bind(binding, "ids", (2,))
-    assert binding.found["ids"] == ("cuda", (2,), address)
+    assert binding.bound["ids"] == ("cuda", (2,), address)

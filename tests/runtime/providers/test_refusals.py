@@ -1,4 +1,7 @@
-"""What `auto` chooses, and the sentences for machines that lack something. The packages are stand-ins: there is no GPU here."""
+"""What `auto` chooses, and the sentences for machines that lack something.
+
+The packages are stand-ins: there is no GPU here.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ import onnxruntime
 import pytest
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends import DEVICES, KNOWN, LOG
+from fusionroute.runtime.backends import DEVICES, KNOWN, LOG, BackendOptions
 from fusionroute.runtime.backends.device_buffers import Place
 from fusionroute.runtime.backends.ort_cpu import OrtCpu
 from fusionroute.runtime.backends.ort_gpu import OrtGpu
@@ -21,6 +24,7 @@ from fusionroute.runtime.backends.providers import CUDA, PROVIDERS, Opener
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.files import cache_folder
+from fusionroute.runtime.manifest import Variant
 from tests.runtime.providers.conftest import CPU, on_cpu
 from tests.support.commands import in_folder
 
@@ -62,8 +66,8 @@ def package(monkeypatch: pytest.MonkeyPatch, available: list[str], opens: Any = 
         return Opened(opens or [*names, "CPUExecutionProvider"])
 
     class Settings(onnxruntime.SessionOptions):
-        def add_provider_for_devices(self, found: list[Any], options: dict[str, str]) -> None:
-            self.devices = found
+        def add_provider_for_devices(self, devices: list[Any], options: dict[str, str]) -> None:
+            self.devices = devices
 
     module = SimpleNamespace(
         __version__="1.99", get_available_providers=lambda: available, preload_dlls=lambda: print("Failed to load libcudnn.so"),
@@ -172,13 +176,13 @@ def test_auto_takes_the_first_that_opens_and_logs_the_rest(bundles: dict[str, Pa
     tried: list[tuple[str, str]] = []
 
     def broken(device: str, error: Exception) -> Any:
-        def opened(bundle: Bundle, variant: Any, threads: Any, budget: Any) -> Any:
+        def opened(bundle: Bundle, variant: Variant, options: BackendOptions) -> Any:
             tried.append((device, variant.precision))
             raise error
 
         return DEVICES[device][0], opened
 
-    def works(bundle: Bundle, variant: Any, threads: Any, budget: Any) -> Any:
+    def works(bundle: Bundle, variant: Variant, options: BackendOptions) -> Any:
         return OrtGpu(bundle, variant, CPU)
 
     broken_engines = {"tensorrt": broken("tensorrt", UnavailableError("No engines.")), "rtx": broken("rtx", OSError("libnvinfer"))}

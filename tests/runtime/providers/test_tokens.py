@@ -35,7 +35,9 @@ def words(count: int, seed: int = 0) -> list[int]:
 
 
 def check_step(session: Session, plain: Plain, rt: FusionRuntime, penalty: float = 1.0) -> bool:
-    """The token and expert are the best, or next to it within rounding (attention may read more keys than needed); whether the best."""
+    """The token and expert are the best, or next to it within rounding (attention may read more keys than needed);
+    whether the best.
+    """
     token = session.step(repetition_penalty=penalty)
     expert = rt.expert_names.index(token.expert)
     expected = plain.step(token.id, expert, penalty)
@@ -53,10 +55,11 @@ def test_steps_catch_up_rewinds_and_penalties(pair: Pair) -> None:
     session.append(words(100))
     plain.tokens += words(100)
     best = []
-    for count, kept, new in ((40, 70, 5), (20, 3, 140), (12, 140, 0), (6, 1, 1)):  # attention comes to read 128, 256 and less again
+    # attention comes to read 128, 256 and less again
+    for count, length, new in ((40, 70, 5), (20, 3, 140), (12, 140, 0), (6, 1, 1)):
         best += [check_step(session, plain, rt, 1.0 if step % 3 else 1.3) for step in range(count)]
-        session.rewind(kept)
-        plain.rewind(kept)
+        session.rewind(length)
+        plain.rewind(length)
         session.append(words(new, seed=new))
         plain.tokens += words(new, seed=new)
     assert np.mean(best) > 0.95
@@ -80,9 +83,9 @@ def test_scores(pair: Pair) -> None:
     rt, plain = pair
     ids = words(70, 3)
     logits, experts = plain.score(ids)
-    found = rt.score(ids, chunk=CHUNK)
-    assert np.array_equal(found.experts, experts) and len(set(experts.tolist())) > 1
-    assert np.abs(found.logits - logits).max() <= 1e-5 * np.abs(logits).max()
+    scores = rt.score(ids, chunk=CHUNK)
+    assert np.array_equal(scores.experts, experts) and len(set(experts.tolist())) > 1
+    assert np.abs(scores.logits - logits).max() <= 1e-5 * np.abs(logits).max()
     some = rt.score(ids, [69, 3, 40], chunk=CHUNK)
     assert np.abs(some.logits - logits[[69, 3, 40]]).max() <= 2e-3 * np.abs(logits).max(), "other rows of a chunk are asked for"
     one = rt.score(ids, chunk=1)
@@ -94,7 +97,7 @@ def test_fusion_penalises_what_it_is_told_and_rows_read_stay_as_they_were(pair: 
     router, expert = rt.backend.router.cache(), rt.backend.experts[0].cache()
     first, second = router.forward([5, 9], (1,)), expert.forward([5, 9], (1,))
     read = [output.logits.copy() for output in (first, second)]
-    kept = [row.copy() for row in read]
+    copies = [row.copy() for row in read]
     for ids in ([7], [7, 250, 31], []):
         fused = rt.backend.fuser()(FusionInputs(first.logits, second.logits, (0.25, 0.75), 4, np.array(ids, np.int64), 1.7, 0.5))
         raw = (0.25 * read[0] + 0.75 * read[1])[0].astype(np.float64)
@@ -105,7 +108,7 @@ def test_fusion_penalises_what_it_is_told_and_rows_read_stay_as_they_were(pair: 
         assert np.array_equal(fused.ids[0], best) and np.allclose(fused.unpenalised[0], raw[best], rtol=1e-5, atol=1e-5)
         assert np.allclose(fused.sampling_normaliser, np.log(np.exp(expected / 0.5).sum()))
     router.forward([200], (0,))
-    assert all(np.array_equal(row, before) for row, before in zip(read, kept, strict=True))
+    assert all(np.array_equal(row, before) for row, before in zip(read, copies, strict=True))
 
 
 SAMPLINGS: list[dict[str, Any]] = [
@@ -132,19 +135,19 @@ def test_sampling_is_that_of_the_cpu_backend_on_the_same_graphs(family: str, bun
 
 def test_a_decoded_token_allocates_and_binds_nothing_and_leaves_the_row_where_it_is(pair: Pair) -> None:
     rt, _ = pair
-    made: list[str] = []
+    calls: list[str] = []
 
     def noted(owner: Any, name: str) -> Any:
         real = getattr(owner, name)
 
         def called(*arguments: Any, **named: Any) -> Any:
-            made.append(f"{owner.__name__}.{name}")
+            calls.append(f"{owner.__name__}.{name}")
             return real(*arguments, **named)
 
         return patch.object(owner, name, called)
 
     def row(fused: GpuFused) -> np.ndarray:
-        made.append("row")
+        calls.append("row")
         return np.asarray(fused._rows.numpy())
 
     with (
@@ -155,10 +158,10 @@ def test_a_decoded_token_allocates_and_binds_nothing_and_leaves_the_row_where_it
         session.append(words(20))
         session.step()
         session.step()
-        assert "Place.buffer" in made
-        made.clear()
+        assert "Place.buffer" in calls
+        calls.clear()
         for _ in range(30):
             session.step()
-        assert not made
+        assert not calls
         session.step(temperature=3.0, seed=0, top_p=0.99999)
-        assert made.count("row") == 1
+        assert calls.count("row") == 1

@@ -1,4 +1,4 @@
-"""What is done with a bundle on a simulated machine, and everything that it gives back."""
+"""Scenarios on a simulated machine: each uses a bundle and returns all results."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ def greedy(rt: FusionRuntime, machine: Machine) -> list[Any]:
 
 def sampled(rt: FusionRuntime, machine: Machine) -> list[Any]:
     """Sampling with all options, full rows, pinned experts and models without a say."""
-    found: list[Any] = [list(rt.stream(PROMPT, 6, temperature=2.0, top_p=0.999, repetition_penalty=1.4, seed=1))]
-    found.append(list(rt.stream(PROMPT, 5, temperature=30.0, top_k=3, seed=2)))
-    found.append(list(rt.stream(PROMPT, 4, temperature=30.0, seed=4)))
+    texts: list[Any] = [list(rt.stream(PROMPT, 6, temperature=2.0, top_p=0.999, repetition_penalty=1.4, seed=1))]
+    texts.append(list(rt.stream(PROMPT, 5, temperature=30.0, top_k=3, seed=2)))
+    texts.append(list(rt.stream(PROMPT, 4, temperature=30.0, seed=4)))
     with patch("fusionroute.runtime.sampling.DEFAULT_CANDIDATES", 2):  # so few that rows must be fetched
-        found.append(list(rt.stream(PROMPT, 6, temperature=5.0, seed=3)))
-    found += [list(rt.stream(PROMPT, 4, lam=lam, expert="expert1")) for lam in (0.0, 0.5)]
-    found.append(list(rt.stream(PROMPT, 4, lam=1.0)))
-    return [[(token.id, token.expert, round(token.logprob, 3)) for token in text] for text in found]
+        texts.append(list(rt.stream(PROMPT, 6, temperature=5.0, seed=3)))
+    texts += [list(rt.stream(PROMPT, 4, lam=lam, expert="expert1")) for lam in (0.0, 0.5)]
+    texts.append(list(rt.stream(PROMPT, 4, lam=1.0)))
+    return [[(token.id, token.expert, round(token.logprob, 3)) for token in text] for text in texts]
 
 
 def stepped(rt: FusionRuntime, machine: Machine) -> list[Any]:
     """One session that is rewound."""
     session = rt.session()
     session.append(PROMPT)
-    found = [session.step() for _ in range(5)]
+    tokens = [session.step() for _ in range(5)]
     session.rewind(6)
-    found += [session.step() for _ in range(5)]
+    tokens += [session.step() for _ in range(5)]
     session.rewind(0)
     session.append(PROMPT[:2])
-    found += [session.step() for _ in range(5)]
-    return [(token.id, token.expert) for token in found]
+    tokens += [session.step() for _ in range(5)]
+    return [(token.id, token.expert) for token in tokens]
 
 
 def scored(rt: FusionRuntime, machine: Machine) -> list[Any]:
@@ -88,23 +88,23 @@ def interleaved(rt: FusionRuntime, machine: Machine, count: int = 3) -> list[Any
     return [texts, np.round(seen, 3).tolist()]
 
 
-def nested(wanted: list[tuple[Any, str]], machine: Machine) -> list[float]:
-    """Read rows to the host, each while the one before is waited for, as threads might do; the first values, the last reading first."""
-    found: list[float] = []
+def nested(rows: list[tuple[Any, str]], machine: Machine) -> list[float]:
+    """Read rows to the host, each while the one before is waited for, as threads might do; values in reverse order."""
+    values: list[float] = []
 
     def read(number: int) -> None:
-        if number < len(wanted):
+        if number < len(rows):
             machine.meanwhile = lambda: read(number + 1)
-            found.append(float(getattr(*wanted[number])[0][0]))
+            values.append(float(getattr(*rows[number])[0][0]))
 
     read(0)
     machine.meanwhile = None
-    return found
+    return values
 
 
 def given_up(rt: FusionRuntime, machine: Machine) -> list[Any]:
     """Steps that are interrupted while the host waits, and then taken again in another way, or their session dropped."""
-    found = []
+    ids = []
     for number in range(18):
         session = rt.session()
         session.append(PROMPT)
@@ -118,22 +118,22 @@ def given_up(rt: FusionRuntime, machine: Machine) -> list[Any]:
         machine.interrupt = 0
         if number < 6:
             session.rewind(8)
-            found += [session.step(lam=0.9, repetition_penalty=1.5).id for _ in range(3)]
+            ids += [session.step(lam=0.9, repetition_penalty=1.5).id for _ in range(3)]
         if number >= 12:
             session._decoder.step.fuser = session._decoder.step.newest = None  # type: ignore[assignment]  # they go first, while the caches stay
         del session
-    return found
+    return ids
 
 
 def abandoned(rt: FusionRuntime, machine: Machine) -> list[Any]:
     """Steps that end before the routing is asked for, with all their work queued, and are then taken in another way."""
-    session, found = rt.session(), []
+    session, ids = rt.session(), []
     session.append(PROMPT)
     for number in range(8):
         with patch.object(Answer, "routing", property(lambda answer: stop(answer))), suppress(KeyboardInterrupt):
             session.step(lam=0.1 * number)
-        found.append(session.step(lam=0.1 * number + 0.2, temperature=0.5 + number / 10, top_k=1).id)
-    return found
+        ids.append(session.step(lam=0.1 * number + 0.2, temperature=0.5 + number / 10, top_k=1).id)
+    return ids
 
 
 def stop(answer: Answer) -> None:
@@ -154,7 +154,7 @@ def play(scenario: Scenario, folder: Path, machine: Machine, expert_memory: int 
         simulated(machine),
         FusionRuntime.load(folder, device="rtx", expert_memory=expert_memory) as rt,
     ):
-        found = scenario(rt, machine)
+        results = scenario(rt, machine)
     del rt  # and with it all memory: nothing refers to it in a circle
     machine.run_out()
-    return found
+    return results

@@ -7,7 +7,7 @@ import pytest
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bench import bandwidth
-from fusionroute.runtime.bench.bench import Request, bench
+from fusionroute.runtime.bench.bench import BenchOptions, bench
 from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.tensorrt.device import Device
 from tests.support.simulated.bundles import CHUNK
@@ -20,7 +20,7 @@ from tests.support.simulated.tensorrt import WEIGHTS
 def test_bench_on_engines(folder: Path, policy: str) -> None:
     machine = Machine(2, policy)
     with patch("fusionroute.runtime.limits.CHUNK", CHUNK), simulated(machine):
-        result = bench(folder, Request(device="rtx", prompt_tokens=9, new_tokens=8, repeats=2, rows="fused,router,expert1"))
+        result = bench(folder, BenchOptions(device="rtx", prompt_tokens=9, new_tokens=8, repeats=2, rows="fused,router,expert1"))
         with FusionRuntime.load(folder, device="rtx") as rt:
             session = rt.session()
             session.append(bench_prompt(folder))
@@ -47,11 +47,11 @@ def test_copies_within_the_device_are_waited_for() -> None:
         device = Device()
         free = device.free_memory()
         with patch.object(bandwidth, "SMALLEST", 1 << 16):
-            found = bandwidth.of_device(device)
-        assert found.buffer == 1 << 16 and found.bytes_per_second > 0
+            measured = bandwidth.of_device(device)
+        assert measured.buffer == 1 << 16 and measured.bytes_per_second > 0
         assert device.free_memory() == free, "nothing stays"
 
 
 def test_engines_that_are_missing_are_named(folder: Path) -> None:
     with simulated(Machine(sm=75)), pytest.raises(UnavailableError, match="are for sm86, sm89, but this machine's GPU is sm75"):
-        bench(folder, Request(device="rtx", prompt_tokens=4, new_tokens=2))
+        bench(folder, BenchOptions(device="rtx", prompt_tokens=4, new_tokens=2))

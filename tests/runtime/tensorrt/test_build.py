@@ -12,7 +12,7 @@ import pytest
 import tensorrt_rtx
 from rich.console import Console
 
-from fusionroute.fr_export.commands.export import app
+from fusionroute.fr_export.commands.main import run as run_verb
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
@@ -30,7 +30,7 @@ from tests.support.systems import Shape, make_system
 SMS = (86, 89, 120)
 
 
-class Made(NamedTuple):
+class Exported(NamedTuple):
     """A small system exported with engines in two precisions, and the report."""
 
     bundle: Path
@@ -38,7 +38,7 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("engines")
     shape = Shape("gemma2", experts=1, layers=2, hidden=128, config={"tie_word_embeddings": True})
     router, experts = make_system(folder, shape)
@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         calibration="none",
         gpus=SMS,
     )
-    return Made(folder / "bundle", export(request, Stages(Console(quiet=True))))
+    return Exported(folder / "bundle", export(request, Stages(Console(quiet=True))))
 
 
 def entry(bundle: Path, precision: str) -> object:
@@ -62,10 +62,10 @@ def entry(bundle: Path, precision: str) -> object:
     return variant.engines
 
 
-def test_an_export_holds_engines_for_several_gpus(made: Made) -> None:
-    opened = Bundle.open(made.bundle)
+def test_an_export_holds_engines_for_several_gpus(exported: Exported) -> None:
+    opened = Bundle.open(exported.bundle)
     opened.verify()
-    for variant, told in zip(opened.manifest.variants, made.report["variants"], strict=True):
+    for variant, told in zip(opened.manifest.variants, exported.report["variants"], strict=True):
         (built,) = variant.engines
         assert (built.flavour, built.version, built.sms) == ("rtx", tensorrt_rtx.__version__, list(SMS))
         assert built.engines.keys() == {"router", "expert0", "fusion"}
@@ -77,25 +77,25 @@ def test_an_export_holds_engines_for_several_gpus(made: Made) -> None:
         if variant.precision == "bf16":
             for how in ("chunks", "decode"):
                 assert told["compared"][how]["greedy_agreement"] > 0.9  # type: ignore[index]
-    assert "building bf16 engines" in [stage["name"] for stage in made.report["stages"]]
+    assert "building bf16 engines" in [stage["name"] for stage in exported.report["stages"]]
 
 
-def test_operators_of_the_graphs_are_known_and_too_new_for_10_3(made: Made) -> None:
-    for variant in Manifest.read(made.bundle).variants:
-        found = {n.op_type for name in variant.graphs.values() for n in ir.load(made.bundle / name).graph}
-        assert found == set(variant.operators)
-        assert found <= known("10.15")
-        assert found - known("10.3") == {"TensorScatter", "RMSNormalization"}
-    assert {n.op_type for n in ir.load(made.bundle / "graphs/fusion.onnx").graph} <= known("10.3")
+def test_operators_of_the_graphs_are_known_and_too_new_for_10_3(exported: Exported) -> None:
+    for variant in Manifest.read(exported.bundle).variants:
+        operators = {n.op_type for name in variant.graphs.values() for n in ir.load(exported.bundle / name).graph}
+        assert operators == set(variant.operators)
+        assert operators <= known("10.15")
+        assert operators - known("10.3") == {"TensorScatter", "RMSNormalization"}
+    assert {n.op_type for n in ir.load(exported.bundle / "graphs/fusion.onnx").graph} <= known("10.3")
 
 
-def test_a_changed_engine_is_refused(made: Made) -> None:
-    path = next((made.bundle / "engines").glob("router.rtx.bf16.*"))
+def test_a_changed_engine_is_refused(exported: Exported) -> None:
+    path = next((exported.bundle / "engines").glob("router.rtx.bf16.*"))
     whole = path.read_bytes()
     try:
         path.write_bytes(whole[:1000] + b"x" + whole[1001:])
         with pytest.raises(BundleError, match=r"engine was changed after the export"):
-            FusionRuntime.load(made.bundle)
+            FusionRuntime.load(exported.bundle)
     finally:
         path.write_bytes(whole)
 
@@ -110,21 +110,24 @@ def run(monkeypatch: pytest.MonkeyPatch, entry: Callable[[], None], *arguments: 
     return 0
 
 
-def test_engines_are_rebuilt_on_the_device(made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path.name for path in (made.bundle / "engines").iterdir()}
-    assert run(monkeypatch, main, "build", made.bundle, "--precision", "int4", "--flavour", "rtx", "--sms", "sm89", "--workspace", 512) == 0
+def test_engines_are_rebuilt_on_the_device(exported: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name for path in (exported.bundle / "engines").iterdir()}
+    assert (
+        run(monkeypatch, main, "build", exported.bundle, "--precision", "int4", "--flavour", "rtx", "--sms", "sm89", "--workspace", 512)
+        == 0
+    )
     assert capsys.readouterr().out.startswith("int4: 3 engines, ")
-    after = {path.name for path in (made.bundle / "engines").iterdir()}
+    after = {path.name for path in (exported.bundle / "engines").iterdir()}
     assert after - before == {f"{name}.rtx.int4.sm89.engine" for name in ("router", "expert0", "fusion")}
     assert before < after
-    Bundle.open(made.bundle).verify()
-    old = [path.stat().st_mtime_ns for path in (made.bundle / "engines").glob("*sm89*")]
+    Bundle.open(exported.bundle).verify()
+    old = [path.stat().st_mtime_ns for path in (exported.bundle / "engines").glob("*sm89*")]
     monkeypatch.setattr("fusionroute.runtime.commands.build.device_sm", lambda: 89)  # without --sms: this machine's
-    assert run(monkeypatch, main, "build", made.bundle, "--precision", "int4", "--flavour", "rtx") == 0
-    assert {path.name for path in (made.bundle / "engines").iterdir()} == after, "the same GPUs: in place of the older ones"
-    assert old != [path.stat().st_mtime_ns for path in (made.bundle / "engines").glob("*sm89*")]
-    Bundle.open(made.bundle).verify()
-    assert [built.sms for built in entry(made.bundle, "int4")] == [list(SMS), [89]]  # type: ignore[attr-defined]
+    assert run(monkeypatch, main, "build", exported.bundle, "--precision", "int4", "--flavour", "rtx") == 0
+    assert {path.name for path in (exported.bundle / "engines").iterdir()} == after, "the same GPUs: in place of the older ones"
+    assert old != [path.stat().st_mtime_ns for path in (exported.bundle / "engines").glob("*sm89*")]
+    Bundle.open(exported.bundle).verify()
+    assert [built.sms for built in entry(exported.bundle, "int4")] == [list(SMS), [89]]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -139,20 +142,20 @@ def test_engines_are_rebuilt_on_the_device(made: Made, monkeypatch: pytest.Monke
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(
-    made: Made, arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exported: Exported, arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("fusionroute.runtime.commands.build.device_sm", lambda: None)
-    assert run(monkeypatch, main, "build", made.bundle, *arguments) == 1
+    assert run(monkeypatch, main, "build", exported.bundle, *arguments) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and words in error and "\n" not in error
 
 
-def test_a_graph_that_the_library_cannot_read_is_named_with_its_node(made: Made, tmp_path: Path) -> None:
-    model = ir.load(made.bundle / "graphs/fusion.onnx")
+def test_a_graph_that_the_library_cannot_read_is_named_with_its_node(exported: Exported, tmp_path: Path) -> None:
+    model = ir.load(exported.bundle / "graphs/fusion.onnx")
     node = next(n for n in model.graph if n.op_type == "TopK")
     node.name, node.op_type = "chooser", "Unique"
     ir.save(model, tmp_path / "broken.onnx")
-    dimensions = shapes(profile_of(Manifest.read(made.bundle)), 300)
+    dimensions = shapes(profile_of(Manifest.read(exported.bundle)), 300)
     with pytest.raises(FusionError, match=r"^TensorRT-RTX \S+ cannot read broken.onnx \(.*chooser.*\); export it again\.$"):
         build(tmp_path / "broken.onnx", tmp_path / "e.engine", "rtx", dimensions, (86,))
     with pytest.raises(UnavailableError, match=r"does not import the operator Unique:"):
@@ -160,9 +163,9 @@ def test_a_graph_that_the_library_cannot_read_is_named_with_its_node(made: Made,
     assert not list(tmp_path.glob("*.engine"))
 
 
-def test_a_build_that_fails_or_is_stopped_leaves_nothing(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = Manifest.read(made.bundle)
-    before = sorted(path.name for path in (made.bundle / "engines").iterdir())
+def test_a_build_that_fails_or_is_stopped_leaves_nothing(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest.read(exported.bundle)
+    before = sorted(path.name for path in (exported.bundle / "engines").iterdir())
 
     def begin(name: str) -> Callable[[float], None]:
         def advance(share: float) -> None:
@@ -172,20 +175,22 @@ def test_a_build_that_fails_or_is_stopped_leaves_nothing(made: Made, monkeypatch
         return advance
 
     with pytest.raises(KeyboardInterrupt):
-        rebuild(made.bundle, [manifest.variants[0]], manifest, "rtx", (80,), None, begin)
+        rebuild(exported.bundle, [manifest.variants[0]], manifest, "rtx", (80,), None, begin)
     monkeypatch.setattr(
         "fusionroute.runtime.tensorrt.engines.replacing", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(FusionError, match=r"^The engines cannot be written to .*engines \(No space left on device\): copy the bundle"):
-        rebuild(made.bundle, [manifest.variants[0]], manifest, "rtx", (80,), None, lambda _: lambda _: None)
-    assert sorted(path.name for path in (made.bundle / "engines").iterdir()) == before
-    Bundle.open(made.bundle).verify()
+        rebuild(exported.bundle, [manifest.variants[0]], manifest, "rtx", (80,), None, lambda _: lambda _: None)
+    assert sorted(path.name for path in (exported.bundle / "engines").iterdir()) == before
+    Bundle.open(exported.bundle).verify()
 
 
-def test_progress_reaches_the_end(made: Made, tmp_path: Path) -> None:
-    manifest = Manifest.read(made.bundle)
+def test_progress_reaches_the_end(exported: Exported, tmp_path: Path) -> None:
+    manifest = Manifest.read(exported.bundle)
     parts: list[float] = []
-    build(made.bundle / "graphs/fusion.onnx", tmp_path / "e.engine", "rtx", shapes(profile_of(manifest), 300), (86,), advance=parts.append)
+    build(
+        exported.bundle / "graphs/fusion.onnx", tmp_path / "e.engine", "rtx", shapes(profile_of(manifest), 300), (86,), advance=parts.append
+    )
     assert sum(parts) == pytest.approx(1.0) and all(part > 0 for part in parts)
     assert (tmp_path / "e.engine").stat().st_size > 100_000
 
@@ -206,7 +211,7 @@ def test_both_embedded_systems_in_every_precision(
     start = time.perf_counter()
     status = run(
         monkeypatch,
-        app,
+        lambda: run_verb("export"),
         "--family",
         family,
         "--target",

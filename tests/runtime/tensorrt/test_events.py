@@ -1,4 +1,4 @@
-"""Every wait and every recording of an event is needed: without any single one, some schedule shows a fault or gives other tokens."""
+"""Every wait and every recording of an event is needed: without one, some schedule faults or gives other tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +72,7 @@ def player(kind: str, name: str, folder: Path) -> Callable[[Machine], Any]:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[tuple[str, str], Any]]:
+def reference(folder: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[tuple[str, str], Any]]:
     """Where the runtime waits or records → kinds and scenarios in which it does, and what those give."""
     sites: dict[str, list[tuple[str, str]]] = {}
     results = {}
@@ -85,16 +85,16 @@ def found(folder: Path) -> tuple[dict[str, list[tuple[str, str]]], dict[tuple[st
     return sites, results
 
 
-def test_the_list_is_complete(found: tuple[dict[str, Any], dict[Any, Any]]) -> None:
-    assert sorted(found[0]) == sorted(EVENTS.strip().splitlines())
+def test_the_list_is_complete(reference: tuple[dict[str, Any], dict[Any, Any]]) -> None:
+    assert sorted(reference[0]) == sorted(EVENTS.strip().splitlines())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("site", EVENTS.strip().splitlines())
 def test_without_it_a_schedule_goes_wrong(
-    site: str, folder: Path, found: tuple[dict[str, list[tuple[str, str]]], dict[tuple[str, str], Any]]
+    site: str, folder: Path, reference: tuple[dict[str, list[tuple[str, str]]], dict[tuple[str, str], Any]]
 ) -> None:
-    sites, results = found
+    sites, results = reference
     for policy, seed in ORDERS:
         for kind, name in sites[site]:
             try:

@@ -1,4 +1,4 @@
-"""Both families' trained systems, exported for TensorRT, on the simulated device: the very graphs, their orders and their tokens."""
+"""Both families' trained systems, exported for TensorRT, on the simulated device: graphs, orders and tokens."""
 
 from pathlib import Path
 from unittest.mock import patch
@@ -19,7 +19,8 @@ from tests.support.simulated.plain import in_turn
 from tests.support.simulated.tensorrt import WEIGHTS
 
 CHUNK = 16  # so that prompts take several
-RUNS = [("late", False, None), ("random", True, None), ("starved", False, None), ("random", False, WEIGHTS)]  # the last: experts evicted
+# the last: experts evicted
+RUNS = [("late", False, None), ("random", True, None), ("starved", False, None), ("random", False, WEIGHTS)]
 PROMPTS = ("12+30= and then 7*8=", "def add(a, b):")
 
 
@@ -27,11 +28,11 @@ def exported(name: str, folder: Path, precisions: tuple[str, ...], calibration: 
     """The shipped system of a family, with engines that the simulated library runs."""
     preset, out = FAMILIES[name].preset("tiny"), folder / "bundle"
     assert preset.router
-    wanted = Request(
+    request = Request(
         FAMILIES[name], preset.router, dict(preset.experts), precisions, (target,), out, max_seq_len=192, calibration=calibration
     )
     with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):
-        export(wanted, Stages(Console(quiet=True)))
+        export(request, Stages(Console(quiet=True)))
     return add_engines(out, CHUNK)
 
 

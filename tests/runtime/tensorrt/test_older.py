@@ -1,4 +1,4 @@
-"""Graphs for TensorRT 10.3: which library gets which graphs of a bundle, and an engine of them that TensorRT-RTX really builds."""
+"""Graphs for TensorRT 10.3: which library gets which graphs, and an engine that TensorRT-RTX really builds."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Builds of one bundle at once, and builds that fail: the manifest and the engines always belong together. The library is simulated."""
+"""Builds of one bundle at once, and builds that fail: the manifest and the engines always belong together.
+
+The library is simulated.
+"""
 
 import threading
 from collections.abc import Iterator

@@ -41,9 +41,9 @@ def test_a_changed_engine_is_never_deserialised(own: Path) -> None:
     engine = own / "engines/expert1.fp32.engine"
     engine.write_bytes(engine.read_bytes().replace(b"expert1", b"expert2"))
     refused(own, Machine(), BundleError, "expert1.fp32.engine was changed")
-    with patch("fusionroute.runtime.bundle.Bundle.check"), patch("tests.support.simulated.tensorrt.Engine") as made:
+    with patch("fusionroute.runtime.bundle.Bundle.check"), patch("tests.support.simulated.tensorrt.Engine") as engine_class:
         refused(own, Machine(), BundleError, "expert1.fp32.engine was changed", "python -m runtime build")
-    assert not any("expert2" in str(call) or "expert1" in str(call) for call in made.call_args_list)
+    assert not any("expert2" in str(call) or "expert1" in str(call) for call in engine_class.call_args_list)
 
 
 def test_bytes_that_are_no_engine_are_named(own: Path) -> None:

@@ -47,9 +47,9 @@ def test_fetches_overlap_other_work(folder: Path) -> None:
         for number in range(6):
             sessions[number % 2].append([3, 4])
             sessions[number % 2].step()
-    found = fetches(machine)
-    assert len(found) == 6
-    assert all("run of router.tensorrt.fp32" in beside(fetch, machine) for fetch in found[2:]), "the first steps clear their caches"
+    copies = fetches(machine)
+    assert len(copies) == 6
+    assert all("run of router.tensorrt.fp32" in beside(fetch, machine) for fetch in copies[2:]), "the first steps clear their caches"
 
 
 def fetches(machine: Machine) -> list[Span]:

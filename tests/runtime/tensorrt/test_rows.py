@@ -1,4 +1,4 @@
-"""Engines that give back new keys and values, which the runtime puts into the buffers: nothing else changes, and no wait is spared."""
+"""Engines that return new keys and values, which the runtime appends to its buffers: all else is the same."""
 
 from pathlib import Path
 from typing import Any

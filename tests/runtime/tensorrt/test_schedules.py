@@ -46,7 +46,7 @@ def test_long_texts_cross_the_lengths_that_graphs_are_captured_for(folder: Path)
 @pytest.mark.parametrize("experts", [None, 1])
 def test_threads_get_what_one_thread_gets(folder: Path, experts: int | None) -> None:
     prompts = [[3 + number, 7, 20 - number] for number in range(6)]
-    found: dict[int, list[int]] = {}
+    texts: dict[int, list[int]] = {}
     machine = Machine(3, "random")
     budget = None if experts is None else experts * WEIGHTS
     with (
@@ -56,7 +56,7 @@ def test_threads_get_what_one_thread_gets(folder: Path, experts: int | None) -> 
     ):
 
         def work(number: int) -> None:
-            found[number] = rt.generate(prompts[number], 12).token_ids
+            texts[number] = rt.generate(prompts[number], 12).token_ids
 
         workers = [Thread(target=work, args=(number,)) for number in range(len(prompts))]
         for worker in workers:
@@ -64,7 +64,7 @@ def test_threads_get_what_one_thread_gets(folder: Path, experts: int | None) -> 
         for worker in workers:
             worker.join()
     machine.run_out()
-    assert [found[number] for number in range(len(prompts))] == [in_turn(folder, prompt, 12, CHUNK)[0] for prompt in prompts]
+    assert [texts[number] for number in range(len(prompts))] == [in_turn(folder, prompt, 12, CHUNK)[0] for prompt in prompts]
 
 
 def test_lengths_are_powers_of_two() -> None:

@@ -1,4 +1,4 @@
-"""The prefix cache and background catch-up on a device: caches are copied there, and pieces are queued behind the steps."""
+"""The prefix cache and background catch-up on a device: caches are copied there, pieces are queued behind steps."""
 
 from pathlib import Path
 from typing import Any
@@ -36,21 +36,21 @@ def texts(folder: Path, seed: int, order: str, **options: Any) -> tuple[list[Any
     ):
         first, second = rt.session(), rt.session()
         first.append(PROMPT)
-        found = [first.step()]
+        tokens = [first.step()]
         second.append([*PROMPT, 20, 21])
-        found.append(second.step())
+        tokens.append(second.step())
         del first
-        found += [second.step() for _ in range(8)]
-        found += list(rt.stream([*PROMPT, 22], 4))
-        return [(token.id, token.expert, round(token.logprob, 3)) for token in found], lengths
+        tokens += [second.step() for _ in range(8)]
+        tokens += list(rt.stream([*PROMPT, 22], 4))
+        return [(token.id, token.expert, round(token.logprob, 3)) for token in tokens], lengths
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_shared_prompt_changes_no_token(folder: Path, seed: int) -> None:
     order = ("late", "random")[seed % 2]
     expected, whole = texts(folder, seed, order, prefix_cache=0)
-    found, shared = texts(folder, seed, order)
-    assert found == expected
+    results, shared = texts(folder, seed, order)
+    assert results == expected
     assert sum(shared) < sum(whole)
 
 

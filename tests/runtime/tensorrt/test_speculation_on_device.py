@@ -21,7 +21,7 @@ def plan(self: DraftPlanner, most: int, looked_up: int, *_: object) -> DraftPlan
 def test_drafts_change_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DraftPlanner, "plan", plan)
     monkeypatch.setattr("fusionroute.runtime.engine.costs_of", lambda *_: EVEN)  # clocks mean nothing there
-    found = []
+    results = []
     for speculation in ("off", "auto"):
         with (
             patch("fusionroute.runtime.limits.CHUNK", CHUNK),
@@ -29,6 +29,6 @@ def test_drafts_change_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -
             FusionRuntime.load(folder, device="rtx", speculation=speculation) as rt,
         ):
             texts = [rt.generate(ids, 12) for ids in ([3, 4, 5, 3, 4], [7, 1], [2] * 9)]
-            found.append([(text.token_ids, text.experts) for text in texts])
-    assert found[0] == found[1]
+            results.append([(text.token_ids, text.experts) for text in texts])
+    assert results[0] == results[1]
     assert sum(text.drafted for text in texts) > 20

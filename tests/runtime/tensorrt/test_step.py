@@ -1,4 +1,4 @@
-"""What one decoded token costs: one wait of the host, no allocation, captured graphs; and what guessing the expert does."""
+"""What one decoded token costs: one wait of the host, no allocation, captured graphs; and what guesses do."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""Bundles of hand-written graphs to the exporter's contract: small enough for hundreds of runs, with attention that shows any wrong key."""
+"""Bundles of hand-written graphs with the exporter's inputs and outputs: small enough for hundreds of runs; any wrong
+key changes the result.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ VOCAB, WIDTH, HEADS, SIZE, CAPACITY, CHUNK = 40, 16, 2, 8, 320, 4
 def language_model(seed: int, experts: int = 0, layers: int = 2, rows: bool = False) -> onnx.ModelProto:
     """A transformer without norms or MLPs, in fp32; `experts` > 0 makes it a router.
 
-    `rows`: it gives back the new keys and values only, as graphs for TensorRT 10.3 do, and has no buffer to write to.
+    `rows`: it returns only the new keys and values, as graphs for TensorRT 10.3 do.
     """
     random = np.random.default_rng(seed)
     weights: dict[str, np.ndarray] = {
@@ -79,21 +81,21 @@ def language_model(seed: int, experts: int = 0, layers: int = 2, rows: bool = Fa
         outputs.append(("routing", [1, "K", experts]))
     caches = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
     kv = [1, HEADS, CAPACITY, SIZE]
-    kept: tuple[str, list[int | str]] = ("new", [1, HEADS, "S", SIZE]) if rows else ("present", [*kv])
+    caches_out: tuple[str, list[int | str]] = ("new", [1, HEADS, "S", SIZE]) if rows else ("present", [*kv])
     constants = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items() if array.size]
     constants += [numpy_helper.from_array(array.astype(np.int64), name) for name, array in whole.items()]
     constants.append(numpy_helper.from_array(np.array(-1e30, np.float32), "far"))
     integers = {"input_ids": [1, "S"], "write_index": [1], "key_positions": ["T"], "logit_positions": ["K"]}
-    made = helper.make_graph(
+    graph = helper.make_graph(
         nodes,
         "model",
         [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name, shape in integers.items()]
         + [helper.make_tensor_value_info(f"past.{name}", TensorProto.FLOAT, kv) for name in caches],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs]
-        + [helper.make_tensor_value_info(f"{kept[0]}.{name}", TensorProto.FLOAT, kept[1]) for name in caches],
+        + [helper.make_tensor_value_info(f"{caches_out[0]}.{name}", TensorProto.FLOAT, caches_out[1]) for name in caches],
         constants,
     )
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
 
 
 def write_bundle(folder: Path, experts: int = 3, seed: int = 0, layers: int = 2, rows: bool = False) -> Path:

@@ -112,7 +112,8 @@ class Cuda:
 
         work = Work(f"{name} of {out.name}", [Range(source, size, not up)], [Range(target, size, not down)], run, 1 + size / RATE)
         machine.submit(self.streams[stream], work)
-        if down and not self._ran(work):  # it may come at any time from now on: what the host reads before it has waited is lost
+        # it may come at any time from now on: what the host reads before it has waited is lost
+        if down and not self._ran(work):
             into.data[start : start + size] = POISON
         return (0,)
 
@@ -124,10 +125,10 @@ class Cuda:
         if kind != "on" or width > min(target_pitch, source_pitch):
             raise Fault("a copy of rows that overlap, or not within the device")
         pairs = [(target + row * target_pitch, source + row * source_pitch) for row in range(height)]
-        found = [(self.machine.heap.find(a, width, "rows"), self.machine.heap.find(b, width, "rows")) for a, b in pairs]
+        places = [(self.machine.heap.find(a, width, "rows"), self.machine.heap.find(b, width, "rows")) for a, b in pairs]
 
         def run() -> None:
-            for (into, start), (out, begin) in found:
+            for (into, start), (out, begin) in places:
                 into.data[start : start + width] = out.data[begin : begin + width]
 
         work = Work(

@@ -37,7 +37,8 @@ class Graph:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        # further up, 1.32 crashes on fp16 graphs and replaces products of int8 weights by ones that round activations too
+        # further up, 1.32 crashes on fp16 graphs and replaces products of int8 weights by ones that round activations
+        # too
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         if any(kind is ml_dtypes.bfloat16 for _, kind, _ in self.inputs.values()):
             inner = ir.load(path)
@@ -49,8 +50,8 @@ class Graph:
     def run(self, feeds: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Outputs in the graph's own types."""
         given = {name: array.astype(np.float32) if name in self._wide else array for name, array in feeds.items()}
-        found = self._session.run(list(self.outputs), given)
-        return {name: array.astype(kind) for (name, (_, kind, _)), array in zip(self.outputs.items(), found, strict=True)}
+        outputs = self._session.run(list(self.outputs), given)
+        return {name: array.astype(kind) for (name, (_, kind, _)), array in zip(self.outputs.items(), outputs, strict=True)}
 
 
 @functools.cache

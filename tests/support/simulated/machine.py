@@ -1,26 +1,20 @@
-"""The machine: streams as queues of work, a seeded adversarial scheduler, a timeline, and the faults planted by mutation tests."""
+"""The machine: streams as queues of work, an adversarial scheduler, a timeline, and faults for mutation tests."""
 
 from __future__ import annotations
 
-import linecache
 import random
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import NamedTuple
 
-from tests.support.paths import REPOSITORY
 from tests.support.simulated.clocks import Clock
 from tests.support.simulated.memory import HOST, Allocation, Fault, Heap, touch
+from tests.support.simulated.sites import chain, site
 
 POLICIES = ("early", "late", "random", "starved")
 ROOM = 1 << 17  # bytes: a buffer that two names stand for has room for either
-ROOT = f"{REPOSITORY}/"
-RUNTIME = "runtime/tensorrt/"
-LAYER = "runtime/tensorrt/device.py"  # the thin layer, which makes the calls of others
 
 
 class Range(NamedTuple):
@@ -42,7 +36,10 @@ class Mark:
 
 @dataclass(eq=False)
 class Work:
-    """A piece of work on a stream: a copy, an engine. `run` returns what it wrote beside what `writes` says, where only running tells."""
+    """A piece of work on a stream: a copy, an engine.
+
+    `run` returns what it wrote beside what `writes` says, where only running tells.
+    """
 
     name: str
     reads: list[Range]
@@ -55,14 +52,14 @@ class Work:
 
 
 class Recorded(NamedTuple):
-    """A stream's queue says that a mark is reached."""
+    """An entry of a stream's queue: the mark is reached here."""
 
     mark: Mark
     clock: Clock
 
 
 class Awaited(NamedTuple):
-    """A stream's queue waits for a mark."""
+    """An entry of a stream's queue: it waits for the mark here."""
 
     mark: Mark
 
@@ -88,7 +85,7 @@ class Stream:
 
 
 class Machine:
-    """`skipped`: the site of a wait that does nothing; `shared`: number of an allocation that gets the memory of another one."""
+    """`skipped`: the site of a wait that does nothing; `shared`: numbers of an allocation and of one it aliases."""
 
     def __init__(
         self,
@@ -109,9 +106,10 @@ class Machine:
         self.sites: dict[str, int] = {}  # waits by where they are called
         self.weights = self.most_weights = 0  # bytes of engines on the device
         self.faults: list[Fault] = []
-        self.meanwhile: Callable[[], None] | None = None  # what another thread does while the host waits
-        self.interrupt = 0  # the how manyth wait from now on is interrupted; 0: none
-        self.blocked = 0  # waits of the host that found work undone
+        # called while the host waits: what another thread does meanwhile
+        self.meanwhile: Callable[[], None] | None = None
+        self.interrupt = 0  # index of the wait that is interrupted, counted from now on; 0: none
+        self.blocked = 0  # waits of the host for work that was not done yet
         self.allocations: list[Allocation] = []
         self.lock = threading.RLock()
         self.priorities: dict[int, float] = {}
@@ -124,20 +122,20 @@ class Machine:
         if self.shared is not None and self.shared[1] == number:
             size = max(size, ROOM)
         if self.shared is not None and self.shared[0] == number and not self.allocations[self.shared[1]].freed:
-            made = self.allocations[self.shared[1]]
+            allocation = self.allocations[self.shared[1]]
         else:
-            made = self.heap.allocate(f"buffer {number} ({' < '.join(name for name, _ in chain())})", size, on_host)
-        self.allocations.append(made)
-        return made
+            allocation = self.heap.allocate(f"buffer {number} ({' < '.join(name for name, _ in chain())})", size, on_host)
+        self.allocations.append(allocation)
+        return allocation
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
     def stream(self) -> Stream:
         """A new stream; its number is its actor in clocks."""
-        made = Stream(len(self.streams) + 1)
-        self.streams.append(made)
-        self.priorities[made.number] = self.random.random()
-        return made
+        stream = Stream(len(self.streams) + 1)
+        self.streams.append(stream)
+        self.priorities[stream.number] = self.random.random()
+        return stream
 
     def submit(self, stream: Stream, work: Work) -> None:
         """Queue work, or note it where the stream is being captured."""
@@ -147,7 +145,7 @@ class Machine:
             return
         copy = Work(work.name, work.reads, work.writes, work.run, work.duration)
         copy.clock, copy.time = self.clock.copy(), self.time
-        for part in work.reads:  # what the host wrote must stay as it is until the device has read it
+        for part in work.reads:  # the host must not change what it wrote until the device has read it
             allocation, offset = self.heap.find(*part[:2], work.name, part.by_device)
             if allocation.on_host:
                 copy.host_reads.append((allocation, offset, part.size, allocation.data[offset : offset + part.size].tobytes()))
@@ -275,30 +273,7 @@ class Machine:
     # -- mutations ----------------------------------------------------------------------------------------------------
 
     def skips(self, kind: str) -> bool:
-        """Note where an event is used; whether a mutation leaves it out there."""
+        """Note where an event is used; returns whether a mutation leaves it out there."""
         where = f"{kind}: {site()}"
         self.sites[where] = self.sites.get(where, 0) + 1
         return where == self.skipped
-
-
-def site() -> str:
-    """The line of the runtime that makes a call, and the chain of functions that leads to it, the innermost first."""
-    found = chain()
-    return f"`{found[0][1]}` in {' < '.join(name for name, _ in found)}" if found else "the test"
-
-
-def chain() -> list[tuple[str, str]]:
-    """The innermost frames of `runtime/tensorrt` above the thin layer that call one another: the function's name and its current line."""
-    found: list[tuple[str, str]] = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename.removeprefix(ROOT)
-        if name.startswith(RUNTIME) and name != LAYER:
-            if not frame.f_code.co_name.startswith("<"):
-                owner = frame.f_locals.get("self")
-                function = f"{type(owner).__name__}.{frame.f_code.co_name}" if owner is not None else frame.f_code.co_name
-                found.append((function, linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()))
-        elif found:
-            break
-        frame = frame.f_back
-    return found

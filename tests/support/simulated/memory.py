@@ -1,4 +1,4 @@
-"""Memory of real bytes that knows who wrote them and in which order: unordered, early, late and wild accesses are faults."""
+"""Memory of real bytes that records who wrote them in which order: unordered, early, late and wild accesses are faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST = 1 << 50  # device addresses are no addresses of this process
 
 
 class Fault(Exception):
-    """The program under test did what only luck makes work on a real device."""
+    """The program did something that works on a real device only by luck."""
 
 
 class Access(NamedTuple):
@@ -65,24 +65,24 @@ class Heap:
         skip = -data.ctypes.data % 256
         data = data[skip : skip + size]
         device, self._next = self._next, self._next + -(-size // 256) * 256 + 4096
-        made = Allocation(name, data.ctypes.data if on_host else device, data, on_host, device if on_host else 0)
-        self._device.append((device, made))
+        allocation = Allocation(name, data.ctypes.data if on_host else device, data, on_host, device if on_host else 0)
+        self._device.append((device, allocation))
         if on_host:
-            insort(self._host, (made.address, made), key=first)
+            insort(self._host, (allocation.address, allocation), key=first)
         self.used += 0 if on_host else size
-        return made
+        return allocation
 
     def free(self, address: int, clock: Clock) -> None:
         """Give back what was allocated at `address`: all use of it must have been waited for."""
-        found, offset = self.find(address, 1, "free", by_device=address >= FIRST)
+        allocation, offset = self.find(address, 1, "free", by_device=address >= FIRST)
         if offset:
-            raise Fault(f"free of {address:#x}, which is not the beginning of {found.name}")
-        for access in found.history:
+            raise Fault(f"free of {address:#x}, which is not the beginning of {allocation.name}")
+        for access in allocation.history:
             if not clock.knows(access.actor, access.tick):
-                raise Fault(f"{found.name} is freed while {access.what} may use it")
-        found.freed = True
-        found.data[:] = POISON
-        self.used -= 0 if found.on_host else len(found.data)
+                raise Fault(f"{allocation.name} is freed while {access.what} may use it")
+        allocation.freed = True
+        allocation.data[:] = POISON
+        self.used -= 0 if allocation.on_host else len(allocation.data)
 
     def remap(self, allocation: Allocation) -> None:
         """Give freed device memory back its address, poisoned: what CUDA's virtual memory does."""
@@ -109,7 +109,7 @@ def first(entry: tuple[int, Allocation]) -> int:
 
 def touch(allocation: Allocation, low: int, high: int, writes: bool, actor: int, clock: Clock, what: str) -> None:
     """Note an access. Raises Fault unless it is ordered after every earlier one that it conflicts with."""
-    kept = []
+    history = []
     for access in allocation.history:
         apart = access.high <= low or high <= access.low
         ordered = clock.knows(access.actor, access.tick)
@@ -117,8 +117,8 @@ def touch(allocation: Allocation, low: int, high: int, writes: bool, actor: int,
             raise Fault(f"{what} {'writes' if writes else 'reads'} {allocation.name} without waiting for {access.what}")
         replaced = ordered and low <= access.low and access.high <= high and (writes or not access.writes)
         if not replaced:
-            kept.append(access)
-    allocation.history = kept
+            history.append(access)
+    allocation.history = history
     allocation.history.append(Access(low, high, writes, actor, clock[actor], what))
     if writes:
         allocation.valid[low:high] = True

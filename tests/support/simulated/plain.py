@@ -1,4 +1,4 @@
-"""The same graphs run one after another, without the runtime: what every schedule must give."""
+"""The same graphs run one after another, without the runtime: the result that every schedule must have."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Reader:
             "key_positions": np.arange(self.length + len(ids)),
             "logit_positions": np.array([len(ids) - 1]),
         }
-        found = self._graph.run(feeds | self._caches)
+        outputs = self._graph.run(feeds | self._caches)
         for name, cache in self._caches.items():
-            if name.replace("past.", "new.") in found:
-                cache[:, :, self.length : self.length + len(ids)] = found[name.replace("past.", "new.")]
+            if name.replace("past.", "new.") in outputs:
+                cache[:, :, self.length : self.length + len(ids)] = outputs[name.replace("past.", "new.")]
             else:
-                self._caches[name] = found[name.replace("past.", "present.")]
+                self._caches[name] = outputs[name.replace("past.", "present.")]
         self.length += len(ids)
-        return found
+        return outputs
 
 
 def in_turn(folder: Path, prompt: list[int], count: int, chunk: int, precision: str | None = None) -> tuple[list[int], list[str]]:
@@ -45,9 +45,9 @@ def in_turn(folder: Path, prompt: list[int], count: int, chunk: int, precision: 
 
     def catch_up(model: Reader, text: list[int]) -> dict[str, np.ndarray]:
         while True:
-            found = model.read(text[model.length : model.length + chunk])
+            outputs = model.read(text[model.length : model.length + chunk])
             if model.length == len(text):
-                return found
+                return outputs
 
     text, experts = list(prompt), []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""The used part of `tensorrt_rtx` (and of `tensorrt`) on a simulated machine: engines are names of ONNX graphs, which they run."""
+"""The used part of `tensorrt_rtx` (and `tensorrt`) on a simulated machine: engines run the ONNX graph they name."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class TensorRt:
         except (ValueError, KeyError, AssertionError):
             self._logger.log(ILogger.Severity.ERROR, "Serialization assertion magicTag failed.")
             return None
-        made = Engine(self._cuda, Path(described["graph"]), self._logger)
-        self.engines.append(made)
-        return made
+        engine = Engine(self._cuda, Path(described["graph"]), self._logger)
+        self.engines.append(engine)
+        return engine
 
 
 class Engine:
@@ -203,11 +203,11 @@ def execute(
     if "key_positions" in feeds and feeds["write_index"][0] + feeds["input_ids"].shape[1] > len(feeds["key_positions"]):
         raise Fault(f"{name} reads fewer keys than the text has")
     try:
-        found = engine.graph.run(feeds)
+        outputs = engine.graph.run(feeds)
     except Exception as error:
         raise Fault(f"{name} fails on its inputs: {error}") from error
     written = []
-    for tensor, array in found.items():
+    for tensor, array in outputs.items():
         raw = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
         allocation, offset = machine.heap.find(addresses[tensor], len(raw), name)
         allocation.data[offset : offset + len(raw)] = raw

@@ -3,23 +3,20 @@
 Activations of int8 stay in fp32; int8 is what TensorRT calls int8-wo: 8 bits with one scale per row (8.1 bits per weight).
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
-from fusionroute.fr_export.graphs.graph import Graph, added, initializer
+from fusionroute.fr_export.graphs.graph import Graph, added, initializer, replace_node, users
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Stored
-from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.gptq_sequential import Compensated, compensate
+from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.qdq import dequantise
-from fusionroute.fr_export.precision.qdq.forms import by_row
-from fusionroute.fr_export.precision.qdq.plain import Plain
-from fusionroute.fr_export.precision.scheme import Fitted, Scheme, replace, users
+from fusionroute.fr_export.precision.qdq.weight_formats import by_row
+from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 
 FLOAT = ir.DataType.FLOAT
 
@@ -34,13 +31,10 @@ class Int8:
         """Round slice by slice. Raises InputError where a row's scale lies beyond fp16's range."""
         attach(graph, matrix, dequantise.round_to_nearest(matrix, rows, by_row(int(matrix.shape[1])), store), store)
 
-    def fit(
-        self, graph: Graph, weights: Weights, known: Evidence, store: Store, shared: dict[str, Any], advance: Callable[[int], None]
-    ) -> tuple[Graph, Fitted]:
-        """Round with `compensate`; see `scheme.Fitting`."""
-        forms = {name: by_row(width) for name, width in matrices(graph).items()}
-        stored = compensate(graph, weights, known, forms, store, shared.setdefault("stored", {}), advance)
-        return graph, Compensated(self, stored, attach)
+    def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
+        """Round with `round_sequentially`; see `scheme.Fitting`."""
+        formats = {name: by_row(width) for name, width in matrices(context.graph).items()}
+        return context.graph, FittedByGptq(self, round_sequentially(context, formats), attach)
 
 
 def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store) -> None:
@@ -56,12 +50,11 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store) -> None
             table = initializer(inner, name, dtype, (out, columns), blob.tensor(name, dtype, (out, columns)))
             parts.append(added(inner, lookup, "Gather", [table, lookup.inputs[1]], f"{result.name}.{kind}", dtype=dtype, axis=0))
         wide = added(inner, lookup, "Cast", parts[:1], f"{result.name}.wide", result.shape, to=int(FLOAT))
-        replace(inner, lookup, added(inner, lookup, "Mul", [wide, parts[1]], f"{result.name}.int8", result.shape))
+        replace_node(inner, lookup, added(inner, lookup, "Mul", [wide, parts[1]], f"{result.name}.int8", result.shape))
     if products:
         dequantise.attach(graph, matrix, stored, store)
     else:
         del inner.initializers[str(matrix.name)]
 
 
-ALL: tuple[Scheme, ...] = (Plain("fp32"), Plain("fp16"), Int8())
-SCHEMES = {scheme.name: scheme for scheme in ALL}
+SCHEMES: Schemes = {"portable": (Int8(),)}

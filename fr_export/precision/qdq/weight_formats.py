@@ -39,9 +39,9 @@ def block_grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[
         error *= scale[..., None]
         error -= rows
         np.square(error, out=error)
-        found = error.sum(-1) if importance is None else np.einsum("rbk,bk->rb", error, importance)
-        better = found < best
-        best[better], scales[better] = found[better], scale[better]
+        squared = error.sum(-1) if importance is None else np.einsum("rbk,bk->rb", error, importance)
+        better = squared < best
+        best[better], scales[better] = squared[better], scale[better]
     return scales, None
 
 

@@ -1,0 +1,78 @@
+"""The table of precisions: one record each, from which the exporter, its report and the runtime's default are made.
+
+A new precision is one record here and one file with its schemes in fr_export/precision.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from fusionroute.runtime.errors import FusionError
+
+CPU = "ort:cpu"
+Bounds = Mapping[str, float]  # figure of the report → its bound: agreements at least, losses at most
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What every part of the project has to know of one precision.
+
+    `bits` of a weight, without its scales. `bounds`: the most that an export may lose against torch in fp32; `bounds_on` replaces them for
+    targets that compute differently. `cpu_bits`: bits per weight that ONNX Runtime reads on a CPU, where it widens the weights on loading.
+    Raises FusionError where there is no bound.
+    """
+
+    name: str
+    bits: int
+    bounds: Bounds
+    help: str
+    cpu_bits: int | None = None
+    bounds_on: Mapping[str, Bounds] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.bounds or not all(self.bounds_on.values()):
+            raise FusionError(f"The precision '{self.name}' has no bound: give its record in runtime/precisions.py the most it may lose.")
+
+    def rank(self, target: str) -> int:
+        """Its place by speed, the lowest first: bits per weight that a decoded token reads, since decoding waits for memory."""
+        return self.cpu_bits if target == CPU and self.cpu_bits is not None else self.bits
+
+    def bounds_for(self, target: str) -> Bounds:
+        """The bounds on a target."""
+        return self.bounds_on.get(target.removesuffix(":10.3"), self.bounds)
+
+
+FP16: Bounds = {"greedy_agreement": 0.995, "routing_agreement": 0.995, "perplexity_ratio": 1.002, "kl_mean": 1e-3}
+BF16: Bounds = {"greedy_agreement": 0.99, "routing_agreement": 0.99, "perplexity_ratio": 1.01, "kl_mean": 5e-3}
+INT8: Bounds = {
+    "greedy_agreement": 0.95, "sure_agreement": 0.995, "routing_agreement": 0.98, "perplexity_ratio": 1.01, "kl_mean": 0.01,
+}  # fmt: skip
+W8A8: Bounds = {"perplexity_ratio": 1.02}
+
+# Of equal rank the first is the default. On a CPU that is fp32, which is as fast there as half precision and exact.
+RECORDS = (
+    Precision(
+        "fp32", 32, {"greedy_agreement": 0.999, "routing_agreement": 0.999, "perplexity_ratio": 1.0005, "kl_mean": 1e-6},
+        "the checkpoint's values as they are",
+    ),
+    # near ties of tokens fall the other way where activations are in half precision too
+    Precision("fp16", 16, FP16, "half precision", cpu_bits=32, bounds_on={"tensorrt": {**FP16, "greedy_agreement": 0.99}}),
+    # 8 bits of mantissa throughout also move near ties of experts (measured: docs/precision.md, docs/tensorrt.md)
+    Precision(
+        "bf16", 16, BF16, "half precision with fp32's range", cpu_bits=32,
+        bounds_on={"tensorrt": {**BF16, "greedy_agreement": 0.97, "routing_agreement": 0.98}},
+    ),
+    # TensorRT's int8 has static 8-bit activations, as w8a8 has
+    Precision("int8", 8, INT8, "8-bit weights; for tensorrt also 8-bit activations", bounds_on={"tensorrt": W8A8}),
+    Precision("int8-wo", 8, {"perplexity_ratio": 1.01}, "8-bit weights, activations in half precision; tensorrt only"),
+    Precision("int4", 4, {"perplexity_ratio": 1.15}, "4-bit weights"),
+    # ONNX Runtime computes its Q/DQ products on a CPU in fp32
+    Precision("w8a8", 8, W8A8, "8-bit weights and activations with static scales, to see on a CPU what they lose", cpu_bits=32),
+)  # fmt: skip
+PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in RECORDS}
+
+
+def fastest_first(names: Iterable[str], target: str) -> list[str]:
+    """The names of precisions by speed on a target; unknown ones, such as of a newer exporter, come last."""
+    order = sorted(RECORDS, key=lambda precision: precision.rank(target))
+    places = {precision.name: place for place, precision in enumerate(order)}
+    return sorted(names, key=lambda name: places.get(name, len(places)))
