@@ -1,6 +1,8 @@
 """What a host process pays: loading, the first token, memory, the GIL, cancellation and deadlines. Prints tables.
 
 python -m benchmarks.embedding BUNDLE [--precision int8,int4,fp32]
+
+BUNDLE must write long texts, as SmolLM2 does; the shipped systems end theirs too early.
 """
 
 import argparse
