@@ -16,9 +16,11 @@ Bounds = Mapping[str, float]  # figure of the report → its bound: agreements a
 class Precision:
     """What every part of the project has to know of one precision.
 
-    `bits` of a weight, without its scales. `bounds`: the most that an export may lose against torch in fp32;
-    `bounds_on` replaces them for targets that compute differently. `cpu_bits`: bits per weight that ONNX Runtime reads
-    on a CPU, where it widens the weights on loading. Raises FusionError where there is no bound.
+    bits: of one weight, without its scales.
+    bounds: the most that an export may lose against torch in fp32; `bounds_on` replaces them for some targets.
+    help: for the help text of --precision.
+    cpu_bits: bits per weight that ONNX Runtime reads on a CPU, where it widens the weights on loading.
+    Raises FusionError where there is no bound.
     """
 
     name: str
@@ -33,9 +35,7 @@ class Precision:
             raise FusionError(f"The precision '{self.name}' has no bound: give its record in runtime/precisions.py the most it may lose.")
 
     def rank(self, target: str) -> int:
-        """Its place by speed, the lowest first: bits per weight that a decoded token reads, since decoding waits for
-        memory.
-        """
+        """Bits per weight that decoding a token reads. Decoding waits for memory, so the lowest is the fastest."""
         return self.cpu_bits if target == CPU and self.cpu_bits is not None else self.bits
 
     def bounds_for(self, target: str) -> Bounds:

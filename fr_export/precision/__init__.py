@@ -3,13 +3,16 @@
 A precision is one file here (or in qdq/, for targets that read Q/DQ) that ends with SCHEMES: target → its schemes; and
 one record in runtime/precisions.py.
 
-scheme.py           what a scheme does; fit_context.py: what it is given to fit one model
+scheme.py           what a scheme does
+fit_context.py      what a scheme is given to fit one model
 fp32 … w8a8         the schemes
 blockwise.py        matrices in blocks with scales, as ONNX Runtime's operators read them
-gptq*.py            rounding that makes up for its own errors; sensitive.py: which matrices need more bits
-smoothquant.py      evens out the channels of activations; plan_w8a8.py: which products take 8-bit activations
-calibrate.py        what the above learn from texts
-bind_weights.py     a graph gets one model's weights
+gptq.py             rounding that compensates for its own errors; gptq_sequential.py: the same for a whole model
+sensitive.py        which matrices need more bits
+smoothquant.py      evens out the channels of activations
+plan_w8a8.py        which products take 8-bit activations; rounding.py: what these would cost
+calibrate.py        statistics of a system's own texts; evidence.py: one model's part of them
+bind_weights.py     fills a graph with one model's weights
 """
 
 from collections.abc import Mapping
@@ -26,14 +29,15 @@ def collect(modules: Mapping[str, Schemes]) -> dict[str, dict[str, Scheme]]:
 
     Raises FusionError for a scheme without a record, which would have no bound.
     """
-    by_target: dict[str, dict[str, Scheme]] = {target: {} for schemes in modules.values() for target in schemes}
+    by_target: dict[str, dict[str, Scheme]] = {}
     for module, schemes in modules.items():
-        for target, scheme in ((target, scheme) for target, each in schemes.items() for scheme in each):
-            if scheme.name not in PRECISIONS:
-                raise FusionError(
-                    f"The precision '{scheme.name}' of {module} has no record and so no bound: add one to runtime/precisions.py."
-                )
-            by_target[target][scheme.name] = scheme
+        for target, target_schemes in schemes.items():
+            for scheme in target_schemes:
+                if scheme.name not in PRECISIONS:
+                    raise FusionError(
+                        f"The precision '{scheme.name}' of {module} has no record and so no bound: add one to runtime/precisions.py."
+                    )
+                by_target.setdefault(target, {})[scheme.name] = scheme
     return {target: {name: by_target[target][name] for name in PRECISIONS if name in by_target[target]} for target in sorted(by_target)}
 
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
-from fusionroute.fr_export.precision import SCHEMES, int4
+from fusionroute.fr_export.precision import SCHEMES, collect, int4
 from fusionroute.fr_export.precision.blockwise import blocked, nearest
+from fusionroute.fr_export.precision.half import Half
 from fusionroute.fr_export.precision.int8 import BLOCK, SMALL, SMALLEST_NORMAL, quantise
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.errors import FusionError, InputError
 from tests.support.exporting import ALL, export_checkpoints, export_system
 from tests.support.systems import Shape, make_system
 
@@ -218,3 +219,19 @@ def test_fp16_refuses_weights_beyond_its_range(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'w' holds values beyond fp16's 65,504.*export it as fp32 or int8"):
         SCHEMES["ort:cpu"]["fp16"].bind(graph, matrix, iter([np.array([[1.0, 7e4]], np.float32)]), Store(tmp_path))
     assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_schemes_are_collected_from_their_files_in_the_order_of_the_records() -> None:
+    assert {target: list(schemes) for target, schemes in SCHEMES.items()} == {
+        "ort:cpu": ["fp32", "fp16", "bf16", "int8", "int4", "w8a8"],
+        "ort:cuda": ["fp16", "bf16"],
+        "portable": ["fp32", "fp16", "int8"],
+        "tensorrt": ["fp32", "fp16", "bf16", "int8", "int8-wo", "int4"],
+        "tensorrt:10.3": ["fp32", "fp16", "bf16", "int8", "int8-wo"],
+    }
+
+
+def test_a_scheme_without_a_record_is_refused_on_import() -> None:
+    """It ended in KeyError once everything was written."""
+    with pytest.raises(FusionError, match=r"^The precision 'fp8' of mine has no record and so no bound: add one to .*precisions\.py\.$"):
+        collect({"mine": {"ort:cpu": (Half("fp8"),)}})
