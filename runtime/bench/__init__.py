@@ -1,1 +1,1 @@
-"""What `python -m runtime bench` measures, and how it is shown."""
+"""What `fusionroute bench` measures, and how it is shown."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.commands.options import BundleFolder, Debug, names
+from fusionroute.runtime.commands.options import BundleFolder, Debug, names, one_of
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.tensorrt.engines import rebuild, target_for
@@ -19,7 +19,9 @@ from fusionroute.runtime.tensorrt.library import MODULES, NAMES, capabilities, d
 def build(
     bundle: BundleFolder,
     precision: Annotated[str | None, typer.Option(help="Comma list; default: all that the bundle has for TensorRT.")] = None,
-    flavour: Annotated[str | None, typer.Option(help="tensorrt or rtx; default: the one that is installed.")] = None,
+    flavour: Annotated[
+        str | None, typer.Option(help="tensorrt or rtx; default: the one that is installed.", callback=one_of("flavour", MODULES))
+    ] = None,
     sms: Annotated[str | None, typer.Option(help="GPUs to build for, such as sm86+sm89 (rtx only); default: this machine's.")] = None,
     workspace: Annotated[int | None, typer.Option(min=1, help="MiB of device memory for scratch space of the layers.")] = None,
     debug: Debug = False,
@@ -27,8 +29,6 @@ def build(
     """Build the TensorRT engines of a bundle from its graphs. Needs tensorrt or tensorrt-rtx, not torch."""
     opened = Bundle.open(bundle)
     library = flavour or installed_flavour() or "tensorrt"
-    if library not in MODULES:
-        raise InputError(f"Unknown flavour '{library}': use one of {', '.join(MODULES)}.")
     target = target_for(opened.manifest, library, installed_version(library))
     available = [variant.precision for variant in opened.manifest.variants if variant.target == target]
     precisions = names(precision) if precision else tuple(available) or ("",)

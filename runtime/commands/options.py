@@ -1,6 +1,6 @@
 """Options that several verbs have, each declared once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +9,11 @@ import typer
 from fusionroute.runtime.backends import KNOWN
 
 
-def one_of(what: str, choices: Sequence[str]) -> Callable[[str], str]:
+def one_of(what: str, choices: Iterable[str]) -> Callable[[str | None], str | None]:
     """A callback that refuses an option's value which is none of the choices, with status 2."""
 
-    def check(value: str) -> str:
-        if value not in choices:
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in choices:
             raise typer.BadParameter(f"unknown {what} '{value}'; expected {', '.join(choices)}")
         return value
 

@@ -91,5 +91,5 @@ def check(engine: Engine, spec: Spec, shared: Shared, routed: int, bundle: str) 
     if caches != expected or not known or not rows or engine.on_host:
         raise BundleError(
             f"The engine of {spec.name} does not have the inputs and outputs that the manifest describes; "
-            f"rebuild it with `python -m runtime build {bundle}`."
+            f"rebuild it with `fusionroute build {bundle}`."
         )

@@ -76,7 +76,7 @@ def fitting(bundle: Path, variant: Variant, flavour: str, version: str, sm: int 
 
     Raises UnavailableError that names what differs and how to rebuild.
     """
-    mend = f"rebuild them here with: python -m runtime build {bundle} --precision {variant.precision}"
+    mend = f"rebuild them here with: fusionroute build {bundle} --precision {variant.precision}"
     of_flavour = [built for built in variant.engines if built.flavour == flavour]
     if not of_flavour:
         raise UnavailableError(f"The bundle {bundle} has no {NAMES[flavour]} engines for {variant.precision}: {mend}.")

@@ -29,7 +29,7 @@ class Loader:
         self._bundle = bundle
         self._built = fitting(bundle.folder, variant, flavour, str(self._api.__version__), device.sm)
         self.profile = self._built.profile
-        self._mend = f"rebuild it with: python -m runtime build {bundle.folder} --precision {variant.precision}"
+        self._mend = f"rebuild it with: fusionroute build {bundle.folder} --precision {variant.precision}"
         self._log = logger(self._api)
         self._runtime = self._api.Runtime(self._log)
 

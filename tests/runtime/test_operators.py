@@ -64,7 +64,7 @@ def test_engines_of_another_version_or_gpu_are_refused_with_the_way_to_rebuild()
 
     assert fitting(Path("b"), found, "rtx", "1.7", 89) is found.engines[0]
     assert fitting(Path("b"), found, "tensorrt", "10.15", 87) is found.engines[2]
-    rebuild = "rebuild them here with: python -m runtime build b --precision int8"
+    rebuild = "rebuild them here with: fusionroute build b --precision int8"
     assert refusal("rtx", "1.7", 75) == (
         f"The TensorRT-RTX engines of b for int8 are for sm86, sm89, sm120, but this machine's GPU is sm75: {rebuild}."
     )

@@ -31,9 +31,9 @@ def refused(folder: Path, machine: Machine, kind: type[FusionError], *words: str
 
 
 def test_another_gpu_or_library_is_refused_by_name(folder: Path) -> None:
-    refused(folder, Machine(sm=90), UnavailableError, "sm86, sm89", "sm90", f"python -m runtime build {folder}")
+    refused(folder, Machine(sm=90), UnavailableError, "sm86, sm89", "sm90", f"fusionroute build {folder}")
     with patch("tests.support.simulated.tensorrt.TensorRt.__version__", "2.0.0"):
-        refused(folder, Machine(), UnavailableError, "1.7.1.116", "2.0.0", "python -m runtime build", device="tensorrt")
+        refused(folder, Machine(), UnavailableError, "1.7.1.116", "2.0.0", "fusionroute build", device="tensorrt")
 
 
 def test_a_changed_engine_is_never_deserialised(own: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_changed_engine_is_never_deserialised(own: Path) -> None:
     engine.write_bytes(engine.read_bytes().replace(b"expert1", b"expert2"))
     refused(own, Machine(), BundleError, "expert1.fp32.engine was changed")
     with patch("fusionroute.runtime.bundle.Bundle.check"), patch("tests.support.simulated.tensorrt.Engine") as engine_class:
-        refused(own, Machine(), BundleError, "expert1.fp32.engine was changed", "python -m runtime build")
+        refused(own, Machine(), BundleError, "expert1.fp32.engine was changed", "fusionroute build")
     assert not any("expert2" in str(call) or "expert1" in str(call) for call in engine_class.call_args_list)
 
 
@@ -51,7 +51,7 @@ def test_bytes_that_are_no_engine_are_named(own: Path) -> None:
     (own / path).write_bytes(b"garbage")
     manifest = Manifest.read(own)
     manifest.model_copy(update={"files": manifest.files | {path: described(own, path)}}).write(own)
-    refused(own, Machine(), BundleError, "cannot load", path, "magicTag", "python -m runtime build")
+    refused(own, Machine(), BundleError, "cannot load", path, "magicTag", "fusionroute build")
 
 
 def test_engines_of_another_shape_are_named(own: Path) -> None:
