@@ -4,17 +4,34 @@ Keys and values stay in buffers of fixed capacity. The CPU has no bf16 kernels: 
 rounded where the graph rounds (half_on_cpu.py).
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx import TensorProto, helper
 
 from fusionroute.fr_export.verify.half_on_cpu import in_fp32
 from fusionroute.runtime.manifest import Manifest, Variant
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@functools.cache
+def opset_obstacle(opset: int) -> str | None:
+    """Why the installed ONNX Runtime cannot run graphs of an opset, or None: older releases refuse newer opsets."""
+    import onnxruntime
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", [x], [y])
+    probe = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", opset)])
+    try:
+        onnxruntime.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    except Exception:  # it raises a class of its own for each status
+        return f"ONNX Runtime {onnxruntime.__version__}, which runs them for the comparison, does not read opset {opset}"
+    return None
 
 
 class EngineGraphOnCpu:

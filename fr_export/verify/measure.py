@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fusionroute.fr_export.bundle.targets import TARGETS
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.verify.compare import TOKENS, compare, compare_scores, sequences
-from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineSystemOnCpu
+from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineSystemOnCpu, opset_obstacle
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.bundle import ELSEWHERE
@@ -59,8 +60,10 @@ def measure(system: System, manifest: Manifest, prompts: Sequence[str], folder: 
 
 def obstacle(variant: Variant) -> str | None:
     """Why this machine cannot compare a variant, or None. Graphs for TensorRT are run by ONNX Runtime."""
-    if variant.target in (CPU, TENSORRT, OLDER):
+    if variant.target == CPU:
         return None
+    if variant.target in (TENSORRT, OLDER):
+        return opset_obstacle(TARGETS[variant.target].dialect.OPSET)
     if variant.target in ELSEWHERE:
         return f"graphs for {variant.target} are {ELSEWHERE[variant.target]}, which reads one model and does not route"
     return f"graphs for {variant.target} need a GPU, and this comparison runs on the CPU"

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from fusionroute.calibration.prompts import divide
+from fusionroute.fr_export.bundle.targets import TARGETS
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
@@ -20,11 +21,13 @@ from fusionroute.fr_export.precision import SCHEMES, gptq
 from fusionroute.fr_export.precision.blockwise import Format, Quantised
 from fusionroute.fr_export.verify.bounds import misses
 from fusionroute.fr_export.verify.compare import sequences
+from fusionroute.fr_export.verify.measure import obstacle
 from fusionroute.fr_export.verify.report import show_report
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.manifest import Variant
 from fusionroute.runtime.precisions import PRECISIONS
 from tests.support.exporting import ALL
 from tests.support.systems import Shape, make_system
@@ -154,3 +157,13 @@ def test_a_system_too_large_to_compare_says_so(request_: Request) -> None:
     shown = io.StringIO()
     show_report(Console(file=shown, width=160), report, request_.out)
     assert "Not compared with torch" in shown.getvalue() and "in fp32, more than" in shown.getvalue()
+
+
+def test_an_onnxruntime_that_is_too_old_for_a_graph_is_named_and_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime 1.23, the last for Python 3.10, reads opset 23: the comparison ended in an unexpected error."""
+    variant = Variant(
+        target="tensorrt", precision="fp16", graphs={"router": "router.onnx"}, fusion_graph="fusion.onnx", bits_per_weight=16.0
+    )
+    assert obstacle(variant) is None
+    monkeypatch.setattr(TARGETS["tensorrt"].dialect, "OPSET", 99)
+    assert str(obstacle(variant)).endswith("which runs them for the comparison, does not read opset 99")
