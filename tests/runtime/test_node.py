@@ -1,6 +1,7 @@
 """The example node: frames are dropped, texts end in time, a stuck planner is cancelled, everything shuts down."""
 
 import importlib.util
+import shutil
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.stream import Result
 from tests.support.paths import REPOSITORY
 
@@ -32,9 +34,10 @@ def until(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def test_frames_are_dropped_and_texts_end_in_time(node: Any, bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with FusionRuntime.load(bundles[0], threads=1) as rt:
-        monkeypatch.setattr(rt, "eos", frozenset())  # texts that never end by themselves
+def test_frames_are_dropped_and_texts_end_in_time(node: Any, bundles: list[Path], tmp_path: Path) -> None:
+    endless = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    Manifest.read(endless).model_copy(update={"eos_token_ids": []}).write(endless)
+    with FusionRuntime.load(endless, threads=1) as rt:
         robot = node.Node(rt, period=0.005, budget=0.05, patience=60.0, max_new_tokens=900)
         robot.start()
         until(lambda: len(robot.planner.plans) >= 6)
