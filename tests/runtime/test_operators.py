@@ -54,16 +54,16 @@ def test_a_graph_that_a_library_cannot_read_is_refused_by_the_operator() -> None
 
 
 def test_engines_of_another_version_or_gpu_are_refused_with_the_way_to_rebuild() -> None:
-    found = variant(engines("rtx", "1.7", 86, 89), engines("rtx", "1.6", 120), engines("tensorrt", "10.15", 87))
+    built = variant(engines("rtx", "1.7", 86, 89), engines("rtx", "1.6", 120), engines("tensorrt", "10.15", 87))
 
     def refusal(flavour: str, version: str, sm: int | None) -> str:
         with pytest.raises(UnavailableError) as raised:
-            fitting(Path("b"), found, flavour, version, sm)
+            fitting(Path("b"), built, flavour, version, sm)
         assert str(raised.value).endswith(".") and str(raised.value).count(". ") == 0
         return str(raised.value)
 
-    assert fitting(Path("b"), found, "rtx", "1.7", 89) is found.engines[0]
-    assert fitting(Path("b"), found, "tensorrt", "10.15", 87) is found.engines[2]
+    assert fitting(Path("b"), built, "rtx", "1.7", 89) is found.engines[0]
+    assert fitting(Path("b"), built, "tensorrt", "10.15", 87) is found.engines[2]
     rebuild = "rebuild them here with: fusionroute build b --precision int8"
     assert refusal("rtx", "1.7", 75) == (
         f"The TensorRT-RTX engines of b for int8 are for sm86, sm89, sm120, but this machine's GPU is sm75: {rebuild}."

@@ -53,9 +53,9 @@ def test_generate_json(bundles: list[Path], command: Command) -> None:
     for prompt in (("--prompt", PROMPT), ("--prompt-ids", ",".join(map(str, ids)))):
         ended = command("generate", bundles[0], *prompt, "--max-new-tokens", 6, "--json", "--show-routing")
         assert ended.status == 0 and ended.err == ""
-        found = json.loads(ended.out)
-        assert found.pop("precision")
-        assert found == {
+        printed = json.loads(ended.out)
+        assert printed.pop("precision")
+        assert printed == {
             "text": expected.text,
             "token_ids": expected.token_ids,
             "experts": expected.experts,
@@ -70,8 +70,8 @@ def test_generate_with_a_pinned_expert(bundles: list[Path], command: Command) ->
     with FusionRuntime.load(bundles[0]) as runtime:
         name = runtime.expert_names[1]
         expected = runtime.generate(PROMPT, 6, expert=name)
-    found = json.loads(command("generate", bundles[0], "--prompt", PROMPT, "--max-new-tokens", 6, "--json", "--expert", name).out)
-    assert found["token_ids"] == expected.token_ids and set(found["experts"]) == {name}
+    printed = json.loads(command("generate", bundles[0], "--prompt", PROMPT, "--max-new-tokens", 6, "--json", "--expert", name).out)
+    assert printed["token_ids"] == expected.token_ids and set(found["experts"]) == {name}
 
 
 def test_generate_shows_the_routing(bundles: list[Path], command: Command) -> None:
