@@ -62,8 +62,8 @@ def test_engines_of_another_version_or_gpu_are_refused_with_the_way_to_rebuild()
         assert str(raised.value).endswith(".") and str(raised.value).count(". ") == 0
         return str(raised.value)
 
-    assert fitting(Path("b"), built, "rtx", "1.7", 89) is found.engines[0]
-    assert fitting(Path("b"), built, "tensorrt", "10.15", 87) is found.engines[2]
+    assert fitting(Path("b"), built, "rtx", "1.7", 89) is built.engines[0]
+    assert fitting(Path("b"), built, "tensorrt", "10.15", 87) is built.engines[2]
     rebuild = "rebuild them here with: fusionroute build b --precision int8"
     assert refusal("rtx", "1.7", 75) == (
         f"The TensorRT-RTX engines of b for int8 are for sm86, sm89, sm120, but this machine's GPU is sm75: {rebuild}."

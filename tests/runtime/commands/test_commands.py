@@ -71,7 +71,7 @@ def test_generate_with_a_pinned_expert(bundles: list[Path], command: Command) ->
         name = runtime.expert_names[1]
         expected = runtime.generate(PROMPT, 6, expert=name)
     printed = json.loads(command("generate", bundles[0], "--prompt", PROMPT, "--max-new-tokens", 6, "--json", "--expert", name).out)
-    assert printed["token_ids"] == expected.token_ids and set(found["experts"]) == {name}
+    assert printed["token_ids"] == expected.token_ids and set(printed["experts"]) == {name}
 
 
 def test_generate_shows_the_routing(bundles: list[Path], command: Command) -> None:
