@@ -3,12 +3,13 @@
 import contextlib
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
 def installed(package: str) -> str | None:
     """The version of an installed package, or None."""
+    from importlib.metadata import PackageNotFoundError, version  # here: it takes an eighth of the time of `import fusionroute`
+
     try:
         return version(package)
     except PackageNotFoundError:
