@@ -253,6 +253,7 @@ class FusionRuntime:
 
         Raises InputError, ClosedError.
         """
+        _ = self.backend
         self._coefficients(fusion, lam)
         pinned = self._expert_index(expert)
         weight = self.lam if lam is None else lam
