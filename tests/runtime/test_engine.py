@@ -15,6 +15,7 @@ import pytest
 from fusionroute.runtime import ClosedError, FusionError, FusionRuntime, InputError, UnavailableError
 from fusionroute.runtime.backends.ort_cpu import OrtCache
 from fusionroute.runtime.options import RuntimeOptions
+from tests.support.bundles import copy_with_ends
 
 PROMPT = "12+30= and more"
 
@@ -238,13 +239,15 @@ def test_why_a_text_ends(rt: FusionRuntime) -> None:
     assert full.finish_reason == "length" and len(full.token_ids) <= 3
 
 
-def test_the_end_of_sequence_token_ends_and_is_left_out(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_sequence_token_ends_and_is_left_out(bundles: list[Path], tmp_path: Path) -> None:
     with FusionRuntime.load(bundles[0]) as rt:
         long = rt.generate(PROMPT, max_new_tokens=10)
-        monkeypatch.setattr(rt, "_eos", frozenset({long.token_ids[4]}))
-        ended = rt.generate(PROMPT, max_new_tokens=10)
-        assert ended.finish_reason == "stop"
-        assert ended.token_ids == long.token_ids[: long.token_ids.index(long.token_ids[4])]
+    end = long.token_ids[4]
+    with FusionRuntime.load(copy_with_ends(bundles[0], tmp_path / "bundle", [end])) as rt:
+        for _ in range(2):  # by a new decoder and by one that the first text used
+            ended = rt.generate(PROMPT, max_new_tokens=10)
+            assert ended.finish_reason == "stop"
+            assert ended.token_ids == long.token_ids[: long.token_ids.index(end)]
 
 
 def test_ids_that_are_no_whole_numbers_are_refused_not_cut(rt: FusionRuntime) -> None:
