@@ -329,12 +329,16 @@ REFUSED: dict[str, dict[str, Any]] = {
     "λ that is no number": {"lam": "half"},
     "λ that is not a number": {"lam": float("nan")},
     "fusion": {"fusion": "sum"},
+    "device": {"device": "nonsense"},
     "catch_up": {"catch_up": "eager"},
     "speculation": {"speculation": "on"},
     "no threads": {"threads": 0},
     "threads in parts": {"threads": 1.5},
+    "threads as an answer": {"threads": True},
     "prefix_cache": {"prefix_cache": -1},
+    "prefix_cache in parts": {"prefix_cache": 0.5},
     "expert_memory": {"expert_memory": 0},
+    "endless expert_memory": {"expert_memory": float("inf")},
     "background with expert_memory": {"catch_up": "background", "expert_memory": 1 << 30},
 }
 
@@ -346,6 +350,24 @@ def test_options_are_refused_before_anything_is_opened(name: str, tmp_path: Path
     with pytest.raises(InputError, match=option) as caught:
         FusionRuntime.load(tmp_path / "nothing", **REFUSED[name])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("prefix_cache", False, 0),
+        ("prefix_cache", True, 1),
+        ("prefix_cache", np.int64(3), 3),
+        ("threads", 2.0, 2),
+        ("threads", np.int32(2), 2),
+        ("threads", np.float32(2), 2),
+        ("expert_memory", 1e9, 10**9),
+        ("fusion", "", None),
+    ],
+)
+def test_options_take_other_spellings_of_a_value(name: str, value: Any, expected: int | None) -> None:
+    taken = getattr(RuntimeOptions(**{name: value}), name)
+    assert taken == expected and type(taken) is type(expected)
 
 
 def test_the_options_of_load_stand_in_one_place() -> None:
