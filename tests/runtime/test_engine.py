@@ -115,7 +115,8 @@ def test_models_without_a_say_do_not_run(bundles: list[Path], ran: set[str]) -> 
             assert ran == {name}
             assert [token.id for token in tokens] == anew(rt.backend.experts[number], ids, 8)
             assert all(np.isnan(token.routing).all() and token.routing.shape == (len(rt.expert_names),) for token in tokens)
-        for options in ({"lam": 0.0}, {"lam": 0.0, "expert": name, "fusion": "additive"}, {"expert": name}):  # both have a say
+        # both have a say
+        for options in ({"lam": 0.0}, {"lam": 0.0, "expert": name, "fusion": "additive"}, {"expert": name}):
             ran.clear()
             rt.generate(PROMPT, 8, **options)
             assert "router" in ran and len(ran) > 1
