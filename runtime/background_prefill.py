@@ -43,7 +43,8 @@ class BackgroundPrefill:
 
     def resume(self, committed: int) -> None:
         """Let experts read what is due among `committed` tokens, which stay as they are until `wait` or `settle`."""
-        self._limit = committed - 2  # the pass that answers reads the newest token, and reads it not alone
+        # the answering pass must read the newest token together with at least one before it
+        self._limit = committed - 2
         if self._thread is None:
             expert = min(self._experts, key=lambda expert: expert.length)
             if boundary(expert.length) <= self._limit:

@@ -31,7 +31,8 @@ def fail(reason: Exception | str, debug: bool = False) -> NoReturn:
 def terminable() -> Iterator[None]:
     """SIGTERM ends the block with SystemExit(143), so that half-written files are removed.
 
-    Libraries turn an exit in the middle of their work into errors of their own (an extension module that is being imported: ImportError).
+    Libraries turn an exit in the middle of their work into errors of their own (an extension module that is being
+    imported: ImportError).
     """
     received = []
 
@@ -56,7 +57,8 @@ def one_sentence(
 ) -> Iterator[None]:
     """End every error of a command in one sentence and exit status 1.
 
-    Wrong usage keeps status 2. A reader of stdout that has left ends the command silently. Blocks may be nested: the inner one speaks.
+    Wrong usage keeps status 2. A reader of stdout that has left ends the command silently. Blocks may be nested: the
+    inner one speaks.
 
     what: what failed, as a noun ("export").
     missing: what to install; {} stands for the package that cannot be imported.

@@ -23,7 +23,8 @@ class Decoder:
     """What a session and a stream drive. Its buffers serve one text after another."""
 
     def __init__(self, system: LoadedSystem, costs: Costs | None, eos: frozenset[int]):
-        """`costs` None: without speculation. Raises ClosedError once the system is closed."""
+        """`costs` None: without speculation. Raises ClosedError once the system is closed, and in a forked process."""
+        _ = system.backend  # says so before a lock is taken: a thread that stayed behind a fork may hold it forever
         self._system, self.eos = system, eos
         self.sequence = TokenSequence()
         self.readers = Readers(system, self.sequence)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fusionroute.runtime.backends import Backend
+from fusionroute.runtime.backends import Backend, check_device
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Cancellation
 from fusionroute.runtime.decoder import Decoder
@@ -122,6 +122,7 @@ class FusionRuntime:
             precision=precision, device=device, fusion=fusion, lam=lam, catch_up=catch_up, speculation=speculation, exact=exact,
             threads=threads, expert_memory=expert_memory, prefix_cache=prefix_cache, share_weights=share_weights,
         )  # fmt: skip
+        check_device(options.device)
         opened = Bundle.open(bundle)
         if verify:
             opened.verify()
@@ -253,6 +254,7 @@ class FusionRuntime:
 
         Raises InputError, ClosedError.
         """
+        _ = self.backend
         self._coefficients(fusion, lam)
         pinned = self._expert_index(expert)
         weight = self.lam if lam is None else lam

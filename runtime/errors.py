@@ -24,7 +24,7 @@ class ClosedError(FusionError):
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing.
 
-    A KeyError says but a key, so its type stands with it.
+    A KeyError's message is only the key, so the type's name is put in front.
     """
     text = " ".join(str(error).split())
     return f"{type(error).__name__} {text}".rstrip() if isinstance(error, KeyError) or not text else text

@@ -3,7 +3,7 @@
 CHUNK = 512  # most tokens in one prefill pass: bounds memory, and depends on the tokens alone
 FUSED = 1 << 24  # logits fused in one call: 64 MB, of which the fusion graph makes several copies
 PIECE = 64  # tokens in one background pass: a chosen expert waits for at most one, and then reads fewer than two more
-SHORTEST_REACH = 128  # keys that attention reads at least: its lengths are powers of two from here on, so that few graphs are captured
+SHORTEST_REACH = 128  # keys that attention reads at least; from here on powers of two, so that few graphs are captured
 
 
 def boundary(start: int) -> int:
@@ -17,5 +17,8 @@ def even(length: int) -> int:
 
 
 def reach(length: int, capacity: int) -> int:
-    """How many keys attention reads for a text of `length` tokens: the next power of two from SHORTEST_REACH on, at most the capacity."""
+    """How many keys attention reads for a text of `length` tokens.
+
+    The next power of two from SHORTEST_REACH on, at most the capacity.
+    """
     return min(max(SHORTEST_REACH, 1 << (length - 1).bit_length()), capacity)

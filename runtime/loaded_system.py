@@ -29,7 +29,8 @@ class LoadedSystem:
         threaded = self.background_prefill and not self._backend.async_dispatch
         self.thread = ThreadPoolExecutor(1, "fusionroute-prefill") if threaded else None  # starts with its first work
         models = (None, *range(len(self.expert_names)))
-        self.prefixes = {model: PrefixCache() for model in models} if options.prefix_cache else None  # None: the router
+        # keys: None for the router, else the expert's number; without a prefix cache: None
+        self.prefixes = {model: PrefixCache() for model in models} if options.prefix_cache else None
 
     @property
     def backend(self) -> Backend:

@@ -38,7 +38,10 @@ class File(Strict):
 
 
 class Model(Strict):
-    """One language model of the system: its KV caches are `layers` pairs of buffers [1, kv_heads, capacity, head_size]."""
+    """One language model of the system.
+
+    Its KV cache is `layers` pairs of buffers [1, kv_heads, capacity, head_size].
+    """
 
     name: str
     layers: Annotated[int, Field(ge=1)]

@@ -24,12 +24,13 @@ class RuntimeOptions:
     catch_up: str = "lazy"
     speculation: str = "off"
     exact: bool = False
-    threads: int | None = None  # None: all cores
+    threads: int | None = None  # None: all cores; here and below a whole float such as 2.0 is taken as an int
     expert_memory: int | None = None  # bytes; None: no limit
-    prefix_cache: int = 1  # texts
+    prefix_cache: int = 1  # texts; True: 1, False: 0
     share_weights: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fusion", self.fusion or None)  # "" means None too, as in `generate`
         check_fusion(self.fusion, self.lam)
         if self.catch_up not in CATCH_UP_MODES:
             raise InputError(f"Unknown catch_up '{self.catch_up}': use 'lazy' or 'background'.")
@@ -37,12 +38,21 @@ class RuntimeOptions:
             raise InputError("catch_up='background' would move all experts' weights in turn, which expert_memory limits: use 'lazy'.")
         if self.speculation not in SPECULATION_MODES:
             raise InputError(f"Unknown speculation '{self.speculation}': use 'off' or 'auto'.")
-        if not _is_whole(self.prefix_cache, 0):
-            raise InputError(f"prefix_cache={self.prefix_cache!r} is out of range: expected the number of texts to keep, or 0 for none.")
-        if self.threads is not None and not _is_whole(self.threads, 1):
-            raise InputError(f"threads={self.threads!r} is out of range: expected at least 1, or None for all cores.")
-        if self.expert_memory is not None and not _is_whole(self.expert_memory, 1):
-            raise InputError(f"expert_memory={self.expert_memory!r} is out of range: expected a number of bytes, or None for no limit.")
+        if isinstance(self.prefix_cache, bool):
+            object.__setattr__(self, "prefix_cache", int(self.prefix_cache))
+        self._make_whole("prefix_cache", 0, "expected the number of texts to keep, or 0 for none")
+        if self.threads is not None:
+            self._make_whole("threads", 1, "expected at least 1, or None for all cores")
+        if self.expert_memory is not None:
+            self._make_whole("expert_memory", 1, "expected a number of bytes, or None for no limit")
+
+    def _make_whole(self, name: str, least: int, expected: str) -> None:
+        """Turn an option into an int. Raises InputError unless it is a whole number from `least` on."""
+        value = getattr(self, name)
+        whole = isinstance(value, Integral) or (isinstance(value, Real) and float(value).is_integer())
+        if isinstance(value, bool) or not whole or value < least:
+            raise InputError(f"{name}={value!r} is out of range: {expected}.")
+        object.__setattr__(self, name, int(value))
 
 
 def check_fusion(fusion: str | None, lam: float | None) -> None:
@@ -61,7 +71,3 @@ def fusion_coefficients(fusion: str, lam: float) -> tuple[float, float]:
     """Weights of router and expert logits: (λ, 1 − λ) for `weighted`, (1, 1) for `additive`. Raises InputError."""
     check_fusion(fusion, lam)
     return (lam, 1.0 - lam) if fusion == "weighted" else (1.0, 1.0)
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least

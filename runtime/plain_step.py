@@ -26,9 +26,12 @@ class PlainStep:
         self._no_routing = np.full(len(self.expert_names), np.nan, np.float32)
 
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None = None) -> Token:
-        """Choose and commit the next token of a text that has some.
+        """Choose and commit the next token. `Token.text` is left empty.
 
-        Its text stays empty. `pinned`: the expert that answers.
+        `pinned`: use this expert instead of the routed one.
+
+        The sequence must hold a token and have room for another: `Decoder.advance` and `Decoder.advance_some` see to
+        it, for `Rounds` too.
 
         A model that has no say does not run: an expert whose logits have weight zero, and the router if neither its
         logits nor its choice count; routing is then NaN.

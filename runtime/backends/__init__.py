@@ -75,7 +75,7 @@ def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str]
     UnavailableError for a device that the bundle or this machine does not have.
     """
     device = options.device
-    check_name(device)
+    check_device(device)
     if options.share_weights:
         refuse_expert_memory(options)
         if device not in ("auto", "cpu"):
@@ -88,7 +88,7 @@ def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str]
     return open_device(bundle, variant, options), variant.precision
 
 
-def check_name(device: str) -> None:
+def check_device(device: str) -> None:
     """Raise InputError for the name of a device that is not in the table."""
     if device not in KNOWN:
         raise InputError(f"Unknown device '{device}': use one of {', '.join(KNOWN)}.")
@@ -105,7 +105,7 @@ def resolved(bundle: Bundle, device: str) -> str:
 
     Raises InputError for an unknown name.
     """
-    check_name(device)
+    check_device(device)
     if device != "auto":
         return device
     gpu_devices = AUTOMATIC if device_sm() is not None else ()
@@ -138,4 +138,4 @@ def choose(bundle: Bundle, targets: tuple[str, ...], precision: str | None, devi
     return bundle.variant(served[0].target if served else targets[0], precision)
 
 
-__all__ = ["DEVICES", "KNOWN", "Backend", "BackendOptions", "choose", "open_backend", "resolved"]
+__all__ = ["DEVICES", "KNOWN", "Backend", "BackendOptions", "check_device", "choose", "open_backend", "resolved"]

@@ -1,4 +1,4 @@
-"""Seconds of a forward pass by its number of tokens: measured once a month per bundle, kept in the cache folder."""
+"""Seconds of a forward pass by its number of tokens: measured per bundle, kept in the cache folder for 30 days."""
 
 import contextlib
 import hashlib
@@ -52,7 +52,8 @@ def seconds_by_tokens(passes: Passes, length: int, exact: bool = False) -> list[
 def costs_of(bundle: Bundle, backend: Backend, precision: str, threads: int | None) -> Costs:
     """Costs from the cache folder for this bundle, machine and setting, else measured: 1–2 s for 135 M parameters.
 
-    A measurement holds for a month, in which a seed gives the same text again. If it cannot be kept, a seed may not.
+    A measurement is used for 30 days. While it is, a seed gives the same text again; where the cache folder cannot be
+    written, it may not.
     """
     setting = [
         bundle.manifest.model_dump_json(), precision, type(backend).__module__, threads or cores(), platform.machine(),

@@ -1,6 +1,7 @@
 """The runtime inside other programs: callbacks, deadlines, cancellation, buffers, forks, and closing under way."""
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -208,6 +209,7 @@ print(rt.generate("12+30=", 4).token_ids)
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_is_refused_and_may_load_again(bundles: list[Path]) -> None:
     done = subprocess.run([sys.executable, "-c", FORK, str(bundles[0])], capture_output=True, text=True, check=True, timeout=120)
     *refused, fresh, parent = done.stdout.strip().split("|")
@@ -215,6 +217,42 @@ def test_a_forked_child_is_refused_and_may_load_again(bundles: list[Path]) -> No
         "The runtime was loaded before this process was forked and its threads stayed behind: load the bundle here."
     }
     assert fresh == parent
+
+
+FORK_UNDER_LOCK = """
+import os, signal, sys, threading
+from fusionroute import ClosedError, FusionRuntime
+rt = FusionRuntime.load(sys.argv[1])
+held, leave = threading.Event(), threading.Event()
+
+def hold():
+    with rt._system.prefixes[None]._lock:
+        held.set()
+        leave.wait()
+
+holder = threading.Thread(target=hold)
+holder.start()
+held.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)  # ends a child that waits for the lock
+    refused = 0
+    for use in (rt.session, rt._decoder, lambda: rt.generate("a", 3), lambda: rt.score([3])):
+        try:
+            use()
+        except ClosedError:
+            refused += 1
+    os._exit(refused)
+leave.set()
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_is_refused_before_it_waits_for_a_lock(bundles: list[Path]) -> None:
+    """The lock was held by a thread of the parent, so that nobody in the child ever releases it."""
+    done = subprocess.run([sys.executable, "-c", FORK_UNDER_LOCK, str(bundles[0])], capture_output=True, text=True, check=True, timeout=120)
+    assert os.waitstatus_to_exitcode(int(done.stdout)) == 4
 
 
 QUIET = """

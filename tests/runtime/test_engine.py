@@ -15,6 +15,7 @@ import pytest
 from fusionroute.runtime import ClosedError, FusionError, FusionRuntime, InputError, UnavailableError
 from fusionroute.runtime.backends.ort_cpu import OrtCache
 from fusionroute.runtime.options import RuntimeOptions
+from tests.support.bundles import copy_with_ends
 
 PROMPT = "12+30= and more"
 
@@ -114,7 +115,8 @@ def test_models_without_a_say_do_not_run(bundles: list[Path], ran: set[str]) -> 
             assert ran == {name}
             assert [token.id for token in tokens] == anew(rt.backend.experts[number], ids, 8)
             assert all(np.isnan(token.routing).all() and token.routing.shape == (len(rt.expert_names),) for token in tokens)
-        for options in ({"lam": 0.0}, {"lam": 0.0, "expert": name, "fusion": "additive"}, {"expert": name}):  # both have a say
+        # both have a say
+        for options in ({"lam": 0.0}, {"lam": 0.0, "expert": name, "fusion": "additive"}, {"expert": name}):
             ran.clear()
             rt.generate(PROMPT, 8, **options)
             assert "router" in ran and len(ran) > 1
@@ -238,13 +240,15 @@ def test_why_a_text_ends(rt: FusionRuntime) -> None:
     assert full.finish_reason == "length" and len(full.token_ids) <= 3
 
 
-def test_the_end_of_sequence_token_ends_and_is_left_out(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_sequence_token_ends_and_is_left_out(bundles: list[Path], tmp_path: Path) -> None:
     with FusionRuntime.load(bundles[0]) as rt:
         long = rt.generate(PROMPT, max_new_tokens=10)
-        monkeypatch.setattr(rt, "_eos", frozenset({long.token_ids[4]}))
-        ended = rt.generate(PROMPT, max_new_tokens=10)
-        assert ended.finish_reason == "stop"
-        assert ended.token_ids == long.token_ids[: long.token_ids.index(long.token_ids[4])]
+    end = long.token_ids[4]
+    with FusionRuntime.load(copy_with_ends(bundles[0], tmp_path / "bundle", [end])) as rt:
+        for _ in range(2):  # by a new decoder and by one that the first text used
+            ended = rt.generate(PROMPT, max_new_tokens=10)
+            assert ended.finish_reason == "stop"
+            assert ended.token_ids == long.token_ids[: long.token_ids.index(end)]
 
 
 def test_ids_that_are_no_whole_numbers_are_refused_not_cut(rt: FusionRuntime) -> None:
@@ -326,12 +330,16 @@ REFUSED: dict[str, dict[str, Any]] = {
     "λ that is no number": {"lam": "half"},
     "λ that is not a number": {"lam": float("nan")},
     "fusion": {"fusion": "sum"},
+    "device": {"device": "nonsense"},
     "catch_up": {"catch_up": "eager"},
     "speculation": {"speculation": "on"},
     "no threads": {"threads": 0},
     "threads in parts": {"threads": 1.5},
+    "threads as an answer": {"threads": True},
     "prefix_cache": {"prefix_cache": -1},
+    "prefix_cache in parts": {"prefix_cache": 0.5},
     "expert_memory": {"expert_memory": 0},
+    "endless expert_memory": {"expert_memory": float("inf")},
     "background with expert_memory": {"catch_up": "background", "expert_memory": 1 << 30},
 }
 
@@ -343,6 +351,24 @@ def test_options_are_refused_before_anything_is_opened(name: str, tmp_path: Path
     with pytest.raises(InputError, match=option) as caught:
         FusionRuntime.load(tmp_path / "nothing", **REFUSED[name])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("prefix_cache", False, 0),
+        ("prefix_cache", True, 1),
+        ("prefix_cache", np.int64(3), 3),
+        ("threads", 2.0, 2),
+        ("threads", np.int32(2), 2),
+        ("threads", np.float32(2), 2),
+        ("expert_memory", 1e9, 10**9),
+        ("fusion", "", None),
+    ],
+)
+def test_options_take_other_spellings_of_a_value(name: str, value: Any, expected: int | None) -> None:
+    taken = getattr(RuntimeOptions(**{name: value}), name)
+    assert taken == expected and type(taken) is type(expected)
 
 
 def test_the_options_of_load_stand_in_one_place() -> None:

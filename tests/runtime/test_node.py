@@ -1,7 +1,6 @@
 """The example node: frames are dropped, texts end in time, a stuck planner is cancelled, everything shuts down."""
 
 import importlib.util
-import shutil
 import sys
 import threading
 import time
@@ -11,8 +10,8 @@ from typing import Any
 import pytest
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.stream import Result
+from tests.support.bundles import copy_with_ends
 from tests.support.paths import REPOSITORY
 
 EXAMPLE = REPOSITORY / "examples" / "node.py"
@@ -35,9 +34,7 @@ def until(condition: Any, seconds: float = 60) -> None:
 
 
 def test_frames_are_dropped_and_texts_end_in_time(node: Any, bundles: list[Path], tmp_path: Path) -> None:
-    endless = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
-    Manifest.read(endless).model_copy(update={"eos_token_ids": []}).write(endless)
-    with FusionRuntime.load(endless, threads=1) as rt:
+    with FusionRuntime.load(copy_with_ends(bundles[0], tmp_path / "bundle", []), threads=1) as rt:
         robot = node.Node(rt, period=0.005, budget=0.05, patience=60.0, max_new_tokens=900)
         robot.start()
         until(lambda: len(robot.planner.plans) >= 6)

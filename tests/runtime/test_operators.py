@@ -1,4 +1,4 @@
-"""The table of TensorRT's operators, engines held against machines, and what can be refused before a library is there."""
+"""The table of TensorRT's operators, engines held against machines, and what is refused without the library."""
 
 import itertools
 import subprocess
@@ -116,7 +116,8 @@ def test_a_librarys_error_is_told_in_a_few_words(message: str, short: str) -> No
 
 
 def test_building_needs_neither_torch_nor_onnx() -> None:
-    code = "import sys, runtime.commands.build; print({'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxruntime'} & set(sys.modules))"
+    packages = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime"}
+    code = f"import sys, fusionroute.runtime.commands.build; print({packages} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

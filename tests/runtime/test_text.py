@@ -223,7 +223,8 @@ def test_endless_invalid_bytes_are_not_held_for_ever() -> None:
     stream = TextStream(text_of("byte level"))
     out = [len(stream.push(token(one_byte("byte level", 0x80)))) for _ in range(20)]
     assert out == [0, 0, 0] + [1] * 17
-    assert joined(stream.finish()) == "\ufffd" * 4  # three held tokens: the one handed out last left its own to the next
+    # three held tokens: the one handed out last left its own to the next
+    assert joined(stream.finish()) == "\ufffd" * 4
 
 
 @pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
@@ -366,5 +367,6 @@ def test_bad_input_is_said_in_one_sentence(tmp_path: Path) -> None:
 
 
 def test_importing_is_light() -> None:
-    code = "import sys, runtime.text, runtime.chat, runtime.sampling; print({'tokenizers', 'jinja2', 'torch'} & set(sys.modules))"
+    modules = ", ".join(f"fusionroute.runtime.{name}" for name in ("text", "chat", "sampling"))
+    code = f"import sys, {modules}; print({{'tokenizers', 'jinja2', 'torch'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

@@ -124,11 +124,12 @@ def test_a_command_line_starts_without_what_it_does_not_run() -> None:
 
 
 SIGNALLED = """
-import os, sys, time
+import os, signal, sys, time
 from fusionroute.runtime.__main__ import main
 from fusionroute.runtime.commands import generate
 
 number = int(sys.argv.pop(1))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs, such as some CI runs, inherit it ignored
 
 def signal_myself(*_):
     os.kill(os.getpid(), number)

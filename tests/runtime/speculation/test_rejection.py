@@ -21,7 +21,8 @@ RARE = 0.004  # pairs of tokens below are counted together
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("fusionroute.runtime.speculation.draft_planner.MIN_STEP_SECONDS", 0.0)  # the models here are small
+    # the models here are small
+    monkeypatch.setattr("fusionroute.runtime.speculation.draft_planner.MIN_STEP_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.5, "top_k": 4}, {"temperature": 0.2}], ids=["filtered", "unfiltered"])
@@ -72,7 +73,8 @@ def distance(folder: Path, check: Any, source: str, options: dict[str, Any]) -> 
     if rest > RARE:
         bins.append((sum(seen.values()), draws * rest))
     chi_square, free = float(sum((count - mean) ** 2 / mean for count, mean in bins)), len(bins) - 1
-    quantile: float = free * (1 - 2 / (9 * free) + 3.09 * (2 / (9 * free)) ** 0.5) ** 3  # 99.9 %, Wilson and Hilferty 1931
+    # 99.9 %, Wilson and Hilferty 1931
+    quantile: float = free * (1 - 2 / (9 * free) + 3.09 * (2 / (9 * free)) ** 0.5) ** 3
     return chi_square / quantile
 
 
@@ -102,7 +104,8 @@ def test_drafts_are_drawn_from_the_likeliest_tokens(vocab: int, temperature: flo
         len(drafts.ids) <= min(DEFAULT_CANDIDATES, filters.get("top_k", DEFAULT_CANDIDATES))
         and (scaled[drafts.ids] > scaled.max() - DRAFT_MARGIN - 1e-4).all()
     )
-    assert np.array_equal(scaled[drafts.ids], scaled[order[: len(drafts.ids)]])  # the first so many, or others equal to the last
+    # the first so many, or others equal to the last
+    assert np.array_equal(scaled[drafts.ids], scaled[order[: len(drafts.ids)]])
     weights = np.exp(scaled[drafts.ids] - scaled.max())
     assert drafts.probabilities == pytest.approx(weights / weights.sum())
     everything = np.exp(scaled[order[:DEFAULT_CANDIDATES]] - scaled.max())

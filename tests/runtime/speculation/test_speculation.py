@@ -18,6 +18,7 @@ from fusionroute.runtime.speculation import costs
 from fusionroute.runtime.speculation.costs import LENGTHS, MAX_ROUND_TOKENS, SIZES, Costs, seconds_by_tokens
 from fusionroute.runtime.speculation.draft_planner import MIN_SPEEDUP, DraftPlan, DraftPlanner
 from fusionroute.runtime.speculation.lookup import MAX_NGRAM, MIN_NGRAM, Lookup
+from tests.support.bundles import copy_with_ends
 
 Choose = Callable[..., DraftPlan]
 ONE = ((1.0, 1.1, 1.3, 1.9), (1.1, 1.3, 1.7, 2.7))  # short and long texts
@@ -239,7 +240,7 @@ def test_without_reading_alone_a_plain_step_costs_two_tokens() -> None:
 def test_acceptance_is_learnt_without_drafting(bundles: list[Path]) -> None:
     """Rates are those of a recount of the same text, though nothing was drafted; drafting begins once it pays."""
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
-        rt._costs = Costs(LINEAR, (LINEAR,) * len(rt.expert_names), 0.1)  # several tokens cost what they cost one by one
+        rt._costs = Costs(LINEAR, (LINEAR,) * len(rt.expert_names), 0.1)  # several cost what they cost one by one
         kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 1}]
         for options in kinds:
             session = rt.session()
@@ -340,23 +341,23 @@ def test_any_mixture_of_steps_rounds_rewinds_and_errors(bundles: list[Path], eag
     assert struck > 20
 
 
-def test_nothing_is_read_behind_the_end_of_a_text(bundles: list[Path], eager: None) -> None:
+def test_nothing_is_read_behind_the_end_of_a_text(
+    bundles: list[Path], eager: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each token in turn is made the end: texts end where plain ones do, and no round goes on behind the end."""
-    with (
-        FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt,
-        FusionRuntime.load(bundles[0], device="cpu", precision="fp32") as plain,
-    ):
-        ends = set(rt.generate([7, 9, 30], 30).token_ids)
-        for end in ends:
-            rt._eos = plain._eos = frozenset({end})
-            rt._pool.idle.clear()  # sessions made with other ends
-            result, expected = rt.generate([7, 9, 30], 30), plain.generate([7, 9, 30], 30)
-            assert (result.token_ids, result.finish_reason) == (expected.token_ids, "stop")
-        session = rt.session()
-        session.append([7, 9, 30])
-        for _ in range(8):
-            tokens = session.steps(8)
-            assert all(token.id not in rt._eos for token in tokens[:-1])
+    monkeypatch.setattr("fusionroute.runtime.engine.costs_of", lambda *_: EVEN)
+    with FusionRuntime.load(bundles[0], device="cpu", precision="fp32") as plain:
+        long = plain.generate([7, 9, 30], 30).token_ids
+    for end in set(long):
+        folder = copy_with_ends(bundles[0], tmp_path / f"ends at {end}", [end])
+        with FusionRuntime.load(folder, device="cpu", precision="fp32", speculation="auto") as rt:
+            result = rt.generate([7, 9, 30], 30)
+            assert (result.token_ids, result.finish_reason) == (long[: long.index(end)], "stop")
+            session = rt.session()
+            session.append([7, 9, 30])
+            for _ in range(8):
+                tokens = session.steps(8)
+                assert all(token.id != end for token in tokens[:-1])
 
 
 def test_cancelling_ends_a_round_between_its_tokens(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
