@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from fusionroute.runtime import FusionRuntime, cache
 from fusionroute.runtime.cache import DAY, RECENT, clear, entries, prune
 from fusionroute.runtime.speculation import costs
+from tests.support.processes import dead_process
 
 NOW = 1_500_000_000.0  # before every file of this run
 
@@ -34,13 +33,6 @@ def put(folder: Path, name: str, size: int, age: float) -> Path:
     for each in (inner, path):
         os.utime(each, (NOW - age, NOW - age))
     return path
-
-
-def dead_process() -> int:
-    """The id of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_entries_tell_size_and_last_use(folder: Path) -> None:
