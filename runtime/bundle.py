@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusionroute.runtime.errors import BundleError, UnavailableError, one_line
+from fusionroute.runtime.files import is_partial
 from fusionroute.runtime.precisions import fastest_first
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Bundle:
     def verify(self) -> None:
         """Hash every file, and look for files that the manifest does not name.
 
+        What a process was writing when it was killed is passed over: the next write of the same file removes it.
         Raises BundleError for the first that is wrong.
         """
         for name in self.manifest.files:
@@ -73,7 +75,7 @@ class Bundle:
         known = set(self.manifest.files) | {"manifest.json"}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and name not in known:
+            if path.is_file() and name not in known and not is_partial(path):
                 raise BundleError(
                     f"{path} does not belong to the bundle (the manifest does not name it); remove it or export the bundle again."
                 )

@@ -20,17 +20,21 @@ from fusionroute.runtime import files
 
 DAY = 86_400.0  # seconds
 # kind → seconds without use after which an entry is removed
-AGES = {"costs": 30 * DAY, "packed": 30 * DAY, "providers": 30 * DAY}
+AGES = {"costs": 30 * DAY, "locks": 30 * DAY, "packed": 30 * DAY, "providers": 30 * DAY}
 MOST_BYTES = 50 * 10**9  # that all entries of these kinds may have together
 RECENT = 3_600.0  # seconds: an entry used since then is not removed to make room
 USER = ".used-by-"  # and a process id: name of a file in an entry's folder, as long as that process may read the folder
+CLOCK_ERROR = 60.0  # seconds by which the start of a process is told wrongly where the clock was set since
 
 Clock = Callable[[], float]  # seconds since the epoch
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One file or folder of the cache. last_used: seconds since the epoch. in_use: by a living process, see `use`."""
+    """One file or folder of the cache. last_used: seconds since the epoch.
+
+    in_use: by a living process, see `use`; a lock: held by one.
+    """
 
     kind: str
     path: Path
@@ -43,7 +47,7 @@ class Entry:
         if not self.path.is_dir():
             self.path.unlink(missing_ok=True)
             return
-        doomed = self.path.with_name(f".{self.path.name}.{os.urandom(8).hex()}.partial")
+        doomed = files.partial_name(self.path)
         self.path.rename(doomed)  # in one step: nobody finds half of it
         shutil.rmtree(doomed)
 
@@ -53,16 +57,19 @@ def entries(kind: str | None = None) -> list[Entry]:
 
     Raises OSError for a folder that cannot be read.
     """
-    root = files.cache_folder()
-    kinds = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     listed = [
         _entry(folder.name, path)
-        for folder in kinds
-        if kind in (None, folder.name)
+        for folder in _folders(kind)
         for path in folder.iterdir()
-        if not path.name.startswith(".") and path.suffix != ".lock" and path.name != "lock"
+        if not path.name.startswith(".") and path.name != "lock"
     ]
     return sorted((entry for entry in listed if entry is not None), key=lambda entry: (entry.kind, entry.last_used))
+
+
+def _folders(kind: str | None) -> list[Path]:
+    """The folders of all kinds, or of one. Raises OSError."""
+    root = files.cache_folder()
+    return sorted(path for path in root.iterdir() if path.is_dir() and kind in (None, path.name)) if root.is_dir() else []
 
 
 def _entry(kind: str, path: Path) -> Entry | None:
@@ -74,16 +81,21 @@ def _entry(kind: str, path: Path) -> Entry | None:
         return None
     size = sum(status.st_size for status in statuses if S_ISREG(status.st_mode))
     users = [part for part in inner if part.name.startswith(USER)]
-    return Entry(kind, path, size, max(status.st_mtime for status in statuses), any(list(map(_lives, users))))
+    in_use = files.held(path) if kind == "locks" else any(list(map(_lives, users)))
+    return Entry(kind, path, size, max(status.st_mtime for status in statuses), in_use)
 
 
 def _lives(user: Path) -> bool:
-    """Whether the process of a USER file lives; the file is removed where not."""
+    """Whether the process of a USER file lives; the file is removed where not.
+
+    A process that has started after the file was written has the id of a dead one.
+    """
     import psutil  # imported here: most runs prune nothing
 
-    number = user.name.removeprefix(USER)
-    if number.isdecimal() and psutil.pid_exists(int(number)):
-        return True
+    with contextlib.suppress(ValueError, OSError, psutil.NoSuchProcess):
+        process = psutil.Process(int(user.name.removeprefix(USER)))
+        if process.create_time() <= user.stat().st_mtime + CLOCK_ERROR:
+            return True
     with contextlib.suppress(OSError):
         stat = user.parent.stat()
         user.unlink()
@@ -108,6 +120,8 @@ def prune(incoming: float = 0.0, clock: Clock = time.time, most_bytes: int = MOS
     """
     now, doomed = clock(), []
     try:
+        for folder in _folders(None):
+            files.remove_abandoned(folder)
         limited = sorted((entry for entry in entries() if entry.kind in AGES), key=lambda entry: entry.last_used)
     except OSError:  # a folder that this user may not read: it is cleared by whoever may
         return []
@@ -125,6 +139,8 @@ def clear(kind: str | None = None) -> list[Entry]:
 
     Raises OSError for an unreadable folder.
     """
+    for folder in _folders(kind):
+        files.remove_abandoned(folder)
     return _remove(entry for entry in entries(kind) if not entry.in_use)
 
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
+import shutil
+import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-# filelock and platformdirs are imported where they are used: most runs need neither, and importing takes time.
+# filelock, platformdirs and psutil are imported where they are used: most runs need none, and importing takes time.
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+PARTIAL = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,9})-[0-9a-f]{8}\.partial")
+ABANDONED = 86_400.0  # seconds without a change after which nobody writes a partial file any more
 
 
 def cache_folder() -> Path:
@@ -21,9 +32,11 @@ def cache_folder() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """The name of a file to write, which then replaces `path` in one step. After an error `path` is as it was.
 
-    The name is a new one each time: two processes that write the same file at once do not mix.
+    The name is a new one each time: two processes that write the same file at once do not mix. What killed processes
+    have left of the same file is removed first.
     """
-    partial = path.with_name(f".{path.name}.{os.urandom(8).hex()}.partial")
+    remove_abandoned(path.parent, path.name)
+    partial = partial_name(path)
     try:
         yield partial
         partial.replace(path)
@@ -40,14 +53,86 @@ def replace(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
+def partial_name(path: Path) -> Path:
+    """A new name beside `path` that tells who writes it: `.NAME.HOST-PID-RANDOM.partial`, HOST as a checksum."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{os.urandom(4).hex()}.partial")
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file or folder is one that `partial_name` has named."""
+    return PARTIAL.fullmatch(path.name) is not None
+
+
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes have left half-written in a folder: of the file `name`, or all. Raises nothing."""
+    with suppress(OSError):  # there is no such folder, or it may not be read
+        for path in list(folder.iterdir()):
+            if is_partial(path) and (name is None or path.name.startswith(f".{name}.")):
+                with suppress(OSError):  # another process removes it, or it belongs to another user
+                    if _abandoned(path):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _abandoned(partial: Path) -> bool:
+    """Whether the process that has named it is dead, or nothing was written for a day.
+
+    The day is for processes of other machines, and for ids that another process has now.
+    """
+    import psutil
+
+    writer = PARTIAL.fullmatch(partial.name)
+    if writer is not None and writer["host"] == _host() and not psutil.pid_exists(int(writer["pid"])):
+        return True
+    return time.time() - partial.stat().st_mtime > ABANDONED
+
+
+def _host() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Wait until no other process of this machine, and no other thread, holds the lock file `path`.
 
-    Raises OSError where it cannot be created.
+    Where the file system has no locks, nothing is waited for. Raises OSError where the file cannot be created.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file(path) or nullcontext():
+        with suppress(OSError):
+            os.utime(path)  # the cache tells by it when a lock was last used
+        yield
+
+
+def lock_file(path: Path) -> BaseFileLock | None:
+    """The lock file `path`, not held yet; None where the file system has no locks.
+
+    This is asked of a file that nobody else has. Releases of filelock differ in what they do without locks: some wait
+    for ever, some raise, and some use marker files that outlive a killed process.
+    """
+    import tempfile
+
     from filelock import FileLock
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path):
-        yield
+    try:
+        import fcntl
+    except ImportError:  # Windows, which locks in another way
+        return FileLock(path)
+    with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:  # where none can be made, a lock may be
+        try:
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return None
+    return FileLock(path)
+
+
+def held(path: Path) -> bool:
+    """Whether a process or thread holds a lock file; also where this user may not ask."""
+    lock = lock_file(path)
+    if lock is None:
+        return False
+    try:
+        lock.acquire(timeout=0)
+    except OSError:  # filelock's Timeout among them
+        return True
+    lock.release()
+    return False

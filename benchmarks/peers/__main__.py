@@ -21,6 +21,7 @@ from benchmarks.peers.environments import ENVIRONMENTS, OURS
 from benchmarks.peers.tables import render, write_page
 from fusionroute.fr_export.commands.export import parse_experts
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.machine import cores, processor
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # features that decide which kernels run
@@ -29,8 +30,7 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "am
 
 def describe_machine(threads: int, bundle: Path) -> dict[str, Any]:
     """What the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in processor())}
     flags = fields.get("flags", "").split()
     manifest = Bundle.open(bundle).manifest
     return {
@@ -55,7 +55,7 @@ def main(
     renew: Annotated[bool, typer.Option("--write", help="Renew docs/performance.md and its chart.")] = False,
 ) -> None:
     """Compare, write WORK/peers.json, and print its tables."""
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
     experts = {name: Path(source) for name, source in parse_experts(expert)}
     comparison = Comparison(router, experts, bundle, work, threads, rounds)
     for folder in ("env", "models", "log"):

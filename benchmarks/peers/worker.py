@@ -69,6 +69,7 @@ def loss(model: Model, texts: list[list[int]]) -> dict[str, float]:
 
 def peak() -> int:
     """Peak resident memory of this process, bytes."""
+    # read by hand: the environments of other runtimes have neither this package nor psutil
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
+from fusionroute.runtime import files
 from fusionroute.runtime.errors import FusionError, InputError, one_line
 from fusionroute.runtime.manifest import NAME
 
 if TYPE_CHECKING:
+    from filelock import BaseFileLock
     from typing_extensions import Self
 
 
@@ -33,7 +33,7 @@ class Staging:
     def __init__(self, out: Path, force: bool):
         self.out, self.force = out.resolve(), force  # a link stays a link: what it leads to is replaced
         self.folder = self._beside("partial", os.getpid())
-        self._lock = FileLock(self._beside("lock", os.getpid()))
+        self._lock: BaseFileLock | None = None  # stays None where the file system has no locks
 
     def _beside(self, kind: str, pid: int) -> Path:
         return self.out.parent / f".{self.out.name}.{kind}-{pid}"
@@ -55,7 +55,9 @@ class Staging:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.prepare()
-            self._acquire()
+            self._lock = files.lock_file(self._beside("lock", os.getpid()))
+            if self._lock is not None:
+                self._lock.acquire(timeout=0)
             self.folder.mkdir()
         except BaseException as error:
             self._release()
@@ -73,16 +75,8 @@ class Staging:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._release()
 
-    def _acquire(self) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise
-        except OSError:  # a file system without locks
-            pass
-
     def _release(self) -> None:
-        if self._lock.is_locked:
+        if self._lock is not None and self._lock.is_locked:
             self._lock.release()
             with contextlib.suppress(OSError):
                 Path(self._lock.lock_file).unlink(missing_ok=True)
@@ -90,10 +84,12 @@ class Staging:
     def _recover(self) -> None:
         """Remove half-written folders of killed processes, and bring back an old folder that was not yet replaced."""
         for pid in self._pids():
-            lock = FileLock(self._beside("lock", pid))
+            lock = files.lock_file(self._beside("lock", pid))
+            if lock is None:  # without locks nobody knows whether its process runs: a leftover is the lesser harm
+                return
             try:
                 lock.acquire(timeout=0)
-            except OSError:  # its process runs, or the file system has no locks, where a leftover is the lesser harm
+            except OSError:  # its process runs
                 continue
             try:
                 old = self._beside("replaced", pid)
@@ -144,13 +140,14 @@ class StagedBundle(Staging):
         """Raise InputError for all but an empty folder and, with `force`, a bundle without files of the user's."""
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return
-        files = bundled(self.out)
-        if files is None:
+        listed = bundled(self.out)
+        if listed is None:
             raise InputError(f"{self.out} exists and is no bundle, so it is not replaced: name another folder with --out.")
         if not self.force:
             raise InputError(f"A bundle exists at {self.out}: add --force to replace it, or name another folder with --out.")
         for path in sorted(self.out.rglob("*")):
-            if path.relative_to(self.out).as_posix() not in files and not (path.is_dir() and not path.is_symlink()):
+            ours = path.relative_to(self.out).as_posix() in listed or files.is_partial(path)
+            if not ours and not (path.is_dir() and not path.is_symlink()):
                 raise InputError(f"{path} is no part of the bundle that --force replaces: move it away, or name another folder with --out.")
 
 

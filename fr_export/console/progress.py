@@ -1,16 +1,14 @@
 """The stages of a long job: progress on the terminal; seconds and peak memory of each for the report."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-INTERVAL = 0.02  # seconds between samples of the memory
+from fusionroute.runtime.bench.memory import PeakMemory
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Stages:
         with PeakMemory() as memory:
             yield lambda amount: self.progress.advance(task, amount)
         self.progress.update(task, completed=total or 1.0)
-        self.done.append(FinishedStage(name, round(time.perf_counter() - start, 2), round(memory.peak / 2**20, 1)))
+        self.done.append(FinishedStage(name, round(time.perf_counter() - start, 2), round(memory.peak.anonymous / 2**20, 1)))
 
     def note(self, text: str) -> None:
         """Show a sentence above the progress display."""
@@ -53,29 +51,3 @@ class Stages:
     def report(self) -> list[dict[str, float | str]]:
         """The stages as plain data."""
         return [asdict(stage) for stage in self.done]
-
-
-class PeakMemory:
-    """Samples this process's anonymous memory in the background. `peak` is the highest value in bytes."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.peak = anonymous_bytes()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._stop.wait(INTERVAL):
-            self.peak = max(self.peak, anonymous_bytes())
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.peak = max(self.peak, anonymous_bytes())
-
-
-def anonymous_bytes() -> int:
-    """Resident memory of this process in bytes, without mapped files where the system tells them apart (Linux)."""
-    memory = psutil.Process().memory_info()
-    return int(memory.rss - getattr(memory, "shared", 0))

@@ -4,7 +4,6 @@ The name of a cache file is a hash of everything that its content depends on.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from fusionroute.fr_export.training.data import Row
 from fusionroute.fr_export.training.losses import label_log_probs
 from fusionroute.fr_export.training.router import DTYPES, final_hidden, lm_logits, load_lm
 from fusionroute.runtime.bundle import sha256
+from fusionroute.runtime.files import replacing
 
 _FORMAT = "fusionroute scores 1"
 _TOKENS, _LOGITS = 4096, 1 << 28  # limits of a batch: padded tokens, and logits (the tighter one for large vocabularies)
@@ -107,9 +107,5 @@ def read_scores(file: Path) -> Scores | None:
 def write_scores(file: Path, scores: Scores) -> None:
     """Write scores in one step: other runs see the whole file or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    try:
+    with replacing(file) as partial:
         save_file({"log_probs": scores.log_probs, "argmaxes": scores.argmaxes}, partial)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

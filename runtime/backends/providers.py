@@ -29,7 +29,7 @@ tiny model: an fp16 graph on the CPU can crash the process.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from io import StringIO
@@ -88,6 +88,23 @@ def profile(prefix: str, manifest: Manifest) -> dict[str, str]:
         f"{prefix}_profile_{which}_shapes": ",".join(f"{name}:{'x'.join(map(str, free[name][place]))}" for name in names)
         for place, which in enumerate(RANGES)
     }
+
+
+def keep(folder: Path) -> None:
+    """Create a graph's folder in the cache, or note that it is used.
+
+    Raises UnavailableError where it cannot be created. One that exists but cannot be written to is used as it is.
+    """
+    if not folder.exists():
+        cache.prune()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # another process may do the same now
+        except OSError as error:
+            raise UnavailableError(
+                f"What the provider compiles cannot be kept in {folder} ({one_line(error)}): name another cache folder in XDG_CACHE_HOME."
+            ) from error
+    with suppress(OSError):
+        cache.use(folder.parent)
 
 
 @dataclass(frozen=True)
@@ -171,15 +188,15 @@ class Opener:
         return devices[:1]
 
     def open(self, path: Path, manifest: Manifest, digest: str) -> Any:
-        """A session of a model's graph, whose SHA-256 names the folder of what the provider keeps for the next start."""
+        """A session of a model's graph.
+
+        The graph's SHA-256 `digest` names the folder of what the provider keeps for the next start.
+        """
         provider = self.provider
         folder = cache_folder() / "providers" / f"{provider.name}-{self._ort.__version__}" / digest[:16]
         options = provider.options(manifest, folder)
         if str(folder) in options.values():
-            if not folder.exists():
-                cache.prune()
-                folder.mkdir(parents=True)
-            cache.use(folder.parent)
+            keep(folder)
         return self._session(path, [(provider.name, options), *self._fallback()], self._devices)
 
     def place(self, session: Any) -> Place:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backends import DEVICES, choose, resolved
 from fusionroute.runtime.bench import bandwidth
-from fusionroute.runtime.bench.memory import Growth
+from fusionroute.runtime.bench.memory import PeakMemory, release_freed
 from fusionroute.runtime.bench.precision import Precision, size_and_quality
 from fusionroute.runtime.bench.prompt import prompt_ids
 from fusionroute.runtime.bench.run import Run, generate
@@ -125,7 +125,8 @@ def load(
 ) -> tuple[Precision, dict[tuple[str, Workload], Callable[[], Run]]]:
     """Load a precision until `stack` is left, and warm it up. Returns its size and a function per workload."""
     free = gpu.free_memory() if gpu else 0
-    with Growth() as growth:
+    release_freed()
+    with PeakMemory() as memory:
         start = time.perf_counter()
         runtime = stack.enter_context(
             # every text is read from its beginning, however often it was read before
@@ -138,7 +139,7 @@ def load(
     variant = choose(bundle, DEVICES[device][0], name, device)
     size, quality = size_and_quality(bundle, variant, device if gpu else None)
     device_memory = free - gpu.free_memory() if gpu else None
-    return Precision(name, variant.bits_per_weight, size, quality, seconds, growth.peak, device_memory), units
+    return Precision(name, variant.bits_per_weight, size, quality, seconds, memory.growth, device_memory), units
 
 
 def unit(workload: Workload, runtime: FusionRuntime, ids: Sequence[int], count: int) -> Callable[[], Run]:

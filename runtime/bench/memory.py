@@ -1,4 +1,4 @@
-"""How much memory a precision takes, as the operating system counts it."""
+"""How much memory a part of the work takes, as the operating system counts it."""
 
 from __future__ import annotations
 
@@ -31,24 +31,29 @@ def available() -> int:
     return int(psutil.virtual_memory().available)
 
 
-class Growth:
-    """A context manager that samples this process's memory in the background; `peak` is the largest growth of each kind
-    since it was entered.
-    """
+def release_freed() -> None:
+    """Give memory that was freed before back to the system (glibc): it would hide what is taken now."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
-    def __enter__(self) -> Growth:
-        with contextlib.suppress(OSError, AttributeError, TypeError):
-            ctypes.CDLL(None).malloc_trim(0)  # memory freed before must not hide what is taken now
-        self._before = resident()
-        self.peak = Resident(0, 0)
+
+class PeakMemory:
+    """A context manager that samples this process's memory in the background. `peak`: the highest bytes of each kind."""
+
+    def __enter__(self) -> PeakMemory:
+        self._before = self.peak = resident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
+    @property
+    def growth(self) -> Resident:
+        """By how many bytes the peak is above the start."""
+        return Resident(self.peak.anonymous - self._before.anonymous, self.peak.mapped - self._before.mapped)
+
     def _look(self) -> None:
-        now = resident()
-        self.peak = Resident(*(max(old, new - start) for old, new, start in zip(self.peak, now, self._before, strict=True)))
+        self.peak = Resident(*map(max, self.peak, resident()))
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL):

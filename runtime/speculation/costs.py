@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -15,13 +16,14 @@ from fusionroute.runtime import files
 from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.backends import Backend
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.cache import AGES, Clock, prune
+from fusionroute.runtime.cache import DAY, Clock, prune
 from fusionroute.runtime.machine import cores, installed, processor
 
 MAX_ROUND_TOKENS = 8
 SIZES = (1, 2, 4, 8)  # tokens in a pass that are measured
 LENGTHS = (32, 1024)  # tokens of the text so far: attention costs more behind a long one
 REPEATS = 5
+VALID = 30 * DAY  # seconds after which costs are measured again, however often they were used
 PACKAGES = ("fusionroute", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
 
 Passes = tuple[tuple[float, ...], tuple[float, ...]]  # seconds by SIZES, at both LENGTHS, with logits at every token
@@ -61,6 +63,8 @@ def costs_of(bundle: Bundle, backend: Backend, precision: str, threads: int | No
     ]  # fmt: skip
     path = files.cache_folder() / "costs" / f"{hashlib.sha256(json.dumps(setting).encode()).hexdigest()}.json"
     if (known := read_costs(path)) is not None:
+        with contextlib.suppress(OSError):  # it belongs to another user
+            os.utime(path)  # used now, for the cache; the file itself tells when they were measured
         return known
     measured = measure(bundle, backend)
     with contextlib.suppress(OSError):  # no place to write: measured again next time
@@ -74,7 +78,7 @@ def read_costs(path: Path, clock: Clock = time.time) -> Costs | None:
     """The costs in a file; None if it cannot be read, or is too old: a busy machine may have measured them."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
         known = json.loads(path.read_text())
-        if clock() - known["measured"] > AGES["costs"]:
+        if clock() - known["measured"] > VALID:
             return None
         return Costs(passes(known["router"]), tuple(map(passes, known["experts"])), float(known["fusion"]), bool(known["concurrent"]))
     return None

@@ -129,7 +129,10 @@ class Context:
         checked(self._context.execute_async_v3(int(stream)), f"run {self._name}", self._log)
 
     def capturable(self, stream: Stream) -> bool:
-        """Whether a CUDA graph may be captured now; TensorRT-RTX tells; TensorRT has no such question, and may always."""
+        """Whether a CUDA graph may be captured now.
+
+        TensorRT-RTX can be asked; TensorRT cannot, and always allows it.
+        """
         ask = getattr(self._context, "is_stream_capturable", None)
         return ask is None or bool(ask(int(stream)))
 

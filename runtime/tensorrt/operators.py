@@ -22,7 +22,10 @@ def table() -> dict[str, Any]:
 
 
 def known(version: str) -> set[str]:
-    """The operators of a TensorRT version such as "10.3": those of the newest version in the table that is not newer."""
+    """The operators of a TensorRT version such as "10.3".
+
+    Those of the newest version in the table that is not newer.
+    """
     operators: set[str] = set()
     for listed, entry in table()["versions"].items():
         if number(listed) <= number(version):

@@ -13,6 +13,7 @@ import pytest
 
 from fusionroute.runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.files import partial_name
 from fusionroute.runtime.manifest import Manifest
 
 Change = Callable[[dict[str, Any]], object]
@@ -139,6 +140,15 @@ def test_a_curve_of_lambda_is_optional_and_kept(bundle: Path) -> None:
     tuned.write(bundle)
     assert Manifest.read(bundle) == tuned
     Bundle.open(bundle).verify()
+
+
+def test_what_a_killed_write_has_left_is_no_part_of_the_bundle(bundle: Path) -> None:
+    left = partial_name(bundle / "manifest.json")
+    left.write_text("{")
+    Bundle.open(bundle).verify()
+    left.rename(bundle / ".manifest.json.partial")
+    with pytest.raises(BundleError, match="does not belong to the bundle"):
+        Bundle.open(bundle).verify()
 
 
 def test_a_manifest_is_replaced_in_one_step(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,18 @@
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 
-from fusionroute.runtime import FusionRuntime, cache
+from fusionroute.runtime import FusionRuntime, cache, files
 from fusionroute.runtime.cache import DAY, RECENT, clear, entries, prune
 from fusionroute.runtime.speculation import costs
+from tests.support.processes import dead_process
 
 NOW = 1_500_000_000.0  # before every file of this run
 
@@ -36,18 +39,11 @@ def put(folder: Path, name: str, size: int, age: float) -> Path:
     return path
 
 
-def dead_process() -> int:
-    """The id of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
 def test_entries_tell_size_and_last_use(folder: Path) -> None:
     assert entries() == []
     paths = [put(folder, "costs/a.json", 10, 5 * DAY), put(folder, "packed/b", 300, 2 * DAY), put(folder, "packed/c", 200, 1 * DAY)]
     (folder / "packed" / "lock").touch()
-    (folder / "packed" / ".d.partial").mkdir()
+    files.partial_name(folder / "packed" / "d").mkdir()
     (folder / "build.lock").touch()
     listed = entries()
     assert [(entry.kind, entry.path, entry.bytes, entry.in_use) for entry in listed] == [
@@ -84,7 +80,7 @@ def test_what_is_new_or_in_use_stays(folder: Path) -> None:
     (others / f"{cache.USER}{dead_process()}").touch()
     assert {entry.path: entry.in_use for entry in entries()} == {new: False, ours: True, others: False}
     for path in (ours, others):
-        for each in (path, *path.iterdir()):
+        for each in (path, path / "model.onnx"):
             os.utime(each, (NOW - 60 * DAY, NOW - 60 * DAY))
     assert [entry.path for entry in prune(clock=lambda: NOW, most_bytes=10)] == [others]
     assert new.is_dir() and ours.is_dir()
@@ -110,6 +106,49 @@ def test_the_mark_of_a_dead_process_is_removed_and_is_no_use(folder: Path) -> No
     assert [inner.name for inner in path.iterdir()] == ["model.onnx"]
 
 
+def test_a_mark_is_void_once_another_process_has_its_id(folder: Path) -> None:
+    """As in containers, where ids are small: this process has started after the mark was written."""
+    path = put(folder, "packed/a", 10, 0)
+    cache.use(path)
+    assert [entry.in_use for entry in entries()] == [True]
+    mark = path / f"{cache.USER}{os.getpid()}"
+    before = psutil.Process().create_time() - 2 * cache.CLOCK_ERROR
+    os.utime(mark, (before, before))
+    assert [entry.in_use for entry in entries()] == [False]
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("remove", [prune, clear])
+def test_what_killed_processes_have_left_goes(folder: Path, monkeypatch: pytest.MonkeyPatch, remove: Callable[[], object]) -> None:
+    ours = [put(folder, "costs/a.json", 1, 0), put(folder, "calibration/b", 1, 0)]
+    dead = dead_process()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: dead)
+        left = [files.partial_name(path) for path in ours]
+    left[0].touch()
+    left[1].mkdir()
+    living = files.partial_name(ours[0])
+    living.touch()
+    remove()
+    assert not left[0].exists() and not left[1].exists() and living.exists()
+
+
+def test_locks_go_when_nobody_holds_them(folder: Path) -> None:
+    """Each export to a folder for TensorRT-RTX locks a path of its own."""
+    held, free, recent = (folder / "locks" / f"{name}.lock" for name in ("a", "b", "c"))
+    for path in (free, recent):
+        with files.locked(path):
+            pass
+    with files.locked(held):
+        assert [entry.in_use for entry in entries("locks")] == [path == held for path in (entry.path for entry in entries("locks"))]
+        for path in (held, free):
+            os.utime(path, (NOW - 31 * DAY, NOW - 31 * DAY))
+        assert [entry.path for entry in prune(clock=lambda: NOW)] == [free]
+        assert [entry.path for entry in clear()] == [recent]
+    with files.locked(held):
+        assert entries()[0].last_used > NOW, "to lock it is to use it"
+
+
 def test_clear_takes_one_kind_or_all(folder: Path) -> None:
     for name in ("costs/a.json", "packed/b", "calibration/c"):
         put(folder, name, 10, DAY)
@@ -131,6 +170,21 @@ def test_packed_weights_are_in_use_while_their_process_lives(bundles: list[Path]
     (stale / f"{cache.USER}{os.getpid()}").unlink()
     with FusionRuntime.load(bundles[0], "int8", "cpu", threads=1, share_weights=True):
         assert all(entry.in_use for entry in entries("packed")), "also those that were packed before"
+
+
+def test_to_read_costs_is_to_use_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs that are in use every day are not removed; they are measured again by their own date."""
+    table = ((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 3.0, 4.0))
+    measured = costs.Costs(table, (table,), 1.0)
+    monkeypatch.setattr(costs, "measure", lambda *arguments: measured)
+    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(model_dump_json=lambda: "{}"))
+    backend: Any = object()
+    assert costs.costs_of(bundle, backend, "int8", 1) == measured
+    [path] = (folder / "costs").iterdir()
+    content = path.read_bytes()
+    os.utime(path, (NOW, NOW))
+    assert costs.costs_of(bundle, backend, "int8", 1) == measured
+    assert path.stat().st_mtime > NOW and path.read_bytes() == content
 
 
 def test_costs_are_measured_again_when_they_are_a_month_old(bundles: list[Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

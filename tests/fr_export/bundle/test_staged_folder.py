@@ -1,6 +1,7 @@
 """A bundle appears complete or not at all, and nothing of the user's is ever replaced."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -8,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.files import partial_name
 
 FILES = ("graphs/a.onnx", "tokenizer.json")
 DEAD = 2**22 + 1  # beyond the largest process id
@@ -64,6 +67,28 @@ def test_force_replaces_a_bundle_and_only_with_force(out: Path, tmp_path: Path) 
     assert texts(tmp_path) == bundle("old")
     stage(out, force=True)
     assert texts(tmp_path) == bundle("new")
+
+
+def test_force_replaces_what_a_killed_write_has_left_in_a_bundle(out: Path, tmp_path: Path) -> None:
+    fill(out, "old")
+    partial_name(out / "manifest.json").write_text("{")
+    stage(out, force=True)
+    assert texts(tmp_path) == bundle("new")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Bundles are written as elsewhere; what a killed process has left stays, since nobody knows whether it runs."""
+
+    def refuses(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    fill(tmp_path / f".bundle.partial-{DEAD}", "theirs")
+    fill(out, "old")
+    stage(out, force=True)
+    assert texts(tmp_path) == bundle("new") | bundle("theirs", f".bundle.partial-{DEAD}")
+    assert not list(tmp_path.glob("*lock*")) and not list(tmp_path.glob(".*lock*"))
 
 
 def test_an_empty_folder_holds_nothing_to_lose(out: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.bench.bench import BenchOptions, bench, take_turns
 from fusionroute.runtime.bench.counters import catch_ups, switches
-from fusionroute.runtime.bench.memory import INTERVAL, Growth
+from fusionroute.runtime.bench.memory import INTERVAL, PeakMemory, release_freed, resident
 from fusionroute.runtime.bench.run import Run, generate
 from fusionroute.runtime.bench.summary import summarise
 from fusionroute.runtime.bench.workload import Workload
@@ -238,14 +238,17 @@ WHOLE = bandwidth.of_host  # not the one that tests put in its place
 
 def test_growth_tells_own_memory_from_mapped(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(24 << 20))
-    with Growth() as growth:
+    release_freed()
+    before = resident()
+    with PeakMemory() as memory:
         own = np.ones(48 << 20, np.uint8)
         time.sleep(10 * INTERVAL)
         del own
         mapped = np.memmap(tmp_path / "file", np.uint8, "r")
         assert mapped.sum() == 0
-    assert 48 << 20 <= growth.peak.anonymous < 72 << 20
-    assert 24 << 20 <= growth.peak.mapped < 40 << 20
+    assert 48 << 20 <= memory.growth.anonymous < 72 << 20
+    assert 24 << 20 <= memory.growth.mapped < 40 << 20
+    assert 48 << 20 <= memory.peak.anonymous - before.anonymous < 72 << 20
 
 
 def test_models_of_different_sizes() -> None:

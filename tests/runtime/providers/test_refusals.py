@@ -4,6 +4,7 @@ The packages are stand-ins: there is no GPU here.
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from fusionroute.runtime.backends import DEVICES, KNOWN, LOG, BackendOptions
 from fusionroute.runtime.backends.device_buffers import Place
 from fusionroute.runtime.backends.ort_cpu import OrtCpu
 from fusionroute.runtime.backends.ort_gpu import OrtGpu
-from fusionroute.runtime.backends.providers import CUDA, PROVIDERS, Opener
+from fusionroute.runtime.backends.providers import CUDA, PROVIDERS, Opener, keep
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.cache import USER
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.files import cache_folder
 from fusionroute.runtime.manifest import Variant
@@ -150,6 +152,29 @@ def test_options_name_every_free_input_and_a_folder_for_each_graph(monkeypatch: 
     )
     free = {value.name for value in graph.get_inputs() if any(isinstance(size, str) for size in value.shape)}
     assert {part.split(":")[0] for part in options["trt_profile_opt_shapes"].split(",")} == free
+
+
+def test_two_loads_at_once_create_one_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Between the look and the creation of the one, the other creates it."""
+    folder = tmp_path / "providers" / "x-1" / "digest"
+    monkeypatch.setattr("fusionroute.runtime.cache.prune", lambda: folder.mkdir(parents=True))
+    keep(folder)
+    assert folder.is_dir() and [entry.name for entry in folder.parent.glob(f"{USER}*")] == [f"{USER}{os.getpid()}"]
+
+
+def test_a_provider_s_folder_that_cannot_be_written_to_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    folder = tmp_path / "providers" / "x-1" / "digest"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(Path, "touch", refuses)  # modes do not bind every user
+    monkeypatch.setattr(os, "utime", refuses)
+    keep(folder)
+    assert not list(folder.parent.glob(f"{USER}*"))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UnavailableError, match=r"cannot be kept in .*digest \(.*\): name another cache folder in XDG_CACHE_HOME\.$"):
+        keep(tmp_path / "file" / "digest")
 
 
 def test_a_plugin_without_a_gpu_that_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""The GPU's backend on the CPU provider gives what the same graphs give step by step, for both dialects and families."""
+"""The GPU's backend on the CPU provider gives what the same graphs give step by step.
+
+For both dialects and families.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

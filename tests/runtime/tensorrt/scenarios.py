@@ -103,7 +103,7 @@ def nested(rows: list[tuple[Any, str]], machine: Machine) -> list[float]:
 
 
 def given_up(rt: FusionRuntime, machine: Machine) -> list[Any]:
-    """Steps that are interrupted while the host waits, and then taken again in another way, or their session dropped."""
+    """Interrupt steps while the host waits; then take them again in another way, or drop their session."""
     ids = []
     for number in range(18):
         session = rt.session()
@@ -120,7 +120,8 @@ def given_up(rt: FusionRuntime, machine: Machine) -> list[Any]:
             session.rewind(8)
             ids += [session.step(lam=0.9, repetition_penalty=1.5).id for _ in range(3)]
         if number >= 12:
-            session._decoder.step.fuser = session._decoder.step.newest = None  # type: ignore[assignment]  # they go first, while the caches stay
+            # they go first, while the caches stay
+            session._decoder.step.fuser = session._decoder.step.newest = None  # type: ignore[assignment]
         del session
     return ids
 

@@ -79,7 +79,7 @@ def test_a_build_adds_to_what_another_has_written_meanwhile(own: Path, builder: 
 
 
 def test_builds_of_one_bundle_wait_for_one_another(own: Path, builder: Builder) -> None:
-    """While the first is under way the second begins; it gets the time to write the same files, and must not take it."""
+    """The second begins while the first is under way: it has the time to write the same files, and must not."""
     manifest = Manifest.read(own)
     second = threading.Thread(target=build, args=(own, manifest, 0))
 

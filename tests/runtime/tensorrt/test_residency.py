@@ -1,4 +1,4 @@
-"""Experts that do not all fit: same tokens, never more weights on the device than allowed, fetches beside other work."""
+"""Experts that do not all fit: same tokens, no more weights on the device than allowed, fetches beside other work."""
 
 from pathlib import Path
 

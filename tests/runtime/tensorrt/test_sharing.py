@@ -18,7 +18,7 @@ PROMPT = [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
 
 
 def texts(folder: Path, seed: int, order: str, **options: Any) -> tuple[list[Any], list[int]]:
-    """Three texts that begin alike, of which the first is forgotten while the second begins; and what each pass read."""
+    """Three texts that begin alike, and what each pass read; the first is forgotten while the second begins."""
     lengths: list[int] = []
     forward = Cache.forward
 

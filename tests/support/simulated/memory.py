@@ -1,4 +1,7 @@
-"""Memory of real bytes that records who wrote them in which order: unordered, early, late and wild accesses are faults."""
+"""Memory of real bytes that records who wrote them in which order.
+
+Unordered, early, late and wild accesses are faults.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sites: where in the runtime a call of the device is made, which names buffers and the mutations that leave a wait out."""
+"""Sites: where in the runtime a call of the device is made.
+
+They name buffers, and the mutations that leave a wait out.
+"""
 
 from __future__ import annotations
 
