@@ -3,6 +3,8 @@
 import copy
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,19 +51,17 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, dialec
     config.vocab_size, config.pad_token_id, config.dtype = vocab_size, None, torch.float32
     if getattr(config, "head_dim", None) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
-    constants = computed_buffers(family, config, max_seq_len)
+    with refusing(family):
+        constants = computed_buffers(family, config, max_seq_len)
     input_names, output_names = dialect.names(config.num_hidden_layers)
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with refusing(family), quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         arguments, dynamic = dialect.example(config, max_seq_len)
         with dialect.emitting(model):
-            try:
-                program = torch.onnx.export(
-                    dialect.Forward(model, max_seq_len).eval(), arguments, dynamo=True, dynamic_shapes=dynamic, input_names=input_names,
-                    output_names=output_names, opset_version=dialect.OPSET, optimize=False, verbose=False,
-                )  # fmt: skip
-            except Exception as error:  # a module of the model that torch cannot express in ONNX
-                raise FusionError(f"The family {family.name} cannot be traced: {one_line(error)}") from error
+            program = torch.onnx.export(
+                dialect.Forward(model, max_seq_len).eval(), arguments, dynamo=True, dynamic_shapes=dynamic, input_names=input_names,
+                output_names=output_names, opset_version=dialect.OPSET, optimize=False, verbose=False,
+            )  # fmt: skip
     assert program is not None
     graph = Graph(program.model, {}, config.num_hidden_layers, (config.num_key_value_heads, cache_head_size(config.head_dim)))
     norms = {n.inputs[1].name for n in program.model.graph if n.op_type in NORMS}
@@ -120,6 +120,21 @@ def check_served(family: Family, model: nn.Module) -> None:
         raise unserved(family, "a function 'apply_rotary_pos_emb' beside its model")
     if not isinstance(getattr(model, "lm_head", None), nn.Linear):
         raise unserved(family, "a linear head at 'lm_head'")
+
+
+@contextmanager
+def refusing(family: Family) -> Iterator[None]:
+    """End what a model cannot do as a FusionError that names its family.
+
+    Faults of the machine pass as they are: a full disk or memory, a missing package.
+    """
+    try:
+        yield
+    except (FusionError, ImportError, OSError, MemoryError):
+        raise
+    except Exception as error:  # torch.onnx raises many kinds; from the first ANSI code on, its text is advice to developers
+        reason = one_line(error).partition("\x1b")[0].rstrip(" .:") or type(error).__name__
+        raise FusionError(f"The family {family.name} cannot be traced: {reason}") from error
 
 
 def unserved(family: Family, lack: str) -> FusionError:

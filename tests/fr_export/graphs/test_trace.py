@@ -1,5 +1,6 @@
 """The trace: one per architecture, no weights in memory, and the graph passes did their work."""
 
+import errno
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -79,10 +80,24 @@ def test_a_family_that_the_tracer_cannot_serve_is_refused_by_what_it_lacks(name:
         trace(family, config, 64, 64)
 
 
-def test_what_torch_cannot_express_is_told_in_one_sentence() -> None:
+@pytest.mark.parametrize(
+    "text", ["no decomposition\nof grouped_mm", "no decomposition of grouped_mm. \x1b[96mNext steps\x1b[0m:\n* report it"]
+)
+def test_what_torch_cannot_express_is_told_in_one_sentence(text: str) -> None:
     config = LlamaConfig(**SMALL, num_key_value_heads=1, intermediate_size=64)
     with (
-        patch("torch.onnx.export", side_effect=RuntimeError("no decomposition\nof grouped_mm")),
+        patch("torch.onnx.export", side_effect=RuntimeError(text)),
         pytest.raises(FusionError, match=r"^The family llama3 cannot be traced: no decomposition of grouped_mm$"),
     ):
         trace(FAMILIES["llama3"], config, 64, 64)
+
+
+MACHINE = [MemoryError(), OSError(errno.ENOSPC, "No space left on device"), ModuleNotFoundError("No module", name="onnxscript")]
+
+
+@pytest.mark.parametrize("error", MACHINE, ids=lambda error: type(error).__name__)
+def test_a_fault_of_the_machine_is_not_blamed_on_the_family(error: Exception) -> None:
+    config = LlamaConfig(**SMALL, num_key_value_heads=1, intermediate_size=64)
+    with patch("torch.onnx.export", side_effect=error), pytest.raises(type(error)) as raised:
+        trace(FAMILIES["llama3"], config, 64, 64)
+    assert raised.value is error
