@@ -42,7 +42,7 @@ class Block:
     weights: Mapping[str, str]
 
 
-class Walk:
+class BlockwiseForward:
     """Runs a model block by block over calibration texts.
 
     Each text runs alone from an empty cache, so nothing is padded. Peak memory: the fp32 weights of one block, the

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fusionroute.fr_export.commands.export import parse_experts, parse_family
 from fusionroute.fr_export.families import FAMILIES
-from fusionroute.fr_export.training.recipe import PRESETS, Dtype, Optimizer, Precision, PresetName, Recipe, Stage, StageName
+from fusionroute.fr_export.training.recipe import PRESETS, ComputePrecision, Dtype, Optimizer, PresetName, Recipe, Stage, StageName
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.files import cache_folder
@@ -44,7 +44,7 @@ def main(
     optimizer: Annotated[Optimizer, typer.Option(help="muon trains matrices with Muon, the rest with AdamW.")] = Recipe.optimizer,
     warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps; then a cosine to zero.")] = Recipe.warmup,
     max_length: Annotated[int, typer.Option(min=2, help="Longer rows (in tokens) are skipped.")] = Recipe.max_length,
-    precision: Annotated[Precision | None, typer.Option(help="bf16 is autocast; default bf16 on a GPU, else fp32.")] = None,
+    precision: Annotated[ComputePrecision | None, typer.Option(help="bf16 is autocast; default bf16 on a GPU, else fp32.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the written weights; default: the source's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the data and of new adapters.")] = Recipe.seed,
     cache: Annotated[Path, typer.Option(help="Where the experts' log-probabilities are kept for further runs.")] = CACHE,

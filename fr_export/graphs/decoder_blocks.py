@@ -57,7 +57,7 @@ def split(graph: Graph) -> list[Block]:
 
 
 def reader(graph: Graph, weights: Weights) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[str], np.ndarray]]:
-    """A Walk's `embed` (ids [S] → float32 [1, S, H], reads these rows only) and `read` (a weight of the graph,
+    """A BlockwiseForward's `embed` (ids [S] → float32 [1, S, H], reads these rows only) and `read` (a weight of the graph,
     float32).
 
     Both raise InputError as `Weights` does.

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from fusionroute.calibration.blockwise_forward import Block, Walk
+from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
 from fusionroute.calibration.observers import LEVELS, Observer
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
 from fusionroute.fr_export.graphs.graph import initializer, node
@@ -30,7 +30,9 @@ def measure(context: FitContext, observed: Mapping[str, Observer]) -> dict[str, 
         return {}
     embed, read = reader(context.graph, context.weights)
     off = np.zeros(1, np.float32)
-    walk = Walk([stepped(block) for block in split(context.graph)], texts, embed, lambda name: off if name.endswith(STEP) else read(name))
+    walk = BlockwiseForward(
+        [stepped(block) for block in split(context.graph)], texts, embed, lambda name: off if name.endswith(STEP) else read(name)
+    )
     noise = {}
     while walk.position < len(walk.blocks) - 1:
         exact = residual_stream(walk.peek())

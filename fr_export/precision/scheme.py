@@ -42,7 +42,7 @@ class Fitting(Scheme, Protocol):
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """The graph to bind (with other sources, or as it is) and the scheme to bind it with, for one model.
 
-        Raises InputError as `Weights` and `Walk` do.
+        Raises InputError as `Weights` and `BlockwiseForward` do.
         """
         ...
 

@@ -10,7 +10,7 @@ from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 from rich.text import Text as Styled
 
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, Precision, one_of
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, one_of
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.options import SPECULATION_MODES, check_fusion
@@ -26,7 +26,7 @@ def generate(
     bundle: BundleFolder,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_ids: Annotated[str | None, typer.Option(help="The prompt as a comma list of token ids, instead of --prompt.")] = None,
-    precision: Precision = None,
+    precision: PrecisionName = None,
     device: Device = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = DEFAULT_NEW_TOKENS,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template as the user's message.")] = False,

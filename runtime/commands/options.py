@@ -26,7 +26,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle, as the exporter wrote it.")]
-Precision = Annotated[str | None, typer.Option(help="Default: the fastest in the bundle.")]
+PrecisionName = Annotated[str | None, typer.Option(help="Default: the fastest in the bundle.")]
 Device = Annotated[str, typer.Option(help=f"{', '.join(KNOWN)}.", callback=one_of("device", KNOWN))]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

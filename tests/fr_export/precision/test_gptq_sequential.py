@@ -20,7 +20,7 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import int4, int8
 from fusionroute.fr_export.precision.blockwise import Stored
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext, Shared
+from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
 from fusionroute.fr_export.precision.gptq import Hessian, quantise
 from fusionroute.fr_export.precision.gptq_sequential import round_sequentially
 from fusionroute.fr_export.verify.torch_reference import load
@@ -37,12 +37,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: Shared | None = None) -> dict[str, Stored]:
+def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: SharedMatrices | None = None) -> dict[str, Stored]:
     graph = traced(system)
     recorded = [Text(ids, np.zeros(len(ids), np.int8)) for ids in texts]
     known = Evidence(recorded, [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
     formats = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
-    return round_sequentially(FitContext(graph, system.router.weights, known, Store(folder), shared or Shared(), lambda _: None), formats)
+    return round_sequentially(
+        FitContext(graph, system.router.weights, known, Store(folder), shared or SharedMatrices(), lambda _: None), formats
+    )
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2"])

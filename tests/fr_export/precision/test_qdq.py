@@ -26,7 +26,7 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext, Shared
+from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
 from fusionroute.fr_export.precision.qdq.int8 import PlannedInt8
 from fusionroute.fr_export.precision.qdq.weight_formats import SMALLEST, block_grid, row_grid, stepped
 from fusionroute.fr_export.precision.scheme import Fitted, Fitting
@@ -72,7 +72,7 @@ def router(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     for name in QUANTISED:
         scheme, store = SCHEMES["tensorrt"][name], Store(folder / name)
         assert isinstance(scheme, Fitting)
-        fit, fitted = scheme.fit(FitContext(graph, weights, known, store, Shared(), lambda _: None))
+        fit, fitted = scheme.fit(FitContext(graph, weights, known, store, SharedMatrices(), lambda _: None))
         for file, activations in (("model.onnx", name), ("exact.onnx", "fp32")):
             own = plain.with_sources_of(fit).clone()
             target.prepare(own, activations, system.family)

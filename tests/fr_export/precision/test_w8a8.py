@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fusionroute.calibration.blockwise_forward import Walk
+from fusionroute.calibration.blockwise_forward import BlockwiseForward
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import Text
 from fusionroute.calibration.serving_masks import Mask
@@ -284,7 +284,7 @@ def test_fitted_weights_make_less_error_than_nearest_ones(tmp_path: Path) -> Non
     smoothed, fitted = StaticW8A8().fit(context)
     assert fitted.about["w8a8_share"] >= 0.6
     inputs: list[np.ndarray] = []
-    Walk(split(smoothed), [text.ids for text in texts], *reader(smoothed, weights)).observe(
+    BlockwiseForward(split(smoothed), [text.ids for text in texts], *reader(smoothed, weights)).observe(
         lambda matrix, _, x: inputs.append(x.copy()) if matrix.endswith("layers.0.self_attn.qkv_proj.weight") else None
     )
     x = np.concatenate(inputs)
