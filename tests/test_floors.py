@@ -7,7 +7,8 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.support.paths import REPOSITORY
+
 FOLDERS = ("runtime", "calibration", "fr_export")
 MOST_LINES = 300
 

@@ -13,9 +13,9 @@ import pytest
 
 from fusionroute.runtime import FusionRuntime, __version__
 from tests.support.exporting import export_system
+from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape
 
-REPOSITORY = Path(__file__).parents[1]
 PROMPT = [2, 5, 9]
 
 APP = """

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES, collect, int4
-from fusionroute.fr_export.precision.blockwise import blocked, nearest
+from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, blocked, nearest
 from fusionroute.fr_export.precision.half import Half
-from fusionroute.fr_export.precision.int8 import BLOCK, SMALL, SMALLEST_NORMAL, quantise
+from fusionroute.fr_export.precision.int8 import BLOCK, SMALL, quantise
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import FusionError, InputError

@@ -23,11 +23,11 @@ from fusionroute.fr_export.graphs.decoder_blocks import reader, split
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.source_rows import rows
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision.blockwise import Stored
+from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, Stored
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.plan_w8a8 import W8A8Plan, choose, logit_noise, matrices
 from fusionroute.fr_export.precision.smoothquant import Columns, smooth
-from fusionroute.fr_export.precision.w8a8 import SMALLEST_NORMAL, PlannedW8A8, StaticW8A8, quantise
+from fusionroute.fr_export.precision.w8a8 import PlannedW8A8, StaticW8A8, quantise
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime.errors import InputError
 from tests.support.calibration import fit_context, observe, run, traced, written
