@@ -84,7 +84,11 @@ class _Run:
     def __init__(self, request: TrainingRequest, display: Stages, state: Any) -> None:
         self.request, self.recipe, self.display, self.state = request, request.recipe, display, state
         self.staging = RouterStaging(request.out, request.force)
-        self.staging.prepare()  # now, not after hours of training: an older router that comes back needs --force
+        with state.main_process_first():  # rank 0 brings back an older router, then the others look
+            if state.is_main_process:
+                self.staging.prepare()  # now, not after hours of training: an older router that comes back needs --force
+            else:
+                self.staging.check()
         self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY)
         self.experts = [Checkpoint.open(name, source, request.family) for name, source in request.experts.items()]
         self.vocab = common_vocabulary(self.router, tuple(self.experts))
