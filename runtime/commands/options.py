@@ -10,7 +10,10 @@ from fusionroute.runtime.backends import KNOWN
 
 
 def one_of(what: str, choices: Iterable[str]) -> Callable[[str | None], str | None]:
-    """A callback that refuses an option's value which is none of the choices, with status 2."""
+    """A callback that refuses an option's value which is none of the choices, with status 2.
+
+    For choices that a table gives, such as the devices. Where they are fixed, the option's type is a Literal.
+    """
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in choices:
