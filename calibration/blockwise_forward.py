@@ -185,7 +185,8 @@ class BlockwiseForward:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # failures are raised; nothing is printed
             options.intra_op_num_threads = self._threads or cores()
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other threads compute between two runs
+            # other threads compute between two runs
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             options.enable_cpu_mem_arena = False  # an arena keeps memory for the longest text in every session
             try:
                 self._sessions[block.graph] = onnxruntime.InferenceSession(block.graph, options, providers=["CPUExecutionProvider"])

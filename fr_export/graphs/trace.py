@@ -67,7 +67,8 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, dialec
     norms = {n.inputs[1].name for n in program.model.graph if n.op_type in NORMS}
     parameters = {name.removeprefix("model.") for name in program.model.graph.initializers}
     for name, value in list(program.model.graph.initializers.items()):
-        traced, value.const_value = value.const_value, None  # the fake: real values are streamed in when a checkpoint is written
+        # the fake: real values are streamed in when a checkpoint is written
+        traced, value.const_value = value.const_value, None
         short = name.removeprefix("model.")
         if not isinstance(traced.raw, FakeTensor):  # a number in the model's code, as transformers 4 has
             graph.sources[name] = Source(constant=traced.numpy())

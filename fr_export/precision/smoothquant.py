@@ -16,7 +16,8 @@ from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.graph import Graph, Source
 from fusionroute.fr_export.graphs.source_rows import digest, rows
 
-NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator → which input is its weight
+# operator → which input is its weight
+NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
 VIEWS = ("Reshape", "Transpose", "Identity", "Pad", "Slice")  # between attention and its projections
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SMALLEST = 1e-5  # of an absolute maximum: a channel that is always zero needs no scale
@@ -214,7 +215,8 @@ def makers(graph: Graph, value: ir.Value) -> tuple[dict[str, int], np.ndarray] |
         head, place = np.divmod(np.arange(width), size)
         share = head // (heads // kv_heads) * size + place
         total = {name: int(graph.model.graph.initializers[name].shape[0]) for name in factor}
-        return {name: total[name] - kv_heads * size for name in factor}, share  # values are the last rows of packed projections
+        # values are the last rows of packed projections
+        return {name: total[name] - kv_heads * size for name in factor}, share
     return None
 
 

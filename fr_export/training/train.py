@@ -86,7 +86,8 @@ class _Run:
         self.staging = RouterStaging(request.out, request.force)
         with state.main_process_first():  # rank 0 brings back an older router, then the others look
             if state.is_main_process:
-                self.staging.prepare()  # now, not after hours of training: an older router that comes back needs --force
+                # now, not after hours of training: an older router that comes back needs --force
+                self.staging.prepare()
             else:
                 self.staging.check()
         self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY)
@@ -206,7 +207,8 @@ class _Run:
         A resumed stage reads them from `file`.
         """
         router.to(self.state.device).eval()
-        autocast = torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")  # as in the stage itself
+        # as in the stage itself
+        autocast = torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
         with self.state.main_process_first(), autocast:
             scores = read_scores(file)
             if scores is None:

@@ -212,7 +212,8 @@ def test_gemma2_beyond_65504_is_finite_and_right_and_a_naive_conversion_is_not(t
         tensors = load_file(folder / "model.safetensors")
         for name in tensors:
             if name.endswith("post_feedforward_layernorm.weight"):
-                tensors[name] = 5e4 * (1 + 0.1 * tensors[name])  # the norm adds outputs of this size to the residual stream
+                # the norm adds outputs of this size to the residual stream
+                tensors[name] = 5e4 * (1 + 0.1 * tensors[name])
             if name.endswith("pre_feedforward_layernorm.weight"):
                 tensors[name] = 150 * (1 + 0.1 * tensors[name])  # gate and up stay in range, their product does not
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})

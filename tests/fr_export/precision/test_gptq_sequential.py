@@ -89,7 +89,8 @@ def test_layers_are_rounded_for_the_inputs_that_rounded_layers_give(family: str,
                 ..., None
             ]
             expected_values = expected_values.reshape(len(expected_values), -1)[:, : weights.shape[1]]
-            assert (np.abs(values - expected_values) <= 1e-6).mean() > 0.98, matrix  # but for values that lie between two levels
+            # but for values that lie between two levels
+            assert (np.abs(values - expected_values) <= 1e-6).mean() > 0.98, matrix
             sizes = [len(model.get_submodule(name).weight) for name in stack]
             replaced |= dict(zip(stack, np.split(values, np.cumsum(sizes)[:-1]), strict=True))
         for name, values in replaced.items():
@@ -153,7 +154,8 @@ def test_what_models_share_is_stored_once_and_an_expert_never_asked_rounds_to_ne
     save_file(tensors | {embedding: load_file(router / "model.safetensors")[embedding]}, first / "model.safetensors", {"format": "pt"})
     export(export_request, Stages(Console(quiet=True)))
     matrix = 400 * 64
-    for size, models in ((matrix, 2), (matrix // 2, 2)):  # the router's, which the first expert reads too, and the second expert's
+    # the router's, which the first expert reads too, and the second expert's
+    for size, models in ((matrix, 2), (matrix // 2, 2)):
         assert sum(path.stat().st_size == size for path in (export_request.out / "graphs/weights").iterdir()) == models
     stored = {path.read_bytes() for path in (export_request.out / "graphs/weights").iterdir()}
     for name, tensor in load_file(second / "model.safetensors").items():

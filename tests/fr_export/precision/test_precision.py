@@ -66,7 +66,8 @@ def test_int4_rounds_within_its_range_and_not_worse_than_the_whole_range(weights
 
 def test_int4_graphs_compute_with_the_rounded_weights(tmp_path: Path) -> None:
     """Against torch whose matrices were rounded; the products also round their activations to 8 bits."""
-    shape = Shape(experts=1, layers=2, hidden=80, head_dim=20, config={"tie_word_embeddings": True})  # blocks that are not full
+    # blocks that are not full
+    shape = Shape(experts=1, layers=2, hidden=80, head_dim=20, config={"tie_word_embeddings": True})
     router, experts = make_system(tmp_path / "system", shape)
     bundle = export_checkpoints(tmp_path / "bundle", shape, router, experts, ("int4",))
     for folder in (router, *experts.values()):

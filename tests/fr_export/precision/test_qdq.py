@@ -38,7 +38,8 @@ from tests.support.systems import Shape, make_system
 CAPACITY = 64
 IDS = [int(i) for i in np.random.default_rng(0).integers(3, 300, 40)]
 SHAPES = {
-    "llama3, odd widths": Shape(experts=1, head_dim=20, layers=1, config={"intermediate_size": 96}),  # o_proj reads 80 channels
+    # o_proj reads 80 channels
+    "llama3, odd widths": Shape(experts=1, head_dim=20, layers=1, config={"intermediate_size": 96}),
     "gemma2": Shape("gemma2", experts=1, layers=1, hidden=128, config={"tie_word_embeddings": True}),
 }
 QUANTISED = ("int8", "int8-wo", "int4")

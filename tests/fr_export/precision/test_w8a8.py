@@ -136,7 +136,8 @@ def test_the_graph_is_what_the_plan_says(planned_router: PlannedRouter) -> None:
     zero.
     """
     products = [n for n in planned_router.written if n.op_type == "MatMul"]
-    assert [n.op_type for n in planned_router.written if n.op_type == "FusedMatMul"] == ["FusedMatMul"]  # the routing head
+    # the routing head
+    assert [n.op_type for n in planned_router.written if n.op_type == "FusedMatMul"] == ["FusedMatMul"]
     shapes = {
         name: shape
         for name, shape in matrices(planned_router.graph).items()
@@ -187,7 +188,8 @@ def test_every_weight_is_stored_once_under_its_hash(planned_router: PlannedRoute
     values = sum(out * width for out, width in shapes.values())
     mine = [location for location, names in stored.items() if any(name.rsplit(".", 1)[0] in shapes for name in names)]
     assert sum((folder / location).stat().st_size for location in mine) * 8 == pytest.approx(planned_router.plan.bits * values)
-    if planned_router.system.router.config.tie_word_embeddings:  # the head's product and the look-up read one initialiser
+    # the head's product and the look-up read one initialiser
+    if planned_router.system.router.config.tie_word_embeddings:
         lookup = next(n for n in planned_router.written if n.op_type == "Gather" and n.inputs[0].dtype == ir.DataType.INT8)
         assert {n.op_type for n in lookup.inputs[0].consumers()} == {"Gather", "DequantizeLinear"}
 
@@ -200,7 +202,8 @@ def test_the_noisiest_products_stay_at_16_bit_activations(planned_router: Planne
     nothing = choose(planned_router.graph, weights, planned_router.seen, planned_router.noise, share=0)
     assert not nothing.scales and nothing.share == 0
     assert {p.matrix: p.noise for p in nothing.at_a16 if "layers" in p.matrix}.items() <= planned_router.noise.items()
-    spared = [p for p in nothing.at_a16 if p not in at_a16]  # those that did not fit, or that come after the last that did
+    # those that did not fit, or that come after the last that did
+    spared = [p for p in nothing.at_a16 if p not in at_a16]
     assert all(p.work > (planned_router.plan.share - 0.6) * sum(q.work for q in nothing.at_a16) for p in spared)
     assert all(step == pytest.approx(planned_router.seen[name].absmax() / 127) for name, step in everything.scales.items())
     clipped = choose(planned_router.graph, weights, planned_router.seen, planned_router.noise, Observer.mse, share=1)
