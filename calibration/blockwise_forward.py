@@ -30,7 +30,8 @@ class Block:
     channels: weight matrix → K.
     weights: graph input → the name of a weight in the model's graph.
 
-    Other graph inputs have the names of the `ort` dialect; the cache is `past.key` and `past.value` [1, KV, capacity, D].
+    Other graph inputs have the names of the `ort` dialect. The cache is `past.key` and `past.value`
+    [1, KV, capacity, D].
     """
 
     name: str

@@ -36,11 +36,11 @@ def observe(
     """Statistics of the input of every matrix that the blocks name, in their order.
 
     A model that serves nothing has observers without rows. Of each text the layers read the `body` of its mask, and the
-    LM head counts at `head`. `embed`, `read` and `threads` are those of `BlockwiseForward`; `advance` is called with 1 after every
-    block. Where a file `states` is given, the run is saved there, at most once in `every` seconds, and a later call
-    with the same blocks, texts and `identity` (of the weights) goes on from there. Any other file in its place is
-    overwritten; at the end it is removed. Memory is that of `BlockwiseForward`. Raises InputError where activations are not finite,
-    and as `BlockwiseForward` does.
+    LM head counts at `head`. `embed`, `read` and `threads` are those of `BlockwiseForward`; `advance` is called with 1
+    after every block. Where a file `states` is given, the run is saved there, at most once in `every` seconds, and a
+    later call with the same blocks, texts and `identity` (of the weights) goes on from there. Any other file in its
+    place is overwritten; at the end it is removed. Memory is that of `BlockwiseForward`. Raises InputError where
+    activations are not finite, and as `BlockwiseForward` does.
     """
     observers = {matrix: Observer(matrix, width) for block in blocks for matrix, width in block.channels.items()}
     parts = [(text.ids[: mask.body], mask.head) for text, mask in zip(texts, masks, strict=True) if mask.body]

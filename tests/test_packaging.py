@@ -1,4 +1,4 @@
-"""Installs: a checkout, an editable install, a wheel, and a wheel made of the sdist serve an app that has a `runtime` of its own."""
+"""Installs serve an app that has a `runtime` of its own: a checkout, an editable install, a wheel, one of the sdist."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Trace a Hugging Face causal LM into ONNX without its weights: parameters are fakes that have a shape and a name only."""
+"""Trace a Hugging Face causal LM into ONNX without its weights: parameters are fakes with a shape and a name."""
 
 import copy
 import inspect
@@ -33,7 +33,7 @@ IDENTITY = {
 
 
 def architecture(config: Any, vocab_size: int) -> str:
-    """A key that is equal for checkpoints which one trace can serve: the config without what does not shape the graph."""
+    """A key that is equal for checkpoints which one trace can serve: what of the config shapes the graph."""
     shaping = {key: value for key, value in config.to_dict().items() if key not in IDENTITY}
     return repr(sorted((shaping | {"vocab_size": vocab_size}).items(), key=lambda item: item[0]))
 
@@ -133,7 +133,7 @@ def refusing(family: Family) -> Iterator[None]:
         yield
     except (FusionError, ImportError, OSError, MemoryError):
         raise
-    except Exception as error:  # torch.onnx raises many kinds; from the first ANSI code on, its text is advice to developers
+    except Exception as error:  # torch.onnx raises many kinds; its text is advice to developers from the first ANSI code on
         reason = one_line(error).partition("\x1b")[0].rstrip(" .:") or type(error).__name__
         raise FusionError(f"The family {family.name} cannot be traced: {reason}") from error
 

@@ -1,4 +1,4 @@
-"""What 8-bit activations cost: each product's input is rounded alone, and the output of its decoder block is compared."""
+"""What 8-bit activations cost: one product's input is rounded, and the output of its decoder block compared."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a precision scheme does: put one weight matrix into the store and make the operators that use it read it there."""
+"""What a precision scheme does: store a weight matrix, and make the operators that use it read it there."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable

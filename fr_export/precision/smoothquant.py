@@ -52,9 +52,9 @@ def smooth(
     """The graph with scaled sources, the same function in exact arithmetic, and each matrix's α (None: left as it is).
     `graph` stays.
 
-    `observed`: matrix → what entered it; groups of which a matrix was not seen are left. For each group the α of
-    `alphas` is taken, with s = max|X|^α / max|W|^(1−α) by channel (eq. 4), or s = 1, that makes the expected error of
-    8-bit products smallest (`expected_error`). The final norm, which the routing head reads too, and a matrix that is
+    `observed`: matrix → what entered it. A group is skipped if calibration saw no input of one of its matrices. For each
+    group the α of `alphas` is taken, with s = max|X|^α / max|W|^(1−α) by channel (eq. 4), or s = 1, that makes the
+    expected error of 8-bit products smallest (`expected_error`). The final norm, which the routing head reads too, and a matrix that is
     also an embedding are never scaled. `taken` holds the scales of earlier models by the content of their matrices: a
     group with a matrix of theirs takes their scales, so that what models have in common stays equal. Groups of which
     every matrix is in `leave` stay as they are.
@@ -194,7 +194,7 @@ def groups(graph: Graph) -> list[Group]:
 
 
 def makers(graph: Graph, value: ir.Value) -> tuple[dict[str, int], np.ndarray] | None:
-    """The sources whose rows make the channels of a value, and which rows share a scale; None where no scale can pass."""
+    """The sources whose rows make a value's channels, and which rows share a scale. None where no scale can pass."""
     width = int(next(iter(value.consumers())).inputs[1].shape[1])
     maker = value.producer()
     if maker is None:

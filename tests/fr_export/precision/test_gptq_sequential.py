@@ -1,4 +1,4 @@
-"""Calibrated rounding on whole models: every layer for the inputs that rounded layers give, and what models share once."""
+"""Calibrated rounding of whole models: each layer for what rounded layers give it; what models share, once."""
 
 import shutil
 from pathlib import Path

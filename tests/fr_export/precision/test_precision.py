@@ -148,7 +148,7 @@ def weights_of(value: ir.Value) -> str:
 
 
 def test_a_frozen_embedding_costs_nothing_extra(tmp_path: Path) -> None:
-    """An expert whose embedding is the router's adds the rest of its weights only; one equal in everything adds none."""
+    """An expert with the router's embedding adds only the rest of its weights; an equal one adds none."""
     shape = Shape(vocab=400, experts=2, config={"tie_word_embeddings": True})
     router, experts = make_system(tmp_path, shape)
     separate = weight_bytes(export_checkpoints(tmp_path / "separate", shape, router, experts))

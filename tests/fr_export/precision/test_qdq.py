@@ -179,7 +179,7 @@ def test_weights_are_the_checkpoints_and_steps_the_calibrations(router: Quantise
 
 @pytest.mark.parametrize("precision", QUANTISED)
 def test_what_is_stored_is_what_tensorrt_reads(router: QuantisedRouter, precision: str) -> None:
-    """Symmetric int8 by row, or int4 in blocks that divide the width, with scales above zero in the activations' type."""
+    """Symmetric int8 by row, or int4 in blocks that divide the width. Scales are above zero, in the activations' type."""
     path, about = router.written[precision]
     graph = ir.load(path).graph
     half = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[router.system.family.half]
