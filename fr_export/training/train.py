@@ -84,12 +84,10 @@ class _Run:
     def __init__(self, request: TrainingRequest, display: Stages, state: Any) -> None:
         self.request, self.recipe, self.display, self.state = request, request.recipe, display, state
         self.staging = RouterStaging(request.out, request.force)
-        with state.main_process_first():  # rank 0 brings back an older router, then the others look
-            if state.is_main_process:
-                # now, not after hours of training: an older router that comes back needs --force
-                self.staging.prepare()
-            else:
-                self.staging.check()
+        if state.is_main_process:  # one rank alone renames folders
+            self.staging.recover()
+        state.wait_for_everyone()
+        self.staging.check()  # now, not after hours of training: an older router that came back needs --force
         self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY)
         self.experts = [Checkpoint.open(name, source, request.family) for name, source in request.experts.items()]
         self.vocab = common_vocabulary(self.router, tuple(self.experts))

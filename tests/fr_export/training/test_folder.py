@@ -1,7 +1,6 @@
 """The folder of a trained router after a run that was killed while it replaced an older one."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -71,23 +70,25 @@ class OtherRank:
     def __init__(self, rank_0: Callable[[], None]) -> None:
         self._rank_0 = rank_0
 
-    @contextmanager
-    def main_process_first(self) -> Iterator[None]:
+    def wait_for_everyone(self) -> None:
         self._rank_0()
-        yield
 
 
 def test_only_the_writing_rank_recovers_and_the_others_check_after_it(toy: Toy, tmp_path: Path) -> None:
     leftover = tmp_path / f".out.replaced-{DEAD}"
     router(leftover, "old")
 
+    arrived = False
+
     def rank_0() -> None:
+        nonlocal arrived
+        arrived = True
         assert leftover.is_dir() and not (tmp_path / "out").exists(), "another rank has renamed it"
-        RouterStaging(tmp_path / "out", True).prepare()
+        RouterStaging(tmp_path / "out", False).recover()
 
     with (
         patch("accelerate.PartialState", return_value=OtherRank(rank_0)),
         pytest.raises(InputError, match="add --force to replace it"),
     ):
         train(toy.request(tmp_path / "out", Stage("sft", max_steps=1)))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert arrived and [path.name for path in tmp_path.iterdir()] == ["out"]
