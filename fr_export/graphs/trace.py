@@ -131,10 +131,16 @@ def refusing(family: Family) -> Iterator[None]:
     """
     try:
         yield
-    except (FusionError, ImportError, OSError, MemoryError):
+    except FusionError:
         raise
-    except Exception as error:  # torch.onnx raises many kinds; its text is advice to developers from the first ANSI code on
-        reason = one_line(error).partition("\x1b")[0].rstrip(" .:") or type(error).__name__
+    except Exception as error:
+        cause: BaseException = error
+        while isinstance(cause, torch.onnx.OnnxExporterError) and cause.__cause__ is not None:  # torch wraps what stopped it
+            cause = cause.__cause__
+        if isinstance(cause, (ImportError, OSError, MemoryError)):
+            raise cause from None
+        # from the first ANSI code on, torch's text is advice to developers
+        reason = one_line(cause).partition("\x1b")[0].rstrip(" .:") or type(cause).__name__
         raise FusionError(f"The family {family.name} cannot be traced: {reason}") from error
 
 
