@@ -1,7 +1,8 @@
-"""How the checkout's folders lie in a wheel: all below the package `fusionroute`. See docs/decisions/0001-one-import-spelling.md.
+"""How the checkout's folders lie in a wheel: all below the package `fusionroute`.
 
-Hatch's own settings cannot say this: `sources` refuses editable installs when it moves a folder down, and `force-include` would copy the folders
-into editable installs, where they must be the checkout's own.
+See docs/decisions/0001-one-import-spelling.md. Hatch's own settings cannot say this: `sources` refuses editable
+installs when it moves a folder down, and `force-include` would copy the folders into editable installs, where they must
+be the checkout's own.
 """
 
 from typing import Any

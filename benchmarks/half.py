@@ -20,12 +20,12 @@ from rich.table import Table
 from benchmarks.against_torch import export_uncompared, torch_references
 from benchmarks.real_text import passages
 from fusionroute.fr_export.checkpoints.system import System
-from fusionroute.fr_export.commands.export import parse_experts
+from fusionroute.fr_export.commands.options import parse_experts
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.verify.compare import LONGEST, compare
-from fusionroute.fr_export.verify.half_on_cpu import emulate
+from fusionroute.fr_export.verify.half_on_cpu import compute_half_on_cpu
 
 TOP_1_BOUNDS = {"fp16": 0.995, "bf16": 0.97}  # rounding to bf16 changes the argmax of about 2 % of the tokens
 
@@ -47,7 +47,7 @@ def main(
         if not bundle.exists():
             request = Request(FAMILIES[family], router, experts, tuple(TOP_1_BOUNDS), ("ort:cuda",), bundle, max_seq_len=LONGEST)
             export_uncompared(request, stages)
-            emulate(bundle)
+            compute_half_on_cpu(bundle)
         system = System.open(FAMILIES[family], router, experts, max_seq_len=LONGEST)
         texts = passages(system, text, tokens)
         read = {"chunks": sum(map(len, texts)), "decode": min(decode, sum(map(len, texts)))}

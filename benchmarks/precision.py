@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.against_torch import export_uncompared, torch_references
 from benchmarks.real_text import passages
 from fusionroute.fr_export.checkpoints.system import System
-from fusionroute.fr_export.commands.export import parse_experts
+from fusionroute.fr_export.commands.options import parse_experts
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request
 from fusionroute.fr_export.families import FAMILIES

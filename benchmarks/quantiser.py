@@ -25,7 +25,7 @@ from benchmarks.real_text import passages
 from fusionroute.calibration.observe import observe
 from fusionroute.calibration.serving_masks import Mask
 from fusionroute.fr_export.checkpoints.system import System
-from fusionroute.fr_export.commands.export import parse_experts
+from fusionroute.fr_export.commands.options import parse_experts
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request
 from fusionroute.fr_export.families import FAMILIES

@@ -30,7 +30,8 @@ class Block:
     channels: weight matrix → K.
     weights: graph input → the name of a weight in the model's graph.
 
-    Other graph inputs have the names of the `ort` dialect; the cache is `past.key` and `past.value` [1, KV, capacity, D].
+    Other graph inputs have the names of the `ort` dialect. The cache is `past.key` and `past.value`
+    [1, KV, capacity, D].
     """
 
     name: str
@@ -42,7 +43,7 @@ class Block:
     weights: Mapping[str, str]
 
 
-class Walk:
+class BlockwiseForward:
     """Runs a model block by block over calibration texts.
 
     Each text runs alone from an empty cache, so nothing is padded. Peak memory: the fp32 weights of one block, the
@@ -185,7 +186,8 @@ class Walk:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # failures are raised; nothing is printed
             options.intra_op_num_threads = self._threads or cores()
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other threads compute between two runs
+            # other threads compute between two runs
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             options.enable_cpu_mem_arena = False  # an arena keeps memory for the longest text in every session
             try:
                 self._sessions[block.graph] = onnxruntime.InferenceSession(block.graph, options, providers=["CPUExecutionProvider"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusionroute.calibration.blockwise_forward import Block, Walk
+from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import Text
 from fusionroute.calibration.serving_masks import Mask
@@ -36,18 +36,18 @@ def observe(
     """Statistics of the input of every matrix that the blocks name, in their order.
 
     A model that serves nothing has observers without rows. Of each text the layers read the `body` of its mask, and the
-    LM head counts at `head`. `embed`, `read` and `threads` are those of `Walk`; `advance` is called with 1 after every
-    block. Where a file `states` is given, the run is saved there, at most once in `every` seconds, and a later call
-    with the same blocks, texts and `identity` (of the weights) goes on from there. Any other file in its place is
-    overwritten; at the end it is removed. Memory is that of `Walk`. Raises InputError where activations are not finite,
-    and as `Walk` does.
+    LM head counts at `head`. `embed`, `read` and `threads` are those of `BlockwiseForward`; `advance` is called with 1
+    after every block. Where a file `states` is given, the run is saved there, at most once in `every` seconds, and a
+    later call with the same blocks, texts and `identity` (of the weights) goes on from there. Any other file in its
+    place is overwritten; at the end it is removed. Memory is that of `BlockwiseForward`. Raises InputError where
+    activations are not finite, and as `BlockwiseForward` does.
     """
     observers = {matrix: Observer(matrix, width) for block in blocks for matrix, width in block.channels.items()}
     parts = [(text.ids[: mask.body], mask.head) for text, mask in zip(texts, masks, strict=True) if mask.body]
     if not parts:
         advance(len(blocks))
         return observers
-    walk = Walk(blocks, [ids for ids, _ in parts], embed, read, threads, f"{identity}/{[head.tolist() for _, head in parts]}")
+    walk = BlockwiseForward(blocks, [ids for ids, _ in parts], embed, read, threads, f"{identity}/{[head.tolist() for _, head in parts]}")
     if states is not None:
         beside: dict[str, np.ndarray] = {}
         with contextlib.suppress(InputError):  # there is none, or one of another run
@@ -71,7 +71,7 @@ def observe(
     return observers
 
 
-def save(walk: Walk, states: Path, observers: dict[str, Observer]) -> None:
+def save(walk: BlockwiseForward, states: Path, observers: dict[str, Observer]) -> None:
     """Save position, states and statistics in one file. Where it cannot be written the run goes on without it."""
     tensors = {f"{matrix}/{part}": x for matrix, seen in observers.items() if seen.rows for part, x in seen.tensors().items()}
     with contextlib.suppress(InputError):

@@ -74,7 +74,8 @@ def load_prompts(source: str = "builtin") -> list[str]:
             f"--calibration {source} is neither 'builtin' nor a .txt or .jsonl file of prompts, nor 'none' or a .safetensors table."
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")  # read_text turns all line ends into \n; JSON strings may hold other separators
+        # read_text turns all line ends into \n; JSON strings may hold other separators
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The prompts {path} cannot be read ({one_line(error)}); expected a UTF-8 text file.") from error
     prompts = [prompt_of(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

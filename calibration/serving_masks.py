@@ -20,7 +20,7 @@ class Mask:
     head: npt.NDArray[np.int64]
 
 
-def served(texts: Sequence[Text], model: int | None) -> list[Mask]:
+def serving_masks(texts: Sequence[Text], model: int | None) -> list[Mask]:
     """One mask per text: what the router (`model` None) or an expert (its index) serves of it.
 
     The router reads everything, and its logits count wherever an expert was chosen. An expert's logits count where it

@@ -1,4 +1,4 @@
-"""From checkpoints to a bundle: everything that needs torch, transformers and onnx. One folder per stage, top to bottom.
+"""From checkpoints to a bundle: all that needs torch, transformers and onnx. One folder per stage, top to bottom.
 
 export.py     the pipeline, which names the stages in order
 commands/     the command lines

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "fr_export/tiny/README.md"])
+from tests.support.paths import REPOSITORY
+
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), REPOSITORY / "fr_export/tiny/README.md"])
 WIDTH = 120
 FOLDERS = ("runtime/", "calibration/", "fr_export/", "benchmarks/", "tests/", "docs/", "examples/", ".ci/")
 PLACEHOLDERS = re.compile(r"[A-Z]{4,}|[*…<>{}]")  # such as runtime/commands/VERB.py
 
 
-@pytest.fixture(params=PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.fixture(params=PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def page(request: pytest.FixtureRequest) -> Path:
     path: Path = request.param
     return path
@@ -54,7 +55,7 @@ def test_every_named_file_exists(page: Path) -> None:
     for number, line in prose(page):
         for name in re.findall(r"`([\w./-]+)`", line):
             if name.startswith(FOLDERS) and not PLACEHOLDERS.search(name):
-                assert (ROOT / name).exists(), f"{page}:{number} names {name}"
+                assert (REPOSITORY / name).exists(), f"{page}:{number} names {name}"
 
 
 def test_lines_of_prose_fit_a_terminal(page: Path) -> None:
@@ -63,9 +64,9 @@ def test_lines_of_prose_fit_a_terminal(page: Path) -> None:
 
 
 def test_the_index_names_every_page() -> None:
-    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
-    for path in sorted((ROOT / "docs").glob("*.md")):
+    index = (REPOSITORY / "docs/README.md").read_text(encoding="utf-8")
+    for path in sorted((REPOSITORY / "docs").glob("*.md")):
         assert path.name == "README.md" or f"({path.name})" in index
-    records = (ROOT / "docs/decisions/README.md").read_text(encoding="utf-8")
-    for path in sorted((ROOT / "docs/decisions").glob("0*.md")):
+    records = (REPOSITORY / "docs/decisions/README.md").read_text(encoding="utf-8")
+    for path in sorted((REPOSITORY / "docs/decisions").glob("0*.md")):
         assert f"({path.name})" in records

@@ -1,4 +1,7 @@
-"""What the import contracts in pyproject.toml do not say: no file is long, and no package and its own modules import in a circle."""
+"""What the import contracts in pyproject.toml do not say.
+
+No file is long, and no package and its own modules import in a circle.
+"""
 
 import json
 import os
@@ -7,7 +10,8 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.support.paths import REPOSITORY
+
 FOLDERS = ("runtime", "calibration", "fr_export")
 MOST_LINES = 300
 
@@ -27,7 +31,10 @@ def test_no_file_is_long() -> None:
 
 
 def imports(folder: Path) -> dict[str, list[str]]:
-    """What each module imports, in functions and for type checkers too. `folder` is empty: links there lay the package out as a wheel does."""
+    """What each module imports, in functions and for type checkers too.
+
+    `folder` is empty: links there lay the package out as a wheel does.
+    """
     package = folder / "fusionroute"
     package.mkdir()
     (package / "__init__.py").symlink_to(REPOSITORY / "fusionroute.py")

@@ -1,4 +1,4 @@
-"""Installs: a checkout, an editable install, a wheel, and a wheel made of the sdist serve an app that has a `runtime` of its own."""
+"""Installs serve an app that has a `runtime` of its own: a checkout, an editable install, a wheel, one of the sdist."""
 
 import json
 import os
@@ -13,9 +13,9 @@ import pytest
 
 from fusionroute.runtime import FusionRuntime, __version__
 from tests.support.exporting import export_system
+from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape
 
-REPOSITORY = Path(__file__).parents[1]
 PROMPT = [2, 5, 9]
 
 APP = """

@@ -19,7 +19,7 @@ import typer
 from benchmarks.peers.comparison import Comparison
 from benchmarks.peers.environments import ENVIRONMENTS, OURS
 from benchmarks.peers.tables import render, write_page
-from fusionroute.fr_export.commands.export import parse_experts
+from fusionroute.fr_export.commands.options import parse_experts
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.machine import cores, processor
 

@@ -48,7 +48,7 @@ class Staging:
 
     def prepare(self) -> None:
         """Clean up after killed processes, then `check`."""
-        self._recover()
+        self.recover()
         self.check()
 
     def __enter__(self) -> Self:
@@ -81,7 +81,7 @@ class Staging:
             with contextlib.suppress(OSError):
                 Path(self._lock.lock_file).unlink(missing_ok=True)
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Remove half-written folders of killed processes, and bring back an old folder that was not yet replaced."""
         for pid in self._pids():
             lock = files.lock_file(self._beside("lock", pid))

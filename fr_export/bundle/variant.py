@@ -17,7 +17,7 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext, Shared
+from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Variant
@@ -53,7 +53,7 @@ class VariantWriter:
         self._started.add(target)
         traces = self._traces.of(spec.dialect)
         total = sum(trace.parameters for trace in traces.values())
-        shared: dict[Store, Shared] = {}  # what the models of one store have in common
+        shared: dict[Store, SharedMatrices] = {}  # what the models of one store have in common
         paths: dict[str, str] = {}
         fitted: dict[str, Any] = {}
         token_bytes: dict[str, int] = {}
@@ -66,7 +66,9 @@ class VariantWriter:
                 store = self._store(file.parent)
                 head = system.head if model is system.router else None
                 try:
-                    graph, own, about = self._fit(model, traces[model.name], scheme, store, shared.setdefault(store, Shared()), advance)
+                    graph, own, about = self._fit(
+                        model, traces[model.name], scheme, store, shared.setdefault(store, SharedMatrices()), advance
+                    )
                     spec.prepare(graph, scheme.name, system.family)
                     spec.dialect.end_with(graph, head)
                     bind(graph, model.weights, own, store, advance)
@@ -92,7 +94,7 @@ class VariantWriter:
         return WrittenVariant(variant, fitted)
 
     def _fit(
-        self, model: Checkpoint, trace: Graph, scheme: Scheme, store: Store, shared: Shared, advance: Callable[[int], None]
+        self, model: Checkpoint, trace: Graph, scheme: Scheme, store: Store, shared: SharedMatrices, advance: Callable[[int], None]
     ) -> tuple[Graph, Scheme, dict[str, Any] | None]:
         """A copy of the trace and the scheme to bind it with, fitted where activations are known; and its report."""
         if not (isinstance(scheme, Fitting) and self._evidence):

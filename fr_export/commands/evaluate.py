@@ -21,7 +21,7 @@ from fusionroute.fr_export.evaluation.report import tables
 from fusionroute.fr_export.evaluation.study import EvaluationRequest, expanded, run
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, Split, draw_many
 from fusionroute.runtime.command_errors import one_sentence
-from fusionroute.runtime.commands.options import Debug, Json
+from fusionroute.runtime.commands.options import Debug, Json, names
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Fusion, Manifest
 
@@ -61,7 +61,7 @@ def main(
             raise typer.BadParameter("λ cannot be both chosen and given", param_hint="--tune / --fusion / --lambda")
         request = EvaluationRequest(
             bundles=tuple(bundle),
-            precisions=listed(precision) if precision else (None,),
+            precisions=names(precision) if precision else (None,),
             methods=choose_methods(methods, bundle),
             questions=choose_questions(tasks, split, prompts, domains, seed),
             out=out,
@@ -78,14 +78,9 @@ def main(
         show(report, out, as_json)
 
 
-def listed(text: str) -> tuple[str, ...]:
-    """The parts of a comma list, each once."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
 def choose_methods(text: str, bundles: Sequence[Path]) -> tuple[str, ...]:
     """The methods of a comma list. All bundles must have the experts that it names."""
-    methods = listed(text)
+    methods = names(text)
     for bundle in bundles:
         experts = Manifest.read(bundle).experts
         try:
@@ -100,10 +95,10 @@ def choose_questions(source: str, split: Split, count: int, domains: str | None,
     """Questions by domain, drawn from a split of the builtin tasks, or read from a file, which has no splits."""
     from_file = None if source == "builtin" else read_questions(Path(source), count, seed)
     available = ALL_DOMAINS if from_file is None else tuple(from_file)
-    names = listed(domains) if domains else available
-    if unknown := [name for name in names if name not in available]:
+    chosen = names(domains) if domains else available
+    if unknown := [name for name in chosen if name not in available]:
         raise typer.BadParameter(f"unknown domain '{unknown[0]}'; expected some of {', '.join(available)}", param_hint="--domains")
-    return {name: draw_many(name, split, count, seed) if from_file is None else from_file[name] for name in names}
+    return {name: draw_many(name, split, count, seed) if from_file is None else from_file[name] for name in chosen}
 
 
 def show(report: dict[str, Any], out: Path, as_json: bool) -> None:

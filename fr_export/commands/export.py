@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from fusionroute.fr_export.families import FAMILIES, Family
+from fusionroute.fr_export.commands.options import ExpertOptions, FamilyOption, parse_experts
+from fusionroute.fr_export.families import Family
 from fusionroute.runtime.command_errors import fail, one_sentence
-from fusionroute.runtime.commands.options import Debug, Json
+from fusionroute.runtime.commands.options import Debug, Json, names
 from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.manifest import Fusion
 from fusionroute.runtime.precisions import RECORDS
@@ -29,31 +30,6 @@ SMS = (86, 89, 120)  # what engines are built for where no GPUs are named: GeFor
 MISSING = "The exporter needs the package '{}': install the extra 'export' (pip install 'fusionroute[export,cpu]')."
 
 
-def parse_family(name: str) -> Family:
-    """The family of a name."""
-    if name not in FAMILIES:
-        raise typer.BadParameter(f"unknown family '{name}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
-    return FAMILIES[name]
-
-
-def parse_expert(text: str) -> tuple[str, str]:
-    """`NAME=SRC` → (name, source)."""
-    name, equals, source = text.partition("=")
-    if not (equals and source and name.isidentifier()) or name in ("router", "fusion"):
-        raise typer.BadParameter(
-            f"'{text}' is not NAME=SRC with a plain name, such as --expert math=checkpoints/math", param_hint="--expert"
-        )
-    return name, source
-
-
-def parse_experts(texts: list[str]) -> list[tuple[str, str]]:
-    """Every --expert flag's name and source, in order. The names differ."""
-    experts = [parse_expert(text) for text in texts]
-    if len({name for name, _ in experts}) < len(experts):
-        raise typer.BadParameter("every expert needs a name of its own", param_hint="--expert")
-    return experts
-
-
 def parse_lambda(value: float | None) -> float | None:
     """λ, which the flag's own range has checked but for NaN."""
     if value is not None and not 0 <= value <= 1:
@@ -65,7 +41,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
     """Comma list of targets, without repetitions. `ort` means `ort:cpu`, and `rtx` the graphs of `tensorrt`."""
     from fusionroute.fr_export.precision import SCHEMES
 
-    targets = tuple(dict.fromkeys(ALIASES.get(without_gpus(name), name.strip()) for name in text.split(",")))
+    targets = tuple(dict.fromkeys(ALIASES.get(without_gpus(name), name) for name in names(text)))
     for target in targets:
         if target not in SCHEMES:
             known = ", ".join(dict.fromkeys((*TARGET_HELP, *SCHEMES)))
@@ -75,16 +51,15 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 def without_gpus(name: str) -> str:
     """A target without the GPUs behind `rtx:`."""
-    name = name.strip()
     return "rtx" if name.startswith("rtx:") else name
 
 
 def parse_gpus(text: str) -> tuple[int, ...]:
     """The compute capabilities in `rtx:sm86+sm89` among the targets: `SMS` for a plain `rtx`, none without it."""
     sms: list[int] = []
-    for name in text.split(","):
+    for name in names(text):
         if without_gpus(name) == "rtx":
-            _, colon, gpus = name.strip().partition(":")
+            _, colon, gpus = name.partition(":")
             try:
                 sms += parse_sms(gpus) if colon else SMS
             except InputError as error:
@@ -99,7 +74,7 @@ def parse_precisions(text: str | None, targets: tuple[str, ...], family: Family)
     if text is None:
         defaults = ((target, name) for target in targets for name in family.precisions.get(target, family.precisions["other"]))
         return tuple(dict.fromkeys(name for target, name in defaults if name in SCHEMES[target]))
-    precisions = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    precisions = names(text)
     known = dict.fromkeys(precision for target in targets for precision in SCHEMES[target])
     for precision in precisions:
         if precision not in known:
@@ -127,15 +102,13 @@ def find_checkpoints(family: Family, preset: str | None, router: str | None, exp
 
 
 def main(
-    family: Annotated[Family, typer.Option(parser=parse_family, metavar="|".join(FAMILIES), help="Model family.")],
+    family: FamilyOption,
     preset: Annotated[
         Literal["tiny", "paper"] | None,
         typer.Option(help="Named checkpoints: tiny (ships with the package; the default) or paper (hub ids)."),
     ] = None,
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
-    expert: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=SRC", help="Repeat per expert, in the order of the routing head's rows.")
-    ] = None,
+    expert: ExpertOptions = None,
     precision: Annotated[
         str | None, typer.Option(help=f"Comma list of {', '.join(f'{each.name} ({each.help})' for each in RECORDS)}.")
     ] = None,
@@ -166,17 +139,19 @@ def main(
     """Export a FusionRoute system, a router LM and its expert LMs, into a bundle that the runtime generates from."""
     bundle = out or Path("dist") / family.name
     with one_sentence("export", MISSING, bundle, "nothing was written", debug):
-        router, experts = find_checkpoints(family, preset, router, dict(parse_experts(expert or [])))
+        gpus, named_experts = parse_gpus(target), dict(parse_experts(expert or []))
         console = Console(stderr=True)
-        with console.status("loading torch and transformers"):
+        with console.status("loading torch and transformers"):  # the schemes, which say what a target has, need torch
+            targets = parse_targets(target)
+            precisions = parse_precisions(precision, targets, family)
+            router, experts = find_checkpoints(family, preset, router, named_experts)
             from fusionroute.fr_export.console.progress import Stages
             from fusionroute.fr_export.export import Request, export
-        targets = parse_targets(target)
         request = Request(
             family=family,
             router=router,
             experts=experts,
-            precisions=parse_precisions(precision, targets, family),
+            precisions=precisions,
             targets=targets,
             out=bundle,
             fusion=fusion,
@@ -186,7 +161,7 @@ def main(
             head_key=routing_head_key,
             force=force,
             strict=strict,
-            gpus=parse_gpus(target),
+            gpus=gpus,
         )
         stages = Stages(console)
         with stages.progress:

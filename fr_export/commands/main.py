@@ -1,6 +1,7 @@
 """`fusionroute VERB …`: the table of all verbs.
 
-A new verb is one new file and one line here; a verb that needs the runtime alone stands in the runtime's table, `runtime/commands`.
+A new verb is one new file and one line here. A verb that needs the runtime alone stands in the runtime's table,
+`runtime/commands`.
 """
 
 from collections.abc import Sequence

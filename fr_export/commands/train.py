@@ -10,9 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusionroute.fr_export.commands.export import parse_experts, parse_family
-from fusionroute.fr_export.families import FAMILIES
-from fusionroute.fr_export.training.recipe import PRESETS, Dtype, Optimizer, Precision, PresetName, Recipe, Stage, StageName
+from fusionroute.fr_export.commands.options import ExpertOptions, FamilyOption, parse_experts
+from fusionroute.fr_export.training.recipe import PRESETS, ComputePrecision, Dtype, Optimizer, PresetName, Recipe, Stage, StageName
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.files import cache_folder
@@ -22,10 +21,10 @@ CACHE = cache_folder() / "scores"
 
 
 def main(
-    family: Annotated[str, typer.Option(help=f"Model family: {' or '.join(FAMILIES)}.")],
+    family: FamilyOption,
     router: Annotated[str, typer.Option(help="Where the router starts from: a folder or hub id (the paper: the instruction expert).")],
     out: Annotated[Path, typer.Option(help="Folder of the trained router, as the exporter reads it.")],
-    expert: Annotated[list[str] | None, typer.Option(help="NAME=SRC; repeat per expert: the order of the routing head's rows.")] = None,
+    expert: ExpertOptions = None,
     direct: Annotated[bool, typer.Option("--direct", help="Plain fine-tuning, without experts and routing head.")] = False,
     sft: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}.')] = None,
     preferences: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "chosen", "rejected"}.')] = None,
@@ -44,7 +43,7 @@ def main(
     optimizer: Annotated[Optimizer, typer.Option(help="muon trains matrices with Muon, the rest with AdamW.")] = Recipe.optimizer,
     warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps; then a cosine to zero.")] = Recipe.warmup,
     max_length: Annotated[int, typer.Option(min=2, help="Longer rows (in tokens) are skipped.")] = Recipe.max_length,
-    precision: Annotated[Precision | None, typer.Option(help="bf16 is autocast; default bf16 on a GPU, else fp32.")] = None,
+    precision: Annotated[ComputePrecision | None, typer.Option(help="bf16 is autocast; default bf16 on a GPU, else fp32.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the written weights; default: the source's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the data and of new adapters.")] = Recipe.seed,
     cache: Annotated[Path, typer.Option(help="Where the experts' log-probabilities are kept for further runs.")] = CACHE,
@@ -61,7 +60,6 @@ def main(
     missing = "Training needs the package '{}': install the extras (pip install 'fusionroute[export,train]')."
     left = "resume it with --resume" if checkpoint_every is not None else "nothing was written"
     with one_sentence("training", missing, out, left, debug):
-        chosen_family = parse_family(family)
         experts = parse_experts(expert or [])
         if direct == bool(experts):
             raise typer.BadParameter("name the experts, or add --direct for a model without any", param_hint="--expert / --direct")
@@ -102,7 +100,7 @@ def main(
             seed=seed,
         )
         request = TrainingRequest(
-            family=chosen_family,
+            family=family,
             router=router,
             out=out,
             recipe=recipe,

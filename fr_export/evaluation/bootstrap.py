@@ -47,7 +47,8 @@ def compare(first: Sequence[np.ndarray], second: Sequence[np.ndarray], seed: int
     """
     differences = [np.subtract(a, b, dtype=np.float64) for a, b in zip(first, second, strict=True)]
     means = _means(differences, seed)
-    side = min(np.count_nonzero(means <= 1e-9), np.count_nonzero(means >= -1e-9))  # sums of resampled equal values round
+    # sums of resampled equal values round
+    side = min(np.count_nonzero(means <= 1e-9), np.count_nonzero(means >= -1e-9))
     return Comparison(_average(differences), *_ends(means), min(1.0, 2 * (int(side) + 1) / (RESAMPLES + 1)))
 
 

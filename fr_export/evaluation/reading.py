@@ -22,7 +22,8 @@ class Place:
     ids: Ids
     length: int
     following: dict[Ids, Place] = field(default_factory=dict)
-    output: Output | None = None  # logits [V], routing [n_experts] of a router; None: not computed yet, or dropped to save memory
+    # logits [V], routing [n_experts] of a router; None: not computed yet, or dropped to save memory
+    output: Output | None = None
 
 
 class Reader:

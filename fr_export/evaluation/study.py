@@ -23,7 +23,8 @@ from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.files import replace
 
-ROUTED = ("fused", "token", "router")  # led by the router: the picture shows the routing of the first of them that was evaluated
+# led by the router: the picture shows the routing of the first of them that was evaluated
+ROUTED = ("fused", "token", "router")
 
 
 @dataclass(frozen=True)

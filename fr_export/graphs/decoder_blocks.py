@@ -57,10 +57,10 @@ def split(graph: Graph) -> list[Block]:
 
 
 def reader(graph: Graph, weights: Weights) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[str], np.ndarray]]:
-    """A Walk's `embed` (ids [S] → float32 [1, S, H], reads these rows only) and `read` (a weight of the graph,
-    float32).
+    """A BlockwiseForward's `embed` and `read`.
 
-    Both raise InputError as `Weights` does.
+    `embed`: ids [S] → float32 [1, S, H], reads these rows only. `read`: name of a weight in the graph → float32. Both
+    raise InputError as `Weights` does.
     """
     table = graph.sources[embedding(graph).inputs[0].name]
 

@@ -1,4 +1,4 @@
-"""A traced graph without weights: an ONNX IR model, and for each initialiser the checkpoint tensors it will be made of."""
+"""A traced graph without weights: an ONNX IR model, and the checkpoint tensors that each initialiser is made of."""
 
 from dataclasses import dataclass, field, replace
 

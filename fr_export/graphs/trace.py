@@ -1,8 +1,10 @@
-"""Trace a Hugging Face causal LM into ONNX without its weights: parameters are fakes that have a shape and a name only."""
+"""Trace a Hugging Face causal LM into ONNX without its weights: parameters are fakes with a shape and a name."""
 
 import copy
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ IDENTITY = {
 
 
 def architecture(config: Any, vocab_size: int) -> str:
-    """A key that is equal for checkpoints which one trace can serve: the config without what does not shape the graph."""
+    """A key that is equal for checkpoints which one trace can serve: what of the config shapes the graph."""
     shaping = {key: value for key, value in config.to_dict().items() if key not in IDENTITY}
     return repr(sorted((shaping | {"vocab_size": vocab_size}).items(), key=lambda item: item[0]))
 
@@ -49,25 +51,24 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, dialec
     config.vocab_size, config.pad_token_id, config.dtype = vocab_size, None, torch.float32
     if getattr(config, "head_dim", None) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
-    constants = computed_buffers(family, config, max_seq_len)
+    with refusing(family):
+        constants = computed_buffers(family, config, max_seq_len)
     input_names, output_names = dialect.names(config.num_hidden_layers)
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with refusing(family), quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         arguments, dynamic = dialect.example(config, max_seq_len)
         with dialect.emitting(model):
-            try:
-                program = torch.onnx.export(
-                    dialect.Forward(model, max_seq_len).eval(), arguments, dynamo=True, dynamic_shapes=dynamic, input_names=input_names,
-                    output_names=output_names, opset_version=dialect.OPSET, optimize=False, verbose=False,
-                )  # fmt: skip
-            except Exception as error:  # a module of the model that torch cannot express in ONNX
-                raise FusionError(f"The family {family.name} cannot be traced: {one_line(error)}") from error
+            program = torch.onnx.export(
+                dialect.Forward(model, max_seq_len).eval(), arguments, dynamo=True, dynamic_shapes=dynamic, input_names=input_names,
+                output_names=output_names, opset_version=dialect.OPSET, optimize=False, verbose=False,
+            )  # fmt: skip
     assert program is not None
     graph = Graph(program.model, {}, config.num_hidden_layers, (config.num_key_value_heads, cache_head_size(config.head_dim)))
     norms = {n.inputs[1].name for n in program.model.graph if n.op_type in NORMS}
     parameters = {name.removeprefix("model.") for name in program.model.graph.initializers}
     for name, value in list(program.model.graph.initializers.items()):
-        traced, value.const_value = value.const_value, None  # the fake: real values are streamed in when a checkpoint is written
+        # the fake: real values are streamed in when a checkpoint is written
+        traced, value.const_value = value.const_value, None
         short = name.removeprefix("model.")
         if not isinstance(traced.raw, FakeTensor):  # a number in the model's code, as transformers 4 has
             graph.sources[name] = Source(constant=traced.numpy())
@@ -120,6 +121,27 @@ def check_served(family: Family, model: nn.Module) -> None:
         raise unserved(family, "a function 'apply_rotary_pos_emb' beside its model")
     if not isinstance(getattr(model, "lm_head", None), nn.Linear):
         raise unserved(family, "a linear head at 'lm_head'")
+
+
+@contextmanager
+def refusing(family: Family) -> Iterator[None]:
+    """End what a model cannot do as a FusionError that names its family.
+
+    Faults of the machine pass as they are: a full disk or memory, a missing package.
+    """
+    try:
+        yield
+    except FusionError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while isinstance(cause, torch.onnx.OnnxExporterError) and cause.__cause__ is not None:  # torch wraps what stopped it
+            cause = cause.__cause__
+        if isinstance(cause, (ImportError, OSError, MemoryError)):
+            raise cause from None
+        # from the first ANSI code on, torch's text is advice to developers
+        reason = one_line(cause).partition("\x1b")[0].rstrip(" .:") or type(cause).__name__
+        raise FusionError(f"The family {family.name} cannot be traced: {reason}") from error
 
 
 def unserved(family: Family, lack: str) -> FusionError:

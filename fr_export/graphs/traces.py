@@ -1,12 +1,10 @@
 """The traces of a system: one per architecture and dialect, made when somebody first asks for it."""
 
-from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.dialects import Dialect, ort
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.trace import architecture, trace
-from fusionroute.runtime.errors import FusionError, one_line
 
 
 class Traces:
@@ -30,19 +28,6 @@ class Traces:
         with self._stages.stage(f"tracing {count} architecture(s)", count) as advance:
             for model in system.models:
                 if keys[model.name] not in graphs:
-                    graphs[keys[model.name]] = self._trace(model, dialect)
+                    graphs[keys[model.name]] = trace(system.family, model.config, system.vocab_size, system.max_seq_len, dialect)
                     advance(1)
         return {name: graphs[key] for name, key in keys.items()}
-
-    def _trace(self, model: Checkpoint, dialect: Dialect) -> Graph:
-        system = self._system
-        try:
-            return trace(system.family, model.config, system.vocab_size, system.max_seq_len, dialect)
-        except (FusionError, ImportError, OSError, MemoryError):
-            raise
-        except Exception as error:  # torch.onnx raises many kinds, in many coloured lines, for what it cannot trace
-            reason = f"{type(error).__name__}: {one_line(error).partition(chr(27))[0].rstrip(' .')}"
-            raise FusionError(
-                f"{model.where} cannot be traced as a model of the family {system.family.name} ({reason}): "
-                "use a checkpoint of a supported architecture, or add this one to the exporter (--debug shows where it fails)."
-            ) from error

@@ -18,6 +18,7 @@ from fusionroute.fr_export.graphs.graph import Graph, initializer, node, replace
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
 from fusionroute.runtime.errors import InputError
 
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # the inverse of a smaller scale overflows
 PIECE = 1 << 22  # values rounded at a time: each rounding makes copies
 TYPES = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.float16): ir.DataType.FLOAT16}
 

@@ -12,7 +12,7 @@ import numpy as np
 from fusionroute.calibration.observe import observe
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import Text, record
-from fusionroute.calibration.serving_masks import served
+from fusionroute.calibration.serving_masks import serving_masks
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
@@ -64,7 +64,7 @@ def calibrate(
         with stages.stage(f"calibrating {model.name}", len(blocks)) as advance:
             observers = cached.table(f"model-{model.name}").models.get(model.name)
             if observers is None:
-                masks = served(texts, number - 1 if number else None)
+                masks = serving_masks(texts, number - 1 if number else None)
                 states = cached.folder / f"model-{model.name}.states"
                 try:
                     observers = observe(

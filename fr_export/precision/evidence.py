@@ -7,7 +7,7 @@ import numpy as np
 
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import Text
-from fusionroute.calibration.serving_masks import Mask, served
+from fusionroute.calibration.serving_masks import Mask, serving_masks
 from fusionroute.calibration.table import Table
 
 
@@ -30,5 +30,5 @@ class Evidence:
 
 def evidence(table: Table) -> dict[str, Evidence]:
     """A calibration table by model."""
-    masks = [served(table.texts, number - 1 if number else None) for number in range(len(table.models))]
+    masks = [serving_masks(table.texts, number - 1 if number else None) for number in range(len(table.models))]
     return {model: Evidence(table.texts, part, seen) for (model, seen), part in zip(table.models.items(), masks, strict=True)}

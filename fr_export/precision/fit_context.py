@@ -12,7 +12,7 @@ from fusionroute.fr_export.precision.smoothquant import Choice
 
 
 @dataclass
-class Shared:
+class SharedMatrices:
     """What the models of one variant have in common, by the content of the matrices: it is stored once, as the first
     model rounded it.
     """
@@ -33,5 +33,5 @@ class FitContext:
     weights: Weights
     evidence: Evidence
     store: Store
-    shared: Shared
+    shared: SharedMatrices
     advance: Callable[[int], None]

@@ -84,7 +84,8 @@ def quantise(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
     top = 2**fmt.bits - 1
     middle = np.full(scales.shape, 1 << (fmt.bits - 1), np.uint8) if zeros is None else zeros
     zero = torch.from_numpy(middle.T.astype(np.float32))
-    left = torch.from_numpy(rows).T[factor.order].contiguous()  # [K, R]: a channel is a row, what is still to be rounded
+    # [K, R]: a channel is a row, what is still to be rounded
+    left = torch.from_numpy(rows).T[factor.order].contiguous()
     levels = torch.empty(padded.shape[1] * fmt.block, count, dtype=torch.uint8)
     levels.view(padded.shape[1], fmt.block, count).copy_(torch.from_numpy(middle.T.copy())[:, None])
     for begin in range(0, width, TOGETHER):

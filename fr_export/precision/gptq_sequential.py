@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.calibration.blockwise_forward import Walk
+from fusionroute.calibration.blockwise_forward import BlockwiseForward
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.source_rows import counted, digest, rows
@@ -56,14 +56,14 @@ def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> di
     texts.
 
     Memory: one decoder block in fp32 twice, its Hessians, and the states of all texts. Raises InputError as `Weights`
-    and `Walk` do.
+    and `BlockwiseForward` do.
     """
     graph, weights, shared = context.graph, context.weights, context.shared.stored
     done: dict[str, Stored] = {}
     if not context.evidence.texts:
         return done
     embed, read = reader(graph, weights)
-    walk = Walk(split(graph), context.evidence.texts, embed, read)
+    walk = BlockwiseForward(split(graph), context.evidence.texts, embed, read)
     while not walk.done:
         factors = inputs(walk, formats)
         replaced = {}
@@ -81,7 +81,7 @@ def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> di
     return done
 
 
-def inputs(walk: Walk, formats: Mapping[str, Format]) -> dict[str, Factor]:
+def inputs(walk: BlockwiseForward, formats: Mapping[str, Format]) -> dict[str, Factor]:
     """The factored Hessian of every matrix in the walk's current block; matrices that read one input share it."""
     block = walk.block
     outputs = {matrix: output for matrix, output in block.observed.items() if matrix in formats}

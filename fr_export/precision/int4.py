@@ -58,7 +58,8 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
 
 FORMAT = Format(4, BLOCK, np.dtype(np.float16), True, grid, 65_504 * TOP / 2)
 FINE = replace(FORMAT, block=32)  # for embeddings
-LEAN = replace(FORMAT, block=128, scale_type=np.dtype(np.float32))  # loses more; ONNX Runtime keeps few scales and no widened copies
+# loses more; ONNX Runtime keeps few scales and no widened copies
+LEAN = replace(FORMAT, block=128, scale_type=np.dtype(np.float32))
 
 
 def quantise(rows: np.ndarray) -> Quantised:

@@ -11,14 +11,13 @@ import onnx_ir as ir
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision.blockwise import Format, Quantised, attach, nearest, store_blocks
+from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, Format, Quantised, attach, nearest, store_blocks
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.smoothquant import smooth
 
 BLOCK = 64
-SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:

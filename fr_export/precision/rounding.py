@@ -1,4 +1,4 @@
-"""What 8-bit activations cost: each product's input is rounded alone, and the output of its decoder block is compared."""
+"""What 8-bit activations cost: one product's input is rounded, and the output of its decoder block compared."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from fusionroute.calibration.blockwise_forward import Block, Walk
+from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
 from fusionroute.calibration.observers import LEVELS, Observer
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
 from fusionroute.fr_export.graphs.graph import initializer, node
@@ -30,7 +30,9 @@ def measure(context: FitContext, observed: Mapping[str, Observer]) -> dict[str, 
         return {}
     embed, read = reader(context.graph, context.weights)
     off = np.zeros(1, np.float32)
-    walk = Walk([stepped(block) for block in split(context.graph)], texts, embed, lambda name: off if name.endswith(STEP) else read(name))
+    walk = BlockwiseForward(
+        [stepped(block) for block in split(context.graph)], texts, embed, lambda name: off if name.endswith(STEP) else read(name)
+    )
     noise = {}
     while walk.position < len(walk.blocks) - 1:
         exact = residual_stream(walk.peek())

@@ -1,4 +1,4 @@
-"""What a precision scheme does: put one weight matrix into the store and make the operators that use it read it there."""
+"""What a precision scheme does: store a weight matrix, and make the operators that use it read it there."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -42,7 +42,7 @@ class Fitting(Scheme, Protocol):
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """The graph to bind (with other sources, or as it is) and the scheme to bind it with, for one model.
 
-        Raises InputError as `Weights` and `Walk` do.
+        Raises InputError as `Weights` and `BlockwiseForward` do.
         """
         ...
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fusionroute.calibration.blockwise_forward import Walk
+from fusionroute.calibration.blockwise_forward import BlockwiseForward
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
 from fusionroute.fr_export.graphs.graph import Graph
@@ -43,7 +43,7 @@ def sensitive(context: FitContext, formats: Mapping[str, Format], wide: Format, 
 def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], formats: Mapping[str, Format]) -> dict[str, float]:
     """Matrix → `residual_error` of rounding it alone."""
     embed, read = reader(graph, weights)
-    walk = Walk(split(graph), texts, embed, read)
+    walk = BlockwiseForward(split(graph), texts, embed, read)
     errors: dict[str, float] = {}
     while walk.position < len(walk.blocks) - 1:
         exact = residual_stream(walk.peek())

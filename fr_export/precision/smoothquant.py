@@ -16,7 +16,8 @@ from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.graph import Graph, Source
 from fusionroute.fr_export.graphs.source_rows import digest, rows
 
-NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator → which input is its weight
+# operator → which input is its weight
+NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
 VIEWS = ("Reshape", "Transpose", "Identity", "Pad", "Slice")  # between attention and its projections
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SMALLEST = 1e-5  # of an absolute maximum: a channel that is always zero needs no scale
@@ -51,9 +52,9 @@ def smooth(
     """The graph with scaled sources, the same function in exact arithmetic, and each matrix's α (None: left as it is).
     `graph` stays.
 
-    `observed`: matrix → what entered it; groups of which a matrix was not seen are left. For each group the α of
-    `alphas` is taken, with s = max|X|^α / max|W|^(1−α) by channel (eq. 4), or s = 1, that makes the expected error of
-    8-bit products smallest (`expected_error`). The final norm, which the routing head reads too, and a matrix that is
+    `observed`: matrix → what entered it. A group is skipped if calibration saw no input of one of its matrices. For each
+    group the α of `alphas` is taken, with s = max|X|^α / max|W|^(1−α) by channel (eq. 4), or s = 1, that makes the
+    expected error of 8-bit products smallest (`expected_error`). The final norm, which the routing head reads too, and a matrix that is
     also an embedding are never scaled. `taken` holds the scales of earlier models by the content of their matrices: a
     group with a matrix of theirs takes their scales, so that what models have in common stays equal. Groups of which
     every matrix is in `leave` stay as they are.
@@ -193,7 +194,7 @@ def groups(graph: Graph) -> list[Group]:
 
 
 def makers(graph: Graph, value: ir.Value) -> tuple[dict[str, int], np.ndarray] | None:
-    """The sources whose rows make the channels of a value, and which rows share a scale; None where no scale can pass."""
+    """The sources whose rows make a value's channels, and which rows share a scale. None where no scale can pass."""
     width = int(next(iter(value.consumers())).inputs[1].shape[1])
     maker = value.producer()
     if maker is None:
@@ -214,7 +215,8 @@ def makers(graph: Graph, value: ir.Value) -> tuple[dict[str, int], np.ndarray] |
         head, place = np.divmod(np.arange(width), size)
         share = head // (heads // kv_heads) * size + place
         total = {name: int(graph.model.graph.initializers[name].shape[0]) for name in factor}
-        return {name: total[name] - kv_heads * size for name in factor}, share  # values are the last rows of packed projections
+        # values are the last rows of packed projections
+        return {name: total[name] - kv_heads * size for name in factor}, share
     return None
 
 

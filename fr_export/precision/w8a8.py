@@ -18,7 +18,7 @@ from fusionroute.calibration.observers import LEVELS
 from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
 from fusionroute.fr_export.graphs.graph import Graph, added, initializer, node, replace_node, users
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
-from fusionroute.fr_export.precision.blockwise import Format, Stored
+from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, Format, Stored
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import round_sequentially
 from fusionroute.fr_export.precision.plan_w8a8 import W8A8Plan, choose
@@ -26,8 +26,6 @@ from fusionroute.fr_export.precision.rounding import measure
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.smoothquant import smooth
 from fusionroute.runtime.errors import InputError
-
-SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

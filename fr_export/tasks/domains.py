@@ -21,7 +21,8 @@ DOMAINS = ("math", "code", "instruction")
 COMPOSITE, UNSEEN = "composite", "unseen"
 PAIRED = "paired"  # two prompts of one domain, for training only: they teach that a prompt may ask for two things
 ALL_DOMAINS = (*DOMAINS, COMPOSITE, UNSEEN)
-_SHARES: dict[int, Split] = {0: "test", 1: "test", 2: "validation"}  # of 24 equal shares of all prompts; the others are for training
+# of 24 equal shares of all prompts; the others are for training
+_SHARES: dict[int, Split] = {0: "test", 1: "test", 2: "validation"}
 _PAIRS = {
     PAIRED: tuple((domain, domain) for domain in DOMAINS),
     COMPOSITE: (("math", "code"), ("code", "math"), ("math", "instruction"), ("instruction", "math")),

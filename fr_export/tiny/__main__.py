@@ -7,6 +7,10 @@ import typer
 from rich.console import Console
 
 from fusionroute.runtime.command_errors import one_sentence
+from fusionroute.runtime.commands.options import Debug
+from fusionroute.runtime.commands.verbs import Verb, run_verb
+
+VERB = Verb("fusionroute.fr_export.tiny.__main__:main", "Train a shipped system from nothing.", extra="cpu,export,train")
 
 
 def main(
@@ -17,7 +21,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: the one that the package ships.")] = None,
     steps_scale: Annotated[float, typer.Option(min=0.0, help="Multiplies all numbers of training steps, for a quick try.")] = 1.0,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that tune λ.")] = 2,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Train a family's small system from nothing and write it."""
     missing = "Training the shipped systems needs the package '{}': install the extras (pip install 'fusionroute[cpu,export,train]')."
@@ -36,7 +40,7 @@ def main(
 
 def app() -> None:
     """Entry point, which always exits."""
-    typer.run(main)
+    run_verb("tiny", VERB)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from fusionroute.runtime.bundle import sha256
 from fusionroute.runtime.files import replacing
 
 _FORMAT = "fusionroute scores 1"
-_TOKENS, _LOGITS = 4096, 1 << 28  # limits of a batch: padded tokens, and logits (the tighter one for large vocabularies)
+# limits of a batch: padded tokens, and logits (the tighter one for large vocabularies)
+_TOKENS, _LOGITS = 4096, 1 << 28
 
 
 @dataclass(frozen=True)

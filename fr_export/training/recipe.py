@@ -12,7 +12,7 @@ from fusionroute.runtime.errors import InputError
 StageName = Literal["sft", "cdpo", "mixed"]
 """Supervised samples; preferences; both, shuffled together."""
 Optimizer = Literal["adamw", "muon"]
-Precision = Literal["fp32", "bf16"]
+ComputePrecision = Literal["fp32", "bf16"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Of the written weights."""
 
@@ -66,7 +66,7 @@ class Recipe:
     routing_weight: float = 1 / 3  # λ of the SFT loss
     lora_rank: int = 0  # 0: all weights are trained
     max_length: int = 2048  # tokens; longer rows are skipped
-    precision: Precision = "fp32"  # of the computation; weights and optimizer are always fp32
+    precision: ComputePrecision = "fp32"  # of the computation; weights and optimizer are always fp32
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class Recipe:
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise InputError("The recipe names a stage twice; expected each once.")
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
-        _check_choice("precision", self.precision, get_args(Precision))
+        _check_choice("precision", self.precision, get_args(ComputePrecision))
         for name in ("warmup", "clip", "beta", "routing_weight"):
             _check_finite(name.replace("_", " "), getattr(self, name))
 

@@ -84,7 +84,10 @@ class _Run:
     def __init__(self, request: TrainingRequest, display: Stages, state: Any) -> None:
         self.request, self.recipe, self.display, self.state = request, request.recipe, display, state
         self.staging = RouterStaging(request.out, request.force)
-        self.staging.prepare()  # now, not after hours of training: an older router that comes back needs --force
+        if state.is_main_process:  # one rank alone renames folders
+            self.staging.recover()
+        state.wait_for_everyone()
+        self.staging.check()  # now, not after hours of training: an older router that came back needs --force
         self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY)
         self.experts = [Checkpoint.open(name, source, request.family) for name, source in request.experts.items()]
         self.vocab = common_vocabulary(self.router, tuple(self.experts))
@@ -202,7 +205,8 @@ class _Run:
         A resumed stage reads them from `file`.
         """
         router.to(self.state.device).eval()
-        autocast = torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")  # as in the stage itself
+        # as in the stage itself
+        autocast = torch.autocast(self.state.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
         with self.state.main_process_first(), autocast:
             scores = read_scores(file)
             if scores is None:

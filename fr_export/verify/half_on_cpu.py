@@ -20,7 +20,7 @@ from fusionroute.runtime.manifest import File, Manifest
 FLOAT = ir.DataType.FLOAT
 
 
-def emulate(bundle: Path) -> None:
+def compute_half_on_cpu(bundle: Path) -> None:
     """Replace a bundle's variants by emulated `ort:cpu` versions of its `ort:cuda` ones. Weights stay as stored."""
     manifest = Manifest.read(bundle)
     files, variants = dict(manifest.files), []

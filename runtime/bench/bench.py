@@ -14,7 +14,7 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backends import DEVICES, choose, resolved
 from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.bench.memory import PeakMemory, release_freed
-from fusionroute.runtime.bench.precision import Precision, size_and_quality
+from fusionroute.runtime.bench.precision import LoadedPrecision, size_and_quality
 from fusionroute.runtime.bench.prompt import prompt_ids
 from fusionroute.runtime.bench.run import Run, generate
 from fusionroute.runtime.bench.summary import summarise
@@ -62,7 +62,7 @@ def bench(folder: Path, options: BenchOptions, progress: Progress = lambda *_: N
         )
     progress("reading memory", 0)
     ceiling = bandwidth.of_device(gpu) if gpu else bandwidth.of_host()
-    precisions: list[Precision] = []
+    precisions: list[LoadedPrecision] = []
     runs: dict[tuple[str, Workload], list[Run]] = {}
     for group in [[name] for name in names] if options.sequential else [names]:
         with ExitStack() as stack:
@@ -122,7 +122,7 @@ def precision_names(bundle: Bundle, device: str, names: Sequence[str] | None) ->
 
 def load(
     bundle: Bundle, name: str, device: str, gpu: Device | None, ids: Sequence[int], options: BenchOptions, stack: ExitStack
-) -> tuple[Precision, dict[tuple[str, Workload], Callable[[], Run]]]:
+) -> tuple[LoadedPrecision, dict[tuple[str, Workload], Callable[[], Run]]]:
     """Load a precision until `stack` is left, and warm it up. Returns its size and a function per workload."""
     free = gpu.free_memory() if gpu else 0
     release_freed()
@@ -139,7 +139,7 @@ def load(
     variant = choose(bundle, DEVICES[device][0], name, device)
     size, quality = size_and_quality(bundle, variant, device if gpu else None)
     device_memory = free - gpu.free_memory() if gpu else None
-    return Precision(name, variant.bits_per_weight, size, quality, seconds, memory.growth, device_memory), units
+    return LoadedPrecision(name, variant.bits_per_weight, size, quality, seconds, memory.growth, device_memory), units
 
 
 def unit(workload: Workload, runtime: FusionRuntime, ids: Sequence[int], count: int) -> Callable[[], Run]:

@@ -13,7 +13,7 @@ QUALITY = ("perplexity_ratio", "kl_mean", "greedy_agreement", "routing_agreement
 
 
 @dataclass(frozen=True)
-class Precision:
+class LoadedPrecision:
     """Bytes on disk of graphs and weights, or of engines; `quality` as in the bundle's report. None: not known.
 
     memory: the largest growth of this process while it was loaded and generated once. device_memory: bytes of the GPU's

@@ -3,17 +3,18 @@
 import json
 from dataclasses import asdict
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 from rich.text import Text as Styled
 
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, Precision, one_of
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.options import SPECULATION_MODES, check_fusion
+from fusionroute.runtime.manifest import Fusion
+from fusionroute.runtime.options import check_fusion
 from fusionroute.runtime.prompt import Prompt
 from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.stream import Stream
@@ -26,7 +27,7 @@ def generate(
     bundle: BundleFolder,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_ids: Annotated[str | None, typer.Option(help="The prompt as a comma list of token ids, instead of --prompt.")] = None,
-    precision: Precision = None,
+    precision: PrecisionName = None,
     device: Device = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = DEFAULT_NEW_TOKENS,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template as the user's message.")] = False,
@@ -37,14 +38,11 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeat for several.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal text.")] = None,
-    fusion: Annotated[str | None, typer.Option(help="weighted or additive; default as exported.")] = None,
+    fusion: Annotated[Fusion | None, typer.Option(help="Default: as exported.")] = None,
     lam: Annotated[float | None, typer.Option("--lambda", help="λ of the weighted fusion; default as exported.")] = None,
     expert: Annotated[str | None, typer.Option(help="Let this expert answer every token; default: the routed one.")] = None,
     speculation: Annotated[
-        str,
-        typer.Option(
-            help="auto: draft tokens ahead where that pays on this machine; or off.", callback=one_of("speculation", SPECULATION_MODES)
-        ),
+        Literal["off", "auto"], typer.Option(help="auto: draft tokens ahead where that pays on this machine; or off.")
     ] = "off",
     exact: Annotated[
         bool, typer.Option("--exact", help="Read tokens in pairs: quantised greedy output is then the same with drafts and without.")

@@ -10,7 +10,10 @@ from fusionroute.runtime.backends import KNOWN
 
 
 def one_of(what: str, choices: Iterable[str]) -> Callable[[str | None], str | None]:
-    """A callback that refuses an option's value which is none of the choices, with status 2."""
+    """A callback that refuses an option's value which is none of the choices, with status 2.
+
+    For choices that a table gives, such as the devices. Where they are fixed, the option's type is a Literal.
+    """
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in choices:
@@ -26,7 +29,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle, as the exporter wrote it.")]
-Precision = Annotated[str | None, typer.Option(help="Default: the fastest in the bundle.")]
+PrecisionName = Annotated[str | None, typer.Option(help="Default: the fastest in the bundle.")]
 Device = Annotated[str, typer.Option(help=f"{', '.join(KNOWN)}.", callback=one_of("device", KNOWN))]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusionroute.calibration.blockwise_forward import Block, Walk
+from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
 from fusionroute.runtime.errors import FusionError, InputError
 from tests.support.small_blocks import LAYERS, RNG, TABLE, TEXTS, WEIGHTS, H, blocks, expected
 
@@ -23,11 +23,11 @@ class Seen(dict[tuple[str, int], np.ndarray]):
         self[matrix, text] = x.copy()
 
 
-def new(texts: list[np.ndarray] = TEXTS, identity: str = "", cut: list[Block] | None = None) -> Walk:
-    return Walk(cut or blocks(), texts, lambda ids: TABLE[ids][None], WEIGHTS.__getitem__, threads=1, identity=identity)
+def new(texts: list[np.ndarray] = TEXTS, identity: str = "", cut: list[Block] | None = None) -> BlockwiseForward:
+    return BlockwiseForward(cut or blocks(), texts, lambda ids: TABLE[ids][None], WEIGHTS.__getitem__, threads=1, identity=identity)
 
 
-def whole(walk: Walk) -> Seen:
+def whole(walk: BlockwiseForward) -> Seen:
     seen = Seen()
     while not walk.done:
         walk.step(seen)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusionroute.calibration.blockwise_forward import See, Walk
+from fusionroute.calibration.blockwise_forward import BlockwiseForward, See
 from fusionroute.calibration.observe import observe
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import NOBODY, Text
-from fusionroute.calibration.serving_masks import Mask, served
+from fusionroute.calibration.serving_masks import Mask, serving_masks
 from fusionroute.runtime.errors import InputError
 from tests.support.small_blocks import LAYERS, TABLE, WEIGHTS, H, V, blocks, expected
 
@@ -46,7 +46,7 @@ def same(one: dict[str, Observer], other: dict[str, Observer]) -> None:
 @given(st.integers(0, 99), st.sampled_from([None, 0, 1, 2]))
 def test_what_is_served_and_nothing_else(seed: int, model: int | None) -> None:
     recorded = texts(seed)
-    masks = served(recorded, model)
+    masks = serving_masks(recorded, model)
     for matrix, observer in observed(masks, recorded).items():
         rows = [
             expected(text.ids, WEIGHTS)[matrix][mask.head if matrix == "lm_head" else np.arange(mask.body)]
@@ -63,7 +63,7 @@ def test_what_is_served_and_nothing_else(seed: int, model: int | None) -> None:
 
 def test_an_expert_that_serves_nothing(tmp_path: Path) -> None:
     done: list[float] = []
-    observers = observed(served(TEXTS, 2), advance=done.append, states=tmp_path / "states")
+    observers = observed(serving_masks(TEXTS, 2), advance=done.append, states=tmp_path / "states")
     assert list(observers) == [*(f"layers.{layer}.w" for layer in range(LAYERS)), "lm_head"]
     assert all(observer.rows == 0 and observer.channel_absmax.shape == (H,) for observer in observers.values())
     assert sum(done) == LAYERS + 1 and not list(tmp_path.iterdir())
@@ -75,7 +75,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("after", range(LAYERS + 1))
 def test_killed_and_taken_up_again(tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    masks, states = served(TEXTS, 0), tmp_path / "cache" / "states"
+    masks, states = serving_masks(TEXTS, 0), tmp_path / "cache" / "states"
     whole = observed(masks)
     done: list[float] = []
 
@@ -89,14 +89,14 @@ def test_killed_and_taken_up_again(tmp_path: Path, after: int, monkeypatch: pyte
     assert states.exists() == (after > 0)
     done.clear()
     steps = 0
-    original = Walk.step
+    original = BlockwiseForward.step
 
-    def counted(self: Walk, see: See) -> None:
+    def counted(self: BlockwiseForward, see: See) -> None:
         nonlocal steps
         steps += 1
         original(self, see)
 
-    monkeypatch.setattr(Walk, "step", counted)
+    monkeypatch.setattr(BlockwiseForward, "step", counted)
     same(observed(masks, states=states, every=0.0, advance=lambda amount: done.append(amount)), whole)
     assert steps == LAYERS + 1 - after and sum(done) == LAYERS + 1
     assert not list(states.parent.glob("*")), "gone when done"
@@ -116,11 +116,11 @@ def left_behind(path: Path, masks: list[Mask], **options: Any) -> None:
 
 
 def test_files_that_do_not_belong_are_overwritten(tmp_path: Path) -> None:
-    masks, states = served(TEXTS, 0), tmp_path / "states"
+    masks, states = serving_masks(TEXTS, 0), tmp_path / "states"
     whole = observed(masks)
     moved = [Mask(mask.body, mask.head[:1]) for mask in masks]
     others: dict[str, tuple[list[Mask], dict[str, Any]]] = {
-        "another model's part": (served(TEXTS, 1), {}),
+        "another model's part": (serving_masks(TEXTS, 1), {}),
         "other answers": (moved, {}),
         "other weights": (masks, {"identity": "other"}),
     }
@@ -136,7 +136,7 @@ def test_files_that_do_not_belong_are_overwritten(tmp_path: Path) -> None:
 
 def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    same(observed(served(TEXTS, 0), states=tmp_path / "file" / "states", every=0.0), observed(served(TEXTS, 0)))
+    same(observed(serving_masks(TEXTS, 0), states=tmp_path / "file" / "states", every=0.0), observed(serving_masks(TEXTS, 0)))
 
 
 def test_activations_that_are_not_finite() -> None:
@@ -144,4 +144,4 @@ def test_activations_that_are_not_finite() -> None:
         return np.full_like(WEIGHTS[name], np.inf) if name == "layers.1.w" else WEIGHTS[name]
 
     with pytest.raises(InputError, match=r"The activations that enter layers\.2\.w are not all finite"):
-        observe(blocks(), TEXTS, served(TEXTS, 0), lambda ids: TABLE[ids][None], read, threads=1)
+        observe(blocks(), TEXTS, serving_masks(TEXTS, 0), lambda ids: TABLE[ids][None], read, threads=1)

@@ -93,7 +93,8 @@ def test_percentile(kind: str, p: float) -> None:
     x = values(kind, 300, 14)
     observer = seen(x, [100, 101])
     exact = np.percentile(np.abs(x), p)
-    neighbours = np.diff(np.sort(np.abs(x), axis=None))[-5:].max() if p > 99 else 0  # numpy takes a value between two that it has
+    # numpy takes a value between two that it has
+    neighbours = np.diff(np.sort(np.abs(x), axis=None))[-5:].max() if p > 99 else 0
     assert abs(observer.percentile(p) - exact) <= observer.limit / BINS + neighbours
     assert observer.percentile(100) == np.abs(x).max() == observer.absmax()
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionroute.calibration.record import NOBODY, Text
-from fusionroute.calibration.serving_masks import served, shares
+from fusionroute.calibration.serving_masks import serving_masks, shares
 
 N = 3
 
@@ -34,7 +34,7 @@ def played(text: Text, model: int) -> tuple[set[int], list[int]]:
 
 @given(st.lists(recorded(), max_size=4), st.integers(0, N - 1))
 def test_an_expert_serves_what_it_reads_in_a_session(texts: list[Text], model: int) -> None:
-    for text, mask in zip(texts, served(texts, model), strict=True):
+    for text, mask in zip(texts, serving_masks(texts, model), strict=True):
         read, answered = played(text, model)
         assert set(range(mask.body)) == read
         assert mask.head.tolist() == answered and mask.head.dtype == np.int64
@@ -42,7 +42,7 @@ def test_an_expert_serves_what_it_reads_in_a_session(texts: list[Text], model: i
 
 @given(st.lists(recorded(), max_size=4))
 def test_the_router_reads_all_and_answers_wherever_somebody_does(texts: list[Text]) -> None:
-    for text, mask in zip(texts, served(texts, None), strict=True):
+    for text, mask in zip(texts, serving_masks(texts, None), strict=True):
         assert mask.body == len(text.ids)
         assert mask.head.tolist() == sorted(position for model in range(N) for position in played(text, model)[1])
 
@@ -54,5 +54,5 @@ def test_shares(texts: list[Text]) -> None:
 
 
 def test_an_expert_that_is_never_chosen_serves_nothing() -> None:
-    (mask,) = served([Text(np.arange(4, dtype=np.int32), np.array([NOBODY, 0, 0, NOBODY], np.int8))], 1)
+    (mask,) = serving_masks([Text(np.arange(4, dtype=np.int32), np.array([NOBODY, 0, 0, NOBODY], np.int8))], 1)
     assert mask.body == 0 and len(mask.head) == 0

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from fusionroute.calibration.blockwise_forward import Walk
+from fusionroute.calibration.blockwise_forward import BlockwiseForward
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import Text
 from fusionroute.calibration.serving_masks import Mask
@@ -22,7 +22,7 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext, Shared
+from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
 from fusionroute.fr_export.precision.fp32 import Fp32
 
 
@@ -38,7 +38,7 @@ def observe(graph: Graph, weights: Weights, texts: Sequence[Sequence[int]]) -> d
     def see(matrix: str, _: int, x: np.ndarray) -> None:
         observers.setdefault(matrix, Observer(matrix, x.shape[-1])).see(x)
 
-    walk = Walk(split(graph), [np.array(text) for text in texts], *reader(graph, weights), threads=1)
+    walk = BlockwiseForward(split(graph), [np.array(text) for text in texts], *reader(graph, weights), threads=1)
     while not walk.done:
         walk.step(see)
     return observers
@@ -51,7 +51,7 @@ def known(texts: Sequence[np.ndarray]) -> Evidence:
 
 def fit_context(graph: Graph, weights: Weights, evidence: Evidence, folder: Path) -> FitContext:
     """What a precision is given to fit the first model of a variant, whose weights go to `folder`."""
-    return FitContext(graph, weights, evidence, Store(folder), Shared(), lambda _: None)
+    return FitContext(graph, weights, evidence, Store(folder), SharedMatrices(), lambda _: None)
 
 
 @torch.no_grad()

@@ -76,8 +76,9 @@ def emitting(model: Any) -> AbstractContextManager[None]:
 
 
 class Forward(layers.Model):
-    """The signature of the `ort` dialect: ids and KV buffers in, logits and final hidden states of the requested positions
-    out.
+    """The signature of the `ort` dialect.
+
+    In: ids and KV buffers. Out: logits and final hidden states of the requested positions.
     """
 
     def __init__(self, model: Any, max_seq_len: int):

@@ -59,7 +59,7 @@ class Step:
         return key[:, :, :used], value[:, :, :used]
 
     def mask(self, window: int | None) -> Tensor:
-        """Which keys a query sees, bool [S, T]: none behind it, and of those before it the last `window` with itself."""
+        """Which keys a query sees, bool [S, T]: none after it, and the last `window` up to itself."""
         if window not in self.masks:
             distance = self.positions[:, None] - self.keys[None]
             self.masks[window] = distance >= 0 if window is None else (distance >= 0) & (distance < window)

@@ -22,7 +22,8 @@ from fusionroute.fr_export.precision.qdq.weight_formats import BLOCKS, by_row, i
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.sensitive import sensitive
 
-TYPICAL = replace(in_blocks(BLOCKS[0]), scale_type=np.dtype(np.float16))  # what matrices are measured in, with its size on disk
+# what matrices are measured in, with its size on disk
+TYPICAL = replace(in_blocks(BLOCKS[0]), scale_type=np.dtype(np.float16))
 WIDE = replace(by_row(1024), scale_type=np.dtype(np.float16))
 
 

@@ -12,7 +12,11 @@ from rich.console import Console
 
 from fusionroute.fr_export.training.merge.formulas import SETTINGS, Method, formula
 from fusionroute.runtime.command_errors import one_sentence
+from fusionroute.runtime.commands.options import Debug
+from fusionroute.runtime.commands.verbs import Verb, run_verb
 from fusionroute.runtime.errors import InputError
+
+VERB = Verb("fusionroute.fr_export.training.merge.__main__:main", "Merge experts of one base.", extra="export")
 
 
 def main(
@@ -25,7 +29,7 @@ def main(
     scale: Annotated[float | None, typer.Option(help="Of the summed differences from the base (task_arithmetic, dare); default 1.")] = None,
     drop: Annotated[float | None, typer.Option(help="Probability of dropping a difference (dare); default 0.5.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of what is dropped (dare); default 0.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Merge experts of one base into a single model: average, task arithmetic or DARE."""
     options = (("scale", scale), ("drop", drop), ("seed", seed))
@@ -48,7 +52,7 @@ def main(
 
 def app() -> None:
     """Entry point, which always exits."""
-    typer.run(main)
+    run_verb("merge", VERB)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from tests.support.systems import Shape, make_system
 
 SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2)
 
-# Imports the exporter and traces the system once, then forks one process per line of stdin. That process runs `export.py`
-# with the arguments of the line, without the comparison. With `stop`, it creates the file `reached` and waits when it
-# writes its seventh piece of weights.
+# Imports the exporter and traces the system once, then forks one process per line of stdin. That process runs
+# `export.py` with the arguments of the line, without the comparison. With `stop`, it creates the file `reached` and
+# waits when it writes its seventh piece of weights.
 SERVER = """
 import json, os, signal, sys, time
 import torch

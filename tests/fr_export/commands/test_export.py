@@ -58,6 +58,9 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "unknown target": ((*LLAMA, "--target", "ort,tpu"), ("--target", "'tpu'", "ort")),
     "GPUs that are none": ((*LLAMA, "--target", "rtx:sm86,sm89"), ("--target", "'sm89'", "rtx[:sm86+sm89+sm120]")),
     "a GPU without a number": ((*LLAMA, "--target", "rtx:ampere"), ("--target", "'ampere' is no compute capability", "sm86+sm89+sm120")),
+    "unknown target of a preset without router": ((*LLAMA, "--preset", "paper", "--target", "nonsense"), ("--target", "'nonsense'")),
+    "GPUs that are none of such a preset": ((*LLAMA, "--preset", "paper", "--target", "rtx:ampere"), ("--target", "'ampere'")),
+    "unknown precision of such a preset": ((*LLAMA, "--preset", "paper", "--precision", "int3"), ("--precision", "'int3'")),
     "unknown precision": ((*LLAMA, "--precision", "fp32,int3"), ("--precision", "'int3'", "fp32, fp16, bf16, int8, int4")),
     "no precision": ((*LLAMA, "--precision", ""), ("--precision", "fp32, fp16, bf16, int8, int4")),
     "unknown fusion": ((*LLAMA, "--fusion", "product"), ("--fusion", "'product'", "weighted", "additive")),
@@ -233,6 +236,15 @@ def test_without_a_package_that_the_exporter_needs(package: str, tmp_path: Path)
 def test_wrong_usage_as_a_process() -> None:
     wrong = python("export.py", *LLAMA, "--precision", "int3")
     assert wrong.returncode == 2 and wrong.stdout == "" and "Traceback" not in wrong.stderr and "'int3'" in wrong.stderr
+
+
+@pytest.mark.parametrize("flags", [("--target", "nonsense"), ("--target", "rtx:ampere"), ("--precision", "int3")], ids=" ".join)
+def test_wrong_flags_are_refused_before_the_exporter_is_loaded(
+    command: Command, flags: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fusionroute.fr_export.export", None)
+    assert command(*LLAMA, *flags).status == 2
+    assert command(*LLAMA).status == 1, "the exporter is loaded after the flags"
 
 
 def test_a_reader_that_has_left(system: tuple[object, ...], command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

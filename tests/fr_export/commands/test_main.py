@@ -12,9 +12,9 @@ import pytest
 from fusionroute.fr_export.commands.main import VERBS, run
 from fusionroute.runtime.commands.inspect import kv_bytes_per_token
 from fusionroute.runtime.manifest import Manifest
+from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape, make_system
 
-REPOSITORY = Path(__file__).parents[3]
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "sacrebleu", "matplotlib")
 
 

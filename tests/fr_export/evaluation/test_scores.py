@@ -76,7 +76,8 @@ def test_intervals_of_few_values_are_those_of_all_resamples() -> None:
     values = np.array([0.0, 1.0, 3.0, 10.0])
     means = sorted(np.mean(drawn) for drawn in itertools.product(values, repeat=4))
     estimate = interval([values])
-    for share, end in ((0.025, estimate.low), (0.975, estimate.high)):  # the exact quantile, give or take one percent of the resamples
+    # the exact quantile, give or take one percent of the resamples
+    for share, end in ((0.025, estimate.low), (0.975, estimate.high)):
         assert means[int((share - 0.01) * 256)] <= end <= means[min(int((share + 0.01) * 256) + 1, 255)]
     assert interval([np.ones(5)]) == (1.0, 1.0, 1.0)
 

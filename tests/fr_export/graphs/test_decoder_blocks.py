@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusionroute.calibration.blockwise_forward import Walk
+from fusionroute.calibration.blockwise_forward import BlockwiseForward
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.decoder_blocks import embedding, matrices, reader, split
@@ -38,7 +38,7 @@ def test_blocks_compute_what_torch_computes(traced: tuple[System, Graph]) -> Non
     system, graph = traced
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, system.vocab_size, length) for length in (40, 1, 7)]
-    walk = Walk(split(graph), texts, *reader(graph, system.router.weights), threads=1)
+    walk = BlockwiseForward(split(graph), texts, *reader(graph, system.router.weights), threads=1)
     seen: dict[tuple[str, int], np.ndarray] = {}
     while not walk.done:
         walk.step(lambda matrix, text, x: seen.__setitem__((matrix, text), x.copy()))

@@ -23,7 +23,8 @@ def test_activations_beyond_65504_do_not_overflow(tmp_path: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         for name in tensors:
             if name.endswith("post_feedforward_layernorm.weight"):
-                tensors[name] = SCALE * (1 + 0.1 * tensors[name])  # the norm adds outputs of this size to the residual stream
+                # the norm adds outputs of this size to the residual stream
+                tensors[name] = SCALE * (1 + 0.1 * tensors[name])
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     bundle = export_checkpoints(tmp_path / "bundle", shape, router, experts)
     system = System.open(FAMILIES["gemma2"], router, experts)

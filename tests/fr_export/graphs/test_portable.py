@@ -35,7 +35,8 @@ from tests.support.systems import Shape, make_system
 
 SHAPES = {
     "llama3": Shape(experts=1, tokenizer=True, config={"tie_word_embeddings": True}),
-    "gemma2": Shape("gemma2", experts=1, head_dim=20, config={"tie_word_embeddings": True}),  # a window of 16 in every other layer
+    # a window of 16 in every other layer
+    "gemma2": Shape("gemma2", experts=1, head_dim=20, config={"tie_word_embeddings": True}),
 }
 PRECISIONS = ("fp32", "fp16", "int8")
 FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}

@@ -9,8 +9,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 
 from fusionroute.fr_export.checkpoints.system import System
@@ -21,6 +19,7 @@ from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineGraphOnCpu
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.tensorrt.operators import known, table
+from tests.support.rewinds import check_rewinds
 from tests.support.systems import Shape, make_system
 
 CAPACITY, TARGET = 64, "tensorrt:10.3"
@@ -89,27 +88,8 @@ def test_half_precision_loses_no_more_than_torch_in_that_type(exported: Exported
 
 
 def test_rewinds_leave_nothing_behind(exported: Exported) -> None:
-    """Random walks of appending, rewinding and reading more keys than needed end where one pass over the text ends."""
-    model, expected = EngineGraphOnCpu(exported.graph("fp32")), exported.said["fp32"][0]
-
-    @settings(max_examples=15, deadline=None)
-    @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20), st.integers(0, 30), st.booleans()), min_size=1, max_size=6))
-    def walk(steps: list[tuple[int, int, int, bool]]) -> None:
-        model.length = 0
-        for back, count, spare, strange in steps:
-            model.length = min(back, model.length)
-            if strange:  # tokens that the rewind takes back
-                length = model.length
-                model.forward(exported.ids[:9])
-                model.length = length
-            piece = exported.ids[model.length : model.length + count]
-            if not piece:
-                continue
-            start = model.length
-            logits = model.forward(piece, [len(piece) - 1], keys=min(CAPACITY, start + len(piece) + spare))[0]
-            assert np.abs(logits - expected[[start + len(piece) - 1]]).max() < TOLERANCE * np.abs(expected).max()
-
-    walk()
+    expected = exported.said["fp32"][0]
+    check_rewinds(EngineGraphOnCpu(exported.graph("fp32")), exported.ids, expected, TOLERANCE * np.abs(expected).max())
 
 
 def test_operators_and_opset_are_those_that_10_3_reads(exported: Exported) -> None:

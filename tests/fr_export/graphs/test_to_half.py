@@ -28,7 +28,7 @@ from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES, Family
 from fusionroute.fr_export.precision.half import rounded
-from fusionroute.fr_export.verify.half_on_cpu import emulate
+from fusionroute.fr_export.verify.half_on_cpu import compute_half_on_cpu
 from fusionroute.fr_export.verify.torch_reference import load, reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
@@ -138,7 +138,7 @@ def test_emulation_computes_what_the_fp16_graph_does_and_bf16_errs_no_more_than_
     logits, _ = run_torch(exported, torch.float32)
     theirs, _ = run_torch(exported, torch.bfloat16)
     bundle = Path(shutil.copytree(exported.bundle, tmp_path / "bundle"))
-    emulate(bundle)
+    compute_half_on_cpu(bundle)
     shipped = run_fp16(exported.bundle, exported.ids, len(exported.ids))["logits"]
     (fused,) = reference(exported.system, [exported.ids], (0.5, 0.5))
     for precision in HALVES:
@@ -212,7 +212,8 @@ def test_gemma2_beyond_65504_is_finite_and_right_and_a_naive_conversion_is_not(t
         tensors = load_file(folder / "model.safetensors")
         for name in tensors:
             if name.endswith("post_feedforward_layernorm.weight"):
-                tensors[name] = 5e4 * (1 + 0.1 * tensors[name])  # the norm adds outputs of this size to the residual stream
+                # the norm adds outputs of this size to the residual stream
+                tensors[name] = 5e4 * (1 + 0.1 * tensors[name])
             if name.endswith("pre_feedforward_layernorm.weight"):
                 tensors[name] = 150 * (1 + 0.1 * tensors[name])  # gate and up stay in range, their product does not
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -225,7 +226,7 @@ def test_gemma2_beyond_65504_is_finite_and_right_and_a_naive_conversion_is_not(t
     runs = [run_fp16(islands.bundle, islands.ids, chunk) for chunk in (50, 1)]
     assert not np.isfinite(run_fp16(naive.bundle, islands.ids, 50)["logits"]).all()
     for bundle in (islands.bundle, naive.bundle):
-        emulate(bundle)
+        compute_half_on_cpu(bundle)
     with FusionRuntime.load(islands.bundle, "fp16", lam=1.0, threads=1) as runtime:
         scores = [runtime.score(islands.ids, chunk=chunk) for chunk in (50, 1)]
     runs += [{"logits": one.logits, "routing": one.routing} for one in scores]

@@ -1,7 +1,9 @@
 """The trace: one per architecture, no weights in memory, and the graph passes did their work."""
 
+import errno
 from collections import Counter
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +15,7 @@ from transformers import Gemma2Config, Gemma3TextConfig, GPT2Config, GPTNeoXConf
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.families import FAMILIES
+from fusionroute.fr_export.graphs.dialects import ort
 from fusionroute.fr_export.graphs.trace import trace
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.runtime.bench.memory import PeakMemory
@@ -79,10 +82,44 @@ def test_a_family_that_the_tracer_cannot_serve_is_refused_by_what_it_lacks(name:
         trace(family, config, 64, 64)
 
 
-def test_what_torch_cannot_express_is_told_in_one_sentence() -> None:
+@pytest.mark.parametrize(
+    "text", ["no decomposition\nof grouped_mm", "no decomposition of grouped_mm. \x1b[96mNext steps\x1b[0m:\n* report it"]
+)
+def test_what_torch_cannot_express_is_told_in_one_sentence(text: str) -> None:
     config = LlamaConfig(**SMALL, num_key_value_heads=1, intermediate_size=64)
     with (
-        patch("torch.onnx.export", side_effect=RuntimeError("no decomposition\nof grouped_mm")),
+        patch("torch.onnx.export", side_effect=RuntimeError(text)),
         pytest.raises(FusionError, match=r"^The family llama3 cannot be traced: no decomposition of grouped_mm$"),
     ):
         trace(FAMILIES["llama3"], config, 64, 64)
+
+
+def stopped_by(error: Exception) -> Any:
+    """The model raises this while torch traces it; torch wraps it in an error of its own."""
+
+    @wraps(ort.Forward.forward)
+    def forward(*_: Any, **__: Any) -> None:
+        raise error
+
+    return patch.object(ort.Forward, "forward", forward)
+
+
+def test_what_stopped_torch_is_told_and_not_torchs_own_words() -> None:
+    config = LlamaConfig(**SMALL, num_key_value_heads=1, intermediate_size=64)
+    with (
+        stopped_by(RuntimeError("no such kernel")),
+        pytest.raises(FusionError, match=r"^The family llama3 cannot be traced: no such kernel$"),
+    ):
+        trace(FAMILIES["llama3"], config, 64, 64)
+
+
+MACHINE = [MemoryError(), OSError(errno.ENOSPC, "No space left on device"), ModuleNotFoundError("No module", name="onnxscript")]
+
+
+@pytest.mark.parametrize("error", MACHINE, ids=lambda error: type(error).__name__)
+def test_a_fault_of_the_machine_is_not_blamed_on_the_family(error: Exception) -> None:
+    config = LlamaConfig(**SMALL, num_key_value_heads=1, intermediate_size=64)
+    for fault in (patch("torch.onnx.export", side_effect=error), stopped_by(error)):
+        with fault, pytest.raises(type(error)) as raised:
+            trace(FAMILIES["llama3"], config, 64, 64)
+        assert raised.value is error

@@ -23,7 +23,7 @@ def test_it_is_refused_in_one_sentence_before_anything_is_written(tmp_path: Path
     model, out = str(tmp_path / "model"), tmp_path / "dist" / "bundle"
     request = Request(GPT2, model, {"expert": model}, ("fp32",), ("ort:cpu",), out)
     with pytest.raises(
-        FusionError, match=r"^The router \(.*model\) cannot be traced as a model of the family gpt2 \(AttributeError: .*\.$"
+        FusionError, match=r"^The family gpt2 cannot be traced, since it lacks rotary embeddings at 'model.rotary_emb': .*\.$"
     ):
         export(request, Stages(Console(quiet=True)))
     assert not list(out.parent.iterdir())

@@ -91,7 +91,8 @@ def test_any_shape_and_any_number_of_inputs(rows: int, channels: int, inputs: in
     assert quantised.values.max() <= 2**fmt.bits - 1
     halves = [gptq.quantise(part, known(seen).factor(), fmt) for part in (weights[: rows // 2], weights[rows // 2 :]) if len(part)]
     joined = np.concatenate([half.values for half in halves])
-    assert (joined == quantised.values).mean() > 0.99  # a row does not depend on the others, but for the last bit of sums
+    # a row does not depend on the others, but for the last bit of sums
+    assert (joined == quantised.values).mean() > 0.99
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -1,4 +1,4 @@
-"""Calibrated rounding on whole models: every layer for the inputs that rounded layers give, and what models share once."""
+"""Calibrated rounding of whole models: each layer for what rounded layers give it; what models share, once."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import int4, int8
 from fusionroute.fr_export.precision.blockwise import Stored
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext, Shared
+from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
 from fusionroute.fr_export.precision.gptq import Hessian, quantise
 from fusionroute.fr_export.precision.gptq_sequential import round_sequentially
 from fusionroute.fr_export.verify.torch_reference import load
@@ -37,12 +37,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: Shared | None = None) -> dict[str, Stored]:
+def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: SharedMatrices | None = None) -> dict[str, Stored]:
     graph = traced(system)
     recorded = [Text(ids, np.zeros(len(ids), np.int8)) for ids in texts]
     known = Evidence(recorded, [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
     formats = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
-    return round_sequentially(FitContext(graph, system.router.weights, known, Store(folder), shared or Shared(), lambda _: None), formats)
+    return round_sequentially(
+        FitContext(graph, system.router.weights, known, Store(folder), shared or SharedMatrices(), lambda _: None), formats
+    )
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2"])
@@ -87,7 +89,8 @@ def test_layers_are_rounded_for_the_inputs_that_rounded_layers_give(family: str,
                 ..., None
             ]
             expected_values = expected_values.reshape(len(expected_values), -1)[:, : weights.shape[1]]
-            assert (np.abs(values - expected_values) <= 1e-6).mean() > 0.98, matrix  # but for values that lie between two levels
+            # but for values that lie between two levels
+            assert (np.abs(values - expected_values) <= 1e-6).mean() > 0.98, matrix
             sizes = [len(model.get_submodule(name).weight) for name in stack]
             replaced |= dict(zip(stack, np.split(values, np.cumsum(sizes)[:-1]), strict=True))
         for name, values in replaced.items():
@@ -151,7 +154,8 @@ def test_what_models_share_is_stored_once_and_an_expert_never_asked_rounds_to_ne
     save_file(tensors | {embedding: load_file(router / "model.safetensors")[embedding]}, first / "model.safetensors", {"format": "pt"})
     export(export_request, Stages(Console(quiet=True)))
     matrix = 400 * 64
-    for size, models in ((matrix, 2), (matrix // 2, 2)):  # the router's, which the first expert reads too, and the second expert's
+    # the router's, which the first expert reads too, and the second expert's
+    for size, models in ((matrix, 2), (matrix // 2, 2)):
         assert sum(path.stat().st_size == size for path in (export_request.out / "graphs/weights").iterdir()) == models
     stored = {path.read_bytes() for path in (export_request.out / "graphs/weights").iterdir()}
     for name, tensor in load_file(second / "model.safetensors").items():

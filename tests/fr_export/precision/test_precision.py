@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES, collect, int4
-from fusionroute.fr_export.precision.blockwise import blocked, nearest
+from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, blocked, nearest
 from fusionroute.fr_export.precision.half import Half
-from fusionroute.fr_export.precision.int8 import BLOCK, SMALL, SMALLEST_NORMAL, quantise
+from fusionroute.fr_export.precision.int8 import BLOCK, SMALL, quantise
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import FusionError, InputError
@@ -66,7 +66,8 @@ def test_int4_rounds_within_its_range_and_not_worse_than_the_whole_range(weights
 
 def test_int4_graphs_compute_with_the_rounded_weights(tmp_path: Path) -> None:
     """Against torch whose matrices were rounded; the products also round their activations to 8 bits."""
-    shape = Shape(experts=1, layers=2, hidden=80, head_dim=20, config={"tie_word_embeddings": True})  # blocks that are not full
+    # blocks that are not full
+    shape = Shape(experts=1, layers=2, hidden=80, head_dim=20, config={"tie_word_embeddings": True})
     router, experts = make_system(tmp_path / "system", shape)
     bundle = export_checkpoints(tmp_path / "bundle", shape, router, experts, ("int4",))
     for folder in (router, *experts.values()):
@@ -147,7 +148,7 @@ def weights_of(value: ir.Value) -> str:
 
 
 def test_a_frozen_embedding_costs_nothing_extra(tmp_path: Path) -> None:
-    """An expert whose embedding is the router's adds the rest of its weights only; one equal in everything adds none."""
+    """An expert with the router's embedding adds only the rest of its weights; an equal one adds none."""
     shape = Shape(vocab=400, experts=2, config={"tie_word_embeddings": True})
     router, experts = make_system(tmp_path, shape)
     separate = weight_bytes(export_checkpoints(tmp_path / "separate", shape, router, experts))

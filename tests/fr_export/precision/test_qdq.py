@@ -26,7 +26,7 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext, Shared
+from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
 from fusionroute.fr_export.precision.qdq.int8 import PlannedInt8
 from fusionroute.fr_export.precision.qdq.weight_formats import SMALLEST, block_grid, row_grid, stepped
 from fusionroute.fr_export.precision.scheme import Fitted, Fitting
@@ -38,7 +38,8 @@ from tests.support.systems import Shape, make_system
 CAPACITY = 64
 IDS = [int(i) for i in np.random.default_rng(0).integers(3, 300, 40)]
 SHAPES = {
-    "llama3, odd widths": Shape(experts=1, head_dim=20, layers=1, config={"intermediate_size": 96}),  # o_proj reads 80 channels
+    # o_proj reads 80 channels
+    "llama3, odd widths": Shape(experts=1, head_dim=20, layers=1, config={"intermediate_size": 96}),
     "gemma2": Shape("gemma2", experts=1, layers=1, hidden=128, config={"tie_word_embeddings": True}),
 }
 QUANTISED = ("int8", "int8-wo", "int4")
@@ -72,7 +73,7 @@ def router(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     for name in QUANTISED:
         scheme, store = SCHEMES["tensorrt"][name], Store(folder / name)
         assert isinstance(scheme, Fitting)
-        fit, fitted = scheme.fit(FitContext(graph, weights, known, store, Shared(), lambda _: None))
+        fit, fitted = scheme.fit(FitContext(graph, weights, known, store, SharedMatrices(), lambda _: None))
         for file, activations in (("model.onnx", name), ("exact.onnx", "fp32")):
             own = plain.with_sources_of(fit).clone()
             target.prepare(own, activations, system.family)
@@ -178,7 +179,7 @@ def test_weights_are_the_checkpoints_and_steps_the_calibrations(router: Quantise
 
 @pytest.mark.parametrize("precision", QUANTISED)
 def test_what_is_stored_is_what_tensorrt_reads(router: QuantisedRouter, precision: str) -> None:
-    """Symmetric int8 by row, or int4 in blocks that divide the width, with scales above zero in the activations' type."""
+    """Symmetric int8 by row, or int4 in blocks that divide the width. Scales are above zero, in the activations' type."""
     path, about = router.written[precision]
     graph = ir.load(path).graph
     half = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[router.system.family.half]

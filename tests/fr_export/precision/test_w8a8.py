@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fusionroute.calibration.blockwise_forward import Walk
+from fusionroute.calibration.blockwise_forward import BlockwiseForward
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import Text
 from fusionroute.calibration.serving_masks import Mask
@@ -23,11 +23,11 @@ from fusionroute.fr_export.graphs.decoder_blocks import reader, split
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.source_rows import rows
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision.blockwise import Stored
+from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, Stored
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.plan_w8a8 import W8A8Plan, choose, logit_noise, matrices
 from fusionroute.fr_export.precision.smoothquant import Columns, smooth
-from fusionroute.fr_export.precision.w8a8 import SMALLEST_NORMAL, PlannedW8A8, StaticW8A8, quantise
+from fusionroute.fr_export.precision.w8a8 import PlannedW8A8, StaticW8A8, quantise
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime.errors import InputError
 from tests.support.calibration import fit_context, observe, run, traced, written
@@ -136,7 +136,8 @@ def test_the_graph_is_what_the_plan_says(planned_router: PlannedRouter) -> None:
     zero.
     """
     products = [n for n in planned_router.written if n.op_type == "MatMul"]
-    assert [n.op_type for n in planned_router.written if n.op_type == "FusedMatMul"] == ["FusedMatMul"]  # the routing head
+    # the routing head
+    assert [n.op_type for n in planned_router.written if n.op_type == "FusedMatMul"] == ["FusedMatMul"]
     shapes = {
         name: shape
         for name, shape in matrices(planned_router.graph).items()
@@ -187,7 +188,8 @@ def test_every_weight_is_stored_once_under_its_hash(planned_router: PlannedRoute
     values = sum(out * width for out, width in shapes.values())
     mine = [location for location, names in stored.items() if any(name.rsplit(".", 1)[0] in shapes for name in names)]
     assert sum((folder / location).stat().st_size for location in mine) * 8 == pytest.approx(planned_router.plan.bits * values)
-    if planned_router.system.router.config.tie_word_embeddings:  # the head's product and the look-up read one initialiser
+    # the head's product and the look-up read one initialiser
+    if planned_router.system.router.config.tie_word_embeddings:
         lookup = next(n for n in planned_router.written if n.op_type == "Gather" and n.inputs[0].dtype == ir.DataType.INT8)
         assert {n.op_type for n in lookup.inputs[0].consumers()} == {"Gather", "DequantizeLinear"}
 
@@ -200,7 +202,8 @@ def test_the_noisiest_products_stay_at_16_bit_activations(planned_router: Planne
     nothing = choose(planned_router.graph, weights, planned_router.seen, planned_router.noise, share=0)
     assert not nothing.scales and nothing.share == 0
     assert {p.matrix: p.noise for p in nothing.at_a16 if "layers" in p.matrix}.items() <= planned_router.noise.items()
-    spared = [p for p in nothing.at_a16 if p not in at_a16]  # those that did not fit, or that come after the last that did
+    # those that did not fit, or that come after the last that did
+    spared = [p for p in nothing.at_a16 if p not in at_a16]
     assert all(p.work > (planned_router.plan.share - 0.6) * sum(q.work for q in nothing.at_a16) for p in spared)
     assert all(step == pytest.approx(planned_router.seen[name].absmax() / 127) for name, step in everything.scales.items())
     clipped = choose(planned_router.graph, weights, planned_router.seen, planned_router.noise, Observer.mse, share=1)
@@ -284,7 +287,7 @@ def test_fitted_weights_make_less_error_than_nearest_ones(tmp_path: Path) -> Non
     smoothed, fitted = StaticW8A8().fit(context)
     assert fitted.about["w8a8_share"] >= 0.6
     inputs: list[np.ndarray] = []
-    Walk(split(smoothed), [text.ids for text in texts], *reader(smoothed, weights)).observe(
+    BlockwiseForward(split(smoothed), [text.ids for text in texts], *reader(smoothed, weights)).observe(
         lambda matrix, _, x: inputs.append(x.copy()) if matrix.endswith("layers.0.self_attn.qkv_proj.weight") else None
     )
     x = np.concatenate(inputs)

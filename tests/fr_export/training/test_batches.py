@@ -59,7 +59,8 @@ def test_a_step_is_of_one_kind_and_both_kinds_are_shuffled() -> None:
     kinds = ["".join("p" if batch.samples is preferences else "s" for batch in step) for step in steps]
     assert (kinds.count("ss"), kinds.count("pp"), len(kinds)) == (8, 4, 12)
     assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)
-    assert len(optimizer_steps([sft], 4, None, 1, epochs=1, max_steps=50, seed=0)) == 50  # epochs repeat until the steps are done
+    # epochs repeat until the steps are done
+    assert len(optimizer_steps([sft], 4, None, 1, epochs=1, max_steps=50, seed=0)) == 50
 
 
 @pytest.mark.parametrize("preferred", [False, True])

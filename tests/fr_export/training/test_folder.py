@@ -1,5 +1,6 @@
 """The folder of a trained router after a run that was killed while it replaced an older one."""
 
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -59,3 +60,35 @@ def test_a_run_recovers_before_it_trains(toy: Toy, tmp_path: Path) -> None:
     ):
         train(toy.request(tmp_path / "out", Stage("sft", max_steps=1)))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+class OtherRank:
+    """Accelerate's state on a rank that does not write. `rank_0` is what rank 0 does before it reaches the barrier."""
+
+    is_main_process, num_processes = False, 2
+
+    def __init__(self, rank_0: Callable[[], None]) -> None:
+        self._rank_0 = rank_0
+
+    def wait_for_everyone(self) -> None:
+        self._rank_0()
+
+
+def test_only_the_writing_rank_recovers_and_the_others_check_after_it(toy: Toy, tmp_path: Path) -> None:
+    leftover = tmp_path / f".out.replaced-{DEAD}"
+    router(leftover, "old")
+
+    arrived = False
+
+    def rank_0() -> None:
+        nonlocal arrived
+        arrived = True
+        assert leftover.is_dir() and not (tmp_path / "out").exists(), "another rank has renamed it"
+        RouterStaging(tmp_path / "out", False).recover()
+
+    with (
+        patch("accelerate.PartialState", return_value=OtherRank(rank_0)),
+        pytest.raises(InputError, match="add --force to replace it"),
+    ):
+        train(toy.request(tmp_path / "out", Stage("sft", max_steps=1)))
+    assert arrived and [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -107,7 +107,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(toy: Toy, tmp_path: Path, opt
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(stage)] == [f"{stage}.unfinished"]
         checkpoints = sorted(path.name for path in (tmp_path / f"{stage}.unfinished" / stage).iterdir())
         assert checkpoints == [f"checkpoint-{steps - 1}"]
-        remaining = {stage: 6 - (steps - 1)} | ({"sft": 0} if stage == "mixed" else {})  # not one step is done again that a checkpoint has
+        # not one step is done again that a checkpoint has
+        remaining = {stage: 6 - (steps - 1)} | ({"sft": 0} if stage == "mixed" else {})
         report = train(request(stage, resume=True), CutOff(**remaining))
         assert [done["steps"] for done in report.stages] == [6, 6]
         assert equal(weights(tmp_path / "whole"), weights(tmp_path / stage))

@@ -51,7 +51,8 @@ def test_a_run_prints_its_report(command: Command, flags: dict[str, object], toy
     assert [(stage["name"], stage["steps"]) for stage in report["stages"]] == [("sft", 2), ("mixed", 3)]
     assert (report["rows"], report["pairs"], report["skipped"]) == (256, 48, 0)
     assert (tmp_path / "out" / "routing_head.safetensors").is_file()
-    assert str(tmp_path) not in (tmp_path / "out" / "training.json").read_text()  # no path of the machine travels with a router
+    # no path of the machine travels with a router
+    assert str(tmp_path) not in (tmp_path / "out" / "training.json").read_text()
     ended = command(*line(flags | {"max-length": 12}), "--direct", "--force")
     assert ended.status == 0, ended.err
     assert "samples" in ended.out and "skipped as too long" not in ended.out
@@ -162,7 +163,8 @@ def test_checkpoints_that_do_not_fit_are_refused(toy: Toy, tmp_path: Path) -> No
 
 def test_rows_can_be_given_from_python(toy: Toy, tmp_path: Path) -> None:
     rows = read_sft(toy.sft, toy.encoder)
-    partly = [Row.of([(row.ids[:-1].tolist(), False), (row.ids[-1:].tolist(), True)]) for row in rows]  # only the end is learnt
+    # only the end is learnt
+    partly = [Row.of([(row.ids[:-1].tolist(), False), (row.ids[-1:].tolist(), True)]) for row in rows]
     report = train(toy.request(tmp_path / "out", Stage("sft", 1e-2, max_steps=10), sft=partly))
     assert report.stages[0]["last"]["lm_loss"] < 2
 

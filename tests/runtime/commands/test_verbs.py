@@ -15,8 +15,7 @@ from fusionroute.runtime.commands.options import Debug
 from fusionroute.runtime.commands.verbs import Verb, program, run_verb
 from fusionroute.runtime.errors import InputError
 from tests.support.commands import Command, in_folder
-
-REPOSITORY = Path(__file__).parents[3]
+from tests.support.paths import REPOSITORY
 
 ERRORS: dict[str, BaseException] = {
     "input": InputError("The prompt is empty: give one."),

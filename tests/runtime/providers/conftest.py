@@ -13,7 +13,7 @@ from rich.console import Console
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
-from fusionroute.fr_export.verify.half_on_cpu import emulate
+from fusionroute.fr_export.verify.half_on_cpu import compute_half_on_cpu
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backend import Backend, BackendOptions
 from fusionroute.runtime.backends import DEVICES
@@ -44,7 +44,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             ):
                 request = Request(FAMILIES[family], router, experts, precisions, targets, folder / out, max_seq_len=320, calibration="none")
                 export(request, Stages(Console(quiet=True)))
-        emulate(folder / "emulated")
+        compute_half_on_cpu(folder / "emulated")
         folders[family] = folder / "bundle"
     return folders
 

@@ -1,0 +1,38 @@
+"""Options that several of the exporter's verbs have, each declared once."""
+
+from typing import Annotated
+
+import typer
+
+from fusionroute.fr_export.families import FAMILIES, Family
+
+
+def parse_family(name: str) -> Family:
+    """The family of a name."""
+    if name not in FAMILIES:
+        raise typer.BadParameter(f"unknown family '{name}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
+    return FAMILIES[name]
+
+
+def parse_expert(text: str) -> tuple[str, str]:
+    """`NAME=SRC` → (name, source)."""
+    name, equals, source = text.partition("=")
+    if not (equals and source and name.isidentifier()) or name in ("router", "fusion"):
+        raise typer.BadParameter(
+            f"'{text}' is not NAME=SRC with a plain name, such as --expert math=checkpoints/math", param_hint="--expert"
+        )
+    return name, source
+
+
+def parse_experts(texts: list[str]) -> list[tuple[str, str]]:
+    """Every --expert flag's name and source, in order. The names differ."""
+    experts = [parse_expert(text) for text in texts]
+    if len({name for name, _ in experts}) < len(experts):
+        raise typer.BadParameter("every expert needs a name of its own", param_hint="--expert")
+    return experts
+
+
+FamilyOption = Annotated[Family, typer.Option(parser=parse_family, metavar="|".join(FAMILIES), help="Model family.")]
+ExpertOptions = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=SRC", help="Repeat per expert, in the order of the routing head's rows.")
+]
