@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.router_outputs import router_outputs
 from fusionroute.calibration.prompts import BUILTIN
-from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime import FusionRuntime, limits
 from fusionroute.runtime.backend import Output
 from fusionroute.runtime.speculation import costs
 from fusionroute.runtime.speculation.lookup import Lookup
@@ -190,7 +190,7 @@ def model(cost: costs.Costs, run: dict[str, Any], names: list[str]) -> float:
         if number:  # the first token is not timed
             router = costs.seconds_by_tokens(cost.router, length)
             expert = costs.seconds_by_tokens(cost.experts[names.index(name)], length)
-            largest = costs.MAX_ROUND_TOKENS
+            largest = limits.MAX_ROUND_TOKENS
             beyond = max(missed - largest, 0) * (expert[largest] - expert[largest // 2]) / (largest // 2)
             total += router[1] + expert[min(missed, largest)] + beyond + cost.fusion
     return total / (len(run["experts"]) - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import index
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,12 @@ from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.plain_step import PlainStep
 from fusionroute.runtime.readers import Readers
 from fusionroute.runtime.sampling import Sampler
-from fusionroute.runtime.speculation.costs import Costs
-from fusionroute.runtime.speculation.rounds import Rounds
 from fusionroute.runtime.text import Token
 from fusionroute.runtime.token_sequence import TokenSequence
+
+if TYPE_CHECKING:
+    from fusionroute.runtime.speculation.costs import Costs
+    from fusionroute.runtime.speculation.rounds import Rounds
 
 
 class Decoder:
@@ -29,7 +32,11 @@ class Decoder:
         self.sequence = TokenSequence()
         self.readers = Readers(system, self.sequence)
         self.step = PlainStep(system, self.readers)
-        self.rounds = Rounds(self.step, costs, eos, system.exact) if costs is not None else None
+        self.rounds: Rounds | None = None
+        if costs is not None:
+            from fusionroute.runtime.speculation.rounds import Rounds  # here: see `FusionRuntime._speculation_costs`
+
+            self.rounds = Rounds(self.step, costs, eos, system.exact)
 
     def append(self, ids: Iterable[int]) -> None:
         """Commit tokens without running a model.

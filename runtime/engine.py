@@ -23,25 +23,15 @@ from fusionroute.runtime.prompt import Prompt, PromptEncoder
 from fusionroute.runtime.sampling import Sampler, SamplingOptions, sampling_of
 from fusionroute.runtime.scoring import Scores, positions_to_score, score
 from fusionroute.runtime.session import Session
-from fusionroute.runtime.speculation.costs import costs_of
-from fusionroute.runtime.stream import End, Result, Stream
+from fusionroute.runtime.stream import End, Result, Stream, StreamOptions
 from fusionroute.runtime.text import Text, TextStream, Token
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from fusionroute.runtime.speculation.costs import Costs
+
 DEFAULT_NEW_TOKENS = 128
-
-
-class StreamOptions(SamplingOptions, total=False):
-    """The options of `FusionRuntime.stream`, which `generate` passes on."""
-
-    stop: str | Sequence[str] | None
-    fusion: str | None
-    lam: float | None
-    expert: str | None
-    cancel: threading.Event | None
-    deadline: float | None
 
 
 class FusionRuntime:
@@ -62,11 +52,15 @@ class FusionRuntime:
         self._prompts = PromptEncoder(bundle)
         self._system = LoadedSystem(bundle, options)
         self.precision = self._system.precision
-        speculates = options.speculation == "auto"
-        self._costs = costs_of(bundle, self.backend, self.precision, options.threads) if speculates else None
+        self._costs = None if options.speculation == "off" else self._speculation_costs()
         self.expert_names, self.vocab_size, self.max_seq_len = manifest.experts, manifest.vocab_size, manifest.max_seq_len
         self._eos = frozenset(manifest.eos_token_ids)
         self._pool = Pool(options.prefix_cache)
+
+    def _speculation_costs(self) -> Costs:
+        from fusionroute.runtime.speculation.costs import costs_of  # here: a tenth of the time of `import fusionroute`
+
+        return costs_of(self.bundle, self.backend, self.precision, self.options.threads)
 
     def __repr__(self) -> str:
         closed = ", closed" if self._system.closed else ""

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.decoder import Decoder
+from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.sampling import Sampler
-from fusionroute.runtime.speculation.costs import MAX_ROUND_TOKENS
 from fusionroute.runtime.stream import End
 from fusionroute.runtime.text import TextStream, Token
 

@@ -3,6 +3,7 @@
 CHUNK = 512  # most tokens in one prefill pass: bounds memory, and depends on the tokens alone
 FUSED = 1 << 24  # logits fused in one call: 64 MB, of which the fusion graph makes several copies
 PIECE = 64  # tokens in one background pass: a chosen expert waits for at most one, and then reads fewer than two more
+MAX_ROUND_TOKENS = 8  # tokens that one round of speculation produces at most
 SHORTEST_REACH = 128  # keys that attention reads at least; from here on powers of two, so that few graphs are captured
 
 

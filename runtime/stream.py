@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fusionroute.runtime.sampling import SamplingOptions
 from fusionroute.runtime.text import Token
+
+
+class StreamOptions(SamplingOptions, total=False):
+    """The options of `FusionRuntime.stream`, which `generate` passes on."""
+
+    stop: str | Sequence[str] | None
+    fusion: str | None
+    lam: float | None
+    expert: str | None
+    cancel: threading.Event | None
+    deadline: float | None
 
 
 @dataclass(frozen=True)

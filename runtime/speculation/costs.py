@@ -17,9 +17,9 @@ from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.backends import Backend
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cache import DAY, Clock, prune
+from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.machine import cores, installed, processor
 
-MAX_ROUND_TOKENS = 8
 SIZES = (1, 2, 4, 8)  # tokens in a pass that are measured
 LENGTHS = (32, 1024)  # tokens of the text so far: attention costs more behind a long one
 REPEATS = 5

@@ -6,7 +6,8 @@ pass, does not depend on the clock.
 
 from dataclasses import dataclass, field
 
-from fusionroute.runtime.speculation.costs import MAX_ROUND_TOKENS, Costs, seconds_by_tokens
+from fusionroute.runtime.limits import MAX_ROUND_TOKENS
+from fusionroute.runtime.speculation.costs import Costs, seconds_by_tokens
 
 MEMORY = 0.97  # of the weight of earlier drafts that each verified draft leaves
 PRIORS = {"router": (0.5, 1.0), "lookup": (0.5, 2.0)}  # acceptance rate at first, and how many drafts that is worth

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from fusionroute.runtime.backend import Fused, Output
+from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.plain_step import PlainStep, candidates
 from fusionroute.runtime.sampling import DEFAULT_CANDIDATES, Sampler
-from fusionroute.runtime.speculation.costs import MAX_ROUND_TOKENS, Costs
+from fusionroute.runtime.speculation.costs import Costs
 from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
 from fusionroute.runtime.speculation.lookup import Lookup
 from fusionroute.runtime.speculation.rejection import Distribution, Softmax, certain, verify

@@ -17,9 +17,9 @@ from fusionroute.runtime import FusionRuntime, InputError, Sampling
 from fusionroute.runtime.backends.ort_cpu import OrtCache, zeros
 from fusionroute.runtime.bench.memory import resident
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
-from fusionroute.runtime.engine import StreamOptions
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.sampling import SamplingOptions
+from fusionroute.runtime.stream import StreamOptions
 from fusionroute.runtime.text import Token
 
 PROMPT = "12+30= and more"

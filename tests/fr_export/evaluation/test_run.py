@@ -19,7 +19,7 @@ from fusionroute.fr_export.evaluation import Outcomes, Results, evaluate, pool
 from fusionroute.fr_export.evaluation.questions import FileQuestion, Questions
 from fusionroute.fr_export.evaluation.run import SLACK
 from fusionroute.runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
-from fusionroute.runtime.engine import StreamOptions
+from fusionroute.runtime.stream import StreamOptions
 from tests.support.paths import REPOSITORY
 
 METHODS = ["fused", "sequence", "sequence-routed", "collab"]

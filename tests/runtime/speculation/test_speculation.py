@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionError, FusionRuntime, InputError
 from fusionroute.runtime.backends.ort_cpu import OrtCache
+from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.speculation import costs
-from fusionroute.runtime.speculation.costs import LENGTHS, MAX_ROUND_TOKENS, SIZES, Costs, seconds_by_tokens
+from fusionroute.runtime.speculation.costs import LENGTHS, SIZES, Costs, seconds_by_tokens
 from fusionroute.runtime.speculation.draft_planner import MIN_SPEEDUP, DraftPlan, DraftPlanner
 from fusionroute.runtime.speculation.lookup import MAX_NGRAM, MIN_NGRAM, Lookup
 from tests.support.bundles import copy_with_ends
@@ -265,7 +266,7 @@ def test_steps_of_less_than_a_millisecond_are_left_alone(bundles: list[Path], ea
     monkeypatch.setattr(SHORT, 1e-3)
     for seconds, drafts in ((4e-4, False), (6e-4, True)):
         known = ((seconds,) * 4,) * 2
-        monkeypatch.setattr("fusionroute.runtime.engine.costs_of", lambda *_, known=known: Costs(known, (known,) * 2, 1e-5))
+        monkeypatch.setattr("fusionroute.runtime.speculation.costs.costs_of", lambda *_, known=known: Costs(known, (known,) * 2, 1e-5))
         with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
             assert (rt.generate([7, 9, 30, 7, 9], 20).drafted > 0) == drafts
 
@@ -345,7 +346,7 @@ def test_nothing_is_read_behind_the_end_of_a_text(
     bundles: list[Path], eager: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each token in turn is made the end: texts end where plain ones do, and no round goes on behind the end."""
-    monkeypatch.setattr("fusionroute.runtime.engine.costs_of", lambda *_: EVEN)
+    monkeypatch.setattr("fusionroute.runtime.speculation.costs.costs_of", lambda *_: EVEN)
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32") as plain:
         long = plain.generate([7, 9, 30], 30).token_ids
     for end in set(long):

@@ -20,7 +20,7 @@ def plan(self: DraftPlanner, most: int, looked_up: int, *_: object) -> DraftPlan
 
 def test_drafts_change_no_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DraftPlanner, "plan", plan)
-    monkeypatch.setattr("fusionroute.runtime.engine.costs_of", lambda *_: EVEN)  # clocks mean nothing there
+    monkeypatch.setattr("fusionroute.runtime.speculation.costs.costs_of", lambda *_: EVEN)  # clocks mean nothing there
     results = []
     for speculation in ("off", "auto"):
         with (
