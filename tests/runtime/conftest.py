@@ -1,10 +1,13 @@
-"""Bundles for the runtime's tests, which run where torch is not installed too."""
+"""Bundles and runtimes for the runtime's tests, which run where torch is not installed too."""
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from fusionroute.runtime import FusionRuntime
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     from tests.support.exporting import export_runtime_bundles
 
     return export_runtime_bundles(root)
+
+
+@pytest.fixture(params=["int8", "fp32"])
+def rt(request: pytest.FixtureRequest, bundles: list[Path]) -> Iterator[FusionRuntime]:
+    """The first bundle in both precisions; one test of the engine runs all bundles."""
+    with FusionRuntime.load(bundles[0], precision=request.param) as runtime:
+        yield runtime
