@@ -1,159 +1,33 @@
 """Checkpoints that cannot be exported are refused before any work, in one sentence with the cause and the mend."""
 
-import json
-import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from safetensors.torch import load_file, save_file
 
-from fusionroute.fr_export.checkpoints import hub
-from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
-from fusionroute.fr_export.checkpoints.system import DEFAULT_CONTEXT, System
-from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.export import Request, export
-from fusionroute.fr_export.families import FAMILIES
-from fusionroute.runtime.errors import FusionError, InputError, UnavailableError
-from tests.support.systems import Shape, make_model, make_system, write_tokenizer
-
-SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2, tokenizer=True)
-EMBEDDING = "model.embed_tokens.weight"
-Damage = Callable[[Path], object]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    make_system(folder, SHAPE)
-    return folder
-
-
-@pytest.fixture
-def root(whole: Path, tmp_path: Path) -> Path:
-    """Folders router, expert0 and expert1, to be damaged."""
-    return Path(shutil.copytree(whole, tmp_path / "system"))
-
-
-def open_system(root: Path, family: str = "llama3", **options: Any) -> System:
-    return System.open(FAMILIES[family], str(root / "router"), {name: str(root / name) for name in ("expert0", "expert1")}, **options)
-
-
-def refusal(root: Path, kind: type[FusionError] = InputError, **options: Any) -> str:
-    with pytest.raises(kind) as caught:
-        open_system(root, **options)
-    sentence = str(caught.value)
-    assert "\n" not in sentence and sentence.endswith("."), sentence
-    return sentence
-
-
-def edit(file: Path, **fields: Any) -> None:
-    """Set fields of a JSON file; None removes one."""
-    content = json.loads(file.read_text()) if file.exists() else {}
-    content |= fields
-    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
-
-
-def retensor(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change tensors of a safetensors file."""
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-
-
-def shard(folder: Path) -> None:
-    """Split model.safetensors into two shards with an index."""
-    tensors = list(load_file(folder / "model.safetensors").items())
-    (folder / "model.safetensors").unlink()
-    files = {f"model-0000{n}-of-00002.safetensors": dict(part) for n, part in ((1, tensors[:3]), (2, tensors[3:]))}
-    for file, part in files.items():
-        save_file(part, folder / file)
-    index(folder, {name: file for file, part in files.items() for name in part})
-
-
-def index(folder: Path, weight_map: object) -> None:
-    (folder / "model.safetensors").unlink(missing_ok=True)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def then(*damages: Damage) -> Damage:
-    """One damage after the other."""
-
-    def all_of_them(root: Path) -> None:
-        for damage in damages:
-            damage(root)
-
-    return all_of_them
-
-
-def remove(name: str) -> Damage:
-    return lambda root: shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
-
-
-def cut(name: str, keep: float = 0.5) -> Damage:
-    def damage(root: Path) -> None:
-        data = (root / name).read_bytes()
-        (root / name).write_bytes(data[: int(len(data) * keep)])
-
-    return damage
-
-
-def indexed(weight_map: object) -> Damage:
-    return lambda root: index(root / "expert1", weight_map)
-
-
-def sharded(root: Path) -> None:
-    shard(root / "expert1")
-
-
-def config(**fields: Any) -> Damage:
-    return lambda root: edit(root / "expert1" / "config.json", **fields)
-
-
-def write(name: str, content: bytes | str) -> Damage:
-    def damage(root: Path) -> None:
-        (root / name).unlink(missing_ok=True)
-        (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return damage
-
-
-def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor], file: str = "expert1/model.safetensors") -> Damage:
-    return lambda root: retensor(root / file, lambda tensors: tensors.update({name: change(tensors[name]).contiguous()}))
-
-
-def head(change: Callable[[torch.Tensor], torch.Tensor], name: str = "routing_head.weight") -> Damage:
-    return tensor(name, change, "router/routing_head.safetensors")
-
-
-def other_vocabulary(root: Path) -> None:
-    file = root / "expert1" / "tokenizer.json"
-    file.write_text(file.read_text().replace("<unused7>", "<used7>"))
-
-
-def other_special(root: Path) -> None:
-    file = root / "expert1" / "tokenizer.json"
-    content = json.loads(file.read_text())
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<eos>"]
-    file.write_text(json.dumps(content))
-
-
-def without_tokenizers(root: Path, vocab: int) -> None:
-    """A system without tokenizers, one model of which has another vocabulary."""
-    for folder in root.iterdir():
-        (folder / "tokenizer.json").unlink()
-    shutil.rmtree(root / "expert1")
-    make_model(root / "expert1", Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, vocab=vocab), 0, expert=True)
-
-
-def smaller_embedding(root: Path) -> None:
-    retensor(root / "expert1/model.safetensors", lambda t: t.update({n: t[n][:290].clone() for n in (EMBEDDING, "lm_head.weight")}))
-    edit(root / "expert1/config.json", vocab_size=290)
-
+from tests.support.damaged_checkpoints import (
+    EMBEDDING,
+    Damage,
+    config,
+    cut,
+    edit,
+    head,
+    index,
+    indexed,
+    other_special,
+    other_vocabulary,
+    refusal,
+    remove,
+    retensor,
+    sharded,
+    smaller_embedding,
+    tensor,
+    then,
+    without_tokenizers,
+    write,
+)
+from tests.support.systems import write_tokenizer
 
 DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     # folders
@@ -277,115 +151,3 @@ def test_damaged_checkpoints(root: Path, name: str) -> None:
     sentence = refusal(root)
     for word in words:
         assert word in sentence, sentence
-
-
-def test_whole_checkpoints_are_taken(root: Path) -> None:
-    """Also in shards, behind links, with a head of another name and of half precision."""
-    assert open_system(root).vocab_size == 300
-    shard(root / "expert0")
-    (root / "store").mkdir()
-    for file in list((root / "expert1").iterdir()):
-        file.rename(root / "store" / file.name)
-        file.symlink_to(root / "store" / file.name)
-    head = load_file(root / "router/routing_head.safetensors")
-    save_file({"gate.weight": head["routing_head.weight"].bfloat16()}, root / "router/routing_head.safetensors")
-    system = open_system(root, head_key="gate")
-    assert system.head.weight.shape == (2, 32) and not system.head.bias.any()
-    assert system.max_seq_len == min(1024, DEFAULT_CONTEXT)
-
-
-def test_no_tokenizer_at_all_is_no_error(root: Path) -> None:
-    without_tokenizers(root, 300)
-    system = open_system(root)
-    assert system.router.tokenizer is None and system.vocab_size == 300
-
-
-@pytest.mark.parametrize("length", [1025, 1, 0])
-def test_contexts_that_do_not_fit(root: Path, length: int) -> None:
-    edit(root / "expert0/config.json", max_position_embeddings=2048)
-    sentence = refusal(root, max_seq_len=length)
-    assert f"--max-seq-len {length} does not fit" in sentence and "2 to 1024" in sentence
-
-
-def test_the_wrong_family_for_all(root: Path) -> None:
-    sentence = refusal(root, family="gemma2")
-    assert "The router" in sentence and "use --family llama3" in sentence
-
-
-def test_gemma2_that_is_no_causal_model(tmp_path: Path) -> None:
-    make_system(tmp_path, Shape("gemma2", heads=2, kv_heads=1, head_dim=16, hidden=32, layers=2, experts=2))
-    for fields, words in (
-        ({"sliding_window": 0}, "no positive 'sliding_window'"),
-        ({"use_bidirectional_attention": True}, "both directions"),
-    ):
-        folder = Path(shutil.copytree(tmp_path, tmp_path.parent / f"copy-{words[:2]}"))
-        edit(folder / "router/config.json", **fields)
-        assert words in refusal(folder, family="gemma2")
-
-
-def test_no_experts(root: Path) -> None:
-    with pytest.raises(InputError, match="at least one expert: name it with --expert NAME=SRC"):
-        System.open(FAMILIES["llama3"], str(root / "router"), {})
-
-
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_values_that_are_not_finite(root: Path, value: float) -> None:
-    tensor(EMBEDDING, lambda t: t.index_fill(0, torch.tensor([5]), value))(root)
-    weights = open_system(root).experts[1].weights
-    with pytest.raises(InputError, match=r"'model\.embed_tokens\.weight' in .*expert1.* holds values that are not finite; .* again\."):
-        weights.read(EMBEDDING)
-
-
-def test_values_that_a_precision_cannot_hold(root: Path) -> None:
-    """Found while writing, named with the model, and nothing is left of what was written."""
-    tensor("model.layers.0.mlp.up_proj.weight", lambda t: t.index_fill(0, torch.tensor([5]), 1e5))(root)
-    sources = {"a": str(root / "expert0"), "b": str(root / "expert1")}
-    out = root / "out" / "bundle"
-    request = Request(FAMILIES["llama3"], str(root / "router"), sources, ("fp16",), ("ort:cpu",), out)
-    with pytest.raises(InputError) as caught:
-        export(request, Stages(Console(quiet=True)))
-    for word in ("Expert 'b'", str(root / "expert1"), "up_proj", "cannot be exported as fp16", "65,504", "fp32 or int8"):
-        assert word in str(caught.value)
-    assert not list(out.parent.iterdir())
-
-
-@pytest.mark.parametrize("source", ["some-owner/some-model", "meta-llama/Llama-3.2-1B"])
-def test_hub_ids_offline(monkeypatch: pytest.MonkeyPatch, source: str, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        UnavailableError, match=f"There is no folder {source}, and the hub cannot be reached .*: go online once, or name a local"
-    ):
-        Checkpoint.open("router", source, FAMILIES["llama3"])
-
-
-def failing(error: Exception) -> Callable[..., Any]:
-    def download(*_: object, **__: object) -> None:
-        raise error
-
-    return download
-
-
-def test_other_troubles_with_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = type("ConnectError", (Exception,), {"__module__": "httpx"})
-    for error in (network("no route"), ConnectionError(), TimeoutError(), OSError("proxy")):
-        monkeypatch.setattr("huggingface_hub.snapshot_download", failing(error))
-        with pytest.raises(UnavailableError, match="cannot be reached"):
-            hub.locate("owner/name")
-    full = OSError(28, "No space left on device")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", failing(full))
-    with pytest.raises(OSError, match="No space left on device"):
-        hub.locate("owner/name")
-
-
-@pytest.mark.parametrize("source", ["a--b/c", "-/-", "owner/na..me"])
-def test_names_that_are_no_hub_id(source: str) -> None:
-    with pytest.raises(InputError, match=r"There is no folder .* no hub id such as owner/name"):
-        hub.locate(source)
-
-
-@pytest.mark.parametrize("source", ["nowhere", "./a/b", "../a", "/no/where", "a/b/c", ""])
-def test_folders_that_do_not_exist(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"does not exist \(and is no hub id such as owner/name\)"):
-        hub.locate(source)
