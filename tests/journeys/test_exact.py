@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.speculation.test_speculation import draft_always, same
 from tests.support.exporting import ALL, export_system
+from tests.support.speculation import draft_always, same
 from tests.support.systems import Shape
 
 

@@ -18,13 +18,6 @@ from fusionroute.runtime.speculation.rounds import DRAFT_MARGIN, proposal
 RARE = 0.004  # pairs of tokens below are counted together
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    # the models here are small
-    monkeypatch.setattr("fusionroute.runtime.speculation.draft_planner.MIN_STEP_SECONDS", 0.0)
-
-
 @pytest.mark.parametrize("options", [{"temperature": 1.5, "top_k": 4}, {"temperature": 0.2}], ids=["filtered", "unfiltered"])
 @pytest.mark.parametrize("source", ["router", "lookup"])
 def test_samples_have_the_distribution_of_plain_sampling(

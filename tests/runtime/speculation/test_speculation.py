@@ -1,79 +1,18 @@
 """Speculation loses nothing: greedy tokens are those of plain decoding. Of samples see test_rejection.py."""
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionError, FusionRuntime, InputError
 from fusionroute.runtime.backends.ort_cpu import OrtCache
-from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.options import fusion_coefficients
-from fusionroute.runtime.speculation import costs
-from fusionroute.runtime.speculation.costs import LENGTHS, SIZES, Costs, seconds_by_tokens
-from fusionroute.runtime.speculation.draft_planner import MIN_SPEEDUP, DraftPlan, DraftPlanner
-from fusionroute.runtime.speculation.lookup import MAX_NGRAM, MIN_NGRAM, Lookup
+from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
 from tests.support.bundles import copy_with_ends
-
-Choose = Callable[..., DraftPlan]
-ONE = ((1.0, 1.1, 1.3, 1.9), (1.1, 1.3, 1.7, 2.7))  # short and long texts
-THREE = tuple(tuple(3 * seconds for seconds in passes) for passes in ONE)
-SHORT = "fusionroute.runtime.speculation.draft_planner.MIN_STEP_SECONDS"
-LINEAR = ((1.0, 2.0, 4.0, 8.0),) * 2
-EVEN = Costs(router=ONE, experts=(ONE, ONE, ONE), fusion=0.05)  # as models of one size on a CPU
-LARGE = Costs(router=ONE, experts=(THREE, THREE, THREE), fusion=0.05)  # type: ignore[arg-type]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(SHORT, 0.0)  # the models here are small
-
-
-def draft_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft as often as the text allows, at random from both sources, whether it pays or not."""
-    random = np.random.default_rng(0)
-
-    def plan(self: DraftPlanner, most: int, looked_up: int, router: bool, expert: int | None, length: int) -> DraftPlan:
-        if looked_up and most > 1 and random.random() < 0.5:
-            return DraftPlan("lookup", int(random.integers(2, min(looked_up + 1, most) + 1)))
-        return DraftPlan("router", int(random.integers(1, min(MAX_ROUND_TOKENS, most) + 1)) if router and expert is not None else 1)
-
-    monkeypatch.setattr(DraftPlanner, "plan", plan)
-    monkeypatch.setattr(SHORT, 0.0)
-
-
-@pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    draft_always(monkeypatch)
-
-
-def prompts(count: int, vocab: int, seed: int = 0) -> Iterator[list[int]]:
-    """Random token ids, half of them with a part that stands twice, so that something can be looked up."""
-    random = np.random.default_rng(seed)
-    for number in range(count):
-        ids = random.integers(3, vocab, random.integers(1, 40)).tolist()
-        yield ids + ids[: len(ids) // 2] if number % 2 else ids
-
-
-def same(folder: Path, precision: str, count: int, exact: bool, **options: Any) -> int:
-    """Compare `count` prompts; how many tokens were drafted."""
-    drafted = 0
-    settings: dict[str, Any] = {"precision": precision, "device": "cpu", "exact": exact}
-    with FusionRuntime.load(folder, **settings) as plain, FusionRuntime.load(folder, speculation="auto", **settings) as guessing:
-        for ids in prompts(count, plain.vocab_size):
-            expected, result = plain.generate(ids, 24, **options), guessing.generate(ids, 24, **options)
-            assert (result.token_ids, result.experts) == (expected.token_ids, expected.experts)
-            assert result.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
-            assert expected.drafted == 0 and 0 <= result.accepted <= result.drafted
-            drafted += result.drafted
-    return drafted
+from tests.support.speculation import EVEN, prompts, same
 
 
 @pytest.mark.parametrize(("precision", "exact"), [("fp32", False), ("fp32", True), ("int8", True)])
@@ -154,131 +93,6 @@ def test_what_models_have_read_agrees_with_the_text(bundles: list[Path], eager: 
             for _ in range(3):
                 token, expected = session.step(), fresh.step()
                 assert token.id == expected.id and token.routing == pytest.approx(expected.routing, abs=1e-4)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 7))
-def test_lookup_finds_what_a_search_finds(text: list[int], most: int) -> None:
-    lookup = Lookup()
-    for end in range(1, len(text) + 1):
-        now = text[:end]
-        expected: list[int] = []
-        for size in range(min(MAX_NGRAM, end), MIN_NGRAM - 1, -1):
-            starts = [at + size for at in range(end - size) if now[at : at + size] == now[end - size :]]
-            if starts:
-                whole = now[starts[-1] :]
-                expected = [whole[n % len(whole)] for n in range(most)]
-                break
-        assert lookup.propose(now, most) == expected
-
-
-class Counted(list[int]):
-    """Token ids that count how often they are read."""
-
-    reads = 0
-
-    def __getitem__(self, place: Any) -> Any:
-        Counted.reads += 1
-        return super().__getitem__(place)
-
-
-def test_lookup_reads_a_text_once_however_often_it_is_asked() -> None:
-    lookup, tokens, most = Lookup(), Counted(), 7
-    Counted.reads = 0
-    for token in np.random.default_rng(0).integers(0, 4, 2000).tolist():
-        tokens.append(token)
-        lookup.propose(tokens, most)
-    sizes = MAX_NGRAM - MIN_NGRAM + 1
-    assert Counted.reads <= len(tokens) * (2 * sizes + most), "n-grams of one new token, the search for the last ones, the drafts"
-
-
-def speed(known: Costs, source: str, rows: int, rate: float, switches: float, length: int) -> float:
-    """Tokens per second of rounds of so many rows, written out anew."""
-    at = [int(np.clip(length, *LENGTHS)) for _ in SIZES]
-    router, expert = (
-        np.interp(range(1, rows + 1), SIZES, [np.interp(n, LENGTHS, ends) for n, ends in zip(at, zip(*passes, strict=True), strict=True)])
-        for passes in (known.router, known.experts[1])
-    )
-    tokens = sum(rate**n for n in range(rows))
-    drafting = rows * router[0] if source == "router" else router[-1]
-    return float(tokens / (drafting + expert[-1] + switches * (tokens - 1) * expert[0] + tokens * known.fusion))
-
-
-@pytest.mark.parametrize("known", [EVEN, LARGE], ids=["even", "large"])
-@pytest.mark.parametrize("rate", [0.2, 0.6, 0.9])
-@pytest.mark.parametrize("length", [5, 500, 5000])
-def test_drafts_are_as_many_as_pay(known: Costs, rate: float, length: int) -> None:
-    planner, random = DraftPlanner(known), np.random.default_rng(0)
-    planner.produced(1000, 0)
-    for _ in range(400):
-        for source, share in (("router", rate), ("lookup", rate / 2)):
-            hits = random.random(3) < share
-            planner.saw(source, int(np.argmin([*hits, False])), 3)
-    choices = [("router", rows) for rows in range(1, MAX_ROUND_TOKENS + 1)] + [("lookup", rows) for rows in range(2, 6)]
-    speeds = {
-        (source, rows): speed(known, source, rows, planner.rates[source].mean, planner.switches.mean, length) for source, rows in choices
-    }
-    speeds["router", 1] *= MIN_SPEEDUP
-    plan = planner.plan(MAX_ROUND_TOKENS, 4, True, 1, length)
-    assert (plan.source, plan.rows) == max(speeds, key=speeds.__getitem__)
-
-
-def test_models_that_run_side_by_side_leave_less_to_gain() -> None:
-    planner = DraftPlanner(replace(EVEN, concurrent=True))
-    for _ in range(100):
-        planner.saw("lookup", 3, 3)
-        planner.saw("router", 3, 3)
-    planner.produced(1000, 0)
-    assert DraftPlanner(EVEN, rates=planner.rates, switches=planner.switches).plan(MAX_ROUND_TOKENS, 0, True, 1, 32).rows > 1
-    assert planner.plan(MAX_ROUND_TOKENS, 0, True, 1, 32).rows == 1, "a router step per draft costs what a plain token does"
-    assert planner.plan(MAX_ROUND_TOKENS, 7, True, 1, 32).rows == MAX_ROUND_TOKENS
-
-
-def test_without_reading_alone_a_plain_step_costs_two_tokens() -> None:
-    assert seconds_by_tokens(ONE, 0, exact=True)[1] == seconds_by_tokens(ONE, 0)[2] == 1.1
-
-
-def test_acceptance_is_learnt_without_drafting(bundles: list[Path]) -> None:
-    """Rates are those of a recount of the same text, though nothing was drafted; drafting begins once it pays."""
-    with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
-        rt._costs = Costs(LINEAR, (LINEAR,) * len(rt.expert_names), 0.1)  # several cost what they cost one by one
-        kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 1}]
-        for options in kinds:
-            session = rt.session()
-            session.append([7, 9, 30, 7, 9])
-            tokens = [session.steps(8, **options)[0] for _ in range(100)]
-            assert session.drafted == 0 and session._decoder.rounds is not None
-            planner = session._decoder.rounds.planner
-            own = rt.score(session.token_ids, lam=1.0).logits[4:-1].astype(np.float64)
-            ids = [token.id for token in tokens]
-            q = np.exp(own - own.max(-1, keepdims=True))
-            q = (q / q.sum(-1, keepdims=True))[range(100), ids]
-            seen = np.minimum(1, q / np.exp([token.logprob for token in tokens])) if options else own.argmax(-1) == ids
-            weights = 0.97 ** np.arange(100)[::-1]
-            expected = (seen @ weights + 0.5 * 0.97**100) / (weights.sum() + 0.97**100)
-            assert planner.rates["router"].mean == pytest.approx(expected, abs=1e-3)
-            planner.costs = replace(EVEN, router=((0.01,) * 4,) * 2, experts=(((1.0,) * 4,) * 2,) * 2)
-            planner._priced = (-1, -1)
-            assert len(session.steps(8)) >= 1 and session.drafted > 0
-
-
-def test_steps_of_less_than_a_millisecond_are_left_alone(bundles: list[Path], eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SHORT, 1e-3)
-    for seconds, drafts in ((4e-4, False), (6e-4, True)):
-        known = ((seconds,) * 4,) * 2
-        monkeypatch.setattr("fusionroute.runtime.speculation.costs.costs_of", lambda *_, known=known: Costs(known, (known,) * 2, 1e-5))
-        with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
-            assert (rt.generate([7, 9, 30, 7, 9], 20).drafted > 0) == drafts
-
-
-def test_costs_are_measured_once(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as first:
-        assert first._costs is not None and first._costs.fusion > 0 and len(first._costs.experts) == len(first.expert_names)
-        for passes in (first._costs.router, *first._costs.experts):
-            assert len(passes) == 2 and all(seconds > 0 for length in passes for seconds in length)
-        monkeypatch.setattr(costs, "measure", None)
-        with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as second:
-            assert second._costs == first._costs
 
 
 def test_a_seed_gives_the_same_text_again(bundles: list[Path]) -> None:

@@ -7,10 +7,10 @@ import pytest
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
-from tests.runtime.speculation.test_speculation import EVEN
 from tests.support.simulated.bundles import CHUNK
 from tests.support.simulated.install import simulated
 from tests.support.simulated.machine import Machine
+from tests.support.speculation import EVEN
 
 
 def plan(self: DraftPlanner, most: int, looked_up: int, *_: object) -> DraftPlan:

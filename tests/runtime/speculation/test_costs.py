@@ -1,0 +1,24 @@
+"""Costs of passes are measured once; with `exact`, a plain step costs two tokens."""
+
+from pathlib import Path
+
+import pytest
+
+from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.speculation import costs
+from fusionroute.runtime.speculation.costs import seconds_by_tokens
+from tests.support.speculation import ONE
+
+
+def test_without_reading_alone_a_plain_step_costs_two_tokens() -> None:
+    assert seconds_by_tokens(ONE, 0, exact=True)[1] == seconds_by_tokens(ONE, 0)[2] == 1.1
+
+
+def test_costs_are_measured_once(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as first:
+        assert first._costs is not None and first._costs.fusion > 0 and len(first._costs.experts) == len(first.expert_names)
+        for passes in (first._costs.router, *first._costs.experts):
+            assert len(passes) == 2 and all(seconds > 0 for length in passes for seconds in length)
+        monkeypatch.setattr(costs, "measure", None)
+        with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as second:
+            assert second._costs == first._costs
