@@ -1,7 +1,5 @@
-"""Streaming detokenisation: all pieces together are the decoded text, cut before the first stop string."""
+"""The tokenizer, and streaming detokenisation: all pieces together are the decoded text."""
 
-import functools
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,127 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime.errors import BundleError, InputError
-from fusionroute.runtime.text import Text, TextStream, Token
-
-tokenizers: Any = pytest.importorskip("tokenizers")
-
-SAMPLE = [
-    "The quick brown fox jumps over the lazy dog, and then it jumps again. 12+30=42",
-    "Übermäßig schöne Grüße aus Köln; garçon, déjà vu, cafe\u0301 a\u0308",
-    "東京は日本の首都です。我喜欢学习语言。 서울은 대한민국의 수도입니다.",
-    "Привет, мир! नमस्ते दुनिया שלום עולם مرحبا بالعالم",
-    "Emoji: 😀😃 👩‍🚀 🏳️‍🌈 🇩🇪 👍🏽 — ½ ∑ \ufffd",
-    "def add(a, b):\n\treturn a + b\n\n",
-]
-
-
-def byte_level() -> Any:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=420,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<bos>", "<eos>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SAMPLE, trainer)
-    tokenizer.add_tokens(["<plain>", "ünï"])  # added, yet not special: decoded as they stand
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    return tokenizer
-
-
-def byte_fallback(strip: bool) -> Any:
-    """As Gemma-2 decodes; with `strip` as Llama-2 does."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
-    decoders = tokenizers.decoders
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strip else steps)
-    tokenizer.train_from_iterator(
-        [SAMPLE[0], SAMPLE[1]],
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=420,
-            special_tokens=["<unk>", "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256))],
-            initial_alphabet=["\ufffd", "▁"],
-            show_progress=False,
-        ),
-    )
-    # The trainer reserves special tokens only, and a byte is none.
-    state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = [added for added in state["added_tokens"] if not added["content"].startswith("<0x")]
-    return tokenizers.Tokenizer.from_str(json.dumps(state))
-
-
-def metaspace() -> Any:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    tokenizer.decoder = tokenizers.decoders.Metaspace()
-    tokenizer.train_from_iterator(
-        SAMPLE, tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<bos>"], initial_alphabet=["▁"], show_progress=False)
-    )
-    return tokenizer
-
-
-def word_piece() -> Any:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = tokenizers.decoders.WordPiece()
-    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "[CLS]"], show_progress=False)
-    tokenizer.train_from_iterator(SAMPLE, trainer)
-    return tokenizer
-
-
-MAKERS = {
-    "byte level": byte_level,
-    "byte fallback": lambda: byte_fallback(strip=False),
-    "byte fallback, strip": lambda: byte_fallback(strip=True),
-    "metaspace": metaspace,
-    "word piece": word_piece,
-}
-
-
-@functools.cache
-def text_of(kind: str) -> Text:
-    return Text(MAKERS[kind]())
-
-
-def token(id: int) -> Token:
-    return Token(id, "math", -0.5, np.zeros(2, np.float32))
-
-
-def streamed(text: Text, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[Token], bool]:
-    """All tokens that came out, in the order they went in, and whether a stop string was met."""
-    stream = TextStream(text, stop)
-    tokens: list[Token] = []
-    for id in ids:
-        tokens += stream.push(token(id))
-        if stream.stopped:
-            break
-    tokens += stream.finish()
-    assert [each.id for each in tokens] == list(ids)[: len(tokens)]
-    assert stream.stopped or len(tokens) == len(ids)
-    return tokens, stream.stopped
-
-
-def joined(tokens: Sequence[Token]) -> str:
-    return "".join(each.text for each in tokens)
-
-
-def id_of(kind: str, string: str) -> int:
-    id = text_of(kind)._tokenizer.token_to_id(string)
-    assert id is not None
-    return id
-
-
-def one_byte(kind: str, byte: int) -> int:
-    """The id of a token for a single byte."""
-    if kind != "byte level":
-        return id_of(kind, f"<0x{byte:02X}>")
-    # GPT-2's table: printable bytes stand for themselves, the others follow from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [value for value in range(256) if value not in printable]
-    return id_of(kind, chr(byte) if byte in printable else chr(256 + rest.index(byte)))
+from fusionroute.runtime.text import Text, TextStream
+from tests.support.tokenizers import MAKERS, SAMPLE, byte_level, id_of, joined, one_byte, streamed, text_of, token
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -253,88 +132,12 @@ def test_work_is_linear(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts[1] < 4.1 * counts[0]
 
 
-# Stop strings
-
-
-def reference(full: str, stop: Sequence[str]) -> str:
-    met = [place for string in stop if (place := full.find(string)) >= 0]
-    return full[: min(met)] if met else full
-
-
-@pytest.mark.parametrize("kind", ["byte level", "byte fallback", "word piece"])
-def test_stop_strings_cut_the_text_as_if_it_were_whole(kind: str) -> None:
-    text = text_of(kind)
-    alphabet = [text.encode(word, special=False) for word in ("a", "b", " the", "ab", "é", "😀", "aab", ".")]
-    size = text._tokenizer.get_vocab_size()
-
-    @settings(max_examples=300, deadline=None)
-    @given(
-        st.lists(st.one_of(st.sampled_from(alphabet), st.integers(0, size - 1).map(lambda id: [id])), max_size=25),
-        st.lists(st.text("ab. ethé😀\ufffd", min_size=1, max_size=5), max_size=3),
-    )
-    def check(words: list[list[int]], stop: list[str]) -> None:
-        ids = [id for word in words for id in word]
-        tokens, stopped = streamed(text, ids, stop)
-        full = text.decode(ids)
-        assert joined(tokens) == reference(full, stop)
-        assert stopped == any(string in full for string in stop)
-
-    check()
-
-
-def test_tokens_that_may_begin_a_stop_string_wait() -> None:
-    text = text_of("byte level")
-    stream = TextStream(text, ["END", "!!"])
-    out = []
-    for char in "xEyEN!zEND":
-        (id,) = text.encode(char, special=False)
-        out.append([each.text for each in stream.push(token(id))])
-    assert out == [["x"], [], ["E", "y"], [], [], ["E", "N"], ["!", "z"], [], [], ["", "", ""]]
-    assert stream.stopped
-    assert stream.finish() == []
-
-
-def test_a_token_that_holds_the_start_of_a_stop_string_is_cut() -> None:
-    text = text_of("byte level")
-    ids = [id_of("byte level", "<plain>"), *text.encode("x", special=False)]
-    tokens, stopped = streamed(text, ids, ["in>x"])
-    assert stopped
-    assert [each.text for each in tokens] == ["<pla", ""]
-
-
-def test_a_stop_string_that_never_ends_is_text_at_the_end() -> None:
-    text = text_of("byte level")
-    stream = TextStream(text, ["abc", "b"])
-    (a,), (b,) = text.encode("a", special=False), text.encode("b", special=False)
-    assert [stream.push(token(a)), stream.push(token(b))] == [[], []]  # "abc" would begin earlier
-    assert [each.text for each in stream.finish()] == ["a", ""]
-    assert stream.stopped
-    assert [each.text for each in stream.push(token(a))] == [""]
-
-
-def test_one_stop_string_need_not_be_in_a_list() -> None:
-    text = text_of("byte level")
-    assert joined(streamed(text, text.encode("one, two", special=False), ", ")[0]) == "one"
-
-
-def test_wrong_stop_strings() -> None:
-    with pytest.raises(InputError, match="stop string ''"):
-        TextStream(text_of("byte level"), ["x", ""])
-    with pytest.raises(InputError, match="stop string 7"):
-        TextStream(text_of("byte level"), [7])  # type: ignore[list-item]
-    with pytest.raises(InputError, match=r"tokenizer\.json"):
-        TextStream(None, ["x"])
-
-
 def test_without_a_tokenizer_tokens_pass_without_text() -> None:
     stream = TextStream(None)
     passed = stream.push(token(5))
     assert [(each.id, each.text) for each in passed] == [(5, "")]
     assert stream.finish() == []
     assert not stream.stopped
-
-
-# The tokenizer itself
 
 
 def test_encode_and_decode_are_the_tokenizers(tmp_path: Path) -> None:
