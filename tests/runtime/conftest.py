@@ -27,3 +27,9 @@ def rt(request: pytest.FixtureRequest, bundles: list[Path]) -> Iterator[FusionRu
     """The first bundle in both precisions; one test of the engine runs all bundles."""
     with FusionRuntime.load(bundles[0], precision=request.param) as runtime:
         yield runtime
+
+
+@pytest.fixture
+def bundle(bundles: list[Path], tmp_path: Path) -> Path:
+    """A copy to tamper with."""
+    return Path(shutil.copytree(bundles[0], tmp_path / "bundle"))

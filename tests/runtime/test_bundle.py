@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,9 @@ import pytest
 from fusionroute.runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.files import partial_name
-from fusionroute.runtime.manifest import Manifest
+from tests.support.bundles import edit, refusal
 
-Change = Callable[[dict[str, Any]], object]
 PROMPT = [1, 5, 9]
-
-
-@pytest.fixture
-def bundle(bundles: list[Path], tmp_path: Path) -> Path:
-    """A copy to tamper with."""
-    return Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
-
-
-def edit(bundle: Path, change: Change) -> None:
-    """Change what the manifest says."""
-    content = json.loads((bundle / "manifest.json").read_text())
-    change(content)
-    (bundle / "manifest.json").write_text(json.dumps(content))
 
 
 def rehash(bundle: Path, name: str) -> None:
@@ -52,94 +37,9 @@ def named(bundle: Path, kind: str) -> str:
     return {"fusion": str(content["variants"][-1]["fusion_graph"]), "tokenizer": "tokenizer.json", "report": "report.json"}[kind]
 
 
-def refusal(bundle: Path) -> str:
-    """The sentence with which loading ends; one line, which names the bundle."""
-    with pytest.raises(BundleError) as caught:
-        FusionRuntime.load(bundle)
-    sentence = str(caught.value)
-    assert "\n" not in sentence and str(bundle) in sentence
-    assert sentence.endswith(".")
-    return sentence
-
-
-def first(content: dict[str, Any]) -> dict[str, Any]:
-    variant: dict[str, Any] = content["variants"][0]
-    return variant
-
-
-def escape(path: str) -> dict[str, Change]:
-    """The ways in which a manifest may lead out of its bundle."""
-
-    def file(content: dict[str, Any]) -> None:
-        content["files"][path] = next(iter(content["files"].values()))
-
-    def graph(content: dict[str, Any]) -> None:
-        first(content)["graphs"]["router"] = path
-
-    def fusion(content: dict[str, Any]) -> None:
-        first(content)["fusion_graph"] = path
-
-    return {f"{where}-{path!r}": change for where, change in (("file", file), ("graph", graph), ("fusion", fusion))}
-
-
-ESCAPES = {
-    name: change
-    for path in ("../x.onnx", "/etc/passwd", "graphs/../../x", "..\\x", "graphs/\0", ".", "")
-    for name, change in escape(path).items()
-}
-
-
-@pytest.mark.parametrize("name", ESCAPES)
-def test_manifests_that_lead_out_of_the_bundle(bundle: Path, name: str) -> None:
-    edit(bundle, ESCAPES[name])
-    assert "is not a path inside the bundle" in refusal(bundle)
-
-
-def other_graph(content: dict[str, Any]) -> None:
-    first(content)["graphs"]["router"] = "graphs/none.onnx"
-
-
-MANIFESTS: dict[str, tuple[Change, str]] = {
-    "unknown format": (lambda m: m.update(format=2), "format: Input should be 1"),
-    "unknown field": (lambda m: m.update(colour="red"), "colour: Extra inputs are not permitted"),
-    "missing field": (lambda m: m.pop("files"), "files: Field required"),
-    "no variants": (lambda m: m.update(variants=[]), "variants"),
-    "router only": (lambda m: m.update(models=m["models"][:1]), "models"),
-    "two of a name": (lambda m: m["models"][2].update(name=m["models"][1]["name"]), "two models have the same name"),
-    "model without graph": (lambda m: first(m)["graphs"].pop("router"), "has graphs for"),
-    "graph without hash": (lambda m: m["files"].pop(first(m)["graphs"]["router"]), "is not among the files"),
-    "graph that is nowhere": (other_graph, "graphs/none.onnx is not among the files"),
-    "lambda out of range": (lambda m: m.update(lam=1.5), "lam: Input should be less than or equal to 1"),
-    "curve out of range": (lambda m: m.update(lam_curve=[[0.5, 1.5]]), "lam_curve.0.1: Input should be less than or equal to 1"),
-    "unknown fusion": (lambda m: m.update(fusion="product"), "fusion: Input should be 'weighted' or 'additive'"),
-    "hash that is none": (lambda m: next(iter(m["files"].values())).update(sha256="abc"), "sha256"),
-    "more layers": (lambda m: m["models"][0].update(layers=m["models"][0]["layers"] + 1), "does not have the inputs"),
-    "other kv heads": (lambda m: m["models"][1].update(kv_heads=7), "does not have the inputs"),
-    "other head size": (lambda m: m["models"][0].update(head_size=8), "does not have the inputs"),
-    "other vocabulary": (lambda m: m.update(vocab_size=m["vocab_size"] - 1), "does not have the inputs"),
-}
-
-
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_manifests_that_do_not_fit(bundle: Path, name: str) -> None:
-    change, words = MANIFESTS[name]
-    edit(bundle, change)
-    sentence = refusal(bundle)
-    assert words in sentence
-
-
 def test_a_path_that_the_system_refuses() -> None:
     with pytest.raises(BundleError, match="too long"):
         FusionRuntime.load("a" * 5000)
-
-
-def test_a_curve_of_lambda_is_optional_and_kept(bundle: Path) -> None:
-    edit(bundle, lambda m: m.pop("lam_curve"))
-    assert Manifest.read(bundle).lam_curve is None
-    tuned = Manifest.read(bundle).model_copy(update={"lam": 0.25, "lam_curve": [(0.0, 0.5), (0.25, 0.75)]})
-    tuned.write(bundle)
-    assert Manifest.read(bundle) == tuned
-    Bundle.open(bundle).verify()
 
 
 def test_what_a_killed_write_has_left_is_no_part_of_the_bundle(bundle: Path) -> None:
@@ -149,24 +49,6 @@ def test_what_a_killed_write_has_left_is_no_part_of_the_bundle(bundle: Path) -> 
     left.rename(bundle / ".manifest.json.partial")
     with pytest.raises(BundleError, match="does not belong to the bundle"):
         Bundle.open(bundle).verify()
-
-
-def test_a_manifest_is_replaced_in_one_step(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, files = (bundle / "manifest.json").read_bytes(), sorted(bundle.iterdir())
-
-    def fails(*_: object) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(OSError, match="no space"):
-        Manifest.read(bundle).write(bundle)
-    assert (bundle / "manifest.json").read_bytes() == before and sorted(bundle.iterdir()) == files
-
-
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"format": 1}', b"\xff\xfe\x00", b"[" * 100_000])
-def test_manifests_that_are_none(bundle: Path, text: bytes) -> None:
-    (bundle / "manifest.json").write_bytes(text)
-    assert "manifest.json" in refusal(bundle)
 
 
 def test_folders_that_are_no_bundle(tmp_path: Path) -> None:

@@ -1,9 +1,17 @@
-"""Bundles with other contents than the exporter gave them. Needs no torch."""
+"""Bundles with other contents than the exporter gave them, and the sentence that refuses one. Needs no torch."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from fusionroute.runtime import BundleError, FusionRuntime
 from fusionroute.runtime.manifest import Manifest
+
+Change = Callable[[dict[str, Any]], object]
 
 
 def copy_with_ends(bundle: Path, copy: Path, ids: list[int]) -> Path:
@@ -11,3 +19,20 @@ def copy_with_ends(bundle: Path, copy: Path, ids: list[int]) -> Path:
     shutil.copytree(bundle, copy)
     Manifest.read(copy).model_copy(update={"eos_token_ids": ids}).write(copy)
     return copy
+
+
+def edit(bundle: Path, change: Change) -> None:
+    """Change what the manifest says."""
+    content = json.loads((bundle / "manifest.json").read_text())
+    change(content)
+    (bundle / "manifest.json").write_text(json.dumps(content))
+
+
+def refusal(bundle: Path) -> str:
+    """The sentence with which loading ends; one line, which names the bundle."""
+    with pytest.raises(BundleError) as caught:
+        FusionRuntime.load(bundle)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and str(bundle) in sentence
+    assert sentence.endswith(".")
+    return sentence
