@@ -2,12 +2,8 @@
 
 import errno
 import fcntl
-import json
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +12,7 @@ import pytest
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.files import partial_name
-
-FILES = ("graphs/a.onnx", "tokenizer.json")
-DEAD = 2**22 + 1  # beyond the largest process id
-
-
-def fill(folder: Path, text: str) -> None:
-    """A folder that staging takes for a bundle."""
-    for name in FILES:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "family": "x", "models": [], "files": dict.fromkeys(FILES)}))
-
-
-def stage(out: Path, text: str = "new", force: bool = False) -> None:
-    with StagedBundle(out, force) as staging:
-        fill(staging.folder, text)
-        assert staging.folder.parent == out.resolve().parent, "a rename must not cross file systems"
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """All files and links below a folder, hidden ones too."""
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    return {name: "link" if path.is_symlink() else path.read_text() for name, path in paths.items() if path.is_symlink() or path.is_file()}
-
-
-def bundle(text: str, name: str = "bundle") -> dict[str, str]:
-    return {f"{name}/{file}": text for file in FILES}
-
-
-def texts(folder: Path) -> dict[str, str]:
-    return {name: text for name, text in contents(folder).items() if not name.endswith("manifest.json")}
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "bundle"
+from tests.support.staging import DEAD, bundle, contents, fill, notes, stage, texts
 
 
 def test_a_bundle_appears_with_its_parents_and_alone(tmp_path: Path) -> None:
@@ -95,11 +56,6 @@ def test_an_empty_folder_holds_nothing_to_lose(out: Path, tmp_path: Path) -> Non
     out.mkdir()
     stage(out)
     assert texts(tmp_path) == bundle("new")
-
-
-def notes(out: Path) -> None:
-    out.mkdir()
-    (out / "notes.txt").write_text("mine")
 
 
 def web_page(out: Path) -> None:
@@ -222,96 +178,6 @@ def test_a_failing_rename_brings_the_old_bundle_back(
     assert caught.type is (error if isinstance(error, type) else type(error))
     assert texts(tmp_path) == bundle("old")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-
-
-# -- killed exports ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pid", [DEAD, os.getpid(), os.getppid()], ids=["dead", "own", "taken"])
-def test_the_next_export_clears_what_a_killed_one_left(out: Path, tmp_path: Path, pid: int) -> None:
-    """Even if another process has its id now, as happens in containers, where ids are small."""
-    fill(tmp_path / f".bundle.partial-{pid}", "half")
-    (tmp_path / f".bundle.lock-{pid}").touch()
-    stage(out)
-    assert texts(tmp_path) == bundle("new")
-
-
-@pytest.mark.parametrize("pid", [DEAD, os.getpid(), os.getppid()], ids=["dead", "own", "taken"])
-def test_a_bundle_moved_aside_comes_back(out: Path, tmp_path: Path, pid: int) -> None:
-    """Killed between the two renames: whatever the next export does, the old bundle is there again."""
-    fill(tmp_path / f".bundle.replaced-{pid}", "old")
-    fill(tmp_path / f".bundle.partial-{pid}", "half")
-    with pytest.raises(InputError, match="add --force"):
-        stage(out)
-    assert texts(tmp_path) == bundle("old")
-
-
-def test_a_bundle_moved_aside_is_replaced_with_force(out: Path, tmp_path: Path) -> None:
-    fill(tmp_path / f".bundle.replaced-{DEAD}", "old")
-    stage(out, force=True)
-    assert texts(tmp_path) == bundle("new")
-
-
-def test_a_bundle_moved_aside_goes_once_the_new_one_stands(out: Path, tmp_path: Path) -> None:
-    fill(tmp_path / f".bundle.replaced-{DEAD}", "old")
-    fill(out, "newer")
-    with pytest.raises(InputError, match="add --force"):
-        stage(out)
-    assert texts(tmp_path) == bundle("newer")
-
-
-def test_a_bundle_moved_aside_is_kept_where_other_files_took_its_place(out: Path, tmp_path: Path) -> None:
-    fill(tmp_path / f".bundle.replaced-{DEAD}", "old")
-    notes(out)
-    with pytest.raises(InputError, match="is no bundle"):
-        stage(out, force=True)
-    assert texts(tmp_path) == bundle("old", f".bundle.replaced-{DEAD}") | {"bundle/notes.txt": "mine"}
-
-
-@pytest.mark.parametrize(
-    "name", [".bundle.partial-x", ".bundle.partial-", ".bundle.backup-1", f".bundle2.partial-{DEAD}", ".bundle.partial"]
-)
-def test_names_that_are_not_ours_are_left_alone(out: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "file").write_text("mine")
-    stage(out)
-    assert texts(tmp_path) == bundle("new") | {f"{name}/file": "mine"}
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from fusionroute.fr_export.bundle.staged_folder import StagedBundle
-with StagedBundle(Path(sys.argv[1]), True) as staging:
-    (staging.folder / "file").write_text("theirs")
-    print(staging.folder.name, flush=True)
-    time.sleep(600)
-"""
-
-
-@pytest.fixture
-def other(out: Path) -> Iterator["subprocess.Popen[str]"]:
-    """Another process that is writing to the same place."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True)
-    yield process
-    process.kill()
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
-
-
-def test_two_exports_at_once_do_not_meet(out: Path, tmp_path: Path, other: "subprocess.Popen[str]") -> None:
-    assert other.stdout is not None
-    theirs = other.stdout.readline().strip()
-    stage(out)
-    assert texts(tmp_path) == bundle("new") | {f"{theirs}/file": "theirs", theirs.replace("partial", "lock"): ""}
-    other.send_signal(signal.SIGKILL)
-    other.wait()
-    stage(out, "newer", force=True)
-    assert texts(tmp_path) == bundle("newer")
-
-
-# -- places that cannot be written ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["file/bundle", "file/deeper/bundle", "x" * 300 + "/bundle"])
