@@ -3,7 +3,6 @@
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -14,62 +13,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fusionroute.calibration.blockwise_forward import BlockwiseForward
-from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import Text
 from fusionroute.calibration.serving_masks import Mask
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
-from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.source_rows import rows
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, Stored
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.plan_w8a8 import W8A8Plan, choose, logit_noise, matrices
-from fusionroute.fr_export.precision.smoothquant import Columns, smooth
+from fusionroute.fr_export.precision.plan_w8a8 import choose, matrices
 from fusionroute.fr_export.precision.w8a8 import PlannedW8A8, StaticW8A8, quantise
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime.errors import InputError
 from tests.support.calibration import fit_context, observe, run, traced, written
-from tests.support.systems import Shape, make_system
-
-IDS = [int(i) for i in np.random.default_rng(0).integers(3, 300, 32)]
-SHAPES = {
-    "llama3": Shape("llama3", experts=1, config={"tie_word_embeddings": True}),
-    "llama3-biased": Shape("llama3", experts=1, head_dim=20, config={"attention_bias": True, "mlp_bias": True}),
-    "gemma2": Shape("gemma2", experts=1, config={"tie_word_embeddings": True}),
-}
-
-
-class PlannedRouter(NamedTuple):
-    system: System
-    graph: Graph
-    seen: dict[str, Observer]
-    noise: dict[str, float]
-    plan: W8A8Plan
-    path: Path
-    written: ir.Graph
-
-
-def uneven(graph: Graph) -> dict[str, float]:
-    """A noise for every product, of which some are much louder than others."""
-    random = np.random.default_rng(3)
-    return {name: float(np.exp(3 * random.standard_normal())) * 1e-6 for name in matrices(graph)}
-
-
-@pytest.fixture(scope="module", params=SHAPES)
-def planned_router(request: Any, tmp_path_factory: pytest.TempPathFactory) -> PlannedRouter:
-    """A smoothed router, planned and written."""
-    folder, shape = tmp_path_factory.mktemp("system"), SHAPES[request.param]
-    router, experts = make_system(folder, shape)
-    system = System.open(FAMILIES[shape.family], router, experts, max_seq_len=64)
-    graph, weights = traced(system), system.router.weights
-    graph, _ = smooth(graph, weights, observe(graph, weights, [IDS]))
-    seen = observe(graph, weights, [IDS])
-    noise = uneven(graph)
-    chosen = choose(graph, weights, seen, noise)
-    path = written(graph, weights, folder / "out", PlannedW8A8(chosen), system.head)
-    return PlannedRouter(system, graph, seen, noise, chosen, path, ir.load(path).graph)
+from tests.support.planned_router import IDS, SHAPES, PlannedRouter, uneven
+from tests.support.systems import make_system
 
 
 def rounded(array: np.ndarray) -> np.ndarray:
@@ -194,48 +153,6 @@ def test_every_weight_is_stored_once_under_its_hash(planned_router: PlannedRoute
         assert {n.op_type for n in lookup.inputs[0].consumers()} == {"Gather", "DequantizeLinear"}
 
 
-def test_the_noisiest_products_stay_at_16_bit_activations(planned_router: PlannedRouter) -> None:
-    weights, at_a16 = planned_router.system.router.weights, planned_router.plan.at_a16
-    assert at_a16 and [p.noise / p.work for p in at_a16] == sorted((p.noise / p.work for p in at_a16), reverse=True)
-    everything = choose(planned_router.graph, weights, planned_router.seen, planned_router.noise, share=1)
-    assert not everything.at_a16 and everything.share == 1 and everything.scales.items() >= planned_router.plan.scales.items()
-    nothing = choose(planned_router.graph, weights, planned_router.seen, planned_router.noise, share=0)
-    assert not nothing.scales and nothing.share == 0
-    assert {p.matrix: p.noise for p in nothing.at_a16 if "layers" in p.matrix}.items() <= planned_router.noise.items()
-    # those that did not fit, or that come after the last that did
-    spared = [p for p in nothing.at_a16 if p not in at_a16]
-    assert all(p.work > (planned_router.plan.share - 0.6) * sum(q.work for q in nothing.at_a16) for p in spared)
-    assert all(step == pytest.approx(planned_router.seen[name].absmax() / 127) for name, step in everything.scales.items())
-    clipped = choose(planned_router.graph, weights, planned_router.seen, planned_router.noise, Observer.mse, share=1)
-    assert all(step == pytest.approx(planned_router.seen[name].mse() / 127) for name, step in clipped.scales.items())
-    assert clipped.scales != everything.scales
-
-
-def test_what_calibration_never_saw_stays_at_16_bit_activations(planned_router: PlannedRouter) -> None:
-    weights, name = planned_router.system.router.weights, "model.model.layers.0.mlp.down_proj.weight"
-    unseen = planned_router.seen | {name: Observer(name, 128)}
-    unseen_plan = choose(planned_router.graph, weights, unseen, planned_router.noise, share=1)
-    assert [p.matrix for p in unseen_plan.at_a16] == [name] and unseen_plan.at_a16[0].noise == np.inf
-    with pytest.raises(InputError, match=f"no statistics of '{name}'"):
-        choose(
-            planned_router.graph, weights, {key: value for key, value in planned_router.seen.items() if key != name}, planned_router.noise
-        )
-
-
-def test_the_noise_of_logits_is_that_of_rounded_inputs() -> None:
-    random = np.random.default_rng(1)
-    x = (random.standard_normal((4000, 48)) * np.exp(random.standard_normal(48))).astype(np.float32)
-    w = random.standard_normal((30, 48)).astype(np.float32)
-    seen = Observer("x", 48)
-    seen.see(x)
-    columns = Columns(np.abs(w).max(0), np.square(w, dtype=np.float64).sum(0))
-    for limit in (seen.absmax(), seen.mse(), seen.percentile(99)):
-        step = limit / 127
-        off = (np.clip(np.rint(x / step), -127, 127) * step - x) @ w.T
-        assert logit_noise(seen, limit, columns) == pytest.approx(np.square(off).sum(-1).mean(), rel=0.35)
-    assert logit_noise(seen, 0.0, columns) == 0
-
-
 ROWS = arrays.arrays(
     np.float32, st.tuples(st.integers(1, 6), st.integers(1, 40)), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 )
@@ -315,12 +232,3 @@ def close(stored: Stored, exact: np.ndarray) -> bool:
 def test_without_calibration_there_is_no_scale(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs the scales of calibration"):
         StaticW8A8().bind(None, None, iter(()), Store(tmp_path))  # type: ignore[arg-type]
-
-
-def test_the_heads_noise_is_told_in_logits(planned_router: PlannedRouter) -> None:
-    plans = choose(planned_router.graph, planned_router.system.router.weights, planned_router.seen, planned_router.noise, share=0)
-    by_name = {product.matrix: product for product in plans.at_a16}
-    head = next(name for name in by_name if "layers" not in name)
-    seen, columns = planned_router.seen[head], Columns.read(planned_router.graph.sources[head], planned_router.system.router.weights)
-    out = int(planned_router.graph.model.graph.initializers[head].shape[0])
-    assert by_name[head].noise == pytest.approx(logit_noise(seen, seen.absmax(), columns) / out)
