@@ -14,7 +14,7 @@ import numpy as np
 
 from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
 from fusionroute.calibration.observers import Observer
-from fusionroute.calibration.record import Text
+from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import Mask
 from fusionroute.runtime.errors import InputError
 
@@ -23,7 +23,7 @@ EVERY = 10.0  # seconds between two saved states
 
 def observe(
     blocks: Sequence[Block],
-    texts: Sequence[Text],
+    texts: Sequence[RecordedText],
     masks: Sequence[Mask],
     embed: Callable[[np.ndarray], np.ndarray],
     read: Callable[[str], np.ndarray],

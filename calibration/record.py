@@ -13,7 +13,7 @@ NOBODY = -1
 
 
 @dataclass(frozen=True)
-class Text:
+class RecordedText:
     """A prompt with the system's continuation, its end-of-sequence token included.
 
     ids int32 [S]. experts int8 [S]: the index of the expert that chose token t + 1; NOBODY where none was chosen, which
@@ -26,7 +26,7 @@ class Text:
 
 def record(
     runtime: FusionRuntime, prompts: Sequence[str | Sequence[int]], new_tokens: int, seed: int, advance: Callable[[float], None]
-) -> list[Text]:
+) -> list[RecordedText]:
     """One text per prompt, sampled at temperature 1 and top_p 0.95, since greedy texts loop.
 
     A prompt that leaves no room for `new_tokens` in the context is cut at its end. Each prompt has a random stream of
@@ -51,6 +51,6 @@ def record(
             experts.append(runtime.expert_names.index(token.expert))
             if token.id in eos:
                 break
-        texts.append(Text(np.array(session.token_ids, np.int32), np.array([*experts, NOBODY], np.int8)))
+        texts.append(RecordedText(np.array(session.token_ids, np.int32), np.array([*experts, NOBODY], np.int8)))
         advance(1)
     return texts

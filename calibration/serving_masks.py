@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.calibration.record import NOBODY, Text
+from fusionroute.calibration.record import NOBODY, RecordedText
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Mask:
     head: npt.NDArray[np.int64]
 
 
-def serving_masks(texts: Sequence[Text], model: int | None) -> list[Mask]:
+def serving_masks(texts: Sequence[RecordedText], model: int | None) -> list[Mask]:
     """One mask per text: what the router (`model` None) or an expert (its index) serves of it.
 
     The router reads everything, and its logits count wherever an expert was chosen. An expert's logits count where it
@@ -35,7 +35,7 @@ def serving_masks(texts: Sequence[Text], model: int | None) -> list[Mask]:
     return masks
 
 
-def shares(texts: Sequence[Text], n: int) -> npt.NDArray[np.float64]:
+def shares(texts: Sequence[RecordedText], n: int) -> npt.NDArray[np.float64]:
     """Each of n experts' share of the positions where one was chosen, float64 [n]; zeros where there are none."""
     counts = np.zeros(n, np.int64)
     for text in texts:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fusionroute.calibration import checksummed_file
 from fusionroute.calibration.observers import Observer
-from fusionroute.calibration.record import Text
+from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import shares
 from fusionroute.runtime.errors import InputError, one_line
 
@@ -27,7 +27,7 @@ class Table:
     depends on. An expert that was never chosen has observers without rows.
     """
 
-    texts: list[Text]
+    texts: list[RecordedText]
     models: dict[str, dict[str, Observer]]
     identity: str
 
@@ -55,7 +55,7 @@ class Table:
             names: dict[str, list[str]] = json.loads(about["models"])
             ends = np.cumsum(tensors["lengths"])[:-1]
             parts = (np.split(tensors[name], ends) if len(tensors["lengths"]) else [] for name in ("ids", "experts"))
-            texts = [Text(ids, experts) for ids, experts in zip(*parts, strict=True)]
+            texts = [RecordedText(ids, experts) for ids, experts in zip(*parts, strict=True)]
             models = {
                 model: {matrix: Observer.of(matrix, _below(tensors, f"{model}/{matrix}/")) for matrix in matrices}
                 for model, matrices in names.items()

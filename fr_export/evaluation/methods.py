@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusionroute.fr_export.evaluation.reading import Ids, Place, Reader
+from fusionroute.fr_export.evaluation.reading import Ids, Place, TextReader
 from fusionroute.runtime import FusionRuntime, InputError
 from fusionroute.runtime.backend import Output
 from fusionroute.runtime.options import fusion_coefficients
@@ -49,7 +49,7 @@ class Answer:
 class Draft:
     """An unfinished answer: its tokens so far, and how far each model has read them."""
 
-    def __init__(self, readers: Sequence[Reader], prompt: Ids):
+    def __init__(self, readers: Sequence[TextReader], prompt: Ids):
         self._readers, self.ids = readers, prompt
         self._places: list[Place] = [reader.root for reader in readers]
 
@@ -126,14 +126,14 @@ def check(name: str, experts: Sequence[str]) -> None:
         method_named(name, experts, "weighted", 0.5)
 
 
-class Decoder:
+class MethodDecoder:
     """Greedy decoding by any method, one prompt at a time. Methods share the outputs that models have computed."""
 
     def __init__(self, runtime: FusionRuntime):
         self.runtime = runtime
         guessing = runtime.precision == "fp32"
         models = (runtime.backend.router, *runtime.backend.experts)
-        self._readers = [Reader(model, runtime.vocab_size, runtime.backend.prefill_chunk, guessing) for model in models]
+        self._readers = [TextReader(model, runtime.vocab_size, runtime.backend.prefill_chunk, guessing) for model in models]
         self._ends = frozenset(runtime.bundle.manifest.eos_token_ids)
         self._prompt: Ids = ()
 

@@ -26,7 +26,7 @@ class Place:
     output: Output | None = None
 
 
-class Reader:
+class TextReader:
     """One model, which reads one prompt at a time. All methods read through it, so no model computes a prefix twice.
 
     With `guessing` a whole answer may be read ahead in one pass, which rounds differently from reading token by token:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusionroute.fr_export.evaluation.methods import Answer, Decoder, method_named
+from fusionroute.fr_export.evaluation.methods import Answer, MethodDecoder, method_named
 from fusionroute.fr_export.evaluation.outcomes import Outcomes
 from fusionroute.fr_export.evaluation.scoring import f1
 from fusionroute.fr_export.evaluation.token_classes import CLASSES, TokenClasses
@@ -44,7 +44,7 @@ class Worker:
         self._text = Text.load(runtime.bundle.folder / "tokenizer.json")
         self._chat = job.chat
         self._methods = {name: method_named(name, runtime.expert_names, runtime.fusion, runtime.lam) for name in job.methods}
-        self._decoder = Decoder(runtime)
+        self._decoder = MethodDecoder(runtime)
         self._classes = TokenClasses(self._text)
 
     def answer(self, piece: Piece) -> dict[str, Outcomes]:

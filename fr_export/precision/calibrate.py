@@ -11,7 +11,7 @@ import numpy as np
 
 from fusionroute.calibration.observe import observe
 from fusionroute.calibration.observers import Observer
-from fusionroute.calibration.record import Text, record
+from fusionroute.calibration.record import RecordedText, record
 from fusionroute.calibration.serving_masks import serving_masks
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.checkpoints.system import System
@@ -141,7 +141,7 @@ def asked(system: System, prompts: Sequence[str], seed: int) -> list[str | list[
 
 def recorded(
     bundle: Path, precision: str, prompts: list[str | list[int]], new_tokens: int, seed: int, cached: "Cache", stages: Stages
-) -> list[Text]:
+) -> list[RecordedText]:
     """One text per prompt. Every text has its own random stream, so the texts of an interrupted call can be reused."""
     texts = cached.table("texts").texts
     with stages.stage("recording what the system does", len(prompts)) as advance:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusionroute.calibration.observers import Observer
-from fusionroute.calibration.record import Text
+from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import Mask, serving_masks
 from fusionroute.calibration.table import Table
 
@@ -18,7 +18,7 @@ class Evidence:
     An expert that was never chosen has statistics without rows.
     """
 
-    recorded: Sequence[Text]
+    recorded: Sequence[RecordedText]
     masks: Sequence[Mask]
     observed: Mapping[str, Observer]
 

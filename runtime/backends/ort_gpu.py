@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TYPES: dict[str, tuple[Any, int]] = {"tensor(float)": (np.float32, 4), "tensor(float16)": (np.float16, 2), "tensor(bfloat16)": (16, 2)}
 
 
-class Dialect(NamedTuple):
+class PositionInputs(NamedTuple):
     """How graphs of a target learn the text's length. keyed: they read as many keys as `key_positions` is long."""
 
     lengths: Layout
@@ -46,9 +46,9 @@ def fill_tensorrt(arrays: dict[str, np.ndarray], length: int, count: int) -> Non
     arrays["write_index"][0] = length
 
 
-DIALECTS = {
-    "ort:cuda": Dialect({"seqlens_k": ((1,), np.int32), "total_sequence_length": ((), np.int32)}, fill_ort, False),
-    "tensorrt": Dialect({"write_index": ((1,), np.int64)}, fill_tensorrt, True),
+POSITION_INPUTS = {
+    "ort:cuda": PositionInputs({"seqlens_k": ((1,), np.int32), "total_sequence_length": ((), np.int32)}, fill_ort, False),
+    "tensorrt": PositionInputs({"write_index": ((1,), np.int64)}, fill_tensorrt, True),
 }
 
 
@@ -64,9 +64,9 @@ class OrtGpu:
         names = [variant.graphs[model.name] for model in manifest.models]
         sessions = [opener.open(bundle.folder / name, manifest, manifest.files[name].sha256) for name in names]
         ort.check(sessions, manifest.models, [bundle.folder / name for name in names], manifest.vocab_size)
-        dialect = DIALECTS[variant.target]
+        position_inputs = POSITION_INPUTS[variant.target]
         models = [
-            GpuModel(session, opener.place(session), model, dialect, manifest.max_seq_len, manifest.vocab_size)
+            GpuModel(session, opener.place(session), model, position_inputs, manifest.max_seq_len, manifest.vocab_size)
             for session, model in zip(sessions, manifest.models, strict=True)
         ]
         for model, name in zip(models, names, strict=True):
@@ -85,13 +85,13 @@ class OrtGpu:
 class GpuModel:
     """One language model's inference session."""
 
-    def __init__(self, session: Any, place: Place, spec: Model, dialect: Dialect, capacity: int, vocab: int):
-        self.session, self.place, self.spec, self.dialect = session, place, spec, dialect
+    def __init__(self, session: Any, place: Place, spec: Model, position_inputs: PositionInputs, capacity: int, vocab: int):
+        self.session, self.place, self.spec, self.position_inputs = session, place, spec, position_inputs
         self.capacity, self.vocab = capacity, vocab
         self.experts = next((value.shape[-1] for value in session.get_outputs() if value.name == "routing"), 0)
         self.cache_type: str = next(value.type for value in session.get_inputs() if value.name.startswith("past."))
         self.keys: Inputs | None = None
-        if dialect.keyed:
+        if position_inputs.keyed:
             self.keys = Inputs(place, {"key_positions": ((capacity,), np.int64)})
             self.keys.arrays["key_positions"][:] = np.arange(capacity)
             self.keys.send()
@@ -136,7 +136,7 @@ class GpuCache:
     def _inputs(self, count: int, row_count: int) -> Inputs:
         """The small inputs for `count` tokens and `row_count` positions."""
         text: Layout = {"input_ids": ((1, count), np.int64), "logit_positions": ((row_count,), np.int64)}
-        return Inputs(self._model.place, {**self._model.dialect.lengths, **text})
+        return Inputs(self._model.place, {**self._model.position_inputs.lengths, **text})
 
     def _outputs(self, binding: Any, row_count: int) -> Output:
         """Bind the outputs: one row of logits stays on the device; several rows, and all routing, go to the host."""
@@ -168,7 +168,7 @@ class GpuCache:
         arrays = inputs.arrays
         arrays["input_ids"][0] = ids
         arrays["logit_positions"][:] = positions
-        model.dialect.fill(arrays, self.length, count)
+        model.position_inputs.fill(arrays, self.length, count)
         if model.keys is not None:
             keys = reach(self.length + count, model.capacity)
             if self._reach.get(id(binding)) != keys:

@@ -11,27 +11,27 @@ from hypothesis import strategies as st
 from fusionroute.calibration.blockwise_forward import BlockwiseForward, See
 from fusionroute.calibration.observe import observe
 from fusionroute.calibration.observers import Observer
-from fusionroute.calibration.record import NOBODY, Text
+from fusionroute.calibration.record import NOBODY, RecordedText
 from fusionroute.calibration.serving_masks import Mask, serving_masks
 from fusionroute.runtime.errors import InputError
 from tests.support.small_blocks import LAYERS, TABLE, WEIGHTS, H, V, blocks, expected
 
 
-def texts(seed: int = 0, count: int = 4) -> list[Text]:
+def texts(seed: int = 0, count: int = 4) -> list[RecordedText]:
     """Random texts in which expert 2 never answers."""
     rng = np.random.default_rng(seed)
     recorded = []
     for _ in range(count):
         prompt, new = rng.integers(1, 5), rng.integers(1, 6)
         experts = [NOBODY] * (prompt - 1) + rng.integers(0, 2, new).tolist() + [NOBODY]
-        recorded.append(Text(rng.integers(0, V, prompt + new).astype(np.int32), np.array(experts, np.int8)))
+        recorded.append(RecordedText(rng.integers(0, V, prompt + new).astype(np.int32), np.array(experts, np.int8)))
     return recorded
 
 
 TEXTS = texts()
 
 
-def observed(masks: list[Mask], texts: list[Text] = TEXTS, **options: Any) -> dict[str, Observer]:
+def observed(masks: list[Mask], texts: list[RecordedText] = TEXTS, **options: Any) -> dict[str, Observer]:
     return observe(blocks(), texts, masks, lambda ids: TABLE[ids][None], WEIGHTS.__getitem__, threads=1, **options)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusionroute.calibration.record import NOBODY, Text, record
+from fusionroute.calibration.record import NOBODY, RecordedText, record
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
@@ -29,11 +29,11 @@ def runtime(exported: tuple[Path, System]) -> Iterator[FusionRuntime]:
         yield loaded
 
 
-def recorded(runtime: FusionRuntime, prompts: list[str | list[int]] = PROMPTS, new: int = NEW, seed: int = 0) -> list[Text]:
+def recorded(runtime: FusionRuntime, prompts: list[str | list[int]] = PROMPTS, new: int = NEW, seed: int = 0) -> list[RecordedText]:
     return record(runtime, prompts, new, seed, lambda _: None)
 
 
-def equal(one: Text, other: Text) -> bool:
+def equal(one: RecordedText, other: RecordedText) -> bool:
     return np.array_equal(one.ids, other.ids) and np.array_equal(one.experts, other.experts)
 
 

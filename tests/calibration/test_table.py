@@ -10,7 +10,7 @@ import pytest
 from fusionroute.calibration import checksummed_file
 from fusionroute.calibration.commands import VERB
 from fusionroute.calibration.observers import Observer
-from fusionroute.calibration.record import NOBODY, Text
+from fusionroute.calibration.record import NOBODY, RecordedText
 from fusionroute.calibration.table import KIND, Table, figures
 from fusionroute.runtime.commands.verbs import run_verb
 from fusionroute.runtime.errors import InputError
@@ -26,8 +26,8 @@ def inputs(model: str) -> dict[str, np.ndarray]:
 
 
 def example_table() -> Table:
-    texts = [Text(np.array([1, 2, 3, 4], np.int32), np.array([NOBODY, 0, 0, NOBODY], np.int8))]
-    texts.append(Text(np.array([7, 8], np.int32), np.array([1, NOBODY], np.int8)))
+    texts = [RecordedText(np.array([1, 2, 3, 4], np.int32), np.array([NOBODY, 0, 0, NOBODY], np.int8))]
+    texts.append(RecordedText(np.array([7, 8], np.int32), np.array([1, NOBODY], np.int8)))
     models: dict[str, dict[str, Observer]] = {}
     for model in ROWS:
         models[model] = {matrix: Observer(matrix, x.shape[1]) for matrix, x in inputs(model).items()}

@@ -10,7 +10,7 @@ import torch
 
 from fusionroute.calibration.blockwise_forward import BlockwiseForward
 from fusionroute.calibration.observers import Observer
-from fusionroute.calibration.record import Text
+from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import Mask
 from fusionroute.fr_export.checkpoints.system import RoutingHead, System
 from fusionroute.fr_export.checkpoints.weights import Weights
@@ -46,7 +46,9 @@ def observe(graph: Graph, weights: Weights, texts: Sequence[Sequence[int]]) -> d
 
 def known(texts: Sequence[np.ndarray]) -> Evidence:
     """Evidence of texts that the model serves at every position; it has no statistics."""
-    return Evidence([Text(ids, np.zeros(len(ids), np.int8)) for ids in texts], [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
+    return Evidence(
+        [RecordedText(ids, np.zeros(len(ids), np.int8)) for ids in texts], [Mask(len(ids), np.arange(len(ids))) for ids in texts], {}
+    )
 
 
 def fit_context(graph: Graph, weights: Weights, evidence: Evidence, folder: Path) -> FitContext:

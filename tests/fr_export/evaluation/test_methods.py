@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusionroute.fr_export.evaluation.methods import Decoder, check, method_named
+from fusionroute.fr_export.evaluation.methods import MethodDecoder, check, method_named
 from fusionroute.runtime import FusionRuntime, InputError
 from fusionroute.runtime.backends.ort_cpu import OrtCache
 
@@ -32,7 +32,7 @@ def exact(random_bundle: Path) -> Iterator[FusionRuntime]:
 
 
 def answers(rt: FusionRuntime, names: list[str], prompt: str, guess: tuple[int, ...] = ()) -> dict[str, Any]:
-    decoder = Decoder(rt)
+    decoder = MethodDecoder(rt)
     decoder.start(rt.encode(prompt), guess)
     return {name: decoder.answer(method_named(name, rt.expert_names, rt.fusion, rt.lam), LIMIT) for name in names}
 
@@ -82,7 +82,7 @@ def test_a_right_guess_costs_one_pass_per_model(exact: FusionRuntime, monkeypatc
 def test_dropped_rows_are_computed_again(rt: FusionRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["fused", "token", "expert:expert1", "fused", "expert:expert1"]
     expected = answers(rt, names, PROMPTS[2])
-    decoder = Decoder(rt)
+    decoder = MethodDecoder(rt)
     for reader in decoder._readers:
         reader._room = 2
     decoder.start(rt.encode(PROMPTS[2]))
@@ -126,7 +126,7 @@ def test_token_selection_follows_the_routing_and_the_expert_alone(exact: FusionR
 def test_the_end_of_sequence_ends_and_counts_as_a_decision(exact: FusionRuntime) -> None:
     long = answers(exact, ["fused"], PROMPTS[0])["fused"]
     end = long.token_ids[5]
-    decoder = Decoder(exact)
+    decoder = MethodDecoder(exact)
     decoder._ends = frozenset({end})
     decoder.start(exact.encode(PROMPTS[0]))
     answer = decoder.answer(method_named("fused", exact.expert_names, exact.fusion, exact.lam), LIMIT)
@@ -135,7 +135,7 @@ def test_the_end_of_sequence_ends_and_counts_as_a_decision(exact: FusionRuntime)
 
 
 def test_additive_fusion(exact: FusionRuntime) -> None:
-    decoder = Decoder(exact)
+    decoder = MethodDecoder(exact)
     decoder.start(exact.encode(PROMPTS[0]))
     answer = decoder.answer(method_named("fused", exact.expert_names, "additive", 0.5), LIMIT)
     expected = exact.generate(PROMPTS[0], LIMIT, fusion="additive")
@@ -144,7 +144,7 @@ def test_additive_fusion(exact: FusionRuntime) -> None:
 
 
 def test_the_context_bounds_prompts_and_answers(exact: FusionRuntime) -> None:
-    decoder, method = Decoder(exact), method_named("fused", exact.expert_names, exact.fusion, exact.lam)
+    decoder, method = MethodDecoder(exact), method_named("fused", exact.expert_names, exact.fusion, exact.lam)
     decoder.start([5] * (exact.max_seq_len - 3), (7,) * 50)
     assert len(decoder.answer(method, LIMIT).token_ids) <= 3
     for length in (0, exact.max_seq_len):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fusionroute.calibration.observe import observe
 from fusionroute.calibration.observers import Observer
-from fusionroute.calibration.record import NOBODY, Text
+from fusionroute.calibration.record import NOBODY, RecordedText
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
@@ -255,7 +255,7 @@ def test_a_table_of_another_system_is_refused(case: Case, whole: Table) -> None:
         return replace(whole, models=whole.models | {"router": observers})
 
     def with_text(ids: list[int], experts: list[int]) -> Table:
-        return replace(whole, texts=[*whole.texts, Text(np.array(ids, np.int32), np.array(experts, np.int8))])
+        return replace(whole, texts=[*whole.texts, RecordedText(np.array(ids, np.int32), np.array(experts, np.int8))])
 
     order = ["router", "expert1", "expert0", "expert2"]
     cases = {

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from fusionroute.calibration.record import Text
+from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import Mask
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.checkpoints.system import System
@@ -39,7 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: SharedMatrices | None = None) -> dict[str, Stored]:
     graph = traced(system)
-    recorded = [Text(ids, np.zeros(len(ids), np.int8)) for ids in texts]
+    recorded = [RecordedText(ids, np.zeros(len(ids), np.int8)) for ids in texts]
     known = Evidence(recorded, [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
     formats = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
     return round_sequentially(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fusionroute.calibration.record import Text
+from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import Mask
 from fusionroute.fr_export.bundle.targets import TARGETS
 from fusionroute.fr_export.checkpoints.system import System
@@ -65,7 +65,7 @@ def router(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     system = System.open(FAMILIES[shape.family], *make_system(folder / "system", shape), max_seq_len=CAPACITY)
     graph, weights = traced(system), system.router.weights
     draw = np.random.default_rng(2)
-    texts = [Text(draw.integers(3, 300, 60).astype(np.int32), np.zeros(60, np.int8)) for _ in range(8)]
+    texts = [RecordedText(draw.integers(3, 300, 60).astype(np.int32), np.zeros(60, np.int8)) for _ in range(8)]
     known = Evidence(texts, [Mask(60, np.arange(60))] * 8, observe(graph, weights, [text.ids.tolist() for text in texts]))
     target = TARGETS["tensorrt"]
     plain = trace(system.family, system.router.config, system.vocab_size, CAPACITY, tensorrt)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fusionroute.calibration.blockwise_forward import BlockwiseForward
-from fusionroute.calibration.record import Text
+from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import Mask
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
@@ -198,7 +198,7 @@ def test_fitted_weights_make_less_error_than_nearest_ones(tmp_path: Path) -> Non
     system = System.open(FAMILIES["llama3"], router, experts, max_seq_len=64)
     graph, weights = traced(system), system.router.weights
     draw = np.random.default_rng(0)
-    texts = [Text(draw.integers(3, 300, 60).astype(np.int32), np.zeros(60, np.int8)) for _ in range(8)]
+    texts = [RecordedText(draw.integers(3, 300, 60).astype(np.int32), np.zeros(60, np.int8)) for _ in range(8)]
     known = Evidence(texts, [Mask(60, np.arange(60))] * 8, observe(graph, weights, [text.ids.tolist() for text in texts]))
     context = fit_context(graph, weights, known, tmp_path / "out")
     smoothed, fitted = StaticW8A8().fit(context)
