@@ -15,7 +15,6 @@ import numpy as np
 from fusionroute.runtime.backend import REUSED, Fused, FusionInputs, Output
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.greedy_fusion import GreedyFuser
-from fusionroute.runtime.backends.prepacked_weights import packed
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import BundleError, FusionError, one_line
@@ -53,6 +52,8 @@ class OrtCpu:
             try:
                 if share:
                     release: str = onnxruntime.__version__
+                    from fusionroute.runtime.backends.prepacked_weights import packed  # here: most never share weights
+
                     path = packed(bundle, variant, name, release, lambda entries, out: opened(bundle.folder / graph, 1, entries, out))
                 return opened(path, threads, {})
             except FusionError:
