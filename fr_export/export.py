@@ -33,7 +33,7 @@ TABLE = "calibration.safetensors"
 class Request:
     """What to export. Each field is checked by itself; what must fit together is checked by `export`."""
 
-    family: Family
+    family: Family | None  # the router's; None: the one that its config names
     router: str
     experts: dict[str, str]  # name → source, in the order of the routing head's rows
     precisions: tuple[str, ...]

@@ -19,8 +19,8 @@ def write_common_files(router: Checkpoint, folder: Path) -> None:
     """Write what all variants share: the fusion graph, and the router's tokenizer.json and chat template, if any."""
     (folder / FUSION_GRAPH).parent.mkdir(parents=True, exist_ok=True)
     write_fusion_graph(folder / FUSION_GRAPH)
-    if router.tokenizer is not None:
-        shutil.copyfile(router.folder / "tokenizer.json", folder / "tokenizer.json")
+    if (tokenizer := router.file("tokenizer.json")) is not None:
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
     if router.chat_template is not None:
         (folder / "chat_template.jinja").write_text(router.chat_template, encoding="utf-8")
 

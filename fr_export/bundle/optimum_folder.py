@@ -21,15 +21,15 @@ def complete(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead
     """
     config = read_json(model.folder / "config.json", model.where) | {"vocab_size": vocab_size, "use_cache": True}
     write(folder / "config.json", {key: value for key, value in config.items() if key not in PRIVATE})
-    generation = model.folder / "generation_config.json"
+    generation = model.file("generation_config.json")
     ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.end_tokens, "pad_token_id": model.config.pad_token_id}
     write(
         folder / "generation_config.json",
-        read_json(generation, model.where) if generation.exists() else {k: v for k, v in ids.items() if v is not None},
+        read_json(generation, model.where) if generation else {k: v for k, v in ids.items() if v is not None},
     )
     for name in TEXTS:
-        if (model.folder / name).is_file():
-            shutil.copyfile(model.folder / name, folder / name)
+        if (text := model.file(name)) is not None:
+            shutil.copyfile(text, folder / name)
     if head is not None:
         (folder / HEAD_FILE).write_bytes(save({"routing_head.weight": head.weight, "routing_head.bias": head.bias}))
 

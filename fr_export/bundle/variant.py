@@ -69,7 +69,7 @@ class VariantWriter:
                     graph, own, about = self._fit(
                         model, traces[model.name], scheme, store, shared.setdefault(store, SharedMatrices()), advance
                     )
-                    spec.prepare(graph, scheme.name, system.family)
+                    spec.prepare(graph, scheme.name, model.family)
                     spec.dialect.end_with(graph, head)
                     bind(graph, model.weights, own, store, advance)
                 except InputError as error:

@@ -30,8 +30,10 @@ class Checkpoint:
     weights: Weights
 
     @classmethod
-    def open(cls, name: str, source: str, family: Family, head_key: str | None = None) -> "Checkpoint":
+    def open(cls, name: str, source: str, family: Family | None = None, head_key: str | None = None) -> "Checkpoint":
         """Locate and check one checkpoint; `head_key` names the routing head where this is the router.
+
+        `family` is the one that it must be of; None takes the one that its config names.
 
         Raises InputError for a folder that is missing, incomplete or of another family, and for a router with a broken
         tokenizer or chat template.
@@ -39,11 +41,7 @@ class Checkpoint:
         folder = locate(source)
         where = f"{'The router' if head_key else f'Expert {name!r}'} ({folder})"
         raw = read_json(folder / "config.json", f"{where} is not a Hugging Face model folder")
-        model_type = raw.get("model_type")
-        if model_type != family.model_type:
-            other = next((f.name for f in FAMILIES.values() if f.model_type == model_type), None)
-            mend = f"use --family {other}" if other else f"supported families are {', '.join(FAMILIES)}"
-            raise InputError(f"{where} is of model type {model_type!r}; family {family.name} expects '{family.model_type}': {mend}.")
+        family = family_of(where, raw.get("model_type"), family)
         if raw.get("quantization_config"):
             raise InputError(f"{where} is already quantised; export from the fp32, fp16 or bf16 checkpoint it was made from.")
         config, shapes = read_config(folder, where)
@@ -62,11 +60,16 @@ class Checkpoint:
                     f"{self.where} has '{tensor}' of shape {list(shape)}; its config.json says {list(expected)}: they do not belong together."
                 )
 
+    def file(self, name: str) -> Path | None:
+        """A text file of the checkpoint, such as tokenizer.json, or None where it has none of that name."""
+        path = self.folder / name
+        return path if path.is_file() else None
+
     @cached_property
     def tokenizer(self) -> Any | None:
         """tokenizer.json as the runtime reads it. None where there is none: the bundle then accepts token ids only."""
-        file = self.folder / "tokenizer.json"
-        if not file.exists():
+        file = self.file("tokenizer.json")
+        if file is None:
             return None
         from tokenizers import Tokenizer
 
@@ -94,33 +97,46 @@ class Checkpoint:
     @cached_property
     def end_tokens(self) -> list[int]:
         """All ids that end a text: those of config.json and, where it exists, of generation_config.json."""
-        file = self.folder / "generation_config.json"
-        generation = read_json(file, f"{self.where} has a broken generation_config.json") if file.exists() else {}
+        file = self.file("generation_config.json")
+        generation = read_json(file, f"{self.where} has a broken generation_config.json") if file else {}
         ids: list[Any] = []
         for value in (self.config.eos_token_id, generation.get("eos_token_id")):
             ids += value if isinstance(value, list) else [value] if value is not None else []
         if wrong := [value for value in ids if not isinstance(value, int)]:
-            raise InputError(f"{self.where} has the eos_token_id {wrong[0]!r} in {file.name}; expected whole numbers: write it again.")
+            raise InputError(
+                f"{self.where} has the eos_token_id {wrong[0]!r} in {file.name if file else 'config.json'}; expected whole numbers: write it again."
+            )
         return list(dict.fromkeys(ids))
 
     @cached_property
     def chat_template(self) -> str | None:
         """The chat template from its own file or from tokenizer_config.json, where older checkpoints keep it."""
-        file = self.folder / "chat_template.jinja"
-        if file.is_file():
+        file = self.file("chat_template.jinja")
+        if file is not None:
             try:
                 return file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"{self.where} has a {file.name} that is no UTF-8 text ({error}); write or download it again.") from error
-        config = self.folder / "tokenizer_config.json"
-        template = read_json(config, f"{self.where} has a broken tokenizer").get("chat_template") if config.is_file() else None
+        config = self.file("tokenizer_config.json")
+        template = read_json(config, f"{self.where} has a broken tokenizer").get("chat_template") if config else None
         if isinstance(template, list):  # several named templates
             template = next(
                 (entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None
             )
         if not isinstance(template, str | None):
-            raise InputError(f"{self.where} has a broken tokenizer: the chat_template in {config.name} is no text; write it again.")
+            raise InputError(f"{self.where} has a broken tokenizer: the chat_template in tokenizer_config.json is no text; write it again.")
         return template
+
+
+def family_of(where: str, model_type: Any, expected: Family | None) -> Family:
+    """The family of a config's model type. Raises InputError for an unknown one, or for another than the expected."""
+    family = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
+    if family is None or expected not in (None, family):
+        supported = ", ".join(f"{each.name} ('{each.model_type}')" for each in FAMILIES.values())
+        mend = f"use --family {family.name}" if family else f"supported families are {supported}"
+        expects = f"; family {expected.name} expects '{expected.model_type}'" if expected else ""
+        raise InputError(f"{where} is of model type {model_type!r}{expects}: {mend}.")
+    return family
 
 
 def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:

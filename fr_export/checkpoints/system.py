@@ -23,12 +23,16 @@ class RoutingHead:
 class System:
     """Router, experts (in the order of the head's rows), and what they share."""
 
-    family: Family
     router: Checkpoint
     experts: tuple[Checkpoint, ...]
     head: RoutingHead
     vocab_size: int
     max_seq_len: int
+
+    @property
+    def family(self) -> Family:
+        """The router's family. Experts may be of others, as long as vocabularies agree."""
+        return self.router.family
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -38,19 +42,21 @@ class System:
     @classmethod
     def open(
         cls,
-        family: Family,
+        family: Family | None,
         router: str,
         experts: dict[str, str],
         head_key: str = "routing_head",
         max_seq_len: int | None = None,
     ) -> "System":
-        """Open and check all checkpoints. Raises InputError on the first thing that does not fit."""
+        """Open and check all checkpoints. Raises InputError on the first thing that does not fit.
+
+        `family` is the router's; None takes the one that its config names.
+        """
         if not experts:
             raise InputError("A system needs at least one expert: name it with --expert NAME=SRC.")
         router_checkpoint = Checkpoint.open("router", router, family, head_key)
-        expert_checkpoints = tuple(Checkpoint.open(name, source, family) for name, source in experts.items())
+        expert_checkpoints = tuple(Checkpoint.open(name, source) for name, source in experts.items())
         return cls(
-            family=family,
             router=router_checkpoint,
             experts=expert_checkpoints,
             head=read_head(router_checkpoint, head_key, list(experts)),

@@ -1,14 +1,14 @@
-"""The tensors of a checkpoint folder, read slice by slice from (sharded) safetensors. Pickles are never read."""
+"""The tensors of a checkpoint, read slice by slice. Pickles are never read."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fusionroute.fr_export.checkpoints.tensors import SafetensorsTensor, StoredTensor
 from fusionroute.runtime.errors import InputError
 
 FLOATS = {"F32", "F16", "BF16"}
@@ -16,21 +16,17 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 SLICE = 1 << 24  # elements converted at a time: 64 MB as fp32. Gemma-2's embedding alone is 2.4 GB
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies: its file, its dtype as safetensors names it, its shape."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
 class Weights:
     """Name → tensor of one folder. Opening reads the headers only; `rows` reads slices as fp32."""
 
-    def __init__(self, folder: Path, entries: dict[str, StoredTensor]):
+    def __init__(self, folder: Path, entries: Mapping[str, StoredTensor]):
         self.folder = folder
-        self.entries = entries
+        self.entries = dict(entries)
+
+    @property
+    def files(self) -> set[Path]:
+        """All files that the tensors lie in."""
+        return {file for entry in self.entries.values() for file in entry.files}
 
     @classmethod
     def open(cls, folder: Path, extra: tuple[str, ...] = ()) -> "Weights":
@@ -51,7 +47,7 @@ class Weights:
         else:
             raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json; download or write it again.")
         files |= {folder / name for name in extra if (folder / name).is_file()}
-        entries: dict[str, StoredTensor] = {}
+        entries = {}
         for file in sorted(files):
             if file.parent != folder:
                 raise InputError(f"{index} names the shard {file}, which lies outside its folder; shards must lie beside the index.")
@@ -61,7 +57,7 @@ class Weights:
                 with safe_open(file, framework="pt") as handle:
                     for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
                         part = handle.get_slice(name)
-                        entries[name] = StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
+                        entries[name] = SafetensorsTensor(file, name, part.get_dtype(), tuple(part.get_shape()))
             except SafetensorError as error:
                 raise InputError(f"{file} is not a complete safetensors file ({error}); download or write it again.") from error
         return cls(folder, entries)
@@ -82,7 +78,7 @@ class Weights:
         entry = self.entries[name]
         if entry.dtype not in FLOATS:
             raise InputError(
-                f"Tensor '{name}' in {entry.file} is {entry.dtype}; expected fp32, fp16 or bf16: export the checkpoint before quantising it."
+                f"Tensor '{name}' in {entry.files[0]} is {entry.dtype}; expected fp32, fp16 or bf16: export the checkpoint before quantising it."
             )
         return entry
 
@@ -94,10 +90,9 @@ class Weights:
         entry = self.entry(name)
         total = entry.shape[0] if limit is None else min(limit, entry.shape[0])
         step = max(1, SLICE // max(1, int(np.prod(entry.shape[1:]))))
-        with safe_open(entry.file, framework="pt") as handle:
-            part = handle.get_slice(name)
+        with entry.open() as read:
             for start in range(0, total, step):
-                yield finite(part[start : min(start + step, total)], name, entry)
+                yield finite(read(start, min(start + step, total)), name, entry)
 
     def take(self, name: str, ids: np.ndarray, limit: int | None = None) -> np.ndarray:
         """The rows `ids` [S] of a matrix, fp32 [S, columns]; no other row is read.
@@ -109,9 +104,8 @@ class Weights:
         different, where = np.unique(ids, return_inverse=True)
         if len(wrong := different[(different < 0) | (different >= total)]):
             raise InputError(f"Token id {wrong[0]} is outside the vocabulary: expected 0 to {total - 1}.")
-        with safe_open(entry.file, framework="pt") as handle:
-            part = handle.get_slice(name)
-            rows = [finite(part[row : row + 1], name, entry) for row in different.tolist()]
+        with entry.open() as read:
+            rows = [finite(read(row, row + 1), name, entry) for row in different.tolist()]
         return np.concatenate(rows)[where]
 
     def read(self, name: str) -> np.ndarray:
@@ -123,5 +117,5 @@ def finite(piece: torch.Tensor, name: str, entry: StoredTensor) -> np.ndarray:
     """A slice of a tensor as fp32. Raises InputError where a value is not finite."""
     values: np.ndarray = piece.to(torch.float32).numpy()
     if not np.isfinite(values).all():
-        raise InputError(f"Tensor '{name}' in {entry.file} holds values that are not finite; train or download it again.")
+        raise InputError(f"Tensor '{name}' in {entry.files[0]} holds values that are not finite; train or download it again.")
     return values

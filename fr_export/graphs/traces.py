@@ -28,6 +28,6 @@ class Traces:
         with self._stages.stage(f"tracing {count} architecture(s)", count) as advance:
             for model in system.models:
                 if keys[model.name] not in graphs:
-                    graphs[keys[model.name]] = trace(system.family, model.config, system.vocab_size, system.max_seq_len, dialect)
+                    graphs[keys[model.name]] = trace(model.family, model.config, system.vocab_size, system.max_seq_len, dialect)
                     advance(1)
         return {name: graphs[key] for name, key in keys.items()}

@@ -118,8 +118,8 @@ class Encoder:
 
     def _end_of_text(self, vocabulary: dict[str, int]) -> int:
         """The id of the tokenizer's eos_token; without one, the first that config.json names."""
-        file = self._checkpoint.folder / "tokenizer_config.json"
-        eos = read_json(file, f"{self._checkpoint.where} has a broken tokenizer").get("eos_token") if file.is_file() else None
+        file = self._checkpoint.file("tokenizer_config.json")
+        eos = read_json(file, f"{self._checkpoint.where} has a broken tokenizer").get("eos_token") if file else None
         text = eos.get("content") if isinstance(eos, dict) else eos  # older files keep a dict
         if text in vocabulary:
             return vocabulary[text]

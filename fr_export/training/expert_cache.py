@@ -87,8 +87,8 @@ def data_digest(rows: Sequence[Row]) -> str:
 
 def model_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 of a checkpoint's weights and config."""
-    files = sorted({entry.file for entry in checkpoint.weights.entries.values()})
-    digests = [sha256(file) for file in (*files, checkpoint.folder / "config.json")]
+    config = checkpoint.file("config.json")
+    digests = [sha256(file) for file in (*sorted(checkpoint.weights.files), *([config] if config else []))]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 

@@ -20,8 +20,8 @@ Score = Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]
 def sequences(system: System, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids to compare on: the prompts end to end, cut into sequences. Without a tokenizer: seeded random ids."""
     length = min(LONGEST, system.max_seq_len)
-    tokenizer_file = system.router.folder / "tokenizer.json"
-    if not tokenizer_file.exists():
+    tokenizer_file = system.router.file("tokenizer.json")
+    if tokenizer_file is None:
         draw = np.random.default_rng(0).integers(0, system.vocab_size, (2, length))
         return [list(map(int, row)) for row in draw]
     text = Text.load(tokenizer_file)  # as the runtime encodes

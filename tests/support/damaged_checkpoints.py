@@ -90,8 +90,8 @@ def sharded(root: Path) -> None:
     shard(root / "expert1")
 
 
-def config(**fields: Any) -> Damage:
-    return lambda root: edit(root / "expert1" / "config.json", **fields)
+def config(model: str = "expert1", **fields: Any) -> Damage:
+    return lambda root: edit(root / model / "config.json", **fields)
 
 
 def write(name: str, content: bytes | str) -> Damage:
