@@ -31,7 +31,10 @@ IDS = np.random.default_rng(5).integers(3, 300, 60).tolist()
     ("shape", "options"),
     [
         (Shape("llama3", heads=2, kv_heads=1, layers=1, tokenizer=True), UNTIED),
-        (Shape("gemma2", heads=2, kv_heads=1, layers=1, tokenizer=True), TIED),  # experts whose heads are parted from embeddings that the router ties
+        (
+            Shape("gemma2", heads=2, kv_heads=1, layers=1, tokenizer=True),
+            TIED,
+        ),  # experts whose heads are parted from embeddings that the router ties
     ],
     ids=["llama3", "gemma2"],
 )
