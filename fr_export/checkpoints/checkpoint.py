@@ -1,6 +1,5 @@
 """One causal LM on disk: config, tokenizer, lazily read weights and, for a router, the routing head."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fusionroute.fr_export.checkpoints.config_file import family_of, read_json
 from fusionroute.fr_export.checkpoints.hub import locate
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.console.quiet import quiet
-from fusionroute.fr_export.families import FAMILIES, Family
+from fusionroute.fr_export.families import Family
 from fusionroute.runtime.errors import InputError, one_line
 
 HEAD_FILE = "routing_head.safetensors"
@@ -128,17 +128,6 @@ class Checkpoint:
         return template
 
 
-def family_of(where: str, model_type: Any, expected: Family | None) -> Family:
-    """The family of a config's model type. Raises InputError for an unknown one, or for another than the expected."""
-    family = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
-    if family is None or expected not in (None, family):
-        supported = ", ".join(f"{each.name} ('{each.model_type}')" for each in FAMILIES.values())
-        mend = f"use --family {family.name}" if family else f"supported families are {supported}"
-        expects = f"; family {expected.name} expects '{expected.model_type}'" if expected else ""
-        raise InputError(f"{where} is of model type {model_type!r}{expects}: {mend}.")
-    return family
-
-
 def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """config.json as transformers reads it, and the tensors that such a model has: name → shape."""
     try:
@@ -152,16 +141,3 @@ def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...
         raise InputError(f"{where} has an invalid config.json ({one_line(error)}); mend it or download it again.") from error
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     return config, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
-
-
-def read_json(file: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError `what: …` where the file is missing or broken."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{what}: it holds no {file.name}; download or write it again.") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{what}: {file.name} cannot be read as JSON ({error}); write or download it again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{what}: {file.name} holds no JSON object; write or download it again.")
-    return value
