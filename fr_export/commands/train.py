@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fusionroute.fr_export.checkpoints.config_file import detect_family
 from fusionroute.fr_export.commands.options import ExpertOptions, FamilyOption, parse_experts
 from fusionroute.fr_export.training.recipe import PRESETS, ComputePrecision, Dtype, Optimizer, PresetName, Recipe, Stage, StageName
 from fusionroute.runtime.command_errors import one_sentence
@@ -21,9 +22,9 @@ CACHE = cache_folder() / "scores"
 
 
 def main(
-    family: FamilyOption,
     router: Annotated[str, typer.Option(help="Where the router starts from: a folder or hub id (the paper: the instruction expert).")],
     out: Annotated[Path, typer.Option(help="Folder of the trained router, as the exporter reads it.")],
+    family: FamilyOption = None,
     expert: ExpertOptions = None,
     direct: Annotated[bool, typer.Option("--direct", help="Plain fine-tuning, without experts and routing head.")] = False,
     sft: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}.')] = None,
@@ -100,7 +101,7 @@ def main(
             seed=seed,
         )
         request = TrainingRequest(
-            family=family,
+            family=family or detect_family(router),
             router=router,
             out=out,
             recipe=recipe,
