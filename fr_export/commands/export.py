@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from fusionroute.fr_export.bundle.early_refusals import refuse
 from fusionroute.fr_export.checkpoints.config_file import detect_family
 from fusionroute.fr_export.commands.options import ExpertOptions, FamilyOption, parse_experts
 from fusionroute.fr_export.commands.variants import (
@@ -94,7 +93,9 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show sizes, memory and time that the export would take, write nothing.")
     ] = False,
-    log: Annotated[Path | None, typer.Option(help="Write what happens when, versions, and the traceback of a failure to this file.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Write what happens when, versions, and the traceback of a failure to this file.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
     version: Version = False,
@@ -113,12 +114,14 @@ def main(
         check_calibration(calibration, precisions, targets)
         router, experts = find_checkpoints(family, preset, router, named_experts)
         bundle = out or default_folder(family)
+        from fusionroute.fr_export.bundle.early_refusals import refuse
+
         refuse(bundle, force, calibration, experts, gpus)
         with logging_to(log, bundle) as entries:
             stages = Stages(Console(stderr=True), entries)
             with stages.progress:
                 with stages.stage("loading torch and transformers"):
-                    from fusionroute.fr_export.export import Request, export, forecast
+                    from fusionroute.fr_export.export import Request, check, export
                 request = Request(
                     family=family,
                     router=router,
@@ -136,7 +139,7 @@ def main(
                     gpus=gpus,
                     compare=tokens,
                 )
-                report = asdict(forecast(request, stages)) if dry_run else export(request, stages)
+                report = asdict(check(request, stages).forecast) if dry_run else export(request, stages)
     try:
         show(report, bundle, as_json, dry_run)
     except BrokenPipeError:
