@@ -8,22 +8,24 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from fusionroute.fr_export.checkpoints.config_file import detect_family
 from fusionroute.fr_export.commands.options import ExpertOptions, FamilyOption, parse_experts
 from fusionroute.fr_export.training.recipe import PRESETS, ComputePrecision, Dtype, Optimizer, PresetName, Recipe, Stage, StageName
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.files import cache_folder
+from fusionroute.runtime.tables import tables
 
 T = TypeVar("T", int, float)
 CACHE = cache_folder() / "scores"
+FIGURES = ("steps", "seconds", "MiB", "LM loss", "routing", "DPO", "accuracy", "margin")
 
 
 def main(
-    family: FamilyOption,
     router: Annotated[str, typer.Option(help="Where the router starts from: a folder or hub id (the paper: the instruction expert).")],
     out: Annotated[Path, typer.Option(help="Folder of the trained router, as the exporter reads it.")],
+    family: FamilyOption = None,
     expert: ExpertOptions = None,
     direct: Annotated[bool, typer.Option("--direct", help="Plain fine-tuning, without experts and routing head.")] = False,
     sft: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}.')] = None,
@@ -100,7 +102,7 @@ def main(
             seed=seed,
         )
         request = TrainingRequest(
-            family=family,
+            family=family or detect_family(router),
             router=router,
             out=out,
             recipe=recipe,
@@ -150,17 +152,12 @@ def show(report: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(report)), flush=True)
         return
-    table = Table("stage", "steps", "seconds", "MiB", "LM loss", "routing", "DPO", "accuracy", "margin")
+    console = Console(highlight=False)
+    rows = []
     for stage in report.stages:
         last = [stage["last"].get(name) for name in ("lm_loss", "routing_loss", "dpo_loss", "reward_accuracy", "reward_margin")]
-        table.add_row(
-            stage["name"],
-            str(stage["steps"]),
-            f"{stage['seconds']:.1f}",
-            f"{stage['peak_mib']:.0f}",
-            *("" if value is None else f"{value:.3f}" for value in last),
-        )
-    console = Console()
-    console.print(table)
+        losses = ("–" if value is None else f"{value:.3f}" for value in last)
+        rows.append((stage["name"], str(stage["steps"]), f"{stage['seconds']:.1f}", f"{stage['peak_mib']:.0f}", *losses))
+    console.print(*tables(console, "", ("stage",), FIGURES, rows))
     skipped = f", {report.skipped} skipped as too long" if report.skipped else ""
     console.print(f"{report.out}: {report.rows} samples and {report.pairs} preferences learnt from{skipped}")
