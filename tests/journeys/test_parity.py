@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from tests.support.exporting import ALL, export_system
 from tests.support.parity import check_parity
-from tests.support.systems import Shape
+from tests.support.systems import CONFIGS, Shape
 
 ROPE = {
     "rope_type": "llama3",
@@ -72,26 +73,38 @@ def check_quantised(bundle: Path, system: System, ids: list[int]) -> None:
                 assert gap <= bound
 
 
+WINDOWS, BOOLEANS = st.integers(1, 40), st.booleans()
+# family → what is drawn for its config, beside sizes
+FIELDS: dict[str, dict[str, st.SearchStrategy[object]]] = {
+    "gemma2": {"sliding_window": WINDOWS},
+    "llama3": {"attention_bias": BOOLEANS, "mlp_bias": BOOLEANS},
+}
+
+
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    """Any shape that the families allow."""
-    family = draw(st.sampled_from(["gemma2", "llama3"]))
+    """Any shape that the families allow, with experts of the router's family or of another."""
+    family, expert_family = draw(st.sampled_from(sorted(FIELDS))), draw(st.sampled_from(sorted(FIELDS)))
     kv_heads = draw(st.integers(1, 3))
     heads = kv_heads * draw(st.integers(1, 4))
-    config: dict[str, object] = {"tie_word_embeddings": draw(st.booleans())}
-    if family == "gemma2":
-        config["sliding_window"] = draw(st.integers(1, 40))
+    tied = {"tie_word_embeddings": BOOLEANS}
     return Shape(
         family,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=2 * draw(st.integers(2, 32)),
-        hidden=heads * draw(st.integers(8, 24)),  # transformers wants a multiple
+        hidden=heads * 2 * draw(st.integers(4, 12)),  # transformers wants a multiple, and families without head_dim an even one
         vocab=draw(st.integers(50, 400)),
         experts=draw(st.integers(1, 5)),
         layers=draw(st.integers(1, 3)),
-        config=config,
+        config=draw(st.fixed_dictionaries(FIELDS[family] | tied)),
+        expert_config=draw(st.fixed_dictionaries(FIELDS[expert_family] | tied)),
+        expert_family=expert_family,
     )
+
+
+def test_every_family_is_drawn() -> None:
+    assert FIELDS.keys() == CONFIGS.keys() == FAMILIES.keys()
 
 
 def check_any_shape(shape: Shape, tmp_path_factory: pytest.TempPathFactory) -> None:
