@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from fusionroute.fr_export.families import FAMILIES
 
 SHIPPED = [family.name for family in FAMILIES.values() if family.ships_tiny]
 # family → its config, and fields that let small systems show what is special about it
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "gemma2": (Gemma2Config, {"query_pre_attn_scalar": 40, "sliding_window": 16}),
-    "llama3": (LlamaConfig, {}),
+    "gemma2": (transformers.Gemma2Config, {"query_pre_attn_scalar": 40, "sliding_window": 16}),
+    "llama3": (transformers.LlamaConfig, {}),
 }
 
 
