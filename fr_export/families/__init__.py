@@ -3,6 +3,7 @@
 from fusionroute.fr_export.families.family import Family, Preset
 from fusionroute.fr_export.families.gemma2 import GEMMA2
 from fusionroute.fr_export.families.llama3 import LLAMA3
+from fusionroute.fr_export.families.mistral import MISTRAL
 
 # sorted by name
 FAMILIES: dict[str, Family] = {
@@ -10,6 +11,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         GEMMA2,
         LLAMA3,
+        MISTRAL,
     )
 }
 

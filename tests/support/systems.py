@@ -19,6 +19,7 @@ SHIPPED = [family.name for family in FAMILIES.values() if family.ships_tiny]
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gemma2": (transformers.Gemma2Config, {"query_pre_attn_scalar": 40, "sliding_window": 16}),
     "llama3": (transformers.LlamaConfig, {}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 16}),
 }
 
 

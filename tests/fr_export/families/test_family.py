@@ -52,6 +52,7 @@ REFUSED = {
         {"layer_types": ["chunked_attention", "full_attention"]},
         "It has layers of type 'chunked_attention'; expected full_attention or sliding_attention",
     ),
+    "types of layers that nobody reads": ("mistral", SLIDES, "It has 'layer_types' in its config.json, which Mistral's layers do not read"),
     "both directions": ("gemma2", {"use_bidirectional_attention": True}, "It attends in both directions"),
     "frequencies that change": (
         "llama3",
