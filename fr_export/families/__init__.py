@@ -1,9 +1,18 @@
-"""The table of model families: a new one is one new file and one line here."""
+"""The table of model families: a new one is one new file and two lines here."""
 
 from fusionroute.fr_export.families.family import Family, Preset
 from fusionroute.fr_export.families.gemma2 import GEMMA2
 from fusionroute.fr_export.families.llama3 import LLAMA3
+from fusionroute.fr_export.families.mistral import MISTRAL
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (GEMMA2, LLAMA3)}
+# sorted by name
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        GEMMA2,
+        LLAMA3,
+        MISTRAL,
+    )
+}
 
 __all__ = ["FAMILIES", "Family", "Preset"]
