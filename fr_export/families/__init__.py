@@ -3,7 +3,8 @@
 from fusionroute.fr_export.families.family import Family, Preset
 from fusionroute.fr_export.families.gemma2 import GEMMA2
 from fusionroute.fr_export.families.llama3 import LLAMA3
+from fusionroute.fr_export.families.smollm3 import SMOLLM3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (GEMMA2, LLAMA3)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (GEMMA2, LLAMA3, SMOLLM3)}
 
 __all__ = ["FAMILIES", "Family", "Preset"]

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, SmolLM3Config
 
-CONFIGS: dict[str, Any] = {"gemma2": Gemma2Config, "llama3": LlamaConfig}
+CONFIGS: dict[str, Any] = {"gemma2": Gemma2Config, "llama3": LlamaConfig, "smollm3": SmolLM3Config}
 
 
 @dataclass(frozen=True)
