@@ -1,7 +1,6 @@
 """One causal LM on disk: config, tokenizer, lazily read weights and, for a router, the routing head."""
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +10,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fusionroute.fr_export.checkpoints.config_file import family_of, read_json
 from fusionroute.fr_export.checkpoints.hub import locate
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
-from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter, is_adapter
-from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE
+from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
+from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, is_adapter
 from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
 from fusionroute.fr_export.console.quiet import quiet
-from fusionroute.fr_export.families import FAMILIES, Family
+from fusionroute.fr_export.families import Family
 from fusionroute.runtime.errors import InputError, one_line
 
 HEAD_FILE = "routing_head.safetensors"
@@ -56,7 +56,7 @@ class Checkpoint:
         extra = (HEAD_FILE,) if head_key else ()
         if is_adapter(folder, where, source):
             adapter = LoraAdapter.open(folder, where)
-            start = adapter.locate_base(base)
+            start = adapter.config.locate_base(folder, where, base)
             whole = cls.open_whole(name, f"The base ({start}) of {where[0].lower()}{where[1:]}", start, family, ())
             checkpoint = whole.adapted(adapter, extra)
         else:
@@ -179,17 +179,6 @@ def texts_in(folder: Path) -> dict[str, Path]:
     return {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt")}
 
 
-def family_of(where: str, model_type: Any, expected: Family | None) -> Family:
-    """The family of a config's model type. Raises InputError for an unknown one, or for another than the expected."""
-    family = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
-    if family is None or expected not in (None, family):
-        supported = ", ".join(f"{each.name} ('{each.model_type}')" for each in FAMILIES.values())
-        mend = f"use --family {family.name}" if family else f"supported families are {supported}"
-        expects = f"; family {expected.name} expects '{expected.model_type}'" if expected else ""
-        raise InputError(f"{where} is of model type {model_type!r}{expects}: {mend}.")
-    return family
-
-
 def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """config.json as transformers reads it, and the tensors that such a model has: name → shape."""
     try:
@@ -212,16 +201,3 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
     """The tensors that a transformers model reads from its checkpoint: name → shape."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-
-
-def read_json(file: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError `what: …` where the file is missing or broken."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{what}: it holds no {file.name}; download or write it again.") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{what}: {file.name} cannot be read as JSON ({error}); write or download it again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{what}: {file.name} holds no JSON object; write or download it again.")
-    return value

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusionroute.fr_export.checkpoints.hub import locate
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, LoraConfig
 from fusionroute.fr_export.checkpoints.sources.low_rank import (
@@ -19,7 +18,7 @@ from fusionroute.fr_export.checkpoints.sources.low_rank import (
 )
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.checkpoints.weights import FLOATS, tensors_of
-from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.errors import InputError
 
 WEIGHTS_FILE, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -30,22 +29,6 @@ PART = re.compile(
     r"(?:\.weight)?"
 )
 WRAPPERS = re.compile(r"\.(base_layer|modules_to_save|original_module)\.")  # PEFT's modules around the base's own
-
-
-def is_adapter(folder: Path, where: str, source: str) -> bool:
-    """Whether a folder holds an adapter. `source` is what the user called it.
-
-    Raises InputError for one that holds a whole model too, or that has adapters in subfolders only.
-    """
-    if (folder / CONFIG_FILE).is_file():
-        if models := [name for name in ("model.safetensors", "model.safetensors.index.json") if (folder / name).is_file()]:
-            raise InputError(
-                f"{where} holds a whole model ({models[0]}) and an adapter ({CONFIG_FILE}): put one of them into a folder of its own."
-            )
-        return True
-    if not (folder / "config.json").is_file() and (adapters := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))):
-        raise InputError(f"{where} holds several adapters ({', '.join(adapters)}): name one of them, such as {source}/{adapters[0]}.")
-    return False
 
 
 @dataclass(frozen=True)
@@ -86,31 +69,6 @@ class LoraAdapter:
         if not modules and not whole:
             raise InputError(f"{where} holds no tensors in its {WEIGHTS_FILE}; save or download the adapter again.")
         return cls(folder, where, config, modules, whole)
-
-    def locate_base(self, named: str | None) -> Path:
-        """The folder of the base: the one `named` on the command line, or the one in adapter_config.json.
-
-        Raises InputError where the adapter names none, or one that cannot be found or is an adapter itself.
-        """
-        source = named or self.config.base_model_name_or_path
-        if not source:
-            raise InputError(f"{self.where} is an adapter that names no base: name it with --base.")
-        if not named and not Path(source).is_dir() and (beside := self.folder / source).is_dir():
-            source = str(beside)
-        try:
-            folder = locate(source, None if named else self.config.revision)
-        except FusionError as error:
-            if named:
-                raise
-            reason = str(error).rstrip(".")
-            raise type(error)(
-                f"{self.where} is an adapter of {source}, which cannot be opened ({reason}): name its base with --base."
-            ) from error
-        if (folder / CONFIG_FILE).is_file():
-            raise InputError(
-                f"{self.where} is an adapter over another adapter ({folder}): merge that one into its base first, and name it with --base."
-            )
-        return folder
 
     def texts(self, base: Mapping[str, Path], own: Mapping[str, Path]) -> dict[str, Path]:
         """The text files of the adapted model: its own before those of its base, but for config.json.
