@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from fusionroute.fr_export.checkpoints import hub
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.training.expert_cache import model_digest
 from fusionroute.runtime.errors import FusionError, InputError
 from tests.support.adapters import SHAPE, make_adapted_system, make_adapter
 from tests.support.damaged_checkpoints import edit, retensor
@@ -228,6 +229,17 @@ def test_texts(root: Path) -> None:
     assert own.end_tokens == [2, 9]
     assert own.chat_template == "its own" != base_template
     assert own.files >= {root / "router/adapter_config.json", root / "base/config.json"}
+
+
+@pytest.mark.parametrize("changed", ["expert0/adapter_config.json", "expert0/adapter_model.safetensors", "base/model.safetensors"])
+def test_caches_tell_adapters_and_bases_apart(changed: str, root: Path) -> None:
+    """Whatever changes the merged weights changes the name of what was computed from them."""
+    before = model_digest(Checkpoint.open("expert0", str(root / "expert0")))
+    if changed.endswith(".json"):
+        edit(root / changed, lora_alpha=9)
+    else:
+        retensor(root / changed, lambda t: next(iter(t.values())).add_(1))
+    assert model_digest(Checkpoint.open("expert0", str(root / "expert0"))) != before
 
 
 def test_the_report_of_a_source(root: Path) -> None:
