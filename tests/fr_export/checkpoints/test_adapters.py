@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from fusionroute.fr_export.checkpoints import weights
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
+from fusionroute.fr_export.checkpoints.sources.merge_lora import merge
 from fusionroute.fr_export.checkpoints.tensors import ReadRows, StoredTensor
 from fusionroute.fr_export.checkpoints.torch_model import torch_model
 from tests.support.adapters import SHAPE, TARGETS, make_adapter, peft_model
@@ -188,7 +189,7 @@ def test_rows_are_merged_as_they_are_read(dora: bool, untied: Path, tmp_path: Pa
     """A slice of a merged tensor reads the same slice of base and B once, and keeps neither."""
     adapter = LoraAdapter.open(make_adapter(untied, tmp_path / "adapter", use_dora=dora), "The adapter")
     base = {name: Watched(tensor) for name, tensor in Checkpoint.open("base", str(untied)).weights.entries.items()}
-    tensors, _ = adapter.over(base, tied=False)
+    tensors, _ = merge(adapter, base, tied=False)
     assert not any(tensor.asked for tensor in base.values()), "opening reads no values"
     name = "model.layers.0.mlp.up_proj.weight"  # [64, 32]
     monkeypatch.setattr(weights, "SLICE", 10 * 32)
