@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusionroute.fr_export.commands.options import ExpertOptions, FamilyOption, parse_experts
+from fusionroute.fr_export.commands.options import BaseOption, ExpertOptions, FamilyOption, parse_experts
 from fusionroute.fr_export.training.recipe import (
     PRESETS,
     RANK,
@@ -31,10 +31,11 @@ CACHE = cache_folder() / "scores"
 
 
 def main(
-    family: FamilyOption,
-    router: Annotated[str, typer.Option(help="Where the router starts from: a folder or hub id (the paper: the instruction expert).")],
+    router: Annotated[str, typer.Option(help="Where the router starts from: a model or LoRA adapter (the paper: the instruction expert).")],
     out: Annotated[Path, typer.Option(help="Folder of the trained router, as the exporter reads it.")],
     expert: ExpertOptions = None,
+    base: BaseOption = None,
+    family: FamilyOption = None,
     direct: Annotated[bool, typer.Option("--direct", help="Plain fine-tuning, without experts and routing head.")] = False,
     sft: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}.')] = None,
     preferences: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "chosen", "rejected"}.')] = None,
@@ -120,6 +121,7 @@ def main(
         request = TrainingRequest(
             family=family,
             router=router,
+            base=base,
             out=out,
             recipe=recipe,
             experts=dict(experts),
