@@ -102,11 +102,11 @@ def test_a_router_goes_on_from_an_adapter_among_experts_that_are_adapters(toy: T
     torch.testing.assert_close(logits(adapter), logits(torch_model(system.router)), rtol=1e-4, atol=1e-5)
     before = logits(peft.PeftModel.from_pretrained(base_of(toy), start))
     assert 1e-2 < (logits(adapter) - before).abs().max() < (logits(base_of(toy)) - before).abs().max()
-    # all weights, from the same start
-    train(replace(request, out=tmp_path / "whole", recipe=replace(request.recipe, lora_rank=0)))
-    assert (tmp_path / "whole" / "model.safetensors").is_file() and (tmp_path / "whole" / "config.json").is_file()
-    whole = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32))
-    assert 1e-2 < (whole - before).abs().max() < (logits(base_of(toy)) - before).abs().max()
+    # all weights, from the same start: a step too small to see
+    still = replace(request.recipe, stages=(Stage("sft", 1e-12, max_steps=1),), lora_rank=0)
+    train(replace(request, out=tmp_path / "whole", recipe=still))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    torch.testing.assert_close(logits(whole), before, rtol=1e-4, atol=1e-5)
 
 
 def test_the_base_can_be_named(toy: Toy, tmp_path: Path) -> None:
