@@ -4,6 +4,7 @@ from fusionroute.fr_export.families.family import Family, Preset
 from fusionroute.fr_export.families.gemma2 import GEMMA2
 from fusionroute.fr_export.families.llama3 import LLAMA3
 from fusionroute.fr_export.families.mistral import MISTRAL
+from fusionroute.fr_export.families.qwen2 import QWEN2
 
 # sorted by name
 FAMILIES: dict[str, Family] = {
@@ -12,6 +13,7 @@ FAMILIES: dict[str, Family] = {
         GEMMA2,
         LLAMA3,
         MISTRAL,
+        QWEN2,
     )
 }
 

@@ -38,6 +38,7 @@ SHAPES = {
     "llama3-padded-head": Shape(head_dim=20, hidden=60, vocab=263),
     "llama3-larger-experts": Shape(expert_config={"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3}),
     "mistral-window-llama3-experts": Shape("mistral", expert_family="llama3"),
+    "qwen2-biases-window-above-mistral-experts": Shape("qwen2", expert_family="mistral"),
     "gemma2-window": Shape("gemma2", layers=4),
     "gemma2-untied-odd": Shape("gemma2", config={"tie_word_embeddings": False, "query_pre_attn_scalar": 50}, vocab=259, head_dim=48),
     "gemma2-strong-softcaps": Shape("gemma2", config=SOFTCAPS),
@@ -80,6 +81,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[object]]] = {
     "gemma2": {"sliding_window": WINDOWS},
     "llama3": {"attention_bias": BOOLEANS, "mlp_bias": BOOLEANS},
     "mistral": {"sliding_window": st.none() | WINDOWS},
+    "qwen2": {"use_sliding_window": BOOLEANS, "sliding_window": WINDOWS, "max_window_layers": st.integers(0, 3)},
 }
 
 
