@@ -5,6 +5,7 @@ from fusionroute.fr_export.families.gemma2 import GEMMA2
 from fusionroute.fr_export.families.llama3 import LLAMA3
 from fusionroute.fr_export.families.mistral import MISTRAL
 from fusionroute.fr_export.families.qwen2 import QWEN2
+from fusionroute.fr_export.families.smollm3 import SMOLLM3
 
 # sorted by name
 FAMILIES: dict[str, Family] = {
@@ -14,6 +15,7 @@ FAMILIES: dict[str, Family] = {
         LLAMA3,
         MISTRAL,
         QWEN2,
+        SMOLLM3,
     )
 }
 

@@ -39,6 +39,7 @@ SHAPES = {
     "llama3-larger-experts": Shape(expert_config={"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3}),
     "mistral-window-llama3-experts": Shape("mistral", expert_family="llama3"),
     "qwen2-biases-window-above-mistral-experts": Shape("qwen2", expert_family="mistral"),
+    "smollm3-two-without-rotary": Shape("smollm3", layers=4, config={"no_rope_layers": [0, 1, 1, 0]}),
     "gemma2-window": Shape("gemma2", layers=4),
     "gemma2-untied-odd": Shape("gemma2", config={"tie_word_embeddings": False, "query_pre_attn_scalar": 50}, vocab=259, head_dim=48),
     "gemma2-strong-softcaps": Shape("gemma2", config=SOFTCAPS),
@@ -82,6 +83,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[object]]] = {
     "llama3": {"attention_bias": BOOLEANS, "mlp_bias": BOOLEANS},
     "mistral": {"sliding_window": st.none() | WINDOWS},
     "qwen2": {"use_sliding_window": BOOLEANS, "sliding_window": WINDOWS, "max_window_layers": st.integers(0, 3)},
+    "smollm3": {"no_rope_layer_interval": st.integers(1, 3), "attention_bias": BOOLEANS, "mlp_bias": BOOLEANS},
 }
 
 

@@ -21,6 +21,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama3": (transformers.LlamaConfig, {}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 16}),
     "qwen2": (transformers.Qwen2Config, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "smollm3": (transformers.SmolLM3Config, {}),
 }
 
 
