@@ -4,6 +4,9 @@ from fusionroute.fr_export.families.family import Family, Preset
 from fusionroute.fr_export.families.gemma2 import GEMMA2
 from fusionroute.fr_export.families.llama3 import LLAMA3
 from fusionroute.fr_export.families.mistral import MISTRAL
+from fusionroute.fr_export.families.olmo2 import OLMO2
+from fusionroute.fr_export.families.qwen2 import QWEN2
+from fusionroute.fr_export.families.qwen3 import QWEN3
 from fusionroute.fr_export.families.smollm3 import SMOLLM3
 
 # sorted by name
@@ -13,6 +16,9 @@ FAMILIES: dict[str, Family] = {
         GEMMA2,
         LLAMA3,
         MISTRAL,
+        OLMO2,
+        QWEN2,
+        QWEN3,
         SMOLLM3,
     )
 }

@@ -20,6 +20,9 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gemma2": (transformers.Gemma2Config, {"query_pre_attn_scalar": 40, "sliding_window": 16}),
     "llama3": (transformers.LlamaConfig, {}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 16}),
+    "olmo2": (transformers.Olmo2Config, {}),
+    "qwen2": (transformers.Qwen2Config, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen3": (transformers.Qwen3Config, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     "smollm3": (transformers.SmolLM3Config, {}),
 }
 
