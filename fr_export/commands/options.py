@@ -10,7 +10,7 @@ from fusionroute.fr_export.families import FAMILIES, Family
 def parse_family(name: str) -> Family:
     """The family of a name."""
     if name not in FAMILIES:
-        raise typer.BadParameter(f"unknown family '{name}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
+        raise typer.BadParameter(f"unknown family '{name}'; expected {', '.join(FAMILIES)}", param_hint="--family")
     return FAMILIES[name]
 
 

@@ -8,4 +8,13 @@ from fusionroute.fr_export.graphs.passes.remove_redundant_views import remove_re
 from fusionroute.fr_export.graphs.passes.slices_to_split import slices_to_split
 from fusionroute.fr_export.graphs.passes.to_half import to_half
 
-__all__ = ["decompose_rmsnorm", "fuse_rotary", "fuse_skip_norm", "pack_qkv", "remove_redundant_views", "slices_to_split", "split_qkv", "to_half"]
+__all__ = [
+    "decompose_rmsnorm",
+    "fuse_rotary",
+    "fuse_skip_norm",
+    "pack_qkv",
+    "remove_redundant_views",
+    "slices_to_split",
+    "split_qkv",
+    "to_half",
+]
