@@ -135,7 +135,7 @@ def test_int8_is_torch_with_rounded_matrices(exported: Exported) -> None:
 
 
 def test_the_signature_is_optimums(exported: Exported) -> None:
-    size = exported.shape.head_dim
+    size = exported.shape.head_size
     caches = [f"{layer}.{kind}" for layer in range(exported.shape.layers) for kind in ("key", "value")]
     total = "past_sequence_length + sequence_length"
     for precision in PRECISIONS:

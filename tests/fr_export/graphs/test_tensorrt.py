@@ -112,7 +112,7 @@ def test_rewinds_leave_nothing_behind(exported: Exported) -> None:
 def test_the_signature_is_the_contract(exported: Exported) -> None:
     layers, shape = exported.shape.layers, exported.shape
     caches = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-    size = -(-shape.head_dim // 8) * 8
+    size = -(-shape.head_size // 8) * 8
     for precision, dtype in (("fp32", ir.DataType.FLOAT), ("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16)):
         graph = ir.load(exported.graph(precision)).graph
         assert [v.name for v in graph.inputs] == [

@@ -120,7 +120,7 @@ def test_operators_and_opset_are_those_that_10_3_reads(exported: Exported) -> No
 
 
 def test_the_signature_is_that_of_tensorrt_with_new_rows_in_place_of_buffers(exported: Exported) -> None:
-    shape, size = exported.shape, -(-exported.shape.head_dim // 8) * 8
+    shape, size = exported.shape, -(-exported.shape.head_size // 8) * 8
     caches = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
     for precision, dtype in (("fp32", ir.DataType.FLOAT), ("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16)):
         graph = ir.load(exported.graph(precision)).graph
