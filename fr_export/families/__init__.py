@@ -6,6 +6,7 @@ from fusionroute.fr_export.families.gemma3 import GEMMA3
 from fusionroute.fr_export.families.llama3 import LLAMA3
 from fusionroute.fr_export.families.mistral import MISTRAL
 from fusionroute.fr_export.families.phi3 import PHI3
+from fusionroute.fr_export.families.qwen2 import QWEN2
 from fusionroute.fr_export.families.smollm3 import SMOLLM3
 
 # sorted by name
@@ -17,6 +18,7 @@ FAMILIES: dict[str, Family] = {
         LLAMA3,
         MISTRAL,
         PHI3,
+        QWEN2,
         SMOLLM3,
     )
 }

@@ -86,10 +86,7 @@ def check(table: Table, system: System, graphs: dict[str, Graph]) -> None:
     """
     mend = "calibrate this system instead"
     names = [model.name for model in system.models]
-    if list(table.models) != names:
-        raise InputError(
-            f"The calibration table is of the models {', '.join(table.models) or 'none'}, the system has {', '.join(names)}: {mend}."
-        )
+    table.check_models(names)
     for name in names:
         expected, widths = matrices(graphs[name]), {matrix: len(seen.channel_absmax) for matrix, seen in table.models[name].items()}
         if different := sorted(expected.keys() ^ widths.keys()):

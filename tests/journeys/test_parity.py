@@ -50,6 +50,7 @@ SHAPES = {
     "gemma3-two-tables-above-smollm3-experts": Shape("gemma3", expert_family="smollm3", experts=1),
     "phi3-longrope-half-of-a-head-turned": Shape("phi3", heads=2, kv_heads=1, hidden=128, config=LONGROPE, expert_family="phi3", experts=1),
     "mistral-window-llama3-experts": Shape("mistral", expert_family="llama3"),
+    "qwen2-biases-window-above-mistral-experts": Shape("qwen2", expert_family="mistral"),
     "gemma2-window": Shape("gemma2", layers=4),
     "gemma2-untied-odd": Shape("gemma2", config={"tie_word_embeddings": False, "query_pre_attn_scalar": 50}, vocab=259, head_dim=48),
     "gemma2-strong-softcaps": Shape("gemma2", config=SOFTCAPS),
@@ -94,7 +95,8 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[object]]] = {
     "llama3": {"attention_bias": BOOLEANS, "mlp_bias": BOOLEANS},
     "mistral": {"sliding_window": st.none() | WINDOWS},
     "phi3": {"sliding_window": st.none() | WINDOWS},
-    "smollm3": {"no_rope_layers": st.lists(st.integers(0, 1), min_size=3, max_size=3), "attention_bias": BOOLEANS},
+    "qwen2": {"use_sliding_window": BOOLEANS, "sliding_window": WINDOWS, "max_window_layers": st.integers(0, 3)},
+    "smollm3": {"no_rope_layer_interval": st.integers(1, 3), "attention_bias": BOOLEANS, "mlp_bias": BOOLEANS},
 }
 
 

@@ -26,6 +26,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
     "smollm3": (transformers.SmolLM3Config, {"no_rope_layer_interval": 2}),
+    "qwen2": (transformers.Qwen2Config, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
 }
 
 

@@ -1,6 +1,7 @@
 """The table of families, their presets, and configs that cannot be served."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_what_tests_and_defaults_export_is_served(name: str) -> None:
 
 
 SLIDES = {"layer_types": ["full_attention", "sliding_attention"]}
-REFUSED = {
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a window of no length": ("gemma2", SLIDES | {"sliding_window": 0}, "It has a 'sliding_window' of 0"),
     "layers that slide without a window": ("gemma2", SLIDES | {"sliding_window": None}, "It has a 'sliding_window' of None"),
     "layers in chunks": (
