@@ -18,13 +18,19 @@ def check_space(system: System, plan: Sequence[tuple[str, Scheme]], engines: boo
 
     `plan` lists the variants, a target and a scheme each; `engines` says whether engines are built too.
     """
-    needed = weights_on_disk(system, plan, engines)
+    needed = weights_on_disk(system, plan, engines) + largest_tensor(system, plan)  # which lies twice while it is packed
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise FusionError(
             f"The bundle needs about {needed / 1e9:.1f} GB, but {out.absolute().parent} has {free / 1e9:.1f} GB free: "
             "make room, export fewer precisions, or name another disk with --out."
         )
+
+
+def largest_tensor(system: System, plan: Sequence[tuple[str, Scheme]]) -> int:
+    """Bytes of the largest tensor in the widest precision."""
+    values = max(int(np.prod(entry.shape)) for model in system.models for entry in model.weights.entries.values())
+    return int(values * max(scheme.bits for _, scheme in plan) / 8)
 
 
 def weights_on_disk(system: System, plan: Sequence[tuple[str, Scheme]], engines: bool) -> int:
