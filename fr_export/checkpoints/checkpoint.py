@@ -15,6 +15,7 @@ from fusionroute.fr_export.checkpoints.hub import locate
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
 from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, is_adapter
+from fusionroute.fr_export.checkpoints.sources.merge_lora import merge
 from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
 from fusionroute.fr_export.console.quiet import quiet
 from fusionroute.fr_export.families import Family
@@ -84,7 +85,7 @@ class Checkpoint:
 
         `extra` safetensors of the adapter's folder are read too. Raises InputError where the two do not belong together.
         """
-        tensors, tied = adapter.over(self.weights.entries, self.config.tie_word_embeddings)
+        tensors, tied = merge(adapter, self.weights.entries, self.config.tie_word_embeddings)
         for name in extra:
             if (file := adapter.folder / name).is_file():
                 tensors |= tensors_of(file)
