@@ -18,7 +18,7 @@ def check_space(system: System, plan: Sequence[tuple[str, Scheme]], engines: boo
 
     `plan` lists the variants, a target and a scheme each; `engines` says whether engines are built too.
     """
-    needed = weights_on_disk(system, plan, engines) + largest_tensor(system, plan)  # which lies twice while it is packed
+    needed = weights_on_disk(system, plan, engines) + largest_tensor(system, plan)  # for a moment it lies twice
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise FusionError(
