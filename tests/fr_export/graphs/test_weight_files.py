@@ -154,7 +154,7 @@ def test_a_bundle_whose_tensors_are_files_of_their_own_loads_with_the_same_numbe
         for folder in (bundle, unpacked):
             with FusionRuntime.load(folder, precision, threads=1, verify=True) as runtime:
                 logits.append(runtime.score([5, 9, 200, 31]).logits)
-        assert np.array_equal(*logits)
+        assert np.array_equal(logits[0], logits[1])
     manifest = Manifest.read(unpacked)
     manifest.write(unpacked)
     assert json.loads((unpacked / "manifest.json").read_text()) == content, "an older version reads what is written again"
