@@ -71,6 +71,7 @@ class Int4:
     """Weights in 4 bits, activations rounded to 8 bits inside the product."""
 
     name = "int4"
+    most_bits = BUDGET
 
     def __init__(self, fmt: Format = FORMAT, embedding: Format = FINE):
         self.format, self.embedding = fmt, embedding

@@ -5,14 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Console
+from rich.text import Text
 
 from fusionroute.fr_export.bundle.variant import stored_weights
 from fusionroute.fr_export.verify.bounds import misses
+from fusionroute.fr_export.verify.hints import hint
 from fusionroute.fr_export.verify.measure import obstacle
 from fusionroute.runtime.manifest import Engines, Manifest, Variant
+from fusionroute.runtime.tables import size, tables
 from fusionroute.runtime.tensorrt.library import NAMES as LIBRARIES
 
 NAME = "report.json"
@@ -58,7 +59,8 @@ def describe_variant(
         "bits_per_weight": variant.bits_per_weight,
         "compared": compared,
         "missed": misses(variant.target, variant.precision, compared),
-        "not_compared": None if compared else obstacle(variant) or reason,
+        "not_compared": None if compared else obstacle(variant.target) or reason,
+        "calibrated": bool(fitted),
         "fitted": dict(fitted),
         "engines": [describe_engines(engines, manifest) for engines in variant.engines],
     }
@@ -80,36 +82,37 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
-    """Print the tables of precisions and stages."""
-    title = f"{report['family']}: {' + '.join(report['models'])} → {out}"
-    precisions = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in ("target", "precision", "size", "bits", "perplexity", "KL", "top-1", "routing"):
-        precisions.add_column(column, justify="left" if column in ("target", "precision") else "right", no_wrap=True)
-    for entry in report["variants"]:
-        compared = entry["compared"]
-        head = (entry["target"], entry["precision"], size(entry["bytes"]), f"{entry['bits_per_weight']:.2f}")
-        if compared is None:
-            precisions.add_row(*head, *["–"] * 4)
-            continue
-        decode = compared["decode"]
-        ratio = decode["perplexity_ratio"]
-        precisions.add_row(
-            *head,
-            "–" if ratio is None else f"{ratio - 1:+.2%}",
-            f"{decode['kl_mean']:.1e}",
-            f"{decode['greedy_agreement']:.1%}",
-            f"{decode['routing_agreement']:.1%}",
-            style="red" if entry["missed"] else None,
-        )
-    stages = Table(title="Stages", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("stage", "seconds", "peak memory"):
-        stages.add_column(column, justify="left" if column == "stage" else "right")
-    for stage in report["stages"]:
-        stages.add_row(stage["name"], f"{stage['seconds']:.1f}", f"{stage['peak_anonymous_mib']:,.0f} MiB")
-    missed = [
-        f"[red]{entry['precision']} misses its bound: {'; '.join(entry['missed'])}." for entry in report["variants"] if entry["missed"]
-    ]
-    console.print(Group(precisions, *missed, explain(report), stages))
+    """Print the tables of precisions and stages, and what they mean."""
+    console.print(Text(f"{report['family']}: {' + '.join(report['models'])} → {out}"))
+    variants = report["variants"]
+    styles = ["red" if entry["missed"] else "" for entry in variants]
+    console.print(*tables(console, "", VARIANT_NAMES, VARIANT_FIGURES, [cells(entry) for entry in variants], styles))
+    for entry in variants:
+        if entry["missed"]:
+            console.print(f"[red]{entry['precision']} misses its bound: {'; '.join(entry['missed'])}. To mend it, {hint(entry)}.")
+    console.print(explain(report))
+    stages = [(each["name"], f"{each['seconds']:.1f}", f"{each['peak_anonymous_mib']:,.0f} MiB") for each in report["stages"]]
+    console.print(*tables(console, "Stages", ("stage",), ("seconds", "peak memory"), stages))
+
+
+VARIANT_NAMES = ("target", "precision")
+VARIANT_FIGURES = ("size", "bits", "perplexity", "KL", "top-1", "routing")
+
+
+def cells(entry: dict[str, Any]) -> tuple[str, ...]:
+    """A variant's row, in the units of `VARIANT_FIGURES`."""
+    head = (entry["target"], entry["precision"], size(entry["bytes"]), f"{entry['bits_per_weight']:.2f}")
+    if entry["compared"] is None:
+        return (*head, *["–"] * 4)
+    decode = entry["compared"]["decode"]
+    ratio = decode["perplexity_ratio"]
+    return (
+        *head,
+        "–" if ratio is None else f"{ratio - 1:+.2%}",
+        f"{decode['kl_mean']:.1e}",
+        f"{decode['greedy_agreement']:.1%}",
+        f"{decode['routing_agreement']:.1%}",
+    )
 
 
 def explain(report: dict[str, Any]) -> str:
@@ -131,8 +134,3 @@ def explain(report: dict[str, Any]) -> str:
             reasons.setdefault(entry["not_compared"], []).append(f"{entry['precision']} for {entry['target']}")
     lines += [f"Not compared with torch: {', '.join(names)} ({reason})." for reason, names in reasons.items()]
     return " ".join(lines)
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

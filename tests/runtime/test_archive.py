@@ -8,6 +8,7 @@ import tarfile
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,7 +91,7 @@ def member(name: str, content: bytes = b"x", type: bytes = tarfile.REGTYPE, targ
     return info, content
 
 
-def edited(members: list[Member], change: Callable[[dict[str, bytes]], object]) -> list[Member]:
+def edited(members: list[Member], change: Callable[[dict[str, Any]], object]) -> list[Member]:
     """The same archive with another manifest."""
     content = json.loads(members[0][1])
     change(content)
@@ -106,8 +107,8 @@ def longer(original: Member) -> Member:
     return member(original[0].name, original[1] + b"x")
 
 
-def files(content: dict) -> dict:  # type: ignore[type-arg]
-    entries: dict = content["files"]  # type: ignore[type-arg]
+def files(content: dict[str, Any]) -> dict[str, Any]:
+    entries: dict[str, Any] = content["files"]
     return entries
 
 
@@ -135,14 +136,13 @@ HOSTILE: dict[str, tuple[Callable[[list[Member]], list[Member]], str]] = {
     "file that comes twice": (lambda m: [*m, m[-1]], "or which came before"),
     "manifest that comes twice": (lambda m: [*m, m[0]], "or which came before"),
     "many entries": (lambda m: [m[0], *[member(f"f{n}") for n in range(10_000)]], "'f0', which its manifest does not name"),
-    "file that is missing": (lambda m: [*m[:-1], member("x" * 50, m[-1][1])], "which its manifest does not name"),
-    "file that is left out": (lambda m: [*m[:-1], *[m[0]] * 0], "lacks|is shorter"),
+    "file that is left out": (lambda m: m[:-1], "lacks|is shorter"),
     "other content": (lambda m: [*m[:-1], changed(m[-1])], r"was changed or is cut off \(its SHA-256"),
     "other size": (lambda m: [*m[:-1], longer(m[-1])], "bytes where the manifest says"),
     "manifest that is not first": (lambda m: [*m[1:], m[0]], "does not begin with the manifest"),
     "nothing": (lambda m: [], "does not begin with the manifest"),
     "manifest that is none": (lambda m: [member("manifest.json", b"{"), *m[1:]], "does not fit the bundle format"),
-    "manifest of a newer format": (lambda m: edited(m, lambda content: content.update(format=3)), "has the format 3"),  # type: ignore[arg-type]
+    "manifest of a newer format": (lambda m: edited(m, lambda content: content.update({"format": 3})), "has the format 3"),
     "manifest with a path that leads out": (listed("../evil"), "is not a path inside the bundle"),
     "manifest with an absolute path": (listed("/evil"), "is not a path inside the bundle"),
     "manifest with another spelling": (listed("./manifest.json"), "is not a path inside the bundle"),

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from fusionroute.fr_export.bundle.targets import TARGETS
-from fusionroute.fr_export.commands.export import ALIASES, TARGET_HELP, parse_gpus, parse_precisions, parse_targets
+from fusionroute.fr_export.commands.variants import ALIASES, TARGET_HELP, parse_gpus, parse_precisions, parse_targets
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES

@@ -18,9 +18,11 @@ from fusionroute.fr_export.precision import SCHEMES, collect, int4
 from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, blocked, nearest
 from fusionroute.fr_export.precision.half import Half
 from fusionroute.fr_export.precision.int8 import BLOCK, SMALL, quantise
+from fusionroute.fr_export.precision.w8a8 import StaticW8A8
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.precisions import PRECISIONS, exported_for
 from tests.support.exporting import ALL, export_checkpoints, export_system
 from tests.support.stored_weights import StoredWeight, stored_weights
 from tests.support.systems import Shape, make_system
@@ -216,6 +218,22 @@ def test_schemes_are_collected_from_their_files_in_the_order_of_the_records() ->
         "tensorrt": ["fp32", "fp16", "bf16", "int8", "int8-wo", "int4"],
         "tensorrt:10.3": ["fp32", "fp16", "bf16", "int8", "int8-wo"],
     }
+
+
+def test_the_records_name_the_targets_that_have_a_scheme() -> None:
+    """The command line refuses by the records, before torch is loaded."""
+    assert {target: tuple(schemes) for target, schemes in SCHEMES.items()} == {target: exported_for(target) for target in SCHEMES}
+    assert {target for record in PRECISIONS.values() for target in record.targets} == SCHEMES.keys()
+    with pytest.raises(FusionError, match=r"^mine has the precision 'fp16' for gpu, which its record does not name: .*precisions\.py\.$"):
+        collect({"mine": {"gpu": (Half("fp16"),)}})
+
+
+def test_the_records_name_the_targets_that_need_calibration() -> None:
+    """Their schemes refuse to bind a matrix without it."""
+    for target, schemes in SCHEMES.items():
+        for name, scheme in schemes.items():
+            refuses = type(scheme).bind is StaticW8A8.bind
+            assert (target in PRECISIONS[name].calibrated_on) == refuses, (target, name)
 
 
 def test_a_scheme_without_a_record_is_refused_on_import() -> None:

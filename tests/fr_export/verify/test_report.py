@@ -20,14 +20,13 @@ from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES, gptq
 from fusionroute.fr_export.precision.blockwise import Format, Quantised
 from fusionroute.fr_export.verify.bounds import misses
-from fusionroute.fr_export.verify.compare import sequences
+from fusionroute.fr_export.verify.compare import TOKENS, sequences
 from fusionroute.fr_export.verify.measure import obstacle
 from fusionroute.fr_export.verify.report import show_report
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import FusionError
-from fusionroute.runtime.manifest import Variant
 from fusionroute.runtime.precisions import PRECISIONS
 from tests.support.exporting import ALL
 from tests.support.systems import Shape, make_system
@@ -49,7 +48,7 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
 
 
 def test_figures_are_those_of_an_independent_comparison(request_: Request) -> None:
-    report = export(request_, Stages(Console(quiet=True)))
+    report = export(replace(request_, compare=TOKENS), Stages(Console(quiet=True)))
     bundle = Bundle.open(request_.out)
     bundle.verify()
     assert json.loads((request_.out / "report.json").read_text()) == report
@@ -161,9 +160,6 @@ def test_a_system_too_large_to_compare_says_so(request_: Request) -> None:
 
 def test_an_onnxruntime_that_is_too_old_for_a_graph_is_named_and_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime 1.23, the last for Python 3.10, reads opset 23: the comparison ended in an unexpected error."""
-    variant = Variant(
-        target="tensorrt", precision="fp16", graphs={"router": "router.onnx"}, fusion_graph="fusion.onnx", bits_per_weight=16.0
-    )
-    assert obstacle(variant) is None
+    assert obstacle("tensorrt") is None
     monkeypatch.setattr(TARGETS["tensorrt"].dialect, "OPSET", 99)
-    assert str(obstacle(variant)).endswith("which runs them for the comparison, does not read opset 99")
+    assert str(obstacle("tensorrt")).endswith("which runs them for the comparison, does not read opset 99")
