@@ -15,12 +15,13 @@ PRIVATE = ("_name_or_path",)  # a path on the machine that wrote the checkpoint
 
 
 def complete(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead | None) -> None:
-    """Write config.json with the graph's vocabulary, generation_config.json and copies of the checkpoint's texts.
+    """Write config.json of the language model with the graph's vocabulary, generation_config.json and copies of the checkpoint's texts.
 
     A router also gets routing_head.safetensors: routing_head.weight float32 [n_experts, hidden] and routing_head.bias
     float32 [n_experts].
     """
-    config = read_json(model.folder / "config.json", model.where) | {"vocab_size": vocab_size, "use_cache": True}
+    whole = read_json(model.folder / "config.json", model.where)
+    config = whole.get("text_config", whole) | {"vocab_size": vocab_size, "use_cache": True}
     write(folder / "config.json", {key: value for key, value in config.items() if key not in PRIVATE})
     generation = model.file("generation_config.json")
     ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.end_tokens, "pad_token_id": model.config.pad_token_id}
