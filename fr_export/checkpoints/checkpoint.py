@@ -16,6 +16,7 @@ from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
 from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, is_adapter
 from fusionroute.fr_export.checkpoints.sources.merge_lora import merge
+from fusionroute.fr_export.checkpoints.text_part import text_part
 from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
 from fusionroute.fr_export.console.quiet import quiet
 from fusionroute.fr_export.families import Family
@@ -75,8 +76,9 @@ class Checkpoint:
             raise InputError(f"{where} is already quantised; export from the fp32, fp16 or bf16 checkpoint it was made from.")
         config, shapes = read_config(folder, where)
         family.check(where, config)
-        weights = Weights.open(folder, extra)
-        checkpoint = cls(name, where, folder, family, config, weights, texts_in(folder), SourceReport.of("full", weights.entries.values()))
+        tensors, notes = text_part(Weights.open(folder, extra).entries)
+        report = SourceReport.of("full", tensors.values(), notes)
+        checkpoint = cls(name, where, folder, family, config, Weights(folder, tensors), texts_in(folder), report)
         checkpoint.check_shapes(shapes)
         return checkpoint
 
@@ -181,10 +183,12 @@ def texts_in(folder: Path) -> dict[str, Path]:
 
 
 def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """config.json as transformers reads it, and the tensors that such a model has: name → shape."""
+    """config.json as transformers reads it, of its language model where it has other parts, and the tensors that such a
+    model has: name → shape.
+    """
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder).get_text_config()
         if config.num_hidden_layers < 1 or config.num_attention_heads % config.num_key_value_heads:
             raise ValueError("expected at least one layer, and as many attention heads as key-value heads or a multiple of them")
         return config, shapes_of(empty_model(config))
