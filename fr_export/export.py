@@ -37,7 +37,7 @@ class Request:
     """What to export. Each field is checked by itself; what must fit together is checked by `export`."""
 
     family: Family | None  # the router's; None: the one that its config names
-    router: str
+    router: str  # a whole model, or an adapter
     experts: dict[str, str]  # name → source, in the order of the routing head's rows
     precisions: tuple[str, ...]
     targets: tuple[str, ...]
@@ -47,6 +47,7 @@ class Request:
     max_seq_len: int | None = None
     calibration: str = "builtin"
     head_key: str = "routing_head"
+    base: str | None = None  # of all adapters; None: the one that each names
     force: bool = False
     strict: bool = False  # a precision that misses its bound is an error
     gpus: tuple[int, ...] = ()  # compute capabilities that TensorRT-RTX engines are built for
@@ -69,7 +70,7 @@ def check(request: Request, stages: Stages) -> Checked:
     refuse(request.out, request.force, request.calibration, request.experts, request.gpus)
     plan = [(target, SCHEMES[target][name]) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
     with stages.stage("checking the checkpoints"):
-        system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len)
+        system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len, request.base)
         prompts = load_parts(request.calibration)
         fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
         forecast = Forecast.of(system, plan, prompts.calibration, request.calibration, len(request.gpus), request.out, request.compare)
@@ -103,10 +104,10 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         writer = VariantWriter(system, traces, known, folder, stages)
         written = [writer.write(target, scheme) for target, scheme in plan]
         variants = [each.variant for each in written]
-        writer.remove_unread(variants)
+        packs = writer.pack(variants)
 
         write_common_files(system.router, folder)
-        manifest = describe(system, fusion, graphs, variants, folder)
+        manifest = describe(system, fusion, graphs, variants, packs, folder)
         if request.gpus:
             manifest = add_engines(manifest, request.gpus, folder, stages)
 

@@ -43,7 +43,7 @@ def calibration_table(
         scheme = recording_scheme(sum(trace.parameters for trace in traces.of().values()))
         variant, _ = VariantWriter(system, traces, {}, recording, stages).write(CPU, scheme)
         write_common_files(system.router, recording)
-        describe(system, fusion, traces.of(), [variant], recording).write(recording)
+        describe(system, fusion, traces.of(), [variant], {}, recording).write(recording)
         return calibrate(system, traces.of(), list(prompts), recording, scheme.name, cache_folder(), stages)
     finally:
         shutil.rmtree(recording, ignore_errors=True)

@@ -6,6 +6,7 @@ import numpy as np
 
 from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
 from fusionroute.fr_export.families import Family
+from fusionroute.fr_export.families.family import positions
 from fusionroute.runtime.errors import InputError
 
 DEFAULT_CONTEXT = 4096
@@ -47,21 +48,26 @@ class System:
         experts: dict[str, str],
         head_key: str = "routing_head",
         max_seq_len: int | None = None,
+        base: str | None = None,
     ) -> "System":
         """Open and check all checkpoints. Raises InputError on the first thing that does not fit.
 
-        `family` is the router's; None takes the one that its config names.
+        `family` is the router's; None takes the one that its config names. `base` is that of all adapters; None takes
+        the one that each names.
         """
         if not experts:
             raise InputError("A system needs at least one expert: name it with --expert NAME=SRC.")
-        router_checkpoint = Checkpoint.open("router", router, family, head_key)
-        expert_checkpoints = tuple(Checkpoint.open(name, source) for name, source in experts.items())
+        router_checkpoint = Checkpoint.open("router", router, family, head_key, base)
+        expert_checkpoints = tuple(Checkpoint.open(name, source, base=base) for name, source in experts.items())
+        models = (router_checkpoint, *expert_checkpoints)
+        if base is not None and all(model.source.kind != "adapter" for model in models):
+            raise InputError(f"--base {base} is for adapters, and all models of this system are whole ones: leave --base out.")
         return cls(
             router=router_checkpoint,
             experts=expert_checkpoints,
             head=read_head(router_checkpoint, head_key, list(experts)),
             vocab_size=common_vocabulary(router_checkpoint, expert_checkpoints),
-            max_seq_len=context((router_checkpoint, *expert_checkpoints), max_seq_len),
+            max_seq_len=context(models, max_seq_len),
         )
 
 
@@ -128,10 +134,11 @@ def context(models: tuple[Checkpoint, ...], max_seq_len: int | None) -> int:
 
     Raises InputError where a model was trained for fewer positions.
     """
-    shortest = min(models, key=lambda model: model.config.max_position_embeddings)
-    limit = int(shortest.config.max_position_embeddings)
+    shortest = min(models, key=lambda model: positions(model.config))
+    limit = positions(shortest.config)
     if max_seq_len is None:
         return min(DEFAULT_CONTEXT, limit)
     if not 2 <= max_seq_len <= limit:
-        raise InputError(f"--max-seq-len {max_seq_len} does not fit: {shortest.where} was trained for 2 to {limit} positions.")
+        beyond = "; beyond them its longrope takes other rotary frequencies" if limit < shortest.config.max_position_embeddings else ""
+        raise InputError(f"--max-seq-len {max_seq_len} does not fit: {shortest.where} was trained for 2 to {limit} positions{beyond}.")
     return max_seq_len

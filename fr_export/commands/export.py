@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fusionroute.fr_export.checkpoints.config_file import detect_family
-from fusionroute.fr_export.commands.options import ExpertOptions, FamilyOption, parse_experts
+from fusionroute.fr_export.commands.options import BaseOption, ExpertOptions, FamilyOption, parse_experts
 from fusionroute.fr_export.commands.variants import (
     TARGET_HELP,
     check_calibration,
@@ -59,6 +59,7 @@ def main(
     ] = None,
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
     expert: ExpertOptions = None,
+    base: BaseOption = None,
     precision: Annotated[
         str | None, typer.Option(help=f"Comma list of {', '.join(f'{each.name} ({each.help})' for each in RECORDS)}.")
     ] = None,
@@ -109,7 +110,7 @@ def main(
         tokens = parse_compare(compare)
         if strict and tokens == 0:
             raise typer.BadParameter("a precision that is not compared cannot be held to its bound", param_hint="--strict / --compare none")
-        family = family or family_of_router(router)
+        family = family or family_of_router(router, base)
         precisions = parse_precisions(precision, targets, family)
         check_calibration(calibration, precisions, targets)
         router, experts = find_checkpoints(family, preset, router, named_experts)
@@ -134,6 +135,7 @@ def main(
                     max_seq_len=max_seq_len,
                     calibration=calibration,
                     head_key=routing_head_key,
+                    base=base,
                     force=force,
                     strict=strict,
                     gpus=gpus,
@@ -150,11 +152,11 @@ def main(
         fail(f"{state} cannot be printed ({error.strerror}){rest}.", debug)
 
 
-def family_of_router(router: str | None) -> Family:
+def family_of_router(router: str | None, base: str | None) -> Family:
     """The family that the config of `--router` names, where none is named on the command line."""
     if router is None:
         raise typer.BadParameter("name the model family, or with --router a checkpoint, whose config.json names it", param_hint="--family")
-    return detect_family(router)
+    return detect_family(router, base)
 
 
 def show(report: dict[str, Any], bundle: Path, as_json: bool, dry_run: bool) -> None:

@@ -10,7 +10,7 @@ from fusionroute.fr_export.families import FAMILIES, Family
 def parse_family(name: str) -> Family:
     """The family of a name."""
     if name not in FAMILIES:
-        raise typer.BadParameter(f"unknown family '{name}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
+        raise typer.BadParameter(f"unknown family '{name}'; expected {', '.join(FAMILIES)}", param_hint="--family")
     return FAMILIES[name]
 
 
@@ -37,5 +37,9 @@ FamilyOption = Annotated[
     typer.Option(parser=parse_family, metavar="|".join(FAMILIES), help="Model family; default: the one that the router's config names."),
 ]
 ExpertOptions = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=SRC", help="Repeat per expert, in the order of the routing head's rows.")
+    list[str] | None,
+    typer.Option(metavar="NAME=SRC", help="A model or LoRA adapter; repeat per expert, in the order of the routing head's rows."),
+]
+BaseOption = Annotated[
+    str | None, typer.Option(metavar="SRC", help="The model under all LoRA adapters; default: the one that each of them names.")
 ]

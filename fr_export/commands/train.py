@@ -9,9 +9,18 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 import typer
 from rich.console import Console
 
-from fusionroute.fr_export.checkpoints.config_file import detect_family
-from fusionroute.fr_export.commands.options import ExpertOptions, FamilyOption, parse_experts
-from fusionroute.fr_export.training.recipe import PRESETS, ComputePrecision, Dtype, Optimizer, PresetName, Recipe, Stage, StageName
+from fusionroute.fr_export.commands.options import BaseOption, ExpertOptions, FamilyOption, parse_experts
+from fusionroute.fr_export.training.recipe import (
+    PRESETS,
+    RANK,
+    ComputePrecision,
+    Dtype,
+    Optimizer,
+    PresetName,
+    Recipe,
+    Stage,
+    StageName,
+)
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.files import cache_folder
@@ -23,10 +32,11 @@ FIGURES = ("steps", "seconds", "MiB", "LM loss", "routing", "DPO", "accuracy", "
 
 
 def main(
-    router: Annotated[str, typer.Option(help="Where the router starts from: a folder or hub id (the paper: the instruction expert).")],
+    router: Annotated[str, typer.Option(help="Where the router starts from: a model or LoRA adapter (the paper: the instruction expert).")],
     out: Annotated[Path, typer.Option(help="Folder of the trained router, as the exporter reads it.")],
     family: FamilyOption = None,
     expert: ExpertOptions = None,
+    base: BaseOption = None,
     direct: Annotated[bool, typer.Option("--direct", help="Plain fine-tuning, without experts and routing head.")] = False,
     sft: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}.')] = None,
     preferences: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "chosen", "rejected"}.')] = None,
@@ -41,7 +51,11 @@ def main(
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step and device.")] = Recipe.accumulation,
     beta: Annotated[float, typer.Option(min=0.0, help="β of CDPO.")] = Recipe.beta,
     routing_weight: Annotated[float, typer.Option(min=0.0, help="λ, the weight of the routing loss.")] = Recipe.routing_weight,
-    lora_rank: Annotated[int, typer.Option(min=0, help="Train low-rank adapters and merge them; 0: all weights.")] = Recipe.lora_rank,
+    lora: Annotated[
+        bool | None, typer.Option("--lora/--full", help="Train LoRA adapters, or all weights; default: adapters of large models.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=0, help=f"Of the adapters, default {RANK}; 0: all weights.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write a whole model, with the adapters merged into it.")] = False,
     optimizer: Annotated[Optimizer, typer.Option(help="muon trains matrices with Muon, the rest with AdamW.")] = Recipe.optimizer,
     warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps; then a cosine to zero.")] = Recipe.warmup,
     max_length: Annotated[int, typer.Option(min=2, help="Longer rows (in tokens) are skipped.")] = Recipe.max_length,
@@ -67,6 +81,10 @@ def main(
             raise typer.BadParameter("name the experts, or add --direct for a model without any", param_hint="--expert / --direct")
         if batch_size is not None and batch_tokens is not None:
             raise typer.BadParameter("both given; choose one", param_hint="--batch-size / --batch-tokens")
+        if lora is not None and lora_rank is not None and lora != bool(lora_rank):
+            raise typer.BadParameter(
+                f"rank {lora_rank} says the opposite; leave one of them out", param_hint="--lora / --full / --lora-rank"
+            )
         if sft is None and preferences is None:
             raise typer.BadParameter("no data: name a file", param_hint="--sft / --preferences")
         numbers = PRESETS[preset]
@@ -96,14 +114,15 @@ def main(
             warmup=warmup,
             beta=beta,
             routing_weight=routing_weight,
-            lora_rank=lora_rank,
+            lora_rank=lora_rank if lora_rank is not None or lora is None else RANK if lora else 0,
             max_length=max_length,
             precision=precision or ("bf16" if torch.cuda.is_available() else "fp32"),
             seed=seed,
         )
         request = TrainingRequest(
-            family=family or detect_family(router),
+            family=family,
             router=router,
+            base=base,
             out=out,
             recipe=recipe,
             experts=dict(experts),
@@ -111,6 +130,7 @@ def main(
             preferences=preferences,
             cache=cache,
             dtype=dtype,
+            merge=merge,
             keep_stages=keep_stages,
             checkpoint_every=checkpoint_every,
             resume=resume,

@@ -2,18 +2,24 @@
 
 import json
 import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
+from fusionroute.fr_export.checkpoints.config_file import read_json
+from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
+from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
 from fusionroute.fr_export.checkpoints.system import read_head
-from fusionroute.fr_export.console.quiet import quiet
+from fusionroute.fr_export.checkpoints.torch_model import read_as, torch_model
+from fusionroute.fr_export.training.adapters import Adapters
 from fusionroute.fr_export.training.recipe import Dtype
 from fusionroute.runtime.errors import InputError
 
@@ -21,14 +27,13 @@ HEAD_KEY = "routing_head"
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED: dict[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 SHARD = "5GB"  # of safetensors, as checkpoints are commonly split
-_TEXTS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
+_TEXTS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "*.model")
 
 
 def load_lm(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
-    """The checkpoint as a transformers model. Gemma-2's softcap needs eager attention."""
+    """The checkpoint as a transformers model, whatever its weights come from. A softcap on attention needs the eager one."""
     kind = "eager" if getattr(checkpoint.config, "attn_logit_softcapping", None) else "sdpa"
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation=kind)
+    return torch_model(checkpoint, dtype, kind)
 
 
 def lm_logits(lm: Any, hidden: Tensor, vocab: int) -> Tensor:
@@ -48,26 +53,42 @@ def final_hidden(lm: Any, ids: Tensor, positions: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """The LM and its routing head W, float32 [n, hidden] without bias. Without experts there is no head."""
+    """The LM and its routing head W, float32 [n, hidden] without bias. Without experts there is no head.
 
-    def __init__(self, lm: Any, head: nn.Linear | None, vocab: int) -> None:
+    Where `adapters` is set they alone are trained, and the LM is frozen.
+    """
+
+    _keys_to_ignore_on_save = None  # the Trainer asks for it when it resumes from a checkpoint without the frozen weights
+
+    def __init__(self, lm: Any, head: nn.Linear | None, vocab: int, adapters: Adapters | None = None) -> None:
         super().__init__()
-        self.lm, self.head, self.vocab = lm, head, vocab
+        self.lm, self.head, self.vocab, self.adapters = lm, head, vocab, adapters
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, start: Tensor | None, vocab: int, lora_rank: int = 0, seed: int = 0) -> "Router":
+    def load(
+        cls, checkpoint: Checkpoint, start: Tensor | None, vocab: int, lora_rank: int = 0, seed: int = 0, base: str | None = None
+    ) -> "Router":
         """Read the LM in float32; the head begins as `start` [n, hidden].
 
-        With `lora_rank` the LM's matrices are frozen under low-rank adapters (arXiv:2106.09685).
+        With `lora_rank` the LM is frozen under adapters: those of the checkpoint where it is an adapter itself, else new
+        ones. `base` is the folder or hub id of the model under them; None takes the one that the checkpoint's adapter
+        names.
         """
-        lm = load_lm(checkpoint)
-        if lora_rank:
-            add_adapters(lm, lora_rank, seed)
+        if not lora_rank:
+            lm, adapters = load_lm(checkpoint), None
+        elif checkpoint.source.kind == "adapter":
+            adapter = LoraAdapter.open(checkpoint.folder, checkpoint.where)
+            folder = adapter.config.locate_base(checkpoint.folder, checkpoint.where, base)
+            lm = load_lm(Checkpoint.open("base", str(folder)))
+            adapters = Adapters.read(lm, checkpoint.folder, base or adapter.config.base_model_name_or_path or str(folder))
+        else:
+            lm = load_lm(checkpoint)
+            adapters = Adapters.new(lm, lora_rank, seed, base or str(checkpoint.folder))
         head = None
         if start is not None:
             head = nn.Linear(start.shape[1], start.shape[0], bias=False)
             head.weight.data = start.clone()
-        return cls(lm, head, vocab)
+        return cls(lm, head, vocab, adapters)
 
     def forward(self, ids: Tensor, positions: Tensor, learns_routing: bool = True) -> tuple[Tensor, Tensor | None]:
         """Logits [T, vocab] and routing scores w [T, n] at `positions` of the flattened `ids` [B, S].
@@ -92,17 +113,6 @@ class Router(nn.Module):
         """Name → parameter, for all parameters that training changes."""
         return {name: p.detach().contiguous() for name, p in self.named_parameters() if p.requires_grad or name.startswith("head.")}
 
-    def weights(self) -> dict[str, Tensor]:
-        """The LM's weights by their names in its checkpoint, with adapters merged into them."""
-        weights = {}
-        for name, tensor in self.lm.state_dict().items():
-            if "lora_" in name or (name == "lm_head.weight" and self.lm.config.tie_word_embeddings):
-                continue
-            owner = self.lm.get_submodule(name.rpartition(".base_layer.")[0]) if ".base_layer." in name else None
-            merged = tensor if owner is None else tensor + owner.get_delta_weight("default")
-            weights[name.replace(".base_layer.", ".")] = merged
-        return weights
-
 
 def has_head(checkpoint: Checkpoint) -> bool:
     """Whether a router's checkpoint has a routing head."""
@@ -125,42 +135,49 @@ def start_head(checkpoint: Checkpoint, experts: list[str]) -> Tensor | None:
     return torch.from_numpy(head.weight)
 
 
-def add_adapters(lm: Any, rank: int, seed: int) -> None:
-    """Put LoRA adapters into all linear layers except the LM head, and freeze everything else."""
-    import peft
-
-    torch.manual_seed(seed)
-    lm.requires_grad_(False)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), lm)
-
-
 def stored_dtype(checkpoint: Checkpoint) -> Dtype:
     """The dtype of a checkpoint's embedding, taken as that of all weights."""
     return _STORED[checkpoint.weights.entry("model.embed_tokens.weight").dtype]
 
 
 @torch.no_grad()
-def write_router(router: Router, source: Checkpoint, folder: Path, dtype: Dtype) -> None:
-    """Write the router into an empty folder.
+def write_router(router: Router, source: Checkpoint, folder: Path, dtype: Dtype, merge: bool) -> None:
+    """Write the router into an empty folder: the model, or the adapters alone where it has some and `merge` is off.
 
-    Weights are in `dtype`, the head is in float32; config and tokenizer files are the source's.
+    Weights are in `dtype`, the head is in float32. The tokenizer's files, and how logits are fused, are the source's.
     """
-    weights = {name: tensor.to("cpu", DTYPES[dtype]).contiguous() for name, tensor in router.weights().items()}
-    save_torch_state_dict(weights, folder, max_shard_size=SHARD)
+    if router.adapters is None:
+        _write_model(router.lm.state_dict(), source, folder, dtype)
+    elif merge:
+        with TemporaryDirectory() as alone:
+            router.adapters.write(Path(alone), torch.float32)
+            merged = Checkpoint.open("merged", alone, base=router.adapters.base).weights
+            _write_model({name: read_as(merged, name, DTYPES[dtype]) for name in merged.entries}, source, folder, dtype)
+    else:
+        router.adapters.write(folder, DTYPES[dtype])
     if router.head is not None:
         head = router.head.weight.detach().float().cpu().contiguous()
         save_file({f"{HEAD_KEY}.weight": head}, folder / HEAD_FILE)
+        # a curve of λ was measured with the head that this one replaces
+        FusionSettings.read(source.folder).model_copy(update={"lam_curve": None}).write(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner only
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    copy_texts(source, folder)
+
+
+def _write_model(weights: Mapping[str, Tensor], source: Checkpoint, folder: Path, dtype: Dtype) -> None:
+    tied = {"lm_head.weight"} if source.config.tie_word_embeddings else set()
+    stored = {name: tensor.to("cpu", DTYPES[dtype]).contiguous() for name, tensor in weights.items() if name not in tied}
+    save_torch_state_dict(stored, folder, max_shard_size=SHARD)
+    config = read_json(source.texts["config.json"], source.where)
     config.pop("torch_dtype", None)  # the older name
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-    copy_texts(source.folder, folder)
+    # an adapter may part the head from the embedding, and add tokens
+    config |= {"dtype": dtype, "tie_word_embeddings": source.config.tie_word_embeddings, "vocab_size": source.config.vocab_size}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_texts(source: Path, folder: Path) -> None:
+def copy_texts(source: Checkpoint, folder: Path) -> None:
     """Copy the files beside a checkpoint's weights and config: tokenizer, chat template, generation config."""
-    for pattern in _TEXTS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    for name, file in source.texts.items():
+        if any(fnmatch(name, pattern) for pattern in _TEXTS):
+            shutil.copyfile(file, folder / name)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fusionroute.fr_export.bundle.variant import weight_files
+from fusionroute.fr_export.bundle.variant import stored_weights
 from fusionroute.fr_export.verify.bounds import misses
 from fusionroute.fr_export.verify.hints import hint
 from fusionroute.fr_export.verify.measure import obstacle
@@ -50,12 +50,12 @@ def build_report(
 def describe_variant(
     variant: Variant, manifest: Manifest, fitted: Mapping[str, Any], compared: dict[str, Any] | None, reason: str | None, folder: Path
 ) -> dict[str, Any]:
-    """One variant's entry. `bytes` counts its graphs and every weight file that they read, each once."""
-    files = {*weight_files(variant, folder), *(folder / name for name in variant.graphs.values())}
+    """One variant's entry. `bytes` counts its graphs and every tensor that they read, each once."""
+    graphs = sum((folder / name).stat().st_size for name in variant.graphs.values())
     return {
         "target": variant.target,
         "precision": variant.precision,
-        "bytes": sum(path.stat().st_size for path in files),
+        "bytes": graphs + sum(stored_weights(variant, folder).values()),
         "bits_per_weight": variant.bits_per_weight,
         "compared": compared,
         "missed": misses(variant.target, variant.precision, compared),

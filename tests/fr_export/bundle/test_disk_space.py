@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from fusionroute.fr_export.bundle.disk_space import free_space, stored_values, weights_on_disk
-from fusionroute.fr_export.bundle.variant import weight_files
+from fusionroute.fr_export.bundle.variant import stored_weights
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, check, export
@@ -70,13 +70,13 @@ def test_a_bundle_is_as_large_as_the_check_says(request_: Request, system: Syste
     request = replace(request_, targets=targets)
     forecast = check(request, Stages(Console(quiet=True))).forecast
     export(request, Stages(Console(quiet=True)))
-    stored = sum(file.stat().st_size for file in Path(request_.out).rglob("weights/*.bin"))
+    stored = sum(file.bytes for file in Manifest.read(request.out).files.values() if file.tensors)
     assert stored == pytest.approx(needed(system, targets), rel=0.1)
     assert forecast.disk_needed == needed(system, targets)
     variants = Manifest.read(request.out).variants
     assert [(each["target"], each["precision"]) for each in forecast.variants] == [(each.target, each.precision) for each in variants]
     for expected, variant in zip(forecast.variants, variants, strict=True):
-        weights = sum(file.stat().st_size for file in weight_files(variant, request.out))
+        weights = sum(stored_weights(variant, request.out).values())
         assert weights == pytest.approx(expected["bytes"], rel=0.06), expected
 
 

@@ -23,6 +23,9 @@ SHAPES = {
     "llama3 tied, with biases": Shape("llama3", layers=2, dtype=torch.bfloat16, config=BIASED | {"tie_word_embeddings": True}),
     "llama3 of one layer with padded heads": Shape("llama3", layers=1, head_dim=20, kv_heads=4),
     "gemma2": Shape("gemma2", layers=2, config={"sliding_window": 8, "attn_logit_softcapping": 2.0}),
+    "qwen2, a window in layers but the first": Shape("qwen2", layers=3),
+    "qwen3 with biases": Shape("qwen3", layers=3, config={"attention_bias": True}),
+    "olmo2": Shape("olmo2", layers=3, config={"tie_word_embeddings": True}),
     "gemma2 with padded heads and biases": Shape("gemma2", layers=1, head_dim=20, config={"attention_bias": True}),
 }
 

@@ -37,10 +37,11 @@ def opened(folder: Path, shape: Shape) -> System:
             "llama3", heads=6, kv_heads=2, head_dim=20, hidden=96, config=BIASED
         ),  # padded heads, rotary outside, three products for one attention
         Shape("llama3", heads=4, kv_heads=1, head_dim=16, config=BIASED | TIED),
+        Shape("qwen3", heads=4, kv_heads=2, config={"attention_bias": True}),
         Shape("gemma2", heads=4, kv_heads=4),
         Shape("gemma2", heads=4, kv_heads=2, head_dim=20, config=TIED | {"sliding_window": 6}),
     ],
-    ids=["llama3", "llama3-padded-biased", "llama3-biased", "gemma2", "gemma2-padded"],
+    ids=["llama3", "llama3-padded-biased", "llama3-biased", "qwen3-biased", "gemma2", "gemma2-padded"],
 )
 def test_a_smoothed_graph_computes_the_same(shape: Shape, tmp_path: Path) -> None:
     system = opened(tmp_path, shape)
