@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from fusionroute.fr_export.commands.options import BaseOption, ExpertOptions, FamilyOption, parse_experts
 from fusionroute.fr_export.training.recipe import (
@@ -182,11 +183,16 @@ def show(report: Any, as_json: bool) -> None:
         print(json.dumps(asdict(report)), flush=True)
         return
     console = Console(highlight=False)
+    console.print(*stage_tables(console, report.stages))
+    skipped = f", {report.skipped} skipped as too long" if report.skipped else ""
+    console.print(f"{report.out}: {report.rows} samples and {report.pairs} preferences learnt from{skipped}")
+
+
+def stage_tables(console: Console, stages: Sequence[dict[str, Any]]) -> list[Table]:
+    """One row per stage."""
     rows = []
-    for stage in report.stages:
+    for stage in stages:
         last = [stage["last"].get(name) for name in ("lm_loss", "routing_loss", "dpo_loss", "reward_accuracy", "reward_margin")]
         losses = ("–" if value is None else f"{value:.3f}" for value in last)
         rows.append((stage["name"], str(stage["steps"]), f"{stage['seconds']:.1f}", f"{stage['peak_mib']:.0f}", *losses))
-    console.print(*tables(console, "", ("stage",), FIGURES, rows))
-    skipped = f", {report.skipped} skipped as too long" if report.skipped else ""
-    console.print(f"{report.out}: {report.rows} samples and {report.pairs} preferences learnt from{skipped}")
+    return tables(console, "", ("stage",), FIGURES, rows)
