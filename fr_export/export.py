@@ -34,7 +34,7 @@ class Request:
     """What to export. Each field is checked by itself; what must fit together is checked by `export`."""
 
     family: Family | None  # the router's; None: the one that its config names
-    router: str
+    router: str  # a whole model, or an adapter
     experts: dict[str, str]  # name → source, in the order of the routing head's rows
     precisions: tuple[str, ...]
     targets: tuple[str, ...]
@@ -44,6 +44,7 @@ class Request:
     max_seq_len: int | None = None
     calibration: str = "builtin"
     head_key: str = "routing_head"
+    base: str | None = None  # of all adapters; None: the one that each names
     force: bool = False
     strict: bool = False  # a precision that misses its bound is an error
     gpus: tuple[int, ...] = ()  # compute capabilities that TensorRT-RTX engines are built for
@@ -60,7 +61,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         if request.gpus:
             capabilities(load("rtx"), request.gpus)
         with stages.stage("checking the checkpoints"):
-            system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len)
+            system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len, request.base)
             prompts = load_parts(request.calibration)
             fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
             check_space(system, plan, bool(request.gpus), folder, request.out)

@@ -2,7 +2,11 @@
 
 hub.py              a source → a local folder (downloads safetensors and text files only)
 checkpoint.py       one causal LM on disk: config, tokenizer, and for a router the routing head
-weights.py          its tensors, read lazily from safetensors, slice by slice
+weights.py          its tensors, read lazily, slice by slice
+tensors.py          where one tensor comes from
+sources/            sources that are no folder of safetensors with a whole model
+source_report.py    what a checkpoint was made from, for the report
+torch_model.py      a checkpoint of any source as a transformers model
 system.py           a router and its experts as one system
 fusion_settings.py  how logits are fused: the command line, the router's fusion.json, or the default
 """

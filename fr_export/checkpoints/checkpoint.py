@@ -1,6 +1,8 @@
 """One causal LM on disk: config, tokenizer, lazily read weights and, for a router, the routing head."""
 
+import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusionroute.fr_export.checkpoints.hub import locate
-from fusionroute.fr_export.checkpoints.weights import Weights
+from fusionroute.fr_export.checkpoints.source_report import SourceReport
+from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter, is_adapter
+from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
 from fusionroute.fr_export.console.quiet import quiet
 from fusionroute.fr_export.families import FAMILIES, Family
 from fusionroute.runtime.errors import InputError, one_line
@@ -20,7 +24,10 @@ HEAD_FILE = "routing_head.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder that has passed its own checks. `where` names it in messages: "Expert 'math' (folder)"."""
+    """A checkpoint that has passed its own checks. `where` names it in messages: "Expert 'math' (folder)".
+
+    `folder` is the one that was named. `texts` holds its other files by name: tokenizer.json, config.json, …
+    """
 
     name: str
     where: str
@@ -28,29 +35,63 @@ class Checkpoint:
     family: Family
     config: Any  # transformers' PretrainedConfig
     weights: Weights
+    texts: Mapping[str, Path]
+    source: SourceReport
 
     @classmethod
-    def open(cls, name: str, source: str, family: Family | None = None, head_key: str | None = None) -> "Checkpoint":
+    def open(
+        cls, name: str, source: str, family: Family | None = None, head_key: str | None = None, base: str | None = None
+    ) -> "Checkpoint":
         """Locate and check one checkpoint; `head_key` names the routing head where this is the router.
 
-        `family` is the one that it must be of; None takes the one that its config names.
+        `family` is the one that it must be of; None takes the one that its config names. `base` is what an adapter is
+        put over; None takes the one that it names. A whole model needs none.
 
         Raises InputError for a folder that is missing, incomplete or of another family, and for a router with a broken
         tokenizer or chat template.
         """
         folder = locate(source)
         where = f"{'The router' if head_key else f'Expert {name!r}'} ({folder})"
+        extra = (HEAD_FILE,) if head_key else ()
+        if is_adapter(folder):
+            adapter = LoraAdapter.open(folder, where)
+            start = adapter.locate_base(base)
+            whole = cls.open_whole(name, f"The base ({start}) of {where[0].lower()}{where[1:]}", start, family, ())
+            checkpoint = whole.adapted(adapter, extra)
+        else:
+            checkpoint = cls.open_whole(name, where, folder, family, extra)
+        if head_key:
+            _ = checkpoint.end_tokens, checkpoint.chat_template  # refused here if broken, not after an hour of writing
+        return checkpoint
+
+    @classmethod
+    def open_whole(cls, name: str, where: str, folder: Path, family: Family | None, extra: tuple[str, ...]) -> "Checkpoint":
+        """Check a folder with a whole model. `extra` safetensors are read too, where present. Raises like `open`."""
         raw = read_json(folder / "config.json", f"{where} is not a Hugging Face model folder")
         family = family_of(where, raw.get("model_type"), family)
         if raw.get("quantization_config"):
             raise InputError(f"{where} is already quantised; export from the fp32, fp16 or bf16 checkpoint it was made from.")
         config, shapes = read_config(folder, where)
         family.check(where, config)
-        checkpoint = cls(name, where, folder, family, config, Weights.open(folder, (HEAD_FILE,) if head_key else ()))
+        weights = Weights.open(folder, extra)
+        checkpoint = cls(name, where, folder, family, config, weights, texts_in(folder), SourceReport.of("full", weights.entries.values()))
         checkpoint.check_shapes(shapes)
-        if head_key:
-            _ = checkpoint.end_tokens, checkpoint.chat_template  # refused here if broken, not after an hour of writing
         return checkpoint
+
+    def adapted(self, adapter: LoraAdapter, extra: tuple[str, ...]) -> "Checkpoint":
+        """This model under an adapter, whose folder's texts go before its own.
+
+        `extra` safetensors of the adapter's folder are read too. Raises InputError where the two do not belong together.
+        """
+        tensors, tied = adapter.over(self.weights.entries, self.config.tie_word_embeddings)
+        for name in extra:
+            if (file := adapter.folder / name).is_file():
+                tensors |= tensors_of(file)
+        config = copy.deepcopy(self.config)
+        config.tie_word_embeddings, config.vocab_size = tied, tensors["model.embed_tokens.weight"].shape[0]
+        report = adapter.report(self.folder, self.source)
+        texts = adapter.texts(self.texts, texts_in(adapter.folder))
+        return Checkpoint(self.name, adapter.where, adapter.folder, self.family, config, Weights(adapter.folder, tensors), texts, report)
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Every tensor must have the shape that the config states, or the folder mixes two models."""
@@ -62,8 +103,7 @@ class Checkpoint:
 
     def file(self, name: str) -> Path | None:
         """A text file of the checkpoint, such as tokenizer.json, or None where it has none of that name."""
-        path = self.folder / name
-        return path if path.is_file() else None
+        return self.texts.get(name)
 
     @cached_property
     def tokenizer(self) -> Any | None:
@@ -128,6 +168,11 @@ class Checkpoint:
         return template
 
 
+def texts_in(folder: Path) -> dict[str, Path]:
+    """The files in a folder by name, without weights."""
+    return {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt")}
+
+
 def family_of(where: str, model_type: Any, expected: Family | None) -> Family:
     """The family of a config's model type. Raises InputError for an unknown one, or for another than the expected."""
     family = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
@@ -146,12 +191,21 @@ def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...
             config = AutoConfig.from_pretrained(folder)
         if config.num_hidden_layers < 1 or config.num_attention_heads % config.num_key_value_heads:
             raise ValueError("expected at least one layer, and as many attention heads as key-value heads or a multiple of them")
-        with quiet(), torch.device("meta"):  # shapes only
-            tensors = AutoModelForCausalLM.from_config(config).state_dict()
+        return config, shapes_of(empty_model(config))
     except Exception as error:  # transformers raises many kinds for an invalid config
         raise InputError(f"{where} has an invalid config.json ({one_line(error)}); mend it or download it again.") from error
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    return config, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
+
+
+def empty_model(config: Any) -> Any:
+    """A transformers model of this config without values."""
+    with quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors that a transformers model reads from its checkpoint: name → shape."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:

@@ -47,15 +47,17 @@ class System:
         experts: dict[str, str],
         head_key: str = "routing_head",
         max_seq_len: int | None = None,
+        base: str | None = None,
     ) -> "System":
         """Open and check all checkpoints. Raises InputError on the first thing that does not fit.
 
-        `family` is the router's; None takes the one that its config names.
+        `family` is the router's; None takes the one that its config names. `base` is that of all adapters; None takes
+        the one that each names.
         """
         if not experts:
             raise InputError("A system needs at least one expert: name it with --expert NAME=SRC.")
-        router_checkpoint = Checkpoint.open("router", router, family, head_key)
-        expert_checkpoints = tuple(Checkpoint.open(name, source) for name, source in experts.items())
+        router_checkpoint = Checkpoint.open("router", router, family, head_key, base)
+        expert_checkpoints = tuple(Checkpoint.open(name, source, base=base) for name, source in experts.items())
         return cls(
             router=router_checkpoint,
             experts=expert_checkpoints,

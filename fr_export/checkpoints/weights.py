@@ -47,19 +47,13 @@ class Weights:
         else:
             raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json; download or write it again.")
         files |= {folder / name for name in extra if (folder / name).is_file()}
-        entries = {}
+        entries: dict[str, StoredTensor] = {}
         for file in sorted(files):
             if file.parent != folder:
                 raise InputError(f"{index} names the shard {file}, which lies outside its folder; shards must lie beside the index.")
             if not file.is_file():
                 raise InputError(f"{folder} lacks the shard {file.name} that its index names; download the checkpoint again.")
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                        part = handle.get_slice(name)
-                        entries[name] = SafetensorsTensor(file, name, part.get_dtype(), tuple(part.get_shape()))
-            except SafetensorError as error:
-                raise InputError(f"{file} is not a complete safetensors file ({error}); download or write it again.") from error
+            entries |= tensors_of(file)
         return cls(folder, entries)
 
     def __contains__(self, name: str) -> bool:
@@ -111,6 +105,16 @@ class Weights:
     def read(self, name: str) -> np.ndarray:
         """A whole (small) tensor as fp32."""
         return np.concatenate(list(self.rows(name)))
+
+
+def tensors_of(file: Path) -> dict[str, StoredTensor]:
+    """Name → tensor of one safetensors file, from its header. Raises InputError for an incomplete one."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            return {name: SafetensorsTensor(file, name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except SafetensorError as error:
+        raise InputError(f"{file} is not a complete safetensors file ({error}); download or write it again.") from error
 
 
 def finite(piece: torch.Tensor, name: str, entry: StoredTensor) -> np.ndarray:

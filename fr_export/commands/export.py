@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from fusionroute.fr_export.commands.options import ExpertOptions, FamilyOption, parse_experts
+from fusionroute.fr_export.commands.options import BaseOption, ExpertOptions, FamilyOption, parse_experts
 from fusionroute.fr_export.families import Family
 from fusionroute.runtime.command_errors import fail, one_sentence
 from fusionroute.runtime.commands.options import Debug, Json, names
@@ -109,6 +109,7 @@ def main(
     ] = None,
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
     expert: ExpertOptions = None,
+    base: BaseOption = None,
     precision: Annotated[
         str | None, typer.Option(help=f"Comma list of {', '.join(f'{each.name} ({each.help})' for each in RECORDS)}.")
     ] = None,
@@ -159,6 +160,7 @@ def main(
             max_seq_len=max_seq_len,
             calibration=calibration,
             head_key=routing_head_key,
+            base=base,
             force=force,
             strict=strict,
             gpus=gpus,

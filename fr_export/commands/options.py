@@ -34,5 +34,9 @@ def parse_experts(texts: list[str]) -> list[tuple[str, str]]:
 
 FamilyOption = Annotated[Family, typer.Option(parser=parse_family, metavar="|".join(FAMILIES), help="Model family.")]
 ExpertOptions = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=SRC", help="Repeat per expert, in the order of the routing head's rows.")
+    list[str] | None,
+    typer.Option(metavar="NAME=SRC", help="A model or LoRA adapter; repeat per expert, in the order of the routing head's rows."),
+]
+BaseOption = Annotated[
+    str | None, typer.Option(metavar="SRC", help="The model under all LoRA adapters; default: the one that each of them names.")
 ]

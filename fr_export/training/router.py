@@ -9,11 +9,10 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
 from fusionroute.fr_export.checkpoints.system import read_head
-from fusionroute.fr_export.console.quiet import quiet
+from fusionroute.fr_export.checkpoints.torch_model import torch_model
 from fusionroute.fr_export.training.recipe import Dtype
 from fusionroute.runtime.errors import InputError
 
@@ -27,8 +26,7 @@ _TEXTS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation
 def load_lm(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
     """The checkpoint as a transformers model. Gemma-2's softcap needs eager attention."""
     kind = "eager" if getattr(checkpoint.config, "attn_logit_softcapping", None) else "sdpa"
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, attn_implementation=kind)
+    return torch_model(checkpoint, dtype, kind)
 
 
 def lm_logits(lm: Any, hidden: Tensor, vocab: int) -> Tensor:

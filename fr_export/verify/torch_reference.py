@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
-from fusionroute.fr_export.console.quiet import quiet
+from fusionroute.fr_export.checkpoints.torch_model import torch_model
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,7 @@ class Reference:
 
 def load(checkpoint: Checkpoint) -> Any:
     """The checkpoint as transformers runs it, in fp32 with eager attention: the only one that implements softcaps."""
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
+    return torch_model(checkpoint)
 
 
 @torch.no_grad()

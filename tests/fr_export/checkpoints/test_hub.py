@@ -50,5 +50,6 @@ def test_names_that_are_no_hub_id(source: str) -> None:
 @pytest.mark.parametrize("source", ["nowhere", "./a/b", "../a", "/no/where", "a/b/c", ""])
 def test_folders_that_do_not_exist(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()  # so that a/b/c is a path with a slip, not a folder of the hub's repository a/b
     with pytest.raises(InputError, match=r"does not exist \(and is no hub id such as owner/name\)"):
         hub.locate(source)
