@@ -6,7 +6,8 @@ from pathlib import Path
 
 from safetensors.numpy import save
 
-from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint, read_json
+from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
+from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.system import RoutingHead
 
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -19,7 +20,7 @@ def complete(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead
     A router also gets routing_head.safetensors: routing_head.weight float32 [n_experts, hidden] and routing_head.bias
     float32 [n_experts].
     """
-    config = read_json(model.folder / "config.json", model.where) | {"vocab_size": vocab_size, "use_cache": True}
+    config = read_json(model.texts["config.json"], model.where) | {"vocab_size": vocab_size, "use_cache": True}
     write(folder / "config.json", {key: value for key, value in config.items() if key not in PRIVATE})
     generation = model.file("generation_config.json")
     ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.end_tokens, "pad_token_id": model.config.pad_token_id}

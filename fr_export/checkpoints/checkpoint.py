@@ -1,7 +1,6 @@
 """One causal LM on disk: config, tokenizer, lazily read weights and, for a router, the routing head."""
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusionroute.fr_export.checkpoints.hub import locate
+from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter, is_adapter
+from fusionroute.fr_export.checkpoints.sources.model_folder import texts_in
+from fusionroute.fr_export.checkpoints.sources.whole import open_source
 from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
 from fusionroute.fr_export.console.quiet import quiet
 from fusionroute.fr_export.families import FAMILIES, Family
@@ -65,16 +67,19 @@ class Checkpoint:
         return checkpoint
 
     @classmethod
-    def open_whole(cls, name: str, where: str, folder: Path, family: Family | None, extra: tuple[str, ...]) -> "Checkpoint":
-        """Check a folder with a whole model. `extra` safetensors are read too, where present. Raises like `open`."""
-        raw = read_json(folder / "config.json", f"{where} is not a Hugging Face model folder")
-        family = family_of(where, raw.get("model_type"), family)
-        if raw.get("quantization_config"):
-            raise InputError(f"{where} is already quantised; export from the fp32, fp16 or bf16 checkpoint it was made from.")
-        config, shapes = read_config(folder, where)
+    def open_whole(cls, name: str, where: str, path: Path, family: Family | None, extra: tuple[str, ...]) -> "Checkpoint":
+        """Check a source with a whole model. `extra` safetensors of its folder are read too, where present. Raises like `open`."""
+        source = open_source(where, path)
+        model_type = read_json(source.texts["config.json"], f"{where} has no valid config").get("model_type")
+        family = family_of(where, model_type, family)
+        config, shapes = read_config(source.texts["config.json"].parent, where)
         family.check(where, config)
-        weights = Weights.open(folder, extra)
-        checkpoint = cls(name, where, folder, family, config, weights, texts_in(folder), SourceReport.of("full", weights.entries.values()))
+        tensors = source.tensors(config, shapes)
+        report = source.report(tensors)
+        for file in extra:
+            if (source.folder / file).is_file():
+                tensors |= tensors_of(source.folder / file)
+        checkpoint = cls(name, where, source.folder, family, config, Weights(source.folder, tensors), source.texts, report)
         checkpoint.check_shapes(shapes)
         return checkpoint
 
@@ -168,11 +173,6 @@ class Checkpoint:
         return template
 
 
-def texts_in(folder: Path) -> dict[str, Path]:
-    """The files in a folder by name, without weights."""
-    return {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt")}
-
-
 def family_of(where: str, model_type: Any, expected: Family | None) -> Family:
     """The family of a config's model type. Raises InputError for an unknown one, or for another than the expected."""
     family = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
@@ -189,6 +189,8 @@ def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # what is read is dequantised
         if config.num_hidden_layers < 1 or config.num_attention_heads % config.num_key_value_heads:
             raise ValueError("expected at least one layer, and as many attention heads as key-value heads or a multiple of them")
         return config, shapes_of(empty_model(config))
@@ -206,16 +208,3 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
     """The tensors that a transformers model reads from its checkpoint: name → shape."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-
-
-def read_json(file: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError `what: …` where the file is missing or broken."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{what}: it holds no {file.name}; download or write it again.") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{what}: {file.name} cannot be read as JSON ({error}); write or download it again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{what}: {file.name} holds no JSON object; write or download it again.")
-    return value

@@ -1,9 +1,12 @@
-"""Find a checkpoint: a local folder, or a download of safetensors and text files from the Hugging Face hub."""
+"""Find a checkpoint: a local folder or GGUF file, or a download of weights and text files from the Hugging Face hub."""
 
 import errno
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fusionroute.fr_export.checkpoints.pickled import PICKLES, conversion
 from fusionroute.runtime.errors import InputError, UnavailableError, one_line
 
 # errors of the cache folder, not of the network
@@ -18,26 +21,91 @@ ELSEWHERE = ["*/*.safetensors", "*/*.safetensors.index.json"]
 
 
 def locate(source: str, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: a path, or a hub id that is downloaded into the hub's cache.
+    """The local folder of a checkpoint, or its GGUF file: a path, or a hub id that is downloaded into the hub's cache.
 
-    `owner/name/folder` is a folder of a hub repository. `revision` is a branch, tag or commit there.
+    `owner/name/folder` is a folder of a hub repository, `owner/name:file.gguf` or `owner/name:Q4_K_M` one of its GGUF
+    models. `revision` is a branch, tag or commit there.
 
     Raises InputError for a folder that does not exist, UnavailableError where the hub cannot be reached or refuses.
     """
     folder = Path(source).expanduser()
-    if source and folder.is_dir():
+    if source and (folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf")):
         return folder.resolve()
     if source and folder.exists():
-        raise InputError(f"{source} is a file; expected a checkpoint folder or a hub id such as owner/name.")
-    parts = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
+        raise InputError(f"{source} is a file; expected a checkpoint folder, a GGUF file or a hub id such as owner/name.")
+    parts = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+)|:([\w./-]+))?", source)
     if not parts or source.startswith(".") or (parts[2] and Path(source.partition("/")[0]).is_dir()):
         raise InputError(f"The checkpoint folder {source} does not exist (and is no hub id such as owner/name).")
+    if parts[3]:
+        return download_gguf(parts[1], parts[3], revision)
     return download(parts[1], parts[2], revision)
 
 
 def download(hub_id: str, subfolder: str | None = None, revision: str | None = None) -> Path:
-    """Fetch the safetensors, config and tokenizer of a hub repository, or of one of its folders."""
+    """Fetch the safetensors, config and tokenizer of a hub repository, or of one of its folders.
+
+    A repository that has no safetensors but one GGUF model gives that one. Raises InputError where it has several, or
+    pickled weights only.
+    """
+    allowed = [f"{subfolder}/{name}" for name in PATTERNS] if subfolder else [*PATTERNS, "*/adapter_config.json"]
+    ignored = [f"{subfolder}/{name}" for name in ELSEWHERE] if subfolder else ELSEWHERE
+    folder = snapshot(hub_id, allowed, ignored, revision) / (subfolder or "")
+    if not folder.is_dir():
+        raise InputError(f"The hub's {hub_id} has no folder {subfolder} with a checkpoint: name one that it has, or the repository itself.")
+    if subfolder or any(folder.glob("*.safetensors")):
+        return folder
+    names = listed(hub_id, revision)
+    models = [name for name in names if name.endswith(".gguf") and re.search(r"-0*[1-9]\d*-of-\d+\.gguf$", name) is None or "-00001-of-" in name]
+    models = [name for name in models if not Path(name).name.startswith("mmproj")]
+    if len(models) > 1:
+        raise InputError(f"The hub's {hub_id} holds {len(models)} GGUF models ({', '.join(models)}): name one, such as {hub_id}:{models[0]}.")
+    if models:
+        return download_gguf(hub_id, models[0], revision)
+    if pickled := [name for name in names if Path(name).suffix in PICKLES]:
+        raise InputError(f"The hub's {hub_id} holds pickled weights ({pickled[0]}) only; {conversion(hub_id, Path(hub_id).name)}")
+    return folder
+
+
+def download_gguf(hub_id: str, name: str, revision: str | None = None) -> Path:
+    """Fetch a GGUF model of a hub repository: the file `name`, or the one of a kind of quantisation such as Q4_K_M.
+
+    Raises InputError where there is none, or several.
+    """
+    if name.endswith(".gguf"):
+        patterns = [re.sub(r"-\d{5}-of-", "-*-of-", name)]
+        matches = re.compile(re.escape(name))
+    else:
+        spellings = dict.fromkeys((name, name.upper(), name.lower()))
+        patterns = [f"*{each}{end}" for each in spellings for end in (".gguf", "-*-of-*.gguf")]
+        matches = re.compile(rf"(?:.*[-._/])?{re.escape(name)}(?:-00001-of-\d{{5}})?\.gguf", re.IGNORECASE)
+    folder = snapshot(hub_id, [*patterns, *PATTERNS], ["*.safetensors"], revision)
+    files = sorted(file for file in folder.rglob("*.gguf") if matches.fullmatch(file.relative_to(folder).as_posix()))
+    if len(files) != 1:
+        have = ", ".join(file.name for file in files) or ", ".join(each for each in listed(hub_id, revision) if each.endswith(".gguf"))
+        raise InputError(f"The hub's {hub_id} has {len(files)} GGUF models '{name}'; name one of its files: {have or 'it has none'}.")
+    return files[0]
+
+
+def listed(hub_id: str, revision: str | None) -> list[str]:
+    """The files of a hub repository; empty where the hub cannot be reached."""
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):  # what was downloaded before will do
+        return sorted(HfApi().list_repo_files(hub_id, revision=revision))
+    return []
+
+
+def snapshot(hub_id: str, allowed: Sequence[str], ignored: Sequence[str], revision: str | None) -> Path:
+    """The folder of a hub repository in the hub's cache, with the files that patterns allow."""
     from huggingface_hub import snapshot_download
+
+    with hub_errors(hub_id):
+        return Path(snapshot_download(hub_id, allow_patterns=list(allowed), ignore_patterns=list(ignored), revision=revision))
+
+
+@contextmanager
+def hub_errors(hub_id: str) -> Iterator[None]:
+    """Say what the hub's errors mean, in one sentence each."""
     from huggingface_hub.errors import (  # fmt: skip
         GatedRepoError,
         HfHubHTTPError,
@@ -50,9 +118,7 @@ def download(hub_id: str, subfolder: str | None = None, revision: str | None = N
     unreachable = f"There is no folder {hub_id}, and the hub cannot be reached to download it: go online once, or name a local folder."
 
     try:
-        allowed = [f"{subfolder}/{name}" for name in PATTERNS] if subfolder else [*PATTERNS, "*/adapter_config.json"]
-        ignored = [f"{subfolder}/{name}" for name in ELSEWHERE] if subfolder else ELSEWHERE
-        snapshot = Path(snapshot_download(hub_id, allow_patterns=allowed, ignore_patterns=ignored, revision=revision))
+        yield
     except GatedRepoError as error:
         raise UnavailableError(
             f"{hub_id} is gated: accept its licence on the hub and log in (hf auth login), or name a local folder."
@@ -70,7 +136,3 @@ def download(hub_id: str, subfolder: str | None = None, revision: str | None = N
         if not network and "http" not in type(error).__module__:
             raise
         raise UnavailableError(unreachable) from error
-    folder = snapshot / (subfolder or "")
-    if not folder.is_dir():
-        raise InputError(f"The hub's {hub_id} has no folder {subfolder} with a checkpoint: name one that it has, or the repository itself.")
-    return folder

@@ -24,7 +24,7 @@ def sensitive(context: FitContext, formats: Mapping[str, Format], wide: Format, 
     measured. Empty for a model without texts.
     """
     texts = sample(context.evidence.texts, TOKENS)
-    if not texts:
+    if not texts or not formats:
         return ()
     errors = measure(context.graph, context.weights, texts, formats)
     sizes = {name: int(np.prod(context.graph.model.graph.initializers[name].shape)) for name in formats}
@@ -48,6 +48,8 @@ def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], formats
     while walk.position < len(walk.blocks) - 1:
         exact = residual_stream(walk.peek())
         for matrix, width in walk.block.channels.items():
+            if matrix not in formats:
+                continue
             fmt = formats[matrix]
             (values,) = in_range([read(matrix)], fmt, matrix)
             rounded = widened(nearest(values, fmt), fmt, width)

@@ -3,49 +3,33 @@
 A file beside the GGUF takes precedence: it comes from the model itself, so it is exact.
 """
 
-import atexit
-import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from fusionroute.fr_export.checkpoints.converted_texts import converted_folder
 from fusionroute.fr_export.checkpoints.sources.gguf_config import config_of, generation_of
 from fusionroute.fr_export.checkpoints.sources.gguf_file import GgufFile
 from fusionroute.fr_export.checkpoints.sources.gguf_tokenizer import tokenizer_of
 from fusionroute.runtime import files
 
-VERSION = 1  # of the conversion: raising it lets every GGUF be converted again
+def texts_of(where: str, gguf_file: GgufFile) -> dict[str, Path]:
+    """The texts by name: those beside the GGUF, and converted ones, which the cache keeps.
 
-
-def texts_of(where: str, gguf_file: GgufFile) -> tuple[Path, ...]:
-    """The folders to look for a text in: the GGUF's own, then that of the converted texts, which the cache keeps.
-
-    Raises InputError where a text is needed that cannot be made.
+    Raises InputError where a text cannot be made.
     """
     beside = gguf_file.files[0].parent
-    folder = converted_folder(gguf_file)
+    texts = {name: beside / name for name in BESIDE if (beside / name).is_file()}
+    folder = converted_folder(gguf_file.files)
     for name, convert in CONVERTED.items():
-        if not (beside / name).is_file() and not (folder / name).is_file():
-            text = convert(where, gguf_file)
-            if text is not None:
-                files.replace(folder / name, text.encode())
-    return beside, folder
-
-
-def converted_folder(gguf_file: GgufFile) -> Path:
-    """`gguf/KEY` in the cache folder, where KEY tells path, size and time of the files; else a folder for this process."""
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in gguf_file.files]
-    key = hashlib.sha256(json.dumps([VERSION, stamps]).encode()).hexdigest()
-    folder = files.cache_folder() / "gguf" / key[:32]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:  # the cache cannot be written
-        folder = Path(tempfile.mkdtemp(prefix="fusionroute-gguf-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+        if name in texts:
+            continue
+        file = folder / name
+        if not file.is_file() and (text := convert(where, gguf_file)) is not None:
+            files.replace(file, text.encode())
+        if file.is_file():
+            texts[name] = file
+    return texts
 
 
 def config_text(where: str, gguf_file: GgufFile) -> str:
@@ -88,3 +72,4 @@ CONVERTED: dict[str, Callable[[str, GgufFile], str | None]] = {
     "tokenizer_config.json": tokenizer_config_text,
     "chat_template.jinja": chat_template_text,
 }
+BESIDE = (*CONVERTED, "fusion.json", "special_tokens_map.json")
