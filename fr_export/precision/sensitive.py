@@ -24,9 +24,11 @@ def sensitive(context: FitContext, formats: Mapping[str, Format], wide: Format, 
     measured. Empty for a model without texts.
     """
     texts = sample(context.evidence.texts, TOKENS)
-    if not texts or not formats:
+    if not texts:
         return ()
     errors = measure(context.graph, context.weights, texts, formats)
+    if not errors:
+        return ()
     sizes = {name: int(np.prod(context.graph.model.graph.initializers[name].shape)) for name in formats}
     per_weight = {name: error / sizes[name] for name, error in errors.items()}
     limit = TIMES * float(np.median(list(per_weight.values())))

@@ -109,3 +109,40 @@ def quantise_folder(folder: Path, settings: dict[str, Any], make: Make) -> dict[
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     return values
+
+
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+Packer = Callable[[str, Rounded], dict[str, torch.Tensor]]
+
+# name: settings, bits, group (0: a whole row), symmetric, act-order, packer
+FORMS: dict[str, tuple[dict[str, Any], int, int, bool, bool, Packer]] = {
+    "gptq": ({"quant_method": "gptq", "bits": 4}, 4, 32, False, False, lambda m, q: gptq_tensors(m, q, 4)),
+    "gptq 8": ({"quant_method": "gptq", "bits": 8}, 8, 32, True, False, lambda m, q: gptq_tensors(m, q, 8)),
+    "gptq 2": ({"quant_method": "gptq", "bits": 2}, 2, 32, False, False, lambda m, q: gptq_tensors(m, q, 2)),
+    "gptq v2": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, 4, 16, False, False, lambda m, q: gptq_tensors(m, q, 4, 0),
+    ),
+    "gptq act-order": ({"quant_method": "gptq", "bits": 4, "desc_act": True}, 4, 32, False, True, lambda m, q: gptq_tensors(m, q, 4)),
+    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, 4, 32, False, False, lambda m, q: awq_tensors(m, q, 4)),
+    "packed": (COMPRESSED, 4, 32, True, False, lambda m, q: packed_tensors(m, q, 4, symmetric=True)),
+    "packed, zeros": (COMPRESSED, 4, 16, False, False, lambda m, q: packed_tensors(m, q, 4)),
+    "packed, rows": (COMPRESSED, 4, 0, True, False, lambda m, q: packed_tensors(m, q, 4, symmetric=True)),
+    "packed, act-order": (COMPRESSED, 4, 32, False, True, lambda m, q: packed_tensors(m, q, 4)),
+    "packed 8": (COMPRESSED, 8, 64, True, False, lambda m, q: packed_tensors(m, q, 8, symmetric=True)),
+    "int8": (COMPRESSED | {"format": "int-quantized"}, 8, 0, True, False, lambda m, q: integer_tensors(m, q, 8, symmetric=True)),
+    "int8, zeros": (COMPRESSED | {"format": "int-quantized"}, 8, 32, False, False, lambda m, q: integer_tensors(m, q, 8)),
+}  # fmt: skip
+
+
+def quantise(folder: Path, form: str) -> dict[str, torch.Tensor]:
+    """Turn a model folder into a checkpoint of a form; returns the values that it holds."""
+    about, bits, group, symmetric, act_order, pack = FORMS[form]
+
+    def make(module: str, weight: np.ndarray) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        width = weight.shape[1]
+        length = group or width
+        order = np.random.default_rng(0).permutation(width) // length if act_order else None
+        q = rounded(weight, bits, length, symmetric, order)
+        return pack(module, q), q.values()
+
+    return quantise_folder(folder, about, make)

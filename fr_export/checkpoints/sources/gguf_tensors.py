@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from fusionroute.fr_export.checkpoints.sources.gguf_file import GgufFile, GgufPart, library
+from fusionroute.fr_export.checkpoints.stored_blocks import BlockLayout, Blocks, ReadBlocks
 from fusionroute.fr_export.checkpoints.tensors import ReadRows
 from fusionroute.runtime.errors import InputError
 
 PLAIN = {"F32", "F16", "BF16"}
 INTERLEAVED = {"llama", "smollm3"}  # rotary pairs lie side by side in rows of queries and keys, not in two halves
+IN_BLOCKS = {"Q4_0": 4, "Q8_0": 8}  # bits of types whose values are integer · scale
 SHIFTED_NORMS = {"gemma", "gemma2", "gemma3"}  # norms hold 1 + w
 
 
@@ -59,6 +61,28 @@ class GgufTensor:
             values = np.asarray(gguf.dequantize(np.ascontiguousarray(data), kind), np.float32)
             values = values.reshape(len(data), *self.shape[1:]) + np.float32(self.shift)  # a copy: the mapped file stays as it is
             return torch.from_numpy(values)
+
+        yield read
+
+    @property
+    def layout(self) -> BlockLayout | None:
+        """See `BlockStored.layout`: of the types whose blocks are a scale and as many integers."""
+        bits = IN_BLOCKS.get(self.part.type_name)
+        return BlockLayout(bits, block_of(self.part.type)[0], np.dtype(np.float16), False) if bits else None
+
+    @contextmanager
+    def open_blocks(self) -> Iterator[ReadBlocks]:
+        """See `BlockStored.open_blocks`. A block is an fp16 scale, then 32 values: bytes, or low halves before high ones."""
+        stored = rows_of(self.part)
+
+        def read(start: int, stop: int) -> Blocks:
+            data = stored[self.order(start, stop)] if self.heads else stored[start:stop]
+            blocks = data.reshape(len(data), -1, block_of(self.part.type)[1])
+            scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+            values = blocks[..., 2:]
+            if IN_BLOCKS[self.part.type_name] == 4:
+                return Blocks(np.concatenate([values & 15, values >> 4], axis=-1), scales, None)
+            return Blocks(values ^ np.uint8(128), scales, None)
 
         yield read
 
