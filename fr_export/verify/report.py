@@ -7,9 +7,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 
 from fusionroute.fr_export.bundle.variant import weight_files
+from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.verify.bounds import misses
 from fusionroute.fr_export.verify.measure import obstacle
 from fusionroute.runtime.manifest import Engines, Manifest, Variant
@@ -25,10 +27,11 @@ def build_report(
     reason: str | None,
     notes: Sequence[str],
     folder: Path,
+    sources: Mapping[str, SourceReport],
 ) -> dict[str, Any]:
     """The report as plain data, but for its stages.
 
-    `fitted` holds, per variant of the manifest, what fitting reports of each model. `figures` and `reason` come from
+    `sources` says what each model was made from. `fitted` holds, per variant of the manifest, what fitting reports of each model. `figures` and `reason` come from
     `measure`. `notes` are sentences for the user.
     """
     return {
@@ -38,6 +41,10 @@ def build_report(
         "max_seq_len": manifest.max_seq_len,
         "vocab_size": manifest.vocab_size,
         "notes": list(notes),
+        "sources": [
+            {"model": name, "kind": source.kind, "bytes": source.bytes, "dtypes": list(source.dtypes), "notes": list(source.notes)}
+            for name, source in sources.items()
+        ],
         "variants": [
             describe_variant(variant, manifest, about, figures.get((variant.target, variant.precision)), reason, folder)
             for variant, about in zip(manifest.variants, fitted, strict=True)
@@ -106,10 +113,30 @@ def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
         stages.add_column(column, justify="left" if column == "stage" else "right")
     for stage in report["stages"]:
         stages.add_row(stage["name"], f"{stage['seconds']:.1f}", f"{stage['peak_anonymous_mib']:,.0f} MiB")
+    console.print(Group(show_sources(report), *source_notes(report)))
     missed = [
         f"[red]{entry['precision']} misses its bound: {'; '.join(entry['missed'])}." for entry in report["variants"] if entry["missed"]
     ]
     console.print(Group(precisions, *missed, explain(report), stages))
+
+
+def show_sources(report: dict[str, Any]) -> Table:
+    """The table of what the models were made from."""
+    table = Table(title="Sources", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("model", "kind", "size", "dtypes"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for source in report["sources"]:
+        table.add_row(source["model"], source["kind"], size(source["bytes"]), ", ".join(source["dtypes"]))
+    return table
+
+
+def source_notes(report: dict[str, Any]) -> list[str]:
+    """What was done to the sources: one line per note, with the models that it holds for."""
+    models: dict[str, list[str]] = {}
+    for source in report["sources"]:
+        for note in source["notes"]:
+            models.setdefault(note, []).append(source["model"])
+    return [escape(f"{', '.join(names)}: {note}.") for note, names in models.items()]
 
 
 def explain(report: dict[str, Any]) -> str:
@@ -121,6 +148,8 @@ def explain(report: dict[str, Any]) -> str:
             f"The fused distribution is held against torch in fp32 over {compared['tokens']} tokens, token by token; KL is a mean in nats."
         )
     for entry in report["variants"]:
+        if carried := sum(about.get("carried", 0) for about in entry["fitted"].values()):
+            lines.append(f"{entry['precision']} took over {carried} matrices of quantised checkpoints as they are.")
         for built in entry["engines"]:
             gpus = ", ".join(f"sm{sm}" for sm in built["sms"])
             total = size(sum(built["bytes"].values()))

@@ -104,11 +104,12 @@ def read(file: Path) -> GgufFile:
 @lru_cache(maxsize=8)
 def _read(stamped: tuple[tuple[Path, int, int], ...]) -> GgufFile:
     """`read`, which takes seconds for a large vocabulary; the sizes and times tell when a file has changed."""
+    reader_type = reader_class()
     fields: dict[str, Any] = {}
     parts: dict[str, GgufPart] = {}
     for file, size, _ in stamped:
         try:
-            reader = reader_of(file)
+            reader = reader_type(file)
         except Exception as error:  # it raises many kinds for a broken file
             raise InputError(f"{file} is not a complete GGUF file ({one_line(error)}): download it again.") from error
         fields = fields or dict(reader.fields)
@@ -123,8 +124,8 @@ def _read(stamped: tuple[tuple[Path, int, int], ...]) -> GgufFile:
     return opened
 
 
-def reader_of(file: Path) -> Any:
-    """gguf's reader over a plain array: numpy's memmap makes each of its many slices three times as slow."""
+def reader_class() -> Any:
+    """gguf's reader, over a plain array: numpy's memmap makes each of its many slices three times as slow."""
 
     class Reader(library().GGUFReader):  # type: ignore[misc]
         @property
@@ -135,4 +136,4 @@ def reader_of(file: Path) -> Any:
         def data(self, mapped: Any) -> None:
             self._bytes = mapped.view(np.ndarray)
 
-    return Reader(file)
+    return Reader

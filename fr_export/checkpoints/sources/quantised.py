@@ -80,5 +80,5 @@ def note(settings: Mapping[str, Any], entries: Mapping[str, StoredTensor]) -> st
     title = METHODS[settings["quant_method"]].title
     made = [entry for entry in entries.values() if not isinstance(entry, SafetensorsTensor)]
     blocks = sum(isinstance(entry, BlockStored) and entry.layout is not None for entry in made)
-    text = f"It was quantised already ({title}): {len(made)} matrices are read as fp32 of what is stored"
-    return f"{text}; {blocks} of them lie in blocks that a precision of as many bits takes over as they are." if blocks else f"{text}."
+    text = f"it was quantised already ({title}, {len(made)} matrices) and is dequantised to fp32 while it is read"
+    return f"{text}; int4 or int8 for ort:cpu takes over {blocks} matrices as they are" if blocks else text

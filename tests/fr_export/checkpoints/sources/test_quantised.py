@@ -20,6 +20,6 @@ def test_every_form_reads_as_its_codes_zeros_and_scales_say(form: str, tmp_path:
         assert torch.equal(torch.from_numpy(checkpoint.weights.read(name)), values), name
         with checkpoint.weights.entry(name).open() as read:  # slices that begin and end within words
             assert all(torch.equal(read(start, start + 5), values[start : start + 5]) for start in (0, 3, 9)), name
-    assert (form in ("gptq act-order", "packed, act-order", "gptq 2")) != ("lie in blocks" in checkpoint.source.notes[0])
+    assert (form in ("gptq act-order", "packed, act-order", "gptq 2")) != ("takes over" in checkpoint.source.notes[0])
     assert checkpoint.source.kind == "full" and "quantised already" in checkpoint.source.notes[0]
     torch_model(checkpoint)(torch.arange(5)[None])
