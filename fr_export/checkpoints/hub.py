@@ -4,8 +4,9 @@ import errno
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from fusionroute.fr_export.checkpoints.gguf_names import models_among, of_kind, parts_of
 from fusionroute.fr_export.checkpoints.pickled import PICKLES, conversion
 from fusionroute.runtime.errors import InputError, UnavailableError, one_line
 
@@ -29,8 +30,10 @@ def locate(source: str, revision: str | None = None) -> Path:
     Raises InputError for a folder that does not exist, UnavailableError where the hub cannot be reached or refuses.
     """
     folder = Path(source).expanduser()
-    if source and (folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf")):
+    if source and folder.is_dir():
         return folder.resolve()
+    if folder.is_file() and folder.suffix == ".gguf":
+        return folder.absolute()  # a link keeps its name, which tells the parts of a split file
     if source and folder.exists():
         raise InputError(f"{source} is a file; expected a checkpoint folder, a GGUF file or a hub id such as owner/name.")
     parts = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+)|:([\w./-]+))?", source)
@@ -55,13 +58,14 @@ def download(hub_id: str, subfolder: str | None = None, revision: str | None = N
     if subfolder or any(folder.glob("*.safetensors")):
         return folder
     names = listed(hub_id, revision)
-    models = [name for name in names if name.endswith(".gguf") and re.search(r"-0*[1-9]\d*-of-\d+\.gguf$", name) is None or "-00001-of-" in name]
-    models = [name for name in models if not Path(name).name.startswith("mmproj")]
+    models = models_among(names)
     if len(models) > 1:
-        raise InputError(f"The hub's {hub_id} holds {len(models)} GGUF models ({', '.join(models)}): name one, such as {hub_id}:{models[0]}.")
+        raise InputError(
+            f"The hub's {hub_id} holds {len(models)} GGUF models ({', '.join(map(str, models))}): name one, such as {hub_id}:{models[0]}."
+        )
     if models:
-        return download_gguf(hub_id, models[0], revision)
-    if pickled := [name for name in names if Path(name).suffix in PICKLES]:
+        return download_gguf(hub_id, str(models[0]), revision)
+    if pickled := [name for name in names if name.suffix in PICKLES]:
         raise InputError(f"The hub's {hub_id} holds pickled weights ({pickled[0]}) only; {conversion(hub_id, Path(hub_id).name)}")
     return folder
 
@@ -71,27 +75,29 @@ def download_gguf(hub_id: str, name: str, revision: str | None = None) -> Path:
 
     Raises InputError where there is none, or several.
     """
-    if name.endswith(".gguf"):
-        patterns = [re.sub(r"-\d{5}-of-", "-*-of-", name)]
-        matches = re.compile(re.escape(name))
+    path = PurePosixPath(name)
+    if path.suffix == ".gguf":
+        folder = snapshot(hub_id, [*map(str, parts_of(path)), *PATTERNS], ["*.safetensors"], revision)
+        models = [folder / path] if (folder / path).is_file() else []
     else:
         spellings = dict.fromkeys((name, name.upper(), name.lower()))
-        patterns = [f"*{each}{end}" for each in spellings for end in (".gguf", "-*-of-*.gguf")]
-        matches = re.compile(rf"(?:.*[-._/])?{re.escape(name)}(?:-00001-of-\d{{5}})?\.gguf", re.IGNORECASE)
-    folder = snapshot(hub_id, [*patterns, *PATTERNS], ["*.safetensors"], revision)
-    files = sorted(file for file in folder.rglob("*.gguf") if matches.fullmatch(file.relative_to(folder).as_posix()))
-    if len(files) != 1:
-        have = ", ".join(file.name for file in files) or ", ".join(each for each in listed(hub_id, revision) if each.endswith(".gguf"))
-        raise InputError(f"The hub's {hub_id} has {len(files)} GGUF models '{name}'; name one of its files: {have or 'it has none'}.")
-    return files[0]
+        endings = [f"*{spelling}{end}" for spelling in spellings for end in (".gguf", "-*-of-*.gguf")]
+        folder = snapshot(hub_id, [*endings, *PATTERNS], ["*.safetensors"], revision)
+        models = [file for file in models_among(folder.rglob("*.gguf")) if of_kind(file, name)]
+    if len(models) != 1:
+        have = [str(file.relative_to(folder)) for file in models] or [str(file) for file in models_among(listed(hub_id, revision))]
+        raise InputError(
+            f"The hub's {hub_id} has {len(models) or 'no'} GGUF models '{name}'; name one of its files ({', '.join(have) or 'it has none'})."
+        )
+    return models[0]
 
 
-def listed(hub_id: str, revision: str | None) -> list[str]:
-    """The files of a hub repository; empty where the hub cannot be reached."""
+def listed(hub_id: str, revision: str | None) -> list[PurePosixPath]:
+    """The files of a hub repository; none where the hub cannot be reached."""
     from huggingface_hub import HfApi
 
     with suppress(Exception):  # what was downloaded before will do
-        return sorted(HfApi().list_repo_files(hub_id, revision=revision))
+        return [PurePosixPath(name) for name in HfApi().list_repo_files(hub_id, revision=revision)]
     return []
 
 

@@ -10,7 +10,7 @@ def conversion(source: str, name: str) -> str:
     """
     out = f"{name}-safetensors"
     return (
-        f"convert them to safetensors, which cannot run code: python -c \"from transformers import AutoModelForCausalLM as M, "
+        f'convert them to safetensors, which cannot run code: python -c "from transformers import AutoModelForCausalLM as M, '
         f"AutoTokenizer as T; s, o = {source!r}, {out!r}; M.from_pretrained(s, dtype='auto').save_pretrained(o); "
-        f"T.from_pretrained(s).save_pretrained(o)\", and name {out} instead."
+        f'T.from_pretrained(s).save_pretrained(o)", and name {out} instead.'
     )

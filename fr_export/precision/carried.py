@@ -4,7 +4,7 @@ rounding.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +16,8 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import PIECE, Format, Quantised, Stored, attach, store_blocks
 from fusionroute.fr_export.precision.scheme import Scheme
 from fusionroute.runtime.errors import InputError
+
+AnyScheme = TypeVar("AnyScheme", bound=Scheme)
 
 
 class Carried:
@@ -59,7 +61,7 @@ def carry(graph: Graph, weights: Weights, like: Format, store: Store, advance: C
     return stored
 
 
-def carrying(scheme: Scheme, stored: Mapping[str, Stored], graph: Graph) -> Scheme:
+def carrying(scheme: AnyScheme, stored: Mapping[str, Stored], graph: Graph) -> AnyScheme | Carried:
     """The scheme for a model of which `stored` was taken over."""
     if not stored:
         return scheme

@@ -25,7 +25,8 @@ def random_blocks(kind: Type, rows: int, width: int, seed: int = 0) -> np.ndarra
 
 def quantise(array: np.ndarray, kind: Type) -> np.ndarray:
     """As llama-quantize stores an array."""
-    return random_blocks(kind, *array.shape) if kind in SCALES else gguf.quantize(array, kind)
+    stored: np.ndarray = random_blocks(kind, *array.shape) if kind in SCALES else gguf.quantize(array, kind)
+    return stored
 
 
 def permuted(array: np.ndarray, heads: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusionroute.fr_export.checkpoints.sources.grouped import Groups, GroupedTensor, unpacked
+from fusionroute.fr_export.checkpoints.sources.grouped import GroupedTensor, Groups, unpacked
 from fusionroute.fr_export.checkpoints.tensors import SafetensorsTensor
 from fusionroute.runtime.errors import InputError
 
@@ -35,11 +35,10 @@ class AwqTensor(GroupedTensor):
 
         def outputs(words: torch.Tensor) -> np.ndarray:
             values = unpacked(words, 4).reshape(len(words), -1, PER_WORD)[..., PLACES].reshape(len(words), -1)
-            return values[:, start - first * PER_WORD :][:, : stop - start].T
+            rows: np.ndarray = values[:, start - first * PER_WORD :][:, : stop - start].T
+            return rows
 
-        return Groups(
-            outputs(parts["qweight"][:, first:last]), parts["scales"][:, start:stop].T, outputs(parts["qzeros"][:, first:last])
-        )
+        return Groups(outputs(parts["qweight"][:, first:last]), parts["scales"][:, start:stop].T, outputs(parts["qzeros"][:, first:last]))
 
 
 def awq(where: str, settings: Mapping[str, Any], module: str, parts: Mapping[str, SafetensorsTensor]) -> GroupedTensor:

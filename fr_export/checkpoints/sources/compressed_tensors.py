@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fusionroute.fr_export.checkpoints.sources.fp8 import scaled
-from fusionroute.fr_export.checkpoints.sources.grouped import Groups, GroupedTensor, order_of, unpacked, whole
+from fusionroute.fr_export.checkpoints.sources.grouped import GroupedTensor, Groups, order_of, unpacked, whole
 from fusionroute.fr_export.checkpoints.tensors import SafetensorsTensor, StoredTensor
 from fusionroute.runtime.errors import InputError
 
@@ -55,8 +55,8 @@ class IntegerTensor(GroupedTensor):
         """See `GroupedTensor.read_groups`."""
 
         def unsigned(key: str) -> np.ndarray:
-            values: np.ndarray = parts[key][start:stop].numpy()
-            return values.view(np.uint8) ^ np.uint8(128)
+            values: np.ndarray = parts[key][start:stop].numpy().view(np.uint8) ^ np.uint8(128)
+            return values
 
         return Groups(unsigned("weight"), parts["scales"][start:stop], unsigned("zeros") if "zeros" in parts else None)
 
@@ -76,7 +76,9 @@ def compressed(where: str, settings: Mapping[str, Any], module: str, parts: Mapp
     if weight is not None and weight.dtype == "I8" and "scales" in parts:
         scales = parts["scales"]
         if len(scales.shape) == 2 and scales.shape[0] == weight.shape[0]:
-            return IntegerTensor({key: parts[key] for key in ("weight", "scales", "zeros") if key in parts}, weight.shape, 8, scales.shape[1])
+            return IntegerTensor(
+                {key: parts[key] for key in ("weight", "scales", "zeros") if key in parts}, weight.shape, 8, scales.shape[1]
+            )
     if weight is not None and weight.dtype == "F8_E4M3" and "scales" in parts:
         return scaled(where, weight, parts["scales"], None)
     raise InputError(

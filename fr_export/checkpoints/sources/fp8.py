@@ -58,7 +58,9 @@ def scaled(where: str, weight: SafetensorsTensor, scales: SafetensorsTensor, til
     if tile is None and count in (1, out):
         tile = (out, width) if count == 1 else (1, width)
     if tile is None or -(-out // tile[0]) * -(-width // tile[1]) != count:
-        raise InputError(f"{where} has the scales {list(scales.shape)} for '{weight.name}' of shape {[out, width]}, which do not fit: download it again.")
+        raise InputError(
+            f"{where} has the scales {list(scales.shape)} for '{weight.name}' of shape {[out, width]}, which do not fit: download it again."
+        )
     return Fp8Tensor(weight, scales, tile)
 
 

@@ -3,7 +3,6 @@
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from fusionroute.fr_export.checkpoints.gguf_names import models_among, parts_of
 from fusionroute.runtime.errors import InputError, UnavailableError, one_line
-
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-PROJECTOR = "mmproj"  # begins the names of files that hold a model's eyes, not its text model
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,7 @@ def find(path: Path) -> Path | None:
     """
     if path.is_file():
         return path if path.suffix == ".gguf" else None
-    models = [
-        file
-        for file in sorted(path.glob("*.gguf"))
-        if not file.name.startswith(PROJECTOR) and ((part := PART.fullmatch(file.name)) is None or int(part["number"]) == 1)
-    ]
+    models = models_among(path.iterdir())
     if len(models) > 1:
         raise InputError(
             f"{path} holds {len(models)} GGUF models ({', '.join(file.name for file in models)}): name one of them, such as {models[0]}."
@@ -77,28 +70,15 @@ def find(path: Path) -> Path | None:
     return models[0] if models else None
 
 
-def parts_of(file: Path) -> tuple[Path, ...]:
-    """All parts of a split GGUF, of which `file` is any; the file alone where it is not split.
-
-    Raises InputError where parts are missing.
-    """
-    part = PART.fullmatch(file.name)
-    if part is None:
-        return (file,)
-    count = int(part["count"])
-    files = tuple(file.with_name(f"{part['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1))
-    if missing := [each.name for each in files if not each.is_file()]:
-        raise InputError(f"{file} is one of {count} parts, and {missing[0]} is not beside it: download all parts.")
-    return files
-
-
 def read(file: Path) -> GgufFile:
     """Read what a GGUF file, or a split one, says of itself; no tensor's values.
 
     Raises UnavailableError without the package gguf, InputError for a broken or half-written file.
     """
-    files = tuple(path.resolve() for path in parts_of(file))
-    return _read(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    files = parts_of(file)
+    if missing := [each.name for each in files if not each.is_file()]:
+        raise InputError(f"{file} is one of {len(files)} parts, and {missing[0]} is not beside it: download all parts.")
+    return _read(tuple((path.absolute(), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 
 @lru_cache(maxsize=8)

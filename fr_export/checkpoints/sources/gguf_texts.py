@@ -13,6 +13,7 @@ from fusionroute.fr_export.checkpoints.sources.gguf_file import GgufFile
 from fusionroute.fr_export.checkpoints.sources.gguf_tokenizer import tokenizer_of
 from fusionroute.runtime import files
 
+
 def texts_of(where: str, gguf_file: GgufFile) -> dict[str, Path]:
     """The texts by name: those beside the GGUF, and converted ones, which the cache keeps.
 

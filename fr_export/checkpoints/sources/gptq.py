@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusionroute.fr_export.checkpoints.sources.grouped import Groups, GroupedTensor, order_of, unpacked
+from fusionroute.fr_export.checkpoints.sources.grouped import GroupedTensor, Groups, order_of, unpacked
 from fusionroute.fr_export.checkpoints.tensors import SafetensorsTensor
 from fusionroute.runtime.errors import InputError
 
@@ -41,7 +41,9 @@ def gptq(where: str, settings: Mapping[str, Any], module: str, parts: Mapping[st
     """The weight of a module. Raises InputError for a width or format that is not read here."""
     form = settings.get("checkpoint_format") or "gptq"
     if form not in LESS:
-        raise InputError(f"{where} is a GPTQ checkpoint of the format '{form}'; expected {' or '.join(LESS)}: save it again as one of them.")
+        raise InputError(
+            f"{where} is a GPTQ checkpoint of the format '{form}'; expected {' or '.join(LESS)}: save it again as one of them."
+        )
     bits = settings.get("bits")
     if bits not in WIDTHS:
         raise InputError(f"{where} has GPTQ weights of {bits} bits; expected 2, 4 or 8: export from the checkpoint it was made from.")

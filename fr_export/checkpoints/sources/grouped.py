@@ -118,8 +118,9 @@ def whole(part: SafetensorsTensor) -> torch.Tensor:
 def unpacked(words: torch.Tensor, bits: int) -> np.ndarray:
     """The values uint8 [..., n · 32 / bits] in words int32 [..., n], the lowest bits first."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    values = (words.contiguous().numpy().view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
-    return values.astype(np.uint8).reshape(*words.shape[:-1], -1)
+    spread: np.ndarray = (words.contiguous().numpy().view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
+    values: np.ndarray = spread.astype(np.uint8).reshape(*words.shape[:-1], -1)
+    return values
 
 
 def order_of(groups: SafetensorsTensor | None, length: int) -> np.ndarray | None:
@@ -128,4 +129,4 @@ def order_of(groups: SafetensorsTensor | None, length: int) -> np.ndarray | None
         return None
     order: np.ndarray = whole(groups).numpy().astype(np.int64)
     regular = np.arange(len(order)) // length
-    return None if (order < 0).all() or np.array_equal(order, regular) else order
+    return None if bool((order < 0).all()) or np.array_equal(order, regular) else order

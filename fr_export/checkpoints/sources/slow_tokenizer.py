@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from transformers import AutoTokenizer
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
 from fusionroute.fr_export.checkpoints.converted_texts import converted_folder
 from fusionroute.fr_export.console.quiet import quiet
 from fusionroute.runtime import files
@@ -19,15 +22,11 @@ def converted_tokenizer(where: str, folder: Path) -> Path:
     file = converted_folder(sources) / "tokenizer.json"
     if file.is_file():
         return file
-    try:
-        import google.protobuf  # noqa: F401
-        import sentencepiece  # noqa: F401
-    except ImportError as error:
+    if not (is_sentencepiece_available() and is_protobuf_available()):
         raise UnavailableError(
-            f"{where} has a tokenizer.model and no tokenizer.json, and converting it needs sentencepiece and protobuf: "
+            f"{where} has a tokenizer.model and no tokenizer.json, and converting it needs two packages: "
             "pip install sentencepiece protobuf."
-        ) from error
-    from transformers import AutoTokenizer
+        )
 
     try:
         with quiet():

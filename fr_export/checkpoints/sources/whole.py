@@ -11,13 +11,17 @@ from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 
 
 class WholeSource(Protocol):
-    """`folder` is where the source lies, `texts` its other files by name: config.json, tokenizer.json, …"""
+    """What is known of a source before its config is read."""
 
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path:
+        """Where it lies."""
+        ...
 
     @property
-    def texts(self) -> Mapping[str, Path]: ...
+    def texts(self) -> Mapping[str, Path]:
+        """Its files without weights by name: config.json, tokenizer.json, …"""
+        ...
 
     def tensors(self, config: Any, names: Iterable[str]) -> dict[str, StoredTensor]:
         """The tensors of a model by name. `config` is transformers' one of config.json, `names` what such a model has.

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from fusionroute.fr_export.bundle.staged_folder import Staging
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint, read_config
-from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.hub import locate
+from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.trace import IDENTITY

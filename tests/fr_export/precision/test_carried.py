@@ -25,7 +25,7 @@ from tests.support.systems import Shape, make_system
 SHAPE = Shape(heads=2, kv_heads=1, head_dim=32, hidden=64, layers=2, experts=1)
 CARRIED = {"gptq": INT4, "gptq v2": INT4, "awq": INT4, "packed": INT4, "packed, zeros": INT4, "packed, rows": INT4,
            "gptq 8": INT8, "packed 8": INT8, "int8": INT8, "int8, zeros": INT8}  # fmt: skip
-IDS = np.random.default_rng(0).integers(0, SHAPE.vocab, 40)
+IDS = np.random.default_rng(0).integers(0, SHAPE.vocab, 40).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,6 @@ def test_calibration_rounds_only_what_is_not_carried(original: tuple[Path, Graph
     for name, carried in (("int4", 2 * 5), ("int8", 0)):
         scheme = SCHEMES["ort:cpu"][name]
         assert isinstance(scheme, Fitting)
-        fitted_graph, fitted = scheme.fit(fit_context(graph, weights, known([IDS]), tmp_path / name))
+        fitted_graph, fitted = scheme.fit(fit_context(graph, weights, known([np.array(IDS)]), tmp_path / name))
         assert fitted.about.get("carried", 0) == carried
         run(written(fitted_graph, weights, tmp_path / name, fitted), IDS)

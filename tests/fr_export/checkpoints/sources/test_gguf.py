@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaCo
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint, empty_model
 from fusionroute.fr_export.checkpoints.sources import gguf_file
-from fusionroute.fr_export.checkpoints.sources.gguf_config import config_of, generation_of
+from fusionroute.fr_export.checkpoints.sources.gguf_config import config_of
 from fusionroute.fr_export.checkpoints.sources.gguf_tensors import GgufTensor, tensors
 from fusionroute.fr_export.checkpoints.torch_model import torch_model
 from fusionroute.runtime.errors import InputError, UnavailableError
-from tests.support.gguf_models import quantise, random_blocks, with_byte_vocabulary, write_gguf
+from tests.support.gguf_models import quantise, with_byte_vocabulary, write_gguf
 
 IDS = torch.arange(3, 40)[None]
 SIZES: dict[str, Any] = {
@@ -101,7 +101,9 @@ def test_a_model_computes_what_it_computes_in_transformers(architecture: str, ki
     opened = gguf_file.read(tmp_path / "model.gguf")
     config = AutoConfig.for_model(**config_of("It", opened))
     ours = empty_model(config).to_empty(device="cpu")
-    entries = tensors("It", opened, [name for name in ours.state_dict() if name != "lm_head.weight" or not config.tie_word_embeddings], config)
+    entries = tensors(
+        "It", opened, [name for name in ours.state_dict() if name != "lm_head.weight" or not config.tie_word_embeddings], config
+    )
     assert set(entries) == set(stored)
     with torch.no_grad():
         state = {}
@@ -109,7 +111,9 @@ def test_a_model_computes_what_it_computes_in_transformers(architecture: str, ki
             with entry.open() as read:
                 state[name] = read(0, entry.shape[0])
             assert torch.allclose(state[name], stored[name], atol=1e-6), name
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", attn_implementation="eager", dtype=torch.float32).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tmp_path, gguf_file="model.gguf", attn_implementation="eager", dtype=torch.float32
+        ).eval()
         ours = type(theirs).from_pretrained(None, config=config, state_dict=state, attn_implementation="eager", dtype=torch.float32).eval()
         model.load_state_dict(stored, strict=False)
         logits = ours(IDS).logits
@@ -130,7 +134,7 @@ def test_a_checkpoint_of_a_gguf_is_whole(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open("router", str(file))
     assert Checkpoint.open("router", str(tmp_path)).weights.files == {file}, "the only model of a folder"
     assert checkpoint.end_tokens == [2, 7] and checkpoint.chat_template == template
-    assert checkpoint.tokenizer.encode("ab").tokens == ["<bos>", "a", "b"]
+    assert checkpoint.tokenizer is not None and checkpoint.tokenizer.encode("ab").tokens == ["<bos>", "a", "b"]
     assert (checkpoint.source.kind, checkpoint.source.bytes, checkpoint.source.dtypes) == ("gguf", file.stat().st_size, ("F32", "Q8_0"))
     assert "quantised already (16 Q8_0 tensors)" in checkpoint.source.notes[0] and "tokenizer.json" in checkpoint.source.notes[1]
     model.load_state_dict(stored, strict=False)
@@ -189,7 +193,9 @@ def test_types_and_architectures_that_cannot_be_read_are_named(tmp_path: Path) -
     write_gguf(tmp_path / "model.gguf", model_of("llama"), "llama", more=keys_of("llama"))
     opened = gguf_file.read(tmp_path / "model.gguf")
     odd = opened.parts["blk.0.attn_v.weight"]
-    changed = gguf_file.GgufFile(opened.files, opened.fields, opened.parts | {"blk.0.attn_v.weight": gguf_file.GgufPart(odd.file, odd.start, 9, "Q8_1", odd.shape)})
+    changed = gguf_file.GgufFile(
+        opened.files, opened.fields, opened.parts | {"blk.0.attn_v.weight": gguf_file.GgufPart(odd.file, odd.start, 9, "Q8_1", odd.shape)}
+    )
     with pytest.raises(InputError, match=r"holds tensors of the type Q8_1, which the package gguf cannot dequantise"):
         tensors("It", changed, ["model.layers.0.self_attn.v_proj.weight"], LlamaConfig(**SIZES))
     monkey = gguf_file.GgufFile(opened.files, {}, opened.parts)

@@ -11,6 +11,8 @@ from tests.support.packed_checkpoints import FORMS, quantise
 from tests.support.systems import Shape, make_model
 
 SHAPE = Shape(heads=2, kv_heads=1, head_dim=32, hidden=64, layers=1)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_reads_as_its_codes_zeros_and_scales_say(form: str, tmp_path: Path) -> None:
     expected = quantise(make_model(tmp_path / "model", SHAPE, 0, expert=True), form)
