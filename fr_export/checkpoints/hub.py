@@ -66,7 +66,11 @@ def download(hub_id: str, subfolder: str | None = None, revision: str | None = N
     if models:
         return download_gguf(hub_id, str(models[0]), revision)
     if pickled := [name for name in names if name.suffix in PICKLES]:
-        raise InputError(f"The hub's {hub_id} holds pickled weights ({pickled[0]}) only; {conversion(hub_id, Path(hub_id).name)}")
+        local = Path(hub_id).name
+        raise InputError(
+            f"The hub's {hub_id} holds pickled weights ({pickled[0]}) only; download it (hf download {hub_id} --local-dir {local}) and "
+            f"{conversion(local)}"
+        )
     return folder
 
 

@@ -43,7 +43,7 @@ class Weights:
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise InputError(f"{index} is not a valid shard index; download the checkpoint again.") from error
         elif pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
-            raise InputError(f"{folder} holds pickled weights ({pickled[0]}) only; {conversion(str(folder), folder.name)}")
+            raise InputError(f"{folder} holds pickled weights ({pickled[0]}) only; {conversion(str(folder))}")
         else:
             raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json; download or write it again.")
         files |= {folder / name for name in extra if (folder / name).is_file()}

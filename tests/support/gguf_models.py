@@ -20,7 +20,8 @@ def random_blocks(kind: Type, rows: int, width: int, seed: int = 0) -> np.ndarra
     for at in SCALES[kind]:
         scales = generator.uniform(0.5e-4, 2e-4, (rows, width // values, 1)).astype(np.float16)
         blocks[..., at : at + 2] = scales.view(np.uint8)
-    return blocks.reshape(rows, -1)
+    flat: np.ndarray = blocks.reshape(rows, -1)
+    return flat
 
 
 def quantise(array: np.ndarray, kind: Type) -> np.ndarray:
