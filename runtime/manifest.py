@@ -1,16 +1,28 @@
 """The bundle's schema: what `manifest.json` says, checked on reading."""
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from fusionroute.runtime.errors import BundleError, one_line
 from fusionroute.runtime.files import replace
 
 NAME = "manifest.json"
+FORMAT: Final = 2  # what the exporter writes. Format 1 has no `tensors`: each weight was a file
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
+Size = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def inside(path: str) -> str:
@@ -30,11 +42,38 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class File(Strict):
-    """Integrity of one file of the bundle."""
+class Tensor(Strict):
+    """The bytes of one weight in a pack."""
 
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+    offset: Size
+    bytes: Size
+
+
+class File(Strict):
+    """Integrity of one file of the bundle. A pack of weights lists its tensors, in the order of their offsets."""
+
+    sha256: Sha256
+    bytes: Size
+    tensors: list[Tensor] = []
+
+    @model_validator(mode="after")
+    def hold_its_tensors(self) -> "File":
+        """Check that tensors lie in the file and do not overlap."""
+        end = 0
+        for tensor in self.tensors:
+            if tensor.offset < end:
+                raise ValueError(f"the tensor {tensor.sha256} begins at byte {tensor.offset}, inside the one before it")
+            end = tensor.offset + tensor.bytes
+        if end > self.bytes:
+            raise ValueError(f"its tensors end at byte {end}, and it has {self.bytes}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def without_empty_fields(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `tensors` out of files that have none: older versions read manifests of format 1."""
+        fields: dict[str, Any] = serialise(self)
+        return fields if self.tensors else {name: value for name, value in fields.items() if name != "tensors"}
 
 
 class Model(Strict):
@@ -93,7 +132,7 @@ class Variant(Strict):
     graphs: dict[str, InsidePath]
     fusion_graph: InsidePath
     bits_per_weight: float
-    weight_bytes: dict[str, Annotated[int, Field(ge=0)]] = {}
+    weight_bytes: dict[str, Size] = {}
     operators: list[str] = []
     engines: list[Engines] = []
 
@@ -112,7 +151,7 @@ class Manifest(Strict):
     `lam_curve`: pairs of λ and accuracy on the validation split; None where λ was not tuned.
     """
 
-    format: Literal[1]
+    format: Literal[1, 2]
     family: str
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion
@@ -172,7 +211,12 @@ class Manifest(Strict):
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
+            if first["type"] == "literal_error" and first["loc"] == ("format",):
+                raise BundleError(
+                    f"{folder / NAME} has the format {first['input']!r}, and this version reads 1 to {FORMAT}: update fusionroute, or "
+                    "export the bundle again."
+                ) from error
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise BundleError(
-                f"{folder / NAME} does not fit this version's bundle format 1 ({where}: {first['msg']}); export the bundle again."
+                f"{folder / NAME} does not fit the bundle format ({where}: {first['msg']}); export the bundle again."
             ) from error

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fusionroute.fr_export.checkpoints.config_file import family_of
 from fusionroute.fr_export.checkpoints.hub import locate
 from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
-from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter, is_adapter
+from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
+from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, is_adapter
 from fusionroute.fr_export.checkpoints.sources.model_folder import texts_in
 from fusionroute.fr_export.checkpoints.sources.whole import open_source
 from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
 from fusionroute.fr_export.console.quiet import quiet
-from fusionroute.fr_export.families import FAMILIES, Family
+from fusionroute.fr_export.families import Family
 from fusionroute.runtime.errors import InputError, one_line
 
 HEAD_FILE = "routing_head.safetensors"
@@ -55,9 +57,9 @@ class Checkpoint:
         folder = locate(source)
         where = f"{'The router' if head_key else f'Expert {name!r}'} ({folder})"
         extra = (HEAD_FILE,) if head_key else ()
-        if is_adapter(folder):
+        if is_adapter(folder, where, source):
             adapter = LoraAdapter.open(folder, where)
-            start = adapter.locate_base(base)
+            start = adapter.config.locate_base(folder, where, base)
             whole = cls.open_whole(name, f"The base ({start}) of {where[0].lower()}{where[1:]}", start, family, ())
             checkpoint = whole.adapted(adapter, extra)
         else:
@@ -94,9 +96,14 @@ class Checkpoint:
                 tensors |= tensors_of(file)
         config = copy.deepcopy(self.config)
         config.tie_word_embeddings, config.vocab_size = tied, tensors["model.embed_tokens.weight"].shape[0]
-        report = adapter.report(self.folder, self.source)
+        report = adapter.report(self.source)
         texts = adapter.texts(self.texts, texts_in(adapter.folder))
         return Checkpoint(self.name, adapter.where, adapter.folder, self.family, config, Weights(adapter.folder, tensors), texts, report)
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that its numbers depend on: those of the weights, and the configs."""
+        return self.weights.files | {self.texts[name] for name in ("config.json", CONFIG_FILE) if name in self.texts}
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Every tensor must have the shape that the config states, or the folder mixes two models."""
@@ -171,17 +178,6 @@ class Checkpoint:
         if not isinstance(template, str | None):
             raise InputError(f"{self.where} has a broken tokenizer: the chat_template in tokenizer_config.json is no text; write it again.")
         return template
-
-
-def family_of(where: str, model_type: Any, expected: Family | None) -> Family:
-    """The family of a config's model type. Raises InputError for an unknown one, or for another than the expected."""
-    family = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
-    if family is None or expected not in (None, family):
-        supported = ", ".join(f"{each.name} ('{each.model_type}')" for each in FAMILIES.values())
-        mend = f"use --family {family.name}" if family else f"supported families are {supported}"
-        expects = f"; family {expected.name} expects '{expected.model_type}'" if expected else ""
-        raise InputError(f"{where} is of model type {model_type!r}{expects}: {mend}.")
-    return family
 
 
 def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:

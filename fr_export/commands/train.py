@@ -8,22 +8,34 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from fusionroute.fr_export.checkpoints.config_file import detect_family
 from fusionroute.fr_export.commands.options import ExpertOptions, FamilyOption, parse_experts
-from fusionroute.fr_export.training.recipe import PRESETS, ComputePrecision, Dtype, Optimizer, PresetName, Recipe, Stage, StageName
+from fusionroute.fr_export.training.recipe import (
+    PRESETS,
+    RANK,
+    ComputePrecision,
+    Dtype,
+    Optimizer,
+    PresetName,
+    Recipe,
+    Stage,
+    StageName,
+)
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.files import cache_folder
+from fusionroute.runtime.tables import tables
 
 T = TypeVar("T", int, float)
 CACHE = cache_folder() / "scores"
+FIGURES = ("steps", "seconds", "MiB", "LM loss", "routing", "DPO", "accuracy", "margin")
 
 
 def main(
-    family: FamilyOption,
     router: Annotated[str, typer.Option(help="Where the router starts from: a folder or hub id (the paper: the instruction expert).")],
     out: Annotated[Path, typer.Option(help="Folder of the trained router, as the exporter reads it.")],
+    family: FamilyOption = None,
     expert: ExpertOptions = None,
     direct: Annotated[bool, typer.Option("--direct", help="Plain fine-tuning, without experts and routing head.")] = False,
     sft: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}.')] = None,
@@ -39,7 +51,11 @@ def main(
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step and device.")] = Recipe.accumulation,
     beta: Annotated[float, typer.Option(min=0.0, help="β of CDPO.")] = Recipe.beta,
     routing_weight: Annotated[float, typer.Option(min=0.0, help="λ, the weight of the routing loss.")] = Recipe.routing_weight,
-    lora_rank: Annotated[int, typer.Option(min=0, help="Train low-rank adapters and merge them; 0: all weights.")] = Recipe.lora_rank,
+    lora: Annotated[
+        bool | None, typer.Option("--lora/--full", help="Train LoRA adapters, or all weights; default: adapters of large models.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=0, help=f"Of the adapters, default {RANK}; 0: all weights.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write a whole model, with the adapters merged into it.")] = False,
     optimizer: Annotated[Optimizer, typer.Option(help="muon trains matrices with Muon, the rest with AdamW.")] = Recipe.optimizer,
     warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps; then a cosine to zero.")] = Recipe.warmup,
     max_length: Annotated[int, typer.Option(min=2, help="Longer rows (in tokens) are skipped.")] = Recipe.max_length,
@@ -65,6 +81,10 @@ def main(
             raise typer.BadParameter("name the experts, or add --direct for a model without any", param_hint="--expert / --direct")
         if batch_size is not None and batch_tokens is not None:
             raise typer.BadParameter("both given; choose one", param_hint="--batch-size / --batch-tokens")
+        if lora is not None and lora_rank is not None and lora != bool(lora_rank):
+            raise typer.BadParameter(
+                f"rank {lora_rank} says the opposite; leave one of them out", param_hint="--lora / --full / --lora-rank"
+            )
         if sft is None and preferences is None:
             raise typer.BadParameter("no data: name a file", param_hint="--sft / --preferences")
         numbers = PRESETS[preset]
@@ -94,13 +114,13 @@ def main(
             warmup=warmup,
             beta=beta,
             routing_weight=routing_weight,
-            lora_rank=lora_rank,
+            lora_rank=lora_rank if lora_rank is not None or lora is None else RANK if lora else 0,
             max_length=max_length,
             precision=precision or ("bf16" if torch.cuda.is_available() else "fp32"),
             seed=seed,
         )
         request = TrainingRequest(
-            family=family,
+            family=family or detect_family(router),
             router=router,
             out=out,
             recipe=recipe,
@@ -109,6 +129,7 @@ def main(
             preferences=preferences,
             cache=cache,
             dtype=dtype,
+            merge=merge,
             keep_stages=keep_stages,
             checkpoint_every=checkpoint_every,
             resume=resume,
@@ -150,17 +171,12 @@ def show(report: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(report)), flush=True)
         return
-    table = Table("stage", "steps", "seconds", "MiB", "LM loss", "routing", "DPO", "accuracy", "margin")
+    console = Console(highlight=False)
+    rows = []
     for stage in report.stages:
         last = [stage["last"].get(name) for name in ("lm_loss", "routing_loss", "dpo_loss", "reward_accuracy", "reward_margin")]
-        table.add_row(
-            stage["name"],
-            str(stage["steps"]),
-            f"{stage['seconds']:.1f}",
-            f"{stage['peak_mib']:.0f}",
-            *("" if value is None else f"{value:.3f}" for value in last),
-        )
-    console = Console()
-    console.print(table)
+        losses = ("–" if value is None else f"{value:.3f}" for value in last)
+        rows.append((stage["name"], str(stage["steps"]), f"{stage['seconds']:.1f}", f"{stage['peak_mib']:.0f}", *losses))
+    console.print(*tables(console, "", ("stage",), FIGURES, rows))
     skipped = f", {report.skipped} skipped as too long" if report.skipped else ""
     console.print(f"{report.out}: {report.rows} samples and {report.pairs} preferences learnt from{skipped}")

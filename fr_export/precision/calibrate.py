@@ -86,10 +86,7 @@ def check(table: Table, system: System, graphs: dict[str, Graph]) -> None:
     """
     mend = "calibrate this system instead"
     names = [model.name for model in system.models]
-    if list(table.models) != names:
-        raise InputError(
-            f"The calibration table is of the models {', '.join(table.models) or 'none'}, the system has {', '.join(names)}: {mend}."
-        )
+    table.check_models(names)
     for name in names:
         expected, widths = matrices(graphs[name]), {matrix: len(seen.channel_absmax) for matrix, seen in table.models[name].items()}
         if different := sorted(expected.keys() ^ widths.keys()):
@@ -111,8 +108,8 @@ def identify(
     """A digest of everything that a calibration depends on; checkpoint files count by path, size and time of change."""
     models = []
     for model in system.models:
-        texts = {file for name in ("tokenizer.json", "config.json") if (file := model.file(name))}
-        stamps = [stamp(file) for file in sorted(model.weights.files | texts)]
+        tokenizer = model.file("tokenizer.json")
+        stamps = [stamp(file) for file in sorted(model.files | ({tokenizer} if tokenizer else set()))]
         models.append([model.name, model.config.to_dict(), matrices(graphs[model.name]), stamps])
     about: dict[str, Any] = {
         "version": VERSION, "family": system.family.name, "models": models, "vocab_size": system.vocab_size,

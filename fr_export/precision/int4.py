@@ -73,6 +73,7 @@ class Int4:
 
     name = "int4"
     carries = FORMAT
+    most_bits = BUDGET
 
     def __init__(self, fmt: Format = FORMAT, embedding: Format = FINE):
         self.format, self.embedding = fmt, embedding

@@ -44,7 +44,7 @@ class Carrying(Scheme, Protocol):
 @runtime_checkable
 class Fitting(Scheme, Protocol):
     """A precision that is better (or only possible) where the model's activations are known. Its own `bind` rounds
-    without them.
+    without them. One that may spend more than `bits` on what is sensitive says how much on average, as `most_bits`.
     """
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:

@@ -15,6 +15,7 @@ Optimizer = Literal["adamw", "muon"]
 ComputePrecision = Literal["fp32", "bf16"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 """Of the written weights."""
+RANK = 16  # of LoRA adapters, where nobody names another
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Recipe:
     clip: float = 1.0  # norm of the gradient
     beta: float = 0.1  # β of CDPO
     routing_weight: float = 1 / 3  # λ of the SFT loss
-    lora_rank: int = 0  # 0: all weights are trained
+    lora_rank: int | None = 0  # of the adapters; 0: all weights are trained; None: as the model's size suggests
     max_length: int = 2048  # tokens; longer rows are skipped
     precision: ComputePrecision = "fp32"  # of the computation; weights and optimizer are always fp32
     seed: int = 0

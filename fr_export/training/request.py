@@ -16,7 +16,7 @@ class TrainingRequest:
     `router` and the values of `experts` are folders or hub ids; the order of the experts is that of the routing head's
     rows. `sft` and `preferences` are JSONL files, or rows that are tokenised already. `cache` is the folder that keeps
     the experts' log-probabilities for other runs (None: nothing is kept). `dtype` is that of the written weights (None:
-    the source's).
+    the source's, and float32 of adapters). `merge` writes a whole model where adapters are trained.
     """
 
     family: Family
@@ -28,6 +28,7 @@ class TrainingRequest:
     preferences: Path | Sequence[Pair] | None = None
     cache: Path | None = None
     dtype: Dtype | None = None
+    merge: bool = False
     keep_stages: bool = False
     checkpoint_every: int | None = None  # optimizer steps
     resume: bool = False

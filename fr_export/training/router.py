@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
+from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import read_head
 from fusionroute.fr_export.checkpoints.torch_model import torch_model
+from fusionroute.fr_export.training.adapters import Adapters
 from fusionroute.fr_export.training.recipe import Dtype
 from fusionroute.runtime.errors import InputError
 
@@ -24,7 +26,7 @@ _TEXTS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation
 
 
 def load_lm(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
-    """The checkpoint as a transformers model. Gemma-2's softcap needs eager attention."""
+    """The checkpoint as a transformers model, whatever its weights come from. A softcap on attention needs the eager one."""
     kind = "eager" if getattr(checkpoint.config, "attn_logit_softcapping", None) else "sdpa"
     return torch_model(checkpoint, dtype, kind)
 
@@ -46,26 +48,30 @@ def final_hidden(lm: Any, ids: Tensor, positions: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """The LM and its routing head W, float32 [n, hidden] without bias. Without experts there is no head."""
+    """The LM and its routing head W, float32 [n, hidden] without bias. Without experts there is no head.
 
-    def __init__(self, lm: Any, head: nn.Linear | None, vocab: int) -> None:
+    Where `adapters` is set they alone are trained, and the LM is frozen.
+    """
+
+    _keys_to_ignore_on_save = None  # the Trainer asks for it when it resumes from a checkpoint without the frozen weights
+
+    def __init__(self, lm: Any, head: nn.Linear | None, vocab: int, adapters: Adapters | None = None) -> None:
         super().__init__()
-        self.lm, self.head, self.vocab = lm, head, vocab
+        self.lm, self.head, self.vocab, self.adapters = lm, head, vocab, adapters
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, start: Tensor | None, vocab: int, lora_rank: int = 0, seed: int = 0) -> "Router":
+    def load(cls, checkpoint: Checkpoint, start: Tensor | None, vocab: int, lora_rank: int = 0, seed: int = 0, base: str = "") -> "Router":
         """Read the LM in float32; the head begins as `start` [n, hidden].
 
-        With `lora_rank` the LM's matrices are frozen under low-rank adapters (arXiv:2106.09685).
+        With `lora_rank` the LM's matrices are frozen under low-rank adapters, which name `base` as their model.
         """
         lm = load_lm(checkpoint)
-        if lora_rank:
-            add_adapters(lm, lora_rank, seed)
+        adapters = Adapters.new(lm, lora_rank, seed, base) if lora_rank else None
         head = None
         if start is not None:
             head = nn.Linear(start.shape[1], start.shape[0], bias=False)
             head.weight.data = start.clone()
-        return cls(lm, head, vocab)
+        return cls(lm, head, vocab, adapters)
 
     def forward(self, ids: Tensor, positions: Tensor, learns_routing: bool = True) -> tuple[Tensor, Tensor | None]:
         """Logits [T, vocab] and routing scores w [T, n] at `positions` of the flattened `ids` [B, S].
@@ -96,8 +102,8 @@ class Router(nn.Module):
         for name, tensor in self.lm.state_dict().items():
             if "lora_" in name or (name == "lm_head.weight" and self.lm.config.tie_word_embeddings):
                 continue
-            owner = self.lm.get_submodule(name.rpartition(".base_layer.")[0]) if ".base_layer." in name else None
-            merged = tensor if owner is None else tensor + owner.get_delta_weight("default")
+            layer, adapted, kind = name.rpartition(".base_layer.")
+            merged = tensor + self.adapters.difference(layer) if self.adapters and adapted and kind == "weight" else tensor
             weights[name.replace(".base_layer.", ".")] = merged
         return weights
 
@@ -123,37 +129,37 @@ def start_head(checkpoint: Checkpoint, experts: list[str]) -> Tensor | None:
     return torch.from_numpy(head.weight)
 
 
-def add_adapters(lm: Any, rank: int, seed: int) -> None:
-    """Put LoRA adapters into all linear layers except the LM head, and freeze everything else."""
-    import peft
-
-    torch.manual_seed(seed)
-    lm.requires_grad_(False)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), lm)
-
-
 def stored_dtype(checkpoint: Checkpoint) -> Dtype:
     """The dtype of a checkpoint's embedding, taken as that of all weights."""
     return _STORED[checkpoint.weights.entry("model.embed_tokens.weight").dtype]
 
 
 @torch.no_grad()
-def write_router(router: Router, source: Checkpoint, folder: Path, dtype: Dtype) -> None:
-    """Write the router into an empty folder.
+def write_router(router: Router, source: Checkpoint, folder: Path, dtype: Dtype, merge: bool) -> None:
+    """Write the router into an empty folder: the model, or the adapters alone where it has some and `merge` is off.
 
-    Weights are in `dtype`, the head is in float32; config and tokenizer files are the source's.
+    Weights are in `dtype`, the head is in float32. The tokenizer's files, and how logits are fused, are the source's.
     """
-    weights = {name: tensor.to("cpu", DTYPES[dtype]).contiguous() for name, tensor in router.weights().items()}
-    save_torch_state_dict(weights, folder, max_shard_size=SHARD)
+    if router.adapters is not None and not merge:
+        router.adapters.write(folder, DTYPES[dtype])
+    else:
+        _write_model(router, source, folder, dtype)
     if router.head is not None:
         head = router.head.weight.detach().float().cpu().contiguous()
         save_file({f"{HEAD_KEY}.weight": head}, folder / HEAD_FILE)
+        # a curve of λ was measured with the head that this one replaces
+        FusionSettings.read(source.folder).model_copy(update={"lam_curve": None}).write(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner only
+    copy_texts(source.folder, folder)
+
+
+def _write_model(router: Router, source: Checkpoint, folder: Path, dtype: Dtype) -> None:
+    weights = {name: tensor.to("cpu", DTYPES[dtype]).contiguous() for name, tensor in router.weights().items()}
+    save_torch_state_dict(weights, folder, max_shard_size=SHARD)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # the older name
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-    copy_texts(source.folder, folder)
 
 
 def copy_texts(source: Path, folder: Path) -> None:

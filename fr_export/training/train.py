@@ -40,6 +40,7 @@ from fusionroute.fr_export.training.folder import TRAINING_FILE, RouterStaging, 
 from fusionroute.fr_export.training.recipe import Stage
 from fusionroute.fr_export.training.request import TrainingRequest
 from fusionroute.fr_export.training.router import HEAD_KEY, Router, has_head, start_head, stored_dtype, write_router
+from fusionroute.fr_export.training.size import default_rank
 from fusionroute.fr_export.training.trainer import RouterTrainer
 from fusionroute.runtime.errors import InputError, UnavailableError
 
@@ -57,6 +58,7 @@ class Report:
     rows: int  # SFT samples learnt from
     pairs: int
     skipped: int  # rows and pairs longer than max_length
+    lora_rank: int  # 0: all weights were trained
     stages: list[dict[str, Any]]
 
 
@@ -67,7 +69,7 @@ def train(request: TrainingRequest, display: Stages | None = None) -> Report:
     byte, on the same CPU with the same number of threads. Raises InputError where data, checkpoints and recipe do not
     fit together, UnavailableError for a missing package.
     """
-    for package in ("accelerate", "matplotlib", *(["peft"] if request.recipe.lora_rank else [])):
+    for package in ("accelerate", "matplotlib", *([] if request.recipe.lora_rank == 0 else ["peft"])):
         if find_spec(package) is None:
             raise UnavailableError(f"Training needs the package '{package}': install the extra 'train' (pip install 'fusionroute[train]').")
     from accelerate import PartialState
@@ -82,7 +84,7 @@ class _Run:
     """One run: all checks first, then the work."""
 
     def __init__(self, request: TrainingRequest, display: Stages, state: Any) -> None:
-        self.request, self.recipe, self.display, self.state = request, request.recipe, display, state
+        self.request, self.display, self.state = request, display, state
         self.staging = RouterStaging(request.out, request.force)
         if state.is_main_process:  # one rank alone renames folders
             self.staging.recover()
@@ -91,13 +93,23 @@ class _Run:
         self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY)
         self.experts = [Checkpoint.open(name, source, request.family) for name, source in request.experts.items()]
         self.vocab = common_vocabulary(self.router, tuple(self.experts))
+        self.recipe = request.recipe
+        self.lora_rank = self._lora_rank()
         if self.experts and self.recipe.stages[0].name == "cdpo" and not has_head(self.router):
             raise InputError(f"{self.router.where} has no routing head, which CDPO does not train: begin with the stage sft.")
         self.head = start_head(self.router, list(request.experts))
-        self.dtype = request.dtype or stored_dtype(self.router)
+        adapts = self.lora_rank and not request.merge
+        self.dtype = request.dtype or ("float32" if adapts else stored_dtype(self.router))
         self.limit = min(self.recipe.max_length, self.router.config.max_position_embeddings)
         self.rows, self.pairs, self.skipped = self._data()
         self.identity = self._identity()
+
+    def _lora_rank(self) -> int:
+        if self.recipe.lora_rank is not None:
+            return self.recipe.lora_rank
+        rank, reason = default_rank(self.router)
+        self.display.note(reason)
+        return rank
 
     def _data(self) -> tuple[list[Row], list[Row], int]:
         """SFT rows, rows of the preferences (chosen and rejected alternate), number of samples that are too long."""
@@ -130,9 +142,12 @@ class _Run:
             cache = request.cache or work.folder / "cache"
             sft = self._samples(self.rows, False, "samples", cache)
             preferences = self._samples(self.pairs, True, "preferences", cache)
-            router = Router.load(self.router, self.head, self.vocab, self.recipe.lora_rank, self.recipe.seed)
+            # a path from here would lead nowhere from elsewhere
+            base = str(self.router.folder) if Path(request.router).expanduser().is_dir() else request.router
+            router = Router.load(self.router, self.head, self.vocab, self.lora_rank, self.recipe.seed, base)
             curves = [self._stage(stage, router, sft, preferences, work) for stage in self.recipe.stages]
-            report = Report(str(request.out), len(self.rows), len(self.pairs) // 2, self.skipped, [_summary(curve) for curve in curves])
+            stages = [_summary(curve) for curve in curves]
+            report = Report(str(request.out), len(self.rows), len(self.pairs) // 2, self.skipped, self.lora_rank, stages)
             if writer:
                 with self.display.stage("writing the router"), self.staging as staging:
                     self._write(router, curves, report, staging.folder, work)
@@ -142,7 +157,7 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """Digests of all inputs: a run can only be resumed where these are the same."""
         return {
-            "recipe": asdict(self.recipe),
+            "recipe": asdict(self.recipe) | {"lora_rank": self.lora_rank},
             "data": [data_digest(self.rows), data_digest(self.pairs)],
             "router": model_digest(self.router),
             "experts": {expert.name: model_digest(expert) for expert in self.experts},
@@ -219,7 +234,7 @@ class _Run:
 
     def _write_router(self, router: Router, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_router(router, self.router, folder, self.dtype)
+        write_router(router, self.router, folder, self.dtype, self.request.merge)
 
     def _write(self, router: Router, curves: list[dict[str, Any]], report: Report, folder: Path, work: Work) -> None:
         """Write the router, and how it was trained, into the staging folder."""
@@ -227,8 +242,7 @@ class _Run:
         if (earlier := work.folder / "stages").is_dir():
             shutil.copytree(earlier, folder / "stages")
         described = {
-            **{name: value for name, value in self.identity.items() if name != "recipe"},
-            "recipe": asdict(self.recipe),
+            **self.identity,
             "dtype": self.dtype,
             **{name: value for name, value in asdict(report).items() if name != "out"},
             "versions": {package: version(package) for package in ("torch", "transformers", "accelerate")}

@@ -17,15 +17,17 @@ LONGEST = 128  # tokens of one sequence, and of a chunk
 Score = Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]
 
 
-def sequences(system: System, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids to compare on: the prompts end to end, cut into sequences. Without a tokenizer: seeded random ids."""
+def sequences(system: System, prompts: Sequence[str], tokens: int = TOKENS) -> list[list[int]]:
+    """Token ids to compare on, at most `tokens`: the prompts end to end, cut into sequences. Without a tokenizer: seeded
+    random ids.
+    """
     length = min(LONGEST, system.max_seq_len)
     tokenizer_file = system.router.file("tokenizer.json")
     if tokenizer_file is None:
-        draw = np.random.default_rng(0).integers(0, system.vocab_size, (2, length))
-        return [list(map(int, row)) for row in draw]
+        draw = [int(i) for i in np.random.default_rng(0).integers(0, system.vocab_size, min(tokens, 2 * length))]
+        return [draw[start : start + length] for start in range(0, len(draw), length)]
     text = Text.load(tokenizer_file)  # as the runtime encodes
-    ids = [i for prompt in prompts for i in text.encode(prompt)][:TOKENS]
+    ids = [i for prompt in prompts for i in text.encode(prompt)][:tokens]
     return [ids[start : start + length] for start in range(0, len(ids), length)]
 
 

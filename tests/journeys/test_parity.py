@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from tests.support.exporting import ALL, export_system
 from tests.support.parity import check_parity
-from tests.support.systems import Shape
+from tests.support.systems import CONFIGS, Shape
 
 ROPE = {
     "rope_type": "llama3",
@@ -36,6 +37,8 @@ SHAPES = {
     "llama3-rotary-outside": Shape(head_dim=24, hidden=72),
     "llama3-padded-head": Shape(head_dim=20, hidden=60, vocab=263),
     "llama3-larger-experts": Shape(expert_config={"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3}),
+    "mistral-window-llama3-experts": Shape("mistral", expert_family="llama3"),
+    "smollm3-two-without-rotary": Shape("smollm3", layers=4, config={"no_rope_layers": [0, 1, 1, 0]}),
     "gemma2-window": Shape("gemma2", layers=4),
     "gemma2-untied-odd": Shape("gemma2", config={"tie_word_embeddings": False, "query_pre_attn_scalar": 50}, vocab=259, head_dim=48),
     "gemma2-strong-softcaps": Shape("gemma2", config=SOFTCAPS),
@@ -72,26 +75,39 @@ def check_quantised(bundle: Path, system: System, ids: list[int]) -> None:
                 assert gap <= bound
 
 
+WINDOWS, BOOLEANS = st.integers(1, 40), st.booleans()
+# family → what is drawn for its config, beside sizes
+FIELDS: dict[str, dict[str, st.SearchStrategy[object]]] = {
+    "gemma2": {"sliding_window": WINDOWS},
+    "llama3": {"attention_bias": BOOLEANS, "mlp_bias": BOOLEANS},
+    "mistral": {"sliding_window": st.none() | WINDOWS},
+}
+
+
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    """Any shape that the families allow."""
-    family = draw(st.sampled_from(["gemma2", "llama3"]))
+    """Any shape that the families allow, with experts of the router's family or of another."""
+    family, expert_family = draw(st.sampled_from(sorted(FIELDS))), draw(st.sampled_from(sorted(FIELDS)))
     kv_heads = draw(st.integers(1, 3))
     heads = kv_heads * draw(st.integers(1, 4))
-    config: dict[str, object] = {"tie_word_embeddings": draw(st.booleans())}
-    if family == "gemma2":
-        config["sliding_window"] = draw(st.integers(1, 40))
+    tied = {"tie_word_embeddings": BOOLEANS}
     return Shape(
         family,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=2 * draw(st.integers(2, 32)),
-        hidden=heads * draw(st.integers(8, 24)),  # transformers wants a multiple
+        hidden=heads * 2 * draw(st.integers(4, 12)),  # transformers wants a multiple, and families without head_dim an even one
         vocab=draw(st.integers(50, 400)),
         experts=draw(st.integers(1, 5)),
         layers=draw(st.integers(1, 3)),
-        config=config,
+        config=draw(st.fixed_dictionaries(FIELDS[family] | tied)),
+        expert_config=draw(st.fixed_dictionaries(FIELDS[expert_family] | tied)),
+        expert_family=expert_family,
     )
+
+
+def test_every_family_is_drawn() -> None:
+    assert FIELDS.keys() == CONFIGS.keys() == FAMILIES.keys()
 
 
 def check_any_shape(shape: Shape, tmp_path_factory: pytest.TempPathFactory) -> None:

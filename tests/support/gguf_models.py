@@ -32,7 +32,8 @@ def quantise(array: np.ndarray, kind: Type) -> np.ndarray:
 
 def permuted(array: np.ndarray, heads: int) -> np.ndarray:
     """Rows of queries or keys as `LlamaModel.permute` of llama.cpp's converter orders them."""
-    return array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    rows: np.ndarray = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    return rows
 
 
 def write_gguf(

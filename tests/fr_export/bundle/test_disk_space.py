@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -14,6 +13,7 @@ from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES
+from fusionroute.runtime.manifest import Manifest
 from tests.support.systems import Shape, make_system
 
 TARGETS = ("ort:cpu", "ort:cuda", "portable", "tensorrt", "tensorrt:10.3")
@@ -63,5 +63,5 @@ def test_a_bundle_is_as_large_as_the_check_says(request_: Request, system: Syste
     targets = ("ort:cpu", "ort:cuda", "portable")
     monkeypatch.setattr("fusionroute.fr_export.export.measure", lambda *_: ({}, "its size is measured here"))
     export(replace(request_, targets=targets), Stages(Console(quiet=True)))
-    stored = sum(file.stat().st_size for file in Path(request_.out).rglob("weights/*.bin"))
+    stored = sum(file.bytes for file in Manifest.read(request_.out).files.values() if file.tensors)
     assert stored == pytest.approx(needed(system, targets), rel=0.1)

@@ -52,7 +52,7 @@ def assert_one_sentence(err: str, *words: str) -> None:
 LLAMA = ("--family", "llama3")
 USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "no family": ((), ("--family",)),
-    "unknown family": (("--family", "mamba"), ("--family", "'mamba'", "gemma2 or llama3")),
+    "unknown family": (("--family", "mamba"), ("--family", "'mamba'", "gemma2, llama3")),
     "unknown flag": ((*LLAMA, "--colour", "red"), ("--colour",)),
     "unknown preset": ((*LLAMA, "--preset", "huge"), ("--preset", "'huge'", "tiny", "paper")),
     "unknown target": ((*LLAMA, "--target", "ort,tpu"), ("--target", "'tpu'", "ort")),

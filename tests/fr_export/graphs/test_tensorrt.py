@@ -26,6 +26,7 @@ from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineGraphOnCpu
 from fusionroute.fr_export.verify.torch_reference import load
 from tests.support.rewinds import check_rewinds
+from tests.support.sparing import sparing
 from tests.support.systems import Shape, make_system
 
 CAPACITY = 64
@@ -33,8 +34,10 @@ SHAPES = {
     "llama3": Shape(experts=1, config={"tie_word_embeddings": True}),
     "llama3, biases, one KV head, padded": Shape(experts=1, kv_heads=1, head_dim=20, config={"attention_bias": True, "mlp_bias": True}),
     "gemma2": Shape("gemma2", experts=1, config={"tie_word_embeddings": True}),  # a window of 16 in every other layer
+    "smollm3": Shape("smollm3", experts=1, config={"no_rope_layers": [1, 0]}),
     "gemma2, padded head, three layers": Shape("gemma2", experts=1, layers=3, head_dim=12, kv_heads=4),
 }
+SLOW = ("smollm3",)
 TOLERANCE = 1e-5  # of the largest |logit|, in fp32
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -54,7 +57,7 @@ class Exported(NamedTuple):
         return self.bundle / f"graphs/router.tensorrt.{precision}.onnx"
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=sparing(SHAPES, SLOW))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Every shape once."""
     folder, shape = tmp_path_factory.mktemp("tensorrt"), SHAPES[request.param]

@@ -32,6 +32,7 @@ from fusionroute.fr_export.verify.half_on_cpu import compute_half_on_cpu
 from fusionroute.fr_export.verify.torch_reference import load, reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
+from tests.support.stored_weights import stored_weights
 from tests.support.systems import Shape, make_system
 
 HALVES = ("fp16", "bf16")
@@ -185,21 +186,12 @@ def test_weights_stand_once_and_as_torch_rounds_them(exported: Exported) -> None
     """Matrices of the router and its tied embedding; norms too where they are narrow."""
     tied = exported.system.router.config.tie_word_embeddings
     for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        values = graph_of(exported.bundle, precision).graph.initializers.values()
-        read = {v.name: v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)}
-        files = {(exported.bundle / "graphs" / str(tensor.location)) for tensor in read.values()}
+        read = set(stored_weights(exported.bundle / f"graphs/router.ort-cuda.{precision}.onnx").values())
         embedding = exported.system.router.weights.read("model.embed_tokens.weight")
-        same_size = [file for file in files if file.stat().st_size == 2 * embedding.size]
+        same_size = [weight for weight in read if weight.length == 2 * embedding.size]
         assert len(same_size) == (1 if tied else 2)
         exact = torch.from_numpy(embedding).to(dtype).view(torch.int16).numpy().tobytes()
-        assert exact in [file.read_bytes() for file in same_size]
-    used = {
-        str(v.const_value.location)
-        for path in (exported.bundle / "graphs").glob("*.ort-cuda.????.onnx")
-        for v in ir.load(path).graph.initializers.values()
-        if isinstance(v.const_value, ir.ExternalTensor)
-    }
-    assert used == {f"weights/{path.name}" for path in (exported.bundle / "graphs/weights").iterdir()}
+        assert exact in [weight.read() for weight in same_size]
 
 
 def test_gemma2_beyond_65504_is_finite_and_right_and_a_naive_conversion_is_not(tmp_path: Path) -> None:

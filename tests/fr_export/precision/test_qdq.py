@@ -227,12 +227,3 @@ def test_grids_hold_every_value(rows: np.ndarray) -> None:
     plain = stepped(np.abs(rows).max(-1) / np.float32(7))
     reference = np.square(np.rint(rows / plain[..., None]) * plain[..., None] - rows).sum(-1)
     assert (error <= reference * 1.0001 + 1e-12).all()
-
-
-def test_what_no_graph_reads_does_not_stay(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    one, other = (store.put(np.array([number])) for number in (1, 2))
-    store.keep({f"{one.sha256}.bin"})
-    assert [path.name for path in store.folder.iterdir()] == [f"{one.sha256}.bin"] == list(store.digests)
-    assert store.put(np.array([2])).sha256 == other.sha256  # and can be written again
-    assert len(list(store.folder.iterdir())) == 2

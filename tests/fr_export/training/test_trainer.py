@@ -70,6 +70,7 @@ def test_a_router_learns_to_route_and_runs_exported(toy: Toy, tmp_path: Path, mo
     out = tmp_path / "router"
     assert {path.name for path in out.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "routing_head.safetensors", "loss.png", "losses.json"),
+        "fusion.json",
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "training.json", "stages"),
     }
     assert [path.name for path in tmp_path.iterdir()] == ["router"]
@@ -146,7 +147,7 @@ def test_the_seed_decides_the_weights(toy: Toy, tmp_path: Path) -> None:
 
 
 def test_lora_changes_the_linear_layers_and_the_head_alone(toy: Toy, tmp_path: Path) -> None:
-    train(toy.request(tmp_path / "out", SFT, MIXED, recipe={"lora_rank": 4}, keep_stages=True))
+    train(toy.request(tmp_path / "out", SFT, MIXED, recipe={"lora_rank": 4}, keep_stages=True, merge=True))
     base, trained, after_sft = weights(Path(toy.base)), weights(tmp_path / "out"), weights(tmp_path / "out" / "stages" / "sft")
     assert trained.pop("routing_head.weight").any()
     assert trained.keys() == base.keys() and after_sft.keys() - {"routing_head.weight"} == base.keys()

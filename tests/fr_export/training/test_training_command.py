@@ -64,12 +64,12 @@ def test_flags_become_a_request(command: Command, toy: Toy, monkeypatch: pytest.
 
     def record(request: TrainingRequest, *_: Any) -> Report:
         seen.append(request)
-        return Report("out", 0, 0, 0, [])
+        return Report("out", 0, 0, 0, 0, [])
 
     monkeypatch.setattr("fusionroute.fr_export.training.train.train", record)
     required = {"family": "llama3", "router": "r", "out": "out"}
     assert command(*line(required | {"sft": "s", "preferences": "p", "precision": "fp32"}, toy)).status == 0
-    assert seen[-1].recipe == Recipe((Stage("sft", 1e-5), Stage("mixed", 1e-5)))
+    assert seen[-1].recipe == Recipe((Stage("sft", 1e-5), Stage("mixed", 1e-5)), lora_rank=None)
     assert (seen[-1].sft, seen[-1].preferences, seen[-1].experts) == (Path("s"), Path("p"), toy.experts)
     more = {"sft": "s", "preset": "seed", "optimizer": "muon", "lora-rank": 4, "head-lr": 3e-2, "beta": 0.5, "gradient-accumulation": 2}
     assert command(*line(required | more | {"precision": "bf16", "dtype": "float16", "seed": 7, "warmup": 0.1}, toy)).status == 0

@@ -75,7 +75,7 @@ def test_unknown_divisors_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
 def test_scalings_that_are_keys(kind: str, tmp_path: Path) -> None:
-    keys = {"rope__scaling__type": kind, "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 32768}
+    keys: dict[str, Any] = {"rope__scaling__type": kind, "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 32768}
     config = AutoConfig.for_model(**config_of("It", opened(tmp_path, "qwen2", **keys)))
     assert config.rope_parameters["rope_type"] == kind and config.rope_parameters["factor"] == 4.0
     assert config.rope_parameters["original_max_position_embeddings"] == 32768 and config.rope_parameters["rope_theta"] == 500000.0
@@ -97,7 +97,7 @@ def test_gemma_has_softcaps_and_the_scale_of_its_size(architecture: str, layers:
 
 def test_phi_3_has_longrope(tmp_path: Path) -> None:
     factors = {f"rope_factors_{kind}.weight": np.linspace(1, top, 32, dtype=np.float32) for kind, top in (("short", 2), ("long", 8))}
-    keys = {"rope__dimension_count": 64, "rope__scaling__original_context_length": 4096}
+    keys: dict[str, Any] = {"rope__dimension_count": 64, "rope__scaling__original_context_length": 4096}
     config = AutoConfig.for_model(**config_of("It", opened(tmp_path, "phi3", tensors=factors, **keys)))
     assert config.rope_parameters["rope_type"] == "longrope"
     for kind in ("short", "long"):
