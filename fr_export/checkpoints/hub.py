@@ -52,10 +52,11 @@ def download(hub_id: str, subfolder: str | None = None, revision: str | None = N
     """
     allowed = [f"{subfolder}/{name}" for name in PATTERNS] if subfolder else [*PATTERNS, "*/adapter_config.json"]
     ignored = [f"{subfolder}/{name}" for name in ELSEWHERE] if subfolder else ELSEWHERE
-    folder = snapshot(hub_id, allowed, ignored, revision) / (subfolder or "")
+    snapshot_folder = snapshot(hub_id, allowed, ignored, revision)
+    folder = snapshot_folder / (subfolder or "")
     if not folder.is_dir():
         raise InputError(f"The hub's {hub_id} has no folder {subfolder} with a checkpoint: name one that it has, or the repository itself.")
-    if subfolder or any(folder.glob("*.safetensors")):
+    if subfolder or any(folder.glob("*.safetensors")) or any(snapshot_folder.rglob("adapter_config.json")):
         return folder
     names = listed(hub_id, revision)
     models = models_among(names)

@@ -51,7 +51,7 @@ def library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UnavailableError("Reading a GGUF file needs the package gguf: pip install gguf.") from error
+        raise UnavailableError("Reading a GGUF file needs the package gguf, which the extra 'gguf' brings: pip install gguf.") from error
     return gguf
 
 

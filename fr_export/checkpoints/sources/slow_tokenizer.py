@@ -24,8 +24,8 @@ def converted_tokenizer(where: str, folder: Path) -> Path:
         return file
     if not (is_sentencepiece_available() and is_protobuf_available()):
         raise UnavailableError(
-            f"{where} has a tokenizer.model and no tokenizer.json, and converting it needs two packages: "
-            "pip install sentencepiece protobuf."
+            f"{where} has a tokenizer.model and no tokenizer.json, and converting it needs what the extra "
+            "'sentencepiece' brings: pip install sentencepiece protobuf."
         )
 
     try:
