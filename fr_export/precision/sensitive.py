@@ -27,6 +27,8 @@ def sensitive(context: FitContext, formats: Mapping[str, Format], wide: Format, 
     if not texts:
         return ()
     errors = measure(context.graph, context.weights, texts, formats)
+    if not errors:
+        return ()
     sizes = {name: int(np.prod(context.graph.model.graph.initializers[name].shape)) for name in formats}
     per_weight = {name: error / sizes[name] for name, error in errors.items()}
     limit = TIMES * float(np.median(list(per_weight.values())))
@@ -48,6 +50,8 @@ def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], formats
     while walk.position < len(walk.blocks) - 1:
         exact = residual_stream(walk.peek())
         for matrix, width in walk.block.channels.items():
+            if matrix not in formats:
+                continue
             fmt = formats[matrix]
             (values,) = in_range([read(matrix)], fmt, matrix)
             rounded = widened(nearest(values, fmt), fmt, width)

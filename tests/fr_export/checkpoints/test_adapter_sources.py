@@ -276,6 +276,7 @@ def test_what_is_downloaded(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: [])
     (tmp_path / "snapshot" / folder).mkdir(parents=True, exist_ok=True)
     if folder:
         with pytest.raises(InputError, match="The hub's owner/name has no folder math with a checkpoint"):
