@@ -251,7 +251,7 @@ def test_the_report_of_a_source(root: Path) -> None:
     dora, base = Checkpoint.open("expert1", str(root / "expert1")), Checkpoint.open("base", str(root / "base"))
     assert (dora.source.kind, dora.source.dtypes) == ("adapter", ("F32",))
     assert dora.source.bytes == (root / "expert1/adapter_model.safetensors").stat().st_size
-    assert "DoRA of rank 4 on 7 modules was merged while weights were read." in dora.source.notes
+    assert "DoRA of rank 4 on 7 modules, merged while weights are read" in dora.source.notes
     assert (base.source.kind, base.source.bytes) == ("full", (root / "base/model.safetensors").stat().st_size)
 
 
