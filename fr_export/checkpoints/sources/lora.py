@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, LoraConfig
-from fusionroute.fr_export.checkpoints.sources.text_part import text_name
+from fusionroute.fr_export.checkpoints.sources.text_part import OTHER, text_name
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.checkpoints.weights import FLOATS, tensors_of
 from fusionroute.runtime.errors import InputError
@@ -61,6 +61,8 @@ class LoraAdapter:
             if tensor.dtype not in FLOATS:
                 raise InputError(f"{where} has '{key}' as {tensor.dtype}; expected fp32, fp16 or bf16: save the adapter again.")
             name = key.removeprefix(PREFIX)
+            if name.startswith(OTHER):  # reads images, as the report says of the base
+                continue
             if part := PART.fullmatch(name):
                 modules[part[1]][part[2]] = tensor
             elif "lora_" in name:

@@ -185,7 +185,9 @@ def test_adapters_of_models_that_read_images_too(untied: Path, tmp_path: Path) -
     alone = Checkpoint.open("adapted", str(adapter)).weights
     expected = {name: alone.read(name) for name in alone.entries}
     file = adapter / "adapter_model.safetensors"
-    save_file({name.replace("base_model.model.model.", inside): tensor for name, tensor in load_file(file).items()}, file)
+    tensors = {name.replace("base_model.model.model.", inside): tensor for name, tensor in load_file(file).items()}
+    vision = {f"base_model.model.model.vision_tower.layers.0.q_proj.lora_{factor}.weight": torch.ones(4, 4) for factor in "AB"}
+    save_file(tensors | vision, file)
     full = {key: {f"model.language_model.{name}": value for name, value in pattern.items()} for key, pattern in options.items()}
     edit(adapter / "adapter_config.json", **full)
     adapted = Checkpoint.open("adapted", str(adapter)).weights
