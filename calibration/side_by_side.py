@@ -102,4 +102,6 @@ class Batch:
 
 def cache_shapes(session: Any, rows: int, capacity: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's caches: [rows, kv_heads, capacity, head_size]."""
-    return {value.name: (rows, value.shape[1], capacity, value.shape[3]) for value in session.get_inputs() if value.name.startswith("past.")}
+    return {
+        value.name: (rows, value.shape[1], capacity, value.shape[3]) for value in session.get_inputs() if value.name.startswith("past.")
+    }

@@ -37,7 +37,9 @@ def freed(view: ir.Node) -> bool:
         return False
     sizes = np.array([0, *constant.numpy()[1:]], np.int64)
     name = f"{view.outputs[0].name}.shape"
-    keeping = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(sizes.shape), const_value=ir.tensor(sizes, name=name))
+    keeping = ir.Value(
+        name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(sizes.shape), const_value=ir.tensor(sizes, name=name)
+    )
     view.graph.initializers[name] = keeping
     view.replace_input_with(1, keeping)
     return True

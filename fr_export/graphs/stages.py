@@ -44,9 +44,7 @@ def stages(graph: Graph) -> list[Block]:
     ]
 
 
-def place(
-    graph: Graph, node: ir.Node, look_up: ir.Node, places: dict[ir.Node, int | None], number: dict[ir.Value, int]
-) -> int | None:
+def place(graph: Graph, node: ir.Node, look_up: ir.Node, places: dict[ir.Node, int | None], number: dict[ir.Value, int]) -> int | None:
     """The stage of a node: of the newest value that it depends on; None where it depends on no token's state."""
     if is_product(graph, node):
         return number[node.inputs[0]]
