@@ -20,8 +20,7 @@ def complete(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead
     A router also gets routing_head.safetensors: routing_head.weight float32 [n_experts, hidden] and routing_head.bias
     float32 [n_experts].
     """
-    whole = read_json(model.folder / "config.json", model.where)
-    config = whole.get("text_config", whole) | {"vocab_size": vocab_size, "use_cache": True}
+    config = json.loads(model.config.to_json_string()) | {"vocab_size": vocab_size, "use_cache": True}
     write(folder / "config.json", {key: value for key, value in config.items() if key not in PRIVATE})
     generation = model.file("generation_config.json")
     ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.end_tokens, "pad_token_id": model.config.pad_token_id}

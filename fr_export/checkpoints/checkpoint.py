@@ -14,7 +14,7 @@ from fusionroute.fr_export.checkpoints.config_file import family_of, read_json
 from fusionroute.fr_export.checkpoints.hub import locate
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
-from fusionroute.fr_export.checkpoints.sources.lora_config import is_adapter
+from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, is_adapter
 from fusionroute.fr_export.checkpoints.text_part import text_part
 from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
 from fusionroute.fr_export.console.quiet import quiet
@@ -55,7 +55,7 @@ class Checkpoint:
         folder = locate(source)
         where = f"{'The router' if head_key else f'Expert {name!r}'} ({folder})"
         extra = (HEAD_FILE,) if head_key else ()
-        if is_adapter(folder):
+        if is_adapter(folder, where, source):
             adapter = LoraAdapter.open(folder, where)
             start = adapter.config.locate_base(folder, where, base)
             whole = cls.open_whole(name, f"The base ({start}) of {where[0].lower()}{where[1:]}", start, family, ())
@@ -92,9 +92,14 @@ class Checkpoint:
                 tensors |= tensors_of(file)
         config = copy.deepcopy(self.config)
         config.tie_word_embeddings, config.vocab_size = tied, tensors["model.embed_tokens.weight"].shape[0]
-        report = adapter.report(self.folder, self.source)
+        report = adapter.report(self.source)
         texts = adapter.texts(self.texts, texts_in(adapter.folder))
         return Checkpoint(self.name, adapter.where, adapter.folder, self.family, config, Weights(adapter.folder, tensors), texts, report)
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that its numbers depend on: those of the weights, and the configs."""
+        return self.weights.files | {self.texts[name] for name in ("config.json", CONFIG_FILE) if name in self.texts}
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Every tensor must have the shape that the config states, or the folder mixes two models."""

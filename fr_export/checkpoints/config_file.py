@@ -17,7 +17,7 @@ def detect_family(source: str, base: str | None = None) -> Family:
     `locate` does.
     """
     folder = locate(source)
-    if is_adapter(folder):
+    if is_adapter(folder, str(folder), source):
         folder = LoraConfig.read(folder, str(folder)).locate_base(folder, str(folder), base)
     raw = read_json(folder / "config.json", f"{folder} is not a Hugging Face model folder")
     return family_of(str(folder), raw.get("model_type"), None)

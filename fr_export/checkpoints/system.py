@@ -59,12 +59,15 @@ class System:
             raise InputError("A system needs at least one expert: name it with --expert NAME=SRC.")
         router_checkpoint = Checkpoint.open("router", router, family, head_key, base)
         expert_checkpoints = tuple(Checkpoint.open(name, source, base=base) for name, source in experts.items())
+        models = (router_checkpoint, *expert_checkpoints)
+        if base is not None and all(model.source.kind != "adapter" for model in models):
+            raise InputError(f"--base {base} is for adapters, and all models of this system are whole ones: leave --base out.")
         return cls(
             router=router_checkpoint,
             experts=expert_checkpoints,
             head=read_head(router_checkpoint, head_key, list(experts)),
             vocab_size=common_vocabulary(router_checkpoint, expert_checkpoints),
-            max_seq_len=context((router_checkpoint, *expert_checkpoints), max_seq_len),
+            max_seq_len=context(models, max_seq_len),
         )
 
 

@@ -9,8 +9,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 import typer
 from rich.console import Console
 
-from fusionroute.fr_export.checkpoints.config_file import detect_family
-from fusionroute.fr_export.commands.options import ExpertOptions, FamilyOption, parse_experts
+from fusionroute.fr_export.commands.options import BaseOption, ExpertOptions, FamilyOption, parse_experts
 from fusionroute.fr_export.training.recipe import (
     PRESETS,
     RANK,
@@ -33,10 +32,11 @@ FIGURES = ("steps", "seconds", "MiB", "LM loss", "routing", "DPO", "accuracy", "
 
 
 def main(
-    router: Annotated[str, typer.Option(help="Where the router starts from: a folder or hub id (the paper: the instruction expert).")],
+    router: Annotated[str, typer.Option(help="Where the router starts from: a model or LoRA adapter (the paper: the instruction expert).")],
     out: Annotated[Path, typer.Option(help="Folder of the trained router, as the exporter reads it.")],
     family: FamilyOption = None,
     expert: ExpertOptions = None,
+    base: BaseOption = None,
     direct: Annotated[bool, typer.Option("--direct", help="Plain fine-tuning, without experts and routing head.")] = False,
     sft: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}.')] = None,
     preferences: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "chosen", "rejected"}.')] = None,
@@ -120,8 +120,9 @@ def main(
             seed=seed,
         )
         request = TrainingRequest(
-            family=family or detect_family(router),
+            family=family,
             router=router,
+            base=base,
             out=out,
             recipe=recipe,
             experts=dict(experts),

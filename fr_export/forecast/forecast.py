@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from fusionroute.fr_export.bundle.disk_space import bits_on_disk, free_space, stored_values, weights_on_disk
+from fusionroute.fr_export.bundle.disk_space import bits_on_disk, free_space, largest_tensor, stored_values, weights_on_disk
 from fusionroute.fr_export.bundle.recording import recording_scheme
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
@@ -71,7 +71,7 @@ class Forecast:
             max_seq_len=system.max_seq_len,
             sources=[source(model) for model in system.models],
             variants=[variant(target, scheme, values, calibrated) for target, scheme in plan],
-            disk_needed=needed,
+            disk_needed=needed + largest_tensor(system, plan),  # which lies twice while it is packed
             disk_free=free_space(out),
             peak_memory=(int(LEAST * peak.memory), int(MOST * peak.memory)),
             peak_stage=peak.name,

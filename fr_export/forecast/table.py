@@ -14,10 +14,9 @@ def show_forecast(console: Console, forecast: dict[str, Any], out: Path) -> None
     names = [source["model"] for source in forecast["sources"]]
     console.print(Text(f"{forecast['family']}: {' + '.join(names)} → {out}, context {forecast['max_seq_len']:,} tokens"))
     sources = [
-        (source["model"], source["folder"], f"{source['parameters']:,}", " ".join(source["dtypes"]), size(source["bytes"]))
-        for source in forecast["sources"]
+        (source["model"], f"{source['parameters']:,}", " ".join(source["dtypes"]), size(source["bytes"])) for source in forecast["sources"]
     ]
-    console.print(*tables(console, "Sources", ("model", "folder"), ("values", "type", "size"), sources))
+    console.print(*tables(console, "Sources", ("model",), ("values", "type", "size"), sources))
     variants = [
         (variant["target"], variant["precision"], f"{variant['bits_per_weight']:.2f}", size(variant["bytes"]))
         for variant in forecast["variants"]

@@ -108,8 +108,8 @@ def identify(
     """A digest of everything that a calibration depends on; checkpoint files count by path, size and time of change."""
     models = []
     for model in system.models:
-        texts = {file for name in ("tokenizer.json", "config.json") if (file := model.file(name))}
-        stamps = [stamp(file) for file in sorted(model.weights.files | texts)]
+        tokenizer = model.file("tokenizer.json")
+        stamps = [stamp(file) for file in sorted(model.files | ({tokenizer} if tokenizer else set()))]
         models.append([model.name, model.config.to_dict(), matrices(graphs[model.name]), stamps])
     about: dict[str, Any] = {
         "version": VERSION, "family": system.family.name, "models": models, "vocab_size": system.vocab_size,

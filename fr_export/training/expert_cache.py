@@ -86,9 +86,8 @@ def data_digest(rows: Sequence[Row]) -> str:
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a checkpoint's weights and config."""
-    config = checkpoint.file("config.json")
-    digests = [sha256(file) for file in (*sorted(checkpoint.weights.files), *([config] if config else []))]
+    """SHA-256 of a checkpoint's weights and configs, those of an adapter's base too."""
+    digests = [sha256(file) for file in sorted(checkpoint.files)]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 

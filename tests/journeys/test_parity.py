@@ -51,6 +51,8 @@ SHAPES = {
     "phi3-longrope-half-of-a-head-turned": Shape("phi3", heads=2, kv_heads=1, hidden=128, config=LONGROPE, expert_family="phi3", experts=1),
     "mistral-window-llama3-experts": Shape("mistral", expert_family="llama3"),
     "qwen2-biases-window-above-mistral-experts": Shape("qwen2", expert_family="mistral"),
+    "olmo2-qwen3-experts": Shape("olmo2", heads=6, kv_heads=3, hidden=96, expert_family="qwen3"),
+    "smollm3-two-without-rotary": Shape("smollm3", layers=4, config={"no_rope_layers": [0, 1, 1, 0]}),
     "gemma2-window": Shape("gemma2", layers=4),
     "gemma2-untied-odd": Shape("gemma2", config={"tie_word_embeddings": False, "query_pre_attn_scalar": 50}, vocab=259, head_dim=48),
     "gemma2-strong-softcaps": Shape("gemma2", config=SOFTCAPS),
@@ -88,14 +90,21 @@ def check_quantised(bundle: Path, system: System, ids: list[int]) -> None:
 
 
 WINDOWS, BOOLEANS = st.integers(1, 40), st.booleans()
+QWEN: dict[str, st.SearchStrategy[object]] = {
+    "use_sliding_window": BOOLEANS,
+    "sliding_window": WINDOWS,
+    "max_window_layers": st.integers(0, 3),
+}
 # family → what is drawn for its config, beside sizes
 FIELDS: dict[str, dict[str, st.SearchStrategy[object]]] = {
     "gemma2": {"sliding_window": WINDOWS},
     "gemma3": {"sliding_window": WINDOWS},
     "llama3": {"attention_bias": BOOLEANS, "mlp_bias": BOOLEANS},
     "mistral": {"sliding_window": st.none() | WINDOWS},
+    "olmo2": {"attention_bias": BOOLEANS},
     "phi3": {"sliding_window": st.none() | WINDOWS},
-    "qwen2": {"use_sliding_window": BOOLEANS, "sliding_window": WINDOWS, "max_window_layers": st.integers(0, 3)},
+    "qwen2": QWEN,
+    "qwen3": QWEN | {"attention_bias": BOOLEANS},
     "smollm3": {"no_rope_layer_interval": st.integers(1, 3), "attention_bias": BOOLEANS, "mlp_bias": BOOLEANS},
 }
 

@@ -80,15 +80,16 @@ class LoraAdapter:
         inherited = {name: file for name, file in base.items() if not (name.startswith("chat_template") and "tokenizer_config.json" in own)}
         return inherited | own
 
-    def report(self, base_folder: Path, base: SourceReport) -> SourceReport:
-        """What stands in the report about the adapted model."""
+    def report(self, base: SourceReport) -> SourceReport:
+        """What stands in the report about the adapted model. `base`: what stands there about the base."""
         adapted = [module for module, parts in self.modules.items() if {"lora_A", "lora_embedding_A"} & parts.keys()]
         ranks = sorted({self.config.rank(module) for module in adapted})
-        notes = [f"an adapter over {self.config.base_model_name_or_path or base_folder.name}: {base.bytes} bytes, {', '.join(base.dtypes)}"]
+        notes = [f"Its base has {base.bytes / 1e6:,.1f} MB of {', '.join(base.dtypes)}."]
         if ranks:
-            notes.append(f"LoRA of rank {', '.join(map(str, ranks))} on {len(adapted)} modules, merged while the weights were read")
+            kind = "DoRA" if self.config.use_dora else "LoRA"
+            notes.append(f"{kind} of rank {', '.join(map(str, ranks))} on {len(adapted)} modules was merged while weights were read.")
         if self.whole:
-            notes.append(f"{len(self.whole)} tensors replaced whole")
+            notes.append(f"{len(self.whole)} tensors of the adapter stand in place of the base's.")
         tensors = [*self.whole.values(), *(tensor for parts in self.modules.values() for tensor in parts.values())]
         return SourceReport.of("adapter", tensors, (*notes, *base.notes))
 
@@ -109,6 +110,8 @@ class LoraAdapter:
         for name, tensor in self.whole.items():
             if self.config.saves(name.rpartition(".")[0]):
                 tensors[name] = tensor
+        if tied and self.config.ensure_weight_tying and self.config.saves(EMBEDDING):
+            tensors[head] = tensors[embedding]
         self._check_shapes(tensors, base)
         for module, parts in self.modules.items():
             self._adapt(tensors, module, parts)
@@ -153,8 +156,10 @@ class LoraAdapter:
                 raise InputError(
                     f"{self.where} adds a bias to '{module}' (lora_bias), which has none in its base: train it without lora_bias."
                 )
+            self._check_length(module, "lora_B.bias", bias, tensor.shape[0])
             tensors[f"{module}.bias"] = AddedTensor(tensors[f"{module}.bias"], bias, self.config.scale(module))
         if (magnitude := rest.pop("lora_magnitude_vector", None)) is not None:
+            self._check_length(module, "lora_magnitude_vector", magnitude, tensor.shape[1 if embeds else 0])
             tensor = ColumnNormTensor(tensor, magnitude) if embeds else RowNormTensor(tensor, magnitude)
         elif self.config.use_dora and a is not None:
             raise InputError(f"{self.where} sets use_dora but lacks the magnitudes of '{module}'; save or download the adapter again.")
@@ -169,6 +174,14 @@ class LoraAdapter:
         if rest:
             raise InputError(f"{self.where} has {sorted(rest)[0]} of '{module}' beside an embedding's factors: save the adapter again.")
         tensors[name] = tensor
+
+    def _check_length(self, module: str, part: str, vector: StoredTensor, expected: int) -> None:
+        """Raise InputError unless a vector has the length that the base needs."""
+        if vector.shape != (expected,):
+            raise InputError(
+                f"{self.where} has the {part} of '{module}' in shape {list(vector.shape)}; its base needs [{expected}]: "
+                "name the base that it was trained on."
+            )
 
     def _check_factors(self, module: str, a: StoredTensor, b: StoredTensor, tensor: StoredTensor) -> None:
         """Raise InputError unless B·A has the base's shape and the config's rank."""

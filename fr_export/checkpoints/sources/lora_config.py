@@ -17,7 +17,7 @@ CONFIG_FILE = "adapter_config.json"
 # Fields that only training reads, or that the names and shapes of the stored tensors say already.
 UNREAD = {
     "peft_version", "auto_mapping", "inference_mode", "runtime_config", "target_modules", "exclude_modules", "lora_dropout",
-    "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "bias", "ensure_weight_tying",
+    "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "bias",
     "fan_in_fan_out",  # PEFT itself ignores it for linear layers, and all supported families have no others
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # settings of the start; `init_lora_weights` says which
     "velora_config",  # changes the backward pass only
@@ -36,13 +36,24 @@ REFUSED = {
     "use_qalora": "averages groups of inputs (QA-LoRA)",
 }
 
-# Starts that replace the base's weights by what the adapter leaves of them.
-STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Values of init_lora_weights that leave the base as it is. Others put back only a part of its weights: PiSSA, OLoRA, …
+STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter."""
-    return (folder / CONFIG_FILE).is_file()
+def is_adapter(folder: Path, where: str, source: str) -> bool:
+    """Whether a folder holds an adapter. `source` is what the user called it.
+
+    Raises InputError for one that holds a whole model too, or that has adapters in subfolders only.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        if models := [name for name in ("model.safetensors", "model.safetensors.index.json") if (folder / name).is_file()]:
+            raise InputError(
+                f"{where} holds a whole model ({models[0]}) and an adapter ({CONFIG_FILE}): put one of them into a folder of its own."
+            )
+        return True
+    if not (folder / "config.json").is_file() and (adapters := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))):
+        raise InputError(f"{where} holds several adapters ({', '.join(adapters)}): name one of them, such as {source}/{adapters[0]}.")
+    return False
 
 
 class LoraConfig(BaseModel):
@@ -61,6 +72,7 @@ class LoraConfig(BaseModel):
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    ensure_weight_tying: bool = False
     init_lora_weights: bool | str | None = True
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -96,7 +108,7 @@ class LoraConfig(BaseModel):
             raise type(error)(
                 f"{where} is an adapter of {source}, which cannot be opened ({reason}): name its base with --base."
             ) from error
-        if is_adapter(base):
+        if (base / CONFIG_FILE).is_file():
             raise InputError(
                 f"{where} is an adapter over another adapter ({base}): merge that one into its base first, and name it with --base."
             )
@@ -109,10 +121,9 @@ class LoraConfig(BaseModel):
             raise InputError(f"{where} is an adapter of type {self.peft_type}; expected LORA: {mend} if its type can be merged.")
         if self.task_type not in (None, "CAUSAL_LM"):
             raise InputError(f"{where} is an adapter for the task {self.task_type}; expected CAUSAL_LM: name one of a language model.")
-        start = str(self.init_lora_weights).lower()
-        if start.startswith(STARTS):
+        if str(self.init_lora_weights).lower() not in STARTS:
             raise InputError(
-                f"{where} began as init_lora_weights={self.init_lora_weights!r}, which changed its base: save it again with PEFT's "
+                f"{where} began with init_lora_weights={self.init_lora_weights!r}, which changes the base too: save it again with PEFT's "
                 f"path_initial_model_for_weight_conversion, or {mend}."
             )
         for name, value in (self.model_extra or {}).items():

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 from rich.console import Console
 
-from fusionroute.fr_export.bundle.disk_space import weights_on_disk
+from fusionroute.fr_export.bundle.disk_space import stored_values, weights_on_disk
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
@@ -35,7 +35,7 @@ def system(request_: Request) -> System:
 
 def needed(system: System, targets: tuple[str, ...], engines: bool = False) -> int:
     plan = [(target, SCHEMES[target][name]) for target in targets for name in PRECISIONS if name in SCHEMES[target]]
-    return weights_on_disk(system, plan, engines)
+    return weights_on_disk(stored_values(system), plan, False, engines)
 
 
 def test_a_further_target_never_needs_less(system: System) -> None:

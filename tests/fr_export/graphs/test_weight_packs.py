@@ -3,17 +3,23 @@
 import hashlib
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.graphs.weight_packs import LINE, PAGE, Packer
 from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.tensorrt.build import logger
 from tests.support.exporting import ALL, export_checkpoints
 from tests.support.stored_weights import stored_weights
 from tests.support.systems import Shape, make_model, make_system
@@ -128,3 +134,48 @@ def test_weights_of_all_precisions_of_a_model_share_what_is_equal(system: tuple[
     *_, bundle = system
     read = [set(stored_weights(bundle / f"graphs/router.ort-cpu.{precision}.onnx").values()) for precision in ALL]
     assert set.intersection(*read), "the tables of rotary"
+
+
+def test_a_bundle_whose_tensors_are_files_of_their_own_loads_with_the_same_numbers(
+    system: tuple[Shape, str, dict[str, str], Path], tmp_path: Path
+) -> None:
+    """As bundles of format 1 are, and the temporary ones that calibration texts are recorded with."""
+    shape, router, experts, bundle = system
+    with patch("fusionroute.fr_export.export.VariantWriter.pack", return_value={}):
+        unpacked = export_checkpoints(tmp_path / "bundle", shape, router, experts)
+    content = json.loads((unpacked / "manifest.json").read_text()) | {"format": 1}
+    (unpacked / "manifest.json").write_text(json.dumps(content))
+    names = [path.stem for path in (unpacked / "graphs/weights").iterdir()]
+    tensors = [tensor.sha256 for file in Manifest.read(bundle).files.values() for tensor in file.tensors]
+    assert sorted(names) == sorted(tensors)
+    assert sorted(names) == [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((unpacked / "graphs/weights").iterdir())]
+    for precision in ALL:
+        logits = []
+        for folder in (bundle, unpacked):
+            with FusionRuntime.load(folder, precision, threads=1, verify=True) as runtime:
+                logits.append(runtime.score([5, 9, 200, 31]).logits)
+        assert np.array_equal(logits[0], logits[1])
+    manifest = Manifest.read(unpacked)
+    manifest.write(unpacked)
+    assert json.loads((unpacked / "manifest.json").read_text()) == content, "an older version reads what is written again"
+
+
+def test_tensorrt_reads_the_values_of_a_pack(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    shape = Shape(experts=1, layers=1)
+    router, experts = make_system(tmp_path, shape)
+    request = Request(None, router, experts, ("fp32",), ("tensorrt",), tmp_path / "bundle", calibration="none")
+    with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):
+        export(request, Stages(Console(quiet=True)))
+    log = logger(trt)
+    builder = trt.Builder(log)
+    for path in sorted((tmp_path / "bundle/graphs").glob("*.fp32.onnx")):
+        network = builder.create_network(0)
+        assert trt.OnnxParser(network, log).parse_from_file(str(path))
+        constants = set()
+        for layer in (network.get_layer(place) for place in range(network.num_layers)):
+            if layer.type == trt.LayerType.CONSTANT:
+                layer.__class__ = trt.IConstantLayer
+                constants.add(np.asarray(layer.weights).tobytes())
+        weights = stored_weights(path)
+        assert len(weights) > 5 and all(weight.read() in constants for weight in weights.values())

@@ -20,7 +20,7 @@ from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES, gptq
 from fusionroute.fr_export.precision.blockwise import Format, Quantised
 from fusionroute.fr_export.verify.bounds import misses
-from fusionroute.fr_export.verify.compare import sequences
+from fusionroute.fr_export.verify.compare import TOKENS, sequences
 from fusionroute.fr_export.verify.measure import obstacle
 from fusionroute.fr_export.verify.report import show_report
 from fusionroute.fr_export.verify.torch_reference import reference
@@ -48,7 +48,7 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
 
 
 def test_figures_are_those_of_an_independent_comparison(request_: Request) -> None:
-    report = export(request_, Stages(Console(quiet=True)))
+    report = export(replace(request_, compare=TOKENS), Stages(Console(quiet=True)))
     bundle = Bundle.open(request_.out)
     bundle.verify()
     assert json.loads((request_.out / "report.json").read_text()) == report
