@@ -45,13 +45,11 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
         zero = np.clip(np.rint(-low * np.float32(clip) * inverse), 0, TOP)
         error = rows * inverse[..., None]
         np.rint(error, out=error)
-        error += zero[..., None]
-        np.clip(error, 0, TOP, out=error)
-        error -= zero[..., None]
+        np.maximum(error, -zero[..., None], out=error)
+        np.minimum(error, (TOP - zero)[..., None], out=error)
         error *= step[..., None]
         error -= rows
-        np.square(error, out=error)
-        squared = error.sum(-1) if importance is None else np.einsum("rbk,bk->rb", error, importance)
+        squared = np.einsum("rbk,rbk->rb", error, error) if importance is None else np.einsum("rbk,rbk,bk->rb", error, error, importance)
         better = squared < best
         best[better], scales[better], zeros[better] = squared[better], scale[better], zero[better]
     return scales, zeros

@@ -12,7 +12,7 @@ from fusionroute.fr_export.precision.blockwise import Format, in_range, nearest,
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.residual_error import residual_error, residual_stream, sample
 
-TOKENS = 2048  # read for the measurement
+TOKENS = 512  # read for the measurement
 TIMES = 3.0  # a matrix is sensitive from this multiple of the median error per weight
 
 
@@ -48,7 +48,8 @@ def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], formats
     walk = BlockwiseForward(split(graph), texts, embed, read)
     errors: dict[str, float] = {}
     while walk.position < len(walk.blocks) - 1:
-        exact = residual_stream(walk.peek())
+        passed_on = walk.peek()
+        exact = residual_stream(passed_on)
         for matrix, width in walk.block.channels.items():
             if matrix not in formats:
                 continue
@@ -56,5 +57,5 @@ def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], formats
             (values,) = in_range([read(matrix)], fmt, matrix)
             rounded = widened(nearest(values, fmt), fmt, width)
             errors[matrix] = residual_error(walk.peek({matrix: rounded}), exact)
-        walk.advance()
+        walk.move(passed_on)
     return errors

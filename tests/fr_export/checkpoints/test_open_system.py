@@ -53,7 +53,7 @@ def test_the_wrong_family_for_all(root: Path) -> None:
 def test_gemma2_that_is_no_causal_model(tmp_path: Path) -> None:
     make_system(tmp_path, Shape("gemma2", heads=2, kv_heads=1, head_dim=16, hidden=32, layers=2, experts=2))
     for fields, words in (
-        ({"sliding_window": 0}, "no positive 'sliding_window'"),
+        ({"sliding_window": 0}, "'sliding_window' of 0"),
         ({"use_bidirectional_attention": True}, "both directions"),
     ):
         folder = Path(shutil.copytree(tmp_path, tmp_path.parent / f"copy-{words[:2]}"))

@@ -173,7 +173,7 @@ def test_activations_are_narrow_and_the_islands_are_not(exported: Exported) -> N
                 elif n.op_type == "GroupQueryAttention":
                     assert kinds == {half}
                 elif n.op_type.endswith("SimplifiedLayerNormalization"):
-                    assert kinds == {ir.DataType.FLOAT if exported.shape.family == "gemma2" else half}
+                    assert kinds == {ir.DataType.FLOAT if exported.system.family.wide_residual else half}
             types = {value.name: value.dtype for value in (*graph.inputs, *graph.outputs)}
             assert {types.pop(name) for name in ("logits", "routing") if name in types} == {ir.DataType.FLOAT}
             assert {kind for name, kind in types.items() if name.startswith(("past.", "present."))} == {half}

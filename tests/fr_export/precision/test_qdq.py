@@ -153,8 +153,8 @@ def test_a_graph_computes_what_torch_computes_with_the_rounded_values(router: Qu
             assert np.median(gap) < 1e-3 * lost or gap.mean() < 0.1 * lost, (np.median(gap), gap.mean(), lost)
         else:
             assert gap.max() < 1e-5 * np.abs(expected).max()
-        # half precision loses something by itself, and moves values across steps
-        noise = {"fp16": 6e-3, "bf16": 3e-2}[router.system.family.half] * np.abs(expected).std()
+        # half precision loses something by itself, in each layer, and moves values across steps
+        noise = {"fp16": 6e-3, "bf16": 3e-2}[router.system.family.half] * np.sqrt(router.shape.layers) * np.abs(expected).std()
         assert np.abs(shipped - exact).mean() < max(noise, 0.8 * lost if precision == "int8" else 0)
 
 
