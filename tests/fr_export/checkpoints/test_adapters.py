@@ -24,6 +24,7 @@ from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
 from fusionroute.fr_export.checkpoints.sources.merge_lora import merge
 from fusionroute.fr_export.checkpoints.tensors import ReadRows, StoredTensor
 from fusionroute.fr_export.checkpoints.torch_model import torch_model
+from fusionroute.fr_export.families import FAMILIES
 from tests.support.adapters import SHAPE, TARGETS, make_adapter, peft_model
 from tests.support.damaged_checkpoints import edit
 from tests.support.gguf_models import write_gguf
@@ -100,6 +101,14 @@ def test_tied_bases(variety: str, tied: Path, tmp_path: Path) -> None:
     parted = variety not in ("plain", "new rows", "saved embedding and head kept tied")
     adapted = Checkpoint.open("adapted", str(adapter))
     assert ("lm_head.weight" in adapted.weights) == parted == (not adapted.config.tie_word_embeddings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    """Packed projections, norms on queries, scaled embeddings: names are the family's, sums are the same."""
+    base = make_model(tmp_path / "base", replace(SHAPE, family=family), 0, expert=False)
+    targets = r".*(embed_tokens|qkv_proj|[qkvo]_proj|(gate|up|down|gate_up)_proj)"
+    assert difference(base, make_adapter(base, tmp_path / "adapter", target_modules=targets, modules_to_save=["norm"])) <= TIGHT
 
 
 def test_resized_embedding(tied: Path, untied: Path, tmp_path: Path) -> None:
