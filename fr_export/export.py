@@ -104,10 +104,10 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         writer = VariantWriter(system, traces, known, folder, stages)
         written = [writer.write(target, scheme) for target, scheme in plan]
         variants = [each.variant for each in written]
-        packs = writer.pack(variants)
+        weights = writer.gather_weights(variants)
 
         write_common_files(system.router, folder)
-        manifest = describe(system, fusion, graphs, variants, packs, folder)
+        manifest = describe(system, fusion, graphs, variants, weights, folder)
         if request.gpus:
             manifest = add_engines(manifest, request.gpus, folder, stages)
 

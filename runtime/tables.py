@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 Row = Sequence[str]
+BESIDE = 2  # columns of the terminal that a column of the table takes beside its cells
 
 
 def tables(
@@ -15,19 +17,32 @@ def tables(
 ) -> list[Table]:
     """One table where it fits into the console's width, else several, which repeat the columns of `names`.
 
-    Columns of `names` are words, aligned left, and are folded where nothing else helps; those of `values` are figures,
+    Columns of `names` are words, aligned left, and are folded where they are very long; those of `values` are figures,
     aligned right, and never cut. A row has a cell for each of both; `styles` has a style for each row.
     """
-    parts: list[Table] = []
-    name_width = 3 * console.width // (5 * len(names))  # so that figures have room beside the longest names
-    left = list(range(len(values)))
-    while left or not parts:
-        count = len(left)
-        while count > 1 and console.measure(part(title, names, values, rows, left[:count], styles, name_width)).maximum > console.width:
-            count -= 1
-        parts.append(part("" if parts else title, names, values, rows, left[:count], styles, name_width))
-        left = left[count:]
-    return parts
+    widths = [
+        BESIDE + max(cell_len(line) for cell in column for line in cell.split("\n"))
+        for column in zip((*names, *values), *rows, strict=True)
+    ]
+    name_widths = folded(widths[: len(names)], 2 * console.width // 3)  # so that figures have room beside long names
+    room = console.width - sum(name_widths)
+    parts: list[list[int]] = [[]]
+    taken = 0
+    for number, width in enumerate(widths[len(names) :]):
+        if parts[-1] and taken + width > room:
+            parts.append([])
+            taken = 0
+        parts[-1].append(number)
+        taken += width
+    return [part("" if index else title, names, values, rows, chosen, styles, name_widths) for index, chosen in enumerate(parts)]
+
+
+def folded(widths: Sequence[int], room: int) -> list[int]:
+    """Widths of columns that together fit into `room`: the widest are narrowed first."""
+    narrowed = list(widths)
+    while sum(narrowed) > room:
+        narrowed[narrowed.index(max(narrowed))] -= 1
+    return narrowed
 
 
 def part(
@@ -37,14 +52,14 @@ def part(
     rows: Sequence[Row],
     chosen: Sequence[int],
     styles: Sequence[str] | None,
-    name_width: int,
+    name_widths: Sequence[int],
 ) -> Table:
     """The table of the `chosen` ones among the columns of values."""
     table = Table(
         title=Text(title, "italic") if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
-    for name in names:
-        table.add_column(name, overflow="fold", max_width=name_width)
+    for name, width in zip(names, name_widths, strict=True):
+        table.add_column(name, overflow="fold", max_width=width - BESIDE)
     for number in chosen:
         table.add_column(values[number], justify="right", no_wrap=True)
     for index, row in enumerate(rows):

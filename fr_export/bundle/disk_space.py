@@ -64,6 +64,12 @@ def bits_on_disk(scheme: Scheme, calibrated: bool) -> float:
     return scheme.bits
 
 
+def largest_tensor(system: System, plan: Sequence[tuple[str, Scheme]]) -> int:
+    """Bytes of the largest tensor in the widest precision."""
+    values = max(int(np.prod(entry.shape)) for model in system.models for entry in model.weights.entries.values())
+    return int(values * max(scheme.bits for _, scheme in plan) / 8)
+
+
 def weights_on_disk(values: int, plan: Sequence[tuple[str, Scheme]], calibrated: bool, engines: bool) -> int:
     """Bytes of the weights in a bundle of `values`. Targets of one dialect share the weights of a precision, others do not.
 

@@ -15,7 +15,7 @@ PRIVATE = ("_name_or_path",)  # a path on the machine that wrote the checkpoint
 
 
 def complete(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead | None) -> None:
-    """Write config.json with the graph's vocabulary, generation_config.json and copies of the checkpoint's texts.
+    """Write config.json of the language model with the graph's vocabulary, generation_config.json and copies of the checkpoint's texts.
 
     A router also gets routing_head.safetensors: routing_head.weight float32 [n_experts, hidden] and routing_head.bias
     float32 [n_experts].

@@ -16,6 +16,7 @@ from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
 from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, is_adapter
+from fusionroute.fr_export.checkpoints.sources.merge_lora import merge
 from fusionroute.fr_export.checkpoints.sources.model_folder import texts_in
 from fusionroute.fr_export.checkpoints.sources.whole import open_source
 from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
@@ -90,7 +91,7 @@ class Checkpoint:
 
         `extra` safetensors of the adapter's folder are read too. Raises InputError where the two do not belong together.
         """
-        tensors, tied = adapter.over(self.weights.entries, self.config.tie_word_embeddings)
+        tensors, tied = merge(adapter, self.weights.entries, self.config.tie_word_embeddings)
         for name in extra:
             if (file := adapter.folder / name).is_file():
                 tensors |= tensors_of(file)
@@ -181,10 +182,12 @@ class Checkpoint:
 
 
 def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """config.json as transformers reads it, and the tensors that such a model has: name → shape."""
+    """config.json as transformers reads it, of its language model where it has other parts, and the tensors that such a
+    model has: name → shape.
+    """
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder).get_text_config()
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # what is read is dequantised
         if config.num_hidden_layers < 1 or config.num_attention_heads % config.num_key_value_heads:

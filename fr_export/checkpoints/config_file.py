@@ -33,10 +33,10 @@ def detect_family(source: str, base: str | None = None) -> Family:
 
 def family_of(where: str, model_type: Any, expected: Family | None) -> Family:
     """The family of a config's model type. Raises InputError for an unknown one, or for another than the expected."""
-    family = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
-    if family is None or expected not in (None, family):
+    family = next((family for family in FAMILIES.values() if model_type in (family.model_type, *family.text_of)), None)
+    if family is None or (expected is not None and expected.name != family.name):
         supported = ", ".join(f"{each.name} ('{each.model_type}')" for each in FAMILIES.values())
         mend = f"use --family {family.name}" if family else f"supported families are {supported}"
         expects = f"; family {expected.name} expects '{expected.model_type}'" if expected else ""
         raise InputError(f"{where} is of model type {model_type!r}{expects}: {mend}.")
-    return family
+    return expected or family

@@ -8,7 +8,8 @@ from types import TracebackType
 from rich.console import Console
 
 EVERY = 5.0  # seconds between two lines
-UNITS = ((1e9, "G"), (1e6, "M"), (1e4, "k"))  # a count of 1,000 is shown whole
+UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+WHOLE = 10_000  # smaller counts are shown whole
 
 
 class Lines:
@@ -86,7 +87,7 @@ def duration(seconds: float) -> str:
 def count(value: float) -> str:
     """A number of units for people: 7, 1,536, 12.3k, 135M."""
     for size, letter in UNITS:
-        if value >= size:
+        if value >= max(size, WHOLE):
             scaled = value / size
             return f"{scaled:.{0 if scaled >= 100 else 1}f}{letter}"
     return f"{value:,.0f}"

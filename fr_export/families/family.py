@@ -9,6 +9,7 @@ from fusionroute.runtime.errors import InputError
 
 TINY_SYSTEMS = Path(__file__).parents[1] / "tiny"
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
+LONGROPE = "longrope"  # its frequencies are those of short texts up to the original length
 LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
@@ -29,6 +30,7 @@ class Family:
     in fp32. `half`: the half precision of its activations on GPUs.
     `precisions` maps a target to the precisions exported when none is named. `paper`: the paper's checkpoints; None where
     it has none of this family.
+    `text_of`: model types of larger models, of which the language model (their `text_config`) is one of this family.
     `check` raises `InputError` for a config of the family that the exporter cannot serve.
     """
 
@@ -40,6 +42,7 @@ class Family:
     check: Callable[[str, Any], None]
     paper: Preset | None = None
     wide_residual: bool = False
+    text_of: tuple[str, ...] = ()
 
     @property
     def ships_tiny(self) -> bool:
@@ -63,15 +66,37 @@ class Family:
         raise InputError(f"{lack} of family {self.name}: name a router and experts with --router and --expert.")
 
 
+def rotary_kinds(config: Any) -> list[Mapping[str, Any]]:
+    """The parameters of a config's rotary embeddings: one set, or one for each kind of layer. transformers 4 calls them
+    `rope_scaling` and has none where nothing is scaled.
+    """
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [each for each in parameters.values() if isinstance(each, Mapping)] or [parameters]
+
+
+def rope_type(parameters: Mapping[str, Any]) -> str:
+    """How frequencies are scaled, under its new or its old key."""
+    return str(parameters.get("rope_type") or parameters.get("type") or "default")
+
+
 def check_rope(where: str, config: Any) -> None:
     """Refuse rotary scalings whose frequencies change with the length: they do not fit a precomputed table."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kind = parameters.get("rope_type", "default")
-    if kind not in STATIC_ROPE:
-        raise InputError(
-            f"{where} scales its rotary embedding by '{kind}', which depends on the length of the text; "
-            f"supported are {', '.join(STATIC_ROPE)}: set rope_parameters in its config.json to one of them."
-        )
+    for parameters in rotary_kinds(config):
+        if (kind := rope_type(parameters)) not in (*STATIC_ROPE, LONGROPE):
+            raise InputError(
+                f"{where} scales its rotary embedding by '{kind}', which depends on the length of the text; supported are "
+                f"{', '.join(STATIC_ROPE)} and {LONGROPE}: set rope_parameters in its config.json to one of them."
+            )
+
+
+def positions(config: Any) -> int:
+    """How many positions a table can hold: longrope has other frequencies for texts beyond the original length."""
+    limits = [int(config.max_position_embeddings)]
+    for parameters in rotary_kinds(config):
+        original = parameters.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        if rope_type(parameters) == LONGROPE and original:
+            limits.append(int(original))
+    return min(limits)
 
 
 def check_windows(where: str, config: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 _NAME = "default"
@@ -42,11 +42,6 @@ class Adapters:
         import peft
 
         return cls(peft.PeftModel.from_pretrained(lm, folder, adapter_name=_NAME, is_trainable=True), base)
-
-    def difference(self, layer: str) -> Tensor:
-        """What the adapter of a layer adds to its weight [out, in]: α/r · B·A."""
-        difference: Tensor = self.model.get_base_model().get_submodule(layer).get_delta_weight(_NAME)
-        return difference
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
         """Write what `peft.PeftModel.from_pretrained` reads: the adapters' weights in `dtype`, and their config."""

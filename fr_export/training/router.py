@@ -2,7 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,8 +15,10 @@ from torch import Tensor, nn
 
 from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
+from fusionroute.fr_export.checkpoints.json_file import read_json
+from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
 from fusionroute.fr_export.checkpoints.system import read_head
-from fusionroute.fr_export.checkpoints.torch_model import torch_model
+from fusionroute.fr_export.checkpoints.torch_model import read_as, torch_model
 from fusionroute.fr_export.training.adapters import Adapters
 from fusionroute.fr_export.training.recipe import Dtype
 from fusionroute.runtime.errors import InputError
@@ -22,7 +27,7 @@ HEAD_KEY = "routing_head"
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED: dict[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 SHARD = "5GB"  # of safetensors, as checkpoints are commonly split
-_TEXTS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
+_TEXTS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "*.model")
 
 
 def load_lm(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
@@ -60,13 +65,25 @@ class Router(nn.Module):
         self.lm, self.head, self.vocab, self.adapters = lm, head, vocab, adapters
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, start: Tensor | None, vocab: int, lora_rank: int = 0, seed: int = 0, base: str = "") -> "Router":
+    def load(
+        cls, checkpoint: Checkpoint, start: Tensor | None, vocab: int, lora_rank: int = 0, seed: int = 0, base: str | None = None
+    ) -> "Router":
         """Read the LM in float32; the head begins as `start` [n, hidden].
 
-        With `lora_rank` the LM's matrices are frozen under low-rank adapters, which name `base` as their model.
+        With `lora_rank` the LM is frozen under adapters: those of the checkpoint where it is an adapter itself, else new
+        ones. `base` is the folder or hub id of the model under them; None takes the one that the checkpoint's adapter
+        names.
         """
-        lm = load_lm(checkpoint)
-        adapters = Adapters.new(lm, lora_rank, seed, base) if lora_rank else None
+        if not lora_rank:
+            lm, adapters = load_lm(checkpoint), None
+        elif checkpoint.source.kind == "adapter":
+            adapter = LoraAdapter.open(checkpoint.folder, checkpoint.where)
+            folder = adapter.config.locate_base(checkpoint.folder, checkpoint.where, base)
+            lm = load_lm(Checkpoint.open("base", str(folder)))
+            adapters = Adapters.read(lm, checkpoint.folder, base or adapter.config.base_model_name_or_path or str(folder))
+        else:
+            lm = load_lm(checkpoint)
+            adapters = Adapters.new(lm, lora_rank, seed, base or str(checkpoint.folder))
         head = None
         if start is not None:
             head = nn.Linear(start.shape[1], start.shape[0], bias=False)
@@ -95,17 +112,6 @@ class Router(nn.Module):
     def trained(self) -> dict[str, Tensor]:
         """Name → parameter, for all parameters that training changes."""
         return {name: p.detach().contiguous() for name, p in self.named_parameters() if p.requires_grad or name.startswith("head.")}
-
-    def weights(self) -> dict[str, Tensor]:
-        """The LM's weights by their names in its checkpoint, with adapters merged into them."""
-        weights = {}
-        for name, tensor in self.lm.state_dict().items():
-            if "lora_" in name or (name == "lm_head.weight" and self.lm.config.tie_word_embeddings):
-                continue
-            layer, adapted, kind = name.rpartition(".base_layer.")
-            merged = tensor + self.adapters.difference(layer) if self.adapters and adapted and kind == "weight" else tensor
-            weights[name.replace(".base_layer.", ".")] = merged
-        return weights
 
 
 def has_head(checkpoint: Checkpoint) -> bool:
@@ -140,10 +146,15 @@ def write_router(router: Router, source: Checkpoint, folder: Path, dtype: Dtype,
 
     Weights are in `dtype`, the head is in float32. The tokenizer's files, and how logits are fused, are the source's.
     """
-    if router.adapters is not None and not merge:
-        router.adapters.write(folder, DTYPES[dtype])
+    if router.adapters is None:
+        _write_model(router.lm.state_dict(), source, folder, dtype)
+    elif merge:
+        with TemporaryDirectory() as alone:
+            router.adapters.write(Path(alone), torch.float32)
+            merged = Checkpoint.open("merged", alone, base=router.adapters.base).weights
+            _write_model({name: read_as(merged, name, DTYPES[dtype]) for name in merged.entries}, source, folder, dtype)
     else:
-        _write_model(router, source, folder, dtype)
+        router.adapters.write(folder, DTYPES[dtype])
     if router.head is not None:
         head = router.head.weight.detach().float().cpu().contiguous()
         save_file({f"{HEAD_KEY}.weight": head}, folder / HEAD_FILE)
@@ -151,20 +162,22 @@ def write_router(router: Router, source: Checkpoint, folder: Path, dtype: Dtype,
         FusionSettings.read(source.folder).model_copy(update={"lam_curve": None}).write(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner only
-    copy_texts(source.folder, folder)
+    copy_texts(source, folder)
 
 
-def _write_model(router: Router, source: Checkpoint, folder: Path, dtype: Dtype) -> None:
-    weights = {name: tensor.to("cpu", DTYPES[dtype]).contiguous() for name, tensor in router.weights().items()}
-    save_torch_state_dict(weights, folder, max_shard_size=SHARD)
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+def _write_model(weights: Mapping[str, Tensor], source: Checkpoint, folder: Path, dtype: Dtype) -> None:
+    tied = {"lm_head.weight"} if source.config.tie_word_embeddings else set()
+    stored = {name: tensor.to("cpu", DTYPES[dtype]).contiguous() for name, tensor in weights.items() if name not in tied}
+    save_torch_state_dict(stored, folder, max_shard_size=SHARD)
+    config = read_json(source.texts["config.json"], source.where)
     config.pop("torch_dtype", None)  # the older name
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    # an adapter may part the head from the embedding, and add tokens
+    config |= {"dtype": dtype, "tie_word_embeddings": source.config.tie_word_embeddings, "vocab_size": source.config.vocab_size}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_texts(source: Path, folder: Path) -> None:
+def copy_texts(source: Checkpoint, folder: Path) -> None:
     """Copy the files beside a checkpoint's weights and config: tokenizer, chat template, generation config."""
-    for pattern in _TEXTS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    for name, file in source.texts.items():
+        if any(fnmatch(name, pattern) for pattern in _TEXTS):
+            shutil.copyfile(file, folder / name)

@@ -6,6 +6,7 @@ import psutil
 import torch
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.sources.lora_config import LoraConfig
 from fusionroute.fr_export.training.recipe import RANK
 
 LARGE = 1_000_000_000  # parameters
@@ -16,6 +17,17 @@ _SHARE = 0.7  # of the memory; activations and everything else need the rest
 def parameters(checkpoint: Checkpoint) -> int:
     """How many values the checkpoint's weights hold."""
     return sum(math.prod(entry.shape) for entry in checkpoint.weights.entries.values())
+
+
+def lora_rank(checkpoint: Checkpoint, rank: int | None) -> tuple[int, str | None]:
+    """The rank to train with, 0 for full training, and a sentence about it where `rank` did not say it.
+
+    A checkpoint that is an adapter is trained further as it is, unless `rank` is 0. `rank` None lets the size decide.
+    """
+    if rank != 0 and checkpoint.source.kind == "adapter":
+        own = LoraConfig.read(checkpoint.folder, checkpoint.where).r
+        return own, f"Training the adapter further that the router starts from; its rank {own} stays."
+    return (rank, None) if rank is not None else default_rank(checkpoint)
 
 
 def default_rank(checkpoint: Checkpoint) -> tuple[int, str]:

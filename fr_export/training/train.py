@@ -40,7 +40,7 @@ from fusionroute.fr_export.training.folder import TRAINING_FILE, RouterStaging, 
 from fusionroute.fr_export.training.recipe import Stage
 from fusionroute.fr_export.training.request import TrainingRequest
 from fusionroute.fr_export.training.router import HEAD_KEY, Router, has_head, start_head, stored_dtype, write_router
-from fusionroute.fr_export.training.size import default_rank
+from fusionroute.fr_export.training.size import lora_rank
 from fusionroute.fr_export.training.trainer import RouterTrainer
 from fusionroute.runtime.errors import InputError, UnavailableError
 
@@ -90,11 +90,13 @@ class _Run:
             self.staging.recover()
         state.wait_for_everyone()
         self.staging.check()  # now, not after hours of training: an older router that came back needs --force
-        self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY)
-        self.experts = [Checkpoint.open(name, source, request.family) for name, source in request.experts.items()]
+        self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY, request.base)
+        self.experts = [Checkpoint.open(name, source, base=request.base) for name, source in request.experts.items()]
         self.vocab = common_vocabulary(self.router, tuple(self.experts))
         self.recipe = request.recipe
-        self.lora_rank = self._lora_rank()
+        self.lora_rank, reason = lora_rank(self.router, self.recipe.lora_rank)
+        if reason:
+            display.note(reason)
         if self.experts and self.recipe.stages[0].name == "cdpo" and not has_head(self.router):
             raise InputError(f"{self.router.where} has no routing head, which CDPO does not train: begin with the stage sft.")
         self.head = start_head(self.router, list(request.experts))
@@ -103,13 +105,6 @@ class _Run:
         self.limit = min(self.recipe.max_length, self.router.config.max_position_embeddings)
         self.rows, self.pairs, self.skipped = self._data()
         self.identity = self._identity()
-
-    def _lora_rank(self) -> int:
-        if self.recipe.lora_rank is not None:
-            return self.recipe.lora_rank
-        rank, reason = default_rank(self.router)
-        self.display.note(reason)
-        return rank
 
     def _data(self) -> tuple[list[Row], list[Row], int]:
         """SFT rows, rows of the preferences (chosen and rejected alternate), number of samples that are too long."""
@@ -142,9 +137,7 @@ class _Run:
             cache = request.cache or work.folder / "cache"
             sft = self._samples(self.rows, False, "samples", cache)
             preferences = self._samples(self.pairs, True, "preferences", cache)
-            # a path from here would lead nowhere from elsewhere
-            base = str(self.router.folder) if Path(request.router).expanduser().is_dir() else request.router
-            router = Router.load(self.router, self.head, self.vocab, self.lora_rank, self.recipe.seed, base)
+            router = Router.load(self.router, self.head, self.vocab, self.lora_rank, self.recipe.seed, self._base())
             curves = [self._stage(stage, router, sft, preferences, work) for stage in self.recipe.stages]
             stages = [_summary(curve) for curve in curves]
             report = Report(str(request.out), len(self.rows), len(self.pairs) // 2, self.skipped, self.lora_rank, stages)
@@ -153,6 +146,12 @@ class _Run:
                     self._write(router, curves, report, staging.folder, work)
             self.state.wait_for_everyone()
         return report
+
+    def _base(self) -> str | None:
+        """What written adapters name as their base; None: what the router names, which is an adapter itself."""
+        source = self.request.base if self.router.source.kind == "adapter" else self.request.router
+        # a relative path would lead nowhere from another folder
+        return str(Path(source).expanduser().resolve()) if source and Path(source).expanduser().is_dir() else source
 
     def _identity(self) -> dict[str, Any]:
         """Digests of all inputs: a run can only be resumed where these are the same."""

@@ -45,8 +45,8 @@ def refuse_missed(report: Mapping[str, Any]) -> None:
             )
         if entry["missed"]:
             raise FusionError(
-                f"The precision {entry['precision']} misses its bound ({'; '.join(entry['missed'])}): leave it out, or export without "
-                f"--strict. {hint(entry)}"
+                f"The precision {entry['precision']} misses its bound ({'; '.join(entry['missed'])}); {hint(entry)}, "
+                "or export without --strict."
             )
 
 

@@ -24,6 +24,16 @@ ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONGROPE = {
+    "original_max_position_embeddings": 256,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1 + 0.1 * number for number in range(16)],
+        "long_factor": [2 + number for number in range(16)],
+    },
+}
 SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "sliding_window": 5}
 
 SHAPES = {
@@ -37,7 +47,12 @@ SHAPES = {
     "llama3-rotary-outside": Shape(head_dim=24, hidden=72),
     "llama3-padded-head": Shape(head_dim=20, hidden=60, vocab=263),
     "llama3-larger-experts": Shape(expert_config={"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 3}),
+    "gemma3-two-tables-above-smollm3-experts": Shape("gemma3", expert_family="smollm3", experts=1),
+    "phi3-longrope-half-of-a-head-turned": Shape("phi3", heads=2, kv_heads=1, hidden=128, config=LONGROPE, expert_family="phi3", experts=1),
     "mistral-window-llama3-experts": Shape("mistral", expert_family="llama3"),
+    "qwen2-biases-window-above-mistral-experts": Shape("qwen2", expert_family="mistral"),
+    "llama3-qwen3-experts": Shape("llama3", expert_family="qwen3", tokenizer=True, expert_config={"vocab_size": 320}),
+    "olmo2-qwen3-experts": Shape("olmo2", heads=6, kv_heads=3, hidden=96, expert_family="qwen3"),
     "smollm3-two-without-rotary": Shape("smollm3", layers=4, config={"no_rope_layers": [0, 1, 1, 0]}),
     "gemma2-window": Shape("gemma2", layers=4),
     "gemma2-untied-odd": Shape("gemma2", config={"tie_word_embeddings": False, "query_pre_attn_scalar": 50}, vocab=259, head_dim=48),
@@ -76,11 +91,22 @@ def check_quantised(bundle: Path, system: System, ids: list[int]) -> None:
 
 
 WINDOWS, BOOLEANS = st.integers(1, 40), st.booleans()
+QWEN: dict[str, st.SearchStrategy[object]] = {
+    "use_sliding_window": BOOLEANS,
+    "sliding_window": WINDOWS,
+    "max_window_layers": st.integers(0, 3),
+}
 # family → what is drawn for its config, beside sizes
 FIELDS: dict[str, dict[str, st.SearchStrategy[object]]] = {
     "gemma2": {"sliding_window": WINDOWS},
+    "gemma3": {"sliding_window": WINDOWS},
     "llama3": {"attention_bias": BOOLEANS, "mlp_bias": BOOLEANS},
     "mistral": {"sliding_window": st.none() | WINDOWS},
+    "olmo2": {"attention_bias": BOOLEANS},
+    "phi3": {"sliding_window": st.none() | WINDOWS},
+    "qwen2": QWEN,
+    "qwen3": QWEN | {"attention_bias": BOOLEANS},
+    "smollm3": {"no_rope_layer_interval": st.integers(1, 3), "attention_bias": BOOLEANS, "mlp_bias": BOOLEANS},
 }
 
 

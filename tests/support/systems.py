@@ -18,9 +18,17 @@ SHIPPED = [family.name for family in FAMILIES.values() if family.ships_tiny]
 # family → its config, and fields that let small systems show what is special about it
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gemma2": (transformers.Gemma2Config, {"query_pre_attn_scalar": 40, "sliding_window": 16}),
+    "gemma3": (transformers.Gemma3TextConfig, {"query_pre_attn_scalar": 40, "sliding_window": 16, "sliding_window_pattern": 2}),
     "llama3": (transformers.LlamaConfig, {}),
     "mistral": (transformers.MistralConfig, {"sliding_window": 16}),
-    "smollm3": (transformers.SmolLM3Config, {}),
+    "olmo2": (transformers.Olmo2Config, {}),
+    "phi3": (
+        transformers.Phi3Config,
+        {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "qwen2": (transformers.Qwen2Config, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen3": (transformers.Qwen3Config, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "smollm3": (transformers.SmolLM3Config, {"no_rope_layer_interval": 2}),
 }
 
 

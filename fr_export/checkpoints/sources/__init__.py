@@ -1,6 +1,7 @@
 """Sources that are no folder of safetensors with a whole model: each kind in files of its own.
 
-lora.py           a PEFT LoRA folder: its tensors, put over those of its base
+lora.py           a PEFT LoRA folder: its tensors by module, its texts
+merge_lora.py     an adapter over the tensors of its base
 lora_config.py    its adapter_config.json: what each field means here, and which are refused
 whole.py          which kind a whole model is; one line per kind
 model_folder.py   a Hugging Face folder: safetensors, in floating point or quantised

@@ -11,6 +11,7 @@ from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.sources.quantised import dequantised, method_of, note
 from fusionroute.fr_export.checkpoints.sources.slow_tokenizer import converted_tokenizer
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
+from fusionroute.fr_export.checkpoints.text_part import text_part
 from fusionroute.fr_export.checkpoints.weights import Weights
 
 
@@ -39,21 +40,23 @@ class ModelFolder:
         return cls(where, path, texts, quantisation)
 
     @cached_property
-    def stored(self) -> Mapping[str, StoredTensor]:
-        """The tensors as they are stored."""
-        return Weights.open(self.folder).entries
+    def stored(self) -> tuple[Mapping[str, StoredTensor], tuple[str, ...]]:
+        """The tensors of the language model as they are stored, and what to say of those that are left out."""
+        return text_part(Weights.open(self.folder).entries)
 
     def tensors(self, config: Any, names: Iterable[str]) -> dict[str, StoredTensor]:
         """See `WholeSource.tensors`."""
-        return dequantised(self.where, self.quantisation, self.stored) if self.quantisation else dict(self.stored)
+        stored, _ = self.stored
+        return dequantised(self.where, self.quantisation, stored) if self.quantisation else dict(stored)
 
     def report(self, tensors: Mapping[str, StoredTensor]) -> SourceReport:
         """See `WholeSource.report`."""
-        notes = [note(self.quantisation, tensors)] if self.quantisation else []
+        stored, left_out = self.stored
+        notes = [*left_out, *([note(self.quantisation, tensors)] if self.quantisation else [])]
         tokenizer = self.texts.get("tokenizer.json")
         if tokenizer is not None and tokenizer.parent != self.folder:
             notes.append("tokenizer.json converted from tokenizer.model")
-        return SourceReport.of("full", self.stored.values(), tuple(notes))
+        return SourceReport.of("full", stored.values(), tuple(notes))
 
 
 def texts_in(folder: Path) -> dict[str, Path]:

@@ -55,8 +55,11 @@ def dequantised(where: str, settings: Mapping[str, Any], entries: Mapping[str, S
         for module, parts in modules.items()
         if any(key in parts and parts[key].dtype in dtypes.split() for key, dtypes in method.key.items())
     }
-    used = {part.name for parts in quantised.values() for part in parts.values()}
-    result = {name: entry for name, entry in entries.items() if name not in used}
+    result = {
+        name: entry
+        for name, entry in entries.items()
+        if name.rpartition(".")[0] not in quantised or name.rpartition(".")[2] not in method.parts
+    }
     for module, parts in quantised.items():
         try:
             result[f"{module}.weight"] = method.weight(where, settings, module, parts)

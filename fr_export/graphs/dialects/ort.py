@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic, symbolic_multi_out
 from transformers import AttentionInterface
@@ -16,7 +17,7 @@ from fusionroute.fr_export.checkpoints.system import RoutingHead
 from fusionroute.fr_export.graphs.dialects import layers
 from fusionroute.fr_export.graphs.dialects.rotary import Tables
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import fuse_rotary, fuse_skip_norm, pack_qkv, remove_redundant_views
+from fusionroute.fr_export.graphs.passes import fuse_rotary, fuse_skip_norm, pack_qkv, remove_redundant_views, slices_to_split
 
 ATTENTION = "fusionroute_ort"
 OPSET = 20  # the first with Gelu(approximate=tanh)
@@ -125,8 +126,10 @@ def names(count: int) -> tuple[list[str], list[str]]:
 
 def finish(graph: Graph, max_seq_len: int) -> None:
     """The graph passes that pay in this dialect, and dimensions with names that people can read."""
+    fold_constants(graph.model)
     remove_redundant_views(graph)
     fuse_rotary(graph)
+    slices_to_split(graph)
     pack_qkv(graph)
     fuse_skip_norm(graph)
     layers.name_dimensions(graph, {"input_ids": [1, "sequence"], "logit_positions": ["positions"]}, "capacity")

@@ -19,7 +19,7 @@ from fusionroute.fr_export.checkpoints.system import RoutingHead
 from fusionroute.fr_export.graphs.dialects import layers, rotary
 from fusionroute.fr_export.graphs.dialects.primitive import attend
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import remove_redundant_views, split_qkv
+from fusionroute.fr_export.graphs.passes import remove_redundant_views, slices_to_split, split_qkv
 
 ATTENTION = "fusionroute_portable"
 OPSET = 20  # the first with Gelu(approximate=tanh)
@@ -120,6 +120,7 @@ def finish(graph: Graph, max_seq_len: int) -> None:
     """
     fold_constants(graph.model)
     remove_redundant_views(graph)
+    slices_to_split(graph)
     split_qkv(graph)
     shapes: dict[str, list[int | str]] = {"attention_mask": ["batch_size", TOTAL]}
     for value in (*graph.model.graph.inputs, *graph.model.graph.outputs):

@@ -19,7 +19,7 @@ from fusionroute.fr_export.checkpoints.system import RoutingHead
 from fusionroute.fr_export.graphs.dialects import layers, rotary
 from fusionroute.fr_export.graphs.dialects.primitive import attend
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import remove_redundant_views, split_qkv
+from fusionroute.fr_export.graphs.passes import remove_redundant_views, slices_to_split, split_qkv
 
 ATTENTION = "fusionroute_tensorrt"
 OPSET = 24  # the first with TensorScatter
@@ -125,6 +125,7 @@ def finish(graph: Graph, max_seq_len: int) -> None:
     """The graph passes that pay in this dialect, and dimensions with names that people can read."""
     fold_constants(graph.model)
     remove_redundant_views(graph)
+    slices_to_split(graph)
     split_qkv(graph)
     own: dict[str, list[int | str]] = {"input_ids": [1, "sequence"], "key_positions": ["keys"], "logit_positions": ["positions"]}
     layers.name_dimensions(graph, own, max_seq_len)

@@ -72,7 +72,7 @@ class _Narrowing:
     def _convert(self, n: ir.Node) -> None:
         """Choose the type that a node computes in, and cast its inputs."""
         active = [self.types[value] for value in n.inputs if value in self.types]
-        if n.op_type in IN_HALF:
+        if n.op_type in IN_HALF or any(value.is_graph_input() for value in n.inputs if value in self.types):  # a KV buffer
             dtype = self.half
         elif n.op_type in IN_FLOAT or (self.wide and (n.op_type in NORMS or (n.op_type == "Mul" and _gated(n, self.types)))):
             dtype = FLOAT

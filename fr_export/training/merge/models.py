@@ -13,11 +13,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from fusionroute.fr_export.bundle.staged_folder import Staging
-from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint, read_config
-from fusionroute.fr_export.checkpoints.hub import locate
-from fusionroute.fr_export.checkpoints.json_file import read_json
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint, empty_model, shapes_of
 from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.trace import IDENTITY
 from fusionroute.fr_export.training.merge.formulas import Formula, formula
 from fusionroute.fr_export.training.router import DTYPES, SHARD, copy_texts, stored_dtype
@@ -38,25 +35,26 @@ def merge(
     """Write the merged model to `out`, which appears only when complete.
 
     Config, tokenizer and dtype are the first expert's. `scale` is used by task_arithmetic and dare, `drop` and `seed`
-    by dare: equal seeds give equal weights. `base` and `experts` are folders or hub ids. Raises InputError for settings
+    by dare: equal seeds give equal weights. `base` and `experts` are folders or hub ids; experts may be adapters of the
+    base. Raises InputError for settings
     out of range, for models that are not of one architecture and vocabulary, and where `out` exists.
     """
     combine = formula(method, scale, drop, seed)
     if not experts:
         raise InputError("There is nothing to merge: name at least one expert with --expert.")
     with MergedModelStaging(out, force=False) as staging, torch.no_grad():
-        start = replace(opened := _open("base", base), where=f"The base ({opened.folder})")
-        models = [_open(locate(str(source)).name, source) for source in experts]
+        start = replace(opened := Checkpoint.open("base", str(base)), where=f"The base ({opened.folder})")
+        models = [Checkpoint.open(Path(source).name, str(source), base=str(base)) for source in experts]
         for model in models:
             _check(start, model)
         first = models[0]
-        shapes, dtype = read_config(first.folder, first.where)[1], DTYPES[stored_dtype(first)]
+        shapes, dtype = shapes_of(empty_model(first.config)), DTYPES[stored_dtype(first)]
         with (display or Stages(Console(quiet=True))).stage(f"merging {len(models)} experts", len(shapes)) as advance:
             for file, names in _shards(shapes, dtype, staging.folder):
                 save_file({name: _merged(name, start, models, combine, dtype, advance) for name in names}, file, {"format": "pt"})
                 file.chmod(0o644)  # safetensors writes for the owner only
-        copy_texts(first.folder, staging.folder)
-        shutil.copyfile(first.folder / "config.json", staging.folder / "config.json")
+        copy_texts(first, staging.folder)
+        shutil.copyfile(first.texts["config.json"], staging.folder / "config.json")
 
 
 class MergedModelStaging(Staging):
@@ -68,16 +66,6 @@ class MergedModelStaging(Staging):
         """Raise InputError unless `out` is missing or an empty folder."""
         if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
             raise InputError(f"{self.out} exists, and a merge replaces nothing: name another folder with --out.")
-
-
-def _open(name: str, source: str | Path) -> Checkpoint:
-    """A checkpoint of the family that its config.json names."""
-    folder = locate(str(source))
-    model_type = read_json(folder / "config.json", f"{folder} is not a Hugging Face model folder").get("model_type")
-    family = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
-    if family is None:
-        raise InputError(f"{folder} is of model type {model_type!r}; expected {' or '.join(f.model_type for f in FAMILIES.values())}.")
-    return Checkpoint.open(name, str(folder), family)
 
 
 def _check(base: Checkpoint, expert: Checkpoint) -> None:

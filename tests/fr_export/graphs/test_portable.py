@@ -37,11 +37,13 @@ from tests.support.systems import Shape, make_system
 
 SHAPES = {
     "llama3": Shape(experts=1, tokenizer=True, config={"tie_word_embeddings": True}),
-    "smollm3": Shape("smollm3", experts=1, tokenizer=True, config={"no_rope_layers": [1, 0]}),
+    "smollm3": Shape("smollm3", experts=1, tokenizer=True),
+    "gemma3": Shape("gemma3", experts=1),
+    "phi3": Shape("phi3", experts=1),
     # a window of 16 in every other layer
     "gemma2": Shape("gemma2", experts=1, head_dim=20, config={"tie_word_embeddings": True}),
 }
-SLOW = ("smollm3",)
+SLOW = ("smollm3", "gemma3", "phi3")
 PRECISIONS = ("fp32", "fp16", "int8")
 FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
 TOLERANCE = 1e-5  # of the largest |logit|, in fp32
@@ -134,7 +136,7 @@ def test_int8_is_torch_with_rounded_matrices(exported: Exported) -> None:
 
 
 def test_the_signature_is_optimums(exported: Exported) -> None:
-    size = exported.shape.head_dim
+    size = exported.shape.head_size
     caches = [f"{layer}.{kind}" for layer in range(exported.shape.layers) for kind in ("key", "value")]
     total = "past_sequence_length + sequence_length"
     for precision in PRECISIONS:

@@ -26,10 +26,12 @@ from tests.support.systems import Shape, make_system
 CAPACITY, TARGET = 64, "tensorrt:10.3"
 SHAPES = {
     "llama3": Shape(experts=1, kv_heads=1, head_dim=20, config={"attention_bias": True, "mlp_bias": True}),
-    "smollm3": Shape("smollm3", experts=1, config={"no_rope_layers": [1, 0]}),
+    "smollm3": Shape("smollm3", experts=1),
+    "gemma3": Shape("gemma3", experts=1),
+    "phi3": Shape("phi3", experts=1),
     "gemma2": Shape("gemma2", experts=1, config={"tie_word_embeddings": True}),  # a window of 16 in every other layer
 }
-SLOW = ("smollm3",)
+SLOW = ("smollm3", "gemma3", "phi3")
 TOLERANCE = 1e-5  # of the largest |logit|, in fp32
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -118,7 +120,7 @@ def test_operators_and_opset_are_those_that_10_3_reads(exported: Exported) -> No
 
 
 def test_the_signature_is_that_of_tensorrt_with_new_rows_in_place_of_buffers(exported: Exported) -> None:
-    shape, size = exported.shape, -(-exported.shape.head_dim // 8) * 8
+    shape, size = exported.shape, -(-exported.shape.head_size // 8) * 8
     caches = [f"{layer}.{kind}" for layer in range(shape.layers) for kind in ("key", "value")]
     for precision, dtype in (("fp32", ir.DataType.FLOAT), ("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16)):
         graph = ir.load(exported.graph(precision)).graph

@@ -27,6 +27,7 @@ from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
 from tests.support.calibration import traced
+from tests.support.sparing import sparing
 from tests.support.stored_weights import stored_weights
 from tests.support.systems import Shape, make_system
 
@@ -48,7 +49,7 @@ def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: Share
     )
 
 
-@pytest.mark.parametrize("family", ["llama3", "gemma2"])
+@pytest.mark.parametrize("family", sparing(["llama3", "gemma2", "smollm3", "gemma3", "phi3"], ("smollm3", "gemma3", "phi3")))
 def test_layers_are_rounded_for_the_inputs_that_rounded_layers_give(family: str, tmp_path: Path) -> None:
     """Against torch: hooks on a model whose earlier layers hold the rounded weights."""
     router, experts = make_system(tmp_path, Shape(family, experts=1, layers=2, config={"tie_word_embeddings": True}))
@@ -71,10 +72,13 @@ def test_layers_are_rounded_for_the_inputs_that_rounded_layers_give(family: str,
             hook.remove()
         return hessians
 
-    parts = {"self_attn.qkv_proj": ["q_proj", "k_proj", "v_proj"], "self_attn.o_proj": [], "mlp.gate_proj": [], "mlp.up_proj": []}
+    packed = hasattr(model.model.layers[0].mlp, "gate_up_proj")
+    first, gates = ("qkv_proj", ("gate_up_proj",)) if packed else ("q_proj", ("gate_proj", "up_proj"))
+    parts = {"self_attn.qkv_proj": [] if packed else ["q_proj", "k_proj", "v_proj"], "self_attn.o_proj": []}
+    parts |= {f"mlp.{name}": [] for name in gates}
     for layer in range(2):
         at = f"model.layers.{layer}"
-        names = [f"{at}.self_attn.q_proj", f"{at}.self_attn.o_proj", f"{at}.mlp.gate_proj", f"{at}.mlp.down_proj"]
+        names = [f"{at}.self_attn.{first}", f"{at}.self_attn.o_proj", f"{at}.mlp.{gates[0]}", f"{at}.mlp.down_proj"]
         hessians = inputs(names)
         replaced: dict[str, np.ndarray] = {}
         for matrix in (*parts, "mlp.down_proj"):

@@ -1,6 +1,7 @@
 """Training through LoRA adapters: the folder is PEFT's own, and says what the merged model says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.checkpoints.torch_model import torch_model
 from fusionroute.fr_export.training import size
 from fusionroute.fr_export.training.recipe import Stage
 from fusionroute.fr_export.training.train import train
+from fusionroute.runtime.errors import FusionError
 from tests.fr_export.training.conftest import Toy
 from tests.fr_export.training.test_trainer import CutOff, Interrupted, equal, weights
 
@@ -80,3 +84,38 @@ def test_large_models_are_trained_through_adapters(toy: Toy, tmp_path: Path, mon
     report = train(toy.request(tmp_path / "out", Stage("sft", max_steps=1), recipe={"lora_rank": None}))
     assert report.lora_rank == 16
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_a_router_goes_on_from_an_adapter_among_experts_that_are_adapters(toy: Toy, tmp_path: Path) -> None:
+    """The paper's start, an instruction expert, as people have it: everything is a LoRA adapter of one base."""
+    for seed, (name, expert) in enumerate(toy.experts.items()):
+        sft = Path(expert).with_suffix(".jsonl")
+        recipe = {"lora_rank": 4 + 2 * seed, "seed": seed, "optimizer": "muon"}
+        train(toy.request(tmp_path / name, Stage("sft", 1e-2, max_steps=20), recipe=recipe, experts={}, sft=sft))
+    experts = {name: str(tmp_path / name) for name in toy.experts}
+    start, *_ = experts.values()
+    request = toy.request(tmp_path / "router", SFT, MIXED, recipe={"lora_rank": None}, router=start, experts=experts)
+    report = train(request)
+    assert report.lora_rank == 4  # its start's
+    adapter = peft.PeftModel.from_pretrained(base_of(toy), tmp_path / "router")
+    system = System.open(None, str(tmp_path / "router"), experts)
+    torch.testing.assert_close(logits(adapter), logits(torch_model(system.router)), rtol=1e-4, atol=1e-5)
+    before = logits(peft.PeftModel.from_pretrained(base_of(toy), start))
+    assert 1e-2 < (logits(adapter) - before).abs().max() < (logits(base_of(toy)) - before).abs().max()
+    # all weights, from the same start: a step too small to see
+    still = replace(request.recipe, stages=(Stage("sft", 1e-12, max_steps=1),), lora_rank=0)
+    train(replace(request, out=tmp_path / "whole", recipe=still))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    torch.testing.assert_close(logits(whole), before, rtol=1e-4, atol=1e-5)
+
+
+def test_the_base_can_be_named(toy: Toy, tmp_path: Path) -> None:
+    recipe = {"lora_rank": 2}
+    train(toy.request(tmp_path / "expert", Stage("sft", 1e-2, max_steps=1), recipe=recipe, experts={}))
+    config = tmp_path / "expert" / "adapter_config.json"
+    config.write_text(config.read_text().replace(toy.base, "owner/elsewhere"))
+    experts = {"expert": str(tmp_path / "expert")}
+    with pytest.raises(FusionError, match="name its base with --base"):
+        train(toy.request(tmp_path / "out", SFT, recipe=recipe, experts=experts))
+    train(toy.request(tmp_path / "out", SFT, recipe=recipe, router=str(tmp_path / "expert"), experts=experts, base=toy.base))
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == toy.base

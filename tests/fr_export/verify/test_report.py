@@ -20,8 +20,9 @@ from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES, gptq
 from fusionroute.fr_export.precision.blockwise import Format, Quantised
-from fusionroute.fr_export.verify.bounds import misses
-from fusionroute.fr_export.verify.compare import sequences
+from fusionroute.fr_export.verify.bounds import misses, refuse_missed
+from fusionroute.fr_export.verify.compare import TOKENS, sequences
+from fusionroute.fr_export.verify.hints import hint
 from fusionroute.fr_export.verify.measure import obstacle
 from fusionroute.fr_export.verify.report import show_report
 from fusionroute.fr_export.verify.torch_reference import reference
@@ -50,7 +51,7 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
 
 
 def test_figures_are_those_of_an_independent_comparison(request_: Request) -> None:
-    report = export(request_, Stages(Console(quiet=True)))
+    report = export(replace(request_, compare=TOKENS), Stages(Console(quiet=True)))
     bundle = Bundle.open(request_.out)
     bundle.verify()
     assert json.loads((request_.out / "report.json").read_text()) == report
@@ -119,6 +120,55 @@ def test_a_precision_that_misses_its_bound_is_told_and_strict_refuses_it(request
     shown = io.StringIO()
     show_report(Console(file=shown, width=160, force_terminal=True, color_system="standard"), report, request_.out)
     assert "\x1b[31mint8 misses its bound: " in shown.getvalue()
+    assert "To mend it, calibrate on more prompts of your own" in shown.getvalue()
+
+
+MISSED = {"compared": {}, "missed": ["mean KL divergence token by token 0.05, bound 0.01"]}
+ROUTED = [*MISSED["missed"], "routing agreement token by token 97.90%, bound 98.00%"]
+HINTS = [
+    ("ort:cpu", "int4", False, MISSED["missed"], "calibrate it by leaving out --calibration none"),
+    ("ort:cpu", "int4", True, MISSED["missed"], "calibrate on more prompts of your own (--calibration FILE) or export int8 instead"),
+    (
+        "ort:cpu",
+        "int4",
+        True,
+        ROUTED,
+        "calibrate on more prompts of your own (--calibration FILE) or export int8 instead, since rounding turns",
+    ),
+    ("tensorrt", "int4", False, ROUTED, "calibrate it by leaving out --calibration none"),
+    ("ort:cpu", "fp16", False, MISSED["missed"], "export fp32 instead"),
+    ("ort:cuda", "bf16", False, MISSED["missed"], "leave it out"),
+    ("ort:cpu", "fp32", False, MISSED["missed"], "report this fault with report.json, since fp32 rounds nothing"),
+]
+
+
+@pytest.mark.parametrize(("target", "precision", "calibrated", "missed", "words"), HINTS)
+def test_what_to_try_first_where_a_bound_is_missed(target: str, precision: str, calibrated: bool, missed: list[str], words: str) -> None:
+    entry = {"target": target, "precision": precision, "calibrated": calibrated, "missed": missed, "not_compared": None}
+    assert hint(entry).startswith(words)
+    with pytest.raises(FusionError, match=rf"^The precision {precision} misses its bound \(.*\); .*, or export without --strict\.$"):
+        refuse_missed({"not_compared": None, "variants": [entry]})
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_tables_fit_the_terminal_and_every_figure_is_whole(width: int) -> None:
+    decode = {"perplexity_ratio": 1.1234, "kl_mean": 1.5e-3, "greedy_agreement": 0.9712, "routing_agreement": 0.9951}
+    variants = [
+        {
+            "target": target, "precision": precision, "bytes": 1_813_857_592, "bits_per_weight": 8.125, "missed": ["top-1"] * missed,
+            "compared": {"tokens": 384, "decode": decode}, "calibrated": True, "engines": [], "not_compared": None,
+        }
+        for target, precision, missed in (("ort:cpu", "fp32", 0), ("tensorrt:10.3", "int8-wo", 1))
+    ]  # fmt: skip
+    stages = [{"name": "writing int8-wo for tensorrt:10.3", "seconds": 12345.6, "peak_anonymous_mib": 12345.6}]
+    report = {"family": "llama3", "models": ["router", "math"], "variants": variants, "stages": stages, "not_compared": None}
+    shown = io.StringIO()
+    show_report(Console(file=shown, width=width), report, Path("dist") / ("long" * 20))
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    cells = shown.getvalue().split()
+    for figure in ("1.81", "8.12", "+12.34%", "1.5e-03", "97.1%", "99.5%", "12345.6", "12,346", "fp32", "tensorrt:10.3", "int8-wo"):
+        assert figure in cells
 
 
 def test_bounds_are_told_from_both_sides() -> None:
