@@ -40,8 +40,11 @@ def opened(folder: Path, shape: Shape) -> System:
         Shape("qwen3", heads=4, kv_heads=2, config={"attention_bias": True}),
         Shape("gemma2", heads=4, kv_heads=4),
         Shape("gemma2", heads=4, kv_heads=2, head_dim=20, config=TIED | {"sliding_window": 6}),
+        Shape("phi3"),  # values and up are parts of packed projections
+        pytest.param(Shape("gemma3"), marks=pytest.mark.slow),
+        pytest.param(Shape("smollm3"), marks=pytest.mark.slow),
     ],
-    ids=["llama3", "llama3-padded-biased", "llama3-biased", "qwen3-biased", "gemma2", "gemma2-padded"],
+    ids=["llama3", "llama3-padded-biased", "llama3-biased", "qwen3-biased", "gemma2", "gemma2-padded", "phi3", "gemma3", "smollm3"],
 )
 def test_a_smoothed_graph_computes_the_same(shape: Shape, tmp_path: Path) -> None:
     system = opened(tmp_path, shape)
