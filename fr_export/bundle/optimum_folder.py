@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.numpy import save
 
 from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
-from fusionroute.fr_export.checkpoints.config_file import read_json
+from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.system import RoutingHead
 
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")

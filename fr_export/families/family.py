@@ -62,7 +62,7 @@ class Family:
             root = TINY_SYSTEMS / self.name
             experts = {expert: str(root / "experts" / expert) for expert in ("math", "code", "instruction")}
             return Preset(str(root / "router"), experts)
-        lack = "The paper has no system" if name == "paper" else "No trained system ships"
+        lack = "The paper has no system" if name == "paper" else "The package ships no trained system"
         raise InputError(f"{lack} of family {self.name}: name a router and experts with --router and --expert.")
 
 

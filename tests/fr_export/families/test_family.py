@@ -29,7 +29,7 @@ def test_presets_are_the_shipped_systems_and_those_of_the_paper() -> None:
 def test_a_family_without_a_preset_says_what_to_name() -> None:
     family = replace(FAMILIES["llama3"], name="llama9", paper=None)
     mend = r"of family llama9: name a router and experts with --router and --expert\.$"
-    with pytest.raises(InputError, match=rf"^No trained system ships {mend}"):
+    with pytest.raises(InputError, match=rf"^The package ships no trained system {mend}"):
         family.preset("tiny")
     with pytest.raises(InputError, match=rf"^The paper has no system {mend}"):
         family.preset("paper")
