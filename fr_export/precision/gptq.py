@@ -96,7 +96,8 @@ def quantise(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
     each other: they are rounded in tiles of equal size, on all cores.
     """
     tiles = np.array_split(rows, -(-len(rows) // TILE))
-    with ThreadPoolExecutor(min(cores(), len(tiles))) as pool:
+    # one core per tile: torch would start as many threads as there are cores for each of them
+    with ThreadPoolExecutor(min(cores(), len(tiles)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         values, scales, zeros = zip(*pool.map(partial(quantise_tile, factor=factor, fmt=fmt), tiles), strict=True)
     return Quantised(np.concatenate(values), np.concatenate(scales), np.concatenate(zeros) if fmt.zeros else None)
 
