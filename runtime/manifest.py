@@ -26,9 +26,9 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def inside(path: str) -> str:
-    """A relative path that stays in the bundle."""
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
+    """A relative path that stays in the bundle, in its only spelling."""
+    pure = PurePosixPath(path)
+    if not pure.parts or pure.is_absolute() or str(pure) != path or ".." in pure.parts or {*"\\:\0"} & {*path}:
         raise ValueError(f"'{path}' is not a path inside the bundle")
     return path
 
@@ -43,7 +43,7 @@ class Strict(BaseModel):
 
 
 class Tensor(Strict):
-    """The bytes of one weight in a pack."""
+    """The bytes of one weight in a weight file."""
 
     sha256: Sha256
     offset: Size
@@ -51,7 +51,7 @@ class Tensor(Strict):
 
 
 class File(Strict):
-    """Integrity of one file of the bundle. A pack of weights lists its tensors, in the order of their offsets."""
+    """Integrity of one file of the bundle. A weight file lists its tensors, in the order of their offsets."""
 
     sha256: Sha256
     bytes: Size
@@ -168,6 +168,11 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def belong_together(self) -> "Manifest":
         """Check that every variant has a graph for every model, and that every graph and engine is among the files."""
+        for name in self.files:
+            if both := next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in self.files), None):
+                raise ValueError(f"{both} is a file and a folder")
+        if NAME in self.files:
+            raise ValueError(f"{NAME} is listed among the files that it describes")
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise ValueError("two models have the same name")
@@ -207,16 +212,19 @@ class Manifest(Strict):
             raise BundleError(f"{folder} is no bundle, since it holds no {NAME}: expected the folder that export.py wrote.") from error
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"{folder / NAME} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
+        return cls.parse(text, str(folder / NAME))
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: str) -> "Manifest":
+        """A manifest from its text. Raises BundleError, which says `where` it was read."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             if first["type"] == "literal_error" and first["loc"] == ("format",):
                 raise BundleError(
-                    f"{folder / NAME} has the format {first['input']!r}, and this version reads 1 to {FORMAT}: update fusionroute, or "
+                    f"{where} has the format {first['input']!r}, and this version reads 1 to {FORMAT}: update fusionroute, or "
                     "export the bundle again."
                 ) from error
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise BundleError(
-                f"{folder / NAME} does not fit the bundle format ({where}: {first['msg']}); export the bundle again."
-            ) from error
+            field = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise BundleError(f"{where} does not fit the bundle format ({field}: {first['msg']}); export the bundle again.") from error

@@ -30,12 +30,12 @@ def describe(
     fusion: FusionSettings,
     graphs: Mapping[str, Graph],
     variants: Sequence[Variant],
-    packs: Mapping[str, File],
+    weights: Mapping[str, File],
     folder: Path,
 ) -> Manifest:
     """The manifest of everything that is in the folder so far.
 
-    `graphs` are the traces of the models in any dialect. `packs` are the entries of packed weights, which were hashed
+    `graphs` are the traces of the models in any dialect. `weights` are the entries of weight files, which were hashed
     while they were written.
     """
     router = system.router
@@ -57,7 +57,7 @@ def describe(
         eos_token=tokens.get(ends[0]) if ends else None,
         eos_token_ids=ends,
         variants=list(variants),
-        files={name: packs.get(name) or file_entry(path) for name, path in paths.items()},
+        files={name: weights.get(name) or file_entry(path) for name, path in paths.items()},
     )
 
 
@@ -67,6 +67,6 @@ def with_file(manifest: Manifest, folder: Path, name: str) -> Manifest:
 
 
 def file_entry(path: Path) -> File:
-    """Size and SHA-256 of a file. Weights that are not packed are named by their hash, so they are not read again."""
+    """Size and SHA-256 of a file. Weights in files of their own are named by their hash, so they are not read again."""
     digest = path.stem if path.parent.name == FOLDER else sha256(path)
     return File(sha256=digest, bytes=path.stat().st_size)

@@ -24,7 +24,7 @@ Prepare = Callable[[Graph, str, Family], None]
 # (model, target, precision, whether it is the target's first precision) → the graph's path in the bundle
 Place = Callable[[str, str, str, bool], str]
 # model → the path of its weights, from the folder of its graphs
-Pack = Callable[[str], str]
+Weights = Callable[[str], str]
 # (folder of the graph, model, vocabulary size, routing head): writes the files beside a graph
 Complete = Callable[[Path, Checkpoint, int, RoutingHead | None], None]
 
@@ -55,12 +55,12 @@ def nothing(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead 
 
 @dataclass(frozen=True)
 class Target:
-    """How models are traced (`dialect`), rewritten for a precision (`prepare`) and stored (`place`, `pack`, `complete`)."""
+    """How models are traced (`dialect`), rewritten for a precision (`prepare`) and stored (`place`, `weights`, `complete`)."""
 
     dialect: Dialect
     prepare: Prepare
     place: Place = named
-    pack: Pack = per_model
+    weights: Weights = per_model
     complete: Complete = nothing
 
 

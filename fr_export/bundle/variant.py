@@ -13,13 +13,14 @@ from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.traces import Traces
-from fusionroute.fr_export.graphs.weight_packs import Packer
+from fusionroute.fr_export.graphs.weight_files import WeightFiles
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
+from fusionroute.fr_export.precision.carried import Carried, carry, carrying
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
-from fusionroute.fr_export.precision.scheme import Fitting
+from fusionroute.fr_export.precision.scheme import Carrying, Fitting
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import File, Variant
 from fusionroute.runtime.tensorrt.library import OLDER
@@ -99,12 +100,14 @@ class VariantWriter:
     ) -> tuple[Graph, Scheme, dict[str, Any] | None]:
         """A copy of the trace and the scheme to bind it with, fitted where activations are known; and its report."""
         if not (isinstance(scheme, Fitting) and self._evidence):
-            return trace.clone(), scheme, None
+            carried = carry(trace, model.weights, scheme.carries, store, advance) if isinstance(scheme, Carrying) else {}
+            scheme = carrying(scheme, carried, trace)
+            return trace.clone(), scheme, scheme.about if isinstance(scheme, Carried) else None
         context = FitContext(self._traces.of()[model.name], model.weights, self._evidence[model.name], store, shared, advance)
         graph, fitted = scheme.fit(context)
         return trace.with_sources_of(graph).clone(), fitted, fitted.about
 
-    def pack(self, variants: Sequence[Variant]) -> dict[str, File]:
+    def gather_weights(self, variants: Sequence[Variant]) -> dict[str, File]:
         """Gather the weights of all graphs in one file per model and folder, and remove what no graph reads.
 
         Returns what the manifest says of these files, by their paths in the bundle.
@@ -113,16 +116,16 @@ class VariantWriter:
         for model in self._system.models:
             for variant in variants:
                 graph = self._folder / variant.graphs[model.name]
-                readers.setdefault((graph.parent, TARGETS[variant.target].pack(model.name)), []).append(graph)
-        packs: dict[str, File] = {}
-        with self._stages.stage("packing the weights"):
-            packers = {folder: Packer(store) for folder, store in self._stores.items()}
+                readers.setdefault((graph.parent, TARGETS[variant.target].weights(model.name)), []).append(graph)
+        entries: dict[str, File] = {}
+        with self._stages.stage("gathering the weights"):
+            files = {folder: WeightFiles(store) for folder, store in self._stores.items()}
             for (folder, location), graphs in readers.items():
-                if (file := packers[folder].pack(location, graphs)) is not None:
-                    packs[(folder / location).relative_to(self._folder).as_posix()] = file
-            for packer in packers.values():
-                packer.close()
-        return packs
+                if (entry := files[folder].write(location, graphs)) is not None:
+                    entries[(folder / location).relative_to(self._folder).as_posix()] = entry
+            for each in files.values():
+                each.remove_unread()
+        return entries
 
     def _store(self, graphs: Path) -> Store:
         if graphs not in self._stores:

@@ -71,7 +71,7 @@ class Forecast:
             max_seq_len=system.max_seq_len,
             sources=[source(model) for model in system.models],
             variants=[variant(target, scheme, values, calibrated) for target, scheme in plan],
-            disk_needed=needed + largest_tensor(system, plan),  # which lies twice while it is packed
+            disk_needed=needed + largest_tensor(system, plan),  # for a moment it lies twice
             disk_free=free_space(out),
             peak_memory=(int(LEAST * peak.memory), int(MOST * peak.memory)),
             peak_stage=peak.name,

@@ -1,7 +1,7 @@
 """Content-addressed weights: a tensor that several graphs, models or precisions share lies on disk once, named by its
 SHA-256.
 
-An export writes them as single files. When all graphs are written, `weight_packs.py` gathers them in a few large ones.
+An export writes them as single files. When all graphs are written, `weight_files.py` gathers them in a few large ones.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ class Blob:
 
     @property
     def path(self) -> Path:
-        """Its file, until it is packed."""
+        """Its own file, until it moves into one with others."""
         return self.folder / f"{self.sha256}.bin"
 
     def tensor(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:

@@ -15,7 +15,7 @@ def first(content: dict[str, Any]) -> dict[str, Any]:
     return variant
 
 
-def pack(content: dict[str, Any]) -> dict[str, Any]:
+def weights(content: dict[str, Any]) -> dict[str, Any]:
     file: dict[str, Any] = next(entry for entry in content["files"].values() if "tensors" in entry)
     return file
 
@@ -54,8 +54,8 @@ def other_graph(content: dict[str, Any]) -> None:
 
 MANIFESTS: dict[str, tuple[Change, str]] = {
     "unknown format": (lambda m: m.update(format=3), "has the format 3, and this version reads 1 to 2: update fusionroute"),
-    "overlapping tensors": (lambda m: pack(m)["tensors"][1].update(offset=1), "inside the one before it"),
-    "tensors beyond the file": (lambda m: pack(m)["tensors"][-1].update(bytes=10**9), "its tensors end at byte"),
+    "overlapping tensors": (lambda m: weights(m)["tensors"][1].update(offset=1), "inside the one before it"),
+    "tensors beyond the file": (lambda m: weights(m)["tensors"][-1].update(bytes=10**9), "its tensors end at byte"),
     "unknown field": (lambda m: m.update(colour="red"), "colour: Extra inputs are not permitted"),
     "missing field": (lambda m: m.pop("files"), "files: Field required"),
     "no variants": (lambda m: m.update(variants=[]), "variants"),

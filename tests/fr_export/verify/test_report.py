@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -20,7 +21,7 @@ from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision import SCHEMES, gptq
 from fusionroute.fr_export.precision.blockwise import Format, Quantised
 from fusionroute.fr_export.verify.bounds import misses, refuse_missed
-from fusionroute.fr_export.verify.compare import TOKENS, sequences
+from fusionroute.fr_export.verify.compare import DECODED, TOKENS, sequences
 from fusionroute.fr_export.verify.hints import hint
 from fusionroute.fr_export.verify.measure import obstacle
 from fusionroute.fr_export.verify.report import show_report
@@ -30,6 +31,7 @@ from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.precisions import PRECISIONS
 from tests.support.exporting import ALL
+from tests.support.packed_checkpoints import quantise
 from tests.support.systems import Shape, make_system
 
 PROMPTS = [
@@ -60,13 +62,16 @@ def test_figures_are_those_of_an_independent_comparison(request_: Request) -> No
     for entry in report["variants"]:
         with FusionRuntime.load(request_.out, precision=entry["precision"]) as runtime:
             assert runtime.lam == 0.3
-            scores = [runtime.score(ids, chunk=1) for ids in texts]
+            scores = [runtime.score(ids, chunk=1) for ids in texts]  # not in chunks, but for the end
+            for whole, ids in zip(scores, texts, strict=True):
+                alone = -(-DECODED * len(ids) // sum(map(len, texts)))
+                whole.logits[:-alone] = runtime.score(ids).logits[:-alone]
         gaps = np.concatenate([np.abs(s.logits - e.logits) for s, e in zip(scores, expected, strict=True)])
         greedy = np.concatenate([s.logits.argmax(-1) == e.logits.argmax(-1) for s, e in zip(scores, expected, strict=True)])
         compared = entry["compared"]
         assert compared["tokens"] == sum(map(len, texts)) == len(gaps)
         assert compared["decode"]["max_difference"] == pytest.approx(gaps.max(), rel=1e-4)
-        assert compared["decode"]["mean_difference"] == pytest.approx(gaps.mean(), rel=1e-4)
+        assert compared["decode"]["mean_difference"] == pytest.approx(gaps.mean(), rel=1e-4, abs=1e-8)
         assert compared["decode"]["greedy_agreement"] == pytest.approx(greedy.mean())
         ours, theirs = (torch.tensor(np.concatenate([one.logits for one in ones])).double().log_softmax(-1) for ones in (scores, expected))
         kl = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
@@ -213,3 +218,24 @@ def test_an_onnxruntime_that_is_too_old_for_a_graph_is_named_and_not_asked(monke
     assert obstacle("tensorrt") is None
     monkeypatch.setattr(TARGETS["tensorrt"].dialect, "OPSET", 99)
     assert str(obstacle("tensorrt")).endswith("which runs them for the comparison, does not read opset 99")
+
+
+def test_the_report_says_what_each_model_was_made_from(request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusionroute.fr_export.export.measure", lambda *_: ({}, "another test compares it"))
+    expert = shutil.copytree(request_.experts["expert0"], tmp_path / "expert")
+    quantise(expert, "gptq")
+    request = replace(request_, experts=request_.experts | {"expert0": str(expert)}, precisions=("fp32", "int4"), calibration="none")
+    shown = io.StringIO()
+    report = export(replace(request, out=tmp_path / "bundle"), Stages(Console(file=shown, width=200)))
+    sources = {source["model"]: source for source in report["sources"]}
+    assert report["sources"] == json.loads((tmp_path / "bundle/report.json").read_text())["sources"]
+    assert list(sources) == ["router", "expert0", "expert1"]
+    assert sources["router"] | {"bytes": 0} == {"model": "router", "kind": "full", "bytes": 0, "dtypes": ["F32"], "notes": []}
+    assert sources["expert0"]["bytes"] == (expert / "model.safetensors").stat().st_size < sources["expert1"]["bytes"]
+    assert sources["expert0"]["dtypes"] == ["F16", "F32", "I32"]
+    assert "expert0: it was quantised already (GPTQ, 7 matrices)" in shown.getvalue()
+    assert [entry["fitted"] for entry in report["variants"]] == [{}, {"expert0": {"carried": 5}}]
+    shown = io.StringIO()
+    show_report(Console(file=shown, width=80), report, request.out)
+    text = " ".join(shown.getvalue().split())
+    assert "expert0: it was quantised already (GPTQ" in text and "int4 took over 5 matrices of quantised checkpoints" in text

@@ -1,4 +1,4 @@
-"""Packs of weights: what lies where, against plain concatenation; and what an export makes of them."""
+"""Weight files: what lies where, against plain concatenation; and what an export makes of them."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
-from fusionroute.fr_export.graphs.weight_packs import LINE, PAGE, Packer
+from fusionroute.fr_export.graphs.weight_files import LINE, PAGE, WeightFiles
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
@@ -42,15 +42,15 @@ sizes = st.lists(st.sampled_from([1, 2, 63, 64, 100, PAGE - 1, PAGE, PAGE + 1, 3
 def test_every_graph_reads_what_was_put_in_and_every_content_lies_once(
     tmp_path_factory: pytest.TempPathFactory, models: list[list[int]], seed: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("packs")
+    folder = tmp_path_factory.mktemp("weights")
     store, rng = Store(folder), np.random.default_rng(seed)
     contents = [[rng.integers(0, 3, size, np.uint8).tobytes() for size in model] for model in models]  # the short ones repeat
     for number, model in enumerate(contents):
         graph(folder / f"{number}.onnx", store, model)
     unread = store.put(np.arange(5 * PAGE) % 251)
-    packer = Packer(store)
-    files = [packer.pack(f"weights/{number}.bin", [folder / f"{number}.onnx"]) for number in range(len(contents))]
-    packer.close()
+    files_of = WeightFiles(store)
+    files = [files_of.write(f"weights/{number}.bin", [folder / f"{number}.onnx"]) for number in range(len(contents))]
+    files_of.remove_unread()
     assert not unread.path.exists()
     names = {f"{number}.bin" for number, file in enumerate(files) if file is not None}
     assert {path.name for path in store.folder.iterdir()} == names if names else not store.folder.exists()
@@ -61,7 +61,7 @@ def test_every_graph_reads_what_was_put_in_and_every_content_lies_once(
         assert [weights[f"w{place}"].read() for place in range(len(model))] == model
         assert all(weight.offset % (PAGE if weight.length >= PAGE else LINE) == 0 for weight in weights.values())
         for weight in weights.values():
-            assert int(weight.file.stem) <= number, "a model reads its own pack and those before it"
+            assert int(weight.file.stem) <= number, "a model reads its own file and those before it"
     for number, file in enumerate(files):
         if file is not None:
             data = (folder / f"weights/{number}.bin").read_bytes()
@@ -71,7 +71,7 @@ def test_every_graph_reads_what_was_put_in_and_every_content_lies_once(
             assert len(data) - sum(tensor.bytes for tensor in file.tensors) < PAGE * len(file.tensors)
 
 
-def test_no_blob_lies_twice_while_it_is_packed_but_the_one_that_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_blob_lies_twice_but_the_one_that_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     graph(tmp_path / "model.onnx", store, [bytes([number]) * 10_000 for number in range(8)])
     most, unlink = [0], Path.unlink
@@ -81,16 +81,16 @@ def test_no_blob_lies_twice_while_it_is_packed_but_the_one_that_moves(tmp_path: 
         unlink(path, *arguments)
 
     monkeypatch.setattr(Path, "unlink", measured)
-    Packer(store).pack("weights/model.bin", [tmp_path / "model.onnx"])
+    WeightFiles(store).write("weights/model.bin", [tmp_path / "model.onnx"])
     assert most[0] < 9 * 3 * PAGE, "at no time more than the eight blobs and one of them again"
 
 
-def test_a_pack_that_fails_leaves_nothing_under_its_name(tmp_path: Path) -> None:
+def test_a_weight_file_that_fails_leaves_nothing_under_its_name(tmp_path: Path) -> None:
     store = Store(tmp_path)
     graph(tmp_path / "model.onnx", store, [b"abc"])
     next(iter(store.blobs.values())).path.unlink()
     with pytest.raises(FileNotFoundError):
-        Packer(store).pack("weights/model.bin", [tmp_path / "model.onnx"])
+        WeightFiles(store).write("weights/model.bin", [tmp_path / "model.onnx"])
     assert not (tmp_path / "weights/model.bin").exists()
 
 
@@ -102,16 +102,16 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shape, str, dict[s
     return shape, router, experts, export_checkpoints(folder / "bundle", shape, router, experts)
 
 
-def packs(bundle: Path) -> dict[str, bytes]:
+def weights_of(bundle: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (bundle / "graphs/weights").iterdir()}
 
 
 def test_a_bundle_has_one_file_of_weights_per_model(system: tuple[Shape, str, dict[str, str], Path]) -> None:
     *_, bundle = system
     Bundle.open(bundle).verify()
-    assert packs(bundle).keys() == {"router.bin", "expert0.bin", "expert1.bin"}
+    assert weights_of(bundle).keys() == {"router.bin", "expert0.bin", "expert1.bin"}
     files = Manifest.read(bundle).files
-    listed = {name: {(tensor.offset, tensor.bytes) for tensor in files[f"graphs/weights/{name}"].tensors} for name in packs(bundle)}
+    listed = {name: {(tensor.offset, tensor.bytes) for tensor in files[f"graphs/weights/{name}"].tensors} for name in weights_of(bundle)}
     read: dict[str, set[tuple[int, int]]] = {name: set() for name in listed}
     for path in (bundle / "graphs").glob("*.ort-cpu.*.onnx"):
         for weight in stored_weights(path).values():
@@ -122,11 +122,11 @@ def test_a_bundle_has_one_file_of_weights_per_model(system: tuple[Shape, str, di
     assert {name for name, file in manifest["files"].items() if "tensors" in file} == {f"graphs/weights/{name}" for name in listed}
 
 
-def test_another_expert_leaves_the_other_packs_as_they_are(system: tuple[Shape, str, dict[str, str], Path], tmp_path: Path) -> None:
+def test_another_expert_leaves_the_other_weight_files_as_they_are(system: tuple[Shape, str, dict[str, str], Path], tmp_path: Path) -> None:
     shape, router, experts, bundle = system
     other = make_model(tmp_path / "other", shape, 77, expert=True)
-    changed = packs(export_checkpoints(tmp_path / "changed", shape, router, experts | {"expert0": str(other)}))
-    before = packs(bundle)
+    changed = weights_of(export_checkpoints(tmp_path / "changed", shape, router, experts | {"expert0": str(other)}))
+    before = weights_of(bundle)
     assert {name for name in before if before[name] != changed[name]} == {"expert0.bin"}
 
 
@@ -141,7 +141,7 @@ def test_a_bundle_whose_tensors_are_files_of_their_own_loads_with_the_same_numbe
 ) -> None:
     """As bundles of format 1 are, and the temporary ones that calibration texts are recorded with."""
     shape, router, experts, bundle = system
-    with patch("fusionroute.fr_export.export.VariantWriter.pack", return_value={}):
+    with patch("fusionroute.fr_export.export.VariantWriter.gather_weights", return_value={}):
         unpacked = export_checkpoints(tmp_path / "bundle", shape, router, experts)
     content = json.loads((unpacked / "manifest.json").read_text()) | {"format": 1}
     (unpacked / "manifest.json").write_text(json.dumps(content))
@@ -160,7 +160,7 @@ def test_a_bundle_whose_tensors_are_files_of_their_own_loads_with_the_same_numbe
     assert json.loads((unpacked / "manifest.json").read_text()) == content, "an older version reads what is written again"
 
 
-def test_tensorrt_reads_the_values_of_a_pack(tmp_path: Path) -> None:
+def test_tensorrt_reads_the_values_of_a_weight_file(tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     shape = Shape(experts=1, layers=1)
     router, experts = make_system(tmp_path, shape)
