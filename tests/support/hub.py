@@ -146,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
                 repository.branches[found[1]] = repository.branches["main"]
                 self.answer(200, {})
         elif found := re.fullmatch(r"/commit/(.+)", rest):
-            self.commit(repository, found[1], body)
+            self.commit(name, repository, found[1], body)
         elif found := re.fullmatch(r"/resolve/([^/]+)/(.+)", rest):
             self.resolve(repository, found[1], found[2])
         else:
@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         ]
         self.answer(200, {"id": name, "sha": sha, "siblings": siblings, "private": repository.private, "tags": []})
 
-    def commit(self, repository: Repository, branch: str, body: bytes) -> None:
+    def commit(self, name: str, repository: Repository, branch: str, body: bytes) -> None:
         files = dict(repository.branches[branch])
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
@@ -178,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         sha = repository.commit(branch, files)
-        self.answer(200, {"commitUrl": f"{self.server.address}/commit/{sha}", "commitOid": sha, "success": True})
+        self.answer(200, {"commitUrl": f"{self.server.address}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
     def resolve(self, repository: Repository, revision: str, path: str) -> None:
         sha = repository.head(revision)
