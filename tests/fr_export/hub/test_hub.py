@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
+from huggingface_hub import ModelCard
 
 from fusionroute.fr_export.hub.model_card import MARK, model_card
 from fusionroute.fr_export.hub.pull import pull
@@ -41,7 +41,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """The hub that huggingface_hub asks, by LFS and not by Xet, with the owner's token."""
     with running() as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -212,8 +214,8 @@ def test_the_card_has_the_figures_of_the_report(bundles: tuple[Bundle, Bundle]) 
         ],
     }
     card = model_card(bundles[0].manifest, report, NAME, "apache-2.0", ("owner/base", "owner/other"))
-    _, header, text = card.split("---\n", 2)
-    assert yaml.safe_load(header) == {
+    text = card.split("---\n", 2)[2]
+    assert ModelCard(card).data.to_dict() == {
         "library_name": "fusionroute", "pipeline_tag": "text-generation", "license": "apache-2.0",
         "base_model": ["owner/base", "owner/other"], "tags": ["fusionroute", "onnx"],
     }  # fmt: skip
