@@ -89,7 +89,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         checked = check(request, stages)
         plan, system, prompts, fusion = checked.plan, checked.system, checked.prompts, checked.fusion
         notes = [prompts.note] if prompts.note else []
-        for note in notes:
+        for note in [*notes, *(f"{model.name}: {note}." for model in system.models for note in model.source.notes)]:
             stages.note(note)
 
         traces = Traces(system, stages)
@@ -111,8 +111,9 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         if request.gpus:
             manifest = add_engines(manifest, request.gpus, folder, stages)
 
+        sources = {model.name: model.source for model in system.models}
         figures, reason = measure(system, manifest, prompts.held_out, folder, stages, checked.forecast.compared_tokens)
-        report = build_report(manifest, [each.fitted for each in written], figures, reason, notes, folder)
+        report = build_report(manifest, [each.fitted for each in written], figures, reason, notes, folder, sources)
         if request.strict:
             refuse_missed(report)
         report["stages"] = stages.report()

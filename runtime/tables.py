@@ -20,12 +20,12 @@ def tables(
     Columns of `names` are words, aligned left, and are folded where they are very long; those of `values` are figures,
     aligned right, and never cut. A row has a cell for each of both; `styles` has a style for each row.
     """
-    longest = 3 * console.width // (5 * len(names)) - BESIDE  # of a name, so that figures have room beside it
     widths = [
         BESIDE + max(cell_len(line) for cell in column for line in cell.split("\n"))
         for column in zip((*names, *values), *rows, strict=True)
     ]
-    room = console.width - sum(min(width, longest + BESIDE) for width in widths[: len(names)])
+    name_widths = folded(widths[: len(names)], 2 * console.width // 3)  # so that figures have room beside long names
+    room = console.width - sum(name_widths)
     parts: list[list[int]] = [[]]
     taken = 0
     for number, width in enumerate(widths[len(names) :]):
@@ -34,7 +34,15 @@ def tables(
             taken = 0
         parts[-1].append(number)
         taken += width
-    return [part("" if index else title, names, values, rows, chosen, styles, longest) for index, chosen in enumerate(parts)]
+    return [part("" if index else title, names, values, rows, chosen, styles, name_widths) for index, chosen in enumerate(parts)]
+
+
+def folded(widths: Sequence[int], room: int) -> list[int]:
+    """Widths of columns that together fit into `room`: the widest are narrowed first."""
+    narrowed = list(widths)
+    while sum(narrowed) > room:
+        narrowed[narrowed.index(max(narrowed))] -= 1
+    return narrowed
 
 
 def part(
@@ -44,14 +52,14 @@ def part(
     rows: Sequence[Row],
     chosen: Sequence[int],
     styles: Sequence[str] | None,
-    longest: int,
+    name_widths: Sequence[int],
 ) -> Table:
     """The table of the `chosen` ones among the columns of values."""
     table = Table(
         title=Text(title, "italic") if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
-    for name in names:
-        table.add_column(name, overflow="fold", max_width=longest)
+    for name, width in zip(names, name_widths, strict=True):
+        table.add_column(name, overflow="fold", max_width=width - BESIDE)
     for number in chosen:
         table.add_column(values[number], justify="right", no_wrap=True)
     for index, row in enumerate(rows):

@@ -17,9 +17,10 @@ from fusionroute.fr_export.graphs.weight_files import WeightFiles
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
+from fusionroute.fr_export.precision.carried import Carried, carry, carrying
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
-from fusionroute.fr_export.precision.scheme import Fitting
+from fusionroute.fr_export.precision.scheme import Carrying, Fitting
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import File, Variant
 from fusionroute.runtime.tensorrt.library import OLDER
@@ -99,7 +100,9 @@ class VariantWriter:
     ) -> tuple[Graph, Scheme, dict[str, Any] | None]:
         """A copy of the trace and the scheme to bind it with, fitted where activations are known; and its report."""
         if not (isinstance(scheme, Fitting) and self._evidence):
-            return trace.clone(), scheme, None
+            carried = carry(trace, model.weights, scheme.carries, store, advance) if isinstance(scheme, Carrying) else {}
+            scheme = carrying(scheme, carried, trace)
+            return trace.clone(), scheme, scheme.about if isinstance(scheme, Carried) else None
         context = FitContext(self._traces.of()[model.name], model.weights, self._evidence[model.name], store, shared, advance)
         graph, fitted = scheme.fit(context)
         return trace.with_sources_of(graph).clone(), fitted, fitted.about

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fusionroute.fr_export.checkpoints.config_file import family_of, read_json
+from fusionroute.fr_export.checkpoints.config_file import family_of
 from fusionroute.fr_export.checkpoints.hub import locate
+from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
 from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, is_adapter
+from fusionroute.fr_export.checkpoints.sources.merge_lora import merge
+from fusionroute.fr_export.checkpoints.sources.model_folder import texts_in
+from fusionroute.fr_export.checkpoints.sources.whole import open_source
 from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
 from fusionroute.fr_export.console.quiet import quiet
 from fusionroute.fr_export.families import Family
@@ -66,16 +70,19 @@ class Checkpoint:
         return checkpoint
 
     @classmethod
-    def open_whole(cls, name: str, where: str, folder: Path, family: Family | None, extra: tuple[str, ...]) -> "Checkpoint":
-        """Check a folder with a whole model. `extra` safetensors are read too, where present. Raises like `open`."""
-        raw = read_json(folder / "config.json", f"{where} is not a Hugging Face model folder")
-        family = family_of(where, raw.get("model_type"), family)
-        if raw.get("quantization_config"):
-            raise InputError(f"{where} is already quantised; export from the fp32, fp16 or bf16 checkpoint it was made from.")
-        config, shapes = read_config(folder, where)
+    def open_whole(cls, name: str, where: str, path: Path, family: Family | None, extra: tuple[str, ...]) -> "Checkpoint":
+        """Check a source with a whole model. `extra` safetensors of its folder are read too, where present. Raises like `open`."""
+        source = open_source(where, path)
+        model_type = read_json(source.texts["config.json"], f"{where} has no valid config").get("model_type")
+        family = family_of(where, model_type, family)
+        config, shapes = read_config(source.texts["config.json"].parent, where)
         family.check(where, config)
-        weights = Weights.open(folder, extra)
-        checkpoint = cls(name, where, folder, family, config, weights, texts_in(folder), SourceReport.of("full", weights.entries.values()))
+        tensors = source.tensors(config, shapes)
+        report = source.report(tensors)
+        for file in extra:
+            if (source.folder / file).is_file():
+                tensors |= tensors_of(source.folder / file)
+        checkpoint = cls(name, where, source.folder, family, config, Weights(source.folder, tensors), source.texts, report)
         checkpoint.check_shapes(shapes)
         return checkpoint
 
@@ -84,7 +91,7 @@ class Checkpoint:
 
         `extra` safetensors of the adapter's folder are read too. Raises InputError where the two do not belong together.
         """
-        tensors, tied = adapter.over(self.weights.entries, self.config.tie_word_embeddings)
+        tensors, tied = merge(adapter, self.weights.entries, self.config.tie_word_embeddings)
         for name in extra:
             if (file := adapter.folder / name).is_file():
                 tensors |= tensors_of(file)
@@ -174,16 +181,15 @@ class Checkpoint:
         return template
 
 
-def texts_in(folder: Path) -> dict[str, Path]:
-    """The files in a folder by name, without weights."""
-    return {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt")}
-
-
 def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """config.json as transformers reads it, and the tensors that such a model has: name → shape."""
+    """config.json as transformers reads it, of its language model where it has other parts, and the tensors that such a
+    model has: name → shape.
+    """
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder).get_text_config()
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # what is read is dequantised
         if config.num_hidden_layers < 1 or config.num_attention_heads % config.num_key_value_heads:
             raise ValueError("expected at least one layer, and as many attention heads as key-value heads or a multiple of them")
         return config, shapes_of(empty_model(config))

@@ -15,6 +15,7 @@ VERBS = {
     **runtime.VERBS,
     "push": Verb("fusionroute.fr_export.commands.hub:push", "Push a bundle to the Hugging Face hub.", extra="hub"),
     "pull": Verb("fusionroute.fr_export.commands.hub:pull", "Pull a bundle from the Hugging Face hub.", extra="cpu,hub"),
+    "init-router": Verb("fusionroute.fr_export.commands.init_router:main", "Make a router with an untrained head.", extra="export"),
     "train": Verb("fusionroute.fr_export.commands.train:main", "Train a router for given experts.", extra="export,train"),
     "evaluate": Verb("fusionroute.fr_export.commands.evaluate:main", "Measure the accuracy of bundles on tasks.", extra="train"),
     "calibrate": calibration.VERB,

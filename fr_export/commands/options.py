@@ -34,7 +34,11 @@ def parse_experts(texts: list[str]) -> list[tuple[str, str]]:
 
 FamilyOption = Annotated[
     Family | None,
-    typer.Option(parser=parse_family, metavar="|".join(FAMILIES), help="Model family; default: the one that the router's config names."),
+    typer.Option(
+        parser=parse_family,
+        metavar="FAMILY",
+        help=f"Model family ({', '.join(FAMILIES)}); default: the one that the router's config names.",
+    ),
 ]
 ExpertOptions = Annotated[
     list[str] | None,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from fusionroute.fr_export.commands.options import BaseOption, ExpertOptions, FamilyOption, parse_experts
 from fusionroute.fr_export.training.recipe import (
@@ -33,7 +34,7 @@ FIGURES = ("steps", "seconds", "MiB", "LM loss", "routing", "DPO", "accuracy", "
 
 def main(
     router: Annotated[str, typer.Option(help="Where the router starts from: a model or LoRA adapter (the paper: the instruction expert).")],
-    out: Annotated[Path, typer.Option(help="Folder of the trained router, as the exporter reads it.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the trained router, as the exporter reads it.")] = None,
     family: FamilyOption = None,
     expert: ExpertOptions = None,
     base: BaseOption = None,
@@ -69,6 +70,7 @@ def main(
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Optimizer steps between checkpoints (in OUT.unfinished).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a router trained before, once the new one is complete.")] = False,
+    check_data: Annotated[bool, typer.Option("--check-data", help="Only check the data: every wrong line and field, lengths.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -76,6 +78,16 @@ def main(
     missing = "Training needs the package '{}': install the extras (pip install 'fusionroute[export,train]')."
     left = "resume it with --resume" if checkpoint_every is not None else "nothing was written"
     with one_sentence("training", missing, out, left, debug):
+        if sft is None and preferences is None:
+            raise typer.BadParameter("no data: name a file", param_hint="--sft / --preferences")
+        if check_data:
+            from fusionroute.fr_export.commands.data_report import show_data
+            from fusionroute.fr_export.training.check_data import check_data as check
+
+            show_data(check(router, sft, preferences, max_length, base), max_length, as_json)
+            return
+        if out is None:
+            raise typer.BadParameter("name the folder of the trained router", param_hint="--out")
         experts = parse_experts(expert or [])
         if direct == bool(experts):
             raise typer.BadParameter("name the experts, or add --direct for a model without any", param_hint="--expert / --direct")
@@ -85,8 +97,6 @@ def main(
             raise typer.BadParameter(
                 f"rank {lora_rank} says the opposite; leave one of them out", param_hint="--lora / --full / --lora-rank"
             )
-        if sft is None and preferences is None:
-            raise typer.BadParameter("no data: name a file", param_hint="--sft / --preferences")
         numbers = PRESETS[preset]
         names = stage_names(stages or ("sft,mixed" if sft and preferences else "sft" if sft else "cdpo"))
         columns = zip(
@@ -173,11 +183,16 @@ def show(report: Any, as_json: bool) -> None:
         print(json.dumps(asdict(report)), flush=True)
         return
     console = Console(highlight=False)
+    console.print(*stage_tables(console, report.stages))
+    skipped = f", {report.skipped} skipped as too long" if report.skipped else ""
+    console.print(f"{report.out}: {report.rows} samples and {report.pairs} preferences learnt from{skipped}")
+
+
+def stage_tables(console: Console, stages: Sequence[dict[str, Any]]) -> list[Table]:
+    """One row per stage."""
     rows = []
-    for stage in report.stages:
+    for stage in stages:
         last = [stage["last"].get(name) for name in ("lm_loss", "routing_loss", "dpo_loss", "reward_accuracy", "reward_margin")]
         losses = ("–" if value is None else f"{value:.3f}" for value in last)
         rows.append((stage["name"], str(stage["steps"]), f"{stage['seconds']:.1f}", f"{stage['peak_mib']:.0f}", *losses))
-    console.print(*tables(console, "", ("stage",), FIGURES, rows))
-    skipped = f", {report.skipped} skipped as too long" if report.skipped else ""
-    console.print(f"{report.out}: {report.rows} samples and {report.pairs} preferences learnt from{skipped}")
+    return tables(console, "", ("stage",), FIGURES, rows)

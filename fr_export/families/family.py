@@ -30,6 +30,7 @@ class Family:
     in fp32. `half`: the half precision of its activations on GPUs.
     `precisions` maps a target to the precisions exported when none is named. `paper`: the paper's checkpoints; None where
     it has none of this family.
+    `text_of`: model types of larger models, of which the language model (their `text_config`) is one of this family.
     `check` raises `InputError` for a config of the family that the exporter cannot serve.
     """
 
@@ -41,6 +42,7 @@ class Family:
     check: Callable[[str, Any], None]
     paper: Preset | None = None
     wide_residual: bool = False
+    text_of: tuple[str, ...] = ()
 
     @property
     def ships_tiny(self) -> bool:
@@ -60,7 +62,7 @@ class Family:
             root = TINY_SYSTEMS / self.name
             experts = {expert: str(root / "experts" / expert) for expert in ("math", "code", "instruction")}
             return Preset(str(root / "router"), experts)
-        lack = "The paper has no system" if name == "paper" else "No trained system ships"
+        lack = "The paper has no system" if name == "paper" else "The package ships no trained system"
         raise InputError(f"{lack} of family {self.name}: name a router and experts with --router and --expert.")
 
 

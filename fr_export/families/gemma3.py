@@ -24,4 +24,5 @@ GEMMA3 = Family(
     precisions={"ort:cpu": ("fp32", "int8"), "other": ("bf16", "int8")},
     check=check,
     wide_residual=True,
+    text_of=("gemma3",),  # those that read images too
 )

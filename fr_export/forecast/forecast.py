@@ -1,7 +1,7 @@
 """The forecast of one export, from the headers of its checkpoints and a short measurement of the machine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,8 @@ class Forecast:
 
 
 def source(model: Checkpoint) -> dict[str, Any]:
-    """A checkpoint: its folder, the bytes of its files, its values and their types."""
-    dtypes = sorted({entry.dtype for entry in model.weights.entries.values()})
-    size = sum(file.stat().st_size for file in model.weights.files)
-    return {"model": model.name, "folder": str(model.folder), "bytes": size, "parameters": parameters(model), "dtypes": dtypes}
+    """What a model is made from (see `SourceReport`), its folder, and its number of values."""
+    return {"model": model.name, "folder": str(model.folder), "parameters": parameters(model), **asdict(model.source)}
 
 
 def variant(target: str, scheme: Scheme, values: int, calibrated: bool) -> dict[str, Any]:

@@ -14,9 +14,12 @@ def show_forecast(console: Console, forecast: dict[str, Any], out: Path) -> None
     names = [source["model"] for source in forecast["sources"]]
     console.print(Text(f"{forecast['family']}: {' + '.join(names)} → {out}, context {forecast['max_seq_len']:,} tokens"))
     sources = [
-        (source["model"], f"{source['parameters']:,}", " ".join(source["dtypes"]), size(source["bytes"])) for source in forecast["sources"]
+        (source["model"], source["kind"], f"{source['parameters']:,}", " ".join(source["dtypes"]), size(source["bytes"]))
+        for source in forecast["sources"]
     ]
-    console.print(*tables(console, "Sources", ("model",), ("values", "type", "size"), sources))
+    console.print(*tables(console, "Sources", ("model", "kind"), ("values", "types", "size"), sources))
+    for note in dict.fromkeys(note for source in forecast["sources"] for note in source["notes"]):
+        console.print(Text(note))
     variants = [
         (variant["target"], variant["precision"], f"{variant['bits_per_weight']:.2f}", size(variant["bytes"]))
         for variant in forecast["variants"]

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision.blockwise import Format
 from fusionroute.fr_export.precision.fit_context import FitContext
 
 
@@ -31,6 +32,13 @@ class Fitted(Scheme, Protocol):
     def about(self) -> dict[str, Any]:
         """As plain data."""
         ...
+
+
+@runtime_checkable
+class Carrying(Scheme, Protocol):
+    """A precision that takes over blocks of as many bits as the format `carries` has, where a checkpoint holds them."""
+
+    carries: Format
 
 
 @runtime_checkable

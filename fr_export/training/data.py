@@ -1,22 +1,21 @@
 """Training data: JSONL files of samples or preferences, tokenised exactly as generation sees them."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
-from fusionroute.fr_export.checkpoints.config_file import read_json
+from fusionroute.fr_export.checkpoints.json_file import read_json
+from fusionroute.fr_export.training.sample_format import PREFERENCE_FORMS, SFT_FORMS, Forms, faults
 from fusionroute.runtime.chat import render
 from fusionroute.runtime.errors import InputError, one_line
 
 T = TypeVar("T")
-_SFT = '{"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}'
-_PREFERENCE = '{"prompt": …, "chosen": …, "rejected": …}, all texts or all lists of {"role": …, "content": …}'
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,10 @@ class Encoder:
             raise InputError("no message of the role 'assistant' to learn")
         return Row.of(pieces)
 
+    def answer(self, prompt: Any, answer: Any) -> Row:
+        """`plain` of two texts, `chat` of two lists of messages."""
+        return self.plain(prompt, answer) if isinstance(prompt, str) else self.chat(prompt, answer)
+
     def _encode(self, text: str, special: bool) -> list[int]:
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
@@ -129,37 +132,64 @@ class Encoder:
         raise InputError(f"{self._checkpoint.where} names no end-of-text token: set eos_token in its tokenizer_config.json.")
 
 
-def read_sft(file: Path, encoder: Encoder) -> list[Row]:
-    """The rows of a JSONL file of samples. Raises InputError `file:line: …` for a line that is not a sample."""
+class Problem(NamedTuple):
+    """A line that cannot be learnt from. `field` is empty where the whole line is wrong."""
+
+    line: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.line}: {self.field}: {self.reason}" if self.field else f"{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class DataFile(Generic[T]):
+    """What a file holds: its samples with their lines, all problems, and (line, line that it repeats) of duplicates."""
+
+    file: Path
+    samples: list[T]
+    lines: list[int]
+    problems: list[Problem]
+    duplicates: list[tuple[int, int]]
+
+    def checked(self) -> list[T]:
+        """The samples. Raises InputError, with file, line and field of the first problem, where there are any."""
+        if self.problems:
+            more = len(self.problems) - 1
+            rest = f" ({more} more like this: --check-data lists them)" if more else ""
+            raise InputError(f"{self.file}:{str(self.problems[0]).rstrip('.')}{rest}.")
+        return self.samples
+
+
+def examine_sft(file: Path, encoder: Encoder) -> DataFile[Row]:
+    """A JSONL file of samples. Raises InputError for one that is empty or cannot be opened."""
 
     def row(sample: dict[str, Any]) -> Row:
-        match sample:
-            case {"messages": list(messages)}:
-                return encoder.chat([], messages)
-            case {"prompt": str(prompt), "completion": str(completion)}:
-                return encoder.plain(prompt, completion)
-            case {"prompt": list(prompt), "completion": list(completion)}:
-                return encoder.chat(prompt, completion)
-        raise InputError(f"expected {_SFT}, found the keys {', '.join(sample) or 'none'}")
+        if "messages" in sample:
+            return encoder.chat([], sample["messages"])
+        return encoder.answer(sample["prompt"], sample["completion"])
 
-    return list(_lines(file, row))
+    return _examine(file, SFT_FORMS, row)
+
+
+def examine_preferences(file: Path, encoder: Encoder) -> DataFile[Pair]:
+    """A JSONL file of preferences (TRL's formats). Raises InputError for one that is empty or cannot be opened."""
+
+    def pair(sample: dict[str, Any]) -> Pair:
+        return Pair(encoder.answer(sample["prompt"], sample["chosen"]), encoder.answer(sample["prompt"], sample["rejected"]))
+
+    return _examine(file, PREFERENCE_FORMS, pair)
+
+
+def read_sft(file: Path, encoder: Encoder) -> list[Row]:
+    """The rows of a JSONL file of samples. Raises InputError `file:line: …` for a line that is not a sample."""
+    return examine_sft(file, encoder).checked()
 
 
 def read_preferences(file: Path, encoder: Encoder) -> list[Pair]:
-    """The pairs of a JSONL file of preferences (TRL's formats).
-
-    Raises InputError `file:line: …` for a line that is not a preference.
-    """
-
-    def pair(sample: dict[str, Any]) -> Pair:
-        match sample:
-            case {"prompt": str(prompt), "chosen": str(chosen), "rejected": str(rejected)}:
-                return Pair(encoder.plain(prompt, chosen), encoder.plain(prompt, rejected))
-            case {"prompt": list(prompt), "chosen": list(chosen), "rejected": list(rejected)}:
-                return Pair(encoder.chat(prompt, chosen), encoder.chat(prompt, rejected))
-        raise InputError(f"expected {_PREFERENCE}, found the keys {', '.join(sample) or 'none'}")
-
-    return list(_lines(file, pair))
+    """The pairs of a JSONL file of preferences. Raises InputError `file:line: …` for a line that is not a preference."""
+    return examine_preferences(file, encoder).checked()
 
 
 def fitting(samples: Sequence[T], length: Callable[[T], int], limit: int, what: str) -> tuple[list[T], int]:
@@ -172,20 +202,34 @@ def fitting(samples: Sequence[T], length: Callable[[T], int], limit: int, what: 
     return short, len(samples) - len(short)
 
 
-def _lines(file: Path, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+def _examine(file: Path, forms: Forms, encode: Callable[[dict[str, Any]], T]) -> DataFile[T]:
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold other line breaks
-    except (OSError, UnicodeDecodeError) as error:
+        lines = file.read_bytes().split(b"\n")  # JSON may hold other line breaks
+    except OSError as error:
         raise InputError(f"The training data {file} cannot be read ({one_line(error)}): name a JSONL file in UTF-8.") from error
     if not any(line.strip() for line in lines):
         raise InputError(f"The training data {file} is empty; expected one JSON object per line.")
+    data: DataFile[T] = DataFile(file, [], [], [], [])
+    first_with: dict[str, int] = {}  # content → line
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            sample = json.loads(line)
-            if not isinstance(sample, dict):
-                raise InputError(f"expected a JSON object, found {type(sample).__name__}")
-            yield read(sample)
-        except ValueError as error:  # of JSON too; InputError is one
-            raise InputError(f"{file}:{number}: {one_line(error).rstrip('.')}.") from error
+            sample = json.loads(line.decode())
+        except ValueError as error:
+            what = "no UTF-8" if isinstance(error, UnicodeDecodeError) else "no JSON"
+            data.problems.append(Problem(number, "", f"{what} ({one_line(error)})"))
+            continue
+        if wrong := [Problem(number, *fault) for fault in faults(sample, forms)]:
+            data.problems.extend(wrong)
+            continue
+        try:
+            data.samples.append(encode(sample))
+        except InputError as error:
+            data.problems.append(Problem(number, "", one_line(error)))
+            continue
+        data.lines.append(number)
+        content = json.dumps([sample.get(field) for form in forms for field in form], sort_keys=True)
+        if (earlier := first_with.setdefault(content, number)) != number:
+            data.duplicates.append((number, earlier))
+    return data

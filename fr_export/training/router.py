@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
-from fusionroute.fr_export.checkpoints.config_file import read_json
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
+from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
 from fusionroute.fr_export.checkpoints.system import read_head
 from fusionroute.fr_export.checkpoints.torch_model import read_as, torch_model

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from fusionroute.fr_export.bundle.targets import TARGETS
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.verify.compare import TOKENS, compare, compare_scores, sequences
+from fusionroute.fr_export.verify.compare import DECODED, TOKENS, compare, compare_scores, sequences
 from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineSystemOnCpu, opset_obstacle
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
@@ -53,7 +53,7 @@ def measure(
     figures = {}
     for variant in variants:
         label = f"{variant.precision} for {variant.target}" if several_targets else variant.precision
-        with stages.stage(f"comparing {label}", 2 * sum(map(len, texts))) as advance:
+        with stages.stage(f"comparing {label}", DECODED + sum(map(len, texts))) as advance:
             if variant.target in (TENSORRT, OLDER):
                 engines = EngineSystemOnCpu(folder, manifest, variant, coefficients)
                 compared = compare_scores(engines.score, texts, references, advance)

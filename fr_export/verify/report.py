@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fusionroute.fr_export.bundle.variant import stored_weights
+from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.verify.bounds import misses
 from fusionroute.fr_export.verify.hints import hint
 from fusionroute.fr_export.verify.measure import obstacle
@@ -26,10 +27,11 @@ def build_report(
     reason: str | None,
     notes: Sequence[str],
     folder: Path,
+    sources: Mapping[str, SourceReport],
 ) -> dict[str, Any]:
     """The report as plain data, but for its stages.
 
-    `fitted` holds, per variant of the manifest, what fitting reports of each model. `figures` and `reason` come from
+    `sources` says what each model was made from. `fitted` holds, per variant of the manifest, what fitting reports of each model. `figures` and `reason` come from
     `measure`. `notes` are sentences for the user.
     """
     return {
@@ -39,6 +41,10 @@ def build_report(
         "max_seq_len": manifest.max_seq_len,
         "vocab_size": manifest.vocab_size,
         "notes": list(notes),
+        "sources": [
+            {"model": name, "kind": source.kind, "bytes": source.bytes, "dtypes": list(source.dtypes), "notes": list(source.notes)}
+            for name, source in sources.items()
+        ],
         "variants": [
             describe_variant(variant, manifest, about, figures.get((variant.target, variant.precision)), reason, folder)
             for variant, about in zip(manifest.variants, fitted, strict=True)
@@ -84,6 +90,10 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
     """Print the tables of precisions and stages, and what they mean."""
     console.print(Text(f"{report['family']}: {' + '.join(report['models'])} → {out}"))
+    sources = [(each["model"], each["kind"], ", ".join(each["dtypes"]), size(each["bytes"])) for each in report["sources"]]
+    console.print(*tables(console, "Sources", ("model", "kind", "dtypes"), ("size",), sources))
+    for line in source_notes(report):
+        console.print(Text(line))
     variants = report["variants"]
     styles = ["red" if entry["missed"] else "" for entry in variants]
     console.print(*tables(console, "", VARIANT_NAMES, VARIANT_FIGURES, [cells(entry) for entry in variants], styles))
@@ -115,6 +125,15 @@ def cells(entry: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def source_notes(report: dict[str, Any]) -> list[str]:
+    """What was done to the sources: one line per note, with the models that it holds for."""
+    models: dict[str, list[str]] = {}
+    for source in report["sources"]:
+        for note in source["notes"]:
+            models.setdefault(note, []).append(source["model"])
+    return [f"{', '.join(names)}: {note}." for note, names in models.items()]
+
+
 def explain(report: dict[str, Any]) -> str:
     """The text under the table: what the differences were measured on, and what could not be compared."""
     lines = ["Bits are per weight of a matrix."]
@@ -124,6 +143,8 @@ def explain(report: dict[str, Any]) -> str:
             f"The fused distribution is held against torch in fp32 over {compared['tokens']} tokens, token by token; KL is a mean in nats."
         )
     for entry in report["variants"]:
+        if carried := sum(about.get("carried", 0) for about in entry["fitted"].values()):
+            lines.append(f"{entry['precision']} took over {carried} matrices of quantised checkpoints as they are.")
         for built in entry["engines"]:
             gpus = ", ".join(f"sm{sm}" for sm in built["sms"])
             total = size(sum(built["bytes"].values()))

@@ -51,7 +51,6 @@ SHAPES = {
     "phi3-longrope-half-of-a-head-turned": Shape("phi3", heads=2, kv_heads=1, hidden=128, config=LONGROPE, expert_family="phi3", experts=1),
     "mistral-window-llama3-experts": Shape("mistral", expert_family="llama3"),
     "qwen2-biases-window-above-mistral-experts": Shape("qwen2", expert_family="mistral"),
-    "llama3-qwen3-experts": Shape("llama3", expert_family="qwen3", tokenizer=True, expert_config={"vocab_size": 320}),
     "olmo2-qwen3-experts": Shape("olmo2", heads=6, kv_heads=3, hidden=96, expert_family="qwen3"),
     "smollm3-two-without-rotary": Shape("smollm3", layers=4, config={"no_rope_layers": [0, 1, 1, 0]}),
     "gemma2-window": Shape("gemma2", layers=4),

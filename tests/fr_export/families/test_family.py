@@ -1,12 +1,13 @@
 """The table of families, their presets, and configs that cannot be served."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fusionroute.fr_export.families import FAMILIES, Preset
-from fusionroute.fr_export.families.family import TINY_SYSTEMS
+from fusionroute.fr_export.families.family import TINY_SYSTEMS, positions
 from fusionroute.runtime.errors import InputError
 from tests.support.systems import CONFIGS, SHIPPED, Shape
 
@@ -28,7 +29,7 @@ def test_presets_are_the_shipped_systems_and_those_of_the_paper() -> None:
 def test_a_family_without_a_preset_says_what_to_name() -> None:
     family = replace(FAMILIES["llama3"], name="llama9", paper=None)
     mend = r"of family llama9: name a router and experts with --router and --expert\.$"
-    with pytest.raises(InputError, match=rf"^No trained system ships {mend}"):
+    with pytest.raises(InputError, match=rf"^The package ships no trained system {mend}"):
         family.preset("tiny")
     with pytest.raises(InputError, match=rf"^The paper has no system {mend}"):
         family.preset("paper")
@@ -55,6 +56,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "types of layers that nobody reads": ("mistral", SLIDES, "It has 'layer_types' in its config.json, which Mistral's layers do not read"),
     "both directions": ("gemma2", {"use_bidirectional_attention": True}, "It attends in both directions"),
+    "both directions in gemma3": ("gemma3", {"use_bidirectional_attention": True}, "It attends in both directions"),
+    "frequencies that change in one kind of layer": (
+        "gemma3",
+        {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0},
+            }
+        },
+        "It scales its rotary embedding by 'dynamic'",
+    ),
     "frequencies that change": (
         "llama3",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -69,3 +81,39 @@ def test_a_config_that_cannot_be_served_is_refused(case: str) -> None:
     with pytest.raises(InputError, match=message) as refused:
         FAMILIES[name].check("It", Shape(name, config=fields).build(expert=False))
     assert str(refused.value).endswith(".")
+
+
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (Shape("llama3").build(expert=False), 1024),
+        (SimpleNamespace(max_position_embeddings=128, rope_scaling={"type": "linear", "factor": 2.0}), 128),
+        (SimpleNamespace(max_position_embeddings=128, rope_scaling=None), 128),
+        (
+            SimpleNamespace(max_position_embeddings=128, original_max_position_embeddings=32, rope_scaling={"type": "longrope"} | FACTORS),
+            32,
+        ),
+        (
+            SimpleNamespace(
+                max_position_embeddings=128,
+                rope_parameters={
+                    "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64},
+                    "sliding_attention": {"rope_type": "default"},
+                },
+            ),
+            64,
+        ),
+    ],
+    ids=[
+        "unscaled",
+        "scaled, as transformers 4 says it",
+        "unscaled, as transformers 4 says it",
+        "longrope so",
+        "longrope in one kind of layer",
+    ],
+)
+def test_a_table_holds_the_positions_that_have_one_set_of_frequencies(config: Any, expected: int) -> None:
+    assert positions(config) == expected

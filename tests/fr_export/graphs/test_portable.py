@@ -33,17 +33,20 @@ from fusionroute.runtime.manifest import Manifest
 from tests.support.portable_graph import Reader, positions
 from tests.support.sparing import sparing
 from tests.support.stored_weights import stored_weights
-from tests.support.systems import Shape, make_system
+from tests.support.systems import CONFIGS, Shape, make_system
 
 SHAPES = {
     "llama3": Shape(experts=1, tokenizer=True, config={"tie_word_embeddings": True}),
+    "qwen2": Shape("qwen2", experts=1),
+    "qwen3": Shape("qwen3", experts=1, config={"attention_bias": True}),
+    "olmo2": Shape("olmo2", experts=1),
     "smollm3": Shape("smollm3", experts=1, tokenizer=True),
     "gemma3": Shape("gemma3", experts=1),
     "phi3": Shape("phi3", experts=1),
     # a window of 16 in every other layer
     "gemma2": Shape("gemma2", experts=1, head_dim=20, config={"tie_word_embeddings": True}),
 }
-SLOW = ("smollm3", "gemma3", "phi3")
+SLOW = ("qwen2", "qwen3", "olmo2", "smollm3", "gemma3", "phi3")
 PRECISIONS = ("fp32", "fp16", "int8")
 FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
 TOLERANCE = 1e-5  # of the largest |logit|, in fp32
@@ -220,7 +223,7 @@ def test_any_shape(
     tmp_path_factory: pytest.TempPathFactory, family: str, heads: tuple[int, int], head_dim: int, window: int, padding: int, chunks: list[int], biased: bool,
 ) -> None:  # fmt: skip
     folder = tmp_path_factory.mktemp("shape")
-    own = {"sliding_window": window} if family == "gemma2" else {"mlp_bias": biased}
+    own = {"sliding_window": window} if "sliding_window" in CONFIGS[family][1] else {"mlp_bias": biased}
     shape = Shape(family, *heads, head_dim, hidden=32, experts=1, config=own | {"attention_bias": biased})
     router, experts = make_system(folder, shape)
     system = System.open(FAMILIES[family], router, experts)

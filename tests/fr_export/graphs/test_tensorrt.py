@@ -34,12 +34,15 @@ SHAPES = {
     "llama3": Shape(experts=1, config={"tie_word_embeddings": True}),
     "llama3, biases, one KV head, padded": Shape(experts=1, kv_heads=1, head_dim=20, config={"attention_bias": True, "mlp_bias": True}),
     "gemma2": Shape("gemma2", experts=1, config={"tie_word_embeddings": True}),  # a window of 16 in every other layer
+    "qwen2": Shape("qwen2", experts=1),
+    "qwen3": Shape("qwen3", experts=1, config={"attention_bias": True}),
+    "olmo2": Shape("olmo2", experts=1),
     "smollm3": Shape("smollm3", experts=1),
     "gemma3": Shape("gemma3", experts=1),
     "phi3": Shape("phi3", experts=1),
     "gemma2, padded head, three layers": Shape("gemma2", experts=1, layers=3, head_dim=12, kv_heads=4),
 }
-SLOW = ("smollm3", "gemma3", "phi3")
+SLOW = ("qwen2", "olmo2", "smollm3", "gemma3", "phi3")
 TOLERANCE = 1e-5  # of the largest |logit|, in fp32
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

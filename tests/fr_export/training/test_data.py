@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 import fusionroute.fr_export as fr_export
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.families import FAMILIES
-from fusionroute.fr_export.training.data import Encoder, Row, fitting, read_preferences, read_sft
+from fusionroute.fr_export.training.data import Encoder, Row, examine_preferences, fitting, read_preferences, read_sft
 from fusionroute.runtime.errors import InputError
 from tests.support.systems import SHIPPED
 
@@ -92,24 +92,45 @@ def test_files_hold_texts_or_messages(encoder: Encoder, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
+    ("line", "problem"),
     [
-        ("{", "Expecting property name"),
-        ("[1]", "expected a JSON object, found list"),
-        ('{"prompt": "a"}', "found the keys prompt"),
-        ('{"prompt": 3, "completion": "b"}', "expected {"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "no message of the role 'assistant'"),
-        ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', 'has no "content"'),
-        ('{"messages": ["a"]}', "is str, expected"),
-        ('{"prompt": "\\ud800", "completion": "b"}', "not valid Unicode"),
+        ("{", "no JSON (Expecting property name"),
+        ("[1]", "expected a JSON object, found a list"),
+        ('{"prompt": "a"}', 'expected {"messages"} or {"prompt", "completion"}, found the fields prompt'),
+        ('{"prompt": 3, "completion": "b"}', "prompt is a number, completion is a text"),
+        ('{"prompt": "a", "completion": " "}', "completion: is empty"),
+        ('{"messages": []}', "messages: expected a list of messages, found an empty one"),
+        ('{"messages": "a"}', "messages: expected a list of messages, found a text"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "messages: no message of the role 'assistant'"),
+        ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "messages[0]: expected {"),
+        ('{"messages": ["a"]}', "messages[0]: expected {"),
+        ('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}', "messages[0].content: expected a text"),
+        ('{"messages": [{"role": "human", "content": "a"}]}', "messages[0].role: expected system, user, assistant, tool, found 'human'"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}',
+         "messages[1].role: 'user' comes after 'user'"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}', "messages[1].content: is empty"),
+        ('{"prompt": "\\ud800", "completion": "b"}', "prompt: is not valid Unicode"),
     ],
-)
-def test_broken_lines_are_named(encoder: Encoder, tmp_path: Path, line: str, reason: str) -> None:
+)  # fmt: skip
+def test_broken_lines_are_named(encoder: Encoder, tmp_path: Path, line: str, problem: str) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n\n' + line + "\n")
     with pytest.raises(InputError) as error:
         read_sft(file, encoder)
-    assert str(error.value).startswith(f"{file}:3: ") and reason in str(error.value)
+    assert str(error.value).startswith(f"{file}:3: ") and problem in str(error.value)
+
+
+def test_all_problems_and_duplicates_are_collected(encoder: Encoder, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    good = {"prompt": "1+1=", "chosen": "2", "rejected": "3", "source": "mine"}
+    turns = {"prompt": TURNS[:1], "chosen": TURNS[1:2], "rejected": [{"role": "user", "content": "a"}]}
+    lines = [json.dumps(value).encode() for value in (good, good | {"chosen": 2}, good, turns)]
+    file.write_bytes(b"\n".join([*lines, b'{"prompt": "\xff"}']))
+    data = examine_preferences(file, encoder)
+    assert [(problem.line, problem.field) for problem in data.problems] == [(2, ""), (4, "rejected[0].role"), (4, "rejected"), (5, "")]
+    assert (data.lines, data.duplicates, len(data.samples)) == ([1, 3], [(3, 1)], 2)
+    with pytest.raises(InputError, match=r"data.jsonl:2: .* \(3 more like this: --check-data lists them\)\.$"):
+        read_preferences(file, encoder)
 
 
 def test_wrong_files_end_in_one_sentence(encoder: Encoder, tmp_path: Path) -> None:

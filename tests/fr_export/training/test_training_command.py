@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusionroute.fr_export.commands.main import run
-from fusionroute.fr_export.training.data import Row, read_sft
+from fusionroute.fr_export.training.data import Row, read_preferences, read_sft
 from fusionroute.fr_export.training.recipe import Recipe, Stage
 from fusionroute.fr_export.training.request import TrainingRequest
 from fusionroute.fr_export.training.train import Report, train
@@ -109,6 +109,45 @@ def test_wrong_usage(command: Command, flags: dict[str, object], toy: Toy, tmp_p
     assert ended.status == 2
     assert words in " ".join(ended.err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_data_is_checked_alone(command: Command, toy: Toy, tmp_path: Path) -> None:
+    ended = command("--router", toy.base, "--sft", toy.sft, "--preferences", toy.preferences, "--check-data", "--json")
+    assert ended.status == 0, ended.err
+    rows, pairs = read_sft(toy.sft, toy.encoder), read_preferences(toy.preferences, toy.encoder)
+    sft, preferences = json.loads(ended.out)
+    assert (sft["kind"], sft["samples"], preferences["kind"], preferences["samples"]) == ("sft", 256, "preferences", 48)
+    assert sft["tokens"][0] == pytest.approx(sum(len(row.ids) for row in rows) / 256, abs=0.1)
+    assert preferences["learnt"][3] == max(len(row.labels) for pair in pairs for row in pair)
+    repeated = len(rows) - len(set(toy.sft.read_text().splitlines()))
+    assert len(sft["duplicates"]) == repeated > 0
+    assert not list(tmp_path.iterdir())
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "bcdefghij"}\n{"answer": 1}\n')
+    ended = command("--router", toy.base, "--sft", bad, "--check-data", "--max-length", 5)
+    assert ended.status == 1
+    assert f"{bad}:1: completion: is empty" in ended.out and f"{bad}:3: expected" in ended.out
+    assert f"{bad}:2: longer than 5 tokens, so it will be skipped (a warning)" in ended.out
+    assert ended.err.splitlines()[-1] == f"error: 2 lines of {bad} cannot be learnt from: mend or remove them."
+    assert command("--router", toy.base, "--check-data").status == 2  # no data
+    assert command("--router", toy.base, "--sft", toy.sft, "--direct").status == 2  # nowhere to write
+
+
+def test_lora_and_full_become_a_rank(command: Command, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[TrainingRequest] = []
+
+    def record(request: TrainingRequest, *_: Any) -> Report:
+        seen.append(request)
+        return Report("out", 0, 0, 0, 0, [])
+
+    monkeypatch.setattr("fusionroute.fr_export.training.train.train", record)
+    required = line({"router": "r", "out": "out", "sft": "s"}, toy)
+    for flags, rank in (([], None), (["--lora"], 16), (["--full"], 0), (["--lora-rank", 8], 8), (["--lora", "--lora-rank", 8], 8)):
+        assert command(*required, *flags).status == 0
+        assert (seen[-1].recipe.lora_rank, seen[-1].merge, seen[-1].family) == (rank, False, None)
+    assert command(*required, "--full", "--lora-rank", 8).status == 2
+    assert command(*required, "--merge", "--base", "b").status == 0
+    assert (seen[-1].merge, seen[-1].base) == (True, "b")
 
 
 def test_experts_or_direct_and_data(command: Command, flags: dict[str, object], toy: Toy) -> None:
