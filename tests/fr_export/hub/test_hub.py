@@ -208,6 +208,7 @@ def test_the_card_has_the_figures_of_the_report(bundles: tuple[Bundle, Bundle]) 
     common = {"target": "ort:cpu", "bytes": 1_500_000, "bits_per_weight": 8.5, "missed": [], "not_compared": None}
     report = {
         "notes": ["One prompt only."],
+        "sources": [{"model": "router", "notes": []}, {"model": "expert0", "notes": ["it was quantised already"]}],
         "variants": [
             common | {"precision": "int8", "compared": {"decode": decode}},
             common | {"precision": "int4", "compared": None, "not_compared": "it is too large", "missed": ["KL 0.2"]},
@@ -224,6 +225,7 @@ def test_the_card_has_the_figures_of_the_report(bundles: tuple[Bundle, Bundle]) 
     assert "`expert0`, `expert1`" in text and f"fusionroute pull {NAME} system" in text and MARK in text
     for line in (
         "- One prompt only.",
+        "- expert0: it was quantised already",
         "- int4 for ort:cpu misses its bound: KL 0.2.",
         "int4 for ort:cpu was not compared with torch: it is",
     ):
