@@ -4,7 +4,7 @@ One pass per model and answer says what all methods, all λ and all ways of rout
 a run for each. No method sees its own mistakes here, which `measure` is for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,14 +97,12 @@ def read(bundle: Path, precision: str, tasks: Sequence[Task], progress: Progress
 
 def _fused(router: Floats, expert: Floats, labels: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Log-probability and hit of the labels [S], for every λ: [L, S] each. Logits are float32 [S, V]."""
-    rows = [_labelled(np.float32(lam) * r + np.float32(1 - lam) * e, y) for lam in GRID for r, e, y in _blocks(router, expert, labels)]
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(labels), BLOCK)]
+    rows = [
+        _labelled(np.float32(lam) * router[block] + np.float32(1 - lam) * expert[block], labels[block]) for lam in GRID for block in blocks
+    ]
     log_probs, hits = (np.concatenate(own).reshape(len(GRID), -1) for own in zip(*rows, strict=True))
     return log_probs, hits
-
-
-def _blocks(*arrays: npt.NDArray[np.generic]) -> Iterator[tuple[npt.NDArray[np.generic], ...]]:
-    for start in range(0, len(arrays[0]), BLOCK):
-        yield tuple(array[start : start + BLOCK] for array in arrays)
 
 
 def _labelled(logits: Floats, labels: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[np.bool_]]:

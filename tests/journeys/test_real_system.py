@@ -4,19 +4,27 @@ import json
 import random
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from rich.progress import Progress
 
-from benchmarks.real_system import formats, library_code, math_problems, measure, report
+from benchmarks.real_system import formats, library_code, math_problems, report
 from benchmarks.real_system.corpus import DOMAINS, EXPERTS, KINDS, prompts_of, write_preferences, write_sft
+from benchmarks.real_system.measure import Measurement
 from benchmarks.real_system.mistakes import mistake
-from benchmarks.real_system.readings import Readings
+from benchmarks.real_system.readings import Readings, read
 from benchmarks.real_system.tasks import draw
 from benchmarks.real_system.workshop import Budget, Workshop
 from fusionroute.fr_export.evaluation.lambdas import GRID
+from fusionroute.fr_export.training.router import Router
 from fusionroute.runtime import FusionRuntime
+from tests.fr_export.training.conftest import TEMPLATE
+from tests.support.exporting import export_checkpoints
+from tests.support.systems import Shape, make_model, make_system
 
+SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2, tokenizer=True, config={"max_position_embeddings": 2048})
 TINY = Path(formats.__file__).parents[2] / "fr_export" / "tiny" / "llama3" / "router"
 
 
@@ -69,41 +77,66 @@ def test_methods_of_readings() -> None:
     assert readings.per_task(np.array([1, 3, 5], np.float32)).tolist() == [2, 5]
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Everything trained for two steps."""
-    root = tmp_path_factory.mktemp("real")
-    base = shutil.copytree(TINY, root / "base", ignore=shutil.ignore_patterns("routing_head*", "training.json", "fusion.json"))
-    workshop = Workshop(str(base), root / "work", Budget(dict.fromkeys(EXPERTS, 2), sft=2, mixed=2))
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A random model of one layer, whose template ends every turn."""
+    folder = make_model(tmp_path / "base", SHAPE, 0, expert=False)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def test_experts_are_trained_once_and_go_on_where_they_stopped(base: Path, tmp_path: Path) -> None:
+    workshop = Workshop(str(base), tmp_path / "work", Budget({"math": 2}, sft=1, mixed=1))
+    write_sft(workshop.folder / "data" / "math.jsonl", {"math": 1.0}, 12, seed=0)
+    workshop.train_expert("math")
+    adapter = Path(workshop.experts["math"]) / "adapter_model.safetensors"
+    assert json.loads(adapter.with_name("adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    written = adapter.stat().st_mtime_ns
+    workshop.train_expert("math")
+    assert adapter.stat().st_mtime_ns == written
+    # a run that was interrupted before its first checkpoint
+    unfinished = workshop.folder / "experts" / "math.unfinished"
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Router, "load", Mock(side_effect=KeyboardInterrupt))
+        shutil.rmtree(adapter.parent)
+        workshop.train_expert("math")
+    assert (unfinished / "run.json").is_file()
+    workshop.train_expert("math")
+    assert adapter.is_file() and not unfinished.exists()
+
+
+def test_what_is_read_is_what_the_runtime_scores(tmp_path: Path) -> None:
+    router, experts = make_system(tmp_path, SHAPE)
+    bundle = export_checkpoints(tmp_path / "bundle", SHAPE, router, experts, ("fp32",))
+    task = prompts_of("instruction", "test", 1, 0)[0]
+    with Progress(disable=True) as progress:
+        readings = read(bundle, "fp32", [task, task], progress)
+    for lam in (0.0, 0.5, 1.0):
+        with FusionRuntime.load(bundle, "fp32", lam=lam) as runtime:
+            assert runtime.tokenizer is not None
+            prompt = runtime.prompt_ids([{"role": "user", "content": task.prompt}])
+            answer = [*runtime.tokenizer.encode(task.answer, special=False), runtime.bundle.manifest.eos_token_ids[0]]
+            scores = runtime.score([*prompt, *answer])
+        rows = scores.logits[len(prompt) - 1 : -1].astype(np.float64)
+        expected = rows[np.arange(len(answer)), answer] - np.log(np.exp(rows).sum(-1))
+        log_probs, hits = readings.method(f"lambda:{lam}")
+        np.testing.assert_allclose(log_probs[: len(answer)], expected, atol=1e-4)
+        assert (hits[: len(answer)] == (rows.argmax(-1) == answer)).all()
+        assert (readings.chosen[: len(answer)] == scores.experts[len(prompt) - 1 : -1]).all()
+    assert readings.per_task(log_probs)[0] == pytest.approx(expected.mean(), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_every_piece_on_a_tiny_base(tmp_path: Path) -> None:
+    base = shutil.copytree(TINY, tmp_path / "base", ignore=shutil.ignore_patterns("routing_head*", "training.json", "fusion.json"))
+    workshop = Workshop(str(base), tmp_path / "work", Budget(dict.fromkeys(EXPERTS, 2), sft=2, mixed=2))
     workshop.write_data()
     for name in EXPERTS:
         workshop.train_expert(name)
     workshop.train_router()
-    return workshop
-
-
-def test_the_system_is_trained_and_read(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    workshop.train_direct()
     assert (workshop.router / "adapter_config.json").is_file() and (workshop.router / "stages" / "sft").is_dir()
-    monkeypatch.setattr(measure, "CONTEXT", 512)
-    measurement = measure.Measurement(workshop, prompts=2, jobs=1)
-    (workshop.folder / "results").mkdir()
-    bundle = measurement.system("read", workshop.router, ("fp32",))
-    readings = measurement.readings("read", bundle, "fp32", "test")["math"]
-    # what is read is what the runtime's own scores say
-    task = prompts_of("math", "test", 2, 0)[0]
-    with FusionRuntime.load(bundle, "fp32", lam=0.5) as runtime:
-        assert runtime.tokenizer is not None
-        prompt = runtime.prompt_ids([{"role": "user", "content": task.prompt}])
-        answer = [*runtime.tokenizer.encode(task.answer, special=False), runtime.bundle.manifest.eos_token_ids[0]]
-        scores = runtime.score([*prompt, *answer])
-    rows = scores.logits[len(prompt) - 1 : -1].astype(np.float64)
-    expected = rows[np.arange(len(answer)), answer] - np.log(np.exp(rows).sum(-1))
-    np.testing.assert_allclose(readings.method("lambda:0.5")[0][: len(answer)], expected, atol=1e-3)
-
-
-@pytest.mark.slow
-def test_every_piece_on_a_tiny_base(workshop: Workshop, tmp_path: Path) -> None:
-    measurement = measure.Measurement(workshop, prompts=2, jobs=1)
+    measurement = Measurement(workshop, prompts=2, jobs=1)
     measurement.run()
     written = {path.name: path.stat().st_mtime_ns for path in (workshop.folder / "results").iterdir()}
     measurement.run()  # nothing is done twice
