@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.against_torch import export_uncompared, torch_references
+from benchmarks.against_torch import compare_both, export_uncompared, torch_references
 from benchmarks.real_text import passages
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.commands.options import parse_experts
@@ -24,7 +24,6 @@ from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.verify.bounds import misses
-from fusionroute.fr_export.verify.compare import compare
 from fusionroute.runtime.precisions import PRECISIONS
 
 CONTEXT = 1024  # tokens
@@ -54,7 +53,7 @@ def main(
         figures = {}
         for name in names:
             with stages.stage(f"measuring {name}", sum(map(len, texts)) + decode) as advance:
-                figures[name] = compare(str(bundle), name, texts, references, advance, decode)
+                figures[name] = compare_both(str(bundle), name, texts, references, advance, decode)
                 figures[name]["missed"] = misses("ort:cpu", name, figures[name]) if name in PRECISIONS else []
             (out / "precision.json").write_text(json.dumps(figures, indent=1))
     table = Table("precision", "read", "perplexity", "KL mean", "KL p99", "top-1", "sure", "routing")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,14 @@ See = Callable[[str, int, np.ndarray], None]
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block, or the final norm (`head`, without the product of the LM head).
+    """A part of a model that runs by itself: a decoder block, a piece of one, or the final norm (`head`, without the
+    product of the LM head).
 
     graph: serialised ONNX without weights; every weight is a graph input. Equal blocks have equal bytes.
     states_in: the graph inputs that take the previous block's `states_out`, in order. The first block takes embedding
-    rows, float32 [1, S, H].
-    observed: weight matrix of the model's graph → the output of this graph that is the matrix's input [1, S, K].
+    rows, float32 [1, S, H]. A state that is in both passes through and is no output of the graph.
+    observed: weight matrix of the model's graph → the state or the output of this graph that is the matrix's input
+    [1, S, K].
     channels: weight matrix → K.
     weights: graph input → the name of a weight in the model's graph.
 
@@ -46,8 +50,8 @@ class Block:
 class BlockwiseForward:
     """Runs a model block by block over calibration texts.
 
-    Each text runs alone from an empty cache, so nothing is padded. Peak memory: the fp32 weights of one block, the
-    states of all texts (float32 [S, H], up to two per text), and the activations of one text.
+    Each text runs alone on one thread from an empty cache, so nothing is padded. Peak memory: the fp32 weights of one
+    block, the states of all texts (float32 [S, H], up to two per text), and the activations of one text per thread.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class BlockwiseForward:
 
         `texts` are token ids, integers [S]. `embed` returns their embedding rows, float32 [1, S, H]. `read` returns a
         weight of the model's graph, float32. `identity` stands for the weights: `restore` refuses states of another
-        one. `threads` are those of ONNX Runtime (None: all cores). Raises InputError where there is no text, or where
+        one. `threads` are the texts that run at a time (None: one per core). Raises InputError where there is no text, or where
         one is empty or not a vector of integers.
         """
         if not texts:
@@ -77,7 +81,7 @@ class BlockwiseForward:
         self.position = 0
         self.states: list[States] = [(embed(text),) for text in texts]
         self._texts = [text.astype(np.int64) for text in texts]
-        self._read, self._threads, self._weights = read, threads, identity
+        self._read, self._threads, self._weights = read, threads or cores(), identity
         self._sessions: dict[bytes, Any] = {}
         self._torn = False  # some states are inputs of the current block, others already its outputs
 
@@ -115,6 +119,11 @@ class BlockwiseForward:
         self._run(None, weights, moves=False, peeked=outputs)
         return outputs
 
+    def move(self, states: Sequence[States]) -> None:
+        """Move on to the next block with the states that `peek` returned."""
+        self._check_whole()
+        self.states, self.position = list(states), self.position + 1
+
     def step(self, see: See, weights: Mapping[str, np.ndarray] = {}) -> None:
         """Observe and advance in one pass. Raises as `observe`; after an error in the middle only `restore` helps."""
         self._run(see, weights, moves=True)
@@ -150,24 +159,30 @@ class BlockwiseForward:
             raise InputError(f"Block {block.name} does not read '{unknown[0]}': expected some of {', '.join(block.weights.values())}.")
         import onnxruntime  # imported late: it starts threads, and not every import of this module runs a block
 
-        session = self._session(block)
         values = {place: weights[name] if name in weights else self._read(name) for place, name in block.weights.items()}
         # an OrtValue on the CPU shares the array's memory and keeps it alive
         weight_feeds = {place: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x, np.float32)) for place, x in values.items()}
         del values
         observed = block.observed.values() if see is not None else ()
         states_out = block.states_out if moves or peeked is not None else ()
-        names = list(dict.fromkeys((*observed, *states_out)))
-        self._torn = moves
-        for number, text in enumerate(self._texts):
-            feeds = context_feeds(session, text) | weight_feeds | dict(zip(block.states_in, self.states[number], strict=True))
+        names = [name for name in dict.fromkeys((*observed, *states_out)) if name not in block.states_in]
+        session = self._session(block) if names else None
+
+        def run(number: int) -> dict[str, np.ndarray]:
+            text, states = self._texts[number], dict(zip(block.states_in, self.states[number], strict=True))
+            if session is None:
+                return states
             try:
-                outputs = dict(zip(names, session.run(names, feeds), strict=True))
+                results = session.run(names, context_feeds(session, text) | weight_feeds | states)
             except Exception as error:  # ONNX Runtime has no public base class for its errors
                 raise FusionError(
                     f"ONNX Runtime cannot run block {block.name} on text {number} of {len(text)} tokens ({one_line(error)}); expected weights of "
                     "the shapes that the model has, and no text longer than the context it was traced for."
                 ) from error
+            return states | dict(zip(names, results, strict=True))
+
+        self._torn = moves
+        for number, outputs in enumerate(in_order(run, len(self._texts), self._threads)):
             if see is not None:
                 for matrix, output in block.observed.items():
                     see(matrix, number, outputs[output][0])
@@ -185,9 +200,7 @@ class BlockwiseForward:
         if block.graph not in self._sessions:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4  # failures are raised; nothing is printed
-            options.intra_op_num_threads = self._threads or cores()
-            # other threads compute between two runs
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            options.intra_op_num_threads = 1
             options.enable_cpu_mem_arena = False  # an arena keeps memory for the longest text in every session
             try:
                 self._sessions[block.graph] = onnxruntime.InferenceSession(block.graph, options, providers=["CPUExecutionProvider"])
@@ -208,6 +221,25 @@ class BlockwiseForward:
         for part in (*(block.graph for block in self.blocks), *(text.tobytes() for text in self._texts)):
             digest.update(hashlib.sha256(part).digest())
         return digest.hexdigest()
+
+
+def in_order(run: Callable[[int], dict[str, np.ndarray]], count: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
+    """The results of `run` for 0 … count − 1, in this order, computed by several threads that are little ahead."""
+    if threads == 1:
+        yield from map(run, range(count))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future[dict[str, np.ndarray]]] = deque()
+        try:
+            for number in range(count):
+                ahead.append(pool.submit(run, number))
+                if len(ahead) > threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def context_feeds(session: Any, text: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,13 +1,14 @@
 """Record what the exported system generates: texts, and which expert chose each token."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.errors import InputError
+from fusionroute.calibration.side_by_side import Floats, SideBySide
+from fusionroute.runtime.sampling import DEFAULT_CANDIDATES, Candidates, Sampler, Sampling
 
 NOBODY = -1
 
@@ -24,33 +25,70 @@ class RecordedText:
     experts: npt.NDArray[np.int8]
 
 
-def record(
-    runtime: FusionRuntime, prompts: Sequence[str | Sequence[int]], new_tokens: int, seed: int, advance: Callable[[float], None]
-) -> list[RecordedText]:
-    """One text per prompt, sampled at temperature 1 and top_p 0.95, since greedy texts loop.
+@dataclass
+class Growing:
+    """A text that is being generated, and how many of its tokens the models have read."""
 
-    A prompt that leaves no room for `new_tokens` in the context is cut at its end. Each prompt has a random stream of
-    its own, so its text does not depend on the other prompts. `advance` is called with 1 after every text. Raises
-    InputError for an empty prompt, and where `new_tokens` leaves no room for a prompt.
+    number: int
+    ids: list[int]
+    sampler: Sampler
+    prompt: int
+    experts: list[int] = field(default_factory=list)
+    read: int = 0
+
+    def finished(self) -> RecordedText:
+        """The text when it has ended."""
+        experts = [NOBODY] * (self.prompt - 1) + self.experts + [NOBODY]
+        return RecordedText(np.array(self.ids, np.int32), np.array(experts, np.int8))
+
+
+def record(
+    models: SideBySide,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    ends: frozenset[int],
+    coefficients: tuple[float, float],
+    seed: int,
+) -> Iterator[RecordedText]:
+    """One text per prompt, in their order, sampled at temperature 1 and top_p 0.95, since greedy texts loop.
+
+    A text has `new_tokens` more tokens than its prompt [at least 1 token], or fewer where one of `ends` comes.
+    `coefficients` weight the router's logits and the expert's. Each prompt has a random stream of its own, so its text
+    does not depend on the other prompts, though as many are read side by side as `models` has rows.
     """
-    if not 1 <= new_tokens < runtime.max_seq_len:
-        raise InputError(
-            f"{new_tokens} new tokens per prompt are out of range: expected 1 to {runtime.max_seq_len - 1}, "
-            f"since a prompt stands before them in the context of {runtime.max_seq_len}."
-        )
-    eos = frozenset(runtime.bundle.manifest.eos_token_ids)
-    session = runtime.session()
-    texts = []
-    for number, prompt in enumerate(prompts):
-        ids = list(runtime.prompt_ids(prompt))[: runtime.max_seq_len - new_tokens]
-        session.rewind(0)
-        session.append(ids)
-        experts = [NOBODY] * (len(ids) - 1)
-        for _ in range(new_tokens):
-            token = session.step(temperature=1.0, top_p=0.95, seed=seed + number)
-            experts.append(runtime.expert_names.index(token.expert))
-            if token.id in eos:
-                break
-        texts.append(RecordedText(np.array(session.token_ids, np.int32), np.array([*experts, NOBODY], np.int8)))
-        advance(1)
-    return texts
+    waiting = deque(
+        Growing(number, list(ids), Sampler(Sampling(temperature=1.0, top_p=0.95, seed=seed + number)), len(ids))
+        for number, ids in enumerate(prompts)
+    )
+    rows: list[Growing | None] = [None] * models.rows
+    done: dict[int, RecordedText] = {}
+    following = 0
+    while following < len(prompts):
+        rows = [text or (waiting.popleft() if waiting else None) for text in rows]
+        tokens = np.array([text.ids[text.read] if text else 0 for text in rows], np.int64)
+        lengths = np.array([text.read if text else 0 for text in rows], np.int32)
+        (router, routing), *experts = models.read(tokens, lengths)
+        for row, text in enumerate(rows):
+            if text is None:
+                continue
+            text.read += 1
+            if text.read < len(text.ids):
+                continue
+            expert = int(routing[row].argmax())
+            fused = coefficients[0] * router[row] + coefficients[1] * experts[expert][0][row]
+            text.experts.append(expert)
+            text.ids.append(text.sampler.choose(candidates(fused), lambda fused=fused: fused))
+            if text.ids[-1] in ends or len(text.experts) == new_tokens:
+                done[text.number], rows[row] = text.finished(), None
+        while following in done:
+            yield done.pop(following)
+            following += 1
+
+
+def candidates(logits: Floats) -> Candidates:
+    """The largest logits of a row [V], the lower id first among equals."""
+    count = min(DEFAULT_CANDIDATES, len(logits))
+    ids = np.argpartition(logits, -count)[-count:]
+    ids = ids[np.lexsort((ids, -logits[ids]))]
+    largest = float(logits[ids[0]])
+    return Candidates(ids, logits[ids], largest + float(np.log(np.exp(logits - largest, dtype=np.float64).sum())))

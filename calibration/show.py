@@ -3,7 +3,8 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from fusionroute.runtime.tables import tables
 
 
 def show(console: Console, summary: dict[str, Any]) -> None:
@@ -11,23 +12,11 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     console.print(
         f"{summary['texts']} texts, {summary['tokens']:,} tokens, {summary['answered']:,} answered; identity {summary['identity'][:12]}"
     )
-    experts = grid("Who answered", "expert", "share of answered positions")
-    for name, share in summary["shares"].items():
-        experts.add_row(name, f"{share:.1%}")
-    console.print(experts)
+    shares = [(name, f"{share:.1%}") for name, share in summary["shares"].items()]
+    console.print(*tables(console, "Who answered", ("expert",), ("share of answered positions",), shares))
     for model, matrices in summary["models"].items():
-        table = grid(model, "matrix", "rows", "absmax", "p99.99", "mse range", "outlier ratio")
+        rows = []
         for matrix, figures in matrices.items():
             ranges = [f"{figures[name]:.4g}" for name in ("absmax", "p99.99", "mse")]
-            ratio = "" if figures["outliers"] is None else f"{figures['outliers']:.1f}"
-            table.add_row(matrix, f"{figures['rows']:,}", *ranges, ratio)
-        console.print(table)
-
-
-def grid(title: str, first: str, *others: str) -> Table:
-    """A table whose first column holds names, and all others numbers."""
-    table = Table(title=title, title_justify="left")
-    table.add_column(first, overflow="fold")
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
+            rows.append((matrix, f"{figures['rows']:,}", *ranges, "–" if figures["outliers"] is None else f"{figures['outliers']:.1f}"))
+        console.print(*tables(console, model, ("matrix",), ("rows", "absmax", "p99.99", "mse range", "outlier ratio"), rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,14 @@ class Table:
             return cls(texts, models, about["identity"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"The {KIND} {path} lacks a part or holds a wrong one ({one_line(error)}): make it again.") from error
+
+    def check_models(self, names: Sequence[str]) -> None:
+        """Raise InputError where the table is of other models than these, the router first."""
+        if list(self.models) != list(names):
+            raise InputError(
+                f"The calibration table is of the models {', '.join(self.models) or 'none'}, the system has {', '.join(names)}: "
+                "calibrate this system instead."
+            )
 
     def summary(self) -> dict[str, Any]:
         """The table as plain data: counts of texts and tokens, shares of the experts, and `figures` of every matrix."""

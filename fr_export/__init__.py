@@ -9,6 +9,7 @@ precision/    how matrices are rounded, stored and read
 graphs/       one trace per architecture and dialect, and what is done to it
 checkpoints/  the Hugging Face folders that the user brings
 families/     what is peculiar to a model family
+hub/          bundles on the Hugging Face hub
 tasks/        the synthetic tasks of the shipped systems
 console/      progress on the terminal
 

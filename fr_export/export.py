@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusionroute.calibration.prompts import load_parts
+import psutil
+
+from fusionroute.calibration.prompts import Parts, load_parts
 from fusionroute.fr_export.bundle.describe import describe, with_file, write_common_files
 from fusionroute.fr_export.bundle.disk_space import check_space
+from fusionroute.fr_export.bundle.early_refusals import refuse
 from fusionroute.fr_export.bundle.engines import add_engines
 from fusionroute.fr_export.bundle.recording import calibration_table
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
@@ -16,15 +19,15 @@ from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.families import Family
+from fusionroute.fr_export.forecast.forecast import Forecast, check_memory
 from fusionroute.fr_export.graphs.traces import Traces
-from fusionroute.fr_export.precision import SCHEMES
+from fusionroute.fr_export.precision import SCHEMES, Scheme
 from fusionroute.fr_export.precision.evidence import evidence
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.fr_export.verify.bounds import refuse_missed
 from fusionroute.fr_export.verify.measure import measure
 from fusionroute.fr_export.verify.report import NAME as REPORT
 from fusionroute.fr_export.verify.report import build_report, write_report
-from fusionroute.runtime.tensorrt.library import capabilities, load
 
 TABLE = "calibration.safetensors"
 
@@ -48,6 +51,32 @@ class Request:
     force: bool = False
     strict: bool = False  # a precision that misses its bound is an error
     gpus: tuple[int, ...] = ()  # compute capabilities that TensorRT-RTX engines are built for
+    compare: int | None = None  # tokens to compare on; 0: do not compare; None: what takes a tenth of the time
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A request that can be exported, as far as one can know before: its variants, checkpoints, prompts, and forecast."""
+
+    plan: list[tuple[str, Scheme]]
+    system: System
+    prompts: Parts
+    fusion: FusionSettings
+    forecast: Forecast
+
+
+def check(request: Request, stages: Stages) -> Checked:
+    """Open everything that a request names and refuse what does not fit. Changes nothing. Raises FusionError."""
+    refuse(request.out, request.force, request.calibration, request.experts, request.gpus)
+    plan = [(target, SCHEMES[target][name]) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
+    with stages.stage("checking the checkpoints"):
+        system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len, request.base)
+        prompts = load_parts(request.calibration)
+        fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
+        forecast = Forecast.of(system, plan, prompts.calibration, request.calibration, len(request.gpus), request.out, request.compare)
+        check_space(forecast.disk_needed, forecast.disk_free, request.out)
+        check_memory(forecast, psutil.virtual_memory().total + psutil.swap_memory().total)
+    return Checked(plan, system, prompts, fusion, forecast)
 
 
 def export(request: Request, stages: Stages) -> dict[str, Any]:
@@ -57,16 +86,10 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
     """
     with StagedBundle(request.out, request.force) as staging:
         folder = staging.folder
-        plan = [(target, SCHEMES[target][name]) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
-        if request.gpus:
-            capabilities(load("rtx"), request.gpus)
-        with stages.stage("checking the checkpoints"):
-            system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len, request.base)
-            prompts = load_parts(request.calibration)
-            fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
-            check_space(system, plan, bool(request.gpus), folder, request.out)
+        checked = check(request, stages)
+        plan, system, prompts, fusion = checked.plan, checked.system, checked.prompts, checked.fusion
         notes = [prompts.note] if prompts.note else []
-        for note in notes:
+        for note in [*notes, *(f"{model.name}: {note}." for model in system.models for note in model.source.notes)]:
             stages.note(note)
 
         traces = Traces(system, stages)
@@ -81,15 +104,16 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         writer = VariantWriter(system, traces, known, folder, stages)
         written = [writer.write(target, scheme) for target, scheme in plan]
         variants = [each.variant for each in written]
-        writer.remove_unread(variants)
+        weights = writer.gather_weights(variants)
 
         write_common_files(system.router, folder)
-        manifest = describe(system, fusion, graphs, variants, folder)
+        manifest = describe(system, fusion, graphs, variants, weights, folder)
         if request.gpus:
             manifest = add_engines(manifest, request.gpus, folder, stages)
 
-        figures, reason = measure(system, manifest, prompts.held_out, folder, stages)
-        report = build_report(manifest, [each.fitted for each in written], figures, reason, notes, folder)
+        sources = {model.name: model.source for model in system.models}
+        figures, reason = measure(system, manifest, prompts.held_out, folder, stages, checked.forecast.compared_tokens)
+        report = build_report(manifest, [each.fitted for each in written], figures, reason, notes, folder, sources)
         if request.strict:
             refuse_missed(report)
         report["stages"] = stages.report()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fusionroute.runtime.errors import BundleError, UnavailableError, one_line
 from fusionroute.runtime.files import is_partial
+from fusionroute.runtime.machine import cores
 from fusionroute.runtime.precisions import fastest_first
 
 if TYPE_CHECKING:
@@ -70,8 +71,10 @@ class Bundle:
         What a process was writing when it was killed is passed over: the next write of the same file removes it.
         Raises BundleError for the first that is wrong.
         """
-        for name in self.manifest.files:
-            self.check(name)
+        from concurrent.futures import ThreadPoolExecutor  # here: most bundles are opened unverified
+
+        with ThreadPoolExecutor(cores()) as pool:  # hashing leaves the interpreter to other threads
+            list(pool.map(self.check, self.manifest.files))
         known = set(self.manifest.files) | {"manifest.json"}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()

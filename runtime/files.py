@@ -53,6 +53,23 @@ def replace(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which is called `folder` once the block has ended. After an error nothing is left.
+
+    Raises OSError where `folder` has appeared meanwhile and is not empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder.parent, folder.name)
+    partial = partial_name(folder)
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def partial_name(path: Path) -> Path:
     """A new name beside `path` that tells who writes it: `.NAME.HOST-PID-RANDOM.partial`, HOST as a checksum."""
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{os.urandom(4).hex()}.partial")

@@ -1,22 +1,34 @@
 """The bundle's schema: what `manifest.json` says, checked on reading."""
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from fusionroute.runtime.errors import BundleError, one_line
 from fusionroute.runtime.files import replace
 
 NAME = "manifest.json"
+FORMAT: Final = 2  # what the exporter writes. Format 1 has no `tensors`: each weight was a file
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
+Size = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def inside(path: str) -> str:
-    """A relative path that stays in the bundle."""
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
+    """A relative path that stays in the bundle, in its only spelling."""
+    pure = PurePosixPath(path)
+    if not pure.parts or pure.is_absolute() or str(pure) != path or ".." in pure.parts or {*"\\:\0"} & {*path}:
         raise ValueError(f"'{path}' is not a path inside the bundle")
     return path
 
@@ -30,11 +42,38 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class File(Strict):
-    """Integrity of one file of the bundle."""
+class Tensor(Strict):
+    """The bytes of one weight in a weight file."""
 
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+    offset: Size
+    bytes: Size
+
+
+class File(Strict):
+    """Integrity of one file of the bundle. A weight file lists its tensors, in the order of their offsets."""
+
+    sha256: Sha256
+    bytes: Size
+    tensors: list[Tensor] = []
+
+    @model_validator(mode="after")
+    def hold_its_tensors(self) -> "File":
+        """Check that tensors lie in the file and do not overlap."""
+        end = 0
+        for tensor in self.tensors:
+            if tensor.offset < end:
+                raise ValueError(f"the tensor {tensor.sha256} begins at byte {tensor.offset}, inside the one before it")
+            end = tensor.offset + tensor.bytes
+        if end > self.bytes:
+            raise ValueError(f"its tensors end at byte {end}, and it has {self.bytes}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def without_empty_fields(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `tensors` out of files that have none: older versions read manifests of format 1."""
+        fields: dict[str, Any] = serialise(self)
+        return fields if self.tensors else {name: value for name, value in fields.items() if name != "tensors"}
 
 
 class Model(Strict):
@@ -93,7 +132,7 @@ class Variant(Strict):
     graphs: dict[str, InsidePath]
     fusion_graph: InsidePath
     bits_per_weight: float
-    weight_bytes: dict[str, Annotated[int, Field(ge=0)]] = {}
+    weight_bytes: dict[str, Size] = {}
     operators: list[str] = []
     engines: list[Engines] = []
 
@@ -112,7 +151,7 @@ class Manifest(Strict):
     `lam_curve`: pairs of λ and accuracy on the validation split; None where λ was not tuned.
     """
 
-    format: Literal[1]
+    format: Literal[1, 2]
     family: str
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion
@@ -129,6 +168,11 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def belong_together(self) -> "Manifest":
         """Check that every variant has a graph for every model, and that every graph and engine is among the files."""
+        for name in self.files:
+            if both := next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in self.files), None):
+                raise ValueError(f"{both} is a file and a folder")
+        if NAME in self.files:
+            raise ValueError(f"{NAME} is listed among the files that it describes")
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise ValueError("two models have the same name")
@@ -168,11 +212,19 @@ class Manifest(Strict):
             raise BundleError(f"{folder} is no bundle, since it holds no {NAME}: expected the folder that export.py wrote.") from error
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"{folder / NAME} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
+        return cls.parse(text, str(folder / NAME))
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: str) -> "Manifest":
+        """A manifest from its text. Raises BundleError, which says `where` it was read."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise BundleError(
-                f"{folder / NAME} does not fit this version's bundle format 1 ({where}: {first['msg']}); export the bundle again."
-            ) from error
+            if first["type"] == "literal_error" and first["loc"] == ("format",):
+                raise BundleError(
+                    f"{where} has the format {first['input']!r}, and this version reads 1 to {FORMAT}: update fusionroute, or "
+                    "export the bundle again."
+                ) from error
+            field = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise BundleError(f"{where} does not fit the bundle format ({field}: {first['msg']}); export the bundle again.") from error

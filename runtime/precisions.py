@@ -19,6 +19,8 @@ class Precision:
     bits: of one weight, without its scales.
     bounds: the most that an export may lose against torch in fp32; `bounds_on` replaces them for some targets.
     help: for the help text of --precision.
+    targets: what it can be exported for, that is, for which it has a scheme in fr_export/precision.
+    calibrated_on: targets on which it cannot do without calibration, which gives its activations their scales.
     cpu_bits: bits per weight that ONNX Runtime reads on a CPU, where it widens the weights on loading.
     Raises FusionError where there is no bound.
     """
@@ -27,6 +29,8 @@ class Precision:
     bits: int
     bounds: Bounds
     help: str
+    targets: tuple[str, ...]
+    calibrated_on: tuple[str, ...] = ()
     cpu_bits: int | None = None
     bounds_on: Mapping[str, Bounds] = field(default_factory=dict)
 
@@ -50,27 +54,43 @@ INT8: Bounds = {
 }  # fmt: skip
 W8A8: Bounds = {"perplexity_ratio": 1.02}
 
+ENGINES = ("tensorrt", "tensorrt:10.3")
+
 # Of equal rank the first is the default. On a CPU that is fp32, which is as fast there as half precision and exact.
 RECORDS = (
     Precision(
         "fp32", 32, {"greedy_agreement": 0.999, "routing_agreement": 0.999, "perplexity_ratio": 1.0005, "kl_mean": 1e-6},
-        "the checkpoint's values as they are",
+        "the checkpoint's values as they are", ("ort:cpu", "portable", *ENGINES),
     ),
     # near ties of tokens fall the other way where activations are in half precision too
-    Precision("fp16", 16, FP16, "half precision", cpu_bits=32, bounds_on={"tensorrt": {**FP16, "greedy_agreement": 0.99}}),
+    Precision(
+        "fp16", 16, FP16, "half precision", ("ort:cpu", "ort:cuda", "portable", *ENGINES),
+        cpu_bits=32, bounds_on={"tensorrt": {**FP16, "greedy_agreement": 0.99}},
+    ),
     # 8 bits of mantissa throughout also move near ties of experts (measured: docs/precision.md, docs/tensorrt.md)
     Precision(
-        "bf16", 16, BF16, "half precision with fp32's range", cpu_bits=32,
-        bounds_on={"tensorrt": {**BF16, "greedy_agreement": 0.97, "routing_agreement": 0.98}},
+        "bf16", 16, BF16, "half precision with fp32's range", ("ort:cpu", "ort:cuda", *ENGINES),
+        cpu_bits=32, bounds_on={"tensorrt": {**BF16, "greedy_agreement": 0.97, "routing_agreement": 0.98}},
     ),
     # TensorRT's int8 has static 8-bit activations, as w8a8 has
-    Precision("int8", 8, INT8, "8-bit weights; for tensorrt also 8-bit activations", bounds_on={"tensorrt": W8A8}),
-    Precision("int8-wo", 8, {"perplexity_ratio": 1.01}, "8-bit weights, activations in half precision; tensorrt only"),
-    Precision("int4", 4, {"perplexity_ratio": 1.15}, "4-bit weights"),
+    Precision(
+        "int8", 8, INT8, "8-bit weights; for tensorrt also 8-bit activations", ("ort:cpu", "portable", *ENGINES),
+        calibrated_on=ENGINES, bounds_on={"tensorrt": W8A8},
+    ),
+    Precision("int8-wo", 8, {"perplexity_ratio": 1.01}, "8-bit weights, activations in half precision; tensorrt only", ENGINES),
+    Precision("int4", 4, {"perplexity_ratio": 1.15}, "4-bit weights", ("ort:cpu", "tensorrt")),
     # ONNX Runtime computes its Q/DQ products on a CPU in fp32
-    Precision("w8a8", 8, W8A8, "8-bit weights and activations with static scales, to see on a CPU what they lose", cpu_bits=32),
+    Precision(
+        "w8a8", 8, W8A8, "8-bit weights and activations with static scales, to see on a CPU what they lose", ("ort:cpu",),
+        calibrated_on=("ort:cpu",), cpu_bits=32,
+    ),
 )  # fmt: skip
 PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in RECORDS}
+
+
+def exported_for(target: str) -> tuple[str, ...]:
+    """The names of the precisions that a target has, in the order of the records. Empty for an unknown target."""
+    return tuple(precision.name for precision in RECORDS if target in precision.targets)
 
 
 def fastest_first(names: Iterable[str], target: str) -> list[str]:

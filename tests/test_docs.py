@@ -63,6 +63,16 @@ def test_lines_of_prose_fit_a_terminal(page: Path) -> None:
     assert not long, f"{page} has lines of more than {WIDTH} characters: {long}"
 
 
+def test_the_walk_to_a_new_family_shows_lines_that_were_applied() -> None:
+    text = (REPOSITORY / "docs/extending/family.md").read_text(encoding="utf-8")
+    applied = ""
+    for line in "\n".join(re.findall(r"```diff\n(.*?)```", text, re.DOTALL)).splitlines():
+        if line.startswith("+++ b/"):
+            applied = (REPOSITORY / line.removeprefix("+++ b/")).read_text(encoding="utf-8")
+        elif line.startswith("+"):
+            assert line[1:] in applied.splitlines(), line
+
+
 def test_the_index_names_every_page() -> None:
     index = (REPOSITORY / "docs/README.md").read_text(encoding="utf-8")
     for path in sorted((REPOSITORY / "docs").glob("*.md")):

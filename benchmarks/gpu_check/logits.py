@@ -1,18 +1,15 @@
-"""Teacher-forced logits, in chunks and token by token, against the CPU backend in fp32.
+"""Teacher-forced logits, in chunks and with single tokens at the end, against the CPU backend in fp32.
 
 The bounds are those of the export.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks.gpu_check.cpu_reference import references
 from benchmarks.gpu_check.outcome import Finding
 from benchmarks.gpu_check.setup import Setup
 from fusionroute.fr_export.verify.bounds import misses
-from fusionroute.fr_export.verify.compare import Score, compare_scores
+from fusionroute.fr_export.verify.compare import Score, compare_scores, scorer
 from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineSystemOnCpu
 from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.options import fusion_coefficients
@@ -29,12 +26,7 @@ def graphs(folder: Path, variant: Variant) -> Finding:
 def parity(setup: Setup, variant: Variant) -> Finding:
     """The engines, run on the GPU."""
     with setup.runtime(variant.precision) as runtime:
-
-        def score(ids: Sequence[int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
-            scores = runtime.score(ids, chunk=chunk)
-            return scores.logits, scores.experts
-
-        return against_cpu(setup.folder, variant, score)
+        return against_cpu(setup.folder, variant, scorer(runtime))
 
 
 def against_cpu(folder: Path, variant: Variant, score: Score) -> Finding:

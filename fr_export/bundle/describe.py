@@ -1,7 +1,7 @@
 """The files beside a bundle's graphs: texts, the fusion graph, and the manifest that describes them all."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fusionroute.fr_export.bundle.targets import FUSION_GRAPH
@@ -12,7 +12,7 @@ from fusionroute.fr_export.graphs.fusion_graph import write_fusion_graph
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import FOLDER
 from fusionroute.runtime.bundle import sha256
-from fusionroute.runtime.manifest import File, Manifest, Model, Variant
+from fusionroute.runtime.manifest import FORMAT, File, Manifest, Model, Variant
 
 
 def write_common_files(router: Checkpoint, folder: Path) -> None:
@@ -25,8 +25,19 @@ def write_common_files(router: Checkpoint, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(router.chat_template, encoding="utf-8")
 
 
-def describe(system: System, fusion: FusionSettings, graphs: dict[str, Graph], variants: Sequence[Variant], folder: Path) -> Manifest:
-    """The manifest of everything that is in the folder so far. `graphs` are the traces of the models in any dialect."""
+def describe(
+    system: System,
+    fusion: FusionSettings,
+    graphs: Mapping[str, Graph],
+    variants: Sequence[Variant],
+    weights: Mapping[str, File],
+    folder: Path,
+) -> Manifest:
+    """The manifest of everything that is in the folder so far.
+
+    `graphs` are the traces of the models in any dialect. `weights` are the entries of weight files, which were hashed
+    while they were written.
+    """
     router = system.router
     tokens = {index: token for token, index in (router.vocabulary or {}).items()}
     ends = router.end_tokens
@@ -34,8 +45,9 @@ def describe(system: System, fusion: FusionSettings, graphs: dict[str, Graph], v
         Model(name=name, layers=graph.layers, kv_heads=graph.cache[0], head_size=graph.cache[1], parameters=graph.parameters)
         for name, graph in graphs.items()
     ]
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return Manifest(
-        format=1,
+        format=FORMAT,
         family=system.family.name,
         models=models,
         **fusion.model_dump(),
@@ -45,7 +57,7 @@ def describe(system: System, fusion: FusionSettings, graphs: dict[str, Graph], v
         eos_token=tokens.get(ends[0]) if ends else None,
         eos_token_ids=ends,
         variants=list(variants),
-        files={path.relative_to(folder).as_posix(): file_entry(path) for path in sorted(folder.rglob("*")) if path.is_file()},
+        files={name: weights.get(name) or file_entry(path) for name, path in paths.items()},
     )
 
 
@@ -55,6 +67,6 @@ def with_file(manifest: Manifest, folder: Path, name: str) -> Manifest:
 
 
 def file_entry(path: Path) -> File:
-    """Size and SHA-256 of a file. Weight files are named by their hash, so they are not read again."""
+    """Size and SHA-256 of a file. Weights in files of their own are named by their hash, so they are not read again."""
     digest = path.stem if path.parent.name == FOLDER else sha256(path)
     return File(sha256=digest, bytes=path.stat().st_size)

@@ -8,18 +8,17 @@ import numpy as np
 
 from fusionroute.fr_export.bundle.targets import TARGETS
 from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.precision import Scheme
+from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
+SAMPLED, SAMPLES = 1 << 16, 8  # tensors from this number of values on are compared, by so many rows
 
-def check_space(system: System, plan: Sequence[tuple[str, Scheme]], engines: bool, folder: Path, out: Path) -> None:
-    """Refuse before any work where the disk of `folder` cannot hold the bundle that will be `out`. Raises FusionError.
 
-    `plan` lists the variants, a target and a scheme each; `engines` says whether engines are built too.
-    """
-    needed = weights_on_disk(system, plan, engines)
-    free = shutil.disk_usage(folder).free
+def check_space(needed: int, free: int, out: Path) -> None:
+    """Refuse before any work where the disk of the bundle that will be `out` cannot hold it. Raises FusionError."""
     if needed > free:
         raise FusionError(
             f"The bundle needs about {needed / 1e9:.1f} GB, but {out.absolute().parent} has {free / 1e9:.1f} GB free: "
@@ -27,11 +26,57 @@ def check_space(system: System, plan: Sequence[tuple[str, Scheme]], engines: boo
         )
 
 
-def weights_on_disk(system: System, plan: Sequence[tuple[str, Scheme]], engines: bool) -> int:
-    """Bytes of the weights in a bundle. Targets of one dialect share the weights of a precision, others do not."""
-    values = sum(int(np.prod(entry.shape)) for model in system.models for entry in model.weights.entries.values())
-    bits = {(TARGETS[target].dialect, scheme.name, scheme.bits): scheme.bits for target, scheme in plan}
-    total = sum(bits.values())
-    if engines:  # they hold the weights again
-        total += sum(scheme.bits for target, scheme in plan if target == TENSORRT)
-    return int(total * values / 8)
+def free_space(out: Path) -> int:
+    """Bytes free where `out` is or will be."""
+    folder = out.absolute()
+    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+
+
+def stored_values(system: System) -> int:
+    """Values that a bundle stores once per precision: equal tensors of several models stand once.
+
+    Tensors of one shape count as equal where `SAMPLES` rows are, since reading all of them would take minutes.
+    """
+    seen: set[tuple[tuple[int, ...], bytes]] = set()
+    total = 0
+    for entry in (entry for model in system.models for entry in model.weights.entries.values()):
+        values = int(np.prod(entry.shape))
+        if values >= SAMPLED:
+            key = entry.shape, sample(entry)
+            if key in seen:
+                continue
+            seen.add(key)
+        total += values
+    return total
+
+
+def sample(entry: StoredTensor) -> bytes:
+    """Some rows of a tensor, evenly spaced, as bytes of fp32."""
+    with entry.open() as read:
+        places = np.linspace(0, entry.shape[0] - 1, min(SAMPLES, entry.shape[0])).astype(int)
+        return b"".join(read(int(place), int(place) + 1).float().numpy().tobytes() for place in places)
+
+
+def bits_on_disk(scheme: Scheme, calibrated: bool) -> float:
+    """Bits per weight, scales included. Calibration may spend more on sensitive matrices (`most_bits`)."""
+    if calibrated and isinstance(scheme, Fitting):
+        return max(scheme.bits, getattr(scheme, "most_bits", scheme.bits))
+    return scheme.bits
+
+
+def largest_tensor(system: System, plan: Sequence[tuple[str, Scheme]]) -> int:
+    """Bytes of the largest tensor in the widest precision."""
+    values = max(int(np.prod(entry.shape)) for model in system.models for entry in model.weights.entries.values())
+    return int(values * max(scheme.bits for _, scheme in plan) / 8)
+
+
+def weights_on_disk(values: int, plan: Sequence[tuple[str, Scheme]], calibrated: bool, engines: bool) -> int:
+    """Bytes of the weights in a bundle of `values`. Targets of one dialect share the weights of a precision, others do not.
+
+    `plan` lists the variants, a target and a scheme each; `engines` says whether engines are built too, which hold the
+    weights again.
+    """
+    sizes = [(target, scheme, bits_on_disk(scheme, calibrated)) for target, scheme in plan]
+    stored = {(TARGETS[target].dialect, scheme.name, bits): bits for target, scheme, bits in sizes}
+    built = sum(bits for target, _, bits in sizes if target == TENSORRT) if engines else 0.0
+    return int((sum(stored.values()) + built) * values / 8)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from safetensors.numpy import save
 
-from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint, read_json
+from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
+from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.system import RoutingHead
 
 TEXTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -14,7 +15,7 @@ PRIVATE = ("_name_or_path",)  # a path on the machine that wrote the checkpoint
 
 
 def complete(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead | None) -> None:
-    """Write config.json with the graph's vocabulary, generation_config.json and copies of the checkpoint's texts.
+    """Write config.json of the language model with the graph's vocabulary, generation_config.json and copies of the checkpoint's texts.
 
     A router also gets routing_head.safetensors: routing_head.weight float32 [n_experts, hidden] and routing_head.bias
     float32 [n_experts].

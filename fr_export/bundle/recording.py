@@ -11,7 +11,7 @@ from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.traces import Traces
-from fusionroute.fr_export.precision import SCHEMES
+from fusionroute.fr_export.precision import SCHEMES, Scheme
 from fusionroute.fr_export.precision.calibrate import cache_folder, calibrate, check
 from fusionroute.fr_export.precision.int4 import LEAN, Int4
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
@@ -19,6 +19,11 @@ from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 SCHEME = SCHEMES[CPU]["int8"]
 LARGE = 3_000_000_000  # parameters; larger systems generate in 4 bits, since the runtime holds all models in memory
 LARGE_SCHEME = Int4(LEAN, LEAN)
+
+
+def recording_scheme(parameters: int) -> Scheme:
+    """The precision in which a system of so many parameters generates its calibration texts."""
+    return LARGE_SCHEME if parameters > LARGE else SCHEME
 
 
 def calibration_table(
@@ -35,11 +40,10 @@ def calibration_table(
         return table
     recording = folder / "recording"
     try:
-        large = sum(trace.parameters for trace in traces.of().values()) > LARGE
-        scheme = LARGE_SCHEME if large else SCHEME
+        scheme = recording_scheme(sum(trace.parameters for trace in traces.of().values()))
         variant, _ = VariantWriter(system, traces, {}, recording, stages).write(CPU, scheme)
         write_common_files(system.router, recording)
-        describe(system, fusion, traces.of(), [variant], recording).write(recording)
+        describe(system, fusion, traces.of(), [variant], {}, recording).write(recording)
         return calibrate(system, traces.of(), list(prompts), recording, scheme.name, cache_folder(), stages)
     finally:
         shutil.rmtree(recording, ignore_errors=True)

@@ -24,14 +24,18 @@ class Staging:
 
     A process writes `.NAME.partial-PID` beside `out`. Once that is complete, it moves an older folder to
     `.NAME.replaced-PID` and takes its place. It locks the file `.NAME.lock-PID` meanwhile. Thus the next start tells
-    leftovers of a killed process from the work of a running one, and recovers or removes them.
+    leftovers of a killed process, which it recovers or removes, from the work of a running one, beside which it refuses
+    to start.
     Subclasses say what they replace: `mark`, `owns` and `check`.
     """
 
     mark = ""  # name of a file that only folders of this kind hold; empty where nothing is ever replaced
 
     def __init__(self, out: Path, force: bool):
-        self.out, self.force = out.resolve(), force  # a link stays a link: what it leads to is replaced
+        try:
+            self.out, self.force = out.resolve(), force  # a link stays a link: what it leads to is replaced
+        except (OSError, RuntimeError) as error:  # RuntimeError: before Python 3.13
+            raise InputError(f"{out} is a link that leads back to itself: name another folder with --out.") from error
         self.folder = self._beside("partial", os.getpid())
         self._lock: BaseFileLock | None = None  # stays None where the file system has no locks
 
@@ -47,23 +51,45 @@ class Staging:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Clean up after killed processes, then `check`."""
+        """Clean up after killed processes, then `refuse`."""
         self.recover()
+        self.refuse()
+
+    def refuse(self) -> None:
+        """Raise where the work would be lost at its end; changes nothing, so that it can be asked before any work.
+
+        InputError for another process that writes to `out`, for a mount point, and as `check` does; FusionError where
+        this user cannot write.
+        """
+        for pid in sorted(self._pids() - {os.getpid()}):
+            lock = self._beside("lock", pid)
+            if lock.is_file() and files.held(lock):  # asking for a lock would make the file
+                raise InputError(
+                    f"Process {pid} is writing to {self.out} already: wait for it or end it, or name another folder with --out."
+                )
+        if self.out.is_mount():
+            raise InputError(f"{self.out} is a mount point, which no folder can replace: name a folder below it with --out.")
+        above = next(folder for folder in self.out.parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise self._unwritable("Permission denied" if above.is_dir() else "Not a directory")
         self.check()
+
+    def _unwritable(self, reason: str) -> FusionError:
+        return FusionError(f"Cannot write to {self.out.parent} ({reason}): name a folder you may write to with --out.")
 
     def __enter__(self) -> Self:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.prepare()
+            self.recover()
             self._lock = files.lock_file(self._beside("lock", os.getpid()))
             if self._lock is not None:
                 self._lock.acquire(timeout=0)
+            self.refuse()  # under the lock: of two processes that start at once none goes on unseen
             self.folder.mkdir()
         except BaseException as error:
             self._release()
             if isinstance(error, OSError):
-                reason = error.strerror or one_line(error)
-                raise FusionError(f"Cannot write to {self.out.parent} ({reason}): name a folder you may write to with --out.") from error
+                raise self._unwritable(error.strerror or one_line(error)) from error
             raise
         return self
 

@@ -14,6 +14,7 @@ from fusionroute.fr_export.families import Family
 from fusionroute.fr_export.graphs.dialects import Dialect, ort, portable, tensorrt, tensorrt_10_3
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.passes import decompose_rmsnorm, to_half
+from fusionroute.fr_export.graphs.weight_store import FOLDER
 from fusionroute.fr_export.precision.half import TYPES
 
 GRAPHS = "graphs"
@@ -22,6 +23,8 @@ FUSION_GRAPH = f"{GRAPHS}/fusion.onnx"
 Prepare = Callable[[Graph, str, Family], None]
 # (model, target, precision, whether it is the target's first precision) → the graph's path in the bundle
 Place = Callable[[str, str, str, bool], str]
+# model → the path of its weights, from the folder of its graphs
+Weights = Callable[[str], str]
 # (folder of the graph, model, vocabulary size, routing head): writes the files beside a graph
 Complete = Callable[[Path, Checkpoint, int, RoutingHead | None], None]
 
@@ -36,17 +39,28 @@ def in_folders(model: str, target: str, precision: str, first: bool) -> str:
     return f"{target}/{model}/{'model' if first else f'model_{precision}'}.onnx"
 
 
+def per_model(model: str) -> str:
+    """A file per model, all in one folder below the graphs."""
+    return f"{FOLDER}/{model}.bin"
+
+
+def beside(model: str) -> str:
+    """The name that Optimum fetches together with model.onnx."""
+    return "model.onnx_data"
+
+
 def nothing(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead | None) -> None:
     """No files beside the graphs."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """How models are traced (`dialect`), rewritten for a precision (`prepare`) and stored (`place`, `complete`)."""
+    """How models are traced (`dialect`), rewritten for a precision (`prepare`) and stored (`place`, `weights`, `complete`)."""
 
     dialect: Dialect
     prepare: Prepare
     place: Place = named
+    weights: Weights = per_model
     complete: Complete = nothing
 
 
@@ -81,7 +95,7 @@ def strongly_typed_primitive(graph: Graph, precision: str, family: Family) -> No
 TARGETS: dict[str, Target] = {
     "ort:cpu": Target(ort, as_traced),
     "ort:cuda": Target(ort, half_activations),
-    "portable": Target(portable, portable_activations, in_folders, optimum_folder.complete),
+    "portable": Target(portable, portable_activations, in_folders, beside, optimum_folder.complete),
     "tensorrt": Target(tensorrt, strongly_typed),
     "tensorrt:10.3": Target(tensorrt_10_3, strongly_typed_primitive),
 }

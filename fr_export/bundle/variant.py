@@ -1,6 +1,6 @@
 """Write the graphs of all models in one precision for one target."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +13,16 @@ from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.traces import Traces
+from fusionroute.fr_export.graphs.weight_files import WeightFiles
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
+from fusionroute.fr_export.precision.carried import Carried, carry, carrying
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
-from fusionroute.fr_export.precision.scheme import Fitting
+from fusionroute.fr_export.precision.scheme import Carrying, Fitting
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.manifest import Variant
+from fusionroute.runtime.manifest import File, Variant
 from fusionroute.runtime.tensorrt.library import OLDER
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
@@ -98,16 +100,32 @@ class VariantWriter:
     ) -> tuple[Graph, Scheme, dict[str, Any] | None]:
         """A copy of the trace and the scheme to bind it with, fitted where activations are known; and its report."""
         if not (isinstance(scheme, Fitting) and self._evidence):
-            return trace.clone(), scheme, None
+            carried = carry(trace, model.weights, scheme.carries, store, advance) if isinstance(scheme, Carrying) else {}
+            scheme = carrying(scheme, carried, trace)
+            return trace.clone(), scheme, scheme.about if isinstance(scheme, Carried) else None
         context = FitContext(self._traces.of()[model.name], model.weights, self._evidence[model.name], store, shared, advance)
         graph, fitted = scheme.fit(context)
         return trace.with_sources_of(graph).clone(), fitted, fitted.about
 
-    def remove_unread(self, variants: list[Variant]) -> None:
-        """Remove the weights that none of the variants' graphs reads: intermediate results of a precision."""
-        read = {file for variant in variants for file in weight_files(variant, self._folder)}
-        for graphs, store in self._stores.items():
-            store.keep({file.name for file in read if file.parent.parent == graphs})
+    def gather_weights(self, variants: Sequence[Variant]) -> dict[str, File]:
+        """Gather the weights of all graphs in one file per model and folder, and remove what no graph reads.
+
+        Returns what the manifest says of these files, by their paths in the bundle.
+        """
+        readers: dict[tuple[Path, str], list[Path]] = {}
+        for model in self._system.models:
+            for variant in variants:
+                graph = self._folder / variant.graphs[model.name]
+                readers.setdefault((graph.parent, TARGETS[variant.target].weights(model.name)), []).append(graph)
+        entries: dict[str, File] = {}
+        with self._stages.stage("gathering the weights"):
+            files = {folder: WeightFiles(store) for folder, store in self._stores.items()}
+            for (folder, location), graphs in readers.items():
+                if (entry := files[folder].write(location, graphs)) is not None:
+                    entries[(folder / location).relative_to(self._folder).as_posix()] = entry
+            for each in files.values():
+                each.remove_unread()
+        return entries
 
     def _store(self, graphs: Path) -> Store:
         if graphs not in self._stores:
@@ -115,11 +133,11 @@ class VariantWriter:
         return self._stores[graphs]
 
 
-def weight_files(variant: Variant, folder: Path) -> set[Path]:
-    """The weight files that a variant's graphs read."""
-    files = set()
+def stored_weights(variant: Variant, folder: Path) -> dict[tuple[Path, int], int]:
+    """What a variant's graphs read, each tensor once: its file and offset → bytes."""
+    lengths: dict[tuple[Path, int], int] = {}
     for name in variant.graphs.values():
         for value in ir.load(folder / name).graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                files.add((folder / name).parent / value.const_value.location)
-    return files
+            if isinstance(tensor := value.const_value, ir.ExternalTensor):
+                lengths[(folder / name).parent / tensor.location, tensor.offset or 0] = tensor.length or tensor.nbytes
+    return lengths

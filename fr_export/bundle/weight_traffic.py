@@ -7,6 +7,7 @@ LOOKED_UP: dict[tuple[str, str], tuple[int, ...]] = {
     ("", "Gather"): (0,),
     ("com.microsoft", "GatherBlockQuantized"): (0, 2, 3),
     ("com.microsoft", "GroupQueryAttention"): (7, 8),
+    ("com.microsoft", "RotaryEmbedding"): (2, 3),
 }
 PASSED_ON = {"DequantizeLinear", "Cast"}  # a row of the result needs one row of the input
 

@@ -1,7 +1,6 @@
 """One causal LM on disk: config, tokenizer, lazily read weights and, for a router, the routing head."""
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +10,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fusionroute.fr_export.checkpoints.config_file import family_of
 from fusionroute.fr_export.checkpoints.hub import locate
+from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
-from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter, is_adapter
-from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE
+from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
+from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, is_adapter
+from fusionroute.fr_export.checkpoints.sources.merge_lora import merge
+from fusionroute.fr_export.checkpoints.sources.model_folder import texts_in
+from fusionroute.fr_export.checkpoints.sources.whole import open_source
 from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
 from fusionroute.fr_export.console.quiet import quiet
-from fusionroute.fr_export.families import FAMILIES, Family
+from fusionroute.fr_export.families import Family
 from fusionroute.runtime.errors import InputError, one_line
 
 HEAD_FILE = "routing_head.safetensors"
@@ -56,7 +60,7 @@ class Checkpoint:
         extra = (HEAD_FILE,) if head_key else ()
         if is_adapter(folder, where, source):
             adapter = LoraAdapter.open(folder, where)
-            start = adapter.locate_base(base)
+            start = adapter.config.locate_base(folder, where, base)
             whole = cls.open_whole(name, f"The base ({start}) of {where[0].lower()}{where[1:]}", start, family, ())
             checkpoint = whole.adapted(adapter, extra)
         else:
@@ -66,16 +70,19 @@ class Checkpoint:
         return checkpoint
 
     @classmethod
-    def open_whole(cls, name: str, where: str, folder: Path, family: Family | None, extra: tuple[str, ...]) -> "Checkpoint":
-        """Check a folder with a whole model. `extra` safetensors are read too, where present. Raises like `open`."""
-        raw = read_json(folder / "config.json", f"{where} is not a Hugging Face model folder")
-        family = family_of(where, raw.get("model_type"), family)
-        if raw.get("quantization_config"):
-            raise InputError(f"{where} is already quantised; export from the fp32, fp16 or bf16 checkpoint it was made from.")
-        config, shapes = read_config(folder, where)
+    def open_whole(cls, name: str, where: str, path: Path, family: Family | None, extra: tuple[str, ...]) -> "Checkpoint":
+        """Check a source with a whole model. `extra` safetensors of its folder are read too, where present. Raises like `open`."""
+        source = open_source(where, path)
+        model_type = read_json(source.texts["config.json"], f"{where} has no valid config").get("model_type")
+        family = family_of(where, model_type, family)
+        config, shapes = read_config(source.texts["config.json"].parent, where)
         family.check(where, config)
-        weights = Weights.open(folder, extra)
-        checkpoint = cls(name, where, folder, family, config, weights, texts_in(folder), SourceReport.of("full", weights.entries.values()))
+        tensors = source.tensors(config, shapes)
+        report = source.report(tensors)
+        for file in extra:
+            if (source.folder / file).is_file():
+                tensors |= tensors_of(source.folder / file)
+        checkpoint = cls(name, where, source.folder, family, config, Weights(source.folder, tensors), source.texts, report)
         checkpoint.check_shapes(shapes)
         return checkpoint
 
@@ -84,7 +91,7 @@ class Checkpoint:
 
         `extra` safetensors of the adapter's folder are read too. Raises InputError where the two do not belong together.
         """
-        tensors, tied = adapter.over(self.weights.entries, self.config.tie_word_embeddings)
+        tensors, tied = merge(adapter, self.weights.entries, self.config.tie_word_embeddings)
         for name in extra:
             if (file := adapter.folder / name).is_file():
                 tensors |= tensors_of(file)
@@ -174,27 +181,15 @@ class Checkpoint:
         return template
 
 
-def texts_in(folder: Path) -> dict[str, Path]:
-    """The files in a folder by name, without weights."""
-    return {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt")}
-
-
-def family_of(where: str, model_type: Any, expected: Family | None) -> Family:
-    """The family of a config's model type. Raises InputError for an unknown one, or for another than the expected."""
-    family = next((family for family in FAMILIES.values() if family.model_type == model_type), None)
-    if family is None or expected not in (None, family):
-        supported = ", ".join(f"{each.name} ('{each.model_type}')" for each in FAMILIES.values())
-        mend = f"use --family {family.name}" if family else f"supported families are {supported}"
-        expects = f"; family {expected.name} expects '{expected.model_type}'" if expected else ""
-        raise InputError(f"{where} is of model type {model_type!r}{expects}: {mend}.")
-    return family
-
-
 def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """config.json as transformers reads it, and the tensors that such a model has: name → shape."""
+    """config.json as transformers reads it, of its language model where it has other parts, and the tensors that such a
+    model has: name → shape.
+    """
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder).get_text_config()
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # what is read is dequantised
         if config.num_hidden_layers < 1 or config.num_attention_heads % config.num_key_value_heads:
             raise ValueError("expected at least one layer, and as many attention heads as key-value heads or a multiple of them")
         return config, shapes_of(empty_model(config))
@@ -212,16 +207,3 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
     """The tensors that a transformers model reads from its checkpoint: name → shape."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-
-
-def read_json(file: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError `what: …` where the file is missing or broken."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{what}: it holds no {file.name}; download or write it again.") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{what}: {file.name} cannot be read as JSON ({error}); write or download it again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{what}: {file.name} holds no JSON object; write or download it again.")
-    return value

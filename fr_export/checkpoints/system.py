@@ -6,6 +6,7 @@ import numpy as np
 
 from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
 from fusionroute.fr_export.families import Family
+from fusionroute.fr_export.families.family import positions
 from fusionroute.runtime.errors import InputError
 
 DEFAULT_CONTEXT = 4096
@@ -133,10 +134,11 @@ def context(models: tuple[Checkpoint, ...], max_seq_len: int | None) -> int:
 
     Raises InputError where a model was trained for fewer positions.
     """
-    shortest = min(models, key=lambda model: model.config.max_position_embeddings)
-    limit = int(shortest.config.max_position_embeddings)
+    shortest = min(models, key=lambda model: positions(model.config))
+    limit = positions(shortest.config)
     if max_seq_len is None:
         return min(DEFAULT_CONTEXT, limit)
     if not 2 <= max_seq_len <= limit:
-        raise InputError(f"--max-seq-len {max_seq_len} does not fit: {shortest.where} was trained for 2 to {limit} positions.")
+        beyond = "; beyond them its longrope takes other rotary frequencies" if limit < shortest.config.max_position_embeddings else ""
+        raise InputError(f"--max-seq-len {max_seq_len} does not fit: {shortest.where} was trained for 2 to {limit} positions{beyond}.")
     return max_seq_len

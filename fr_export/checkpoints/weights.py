@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fusionroute.fr_export.checkpoints.pickled import PICKLES, conversion
 from fusionroute.fr_export.checkpoints.tensors import SafetensorsTensor, StoredTensor
 from fusionroute.runtime.errors import InputError
 
 FLOATS = {"F32", "F16", "BF16"}
-PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 SLICE = 1 << 24  # elements converted at a time: 64 MB as fp32. Gemma-2's embedding alone is 2.4 GB
 
 
@@ -43,7 +43,7 @@ class Weights:
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise InputError(f"{index} is not a valid shard index; download the checkpoint again.") from error
         elif pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
-            raise InputError(f"{folder} holds pickled weights ({pickled[0]}) only; convert them to safetensors, which cannot run code.")
+            raise InputError(f"{folder} holds pickled weights ({pickled[0]}) only; {conversion(str(folder))}")
         else:
             raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json; download or write it again.")
         files |= {folder / name for name in extra if (folder / name).is_file()}

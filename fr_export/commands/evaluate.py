@@ -6,7 +6,6 @@ Needs no torch.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from fusionroute.fr_export.evaluation.methods import check
 from fusionroute.fr_export.evaluation.questions import Questions, read_questions
-from fusionroute.fr_export.evaluation.report import tables
+from fusionroute.fr_export.evaluation.report import shown
 from fusionroute.fr_export.evaluation.study import EvaluationRequest, expanded, run
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, Split, draw_many
 from fusionroute.runtime.command_errors import one_sentence
@@ -26,7 +25,6 @@ from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Fusion, Manifest
 
 METHODS = "fused,token,router,experts,sequence,sequence-routed,collab"
-WIDE = 160  # columns of tables where stdout is no terminal
 
 
 def main(
@@ -106,9 +104,8 @@ def show(report: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, ensure_ascii=False), flush=True)
         return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
-    for table in tables(report["rows"]):
-        console.print(table)
+    console = Console(highlight=False)
+    console.print(*shown(console, report["rows"]))
     for label, curve in report["lambda_curves"].items():
         console.print(f"{label}: " + ", ".join(f"λ {lam:g} {value:.1%}" for lam, value in curve))
     console.print(f"results.json and pictures: {out}")

@@ -1,32 +1,35 @@
 """`python export.py`, `fusionroute export`: the flags of the exporter, read straight into a `Request`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from fusionroute.fr_export.checkpoints.config_file import detect_family
 from fusionroute.fr_export.commands.options import BaseOption, ExpertOptions, FamilyOption, parse_experts
+from fusionroute.fr_export.commands.variants import (
+    TARGET_HELP,
+    check_calibration,
+    check_precisions,
+    default_folder,
+    parse_compare,
+    parse_gpus,
+    parse_precisions,
+    parse_targets,
+)
+from fusionroute.fr_export.console.log import logging_to
+from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.families import Family
 from fusionroute.runtime.command_errors import fail, one_sentence
 from fusionroute.runtime.commands.options import Debug, Json, names
-from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.commands.verbs import Version
+from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.manifest import Fusion
 from fusionroute.runtime.precisions import RECORDS
-from fusionroute.runtime.tensorrt.library import parse_sms
 
-# as the command line spells them → what they are for
-TARGET_HELP = {
-    "ort": "ONNX Runtime on CPU",
-    "ort:cuda": "ONNX Runtime on GPUs",
-    "portable": "Optimum",
-    "tensorrt": "graphs for TensorRT",
-    "tensorrt:10.3": "graphs for JetPack 6",
-    "rtx[:sm86+sm89+sm120]": "graphs and TensorRT-RTX engines",
-}
-ALIASES = {"ort": "ort:cpu", "rtx": "tensorrt"}
-SMS = (86, 89, 120)  # what engines are built for where no GPUs are named: GeForce RTX 30, 40 and 50
 MISSING = "The exporter needs the package '{}': install the extra 'export' (pip install 'fusionroute[export,cpu]')."
 
 
@@ -35,59 +38,6 @@ def parse_lambda(value: float | None) -> float | None:
     if value is not None and not 0 <= value <= 1:
         raise typer.BadParameter(f"{value} is not in the range 0<=x<=1.", param_hint="--lambda")
     return value
-
-
-def parse_targets(text: str) -> tuple[str, ...]:
-    """Comma list of targets, without repetitions. `ort` means `ort:cpu`, and `rtx` the graphs of `tensorrt`."""
-    from fusionroute.fr_export.precision import SCHEMES
-
-    targets = tuple(dict.fromkeys(ALIASES.get(without_gpus(name), name) for name in names(text)))
-    for target in targets:
-        if target not in SCHEMES:
-            known = ", ".join(dict.fromkeys((*TARGET_HELP, *SCHEMES)))
-            raise typer.BadParameter(f"unknown target '{target}'; this version exports {known}", param_hint="--target")
-    return targets
-
-
-def without_gpus(name: str) -> str:
-    """A target without the GPUs behind `rtx:`."""
-    return "rtx" if name.startswith("rtx:") else name
-
-
-def parse_gpus(text: str) -> tuple[int, ...]:
-    """The compute capabilities in `rtx:sm86+sm89` among the targets: `SMS` for a plain `rtx`, none without it."""
-    sms: list[int] = []
-    for name in names(text):
-        if without_gpus(name) == "rtx":
-            _, colon, gpus = name.partition(":")
-            try:
-                sms += parse_sms(gpus) if colon else SMS
-            except InputError as error:
-                raise typer.BadParameter(str(error).rstrip("."), param_hint="--target") from error
-    return tuple(dict.fromkeys(sms))
-
-
-def parse_precisions(text: str | None, targets: tuple[str, ...], family: Family) -> tuple[str, ...]:
-    """Comma list of precisions, or the family's defaults. Each is exported for every target that has it."""
-    from fusionroute.fr_export.precision import SCHEMES
-
-    if text is None:
-        defaults = ((target, name) for target in targets for name in family.precisions.get(target, family.precisions["other"]))
-        return tuple(dict.fromkeys(name for target, name in defaults if name in SCHEMES[target]))
-    precisions = names(text)
-    known = dict.fromkeys(precision for target in targets for precision in SCHEMES[target])
-    for precision in precisions:
-        if precision not in known:
-            raise typer.BadParameter(
-                f"unknown precision '{precision}' for {' and '.join(targets)}; expected {', '.join(known)}", param_hint="--precision"
-            )
-    for target in targets:
-        if not set(precisions) & SCHEMES[target].keys():
-            raise typer.BadParameter(
-                f"{target} has no precision {' or '.join(precisions)}; name one of {', '.join(SCHEMES[target])} too, or leave the target out",
-                param_hint="--precision",
-            )
-    return precisions
 
 
 def find_checkpoints(family: Family, preset: str | None, router: str | None, experts: dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -102,7 +52,7 @@ def find_checkpoints(family: Family, preset: str | None, router: str | None, exp
 
 
 def main(
-    family: FamilyOption,
+    family: FamilyOption = None,
     preset: Annotated[
         Literal["tiny", "paper"] | None,
         typer.Option(help="Named checkpoints: tiny (ships with the package; the default) or paper (hub ids)."),
@@ -134,53 +84,90 @@ def main(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where a precision loses more than its bound; nothing is written then.")
     ] = False,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS|none",
+            help="How much text to compare each precision with torch on; default: as much as takes a tenth of the export's time.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show sizes, memory and time that the export would take, write nothing.")
+    ] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="Write what happens when, versions, and the traceback of a failure to this file.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
+    version: Version = False,
 ) -> None:
     """Export a FusionRoute system, a router LM and its expert LMs, into a bundle that the runtime generates from."""
-    bundle = out or Path("dist") / family.name
-    with one_sentence("export", MISSING, bundle, "nothing was written", debug):
-        gpus, named_experts = parse_gpus(target), dict(parse_experts(expert or []))
-        console = Console(stderr=True)
-        with console.status("loading torch and transformers"):  # the schemes, which say what a target has, need torch
-            targets = parse_targets(target)
-            precisions = parse_precisions(precision, targets, family)
-            router, experts = find_checkpoints(family, preset, router, named_experts)
-            from fusionroute.fr_export.console.progress import Stages
-            from fusionroute.fr_export.export import Request, export
-        request = Request(
-            family=family,
-            router=router,
-            experts=experts,
-            precisions=precisions,
-            targets=targets,
-            out=bundle,
-            fusion=fusion,
-            lam=lam,
-            max_seq_len=max_seq_len,
-            calibration=calibration,
-            head_key=routing_head_key,
-            base=base,
-            force=force,
-            strict=strict,
-            gpus=gpus,
-        )
-        stages = Stages(console)
-        with stages.progress:
-            report = export(request, stages)
+    with one_sentence("export", MISSING, out, "nothing was written", debug):
+        # All that can be refused without torch is refused before it is loaded.
+        gpus, targets, named_experts = parse_gpus(target), parse_targets(target), dict(parse_experts(expert or []))
+        if precision is not None:
+            check_precisions(names(precision), targets)
+        tokens = parse_compare(compare)
+        if strict and tokens == 0:
+            raise typer.BadParameter("a precision that is not compared cannot be held to its bound", param_hint="--strict / --compare none")
+        family = family or family_of_router(router, base)
+        precisions = parse_precisions(precision, targets, family)
+        check_calibration(calibration, precisions, targets)
+        router, experts = find_checkpoints(family, preset, router, named_experts)
+        bundle = out or default_folder(family)
+        from fusionroute.fr_export.bundle.early_refusals import refuse
+
+        refuse(bundle, force, calibration, experts, gpus)
+        with logging_to(log, bundle) as entries:
+            stages = Stages(Console(stderr=True), entries)
+            with stages.progress:
+                with stages.stage("loading torch and transformers"):
+                    from fusionroute.fr_export.export import Request, check, export
+                request = Request(
+                    family=family,
+                    router=router,
+                    experts=experts,
+                    precisions=precisions,
+                    targets=targets,
+                    out=bundle,
+                    fusion=fusion,
+                    lam=lam,
+                    max_seq_len=max_seq_len,
+                    calibration=calibration,
+                    head_key=routing_head_key,
+                    base=base,
+                    force=force,
+                    strict=strict,
+                    gpus=gpus,
+                    compare=tokens,
+                )
+                report = asdict(check(request, stages).forecast) if dry_run else export(request, stages)
     try:
-        show(report, bundle, as_json)
+        show(report, bundle, as_json, dry_run)
     except BrokenPipeError:
         raise
     except OSError as error:
-        fail(f"The bundle at {bundle} is complete, but its report cannot be printed ({error.strerror}); it is in report.json.", debug)
+        state = "Nothing was written, and the plan" if dry_run else f"The bundle at {bundle} is complete, but its report"
+        rest = "" if dry_run else "; it is in report.json"
+        fail(f"{state} cannot be printed ({error.strerror}){rest}.", debug)
 
 
-def show(report: dict[str, Any], bundle: Path, as_json: bool) -> None:
-    """Print the report: one JSON object, or tables."""
+def family_of_router(router: str | None, base: str | None) -> Family:
+    """The family that the config of `--router` names, where none is named on the command line."""
+    if router is None:
+        raise typer.BadParameter("name the model family, or with --router a checkpoint, whose config.json names it", param_hint="--family")
+    return detect_family(router, base)
+
+
+def show(report: dict[str, Any], bundle: Path, as_json: bool, dry_run: bool) -> None:
+    """Print the report or the plan: one JSON object, or tables."""
     if as_json:
         print(json.dumps(report), flush=True)
+    elif dry_run:
+        from fusionroute.fr_export.forecast.table import show_forecast
+
+        show_forecast(Console(highlight=False), report, bundle)
     else:
         from fusionroute.fr_export.verify.report import show_report
 
-        show_report(Console(), report, bundle)
+        show_report(Console(highlight=False), report, bundle)

@@ -13,6 +13,8 @@ from fusionroute.runtime.commands.verbs import Verb, program, run_verb
 VERBS = {
     "export": Verb("fusionroute.fr_export.commands.export:main", "Export a router and its experts into a bundle.", extra="export,cpu"),
     **runtime.VERBS,
+    "push": Verb("fusionroute.fr_export.commands.hub:push", "Push a bundle to the Hugging Face hub.", extra="hub"),
+    "pull": Verb("fusionroute.fr_export.commands.hub:pull", "Pull a bundle from the Hugging Face hub.", extra="cpu,hub"),
     "init-router": Verb("fusionroute.fr_export.commands.init_router:main", "Make a router with an untrained head.", extra="export"),
     "train": Verb("fusionroute.fr_export.commands.train:main", "Train a router for given experts.", extra="export,train"),
     "evaluate": Verb("fusionroute.fr_export.commands.evaluate:main", "Measure the accuracy of bundles on tasks.", extra="train"),

@@ -10,7 +10,7 @@ from fusionroute.fr_export.families import FAMILIES, Family
 def parse_family(name: str) -> Family:
     """The family of a name."""
     if name not in FAMILIES:
-        raise typer.BadParameter(f"unknown family '{name}'; expected {' or '.join(FAMILIES)}", param_hint="--family")
+        raise typer.BadParameter(f"unknown family '{name}'; expected {', '.join(FAMILIES)}", param_hint="--family")
     return FAMILIES[name]
 
 
@@ -34,7 +34,11 @@ def parse_experts(texts: list[str]) -> list[tuple[str, str]]:
 
 FamilyOption = Annotated[
     Family | None,
-    typer.Option(parser=parse_family, metavar="|".join(FAMILIES), help="Model family; default: the one that the router's config names."),
+    typer.Option(
+        parser=parse_family,
+        metavar="FAMILY",
+        help=f"Model family ({', '.join(FAMILIES)}); default: the one that the router's config names.",
+    ),
 ]
 ExpertOptions = Annotated[
     list[str] | None,

@@ -25,17 +25,19 @@ from fusionroute.fr_export.training.recipe import (
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.files import cache_folder
+from fusionroute.runtime.tables import tables
 
 T = TypeVar("T", int, float)
 CACHE = cache_folder() / "scores"
+FIGURES = ("steps", "seconds", "MiB", "LM loss", "routing", "DPO", "accuracy", "margin")
 
 
 def main(
     router: Annotated[str, typer.Option(help="Where the router starts from: a model or LoRA adapter (the paper: the instruction expert).")],
     out: Annotated[Path | None, typer.Option(help="Folder of the trained router, as the exporter reads it.")] = None,
+    family: FamilyOption = None,
     expert: ExpertOptions = None,
     base: BaseOption = None,
-    family: FamilyOption = None,
     direct: Annotated[bool, typer.Option("--direct", help="Plain fine-tuning, without experts and routing head.")] = False,
     sft: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}.')] = None,
     preferences: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "chosen", "rejected"}.')] = None,
@@ -180,17 +182,17 @@ def show(report: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(report)), flush=True)
         return
-    table = Table("stage", "steps", "seconds", "MiB", "LM loss", "routing", "DPO", "accuracy", "margin")
-    for stage in report.stages:
-        last = [stage["last"].get(name) for name in ("lm_loss", "routing_loss", "dpo_loss", "reward_accuracy", "reward_margin")]
-        table.add_row(
-            stage["name"],
-            str(stage["steps"]),
-            f"{stage['seconds']:.1f}",
-            f"{stage['peak_mib']:.0f}",
-            *("" if value is None else f"{value:.3f}" for value in last),
-        )
-    console = Console()
-    console.print(table)
+    console = Console(highlight=False)
+    console.print(*stage_tables(console, report.stages))
     skipped = f", {report.skipped} skipped as too long" if report.skipped else ""
     console.print(f"{report.out}: {report.rows} samples and {report.pairs} preferences learnt from{skipped}")
+
+
+def stage_tables(console: Console, stages: Sequence[dict[str, Any]]) -> list[Table]:
+    """One row per stage."""
+    rows = []
+    for stage in stages:
+        last = [stage["last"].get(name) for name in ("lm_loss", "routing_loss", "dpo_loss", "reward_accuracy", "reward_margin")]
+        losses = ("–" if value is None else f"{value:.3f}" for value in last)
+        rows.append((stage["name"], str(stage["steps"]), f"{stage['seconds']:.1f}", f"{stage['peak_mib']:.0f}", *losses))
+    return tables(console, "", ("stage",), FIGURES, rows)

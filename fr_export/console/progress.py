@@ -1,4 +1,4 @@
-"""The stages of a long job: progress on the terminal; seconds and peak memory of each for the report."""
+"""The stages of a long job: progress on the console; seconds and peak memory of each for the report and the log."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from fusionroute.fr_export.console.bars import Bars
+from fusionroute.fr_export.console.lines import Lines
+from fusionroute.fr_export.console.log import Log
 from fusionroute.runtime.bench.memory import PeakMemory
 
 
@@ -21,31 +23,31 @@ class FinishedStage:
 
 
 class Stages:
-    """Runs stages one after the other under one progress display on stderr."""
+    """Runs stages one after the other. `progress` shows them on the console while it is entered: bars on a terminal,
+    elsewhere a line every few seconds.
+    """
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, log: Log | None = None):
         self.done: list[FinishedStage] = []
-        self.progress = Progress(
-            TextColumn("{task.description:<34}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=False,
-        )
+        self.progress = Bars(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)
+        self._log = log or Log()
 
     @contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
-        """Show and measure one stage; yields the function that advances its bar."""
-        task = self.progress.add_task(name, total=total or 1.0)
+        """Show and measure one stage; yields the function that counts what is done of `total`."""
+        self._log.line(f"{name} …")
+        advance = self.progress.begin(name, total)
         start = time.perf_counter()
         with PeakMemory() as memory:
-            yield lambda amount: self.progress.advance(task, amount)
-        self.progress.update(task, completed=total or 1.0)
-        self.done.append(FinishedStage(name, round(time.perf_counter() - start, 2), round(memory.peak.anonymous / 2**20, 1)))
+            yield advance
+        self.progress.end()
+        finished = FinishedStage(name, round(time.perf_counter() - start, 2), round(memory.peak.anonymous / 2**20, 1))
+        self.done.append(finished)
+        self._log.line(f"{name}: {finished.seconds:.2f} s, peak memory {finished.peak_anonymous_mib:,.0f} MiB")
 
     def note(self, text: str) -> None:
-        """Show a sentence above the progress display."""
+        """Show a sentence for the user, and log it."""
+        self._log.line(text)
         self.progress.console.print(text)
 
     def report(self) -> list[dict[str, float | str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from fusionroute.fr_export.evaluation import routing
@@ -16,6 +16,7 @@ from fusionroute.fr_export.evaluation.outcomes import Outcomes
 from fusionroute.fr_export.evaluation.questions import Question, Questions
 from fusionroute.fr_export.evaluation.scoring import bleu
 from fusionroute.fr_export.evaluation.token_classes import CLASSES
+from fusionroute.runtime.tables import tables
 
 
 @dataclass(frozen=True)
@@ -75,28 +76,22 @@ def _named(names: Iterable[str], experts: Sequence[str], shares: np.ndarray) -> 
     return {name: None if np.isnan(row).any() else dict(zip(experts, row, strict=True)) for name, row in rows}
 
 
-def tables(entries: Sequence[dict[str, Any]]) -> list[Table]:
-    """Two tables: accuracy with the half-width of its interval and the difference from the first row; F1 and BLEU."""
-    domains = list(entries[0]["domains"])
-    accuracy = _table("Exact match in %, ± half of the 95 % bootstrap interval", [*domains, "average", "− first row", "p"])
-    texts = _table("Word F1 in % / BLEU", [*domains, "average"])
+def shown(console: Console, entries: Sequence[dict[str, Any]]) -> list[Table]:
+    """Accuracy with the half-width of its interval and the difference from the first row; F1 and BLEU."""
+    names, domains = ("bundle", "precision", "method"), list(entries[0]["domains"])
+    accuracy, texts = [], []
     for entry in entries:
-        names = [entry["bundle"], entry["precision"], entry["method"]]
+        row = [entry["bundle"], entry["precision"], entry["method"]]
         columns = [*entry["domains"].values(), entry["average"]]
         against = entry["against_first"]
         compared = ["", ""] if against is None else [f"{_percent(against, 'difference'):+.1f} {_half(against)}", f"{against['p']:.3f}"]
-        accuracy.add_row(*names, *(f"{_percent(c['accuracy']):.1f} {_half(c['accuracy'])}" for c in columns), *compared)
-        texts.add_row(*names, *(f"{_percent(c['f1']):.1f} / {'–' if c['bleu'] is None else format(c['bleu'], '.1f')}" for c in columns))
-    return [accuracy, texts]
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("bundle", "precision", "method"):
-        table.add_column(name)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+        accuracy.append([*row, *(f"{_percent(c['accuracy']):.1f} {_half(c['accuracy'])}" for c in columns), *compared])
+        texts.append([*row, *(f"{_percent(c['f1']):.1f} / {'–' if c['bleu'] is None else format(c['bleu'], '.1f')}" for c in columns)])
+    title = "Exact match in %, ± half of the 95 % bootstrap interval"
+    return [
+        *tables(console, title, names, [*domains, "average", "− first row", "p"], accuracy),
+        *tables(console, "Word F1 in % / BLEU", names, [*domains, "average"], texts),
+    ]
 
 
 def _percent(score: Mapping[str, float], key: str = "value") -> float:

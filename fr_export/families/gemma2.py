@@ -4,15 +4,14 @@ embedding.
 
 from typing import Any
 
-from fusionroute.fr_export.families.family import Family, Preset, check_rope
+from fusionroute.fr_export.families.family import Family, Preset, check_rope, check_windows
 from fusionroute.runtime.errors import InputError
 
 
 def check(where: str, config: Any) -> None:
     """Sliding windows need a length, and attention must look back only (Gemma's encoder variants do not)."""
     check_rope(where, config)
-    if "sliding_attention" in config.layer_types and not (config.sliding_window or 0) > 0:
-        raise InputError(f"{where} has sliding-attention layers but no positive 'sliding_window' in its config.json.")
+    check_windows(where, config)
     if getattr(config, "use_bidirectional_attention", None):
         raise InputError(f"{where} attends in both directions, so it cannot generate: use a causal Gemma-2 checkpoint.")
 

@@ -8,4 +8,5 @@ fusion_graph.py    the graph that fuses router and expert logits
 decoder_blocks.py  a graph cut into its decoder blocks, to run with one block's weights in memory
 source_rows.py     the values of an initialiser, read from the checkpoint
 weight_store.py    content-addressed files that graphs share their weights through
+weight_files.py    those files gathered in one per model
 """

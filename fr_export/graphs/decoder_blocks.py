@@ -128,8 +128,8 @@ def layer(graph: Graph, value: ir.Value) -> int | None:
 def build(
     graph: Graph, name: str, nodes: list[ir.Node], states_in: list[ir.Value], states_out: list[ir.Value], observed: dict[str, ir.Value]
 ) -> Block:
-    """The block that computes `states_out` and the observed values from `states_in`. Its names are the same for every
-    layer.
+    """The block that computes `states_out` and the observed values from `states_in`, and passes on those in both. Its
+    names are the same for every layer.
     """
     results = unique((*states_out, *observed.values()))
     copied: dict[ir.Value, ir.Value] = {}
@@ -162,7 +162,8 @@ def build(
     for value in results:
         copied[value].type = ir.TensorType(ir.DataType.FLOAT)
     opsets = graph.model.graph.opset_imports
-    cut = ir.Graph(inputs, [copied[v] for v in results], nodes=copies, initializers=initializers, opset_imports=dict(opsets), name="block")
+    outputs = [copied[value] for value in results if value not in states_in]
+    cut = ir.Graph(inputs, outputs, nodes=copies, initializers=initializers, opset_imports=dict(opsets), name="block")
     model = ir.serde.serialize_model(ir.Model(cut, ir_version=graph.model.ir_version))
     return Block(
         name,

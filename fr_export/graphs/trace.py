@@ -1,10 +1,10 @@
 """Trace a Hugging Face causal LM into ONNX without its weights: parameters are fakes with a shape and a name."""
 
 import copy
-import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from fusionroute.fr_export.console.quiet import quiet
 from fusionroute.fr_export.families import Family
-from fusionroute.fr_export.graphs.dialects import Dialect, ort
+from fusionroute.fr_export.graphs.dialects import Dialect, ort, rotary
 from fusionroute.fr_export.graphs.dialects.layers import NORMS, cache_head_size
 from fusionroute.fr_export.graphs.graph import Graph, Source
 from fusionroute.runtime.errors import FusionError, one_line
@@ -90,33 +90,28 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, dialec
 def computed_buffers(family: Family, config: Any, max_seq_len: int) -> dict[str, Any]:
     """Buffers that no checkpoint stores, from a real model of the same config with no layers and a tiny vocabulary.
 
-    Float32: rotary tables `rotary_cos` and `rotary_sin` [max_seq_len, head_size / 2], and all non-persistent buffers by
-    name. Raises FusionError for a family that lacks what the dialects rely on.
+    Float32 by name, as the dialects' models have them: with rotary tables of `max_seq_len` positions, or with what the
+    model computes its own from. Raises FusionError for a family that lacks what the dialects rely on.
     """
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = 0, 8
-    if getattr(small, "layer_types", None) is not None:
-        small.layer_types = []
     with torch.no_grad(), quiet():
-        model: nn.Module = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
-        check_served(family, model)
-        cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(max_seq_len)[None])
-        buffers = {name: buffer.float().numpy() for name, buffer in model.named_buffers()}
-    half = cos.shape[-1] // 2
-    return buffers | {
-        "rotary_cos": cos[0, :, :half].contiguous().numpy(),
-        "rotary_sin": sin[0, :, :half].contiguous().numpy(),
-    }
+        buffers: dict[str, Any] = {}
+        for stand_in in (rotary.defer, partial(rotary.tabulate, positions=max_seq_len)):
+            model: nn.Module = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+            check_served(family, model)
+            stand_in(model)
+            buffers |= {name: buffer.float().numpy() for name, buffer in model.named_buffers()}
+    return buffers
 
 
 def check_served(family: Family, model: nn.Module) -> None:
     """Refuse a model that lacks what the dialects replace or read. Raises FusionError naming it."""
-    rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
-    if rotary is None:
+    if not hasattr(getattr(model, "model", None), "rotary_emb"):
         raise unserved(family, "rotary embeddings at 'model.rotary_emb'")
-    _, _, *more = inspect.signature(rotary.forward).parameters.values()
-    if required := [parameter.name for parameter in more if parameter.default is parameter.empty]:
-        raise unserved(family, f"one rotary table for all layers (its own also depends on {' and '.join(required)})")
+    for module in rotary.embeddings(model).values():
+        if more := set(rotary.required(module)) - {"layer_type"}:
+            raise unserved(family, f"rotary tables by position and kind of layer (its own also depend on {' and '.join(sorted(more))})")
     if not hasattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb"):
         raise unserved(family, "a function 'apply_rotary_pos_emb' beside its model")
     if not isinstance(getattr(model, "lm_head", None), nn.Linear):

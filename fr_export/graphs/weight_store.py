@@ -1,9 +1,12 @@
 """Content-addressed weights: a tensor that several graphs, models or precisions share lies on disk once, named by its
 SHA-256.
+
+An export writes them as single files. When all graphs are written, `weight_files.py` gathers them in a few large ones.
 """
 
 import hashlib
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +24,39 @@ class Blob:
     sha256: str
     length: int
 
+    @property
+    def path(self) -> Path:
+        """Its own file, until it moves into one with others."""
+        return self.folder / f"{self.sha256}.bin"
+
     def tensor(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:
         """The blob as an initialiser's external data; several initialisers may read one blob with different shapes."""
-        location = f"{FOLDER}/{self.sha256}.bin"
+        location = f"{FOLDER}/{self.path.name}"
         return ir.ExternalTensor(location, 0, self.length, dtype, shape=ir.Shape(shape), name=name, base_dir=self.folder.parent)
 
     def read(self, dtype: np.dtype[Any]) -> np.ndarray:
         """The values, flat."""
-        return np.fromfile(self.folder / f"{self.sha256}.bin", dtype)
+        return np.fromfile(self.path, dtype)
 
 
 class Store:
-    """Writes blobs into `graphs/weights`. `digests` holds what has been written: file name → (sha256, bytes)."""
+    """Writes blobs into `graphs/weights`, several at once if need be. `blobs` are those written, by their hash."""
 
     def __init__(self, graphs: Path):
         self.folder = graphs / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.digests: dict[str, tuple[str, int]] = {}
-        self.opened = 0
+        self.blobs: dict[str, Blob] = {}
+        self._numbers = count(1)  # threads may draw from it at once
 
     def writer(self) -> "Writer":
         """A new blob, written in pieces."""
-        self.opened += 1
-        return Writer(self, self.folder / f"writing-{self.opened}")
+        return Writer(self, self.folder / f"writing-{next(self._numbers)}")
 
     def put(self, array: np.ndarray) -> Blob:
         """A whole array at once."""
         with self.writer() as writer:
             writer.write(array)
         return writer.blob
-
-    def keep(self, names: set[str]) -> None:
-        """Remove every blob whose file is not among `names`: intermediate results that no graph reads."""
-        for name in self.digests.keys() - names:
-            (self.folder / name).unlink()
-            del self.digests[name]
 
 
 class Writer:
@@ -86,11 +87,9 @@ class Writer:
         if kind is not None:
             self.path.unlink()
             return
-        digest = self.hash.hexdigest()
-        self.blob = Blob(self.store.folder, digest, self.length)
-        name = f"{digest}.bin"
-        if name in self.store.digests:
+        self.blob = Blob(self.store.folder, self.hash.hexdigest(), self.length)
+        if self.blob.sha256 in self.store.blobs:
             self.path.unlink()
         else:
-            self.path.replace(self.store.folder / name)
-            self.store.digests[name] = (digest, self.length)
+            self.path.replace(self.blob.path)
+            self.store.blobs[self.blob.sha256] = self.blob

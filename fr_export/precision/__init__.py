@@ -27,7 +27,8 @@ from fusionroute.runtime.precisions import PRECISIONS
 def collect(modules: Mapping[str, Schemes]) -> dict[str, dict[str, Scheme]]:
     """Target → name → scheme, in the order of the records. `modules`: the SCHEMES of each module, by the module's name.
 
-    Raises FusionError for a scheme without a record, which would have no bound.
+    Raises FusionError for a scheme without a record, which would have no bound, and for one whose record lacks the
+    target: the command line knows by the records what there is.
     """
     by_target: dict[str, dict[str, Scheme]] = {}
     for module, schemes in modules.items():
@@ -36,6 +37,11 @@ def collect(modules: Mapping[str, Schemes]) -> dict[str, dict[str, Scheme]]:
                 if scheme.name not in PRECISIONS:
                     raise FusionError(
                         f"The precision '{scheme.name}' of {module} has no record and so no bound: add one to runtime/precisions.py."
+                    )
+                if target not in PRECISIONS[scheme.name].targets:
+                    raise FusionError(
+                        f"{module} has the precision '{scheme.name}' for {target}, which its record does not name: "
+                        "add the target to the record in runtime/precisions.py."
                     )
                 by_target.setdefault(target, {})[scheme.name] = scheme
     return {target: {name: by_target[target][name] for name in PRECISIONS if name in by_target[target]} for target in sorted(by_target)}

@@ -28,7 +28,7 @@ def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: 
         if source.constant is None and len(value.shape) == 2 and any(users(value)):
             scheme.bind(graph, value, counted(rows(source, weights), advance), store)
             continue
-        array = source.constant if source.constant is not None else next(iter(rows(source, weights)))
+        array = source.constant if source.constant is not None else np.concatenate(list(rows(source, weights)))
         array = in_type(np.asarray(array, np.float32), value)
         if array.size <= INLINE:
             value.const_value = ir.tensor(array, name=name)

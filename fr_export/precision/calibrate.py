@@ -13,19 +13,25 @@ from fusionroute.calibration.observe import observe
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import RecordedText, record
 from fusionroute.calibration.serving_masks import serving_masks
+from fusionroute.calibration.side_by_side import SideBySide
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.graphs.batch_dimension import batched
 from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.runtime import FusionRuntime, files
+from fusionroute.runtime import files
+from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
+from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.options import fusion_coefficients
+from fusionroute.runtime.prompt import PromptEncoder
 
-VERSION = 1  # of this computation: raising it invalidates every cached result
+VERSION = 2  # of this computation: raising it invalidates every cached result
 NEW_TOKENS = 64
 RANDOM_PROMPT = 32  # tokens of a prompt for a system without a tokenizer
-TOGETHER = 8  # prompts recorded before the texts are saved again
+TOGETHER = 8  # texts recorded before they are saved again
 
 
 def cache_folder() -> Path:
@@ -86,10 +92,7 @@ def check(table: Table, system: System, graphs: dict[str, Graph]) -> None:
     """
     mend = "calibrate this system instead"
     names = [model.name for model in system.models]
-    if list(table.models) != names:
-        raise InputError(
-            f"The calibration table is of the models {', '.join(table.models) or 'none'}, the system has {', '.join(names)}: {mend}."
-        )
+    table.check_models(names)
     for name in names:
         expected, widths = matrices(graphs[name]), {matrix: len(seen.channel_absmax) for matrix, seen in table.models[name].items()}
         if different := sorted(expected.keys() ^ widths.keys()):
@@ -140,17 +143,26 @@ def asked(system: System, prompts: Sequence[str], seed: int) -> list[str | list[
 
 
 def recorded(
-    bundle: Path, precision: str, prompts: list[str | list[int]], new_tokens: int, seed: int, cached: "Cache", stages: Stages
+    folder: Path, precision: str, prompts: list[str | list[int]], new_tokens: int, seed: int, cached: "Cache", stages: Stages
 ) -> list[RecordedText]:
     """One text per prompt. Every text has its own random stream, so the texts of an interrupted call can be reused."""
     texts = cached.table("texts").texts
     with stages.stage("recording what the system does", len(prompts)) as advance:
         advance(len(texts))
-        if len(texts) < len(prompts):
-            with FusionRuntime.load(bundle, precision=precision, device="cpu", prefix_cache=0) as runtime:
-                while len(texts) < len(prompts):
-                    start = len(texts)
-                    texts = texts + record(runtime, prompts[start : start + TOGETHER], new_tokens, seed + start, advance)
+        if len(texts) == len(prompts):
+            return texts
+        bundle = Bundle.open(folder)
+        manifest = bundle.manifest
+        encoder, room = PromptEncoder(bundle), manifest.max_seq_len - new_tokens
+        ids = [encoder.ids(prompt)[:room] for prompt in prompts[len(texts) :]]
+        variant = next(each for each in manifest.variants if (each.target, each.precision) == (CPU, precision))
+        files = [folder / variant.graphs[model.name] for model in manifest.models]
+        coefficients, ends = fusion_coefficients(manifest.fusion, manifest.lam), frozenset(manifest.eos_token_ids)
+        with SideBySide(files, [batched(file) for file in files], max(map(len, ids)) + new_tokens) as models:
+            for text in record(models, ids, new_tokens, ends, coefficients, seed + len(texts)):
+                texts = [*texts, text]
+                advance(1)
+                if len(texts) % TOGETHER == 0 or len(texts) == len(prompts):
                     cached.keep("texts", Table(texts, {}, cached.identity))
     return texts
 

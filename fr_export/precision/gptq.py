@@ -6,15 +6,20 @@ as the operators read them. Written by hand: libraries hold a whole model in tor
 weights that are read in slices.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fusionroute.fr_export.precision.blockwise import Format, Quantised, blocked
+from fusionroute.runtime.machine import cores
 
 DAMPING = 0.01  # of the mean importance, added to every channel's
-TOGETHER = 128  # channels whose errors reach the ones behind them in one product
+INNER, TOGETHER = 16, 128  # channels whose errors reach the ones behind them in one product
+TILE = 1024  # rows rounded at a time: what a core works on stays in its L2 cache
+SMALL = 128  # channels: a triangle that is inverted at once
+PART = 384  # channels: the sum is symmetric, and what lies left of a part is known from above it
 
 
 class Hessian:
@@ -28,10 +33,13 @@ class Hessian:
     def see(self, inputs: np.ndarray) -> None:
         """Add float32 [S, K]."""
         x = torch.from_numpy(np.ascontiguousarray(inputs))
-        self.sum.addmm_(x.T, x)
+        for start in range(0, x.shape[1], PART):
+            self.sum[start : start + PART, start:].addmm_(x[:, start : start + PART].T, x[:, start:])
 
     def factor(self) -> "Factor":
         """What `quantise` needs. The sum is given up to it. Channels that were always zero round to nearest."""
+        for start in range(PART, len(self.sum), PART):
+            self.sum[start:, start - PART : start] = self.sum[start - PART : start, start:].T
         importance = self.sum.diagonal().clone()
         dead = importance == 0
         importance[dead] = 1.0 if dead.all() else importance[~dead].min()
@@ -47,22 +55,33 @@ class Hessian:
             damping *= 10  # too few inputs, or too alike, for single precision
         del total, damped
         # J·L⁻¹·J is the upper factor of the inverse, where L is the lower one of the Hessian in reverse order, J·H·J
-        identity = torch.eye(len(order))
-        inverse = torch.linalg.solve_triangular(lower, identity, upper=False, out=identity).flip(0, 1)
-        return Factor(order, inverse, importance.numpy())
+        shares = lower_inverse(lower).flip(0, 1)
+        shares /= shares.diagonal()[:, None].clone()
+        return Factor(order, shares, importance.numpy())
+
+
+def lower_inverse(lower: torch.Tensor) -> torch.Tensor:
+    """The inverse [K, K] of a lower triangular matrix, by halves: most of the work is products of matrices."""
+    size = len(lower)
+    if size <= SMALL:
+        return torch.linalg.solve_triangular(lower, torch.eye(size), upper=False)
+    half, inverse = size // 2, torch.zeros(size, size)
+    inverse[:half, :half], inverse[half:, half:] = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
+    torch.mm(inverse[half:, half:], lower[half:, :half] @ inverse[:half, :half], out=inverse[half:, :half]).neg_()
+    return inverse
 
 
 @dataclass(frozen=True)
 class Factor:
     """A Hessian made ready.
 
-    order int64 [K]: the channels by falling importance. inverse float32 [K, K]: the upper Cholesky factor of the
-    inverse of the damped Hessian, in that order. importance float32 [K]: the Hessian's diagonal, in the matrix's own
-    order.
+    order int64 [K]: the channels by falling importance. shares float32 [K, K], in that order: how much of a channel's
+    error each one behind it takes over, the upper Cholesky factor of the inverse of the damped Hessian with its rows
+    divided by their diagonal. importance float32 [K]: the Hessian's diagonal, in the matrix's own order.
     """
 
     order: torch.Tensor
-    inverse: torch.Tensor
+    shares: torch.Tensor
     importance: np.ndarray
 
     @property
@@ -74,30 +93,58 @@ class Factor:
 @torch.no_grad()
 def quantise(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
     """Round fp32 rows [R, K] so that Σ ((W − Ŵ)·x)² over the inputs of the Hessian becomes small. Rows do not depend on
-    each other.
+    each other: they are rounded in tiles, on all cores.
+    """
+    tiles = [rows[start : start + TILE] for start in range(0, len(rows), TILE)]
+    if len(tiles) == 1:
+        return _tile(rows, factor, fmt)
+    with ThreadPoolExecutor(cores()) as pool:
+        done = list(pool.map(lambda tile: _tile(tile, factor, fmt), tiles))
+    values, scales, zeros = zip(*done, strict=True)
+    return Quantised(np.concatenate(values), np.concatenate(scales), np.concatenate(zeros) if fmt.zeros else None)
+
+
+@torch.no_grad()
+def _tile(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
+    """`quantise` for a few rows, on one core.
+
+    A channel's error reaches the rest of its INNER channels at once, the rest of its TOGETHER channels in one product
+    per INNER, and all others in one product per TOGETHER: most of the work is products of matrices.
     """
     count, width = rows.shape
     padded = blocked(rows, fmt.block)
     scales, zeros = fmt.grid(padded, blocked(factor.importance[None], fmt.block)[0])
-    step = torch.from_numpy(scales.astype(np.float32).T.copy())  # [blocks, R]
-    inverse = torch.where(step > 0, 1 / step, 0.0)
-    top = 2**fmt.bits - 1
-    middle = np.full(scales.shape, 1 << (fmt.bits - 1), np.uint8) if zeros is None else zeros
-    zero = torch.from_numpy(middle.T.astype(np.float32))
+    step = scales.astype(np.float32).T.copy()  # [blocks, R]
+    inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
+    middle = np.full(scales.shape, fmt.middle, np.uint8) if zeros is None else zeros
+    zero = middle.T.astype(np.float32)
+    low, high = -zero, 2**fmt.bits - 1 - zero
     # [K, R]: a channel is a row, what is still to be rounded
     left = torch.from_numpy(rows).T[factor.order].contiguous()
-    levels = torch.empty(padded.shape[1] * fmt.block, count, dtype=torch.uint8)
-    levels.view(padded.shape[1], fmt.block, count).copy_(torch.from_numpy(middle.T.copy())[:, None])
+    order = factor.order.numpy()
+    block = order // fmt.block
+    levels = np.empty((padded.shape[1] * fmt.block, count), np.uint8)
+    levels.reshape(padded.shape[1], fmt.block, count)[:] = middle.T[:, None]
+    rounded, errors = torch.empty(2, TOGETHER, count)
+    share, exact = np.empty((INNER, count), np.float32), np.empty(count, np.float32)
+    values, level, error, weight = left.numpy(), rounded.numpy(), errors.numpy(), factor.shares.numpy()
     for begin in range(0, width, TOGETHER):
         end = min(begin + TOGETHER, width)
-        errors = torch.empty(end - begin, count)
-        for at in range(begin, end):
-            channel = int(factor.order[at])
-            block = channel // fmt.block
-            level = (left[at] * inverse[block]).round_().add_(zero[block]).clamp_(0, top)
-            levels[channel] = level.to(torch.uint8)
-            error = (left[at] - (level - zero[block]) * step[block]) / factor.inverse[at, at]
-            errors[at - begin] = error
-            left[at + 1 : end].addr_(factor.inverse[at, at + 1 : end], error, alpha=-1)
-        left[end:].addmm_(factor.inverse[begin:end, end:].T, errors, alpha=-1)
-    return Quantised(levels.T.contiguous().numpy().reshape(padded.shape), scales, zeros)
+        for start in range(begin, end, INNER):
+            stop = min(start + INNER, end)
+            for at in range(start, stop):
+                own, mine = level[at - begin], block[at]
+                np.multiply(values[at], inverse[mine], out=own)
+                np.rint(own, out=own)
+                np.maximum(own, low[mine], out=own)
+                np.minimum(own, high[mine], out=own)
+                np.multiply(own, step[mine], out=exact)
+                np.subtract(values[at], exact, out=error[at - begin])
+                if rest := stop - at - 1:
+                    np.multiply(weight[at, at + 1 : stop, None], error[at - begin], out=share[:rest])
+                    np.subtract(values[at + 1 : stop], share[:rest], out=values[at + 1 : stop])
+            left[stop:end].addmm_(factor.shares[start:stop, stop:end].T, errors[start - begin : stop - begin], alpha=-1)
+        level[: end - begin] += zero[block[begin:end]]
+        levels[order[begin:end]] = level[: end - begin]
+        left[end:].addmm_(factor.shares[begin:end, end:].T, errors[: end - begin], alpha=-1)
+    return Quantised(np.ascontiguousarray(levels.T).reshape(padded.shape), scales, zeros)

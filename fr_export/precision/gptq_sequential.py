@@ -1,6 +1,6 @@
 """GPTQ for a whole model: its matrices are rounded in order while the calibration texts pass through it.
 
-Each decoder block is rounded on the inputs that the rounded blocks before it give, so that errors do not accumulate.
+Each is rounded on the inputs that the rounded ones before it give, so that errors do not accumulate.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,14 +10,17 @@ import numpy as np
 import onnx_ir as ir
 
 from fusionroute.calibration.blockwise_forward import BlockwiseForward
-from fusionroute.fr_export.graphs.decoder_blocks import reader, split
+from fusionroute.fr_export.graphs.decoder_blocks import reader
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.source_rows import counted, digest, rows
+from fusionroute.fr_export.graphs.stages import stages
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Format, Stored, attach, in_range, sliced, store_blocks
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq import Factor, Hessian, quantise
 from fusionroute.fr_export.precision.scheme import Scheme
+
+TOKENS = 2048  # added to a Hessian at a time
 
 Attach = Callable[[Graph, ir.Value, Stored, Store], None]
 
@@ -55,44 +58,49 @@ def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> di
     """Round the matrices of `formats` (matrix → its format) by GPTQ and return them by name; empty for a model without
     texts.
 
-    Memory: one decoder block in fp32 twice, its Hessians, and the states of all texts. Raises InputError as `Weights`
-    and `BlockwiseForward` do.
+    Memory: the matrices that read one value in fp32 twice, their Hessian, and the states of all texts. Raises
+    InputError as `Weights` and `BlockwiseForward` do.
     """
     graph, weights, shared = context.graph, context.weights, context.shared.stored
     done: dict[str, Stored] = {}
     if not context.evidence.texts:
         return done
     embed, read = reader(graph, weights)
-    walk = BlockwiseForward(split(graph), context.evidence.texts, embed, read)
+    walk = BlockwiseForward(stages(graph), context.evidence.texts, embed, read)
     while not walk.done:
-        factors = inputs(walk, formats)
         replaced = {}
-        for matrix, factor in factors.items():
+        factor: Factor | None = None  # all matrices of a stage read one value
+        for matrix in walk.block.observed:
+            if matrix not in formats:
+                continue
             fmt = formats[matrix]
             key = f"{fmt.bits}-{fmt.block}-{fmt.signed}-{digest(rows(graph.sources[matrix], weights))}"
             if key not in shared:
+                factor = factor or hessian(walk).factor()
                 pieces = counted(sliced(in_range(rows(graph.sources[matrix], weights), fmt, matrix), factor.channels), context.advance)
                 shared[key] = store_blocks((quantise(piece, factor, fmt) for piece in pieces), fmt, context.store)
             done[matrix] = shared[key]
             if walk.position < len(walk.blocks) - 1:
-                replaced[matrix] = shared[key].widened(factor.channels)
-        del factors
+                replaced[matrix] = shared[key].widened(walk.block.channels[matrix])
         walk.advance(replaced)
     return done
 
 
-def inputs(walk: BlockwiseForward, formats: Mapping[str, Format]) -> dict[str, Factor]:
-    """The factored Hessian of every matrix in the walk's current block; matrices that read one input share it."""
-    block = walk.block
-    outputs = {matrix: output for matrix, output in block.observed.items() if matrix in formats}
-    first = {output: matrix for matrix, output in reversed(outputs.items())}
-    hessians = {output: Hessian(block.channels[matrix]) for output, matrix in first.items()}
+def hessian(walk: BlockwiseForward) -> Hessian:
+    """The Hessian of the value that enters the walk's current stage, at every position, for the head too: a factor
+    needs several inputs per channel.
+    """
+    first = next(iter(walk.block.observed))
+    total, waiting = Hessian(walk.block.channels[first]), []
 
     def see(matrix: str, _: int, x: np.ndarray) -> None:
-        output = outputs.get(matrix)
-        if output is not None and first[output] == matrix:
-            hessians[output].see(x)  # at every position, for the head too: a factor needs several inputs per channel
+        if matrix == first:
+            waiting.append(x)
+        if sum(map(len, waiting)) >= TOKENS:
+            total.see(np.concatenate(waiting))
+            waiting.clear()
 
     walk.observe(see)
-    factors = {output: hessians.pop(output).factor() for output in first}
-    return {matrix: factors[output] for matrix, output in outputs.items()}
+    if waiting:
+        total.see(np.concatenate(waiting))
+    return total

@@ -17,6 +17,7 @@ from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph, users
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Format, Quantised, attach, in_range, nearest, sliced, store_blocks
+from fusionroute.fr_export.precision.carried import carry, carrying
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.int8 import SMALL
@@ -44,13 +45,11 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
         zero = np.clip(np.rint(-low * np.float32(clip) * inverse), 0, TOP)
         error = rows * inverse[..., None]
         np.rint(error, out=error)
-        error += zero[..., None]
-        np.clip(error, 0, TOP, out=error)
-        error -= zero[..., None]
+        np.maximum(error, -zero[..., None], out=error)
+        np.minimum(error, (TOP - zero)[..., None], out=error)
         error *= step[..., None]
         error -= rows
-        np.square(error, out=error)
-        squared = error.sum(-1) if importance is None else np.einsum("rbk,bk->rb", error, importance)
+        squared = np.einsum("rbk,rbk->rb", error, error) if importance is None else np.einsum("rbk,rbk,bk->rb", error, error, importance)
         better = squared < best
         best[better], scales[better], zeros[better] = squared[better], scale[better], zero[better]
     return scales, zeros
@@ -68,9 +67,11 @@ def quantise(rows: np.ndarray) -> Quantised:
 
 
 class Int4:
-    """Weights in 4 bits, activations rounded to 8 bits inside the product."""
+    """Weights in 4 bits, activations rounded to 8 bits inside the product. 4-bit blocks of a checkpoint stay as they are."""
 
     name = "int4"
+    carries = FORMAT
+    most_bits = BUDGET
 
     def __init__(self, fmt: Format = FORMAT, embedding: Format = FINE):
         self.format, self.embedding = fmt, embedding
@@ -95,11 +96,12 @@ class Int4:
         attach(graph, matrix, store_blocks((nearest(piece, fmt) for piece in pieces), fmt, store))
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
-        """Keep what is sensitive at 8 bits, then round with `round_sequentially`; see `scheme.Fitting`."""
+        """Keep what is sensitive of the others at 8 bits, then round with `round_sequentially`; see `scheme.Fitting`."""
         graph = context.graph
-        formats = {name: self.format_of(graph.model.graph.initializers[name]) for name in matrices(graph)}
+        carried = carry(graph, context.weights, FORMAT, context.store, context.advance)
+        formats = {name: self.format_of(graph.model.graph.initializers[name]) for name in matrices(graph) if name not in carried}
         formats |= dict.fromkeys(sensitive(context, formats, SMALL, BUDGET), SMALL)
-        return graph, FittedByGptq(self, round_sequentially(context, formats))
+        return graph, carrying(FittedByGptq(self, round_sequentially(context, formats)), carried, graph)
 
 
 SCHEMES: Schemes = {"ort:cpu": (Int4(),)}

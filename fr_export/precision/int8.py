@@ -12,6 +12,7 @@ from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, Format, Quantised, attach, nearest, store_blocks
+from fusionroute.fr_export.precision.carried import carry, carrying
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
@@ -44,9 +45,10 @@ def quantise(rows: np.ndarray) -> Quantised:
 
 
 class Int8:
-    """Weights in 8 bits, activations rounded to 8 bits inside the product."""
+    """Weights in 8 bits, activations rounded to 8 bits inside the product. 8-bit blocks of a checkpoint stay as they are."""
 
     name = "int8"
+    carries = FORMAT
     bits = FORMAT.bits_per_weight
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
@@ -55,9 +57,12 @@ class Int8:
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """Even out channels, for the activations' sake, then round with `round_sequentially`; see `scheme.Fitting`."""
-        graph, _ = smooth(context.graph, context.weights, context.evidence.observed, taken=context.shared.scales)
-        formats = dict.fromkeys(matrices(graph), FORMAT)
-        return graph, FittedByGptq(self, round_sequentially(replace(context, graph=graph), formats))
+        graph = context.graph
+        carried = carry(graph, context.weights, FORMAT, context.store, context.advance)
+        if not carried:  # other scales would round what is carried again
+            graph, _ = smooth(graph, context.weights, context.evidence.observed, taken=context.shared.scales)
+        formats = {name: FORMAT for name in matrices(graph) if name not in carried}
+        return graph, carrying(FittedByGptq(self, round_sequentially(replace(context, graph=graph), formats)), carried, graph)
 
 
 SCHEMES: Schemes = {"ort:cpu": (Int8(),)}

@@ -35,11 +35,12 @@ def measure(context: FitContext, observed: Mapping[str, Observer]) -> dict[str, 
     )
     noise = {}
     while walk.position < len(walk.blocks) - 1:
-        exact = residual_stream(walk.peek())
+        passed_on = walk.peek()
+        exact = residual_stream(passed_on)
         for matrix in walk.block.channels:
             step = np.array([observed[matrix].absmax() / LEVELS], np.float32)
             noise[matrix] = residual_error(walk.peek({matrix + STEP: step}), exact)
-        walk.advance()
+        walk.move(passed_on)
     return noise
 
 

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision.blockwise import Format
 from fusionroute.fr_export.precision.fit_context import FitContext
 
 
@@ -34,9 +35,16 @@ class Fitted(Scheme, Protocol):
 
 
 @runtime_checkable
+class Carrying(Scheme, Protocol):
+    """A precision that takes over blocks of as many bits as the format `carries` has, where a checkpoint holds them."""
+
+    carries: Format
+
+
+@runtime_checkable
 class Fitting(Scheme, Protocol):
     """A precision that is better (or only possible) where the model's activations are known. Its own `bind` rounds
-    without them.
+    without them. One that may spend more than `bits` on what is sensitive says how much on average, as `most_bits`.
     """
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:

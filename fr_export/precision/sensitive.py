@@ -12,7 +12,7 @@ from fusionroute.fr_export.precision.blockwise import Format, in_range, nearest,
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.residual_error import residual_error, residual_stream, sample
 
-TOKENS = 2048  # read for the measurement
+TOKENS = 512  # read for the measurement
 TIMES = 3.0  # a matrix is sensitive from this multiple of the median error per weight
 
 
@@ -27,6 +27,8 @@ def sensitive(context: FitContext, formats: Mapping[str, Format], wide: Format, 
     if not texts:
         return ()
     errors = measure(context.graph, context.weights, texts, formats)
+    if not errors:
+        return ()
     sizes = {name: int(np.prod(context.graph.model.graph.initializers[name].shape)) for name in formats}
     per_weight = {name: error / sizes[name] for name, error in errors.items()}
     limit = TIMES * float(np.median(list(per_weight.values())))
@@ -46,11 +48,14 @@ def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], formats
     walk = BlockwiseForward(split(graph), texts, embed, read)
     errors: dict[str, float] = {}
     while walk.position < len(walk.blocks) - 1:
-        exact = residual_stream(walk.peek())
+        passed_on = walk.peek()
+        exact = residual_stream(passed_on)
         for matrix, width in walk.block.channels.items():
+            if matrix not in formats:
+                continue
             fmt = formats[matrix]
             (values,) = in_range([read(matrix)], fmt, matrix)
             rounded = widened(nearest(values, fmt), fmt, width)
             errors[matrix] = residual_error(walk.peek({matrix: rounded}), exact)
-        walk.advance()
+        walk.move(passed_on)
     return errors

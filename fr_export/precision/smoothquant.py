@@ -203,8 +203,8 @@ def makers(graph: Graph, value: ir.Value) -> tuple[dict[str, int], np.ndarray] |
         weight = maker.inputs[NORMS[maker.op_type]]
         return ({weight.name: 0}, np.arange(width)) if value is maker.outputs[0] and alone(graph, weight) else None
     if maker.op_type == "Mul":  # act(gate)·up: linear in up
-        factor = next((names for operand in maker.inputs if (names := linear(graph, operand))), None)
-        return (dict.fromkeys(factor, 0), np.arange(width)) if factor else None
+        factor = next((rows_made for operand in maker.inputs if (rows_made := linear(graph, operand))), None)
+        return (factor, np.arange(width)) if factor else None
     attention = unviewed(value).producer()
     if attention is not None and attention.op_type == "GroupQueryAttention":
         heads, kv_heads = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
@@ -212,26 +212,30 @@ def makers(graph: Graph, value: ir.Value) -> tuple[dict[str, int], np.ndarray] |
         if factor is None:
             return None
         size = width // heads
+        if attention.inputs[2] is None:  # values are the last rows of packed projections
+            factor = {name: int(graph.model.graph.initializers[name].shape[0]) - kv_heads * size for name in factor}
         head, place = np.divmod(np.arange(width), size)
         share = head // (heads // kv_heads) * size + place
-        total = {name: int(graph.model.graph.initializers[name].shape[0]) for name in factor}
-        # values are the last rows of packed projections
-        return {name: total[name] - kv_heads * size for name in factor}, share
+        return factor, share
     return None
 
 
-def linear(graph: Graph, value: ir.Value) -> tuple[str, ...] | None:
-    """The matrix whose product a value is, and the bias added to it; None where it is something else or is used
-    elsewhere too.
+def linear(graph: Graph, value: ir.Value) -> dict[str, int] | None:
+    """The matrix whose product a value is, or is a part of, and the bias added to it: source → first row. None where it
+    is something else or is used elsewhere too.
     """
     value = unviewed(value)
     maker = value.producer()
     if maker is None or len(value.consumers()) != 1:
         return None
+    if maker.op_type == "Split":
+        before = sum(int(part.shape[-1]) for part in maker.outputs[: maker.outputs.index(value)])
+        whole = linear(graph, maker.inputs[0])
+        return {name: start + before for name, start in whole.items()} if whole else None
     if maker.op_type == "Add" and alone(graph, maker.inputs[1]):
         below = linear(graph, maker.inputs[0])
-        return (*below, maker.inputs[1].name) if below else None
-    return (maker.inputs[1].name,) if maker.op_type == "FusedMatMul" and alone(graph, maker.inputs[1]) else None
+        return below | {maker.inputs[1].name: 0} if below else None
+    return {maker.inputs[1].name: 0} if maker.op_type == "FusedMatMul" and alone(graph, maker.inputs[1]) else None
 
 
 def unviewed(value: ir.Value) -> ir.Value:

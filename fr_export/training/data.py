@@ -9,7 +9,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint, read_json
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.training.sample_format import PREFERENCE_FORMS, SFT_FORMS, Forms, faults
 from fusionroute.runtime.chat import render
 from fusionroute.runtime.errors import InputError, one_line

@@ -6,6 +6,7 @@ The name of a cache file is a hash of everything that its content depends on.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,14 @@ def data_digest(rows: Sequence[Row]) -> str:
 
 def model_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 of a checkpoint's weights and configs, those of an adapter's base too."""
-    digests = [sha256(file) for file in sorted(checkpoint.files)]
+    digests = [_file_digest(file, (about := file.stat()).st_size, about.st_mtime_ns) for file in sorted(checkpoint.files)]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+@cache
+def _file_digest(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file of this size and time of change. The base of several adapters is hashed once."""
+    return sha256(file)
 
 
 def cache_key(model: str, data: str, vocab: int, precision: str) -> str:

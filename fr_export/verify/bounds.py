@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fusionroute.fr_export.verify.hints import hint
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.precisions import PRECISIONS
 
@@ -44,7 +45,8 @@ def refuse_missed(report: Mapping[str, Any]) -> None:
             )
         if entry["missed"]:
             raise FusionError(
-                f"The precision {entry['precision']} misses its bound ({'; '.join(entry['missed'])}); leave it out, or export without --strict."
+                f"The precision {entry['precision']} misses its bound ({'; '.join(entry['missed'])}); {hint(entry)}, "
+                "or export without --strict."
             )
 
 

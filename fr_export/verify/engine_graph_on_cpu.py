@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from fusionroute.fr_export.verify.half_on_cpu import in_fp32
 from fusionroute.runtime.manifest import Manifest, Variant
 
+CHUNK = 128  # tokens
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -79,16 +80,18 @@ class EngineGraphOnCpu:
         self.length = end
         return [results[name][0] for name in ("logits", "routing") if name in results]
 
-    def read(self, ids: Sequence[int], chunk: int, spare: int = 0) -> list[np.ndarray]:
-        """What `forward` returns for every position of a text, read in chunks from empty caches.
+    def read(self, ids: Sequence[int], chunk: int, spare: int = 0, alone: int = 0) -> list[np.ndarray]:
+        """What `forward` returns for every position of a text, read in chunks from empty caches, the last `alone` tokens
+        one by one.
 
         Attention reads up to `spare` keys more than it needs.
         """
         self.length = 0
         parts = []
-        for start in range(0, len(ids), chunk):
-            tokens = ids[start : start + chunk]
-            parts.append(self.forward(tokens, keys=min(self.capacity, start + len(tokens) + spare)))
+        behind = len(ids) - alone
+        starts = [*range(0, behind, chunk), *range(behind, len(ids))]
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            parts.append(self.forward(ids[start:end], keys=min(self.capacity, end + spare)))
         return [np.concatenate(kind) for kind in zip(*parts, strict=True)]
 
 
@@ -99,13 +102,16 @@ class EngineSystemOnCpu:
         self._models = [EngineGraphOnCpu(bundle / variant.graphs[model.name]) for model in manifest.models]
         self._coefficients = coefficients
 
-    def score(self, ids: Sequence[int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
-        """Fused logits float32 [S, V] and the chosen experts int64 [S] at every position of a text."""
+    def score(self, ids: Sequence[int], alone: int) -> tuple[np.ndarray, np.ndarray]:
+        """Fused logits float32 [P, V] and the chosen experts int64 [P] at every position of a text, read in chunks; or
+        at the last `alone` ones, which are read one by one.
+        """
         router, *experts = self._models
-        fused, routing = router.read(ids, chunk)
+        first = len(ids) - alone if alone else 0
+        fused, routing = (part[first:] for part in router.read(ids, CHUNK, alone=alone))
         chosen = routing.argmax(-1)
         fused = self._coefficients[0] * fused
         for number in np.unique(chosen):
             mine = chosen == number
-            fused[mine] += self._coefficients[1] * experts[number].read(ids, chunk)[0][mine]
+            fused[mine] += self._coefficients[1] * experts[number].read(ids, CHUNK, alone=alone)[0][first:][mine]
         return fused, chosen

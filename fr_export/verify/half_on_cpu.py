@@ -42,7 +42,7 @@ def in_fp32(model: ir.Model) -> ir.Model:
     caches = [value for value in graph.inputs if value.name.startswith("past.")]
     half = caches[0].dtype
     assert half is not None
-    for attention in [n for n in graph if n.op_type == "GroupQueryAttention" and n.attributes["do_rotary"].as_int()]:
+    for attention in [n for n in graph if n.op_type == "GroupQueryAttention" and n.attributes.get_int("do_rotary", 0)]:
         rotate_before(graph, attention, half)
     for n in list(graph):
         for value in n.outputs:
@@ -81,7 +81,9 @@ def rotate_before(graph: ir.Graph, attention: ir.Node, half: ir.DataType) -> Non
     query, key, value, *past, total, cos, sin = attention.inputs
     assert cos is not None
     heads, kv = (attention.attributes[label].as_int() for label in ("num_heads", "kv_num_heads"))
-    name, size = attention.outputs[0].name, 2 * int(cos.shape[-1])
+    assert past[0] is not None
+    name, size, turns = attention.outputs[0].name, int(past[0].shape[-1]), 2 * int(cos.shape[-1])
+    part_of_head = {"rotary_embedding_dim": turns} if turns != size else {}
     if key is None:  # packed into the first input
         widths = ir.tensor(np.array([heads, kv, kv], np.int64) * size, name=f"{name}.widths")
         split = initializer(graph, f"{name}.widths", ir.DataType.INT64, (3,), widths)
@@ -94,7 +96,7 @@ def rotate_before(graph: ir.Graph, attention: ir.Node, half: ir.DataType) -> Non
     node(graph, attention, "Sub", [end, length], [start])  # [1]: the first token's position
     turned = [ir.Value(name=f"{name}.turned.{part}", type=ir.TensorType(half)) for part in ("query", "key")]
     for straight, into, count in zip((query, key), turned, (heads, kv), strict=True):
-        node(graph, attention, "com.microsoft::RotaryEmbedding", [straight, start, cos, sin], [into], num_heads=count)
+        node(graph, attention, "com.microsoft::RotaryEmbedding", [straight, start, cos, sin], [into], num_heads=count, **part_of_head)
     for place, changed in enumerate((*turned, value, *past, total, None, None)):
         attention.replace_input_with(place, changed)
     attention.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from fusionroute.fr_export.verify.torch_reference import Reference
+
 SURE = 1.0  # logits between the reference's best token and its second best
 ROWS = 64  # positions at a time: a row of a large vocabulary takes 2 MB in double precision
 
@@ -26,18 +28,21 @@ class Differences:
     nll: np.ndarray
     reference_nll: np.ndarray
 
+    def ending(self, tail: "Differences") -> "Differences":
+        """These with other ones at the last positions."""
+        start = len(self.kl) - len(tail.kl)
+        return Differences(*(np.concatenate([getattr(self, each.name)[:start], getattr(tail, each.name)]) for each in fields(self)))
 
-def differences(
-    logits: np.ndarray, reference: np.ndarray, experts: np.ndarray, reference_experts: np.ndarray, ids: Sequence[int]
-) -> Differences:
+
+def differences(logits: np.ndarray, experts: np.ndarray, reference: Reference, ids: Sequence[int]) -> Differences:
     """Compare fused logits float32 [S, V] and chosen experts [S] with the reference's. `ids` [S] is the text."""
     pieces = [
-        _rows(logits[start : start + ROWS], reference[start : start + ROWS], ids[start + 1 : start + ROWS + 1])
+        _rows(logits[start : start + ROWS], reference.logits[start : start + ROWS], ids[start + 1 : start + ROWS + 1])
         for start in range(0, len(ids), ROWS)
     ]
     joined = [np.concatenate(column) for column in zip(*pieces, strict=True)]
     peak, mean, kl, same, margin, nll, reference_nll = joined
-    return Differences(peak, mean, kl, same, margin, experts == reference_experts, nll, reference_nll)
+    return Differences(peak, mean, kl, same, margin, experts == reference.experts, nll, reference_nll)
 
 
 def _rows(logits: np.ndarray, reference: np.ndarray, following: Sequence[int]) -> tuple[np.ndarray, ...]:

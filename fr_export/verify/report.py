@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Console
+from rich.text import Text
 
-from fusionroute.fr_export.bundle.variant import weight_files
+from fusionroute.fr_export.bundle.variant import stored_weights
+from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.verify.bounds import misses
+from fusionroute.fr_export.verify.hints import hint
 from fusionroute.fr_export.verify.measure import obstacle
 from fusionroute.runtime.manifest import Engines, Manifest, Variant
+from fusionroute.runtime.tables import size, tables
 from fusionroute.runtime.tensorrt.library import NAMES as LIBRARIES
 
 NAME = "report.json"
@@ -25,10 +27,11 @@ def build_report(
     reason: str | None,
     notes: Sequence[str],
     folder: Path,
+    sources: Mapping[str, SourceReport],
 ) -> dict[str, Any]:
     """The report as plain data, but for its stages.
 
-    `fitted` holds, per variant of the manifest, what fitting reports of each model. `figures` and `reason` come from
+    `sources` says what each model was made from. `fitted` holds, per variant of the manifest, what fitting reports of each model. `figures` and `reason` come from
     `measure`. `notes` are sentences for the user.
     """
     return {
@@ -38,6 +41,10 @@ def build_report(
         "max_seq_len": manifest.max_seq_len,
         "vocab_size": manifest.vocab_size,
         "notes": list(notes),
+        "sources": [
+            {"model": name, "kind": source.kind, "bytes": source.bytes, "dtypes": list(source.dtypes), "notes": list(source.notes)}
+            for name, source in sources.items()
+        ],
         "variants": [
             describe_variant(variant, manifest, about, figures.get((variant.target, variant.precision)), reason, folder)
             for variant, about in zip(manifest.variants, fitted, strict=True)
@@ -49,16 +56,17 @@ def build_report(
 def describe_variant(
     variant: Variant, manifest: Manifest, fitted: Mapping[str, Any], compared: dict[str, Any] | None, reason: str | None, folder: Path
 ) -> dict[str, Any]:
-    """One variant's entry. `bytes` counts its graphs and every weight file that they read, each once."""
-    files = {*weight_files(variant, folder), *(folder / name for name in variant.graphs.values())}
+    """One variant's entry. `bytes` counts its graphs and every tensor that they read, each once."""
+    graphs = sum((folder / name).stat().st_size for name in variant.graphs.values())
     return {
         "target": variant.target,
         "precision": variant.precision,
-        "bytes": sum(path.stat().st_size for path in files),
+        "bytes": graphs + sum(stored_weights(variant, folder).values()),
         "bits_per_weight": variant.bits_per_weight,
         "compared": compared,
         "missed": misses(variant.target, variant.precision, compared),
-        "not_compared": None if compared else obstacle(variant) or reason,
+        "not_compared": None if compared else obstacle(variant.target) or reason,
+        "calibrated": bool(fitted),
         "fitted": dict(fitted),
         "engines": [describe_engines(engines, manifest) for engines in variant.engines],
     }
@@ -80,36 +88,50 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
-    """Print the tables of precisions and stages."""
-    title = f"{report['family']}: {' + '.join(report['models'])} → {out}"
-    precisions = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in ("target", "precision", "size", "bits", "perplexity", "KL", "top-1", "routing"):
-        precisions.add_column(column, justify="left" if column in ("target", "precision") else "right", no_wrap=True)
-    for entry in report["variants"]:
-        compared = entry["compared"]
-        head = (entry["target"], entry["precision"], size(entry["bytes"]), f"{entry['bits_per_weight']:.2f}")
-        if compared is None:
-            precisions.add_row(*head, *["–"] * 4)
-            continue
-        decode = compared["decode"]
-        ratio = decode["perplexity_ratio"]
-        precisions.add_row(
-            *head,
-            "–" if ratio is None else f"{ratio - 1:+.2%}",
-            f"{decode['kl_mean']:.1e}",
-            f"{decode['greedy_agreement']:.1%}",
-            f"{decode['routing_agreement']:.1%}",
-            style="red" if entry["missed"] else None,
-        )
-    stages = Table(title="Stages", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("stage", "seconds", "peak memory"):
-        stages.add_column(column, justify="left" if column == "stage" else "right")
-    for stage in report["stages"]:
-        stages.add_row(stage["name"], f"{stage['seconds']:.1f}", f"{stage['peak_anonymous_mib']:,.0f} MiB")
-    missed = [
-        f"[red]{entry['precision']} misses its bound: {'; '.join(entry['missed'])}." for entry in report["variants"] if entry["missed"]
-    ]
-    console.print(Group(precisions, *missed, explain(report), stages))
+    """Print the tables of precisions and stages, and what they mean."""
+    console.print(Text(f"{report['family']}: {' + '.join(report['models'])} → {out}"))
+    sources = [(each["model"], each["kind"], ", ".join(each["dtypes"]), size(each["bytes"])) for each in report["sources"]]
+    console.print(*tables(console, "Sources", ("model", "kind", "dtypes"), ("size",), sources))
+    for line in source_notes(report):
+        console.print(Text(line))
+    variants = report["variants"]
+    styles = ["red" if entry["missed"] else "" for entry in variants]
+    console.print(*tables(console, "", VARIANT_NAMES, VARIANT_FIGURES, [cells(entry) for entry in variants], styles))
+    for entry in variants:
+        if entry["missed"]:
+            console.print(f"[red]{entry['precision']} misses its bound: {'; '.join(entry['missed'])}. To mend it, {hint(entry)}.")
+    console.print(explain(report))
+    stages = [(each["name"], f"{each['seconds']:.1f}", f"{each['peak_anonymous_mib']:,.0f} MiB") for each in report["stages"]]
+    console.print(*tables(console, "Stages", ("stage",), ("seconds", "peak memory"), stages))
+
+
+VARIANT_NAMES = ("target", "precision")
+VARIANT_FIGURES = ("size", "bits", "perplexity", "KL", "top-1", "routing")
+
+
+def cells(entry: dict[str, Any]) -> tuple[str, ...]:
+    """A variant's row, in the units of `VARIANT_FIGURES`."""
+    head = (entry["target"], entry["precision"], size(entry["bytes"]), f"{entry['bits_per_weight']:.2f}")
+    if entry["compared"] is None:
+        return (*head, *["–"] * 4)
+    decode = entry["compared"]["decode"]
+    ratio = decode["perplexity_ratio"]
+    return (
+        *head,
+        "–" if ratio is None else f"{ratio - 1:+.2%}",
+        f"{decode['kl_mean']:.1e}",
+        f"{decode['greedy_agreement']:.1%}",
+        f"{decode['routing_agreement']:.1%}",
+    )
+
+
+def source_notes(report: dict[str, Any]) -> list[str]:
+    """What was done to the sources: one line per note, with the models that it holds for."""
+    models: dict[str, list[str]] = {}
+    for source in report["sources"]:
+        for note in source["notes"]:
+            models.setdefault(note, []).append(source["model"])
+    return [f"{', '.join(names)}: {note}." for note, names in models.items()]
 
 
 def explain(report: dict[str, Any]) -> str:
@@ -121,6 +143,8 @@ def explain(report: dict[str, Any]) -> str:
             f"The fused distribution is held against torch in fp32 over {compared['tokens']} tokens, token by token; KL is a mean in nats."
         )
     for entry in report["variants"]:
+        if carried := sum(about.get("carried", 0) for about in entry["fitted"].values()):
+            lines.append(f"{entry['precision']} took over {carried} matrices of quantised checkpoints as they are.")
         for built in entry["engines"]:
             gpus = ", ".join(f"sm{sm}" for sm in built["sms"])
             total = size(sum(built["bytes"].values()))
@@ -131,8 +155,3 @@ def explain(report: dict[str, Any]) -> str:
             reasons.setdefault(entry["not_compared"], []).append(f"{entry['precision']} for {entry['target']}")
     lines += [f"Not compared with torch: {', '.join(names)} ({reason})." for reason, names in reasons.items()]
     return " ".join(lines)
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

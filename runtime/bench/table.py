@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+
+from fusionroute.runtime.tables import tables
 
 COLUMNS = (
     "precision", "row", "first token ms", "tokens/s", "× first", "p50 ms", "p95 ms", "p99 ms", "switches", "catch-ups", "longest", "MB/token",
@@ -41,19 +41,10 @@ def megabytes(count: int | None) -> str:
 
 def show(console: Console, result: dict[str, Any]) -> None:
     """Print the rows, what each precision takes, and the notes."""
-    speed = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in COLUMNS:
-        speed.add_column(column, justify="left" if column in ("precision", "row") else "right")
-    for row in result["rows"]:
-        speed.add_row(*cells(row))
-    memory = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in SIZES:
-        memory.add_column(column, justify="left" if column == "precision" else "right")
-    for each in result["precisions"]:
-        memory.add_row(*sizes(each))
-    console.print(heading(result), soft_wrap=True)
-    console.print(speed, memory)
-    console.print(*result["notes"], sep="\n", soft_wrap=True)
+    console.print(heading(result))
+    console.print(*tables(console, "", COLUMNS[:2], COLUMNS[2:], [cells(row) for row in result["rows"]]))
+    console.print(*tables(console, "", SIZES[:1], SIZES[1:], [sizes(each) for each in result["precisions"]]))
+    console.print(*result["notes"], sep="\n")
 
 
 SIZES = ("precision", "bits", "bundle MB", "own memory MB", "mapped MB", "GPU MB", "loading s", "perplexity", "top-1")

@@ -9,6 +9,8 @@ VERBS = {
     "generate": Verb("fusionroute.runtime.commands.generate:generate", "Generate text from a bundle."),
     "bench": Verb("fusionroute.runtime.commands.bench:bench", "Measure the speed and the memory of a bundle."),
     "inspect": Verb("fusionroute.runtime.commands.inspect:inspect", "Show what is inside a bundle, and check its hashes."),
+    "pack": Verb("fusionroute.runtime.commands.archive:pack", "Write a bundle into one file."),
+    "unpack": Verb("fusionroute.runtime.commands.archive:unpack", "Write the bundle in such a file into a folder."),
     "build": Verb("fusionroute.runtime.commands.build:build", "Build the TensorRT engines of a bundle on this device."),
     "cache": Verb("fusionroute.runtime.commands.cache:cache", "Show what the cache folder holds, or clear it."),
 }

@@ -15,8 +15,6 @@ from fusionroute.runtime.bench.table import show
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, names
 from fusionroute.runtime.errors import FusionError
 
-TABLE_WIDTH = 150  # columns that the table needs: a terminal wraps better than a table
-
 
 def bench(
     bundle: BundleFolder,
@@ -64,7 +62,7 @@ def bench(
     if as_json:
         print(json.dumps(result))
     else:
-        show(Console(highlight=False, width=max(Console().width, TABLE_WIDTH)), result)
+        show(Console(highlight=False), result)
 
 
 def check_writable(path: Path) -> None:

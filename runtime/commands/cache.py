@@ -14,6 +14,7 @@ from rich.table import Table
 from fusionroute.runtime.cache import DAY, Entry, clear, entries
 from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.files import cache_folder
+from fusionroute.runtime.tables import tables
 
 
 def cache(
@@ -34,21 +35,19 @@ def cache(
     console = Console(highlight=False)
     total = sum(entry.bytes for entry in listed)
     if listed and not clear_entries:
-        console.print(table(listed))
+        console.print(*kinds(console, listed))
     verb = "removed from" if clear_entries else "in"
     console.print(f"{len(listed)} entries, {total / 1e6:,.1f} MB {verb} {cache_folder()}", soft_wrap=True)
 
 
-def table(listed: Sequence[Entry]) -> Table:
+def kinds(console: Console, listed: Sequence[Entry]) -> list[Table]:
     """A row per kind."""
     now = time.time()
-    shown = Table(title="Cache", title_justify="left")
-    for column in ("kind", "entries", "MB", "in use", "last used", "longest unused"):
-        shown.add_column(column, justify="left" if column == "kind" else "right")
+    rows = []
     for kind in dict.fromkeys(entry.kind for entry in listed):
         of_kind = [entry for entry in listed if entry.kind == kind]
         days = [(now - entry.last_used) / DAY for entry in of_kind]
         size = sum(entry.bytes for entry in of_kind)
         in_use = sum(entry.in_use for entry in of_kind)
-        shown.add_row(kind, str(len(of_kind)), f"{size / 1e6:,.1f}", str(in_use), f"{min(days):.0f} days ago", f"{max(days):.0f} days")
-    return shown
+        rows.append((kind, str(len(of_kind)), f"{size / 1e6:,.1f}", str(in_use), f"{min(days):.0f} days ago", f"{max(days):.0f} days"))
+    return tables(console, "Cache", ("kind",), ("entries", "MB", "in use", "last used", "longest unused"), rows)

@@ -11,6 +11,7 @@ from rich.table import Table
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Json
 from fusionroute.runtime.manifest import Manifest, Variant
+from fusionroute.runtime.tables import tables
 from fusionroute.runtime.tensorrt.library import NAMES
 
 
@@ -31,10 +32,11 @@ def inspect(
     console = Console(highlight=False)
     for line in summary(bundle, manifest):
         console.print(line)
-    console.print(models_table(manifest))
-    console.print(precisions_table(manifest))
+    console.print(*models_table(console, manifest), *precisions_table(console, manifest))
+    for variant in manifest.variants:
+        console.print(f"{variant.target} {variant.precision}: {', '.join(variant.graphs.values())}")
     if any(variant.engines for variant in manifest.variants):
-        console.print(engines_table(manifest))
+        console.print(*engines_table(console, manifest))
     if verify:
         console.print(f"All {len(manifest.files)} files have the hashes of the manifest.")
 
@@ -53,26 +55,23 @@ def summary(bundle: Path, manifest: Manifest) -> tuple[str, str]:
     )
 
 
-def models_table(manifest: Manifest) -> Table:
+def models_table(console: Console, manifest: Manifest) -> list[Table]:
     """One row per model, the router first."""
-    table = Table(title="Models", title_justify="left")
-    for column in ("model", "role", "parameters", "layers"):
-        table.add_column(column, justify="left" if column in ("model", "role") else "right")
-    for number, model in enumerate(manifest.models):
-        table.add_row(model.name, "expert" if number else "router", f"{model.parameters:,}", str(model.layers))
-    return table
+    rows = [
+        (model.name, "expert" if number else "router", f"{model.parameters:,}", str(model.layers))
+        for number, model in enumerate(manifest.models)
+    ]
+    return tables(console, "Models", ("model", "role"), ("parameters", "layers"), rows)
 
 
-def precisions_table(manifest: Manifest) -> Table:
+def precisions_table(console: Console, manifest: Manifest) -> list[Table]:
     """One row per variant."""
-    table = Table(title="Precisions", title_justify="left")
-    for column in ("target", "precision", "bits/weight", "KV bytes per token of each model", "graphs"):
-        table.add_column(column)
+    rows = []
     for variant in manifest.variants:
         kv = kv_bytes_per_token(manifest, variant)
-        sizes = f"{next(iter(kv.values())):,}" if len(set(kv.values())) == 1 else ", ".join(f"{name} {size:,}" for name, size in kv.items())
-        table.add_row(variant.target, variant.precision, f"{variant.bits_per_weight:.2f}", sizes, ", ".join(variant.graphs.values()))
-    return table
+        sizes = [f"{next(iter(kv.values())):,}"] if len(set(kv.values())) == 1 else [f"{name} {size:,}" for name, size in kv.items()]
+        rows.append((variant.target, variant.precision, f"{variant.bits_per_weight:.2f}", "\n".join(sizes)))
+    return tables(console, "Precisions", ("target", "precision"), ("bits/weight", "KV bytes per token of a model"), rows)
 
 
 def kv_bytes_per_token(manifest: Manifest, variant: Variant) -> dict[str, int]:
@@ -80,14 +79,12 @@ def kv_bytes_per_token(manifest: Manifest, variant: Variant) -> dict[str, int]:
     return {model.name: 2 * model.layers * model.kv_heads * model.head_size * variant.cache_width for model in manifest.models}
 
 
-def engines_table(manifest: Manifest) -> Table:
+def engines_table(console: Console, manifest: Manifest) -> list[Table]:
     """One row per set of engines that was built from a variant."""
-    table = Table(title="Engines", title_justify="left")
-    for column in ("library", "version", "GPUs", "precision", "size"):
-        table.add_column(column, justify="right" if column == "size" else "left")
+    rows = []
     for variant in manifest.variants:
         for built in variant.engines:
-            size = sum(manifest.files[path].bytes for path in built.engines.values())
+            total = sum(manifest.files[path].bytes for path in built.engines.values())
             gpus = ", ".join(f"sm{sm}" for sm in built.sms)
-            table.add_row(NAMES[built.flavour], built.version, gpus, variant.precision, f"{size / 1e6:,.1f} MB")
-    return table
+            rows.append((NAMES[built.flavour], built.version, gpus, variant.precision, f"{total / 1e6:,.1f} MB"))
+    return tables(console, "Engines", ("library", "version", "GPUs", "precision"), ("size",), rows)

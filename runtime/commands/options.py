@@ -29,6 +29,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle, as the exporter wrote it.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle; it must not exist yet, or be empty.")]
 PrecisionName = Annotated[str | None, typer.Option(help="Default: the fastest in the bundle.")]
 Device = Annotated[str, typer.Option(help=f"{', '.join(KNOWN)}.", callback=one_of("device", KNOWN))]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]

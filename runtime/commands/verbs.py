@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -43,7 +45,7 @@ class VerbCommand(TyperCommand):
         module, name = self._verb.function.split(":")
         app = typer.Typer(add_completion=False)
         app.command(self.name)(self._ending(getattr(import_module(module), name)))
-        return typer.main.get_command(app)
+        return without_flag_types(typer.main.get_command(app))
 
     def _ending(self, function: Callable[..., None]) -> Callable[..., None]:
         """The function, its errors ending in one sentence."""
@@ -62,6 +64,33 @@ class VerbCommand(TyperCommand):
         return one_sentence(f"command {self.name}", missing, debug=debug)
 
 
+def without_flag_types(command: Any) -> Any:
+    """The command, with help that shows no type behind flags, which take no value."""
+    for parameter in command.get_params(typer.Context(command)):  # the one for --help is made here
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return command
+
+
+def show_version(asked: bool) -> None:
+    """Print the versions of the package and of the ONNX Runtime that it would run on, and exit, if `asked`."""
+    if asked:
+        print(", ".join([f"fusionroute {__version__}", *installed("onnxruntime", "onnxruntime-gpu")]), flush=True)
+        raise typer.Exit
+
+
+def installed(*packages: str) -> list[str]:
+    """`NAME VERSION` of those packages that are installed. Reads their metadata and imports none."""
+    versions = []
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    return versions
+
+
+Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=show_version, help="Show the versions and exit.")]
+
+
 def program(verbs: Mapping[str, Verb], help: str) -> TyperGroup:
     """The command line `PROGRAM [--debug] VERB …`; call it to run it on the process's arguments. It always exits."""
     app = typer.Typer(add_completion=False, no_args_is_help=True, help=help)
@@ -69,22 +98,15 @@ def program(verbs: Mapping[str, Verb], help: str) -> TyperGroup:
     @app.callback()
     def options(
         context: typer.Context,
-        version: Annotated[bool, typer.Option("--version", is_eager=True, callback=show_version, help="Show the version.")] = False,
+        version: Version = False,
         debug: Debug = False,
     ) -> None:
         context.default_map = {name: {"debug": debug} for name in verbs}  # --debug before the verb means the same as behind it
 
-    group = typer.main.get_group(app)
+    group: TyperGroup = without_flag_types(typer.main.get_group(app))
     for name, verb in verbs.items():
         group.add_command(VerbCommand(name, verb))
     return group
-
-
-def show_version(asked: bool) -> None:
-    """Print the version and exit, if `asked`."""
-    if asked:
-        print(f"fusionroute {__version__}", flush=True)
-        raise typer.Exit
 
 
 def run_verb(name: str, verb: Verb, arguments: Sequence[str] | None = None, program_name: str | None = None) -> None:

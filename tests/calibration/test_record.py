@@ -1,52 +1,61 @@
 """Recorded texts against plain torch: each token lies in the nucleus, each expert is the router's choice."""
 
-from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from fusionroute.calibration.record import NOBODY, RecordedText, record
+from fusionroute.calibration import side_by_side
+from fusionroute.calibration.record import NOBODY, RecordedText, candidates, record
+from fusionroute.calibration.side_by_side import SideBySide
 from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.graphs.batch_dimension import batched
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.errors import InputError
 from tests.support.exporting import export_system
 from tests.support.systems import Shape
 
-PROMPTS: list[str | list[int]] = ["12+30=", [5, 7, 9, 11], "A prompt of more tokens than those."]
+PROMPTS = [[5, 7, 9, 11], [12, 30, 42], list(range(3, 22)), [8], [250, 3, 17, 90, 4, 66, 8]]
 NEW, CONTEXT = 40, 96
+SHAPES = {
+    "llama3": Shape(layers=2),
+    "gemma2": Shape("gemma2", layers=2),
+    "positions in the graph": Shape(layers=1, config={"head_dim": 24}),
+}
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, System]:
-    return export_system(tmp_path_factory.mktemp("record"), Shape(layers=1, tokenizer=True), ("fp32",), max_seq_len=CONTEXT)
+@pytest.fixture(scope="module", params=SHAPES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, System]:
+    return export_system(tmp_path_factory.mktemp("record"), SHAPES[request.param], ("fp32",), max_seq_len=CONTEXT)
 
 
-@pytest.fixture
-def runtime(exported: tuple[Path, System]) -> Iterator[FusionRuntime]:
-    with FusionRuntime.load(exported[0], threads=1) as loaded:
-        yield loaded
+def opened(folder: Path, rows: int = side_by_side.MOST) -> SideBySide:
+    files = sorted(folder.glob("graphs/*.fp32.onnx"), key=lambda file: ("router" not in file.name, file.name))
+    with patch.object(side_by_side, "MOST", rows):
+        return SideBySide(files, [batched(file) for file in files], CONTEXT)
 
 
-def recorded(runtime: FusionRuntime, prompts: list[str | list[int]] = PROMPTS, new: int = NEW, seed: int = 0) -> list[RecordedText]:
-    return record(runtime, prompts, new, seed, lambda _: None)
+def recorded(
+    folder: Path, prompts: list[list[int]] = PROMPTS, new: int = NEW, ends: tuple[int, ...] = (), seed: int = 0, rows: int = 4
+) -> list[RecordedText]:
+    with opened(folder, rows) as models:
+        return list(record(models, prompts, new, frozenset(ends), (0.5, 0.5), seed))
 
 
 def equal(one: RecordedText, other: RecordedText) -> bool:
     return np.array_equal(one.ids, other.ids) and np.array_equal(one.experts, other.experts)
 
 
-def test_what_the_system_does_on_its_own(exported: tuple[Path, System], runtime: FusionRuntime) -> None:
-    texts = recorded(runtime)
+def test_what_the_system_does_on_its_own(exported: tuple[Path, System]) -> None:
+    texts = recorded(exported[0])
     references = reference(exported[1], [text.ids.tolist() for text in texts], (0.5, 0.5))
     chosen = set()
     for prompt, text, expected in zip(PROMPTS, texts, references, strict=True):
-        start = runtime.prompt_ids(prompt)
         assert text.ids.dtype == np.int32 and text.experts.dtype == np.int8
-        assert text.ids[: len(start)].tolist() == start and len(text.ids) == len(start) + NEW == len(text.experts)
+        assert text.ids[: len(prompt)].tolist() == prompt and len(text.ids) == len(prompt) + NEW == len(text.experts)
         answered = np.flatnonzero(text.experts != NOBODY)
-        assert answered.tolist() == list(range(len(start) - 1, len(text.ids) - 1))
+        assert answered.tolist() == list(range(len(prompt) - 1, len(text.ids) - 1))
         assert text.experts[answered].tolist() == expected.experts[answered].tolist()
         chosen |= set(text.experts[answered].tolist())
         for position in answered:
@@ -58,45 +67,46 @@ def test_what_the_system_does_on_its_own(exported: tuple[Path, System], runtime:
     assert len(chosen) > 1, "else the choice of experts was not tested"
 
 
-def test_a_text_depends_on_its_own_prompt_and_seed_only(runtime: FusionRuntime) -> None:
-    texts = recorded(runtime)
-    assert all(map(equal, texts, recorded(runtime)))
+def test_the_texts_are_those_of_the_runtime(exported: tuple[Path, System]) -> None:
+    texts = recorded(exported[0], seed=7)
+    with FusionRuntime.load(exported[0], threads=1) as runtime:
+        for number, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+            result = runtime.generate(prompt, NEW, temperature=1.0, top_p=0.95, seed=7 + number)
+            tokens = text.ids[len(prompt) : len(prompt) + len(result.token_ids)].tolist()
+            assert tokens == result.token_ids
+
+
+def test_side_by_side_only_where_graphs_let_texts_differ_in_length(exported: tuple[Path, System], request: pytest.FixtureRequest) -> None:
+    with opened(exported[0]) as models:
+        assert models.rows == (1 if "positions" in request.node.name else side_by_side.MOST)
+        row = 2 * 2 * 4 * CONTEXT * 2 * 32 * len(exported[1].models)  # key and value, 2 layers, fp32, 2 heads of 32
+    with patch.object(side_by_side, "CACHES", 3 * row), opened(exported[0]) as models:
+        assert models.rows <= 32
+
+
+def test_a_text_depends_on_its_own_prompt_and_seed_only(exported: tuple[Path, System]) -> None:
+    texts = recorded(exported[0])
+    assert all(map(equal, texts, recorded(exported[0])))
     for number, prompt in enumerate(PROMPTS):
-        assert equal(recorded(runtime, [prompt], seed=number)[0], texts[number])
-    assert not equal(recorded(runtime, seed=100)[0], texts[0])
+        assert equal(recorded(exported[0], [prompt], seed=number)[0], texts[number])
+    assert not all(map(equal, texts, recorded(exported[0], seed=100)))
 
 
-def test_a_text_ends_with_its_end_of_sequence_token(runtime: FusionRuntime) -> None:
-    manifest = runtime.bundle.manifest
-    runtime.bundle.manifest = manifest.model_copy(update={"eos_token_ids": list(range(0, 300, 4))})
-    texts = recorded(runtime)
-    free = len(runtime.prompt_ids(PROMPTS[0]))
+def test_a_text_ends_with_its_end_of_sequence_token(exported: tuple[Path, System]) -> None:
+    texts = recorded(exported[0], ends=tuple(range(0, 300, 4)))
     for prompt, text in zip(PROMPTS, texts, strict=True):
-        new = text.ids[len(runtime.prompt_ids(prompt)) :]
+        new = text.ids[len(prompt) :]
         assert new[-1] % 4 == 0 or len(new) == NEW
         assert (new[:-1] % 4 != 0).all()
         assert text.experts[-1] == NOBODY and text.experts[-2] != NOBODY
-    assert min(len(text.ids) for text in texts) < free + NEW, "else none ended early"
+    assert min(len(text.ids) - len(prompt) for prompt, text in zip(PROMPTS, texts, strict=True)) < NEW, "else none ended early"
 
 
-def test_a_prompt_that_is_too_long_keeps_its_beginning(runtime: FusionRuntime) -> None:
-    ids = np.random.default_rng(0).integers(3, 300, 100).tolist()
-    (text,) = recorded(runtime, [ids])
-    assert len(text.ids) == runtime.max_seq_len
-    assert text.ids[: CONTEXT - NEW].tolist() == ids[: CONTEXT - NEW]
-    assert equal(text, recorded(runtime, [ids[: CONTEXT - NEW]])[0])
-    assert len(recorded(runtime, [ids], new=CONTEXT - 1)[0].ids) == CONTEXT
-
-
-def test_progress(runtime: FusionRuntime) -> None:
-    done: list[float] = []
-    record(runtime, PROMPTS, 1, 0, done.append)
-    assert done == [1, 1, 1]
-
-
-def test_wrong_arguments(runtime: FusionRuntime) -> None:
-    for new in (0, -1, CONTEXT):
-        with pytest.raises(InputError, match=rf"{new} new tokens per prompt are out of range: expected 1 to {CONTEXT - 1}"):
-            recorded(runtime, new=new)
-    with pytest.raises(InputError, match="no tokens"):
-        recorded(runtime, [[5], []])
+def test_candidates_are_the_largest_logits() -> None:
+    logits = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    logits[[5, 700]] = 9.0
+    ids, values, normaliser = candidates(logits)
+    assert ids.tolist() == np.argsort(-logits, kind="stable")[:256].tolist() and ids[:2].tolist() == [5, 700]
+    np.testing.assert_array_equal(values, logits[ids])
+    assert normaliser == pytest.approx(np.log(np.exp(logits.astype(np.float64)).sum()), rel=1e-6)
+    assert len(candidates(logits[:10]).ids) == 10

@@ -15,6 +15,11 @@ def first(content: dict[str, Any]) -> dict[str, Any]:
     return variant
 
 
+def weights(content: dict[str, Any]) -> dict[str, Any]:
+    file: dict[str, Any] = next(entry for entry in content["files"].values() if "tensors" in entry)
+    return file
+
+
 def escape(path: str) -> dict[str, Change]:
     """The ways in which a manifest may lead out of its bundle."""
 
@@ -48,7 +53,9 @@ def other_graph(content: dict[str, Any]) -> None:
 
 
 MANIFESTS: dict[str, tuple[Change, str]] = {
-    "unknown format": (lambda m: m.update(format=2), "format: Input should be 1"),
+    "unknown format": (lambda m: m.update(format=3), "has the format 3, and this version reads 1 to 2: update fusionroute"),
+    "overlapping tensors": (lambda m: weights(m)["tensors"][1].update(offset=1), "inside the one before it"),
+    "tensors beyond the file": (lambda m: weights(m)["tensors"][-1].update(bytes=10**9), "its tensors end at byte"),
     "unknown field": (lambda m: m.update(colour="red"), "colour: Extra inputs are not permitted"),
     "missing field": (lambda m: m.pop("files"), "files: Field required"),
     "no variants": (lambda m: m.update(variants=[]), "variants"),

@@ -53,6 +53,6 @@ def test_a_precision_without_a_bound_is_refused_when_its_record_is_made() -> Non
     cases: list[tuple[Bounds, dict[str, Bounds]]] = [({}, {}), ({"kl_mean": 1.0}, {"tensorrt": {}})]
     for bounds, bounds_on in cases:
         with pytest.raises(FusionError, match=r"^The precision 'fp8' has no bound: give its record in runtime/precisions\.py .*\.$"):
-            Precision("fp8", 8, bounds, "8-bit floats", bounds_on=bounds_on)
+            Precision("fp8", 8, bounds, "8-bit floats", ("tensorrt",), bounds_on=bounds_on)
     assert PRECISIONS["int8"].bounds_for("tensorrt:10.3") == PRECISIONS["w8a8"].bounds_for("tensorrt")
     assert PRECISIONS["int8"].bounds_for("ort:cpu")["kl_mean"] == 0.01

@@ -23,9 +23,11 @@ def linear_inputs(model: Any, text: np.ndarray) -> dict[str, np.ndarray]:
     return inputs
 
 
-def layers_of(matrix: str) -> list[str]:
-    """The linear layers of the torch model whose weights are in a matrix of the graph."""
+def layers_of(matrix: str, packed: bool = False) -> list[str]:
+    """The linear layers of the torch model whose weights are in a matrix of the graph; `packed`: query, key and value
+    are one layer in the model too.
+    """
     if "layers." not in matrix:
         return ["lm_head"]
     name = re.sub(r"^.*?(model\.layers\.)", r"\1", matrix).removesuffix(".weight").replace("model.model.", "model.")
-    return [name.replace("qkv", kind) for kind in "qkv"] if "qkv" in name else [name]
+    return [name.replace("qkv", kind) for kind in "qkv"] if "qkv" in name and not packed else [name]

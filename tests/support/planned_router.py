@@ -17,6 +17,9 @@ SHAPES = {
     "llama3": Shape("llama3", experts=1, config={"tie_word_embeddings": True}),
     "llama3-biased": Shape("llama3", experts=1, head_dim=20, config={"attention_bias": True, "mlp_bias": True}),
     "gemma2": Shape("gemma2", experts=1, config={"tie_word_embeddings": True}),
+    "smollm3": Shape("smollm3", experts=1),
+    "gemma3": Shape("gemma3", experts=1),
+    "phi3": Shape("phi3", experts=1),
 }
 
 

@@ -8,17 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM
 
-CONFIGS: dict[str, Any] = {"gemma2": Gemma2Config, "llama3": LlamaConfig}
+from fusionroute.fr_export.families import FAMILIES
+
+SHIPPED = [family.name for family in FAMILIES.values() if family.ships_tiny]
+# family → its config, and fields that let small systems show what is special about it
+CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gemma2": (transformers.Gemma2Config, {"query_pre_attn_scalar": 40, "sliding_window": 16}),
+    "gemma3": (transformers.Gemma3TextConfig, {"query_pre_attn_scalar": 40, "sliding_window": 16, "sliding_window_pattern": 2}),
+    "llama3": (transformers.LlamaConfig, {}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 16}),
+    "olmo2": (transformers.Olmo2Config, {}),
+    "phi3": (
+        transformers.Phi3Config,
+        {"sliding_window": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "qwen2": (transformers.Qwen2Config, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen3": (transformers.Qwen3Config, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "smollm3": (transformers.SmolLM3Config, {"no_rope_layer_interval": 2}),
+}
 
 
 @dataclass(frozen=True)
 class Shape:
     """The shape of a system.
 
-    `config` overrides any field of the Hugging Face config, `expert_config` those of the experts.
+    `config` overrides any field of the Hugging Face config, `expert_config` those of the experts; with an
+    `expert_family`, experts are of that family and take `expert_config` alone. `head_dim` holds for families whose
+    config has one; for the others it is hidden / heads.
     """
 
     family: str = "llama3"
@@ -34,6 +54,12 @@ class Shape:
     expert_config: dict[str, Any] = field(default_factory=dict)
     tokenizer: bool = False
     shard_size: str = "1GB"
+    expert_family: str | None = None
+
+    @property
+    def head_size(self) -> int:
+        """Of the router's attention heads."""
+        return self.head_dim if hasattr(CONFIGS[self.family][0](), "head_dim") else self.hidden // self.heads
 
     def build(self, expert: bool) -> Any:
         """The Hugging Face config of the router or of an expert."""
@@ -51,9 +77,10 @@ class Shape:
             "eos_token_id": 2,
             "pad_token_id": 0,
         }
-        if self.family == "gemma2":
-            fields |= {"query_pre_attn_scalar": self.head_dim, "sliding_window": 16}
-        return CONFIGS[self.family](**(fields | self.config | (self.expert_config if expert else {})))
+        other = self.expert_family if expert else None
+        kind, own = CONFIGS[other or self.family]
+        general = {name: value for name, value in fields.items() if hasattr(kind(), name)}
+        return kind(**(general | own | (self.config if other is None else {}) | (self.expert_config if expert else {})))
 
 
 def make_system(folder: Path, shape: Shape, seed: int = 0) -> tuple[str, dict[str, str]]:

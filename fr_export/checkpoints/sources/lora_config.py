@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fusionroute.runtime.errors import InputError
+from fusionroute.fr_export.checkpoints.hub import locate
+from fusionroute.runtime.errors import FusionError, InputError
 
 Number = TypeVar("Number", int, float)
 
@@ -37,6 +38,22 @@ REFUSED = {
 
 # Values of init_lora_weights that leave the base as it is. Others put back only a part of its weights: PiSSA, OLoRA, …
 STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
+
+
+def is_adapter(folder: Path, where: str, source: str) -> bool:
+    """Whether a folder holds an adapter. `source` is what the user called it.
+
+    Raises InputError for one that holds a whole model too, or that has adapters in subfolders only.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        if models := [name for name in ("model.safetensors", "model.safetensors.index.json") if (folder / name).is_file()]:
+            raise InputError(
+                f"{where} holds a whole model ({models[0]}) and an adapter ({CONFIG_FILE}): put one of them into a folder of its own."
+            )
+        return True
+    if not (folder / "config.json").is_file() and (adapters := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))):
+        raise InputError(f"{where} holds several adapters ({', '.join(adapters)}): name one of them, such as {source}/{adapters[0]}.")
+    return False
 
 
 class LoraConfig(BaseModel):
@@ -71,6 +88,31 @@ class LoraConfig(BaseModel):
             raise InputError(f"{where} has a broken {CONFIG_FILE} ({reason}); save or download the adapter again.") from error
         config.check(where)
         return config
+
+    def locate_base(self, folder: Path, where: str, named: str | None) -> Path:
+        """The folder of the base of the adapter in `folder`: the one `named` on the command line, or its own.
+
+        Raises InputError where the adapter names none, or one that cannot be found or is an adapter itself.
+        """
+        source = named or self.base_model_name_or_path
+        if not source:
+            raise InputError(f"{where} is an adapter that names no base: name it with --base.")
+        if not named and not Path(source).is_dir() and (beside := folder / source).is_dir():
+            source = str(beside)
+        try:
+            base = locate(source, None if named else self.revision)
+        except FusionError as error:
+            if named:
+                raise
+            reason = str(error).rstrip(".")
+            raise type(error)(
+                f"{where} is an adapter of {source}, which cannot be opened ({reason}): name its base with --base."
+            ) from error
+        if (base / CONFIG_FILE).is_file():
+            raise InputError(
+                f"{where} is an adapter over another adapter ({base}): merge that one into its base first, and name it with --base."
+            )
+        return base
 
     def check(self, where: str) -> None:
         """Raise InputError for an adapter that is no LoRA adapter of a causal LM, or one that cannot be merged."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
 from fusionroute.fr_export.checkpoints.system import RoutingHead
+from fusionroute.fr_export.graphs.dialects import rotary
 from fusionroute.fr_export.graphs.graph import Graph, initializer, node
 
 Norm = Callable[[nn.Module, Tensor], Tensor]
@@ -64,9 +65,9 @@ def normalised(operator: str, version: int) -> Norm:
 
 
 @contextlib.contextmanager
-def emitting(model: Any, attention: str, norm: Norm, own_rotary: bool) -> Iterator[None]:
-    """Make the model's linear, norm and attention calls emit a dialect's operators; with `own_rotary` its rotary call
-    emits nothing.
+def emitting(model: Any, attention: str, norm: Norm, rotate: rotary.Rotate | None) -> Iterator[None]:
+    """Make the model's linear, norm, rotary and attention calls emit a dialect's operators. None: its own rotary call
+    with what is computed there.
     """
     model.set_attn_implementation(attention)
     for module in model.modules():
@@ -76,8 +77,12 @@ def emitting(model: Any, attention: str, norm: Norm, own_rotary: bool) -> Iterat
             module.forward = MethodType(norm, module)
     modeling: Any = sys.modules[type(model).__module__]
     original = modeling.apply_rotary_pos_emb
-    if own_rotary:
-        modeling.apply_rotary_pos_emb = lambda query, key, *_, **__: (query, key)
+
+    def own(query: Tensor, key: Tensor, compute: Callable[[Tensor], rotary.Tables], positions: Tensor) -> tuple[Tensor, Tensor]:
+        turned: tuple[Tensor, Tensor] = original(query, key, *compute(positions))
+        return turned
+
+    modeling.apply_rotary_pos_emb = rotate or own
     try:
         yield
     finally:
@@ -85,19 +90,16 @@ def emitting(model: Any, attention: str, norm: Norm, own_rotary: bool) -> Iterat
 
 
 class Model(nn.Module):
-    """A causal LM that answers with the logits and the final hidden states of some positions, and tables for rotary
-    embeddings.
-    """
+    """A causal LM that answers with the logits and the final hidden states of some positions."""
 
-    rotary_cos: Tensor
-    rotary_sin: Tensor
-
-    def __init__(self, model: Any, max_seq_len: int, tables: bool = True):
+    def __init__(self, model: Any, max_seq_len: int):
         super().__init__()
         self.model = model
-        if tables:
-            for name in ("rotary_cos", "rotary_sin"):
-                self.register_buffer(name, torch.zeros(max_seq_len, model.config.head_dim // 2))
+        self.replace_rotary(max_seq_len)
+
+    def replace_rotary(self, max_seq_len: int) -> None:
+        """Its rotary embeddings become tables of `max_seq_len` positions."""
+        rotary.tabulate(self.model, max_seq_len)
 
     def answer(self, input_ids: Tensor, positions: Tensor, logit_positions: Tensor | int, step: Any) -> tuple[Tensor, Tensor]:
         """input_ids and positions [B, S], logit_positions [K] (or 0: all) → logits [B, K, V], hidden [B, K, H]."""

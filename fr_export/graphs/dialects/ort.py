@@ -1,6 +1,6 @@
 """The `ort` dialect: ONNX Runtime's contrib operators, KV caches updated in place.
 
-Operators: com.microsoft GroupQueryAttention (rotary inside), FusedMatMul, SkipSimplifiedLayerNormalization; see
+Operators: com.microsoft GroupQueryAttention (rotary inside), RotaryEmbedding, FusedMatMul, SkipSimplifiedLayerNormalization; see
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 """
 
@@ -8,32 +8,43 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
-from torch.onnx.ops import symbolic_multi_out
+from torch.onnx.ops import symbolic, symbolic_multi_out
 from transformers import AttentionInterface
 
 from fusionroute.fr_export.checkpoints.system import RoutingHead
 from fusionroute.fr_export.graphs.dialects import layers
+from fusionroute.fr_export.graphs.dialects.rotary import Tables
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import fuse_skip_norm, pack_qkv, remove_redundant_views
+from fusionroute.fr_export.graphs.passes import fuse_rotary, fuse_skip_norm, pack_qkv, remove_redundant_views, slices_to_split
 
 ATTENTION = "fusionroute_ort"
 OPSET = 20  # the first with Gelu(approximate=tanh)
 
 
-def rotary_inside(head_size: int) -> bool:
-    """GroupQueryAttention's own rotary works on head sizes that are multiples of 16."""
-    return head_size % 16 == 0
+def rotate(query: Tensor, key: Tensor, tables: Tables, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [1, H, S, D] and keys [1, KV, S, D], turned; `passes.fuse_rotary` puts that into the attention."""
+    return turned(query, tables, positions), turned(key, tables, positions)
+
+
+def turned(x: Tensor, tables: Tables, positions: Tensor) -> Tensor:
+    """Heads [1, H, S, D] turned by one operator, at positions [1, S]."""
+    _, heads, length, size = x.shape
+    dim = 2 * tables[0].shape[-1]
+    flat = x.transpose(1, 2).reshape(1, length, heads * size)
+    attributes = {"num_heads": heads} | ({"rotary_embedding_dim": dim} if dim != size else {})
+    flat = symbolic("com.microsoft::RotaryEmbedding", [flat, positions, *tables], attributes, dtype=x.dtype, shape=flat.shape, version=1)
+    return flat.reshape(1, length, heads, size).transpose(1, 2)
 
 
 class Step:
     """What the attention calls of one forward pass share; travels through the model's keyword arguments."""
 
-    def __init__(self, past: list[tuple[Tensor, Tensor]], seqlens_k: Tensor, total: Tensor, rotary: tuple[Tensor, Tensor] | None):
+    def __init__(self, past: list[tuple[Tensor, Tensor]], seqlens_k: Tensor, total: Tensor):
         self.past = past
         self.present: list[tuple[Tensor, Tensor]] = list(past)
         self.lengths = [seqlens_k, total]
-        self.rotary = rotary
 
 
 def attention(
@@ -47,7 +58,6 @@ def attention(
     q, k, v = (x.transpose(1, 2).reshape(1, length, x.shape[1] * padded) for x in (query, key, value))
     layer = int(module.layer_idx)
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": float(scaling)}
-    attributes["do_rotary"] = int(step.rotary is not None)
     if softcap:
         attributes["softcap"] = float(softcap)
     if sliding_window:
@@ -55,7 +65,7 @@ def attention(
     past = step.past[layer]
     out, *present = symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        [q, k, v, *past, *step.lengths, *(step.rotary or ())],
+        [q, k, v, *past, *step.lengths],
         attributes,
         dtypes=(q.dtype, *(x.dtype for x in past)),
         shapes=(q.shape, *(x.shape for x in past)),
@@ -72,7 +82,7 @@ NORM = layers.normalised("::SimplifiedLayerNormalization", 1)
 
 def emitting(model: Any) -> AbstractContextManager[None]:
     """Make the model's linear, norm and attention calls emit this dialect's operators."""
-    return layers.emitting(model, ATTENTION, NORM, rotary_inside(model.config.head_dim))
+    return layers.emitting(model, ATTENTION, NORM, rotate)
 
 
 class Forward(layers.Model):
@@ -80,10 +90,6 @@ class Forward(layers.Model):
 
     In: ids and KV buffers. Out: logits and final hidden states of the requested positions.
     """
-
-    def __init__(self, model: Any, max_seq_len: int):
-        self.rotary = rotary_inside(model.config.head_dim)
-        super().__init__(model, max_seq_len, self.rotary)
 
     def forward(
         self,
@@ -96,8 +102,7 @@ class Forward(layers.Model):
         """input_ids [1, S], logit_positions [K], past [1, KV, capacity, D] per layer → logits [1, K, V], hidden [1, K,
         H], present.
         """
-        rotary = (self.rotary_cos, self.rotary_sin) if self.rotary else None
-        step = Step(past, seqlens_k, total_sequence_length, rotary)
+        step = Step(past, seqlens_k, total_sequence_length)
         length = input_ids.shape[1]
         positions = (total_sequence_length.to(torch.int64) - length + torch.arange(length))[None]
         return *self.answer(input_ids, positions, logit_positions, step), step.present
@@ -121,7 +126,10 @@ def names(count: int) -> tuple[list[str], list[str]]:
 
 def finish(graph: Graph, max_seq_len: int) -> None:
     """The graph passes that pay in this dialect, and dimensions with names that people can read."""
+    fold_constants(graph.model)
     remove_redundant_views(graph)
+    fuse_rotary(graph)
+    slices_to_split(graph)
     pack_qkv(graph)
     fuse_skip_norm(graph)
     layers.name_dimensions(graph, {"input_ids": [1, "sequence"], "logit_positions": ["positions"]}, "capacity")

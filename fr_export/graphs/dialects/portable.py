@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fusionroute.fr_export.checkpoints.system import RoutingHead
-from fusionroute.fr_export.graphs.dialects import layers
+from fusionroute.fr_export.graphs.dialects import layers, rotary
 from fusionroute.fr_export.graphs.dialects.primitive import attend
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import remove_redundant_views, split_qkv
+from fusionroute.fr_export.graphs.passes import remove_redundant_views, slices_to_split, split_qkv
 
 ATTENTION = "fusionroute_portable"
 OPSET = 20  # the first with Gelu(approximate=tanh)
@@ -73,14 +73,15 @@ NORM = layers.normalised("::SimplifiedLayerNormalization", 1)
 
 def emitting(model: Any) -> AbstractContextManager[None]:
     """Make the model's linear, norm and attention calls emit this dialect's operators."""
-    return layers.emitting(model, ATTENTION, NORM, own_rotary=False)
+    return layers.emitting(model, ATTENTION, NORM, rotate=None)
 
 
 class Forward(layers.Model):
     """The signature of a causal LM with a cache; and the final hidden states."""
 
-    def __init__(self, model: Any, max_seq_len: int):
-        super().__init__(model, max_seq_len, tables=False)  # positions have no limit but the reader's
+    def replace_rotary(self, max_seq_len: int) -> None:
+        """No tables: positions have no limit but the reader's."""
+        rotary.defer(self.model)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
@@ -119,6 +120,7 @@ def finish(graph: Graph, max_seq_len: int) -> None:
     """
     fold_constants(graph.model)
     remove_redundant_views(graph)
+    slices_to_split(graph)
     split_qkv(graph)
     shapes: dict[str, list[int | str]] = {"attention_mask": ["batch_size", TOTAL]}
     for value in (*graph.model.graph.inputs, *graph.model.graph.outputs):

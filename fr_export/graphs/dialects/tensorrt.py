@@ -16,10 +16,10 @@ from torch.onnx.ops import symbolic
 from transformers import AttentionInterface
 
 from fusionroute.fr_export.checkpoints.system import RoutingHead
-from fusionroute.fr_export.graphs.dialects import layers
+from fusionroute.fr_export.graphs.dialects import layers, rotary
 from fusionroute.fr_export.graphs.dialects.primitive import attend
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import remove_redundant_views, split_qkv
+from fusionroute.fr_export.graphs.passes import remove_redundant_views, slices_to_split, split_qkv
 
 ATTENTION = "fusionroute_tensorrt"
 OPSET = 24  # the first with TensorScatter
@@ -29,23 +29,14 @@ class Step:
     """What the attention calls of one forward pass share; travels through the model's keyword arguments.
 
     past: per layer key and value [1, KV, capacity, D]. write_index [1], positions [S] of the queries, keys [T]:
-    positions of the keys. rotary: cos and sin [S, D / 2] at the queries' positions.
+    positions of the keys.
     """
 
-    def __init__(
-        self, past: list[tuple[Tensor, Tensor]], write_index: Tensor, positions: Tensor, keys: Tensor, rotary: tuple[Tensor, Tensor]
-    ):
+    def __init__(self, past: list[tuple[Tensor, Tensor]], write_index: Tensor, positions: Tensor, keys: Tensor):
         self.past = past
         self.present: list[tuple[Tensor, Tensor]] = list(past)
-        self.write_index, self.positions, self.keys, self.rotary = write_index, positions, keys, rotary
+        self.write_index, self.positions, self.keys = write_index, positions, keys
         self.masks: dict[int | None, Tensor] = {}
-
-    def rotated(self, x: Tensor) -> Tensor:
-        """Queries or keys [1, H, S, D] turned by their positions."""
-        cos, sin = self.rotary
-        half = x.shape[-1] // 2
-        one, other = x[..., :half], x[..., half:]
-        return torch.cat([one * cos - other * sin, other * cos + one * sin], -1)
 
     def written(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values [1, KV, S, D] into the layer's buffers; returns the used part of both, [1, KV, T, D]."""
@@ -72,7 +63,7 @@ def attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface. query [1, H, S, D], key and value [1, KV, S, D] → output [1, S, H, D]."""
     size = query.shape[-1]
-    query, key, value = layers.padded(step.rotated(query), step.rotated(key), value)
+    query, key, value = layers.padded(query, key, value)
     keys, values = step.written(int(module.layer_idx), key, value)
     mask = step.mask(sliding_window)
     out = attend(query, [keys], [values], mask, scaling, softcap) if softcap else fused(query, keys, values, mask, scaling)
@@ -92,7 +83,7 @@ NORM = layers.normalised("::RMSNormalization", 23)
 
 def emitting(model: Any) -> AbstractContextManager[None]:
     """Make the model's linear, norm and attention calls emit this dialect's operators."""
-    return layers.emitting(model, ATTENTION, NORM, own_rotary=True)
+    return layers.emitting(model, ATTENTION, NORM, rotary.by_tables)
 
 
 class Forward(layers.Model):
@@ -111,8 +102,7 @@ class Forward(layers.Model):
         Returns logits [1, K, V], hidden [1, K, H], present.
         """
         positions = write_index + torch.arange(input_ids.shape[1])
-        cos, sin = (nn.functional.embedding(positions, table) for table in (self.rotary_cos, self.rotary_sin))
-        step = self.Step(past, write_index, positions, key_positions, (cos, sin))
+        step = self.Step(past, write_index, positions, key_positions)
         return *self.answer(input_ids, positions[None], logit_positions, step), step.present
 
 
@@ -135,6 +125,7 @@ def finish(graph: Graph, max_seq_len: int) -> None:
     """The graph passes that pay in this dialect, and dimensions with names that people can read."""
     fold_constants(graph.model)
     remove_redundant_views(graph)
+    slices_to_split(graph)
     split_qkv(graph)
     own: dict[str, list[int | str]] = {"input_ids": [1, "sequence"], "key_positions": ["keys"], "logit_positions": ["positions"]}
     layers.name_dimensions(graph, own, max_seq_len)

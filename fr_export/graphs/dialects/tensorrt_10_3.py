@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fusionroute.fr_export.graphs.dialects import layers, tensorrt
+from fusionroute.fr_export.graphs.dialects import layers, rotary, tensorrt
 from fusionroute.fr_export.graphs.dialects.primitive import attend
 from fusionroute.fr_export.graphs.graph import Graph
 
@@ -53,7 +53,7 @@ def attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface. query [1, H, S, D], key and value [1, KV, S, D] → output [1, S, H, D]."""
     size = query.shape[-1]
-    query, key, value = layers.padded(step.rotated(query), step.rotated(key), value)
+    query, key, value = layers.padded(query, key, value)
     keys, values = step.parts(int(module.layer_idx), key, value)
     out = attend(query, keys, values, step.mask(sliding_window), scaling, softcap)
     return out[..., :size].transpose(1, 2) if out.shape[-1] != size else out.transpose(1, 2), None
@@ -66,7 +66,7 @@ NORM = layers.normalised("::SimplifiedLayerNormalization", 1)  # spelled out lat
 
 def emitting(model: Any) -> AbstractContextManager[None]:
     """Make the model's linear, norm and attention calls emit this dialect's operators."""
-    return layers.emitting(model, ATTENTION, NORM, own_rotary=True)
+    return layers.emitting(model, ATTENTION, NORM, rotary.by_tables)
 
 
 class Forward(tensorrt.Forward):

@@ -1,9 +1,20 @@
 """Graph rewrites, one per file; each leaves the function of the graph as it was, `to_half` up to rounding."""
 
 from fusionroute.fr_export.graphs.passes.decompose_rmsnorm import decompose_rmsnorm
+from fusionroute.fr_export.graphs.passes.fuse_rotary import fuse_rotary
 from fusionroute.fr_export.graphs.passes.fuse_skip_norm import fuse_skip_norm
 from fusionroute.fr_export.graphs.passes.pack_qkv import pack_qkv, split_qkv
 from fusionroute.fr_export.graphs.passes.remove_redundant_views import remove_redundant_views
+from fusionroute.fr_export.graphs.passes.slices_to_split import slices_to_split
 from fusionroute.fr_export.graphs.passes.to_half import to_half
 
-__all__ = ["decompose_rmsnorm", "fuse_skip_norm", "pack_qkv", "remove_redundant_views", "split_qkv", "to_half"]
+__all__ = [
+    "decompose_rmsnorm",
+    "fuse_rotary",
+    "fuse_skip_norm",
+    "pack_qkv",
+    "remove_redundant_views",
+    "slices_to_split",
+    "split_qkv",
+    "to_half",
+]

@@ -4,7 +4,7 @@ islands in fp32.
 The outputs `logits` and `hidden` (of which the routing head is made) stay fp32, and so does all that follows the
 product of the LM head. With `wide` also the residual stream, for families whose stream leaves fp16's range (65,504;
 there bf16 has steps of 512): embedding scale, additions and norms are fp32, and values are narrowed in front of
-products only. Rotary embeddings by tables are always computed in fp32.
+products only. Rotary embeddings by tables are computed in fp32, unless an attention operator does it.
 """
 
 import numpy as np
@@ -16,7 +16,8 @@ from fusionroute.fr_export.graphs.graph import Graph, initializer, node
 FLOAT = ir.DataType.FLOAT
 NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
 IN_HALF = ("FusedMatMul", "MatMul", "GroupQueryAttention", "Attention", "TensorScatter")
-IN_FLOAT = ("Tanh", "Where", "Softmax")  # what attention in primitive operators has between its products
+# what attention in primitive operators has between its products, and rotary by tables
+IN_FLOAT = ("Tanh", "Where", "Softmax", "RotaryEmbedding")
 SMALLEST_DIVISOR = 1e-30  # a token whose values are all zero is divided by this
 
 
@@ -71,7 +72,7 @@ class _Narrowing:
     def _convert(self, n: ir.Node) -> None:
         """Choose the type that a node computes in, and cast its inputs."""
         active = [self.types[value] for value in n.inputs if value in self.types]
-        if n.op_type in IN_HALF:
+        if n.op_type in IN_HALF or any(value.is_graph_input() for value in n.inputs if value in self.types):  # a KV buffer
             dtype = self.half
         elif n.op_type in IN_FLOAT or (self.wide and (n.op_type in NORMS or (n.op_type == "Mul" and _gated(n, self.types)))):
             dtype = FLOAT

@@ -31,6 +31,7 @@ class Int4:
     """The weights' bytes quartered; activations stay in half precision."""
 
     name = "int4"
+    most_bits = BUDGET
     bits = TYPICAL.bits_per_weight
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:

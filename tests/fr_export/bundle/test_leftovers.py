@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.runtime.errors import InputError
 from tests.support.staging import DEAD, bundle, fill, notes, stage, texts
 
@@ -86,12 +87,26 @@ def other(out: Path) -> Iterator["subprocess.Popen[str]"]:
     process.stdout.close()
 
 
-def test_two_exports_at_once_do_not_meet(out: Path, tmp_path: Path, other: "subprocess.Popen[str]") -> None:
+def test_a_second_export_to_one_place_is_refused_at_once(out: Path, tmp_path: Path, other: "subprocess.Popen[str]") -> None:
+    """It used to work for hours and then to fail, or to replace what the first had written."""
     assert other.stdout is not None
     theirs = other.stdout.readline().strip()
-    stage(out)
-    assert texts(tmp_path) == bundle("new") | {f"{theirs}/file": "theirs", theirs.replace("partial", "lock"): ""}
+    for force in (False, True):
+        with pytest.raises(InputError, match=rf"^Process {other.pid} is writing to {out} already: .*--out\.$"):
+            stage(out, force=force)
+        with pytest.raises(InputError, match=f"^Process {other.pid} "):
+            StagedBundle(out, force).refuse()
+    assert texts(tmp_path) == {f"{theirs}/file": "theirs", theirs.replace("partial", "lock"): ""}, "what the first writes is not touched"
+    stage(tmp_path / "elsewhere")
     other.send_signal(signal.SIGKILL)
     other.wait()
-    stage(out, "newer", force=True)
-    assert texts(tmp_path) == bundle("newer")
+    stage(out)
+    assert texts(tmp_path) == bundle("new") | bundle("new", "elsewhere")
+
+
+def test_asking_before_any_work_changes_nothing(out: Path, tmp_path: Path) -> None:
+    fill(tmp_path / f".bundle.partial-{DEAD}", "half")
+    before = texts(tmp_path)
+    StagedBundle(out, False).refuse()
+    StagedBundle(tmp_path / "a" / "b", False).refuse()
+    assert texts(tmp_path) == before and not (tmp_path / "a").exists()

@@ -199,3 +199,27 @@ def test_a_folder_that_may_not_be_written(out: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Path, "mkdir", refuse)  # modes do not bind every user
     with pytest.raises(FusionError, match=rf"Cannot write to {out.parent} \(Permission denied\): name a folder"):
         stage(out)
+
+
+def test_a_mount_point_is_refused_before_any_work(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's volume: nothing can be renamed to it, which was found after the work."""
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    words = rf"^{out} is a mount point, .*: name a folder below it with --out\.$"
+    with pytest.raises(InputError, match=words):
+        stage(out)
+    with pytest.raises(InputError, match=words):
+        StagedBundle(out, True).refuse()
+    stage(out / "below")
+
+
+def test_a_folder_above_that_may_not_be_written_is_seen_without_writing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != out.parent)
+    with pytest.raises(FusionError, match=rf"Cannot write to {out.parent / 'a'} \(Permission denied\)"):
+        StagedBundle(out.parent / "a" / "b", False).refuse()
+
+
+def test_a_link_to_itself_is_refused(out: Path) -> None:
+    out.symlink_to(out.name)
+    with pytest.raises(InputError, match=rf"^{out} is a link that leads back to itself: .*--out\.$"):
+        StagedBundle(out, True)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from fusionroute.fr_export.bundle.targets import TARGETS
-from fusionroute.fr_export.commands.export import ALIASES, TARGET_HELP, parse_gpus, parse_precisions, parse_targets
+from fusionroute.fr_export.commands.variants import ALIASES, TARGET_HELP, parse_gpus, parse_precisions, parse_targets
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
@@ -21,6 +21,7 @@ from fusionroute.fr_export.verify.report import show_report
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import FusionError, UnavailableError
+from tests.support.stored_weights import StoredWeight, stored_weights
 from tests.support.systems import Shape, make_system
 
 
@@ -65,10 +66,10 @@ def test_a_bundle_for_both_targets_is_compared_where_it_runs_and_shares_its_weig
             assert np.isfinite(runtime.score([5, 9, 200]).logits).all()
 
 
-def matrices(file: Path) -> set[str]:
-    """Weight files of the matrices that a graph reads."""
-    values = [value for value in ir.load(file).graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)]
-    return {str(value.const_value.location) for value in values if len(value.shape) == 2 and "rotary" not in value.name}
+def matrices(file: Path) -> set[StoredWeight]:
+    """Where the matrices lie that a graph reads."""
+    shapes = {name: value.shape for name, value in ir.load(file).graph.initializers.items()}
+    return {weight for name, weight in stored_weights(file).items() if len(shapes[name]) == 2 and "rotary" not in name}
 
 
 def test_strict_refuses_what_could_not_be_compared(mixed: Request) -> None:

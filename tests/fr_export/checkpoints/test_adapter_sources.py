@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from fusionroute.fr_export.checkpoints import hub
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.training.expert_cache import model_digest
 from fusionroute.runtime.errors import FusionError, InputError
 from tests.support.adapters import SHAPE, make_adapted_system, make_adapter
-from tests.support.damaged_checkpoints import edit, retensor
+from tests.support.damaged_checkpoints import edit, retensor, then
 from tests.support.systems import Shape, make_model
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -93,7 +94,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "adapter_model.safetensors is not a complete safetensors file",
     ),
     "empty": (tensors(lambda t: t.clear()), "holds no tensors in its adapter_model.safetensors"),
-    "one factor": (tensors(lambda t: t.pop(f"{Q}.lora_A.weight")), "has only one of the two factors of 'model.layers.0.self_attn.q_proj'"),
+    "one factor": (tensors(lambda t: t.pop(f"{Q}.lora_A.weight")), "lacks the lora_A of 'model.layers.0.self_attn.q_proj'"),
     "another rank": (config(r=8), "rank 8 of its adapter_config.json"),
     "an unknown part": (moved(f"{Q}.lora_A.weight", f"{Q}.lora_C.weight"), "lora_C.weight', which this version does not know"),
     "another module": (
@@ -112,10 +113,15 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         tensors(lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(310, 32)})),
         "resizes model.embed_tokens.weight to 310 and lm_head.weight to 300 rows",
     ),
-    "no magnitudes": (config(use_dora=True), "sets use_dora but lacks the magnitudes"),
+    "no magnitudes": (config(use_dora=True), "lacks the lora_magnitude_vector of 'model.layers.0.mlp.down_proj'"),
     "magnitudes of another length": (
-        tensors(lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(3)})),
-        "has the lora_magnitude_vector of 'model.layers.0.self_attn.q_proj' in shape [3]; its base needs [32]",
+        then(
+            config(use_dora=True),
+            tensors(
+                lambda t: t.update({n.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(3) for n in list(t) if "lora_A" in n})
+            ),
+        ),
+        "has the lora_magnitude_vector of 'model.layers.0.mlp.down_proj' in shape [3]; its base needs [32]",
     ),
     "a bias that the base lacks": (
         tensors(lambda t: t.update({f"{Q}.lora_B.bias": torch.ones(32)})),
@@ -230,6 +236,17 @@ def test_texts(root: Path) -> None:
     assert own.files >= {root / "router/adapter_config.json", root / "base/config.json"}
 
 
+@pytest.mark.parametrize("changed", ["expert0/adapter_config.json", "expert0/adapter_model.safetensors", "base/model.safetensors"])
+def test_caches_tell_adapters_and_bases_apart(changed: str, root: Path) -> None:
+    """Whatever changes the merged weights changes the name of what was computed from them."""
+    before = model_digest(Checkpoint.open("expert0", str(root / "expert0")))
+    if changed.endswith(".json"):
+        edit(root / changed, lora_alpha=9)
+    else:
+        retensor(root / changed, lambda t: next(iter(t.values())).add_(1))
+    assert model_digest(Checkpoint.open("expert0", str(root / "expert0"))) != before
+
+
 def test_the_report_of_a_source(root: Path) -> None:
     dora, base = Checkpoint.open("expert1", str(root / "expert1")), Checkpoint.open("base", str(root / "base"))
     assert (dora.source.kind, dora.source.dtypes) == ("adapter", ("F32",))
@@ -259,6 +276,7 @@ def test_what_is_downloaded(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: [])
     (tmp_path / "snapshot" / folder).mkdir(parents=True, exist_ok=True)
     if folder:
         with pytest.raises(InputError, match="The hub's owner/name has no folder math with a checkpoint"):

@@ -1,6 +1,9 @@
 """Adapters merged while they are read are what PEFT makes of them, for every variety that PEFT writes."""
 
-from dataclasses import replace
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from fusionroute.fr_export.checkpoints import weights
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
+from fusionroute.fr_export.checkpoints.sources.merge_lora import merge
+from fusionroute.fr_export.checkpoints.tensors import ReadRows, StoredTensor
 from fusionroute.fr_export.checkpoints.torch_model import torch_model
 from tests.support.adapters import SHAPE, TARGETS, make_adapter, peft_model
 from tests.support.systems import make_model
@@ -106,7 +113,7 @@ def test_resized_embedding(tied: Path, untied: Path, tmp_path: Path) -> None:
             assert (torch_model(checkpoint)(IDS + 245).logits - expected).abs().max() <= TIGHT * expected.abs().max()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     rank=st.integers(1, 40),
     alpha=st.integers(1, 64),
@@ -135,13 +142,61 @@ def test_merged_rows_are_those_of_peft(
         use_rslora=rslora, use_dora=dora, target_modules=sorted(targets),
     )  # fmt: skip
     expected = peft_model(untied, adapter).merge_and_unload().state_dict()
-    weights = Checkpoint.open("adapted", str(adapter)).weights
+    adapted = Checkpoint.open("adapted", str(adapter)).weights
     for name, tensor in expected.items():
-        assert np.allclose(weights.read(name), tensor.numpy(), rtol=1e-5, atol=1e-5), name
-        with weights.entry(name).open() as read:
+        assert np.allclose(adapted.read(name), tensor.numpy(), rtol=1e-5, atol=1e-5), name
+        with adapted.entry(name).open() as read:
             start = min(rows[0], len(tensor) - 1)
             part = read(start, min(start + rows[1], len(tensor)))
             assert torch.allclose(part, tensor[start : start + rows[1]], rtol=1e-5, atol=1e-5), name
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A tensor that notes which rows are read of it, and which of its slices are still held by somebody."""
+
+    stored: StoredTensor
+    asked: list[tuple[int, int]] = field(default_factory=list)
+    slices: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.stored.files
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @contextmanager
+    def open(self) -> Iterator[ReadRows]:
+        with self.stored.open() as read:
+
+            def watched(start: int, stop: int) -> torch.Tensor:
+                self.asked.append((start, stop))
+                rows = read(start, stop)
+                self.slices.append(weakref.ref(rows))
+                return rows
+
+            yield watched
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_rows_are_merged_as_they_are_read(dora: bool, untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of a merged tensor reads the same slice of base and B once, and keeps neither."""
+    adapter = LoraAdapter.open(make_adapter(untied, tmp_path / "adapter", use_dora=dora), "The adapter")
+    base = {name: Watched(tensor) for name, tensor in Checkpoint.open("base", str(untied)).weights.entries.items()}
+    tensors, _ = merge(adapter, base, tied=False)
+    assert not any(tensor.asked for tensor in base.values()), "opening reads no values"
+    name = "model.layers.0.mlp.up_proj.weight"  # [64, 32]
+    monkeypatch.setattr(weights, "SLICE", 10 * 32)
+    slices = list(weights.Weights(adapter.folder, tensors).rows(name))
+    assert base[name].asked == [(start, min(start + 10, 64)) for start in range(0, 64, 10)]
+    assert [len(part) for part in slices] == [10] * 6 + [4]
+    assert not any(slice_() is not None for slice_ in base[name].slices)
 
 
 def test_half_precision_adds_in_fp32(tmp_path: Path) -> None:
@@ -149,8 +204,8 @@ def test_half_precision_adds_in_fp32(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", replace(SHAPE, dtype=torch.bfloat16), 0, expert=False)
     adapter = make_adapter(base, tmp_path / "adapter")
     expected = peft_model(base, adapter).merge_and_unload().state_dict()
-    weights = Checkpoint.open("adapted", str(adapter)).weights
+    adapted = Checkpoint.open("adapted", str(adapter)).weights
     name = "model.layers.0.mlp.up_proj.weight"
-    assert weights.entry(name).dtype == "BF16"
-    assert np.allclose(weights.read(name), expected[name].numpy(), rtol=1e-5, atol=1e-6)
-    assert not np.allclose(weights.read(name), expected[name].bfloat16().float().numpy(), rtol=1e-5, atol=1e-6)
+    assert adapted.entry(name).dtype == "BF16"
+    assert np.allclose(adapted.read(name), expected[name].numpy(), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(adapted.read(name), expected[name].bfloat16().float().numpy(), rtol=1e-5, atol=1e-6)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from fusionroute.fr_export.checkpoints import hub
@@ -53,3 +54,61 @@ def test_folders_that_do_not_exist(source: str, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "a").mkdir()  # so that a/b/c is a path with a slip, not a folder of the hub's repository a/b
     with pytest.raises(InputError, match=r"does not exist \(and is no hub id such as owner/name\)"):
         hub.locate(source)
+
+
+FILES = [
+    "README.md", "m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m-q8_0-00001-of-00002.gguf", "m-q8_0-00002-of-00002.gguf", "mmproj-m.gguf",
+    "sub/n-F16.gguf",
+]  # fmt: skip
+
+
+@pytest.fixture
+def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[list[str]], None]:
+    """Lets the hub have one repository with these files; a download brings those that the patterns allow."""
+
+    def serve(names: list[str]) -> None:
+        def snapshot_download(_: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None) -> str:
+            for name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+                (tmp_path / name).parent.mkdir(exist_ok=True)
+                (tmp_path / name).touch()
+            return str(tmp_path)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: names)
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [
+        ("owner/name:m-Q4_K_S.gguf", "m-Q4_K_S.gguf"),
+        ("owner/name:Q4_K_M", "m-Q4_K_M.gguf"),
+        ("owner/name:q4_k_m", "m-Q4_K_M.gguf"),
+        ("owner/name:Q8_0", "m-q8_0-00001-of-00002.gguf"),
+        ("owner/name:sub/n-F16.gguf", "sub/n-F16.gguf"),
+    ],
+)
+def test_a_gguf_of_a_repository_is_named_by_its_file_or_kind(
+    source: str, file: str, repository: Callable[[list[str]], None], tmp_path: Path
+) -> None:
+    repository(FILES)
+    assert hub.locate(source) == tmp_path / file
+    parts = [name for name in FILES if "q8_0" in name] if "q8_0" in file else [file]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.gguf")) == parts, "no other model is downloaded"
+
+
+def test_a_repository_of_gguf_models_without_a_choice(repository: Callable[[list[str]], None], tmp_path: Path) -> None:
+    repository(FILES)
+    with pytest.raises(InputError, match=r"owner/name holds 4 GGUF models \(m-Q4_K_M.gguf, .*\): name one, such as owner/name:m-Q4_K_M"):
+        hub.locate("owner/name")
+    with pytest.raises(InputError, match=r"has no GGUF models 'Q4_K'; name one of its files \(m-Q4_K_M.gguf, m-Q4_K_S.gguf, "):
+        hub.locate("owner/name:Q4_K")
+    repository(["config.json", "mmproj-m.gguf", "only.gguf"])
+    assert hub.locate("owner/name") == tmp_path / "only.gguf"
+
+
+def test_a_repository_of_pickles_names_both_commands(repository: Callable[[list[str]], None]) -> None:
+    repository(["config.json", "pytorch_model.bin"])
+    with pytest.raises(InputError, match=r"holds pickled weights .* \(hf download owner/name --local-dir name\) and convert .*'name'"):
+        hub.locate("owner/name")

@@ -53,7 +53,7 @@ def test_the_wrong_family_for_all(root: Path) -> None:
 def test_gemma2_that_is_no_causal_model(tmp_path: Path) -> None:
     make_system(tmp_path, Shape("gemma2", heads=2, kv_heads=1, head_dim=16, hidden=32, layers=2, experts=2))
     for fields, words in (
-        ({"sliding_window": 0}, "no positive 'sliding_window'"),
+        ({"sliding_window": 0}, "'sliding_window' of 0"),
         ({"use_bidirectional_attention": True}, "both directions"),
     ):
         folder = Path(shutil.copytree(tmp_path, tmp_path.parent / f"copy-{words[:2]}"))
@@ -85,3 +85,14 @@ def test_values_that_a_precision_cannot_hold(root: Path) -> None:
     for word in ("Expert 'b'", str(root / "expert1"), "up_proj", "cannot be exported as fp16", "65,504", "fp32 or int8"):
         assert word in str(caught.value)
     assert not list(out.parent.iterdir())
+
+
+def test_a_context_beyond_longropes_original_length_is_refused(tmp_path: Path) -> None:
+    """Its tables hold the frequencies of texts up to there."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = {"original_max_position_embeddings": 256, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4} | factors}
+    router, experts = make_system(tmp_path, Shape("phi3", layers=1, experts=1, config=config))
+    assert System.open(None, router, experts).max_seq_len == 256
+    beyond = r"was trained for 2 to 256 positions; beyond them its longrope takes other rotary frequencies\.$"
+    with pytest.raises(InputError, match=rf"^--max-seq-len 257 does not fit: The router \(.*\) {beyond}"):
+        System.open(None, router, experts, max_seq_len=257)

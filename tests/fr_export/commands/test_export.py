@@ -52,7 +52,7 @@ def assert_one_sentence(err: str, *words: str) -> None:
 LLAMA = ("--family", "llama3")
 USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "no family": ((), ("--family",)),
-    "unknown family": (("--family", "mamba"), ("--family", "'mamba'", "gemma2 or llama3")),
+    "unknown family": (("--family", "mamba"), ("--family", "'mamba'", "gemma2, llama3")),
     "unknown flag": ((*LLAMA, "--colour", "red"), ("--colour",)),
     "unknown preset": ((*LLAMA, "--preset", "huge"), ("--preset", "'huge'", "tiny", "paper")),
     "unknown target": ((*LLAMA, "--target", "ort,tpu"), ("--target", "'tpu'", "ort")),
@@ -157,6 +157,50 @@ def test_json_is_all_of_stdout_and_no_library_speaks(done: "tuple[subprocess.Com
     Bundle.open(bundle).verify()
 
 
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    command: Command, system: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(AssertionError("nothing may be traced"))(monkeypatch)
+    ended = command(*system, "--precision", "fp32,int4", "--dry-run", "--json")
+    assert ended.status == 0, ended.err
+    forecast = json.loads(ended.out)
+    assert forecast["family"] == "llama3" and forecast["max_seq_len"] == 1024
+    assert [source["model"] for source in forecast["sources"]] == ["router", "expert0", "expert1"]
+    files = [*Path(str(system[3])).glob("*.safetensors")]
+    assert forecast["sources"][0]["bytes"] == sum(file.stat().st_size for file in files) and forecast["sources"][0]["dtypes"] == ["F32"]
+    assert [(variant["precision"], variant["bits_per_weight"]) for variant in forecast["variants"]] == [("fp32", 32.0), ("int4", 5.0)]
+    assert forecast["disk_needed"] == pytest.approx(sum(variant["bytes"] for variant in forecast["variants"]), abs=2)
+    assert 0 < forecast["seconds"][0] < forecast["seconds"][1] and 2e8 < forecast["peak_memory"][0] < forecast["peak_memory"][1]
+    assert {"recording", "writing int4 for ort:cpu", "comparing fp32 for ort:cpu"} <= {stage["name"] for stage in forecast["stages"]}
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = command(*system, "--precision", "fp32,int4", "--dry-run", "--compare", "none").out
+    assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
+    for word in ("To be written", "Disk: ", "Memory: ", "Time: ", "Nothing is compared with torch.", "Nothing was written."):
+        assert word in " ".join(shown.split())
+    assert not list(Path().iterdir())
+
+
+def test_compare_none_and_a_log(command: Command, system: tuple[object, ...], tmp_path: Path) -> None:
+    flags = ("--precision", "int8", "--calibration", "none", "--out", tmp_path / "bundle", "--log", tmp_path / "export.log", "--json")
+    ended = command(*system[2:], *flags, "--compare", "none")
+    assert ended.status == 0, ended.err
+    report = json.loads(ended.out)
+    assert report["family"] == "llama3", "the config names it"
+    assert report["not_compared"] == "--compare none" and report["variants"][0]["compared"] is None
+    text = (tmp_path / "export.log").read_text()
+    for stage in report["stages"]:
+        assert f"{stage['name']}: {stage['seconds']:.2f} s" in text
+    assert text.rstrip().endswith("done") and "torch 2." in text and not any("comparing" in stage["name"] for stage in report["stages"])
+    Bundle.open(tmp_path / "bundle").verify()
+
+
+def test_a_failure_is_in_the_log(command: Command, system: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(RuntimeError("two words"))(monkeypatch)
+    assert command(*system, "--log", tmp_path / "export.log").status == 1
+    text = (tmp_path / "export.log").read_text()
+    assert "Traceback" in text and "RuntimeError: two words" in text and "checking the checkpoints: " in text
+
+
 def test_a_bundle_that_exists_is_kept_without_force(command: Command, system: tuple[object, ...], exported: Path) -> None:
     before = (exported / "manifest.json").stat().st_mtime_ns
     ended = command(*system, "--out", exported)
@@ -228,8 +272,8 @@ def test_without_a_package_that_the_exporter_needs(package: str, tmp_path: Path)
     lacking = f"import sys; sys.modules['{package}'] = None; from fusionroute.fr_export.commands.main import run; run('export')"
     ended = python("-c", lacking, *LLAMA, "--out", tmp_path / "bundle")
     assert ended.returncode == 1 and ended.stdout == ""
-    assert ended.stderr == (
-        f"error: The exporter needs the package '{package}': install the extra 'export' (pip install 'fusionroute[export,cpu]').\n"
+    assert ended.stderr.splitlines()[-1] == (
+        f"error: The exporter needs the package '{package}': install the extra 'export' (pip install 'fusionroute[export,cpu]')."
     )
 
 

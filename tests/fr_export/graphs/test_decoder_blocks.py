@@ -15,6 +15,7 @@ from fusionroute.fr_export.graphs.trace import trace
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime.errors import FusionError, InputError
 from tests.support.layer_inputs import layers_of, linear_inputs
+from tests.support.sparing import sparing
 from tests.support.systems import Shape, make_system
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -23,11 +24,17 @@ SHAPES = {
     "llama3 tied, with biases": Shape("llama3", layers=2, dtype=torch.bfloat16, config=BIASED | {"tie_word_embeddings": True}),
     "llama3 of one layer with padded heads": Shape("llama3", layers=1, head_dim=20, kv_heads=4),
     "gemma2": Shape("gemma2", layers=2, config={"sliding_window": 8, "attn_logit_softcapping": 2.0}),
+    "qwen2, a window in layers but the first": Shape("qwen2", layers=3),
+    "qwen3 with biases": Shape("qwen3", layers=3, config={"attention_bias": True}),
+    "olmo2": Shape("olmo2", layers=3, config={"tie_word_embeddings": True}),
+    "smollm3": Shape("smollm3"),
+    "gemma3": Shape("gemma3"),
+    "phi3": Shape("phi3"),
     "gemma2 with padded heads and biases": Shape("gemma2", layers=1, head_dim=20, config={"attention_bias": True}),
 }
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=sparing(SHAPES, ("smollm3", "gemma3", "phi3")))
 def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[System, Graph]:
     shape = SHAPES[request.param]
     system = System.open(FAMILIES[shape.family], *make_system(tmp_path_factory.mktemp("blocks"), shape), max_seq_len=64)
@@ -44,10 +51,11 @@ def test_blocks_compute_what_torch_computes(traced: tuple[System, Graph]) -> Non
         walk.step(lambda matrix, text, x: seen.__setitem__((matrix, text), x.copy()))
     model = load(system.router)
     covered = set()
+    packed = hasattr(model.model.layers[0].self_attn, "qkv_proj")
     for number, text in enumerate(texts):
         expected = linear_inputs(model, text)
         for matrix, channels in matrices(graph).items():
-            for layer in layers_of(matrix):
+            for layer in layers_of(matrix, packed):
                 covered.add(layer)
                 assert expected[layer].shape == (len(text), channels)
                 np.testing.assert_allclose(seen[matrix, number], expected[layer], rtol=1e-3, atol=2e-4)
@@ -87,7 +95,7 @@ def test_what_reads_the_weights(traced: tuple[System, Graph]) -> None:
     with pytest.raises(InputError, match="Token id 300 is outside the vocabulary: expected 0 to 299"):
         embed(np.array([300]))
     for matrix, channels in matrices(graph).items():
-        layers = [model.get_submodule(name).weight for name in layers_of(matrix)]
+        layers = [model.get_submodule(name).weight for name in layers_of(matrix, hasattr(model.model.layers[0].self_attn, "qkv_proj"))]
         np.testing.assert_array_equal(read(matrix), torch.cat(layers).detach().numpy())
         assert read(matrix).shape[1] == channels
 

@@ -10,7 +10,8 @@ from unittest.mock import patch
 
 import pytest
 from rich.console import Console
-from transformers import Gemma2Config, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MambaConfig
+from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig, MambaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
@@ -63,10 +64,6 @@ def test_tracing_holds_no_weights() -> None:
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 UNSERVED: dict[str, tuple[Any, str]] = {
-    "gemma3": (
-        Gemma3TextConfig(**SMALL, num_key_value_heads=1, head_dim=16),
-        r"one rotary table for all layers \(its own also depends on layer_type\)",
-    ),
     "gpt2": (GPT2Config(vocab_size=64), "'num_key_value_heads' in its config"),
     "mamba": (MambaConfig(vocab_size=64), "'num_attention_heads' in its config"),
     "gptneox": (GPTNeoXConfig(**SMALL, num_key_value_heads=2), "rotary embeddings at 'model.rotary_emb'"),
@@ -80,6 +77,28 @@ def test_a_family_that_the_tracer_cannot_serve_is_refused_by_what_it_lacks(name:
     family = replace(FAMILIES["llama3"], name=name)
     with pytest.raises(FusionError, match=rf"^The family {name} cannot be traced, since it lacks {lack}: only decoders .*\.$"):
         trace(family, config, 64, 64)
+
+
+def test_a_rotary_embedding_of_more_than_positions_and_layers_is_refused() -> None:
+    def forward(self: Any, x: Any, position_ids: Any, seq_len: int) -> None: ...
+
+    config = LlamaConfig(**SMALL, num_key_value_heads=1, intermediate_size=64)
+    with (
+        patch.object(LlamaRotaryEmbedding, "forward", forward),
+        pytest.raises(FusionError, match=r"rotary tables by position and kind of layer \(its own also depend on seq_len\): only decoders"),
+    ):
+        trace(FAMILIES["llama3"], config, 64, 64)
+
+
+def test_every_layer_has_the_rotary_that_its_model_applies_there() -> None:
+    """None in two of SmolLM3's; of the others one table."""
+    shape = Shape("smollm3", layers=4, config={"no_rope_layers": [0, 1, 1, 0]})
+    graph = trace(FAMILIES["smollm3"], shape.build(expert=False), shape.vocab, 64).model.graph
+    attentions = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    tables = [[value.name for value in node.inputs[7:]] for node in attentions]
+    turned = ["model.model.rotary_emb.cos", "model.model.rotary_emb.sin"]
+    assert tables == [[], turned, turned, []]
+    assert [node.attributes.get_int("do_rotary", 0) for node in attentions] == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(

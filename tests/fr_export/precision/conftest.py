@@ -12,10 +12,11 @@ from fusionroute.fr_export.precision.smoothquant import smooth
 from fusionroute.fr_export.precision.w8a8 import PlannedW8A8
 from tests.support.calibration import observe, traced, written
 from tests.support.planned_router import IDS, SHAPES, PlannedRouter, uneven
+from tests.support.sparing import sparing
 from tests.support.systems import make_system
 
 
-@pytest.fixture(scope="session", params=SHAPES)
+@pytest.fixture(scope="session", params=sparing(SHAPES, ("smollm3", "gemma3", "phi3")))
 def planned_router(request: Any, tmp_path_factory: pytest.TempPathFactory) -> PlannedRouter:
     """A smoothed router, planned and written."""
     folder, shape = tmp_path_factory.mktemp("system"), SHAPES[request.param]

@@ -30,7 +30,6 @@ from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.precision import calibrate as calibrating
 from fusionroute.fr_export.precision.calibrate import cache_folder, calibrate, check, identify
 from fusionroute.fr_export.verify.torch_reference import load, reference
-from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Manifest
 from tests.support.exporting import export_checkpoints
@@ -142,7 +141,7 @@ def test_the_second_time_all_is_there(case: Case, tmp_path: Path, monkeypatch: p
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("nothing is generated or observed again")
 
-    monkeypatch.setattr(FusionRuntime, "load", never)
+    monkeypatch.setattr(calibrating, "record", never)
     monkeypatch.setattr(calibrating, "observe", never)
     same(case.calibrate(tmp_path), first)
 

@@ -18,10 +18,13 @@ from fusionroute.fr_export.precision import SCHEMES, collect, int4
 from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, blocked, nearest
 from fusionroute.fr_export.precision.half import Half
 from fusionroute.fr_export.precision.int8 import BLOCK, SMALL, quantise
+from fusionroute.fr_export.precision.w8a8 import StaticW8A8
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.precisions import PRECISIONS, exported_for
 from tests.support.exporting import ALL, export_checkpoints, export_system
+from tests.support.stored_weights import StoredWeight, stored_weights
 from tests.support.systems import Shape, make_system
 
 MATRICES = arrays.arrays(
@@ -99,15 +102,10 @@ def test_int4_refuses_weights_beyond_its_range(tmp_path: Path) -> None:
         export_checkpoints(tmp_path / "bundle", Shape(experts=1), router, experts, ("int4",))
 
 
-def locations(bundle: Path, precision: str) -> dict[str, dict[str, str]]:
-    """Model → initialiser → weight file, read from the exported graphs."""
-    files: dict[str, dict[str, str]] = {}
-    for path in sorted((bundle / "graphs").glob(f"*.{precision}.onnx")):
-        tensors = ir.load(path).graph.initializers
-        files[path.name.split(".")[0]] = {
-            name: str(value.const_value.location) for name, value in tensors.items() if isinstance(value.const_value, ir.ExternalTensor)
-        }
-    return files
+def locations(bundle: Path, precision: str) -> dict[str, dict[str, StoredWeight]]:
+    """Model → initialiser → where it lies, read from the exported graphs."""
+    graphs = sorted((bundle / "graphs").glob(f"*.{precision}.onnx"))
+    return {path.name.split(".")[0]: stored_weights(path) for path in graphs}
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2"])
@@ -125,8 +123,8 @@ def test_tied_embedding_and_head_stand_once_in_every_precision(family: str, tmp_
             "int4": [matrix // 2, matrix // 16, matrix // 64],
         }[precision]
         for size in expected:
-            files = {file for file in weights.values() if (bundle / "graphs" / file).stat().st_size == size}
-            assert len(files) == 1, (precision, files)
+            places = {place for place in weights.values() if place.length == size}
+            assert len(places) == 1, (precision, places)
     for precision, operands in (("int8", 2), ("int4", 3)):
         graph = ir.load(bundle / f"graphs/router.ort-cpu.{precision}.onnx").graph
         lookup = next(n for n in graph if n.op_type == "GatherBlockQuantized")
@@ -140,11 +138,11 @@ def test_tied_embedding_and_head_stand_once_in_every_precision(family: str, tmp_
             assert weights_of(mine) == weights_of(other)
 
 
-def weights_of(value: ir.Value) -> str:
+def weights_of(value: ir.Value) -> tuple[str, int | None]:
     if value.producer() is not None:  # scales are widened
         return weights_of(value.producer().inputs[0])
     assert isinstance(value.const_value, ir.ExternalTensor)
-    return str(value.const_value.location)
+    return str(value.const_value.location), value.const_value.offset
 
 
 def test_a_frozen_embedding_costs_nothing_extra(tmp_path: Path) -> None:
@@ -174,23 +172,13 @@ def test_a_frozen_embedding_costs_nothing_extra(tmp_path: Path) -> None:
 
 
 def weight_bytes(bundle: Path) -> dict[str, int]:
-    """Precision → bytes of the distinct weight files that its graphs read."""
-    sizes = {}
-    for precision in ALL:
-        files = {file for model in locations(bundle, precision).values() for file in model.values()}
-        sizes[precision] = sum((bundle / "graphs" / file).stat().st_size for file in files)
-    return sizes
+    """Precision → bytes of the distinct weights that its graphs read."""
+    return {precision: sum(place.length for place in places(bundle, precision)) for precision in ALL}
 
 
-def test_every_stored_weight_is_named_by_its_hash_and_used(tmp_path: Path) -> None:
-    import hashlib
-
-    bundle, _ = export_system(tmp_path, Shape(experts=1), ALL)
-    stored = {f"weights/{path.name}" for path in (bundle / "graphs/weights").iterdir()}
-    used = {file for precision in ALL for model in locations(bundle, precision).values() for file in model.values()}
-    assert stored == used
-    for path in (bundle / "graphs/weights").iterdir():
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
+def places(bundle: Path, precision: str) -> set[StoredWeight]:
+    """The distinct weights that the graphs of a precision read."""
+    return {place for model in locations(bundle, precision).values() for place in model.values()}
 
 
 def test_a_half_precision_checkpoint_loses_nothing_in_its_own_precision(tmp_path: Path) -> None:
@@ -206,9 +194,9 @@ def test_a_half_precision_checkpoint_loses_nothing_in_its_own_precision(tmp_path
 def test_bf16_rounds_as_torch_does(tmp_path: Path) -> None:
     bundle, system = export_system(tmp_path, Shape(experts=1, layers=1), ("bf16",))
     name = "model.layers.0.mlp.up_proj.weight"
-    stored = bundle / "graphs" / locations(bundle, "bf16")["router"][f"model.{name}"]
+    stored = locations(bundle, "bf16")["router"][f"model.{name}"]
     expected = torch.from_numpy(system.router.weights.read(name)).bfloat16()
-    assert stored.read_bytes() == expected.view(torch.int16).numpy().tobytes()
+    assert stored.read() == expected.view(torch.int16).numpy().tobytes()
 
 
 def test_fp16_refuses_weights_beyond_its_range(tmp_path: Path) -> None:
@@ -230,6 +218,22 @@ def test_schemes_are_collected_from_their_files_in_the_order_of_the_records() ->
         "tensorrt": ["fp32", "fp16", "bf16", "int8", "int8-wo", "int4"],
         "tensorrt:10.3": ["fp32", "fp16", "bf16", "int8", "int8-wo"],
     }
+
+
+def test_the_records_name_the_targets_that_have_a_scheme() -> None:
+    """The command line refuses by the records, before torch is loaded."""
+    assert {target: tuple(schemes) for target, schemes in SCHEMES.items()} == {target: exported_for(target) for target in SCHEMES}
+    assert {target for record in PRECISIONS.values() for target in record.targets} == SCHEMES.keys()
+    with pytest.raises(FusionError, match=r"^mine has the precision 'fp16' for gpu, which its record does not name: .*precisions\.py\.$"):
+        collect({"mine": {"gpu": (Half("fp16"),)}})
+
+
+def test_the_records_name_the_targets_that_need_calibration() -> None:
+    """Their schemes refuse to bind a matrix without it."""
+    for target, schemes in SCHEMES.items():
+        for name, scheme in schemes.items():
+            refuses = type(scheme).bind is StaticW8A8.bind
+            assert (target in PRECISIONS[name].calibrated_on) == refuses, (target, name)
 
 
 def test_a_scheme_without_a_record_is_refused_on_import() -> None:

@@ -33,6 +33,7 @@ from fusionroute.fr_export.precision.scheme import Fitted, Fitting
 from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineGraphOnCpu
 from fusionroute.fr_export.verify.torch_reference import load
 from tests.support.calibration import observe, traced
+from tests.support.sparing import sparing
 from tests.support.systems import Shape, make_system
 
 CAPACITY = 64
@@ -41,6 +42,9 @@ SHAPES = {
     # o_proj reads 80 channels
     "llama3, odd widths": Shape(experts=1, head_dim=20, layers=1, config={"intermediate_size": 96}),
     "gemma2": Shape("gemma2", experts=1, layers=1, hidden=128, config={"tie_word_embeddings": True}),
+    "smollm3": Shape("smollm3", experts=1, hidden=128),
+    "gemma3": Shape("gemma3", experts=1, hidden=128),
+    "phi3": Shape("phi3", experts=1, hidden=128),
 }
 QUANTISED = ("int8", "int8-wo", "int4")
 
@@ -59,7 +63,7 @@ class QuantisedRouter(NamedTuple):
     logits: np.ndarray
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=sparing(SHAPES, ("smollm3", "gemma3", "phi3")))
 def router(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> QuantisedRouter:
     folder, shape = tmp_path_factory.mktemp("quantised"), SHAPES[request.param]
     system = System.open(FAMILIES[shape.family], *make_system(folder / "system", shape), max_seq_len=CAPACITY)
@@ -129,7 +133,7 @@ def test_a_graph_computes_what_torch_computes_with_the_rounded_values(router: Qu
             name, part = own, slice(None)
             if own not in matrices and "self_attn" in own:  # packed with its neighbours
                 name = re.sub("[qkv]_proj", "qkv_proj", own)
-                kv, q = router.shape.kv_heads * router.shape.head_dim, router.shape.heads * router.shape.head_dim
+                kv, q = router.shape.kv_heads * router.shape.head_size, router.shape.heads * router.shape.head_size
                 part = {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}[own[-len("q_proj.weight")]]
             module.weight = torch.nn.Parameter(torch.from_numpy(matrices[name][part].copy()))
             if (step := steps.get(name)) is not None:
@@ -149,8 +153,8 @@ def test_a_graph_computes_what_torch_computes_with_the_rounded_values(router: Qu
             assert np.median(gap) < 1e-3 * lost or gap.mean() < 0.1 * lost, (np.median(gap), gap.mean(), lost)
         else:
             assert gap.max() < 1e-5 * np.abs(expected).max()
-        # half precision loses something by itself, and moves values across steps
-        noise = {"fp16": 6e-3, "bf16": 3e-2}[router.system.family.half] * np.abs(expected).std()
+        # half precision loses something by itself, in each layer, and moves values across steps
+        noise = {"fp16": 6e-3, "bf16": 3e-2}[router.system.family.half] * np.sqrt(router.shape.layers) * np.abs(expected).std()
         assert np.abs(shipped - exact).mean() < max(noise, 0.8 * lost if precision == "int8" else 0)
 
 
@@ -227,12 +231,3 @@ def test_grids_hold_every_value(rows: np.ndarray) -> None:
     plain = stepped(np.abs(rows).max(-1) / np.float32(7))
     reference = np.square(np.rint(rows / plain[..., None]) * plain[..., None] - rows).sum(-1)
     assert (error <= reference * 1.0001 + 1e-12).all()
-
-
-def test_what_no_graph_reads_does_not_stay(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    one, other = (store.put(np.array([number])) for number in (1, 2))
-    store.keep({f"{one.sha256}.bin"})
-    assert [path.name for path in store.folder.iterdir()] == [f"{one.sha256}.bin"] == list(store.digests)
-    assert store.put(np.array([2])).sha256 == other.sha256  # and can be written again
-    assert len(list(store.folder.iterdir())) == 2

@@ -37,10 +37,14 @@ def opened(folder: Path, shape: Shape) -> System:
             "llama3", heads=6, kv_heads=2, head_dim=20, hidden=96, config=BIASED
         ),  # padded heads, rotary outside, three products for one attention
         Shape("llama3", heads=4, kv_heads=1, head_dim=16, config=BIASED | TIED),
+        Shape("qwen3", heads=4, kv_heads=2, config={"attention_bias": True}),
         Shape("gemma2", heads=4, kv_heads=4),
         Shape("gemma2", heads=4, kv_heads=2, head_dim=20, config=TIED | {"sliding_window": 6}),
+        Shape("phi3"),  # values and up are parts of packed projections
+        pytest.param(Shape("gemma3"), marks=pytest.mark.slow),
+        pytest.param(Shape("smollm3"), marks=pytest.mark.slow),
     ],
-    ids=["llama3", "llama3-padded-biased", "llama3-biased", "gemma2", "gemma2-padded"],
+    ids=["llama3", "llama3-padded-biased", "llama3-biased", "qwen3-biased", "gemma2", "gemma2-padded", "phi3", "gemma3", "smollm3"],
 )
 def test_a_smoothed_graph_computes_the_same(shape: Shape, tmp_path: Path) -> None:
     system = opened(tmp_path, shape)
@@ -60,6 +64,21 @@ def test_a_smoothed_graph_computes_the_same(shape: Shape, tmp_path: Path) -> Non
     assert np.abs(scores - routing).max() < 1e-4 * np.abs(routing).max()
     for name in ("model.model.norm.weight", "model.lm_head.weight", "model.model.embed_tokens.weight"):
         assert smoothed.sources.get(name) is graph.sources.get(name)
+
+
+def test_what_no_norm_makes_is_left(tmp_path: Path) -> None:
+    """OLMo 2's attention and MLP read the residual stream itself: scales move inside of them only."""
+    shape = Shape("olmo2", layers=1)
+    system = opened(tmp_path, shape)
+    graph, weights = traced(system), system.router.weights
+    smoothed, chosen = smooth(graph, weights, observe(graph, weights, [IDS]), (0.5,))
+    assert {name.removeprefix("model.model.layers.0.") for name in chosen} == {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
+    value_rows = smoothed.sources["model.model.layers.0.self_attn.qkv_proj.weight"].row_scale
+    assert value_rows is not None and (value_rows[: -shape.kv_heads * shape.head_size] == 1).all(), "norms follow queries and keys"
+    with torch.no_grad():
+        expected = load(system.router)(input_ids=torch.tensor([IDS]), use_cache=False).logits[0].numpy()
+    logits, _ = run(written(smoothed, weights, tmp_path, head=system.head), IDS)
+    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.fixture(scope="module", params=["llama3", "gemma2"])

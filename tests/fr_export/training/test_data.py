@@ -13,6 +13,7 @@ from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.training.data import Encoder, Row, examine_preferences, fitting, read_preferences, read_sft
 from fusionroute.runtime.errors import InputError
+from tests.support.systems import SHIPPED
 
 TINY = Path(fr_export.__file__).parent / "tiny"
 ENDS = {"gemma2": ("<end_of_turn>", "<eos>"), "llama3": ("<|eot_id|>", "<|end_of_text|>")}
@@ -24,7 +25,7 @@ TURNS = [
 ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=SHIPPED)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

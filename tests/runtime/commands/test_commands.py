@@ -168,6 +168,23 @@ def test_inspect_tells_of_changed_weights_when_asked(bundles: list[Path], comman
     assert_one_sentence(ended.err, weights.name, "was changed after the export")
 
 
+def test_pack_and_unpack(bundles: list[Path], command: Command, tmp_path: Path) -> None:
+    file, folder = tmp_path / "bundle.tar", tmp_path / "back"
+    ended = command("pack", bundles[0], file)
+    assert (ended.status, ended.err) == (0, "") and ended.out.startswith(f"{file}: ")
+    ended = command("unpack", file, folder)
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out == f"{folder}: {len(Manifest.read(folder).files)} files, all with the hashes of the manifest\n"
+    for arguments, words in (
+        (("pack", bundles[0], file), "exists: name another file"),
+        (("unpack", file, folder), "exists and is not empty"),
+        (("unpack", folder / "report.json", tmp_path / "other"), "expected a file that `fusionroute pack` wrote"),
+    ):
+        ended = command(*arguments)
+        assert ended.status == 1 and ended.out == ""
+        assert_one_sentence(ended.err, words)
+
+
 def assert_one_sentence(err: str, *words: str) -> None:
     assert err.startswith("error: ") and err.endswith(".\n") and err.count("\n") == 1, err
     for word in words:

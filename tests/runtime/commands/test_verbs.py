@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_debug_before_the_verb_means_the_same(command: Command) -> None:
 def test_the_list_of_verbs_needs_no_verb(command: Command) -> None:
     ended = command("--help")
     assert ended.status == 0 and all(verb.help in ended.out for verb in VERBS.values())
-    assert command("--version").out == f"fusionroute {__version__}\n"
+    assert command("--version").out == f"fusionroute {__version__}, onnxruntime {version('onnxruntime')}\n"
     for arguments in (("absent", "--help"), ("absent",)):
         ended = command(*arguments)
         assert ended.status == 1 and ended.out == ""

@@ -21,7 +21,7 @@ from fusionroute.runtime.backends.ort_gpu import OrtGpu
 from fusionroute.runtime.backends.providers import PROVIDERS, no_options
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest, Variant
-from tests.support.systems import Shape, make_system
+from tests.support.systems import SHIPPED, Shape, make_system
 
 CPU = replace(PROVIDERS["ort-tensorrt"], name="CPUExecutionProvider", extra="cpu", options=no_options, memory="cpu", fallback=None)
 CHUNK = 16  # so that prompts take several
@@ -34,7 +34,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     round as bf16 does.
     """
     folders = {}
-    for family in FAMILIES:
+    for family in SHIPPED:
         folder = tmp_path_factory.mktemp(family)
         router, experts = make_system(folder, Shape(family, layers=2, experts=2))
         with patch("fusionroute.fr_export.export.measure", return_value=({}, "tests compare it")):

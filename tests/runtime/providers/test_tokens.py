@@ -11,7 +11,6 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from fusionroute.fr_export.families import FAMILIES
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backend import FusionInputs
 from fusionroute.runtime.backends.device_buffers import Inputs, Place
@@ -20,8 +19,9 @@ from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.session import Session
 from tests.runtime.providers.conftest import CHUNK, CPU, on_cpu, relabelled
 from tests.runtime.providers.plain import Plain
+from tests.support.systems import SHIPPED
 
-CASES = [(family, *kind) for family in FAMILIES for kind in (("ort:cuda", "fp16"), ("tensorrt", "fp16"), ("tensorrt", "fp32"))]
+CASES = [(family, *kind) for family in SHIPPED for kind in (("ort:cuda", "fp16"), ("tensorrt", "fp16"), ("tensorrt", "fp32"))]
 Pair = tuple[FusionRuntime, Plain]
 
 
@@ -121,7 +121,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHIPPED)
 def test_sampling_is_that_of_the_cpu_backend_on_the_same_graphs(family: str, bundles: dict[str, Path], tmp_path: Path) -> None:
     """ONNX Runtime has no bf16 kernels for CPUs: these graphs are copies in fp32 that round as bf16 does."""
     folder = bundles[family].with_name("emulated")

@@ -241,3 +241,21 @@ def test_both_embedded_systems_in_every_precision(
             print(f"{family} {variant['precision']}: {sizes}, router {built['bytes']['router'] / 1e6:.2f} MB, {took:.1f} s")
     with capsys.disabled():
         print(f"{time.perf_counter() - start:.0f} s in all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("router_family", "expert_family"), [("gemma3", "phi3"), ("smollm3", "smollm3")])
+def test_engines_of_layers_that_differ_and_of_packed_projections(router_family: str, expert_family: str, tmp_path: Path) -> None:
+    """Two rotary tables, a part of each head, layers without; calibrated, so that int8 has 8-bit activations."""
+    shape = Shape(router_family, experts=1, hidden=128, expert_family=expert_family)
+    router, experts = make_system(tmp_path, shape)
+    request = Request(
+        FAMILIES[router_family], router, experts, ("bf16", "int8", "int4"), ("tensorrt",), tmp_path / "bundle", max_seq_len=64,
+        calibration="builtin", gpus=SMS[:1],
+    )  # fmt: skip
+    report = export(request, Stages(Console(quiet=True)))
+    for variant, told in zip(Manifest.read(tmp_path / "bundle").variants, report["variants"], strict=True):
+        (built,) = variant.engines
+        assert built.engines.keys() == {"router", "expert0", "fusion"}
+        print(variant.precision, told["compared"])
+        assert told["compared"]["decode"]["greedy_agreement"] > {"bf16": 0.9, "int8": 0.8, "int4": 0.5}[variant.precision]

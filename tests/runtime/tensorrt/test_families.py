@@ -17,6 +17,7 @@ from tests.support.simulated.install import simulated
 from tests.support.simulated.machine import Machine
 from tests.support.simulated.plain import in_turn
 from tests.support.simulated.tensorrt import WEIGHTS
+from tests.support.systems import SHIPPED
 
 CHUNK = 16  # so that prompts take several
 # the last: experts evicted
@@ -36,19 +37,19 @@ def exported(name: str, folder: Path, precisions: tuple[str, ...], calibration: 
     return add_engines(out, CHUNK)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_tokens_are_those_of_the_graphs_run_in_turn(name: str, tmp_path: Path) -> None:
     check(exported(name, tmp_path, (FAMILIES[name].half, "int4"), "none"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_rows_that_the_runtime_appends_give_the_same_tokens(name: str, tmp_path: Path) -> None:
     """Engines for TensorRT 10.3 give new keys and values only."""
     check(exported(name, tmp_path, (FAMILIES[name].half,), "none", "tensorrt:10.3"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_all_precisions_calibrated(name: str, tmp_path: Path) -> None:
     check(exported(name, tmp_path, tuple(SCHEMES["tensorrt"]), "builtin"))
 

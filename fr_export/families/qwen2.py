@@ -1,0 +1,24 @@
+"""Qwen 2 and 2.5 (arXiv:2407.10671, 2412.15115): biases on queries, keys and values; where `use_sliding_window` is set,
+the layers from `max_window_layers` on look back through a window.
+"""
+
+from typing import Any
+
+from fusionroute.fr_export.families.family import Family, check_rope, check_windows
+
+
+def check(where: str, config: Any) -> None:
+    """Rotary embeddings of one table, and layers of full or sliding attention."""
+    check_rope(where, config)
+    check_windows(where, config)
+
+
+QWEN2 = Family(
+    name="qwen2",
+    model_type="qwen2",
+    norm_offset=0.0,
+    half="bf16",  # 2.5 has channels beyond fp16's 65,504: https://github.com/turboderp-org/exllamav2/issues/627
+    precisions={"ort:cpu": ("fp32", "int8"), "other": ("bf16", "int8")},
+    check=check,
+    wide_residual=True,
+)

@@ -1,0 +1,119 @@
+"""What each stage of an export takes: seconds on the reference machine of `machine.py`, and peak anonymous memory.
+
+Fitted to exports of four models of 0.135 billion parameters (SmolLM2) and of three of 2.6 (Gemma-2-2B's shape), whose
+figures are in docs/export.md and docs/real-size.md. They are right within the factors `FASTER` to `SLOWER`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fusionroute.fr_export.bundle.disk_space import bits_on_disk
+from fusionroute.fr_export.bundle.recording import recording_scheme
+from fusionroute.fr_export.bundle.targets import TARGETS
+from fusionroute.fr_export.checkpoints.weights import SLICE
+from fusionroute.fr_export.forecast.work import Work
+from fusionroute.fr_export.precision import Scheme
+from fusionroute.fr_export.precision.scheme import Fitting
+from fusionroute.fr_export.verify.measure import REFERENCE_LIMIT, obstacle
+from fusionroute.runtime.precisions import PRECISIONS
+from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
+
+FASTER, SLOWER = 0.5, 2.0  # of the seconds
+LEAST, MOST = 0.7, 1.3  # of the memory
+
+LOADED = 480e6  # bytes of torch, transformers, onnx and a trace
+PER_SLICE = 16  # bytes per value of the slice that is being rounded: a few copies in fp32
+IN_RUNTIME = 1.25  # bytes that ONNX Runtime holds per byte of weights
+BLOCKS = 2.0  # copies in fp32 of the largest matrix, or of a decoder block, while a model is walked
+HESSIANS = 3  # matrices of widest² fp64 while weights are fitted
+LOGITS = 3  # arrays of compared tokens × vocabulary in fp32
+
+TRACING, PER_LAYER = 2.0, 0.7  # seconds per dialect, and per layer of every architecture
+WRITING = 20e-9  # per value
+PER_TOKEN_LAYER, PER_TOKEN_VALUE = 0.5e-3, 25e-12  # of a generated token, for every layer and value that it passes
+OPERATION = 1 / 100e9  # while a model is walked: two operations per value and token
+FITTING = 0.5e-6  # per value
+BUILDING = 10e-9  # per value and GPU
+REFERENCE_LOADING = 5e-9  # per value
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """Seconds and peak bytes of anonymous memory of one stage, as expected."""
+
+    name: str
+    seconds: float
+    memory: float
+
+
+def stages(
+    work: Work, plan: Sequence[tuple[str, Scheme]], calibration: str, gpus: int, compared_tokens: int, slowness: float
+) -> list[StageForecast]:
+    """The stages of an export in order. `plan` lists the variants, `gpus` counts those that engines are built for."""
+    every = [*before_writing(work, plan, calibration), *writing(work, plan, calibration, gpus), *comparing(work, plan, compared_tokens)]
+    return [StageForecast(stage.name, stage.seconds * slowness, stage.memory) for stage in every]
+
+
+def before_writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: str) -> Iterator[StageForecast]:
+    """Tracing, and what calibration does before weights are fitted."""
+    records = fits(plan, calibration) and not calibration.endswith(".safetensors")
+    dialects = {TARGETS[target].dialect for target, _ in plan} | ({TARGETS["ort:cpu"].dialect} if fits(plan, calibration) else set())
+    yield StageForecast("tracing", len(dialects) * (TRACING + PER_LAYER * work.traced_layers), LOADED)
+    if records:
+        scheme = recording_scheme(work.values)
+        per_token = max(PER_TOKEN_LAYER * work.layers, PER_TOKEN_VALUE * work.active_values)
+        yield StageForecast(f"writing {scheme.name} to record with", WRITING * work.values, LOADED + sliced(work))
+        yield StageForecast("recording", per_token * work.new_tokens, LOADED + in_runtime(work, scheme.bits))
+        yield StageForecast("calibrating", walking(work), LOADED + BLOCKS * 4 * work.largest_tensor)
+
+
+def writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: str, gpus: int) -> Iterator[StageForecast]:
+    """Each variant, fitted where it can be, and its engines."""
+    for target, scheme in plan:
+        seconds, memory = WRITING * work.values, LOADED + sliced(work)
+        if fits([(target, scheme)], calibration):
+            seconds += FITTING * work.values + walking(work)
+            memory = max(memory, LOADED + max(BLOCKS * 4 * work.largest_tensor, HESSIANS * 8 * work.widest**2))
+        yield StageForecast(f"writing {scheme.name} for {target}", seconds, memory)
+        if gpus and target == TENSORRT:
+            yield StageForecast(f"building {scheme.name} engines", BUILDING * work.values * gpus, memory)
+
+
+def comparing(work: Work, plan: Sequence[tuple[str, Scheme]], tokens: int) -> Iterator[StageForecast]:
+    """The reference, and each variant that this machine can compare; nothing where no tokens are compared."""
+    variants = [(target, scheme) for target, scheme in plan if obstacle(target) is None]
+    if not variants or not tokens or work.largest_model * 4 > REFERENCE_LIMIT:
+        return
+    logits = LOGITS * 4 * tokens * work.vocab_size
+    seconds = REFERENCE_LOADING * work.values + 4 * OPERATION * tokens * work.values
+    yield StageForecast("reference in torch", seconds, LOADED + 4 * work.largest_model + logits)
+    per_token = 2 * max(PER_TOKEN_LAYER * work.layers, PER_TOKEN_VALUE * work.active_values)
+    for target, scheme in variants:
+        bits = max(scheme.bits, PRECISIONS[scheme.name].rank("ort:cpu"))
+        memory = LOADED + in_runtime(work, bits) + logits
+        yield StageForecast(f"comparing {scheme.name} for {target}", per_token * tokens + WRITING * work.values, memory)
+
+
+def fits(plan: Sequence[tuple[str, Scheme]], calibration: str) -> bool:
+    """Whether a variant's weights are fitted to what calibration saw."""
+    return calibration != "none" and any(isinstance(scheme, Fitting) for _, scheme in plan)
+
+
+def sliced(work: Work) -> float:
+    """Bytes while weights are rounded slice by slice."""
+    return float(PER_SLICE * min(work.largest_tensor, SLICE))
+
+
+def in_runtime(work: Work, bits: float) -> float:
+    """Bytes of all models in ONNX Runtime."""
+    return IN_RUNTIME * work.values * bits / 8
+
+
+def walking(work: Work) -> float:
+    """Seconds while the recorded texts pass through every model."""
+    return 2 * OPERATION * work.tokens * work.values
+
+
+def variant_bits(plan: Sequence[tuple[str, Scheme]], calibration: str) -> dict[tuple[str, str], float]:
+    """(target, precision) → bits per weight on the disk."""
+    return {(target, scheme.name): bits_on_disk(scheme, calibration != "none") for target, scheme in plan}

@@ -1,0 +1,61 @@
+"""How much there is to do in an export, counted from headers and configs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.graphs.trace import architecture
+from fusionroute.fr_export.precision.calibrate import NEW_TOKENS, RANDOM_PROMPT
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts of a system: `values` of all models, `largest_model` of one, `largest_tensor` and `widest` (input channels)
+    of one matrix. `traced_layers`: of all architectures, each once. `layers` and `active_values`: of the router and the
+    largest expert, which a generated token passes. Of the calibration: `new_tokens`, and `tokens` with the prompts.
+    """
+
+    values: int
+    largest_model: int
+    largest_tensor: int
+    widest: int
+    traced_layers: int
+    layers: int
+    active_values: int
+    vocab_size: int
+    new_tokens: int
+    tokens: int
+
+    @classmethod
+    def of(cls, system: System, prompts: Sequence[str]) -> "Work":
+        """Count a system that is calibrated on prompts; without prompts there is no text."""
+        sizes = [parameters(model) for model in system.models]
+        shapes = [entry.shape for model in system.models for entry in model.weights.entries.values()]
+        architectures = {architecture(model.config, system.vocab_size): int(model.config.num_hidden_layers) for model in system.models}
+        new_tokens = len(prompts) * min(NEW_TOKENS, system.max_seq_len // 2)
+        return cls(
+            values=sum(sizes),
+            largest_model=max(sizes),
+            largest_tensor=max(int(np.prod(shape)) for shape in shapes),
+            widest=max(shape[-1] for shape in shapes if len(shape) > 1),
+            traced_layers=sum(architectures.values()),
+            layers=int(system.router.config.num_hidden_layers) + max(int(one.config.num_hidden_layers) for one in system.experts),
+            active_values=sizes[0] + max(sizes[1:]),
+            vocab_size=system.vocab_size,
+            new_tokens=new_tokens,
+            tokens=new_tokens + prompt_tokens(system, prompts),
+        )
+
+
+def parameters(model: Checkpoint) -> int:
+    """Values of a checkpoint's tensors."""
+    return sum(int(np.prod(entry.shape)) for entry in model.weights.entries.values())
+
+
+def prompt_tokens(system: System, prompts: Sequence[str]) -> int:
+    """Tokens of all prompts."""
+    tokenizer = system.router.tokenizer
+    return len(prompts) * RANDOM_PROMPT if tokenizer is None else sum(len(tokenizer.encode(prompt).ids) for prompt in prompts)

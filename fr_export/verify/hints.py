@@ -1,0 +1,26 @@
+"""What to try first where a precision misses its bound."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fusionroute.fr_export.precision import SCHEMES
+from fusionroute.fr_export.precision.scheme import Fitting
+from fusionroute.runtime.precisions import PRECISIONS, exported_for
+
+
+def hint(entry: Mapping[str, Any]) -> str:
+    """The remedy for a variant of a report that misses its bound: a part of a sentence that begins with a verb."""
+    precision, target = entry["precision"], entry["target"]
+    bits = PRECISIONS[precision].bits
+    if bits >= 32:
+        return "report this fault with report.json, since fp32 rounds nothing"
+    wider = [name for name in exported_for(target) if PRECISIONS[name].bits > bits]
+    instead = f"export {min(wider, key=lambda name: PRECISIONS[name].bits)} instead" if wider else "leave it out"
+    if not isinstance(SCHEMES[target][precision], Fitting):
+        return instead
+    if not entry["calibrated"]:
+        return "calibrate it by leaving out --calibration none"
+    remedy = f"calibrate on more prompts of your own (--calibration FILE) or {instead}"
+    if any(phrase.startswith("routing") for phrase in entry["missed"]):
+        return f"{remedy}, since rounding turns the choice between experts, and where another one answers KL is high too"
+    return remedy
