@@ -25,7 +25,7 @@ EXPERT_MIX = {name: {name: 0.9, **{other: 0.05 for other in EXPERTS if other != 
 ROUTER_MIX = dict.fromkeys(DOMAINS, 1.0)
 
 
-def tests(domain: str, split: Split, count: int, seed: int) -> list[Task]:
+def prompts_of(domain: str, split: Split, count: int, seed: int) -> list[Task]:
     """Different prompts of a domain; the same arguments give the same ones."""
     rng = random.Random(f"{domain}/{split}/{seed}")
     tasks: dict[str, Task] = {}

@@ -6,7 +6,7 @@ What is said in a form is free where the instruction leaves it free: any three f
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from benchmarks.real_system.math_problems import KINDS as SUMS
 from benchmarks.real_system.math_problems import last_number
@@ -28,7 +28,7 @@ SENTENCES = (
     "snow covers the high hills", "they sing in the evening", "the baker sells fresh bread", "a fox runs through the field",
     "our teacher writes on the board", "the river bends near the mill", "he paints the garden gate", "the moon shines over the sea",
 )  # fmt: skip
-FIELDS = {
+FIELDS: dict[str, Sequence[str | int]] = {
     "name": ["Anna", "Ben", "Carla", "David", "Emma", "Frank"], "city": ["Rome", "Oslo", "Lima", "Cairo", "Paris", "Delhi"],
     "age": [23, 31, 38, 45, 52, 67], "colour": GROUPS["colours"], "animal": GROUPS["animals"], "fruit": GROUPS["fruits"],
     "country": GROUPS["countries"], "tool": GROUPS["tools"],
@@ -82,7 +82,7 @@ def letter_case(rng: random.Random) -> Task:
 def json_object(rng: random.Random) -> Task:
     """Facts in a sentence as a JSON object with given keys."""
     keys = rng.sample([*FIELDS], rng.randint(2, 3))
-    values = {key: rng.choice(FIELDS[key]) for key in keys}
+    values: dict[str, str | int] = {key: rng.choice(FIELDS[key]) for key in keys}
     facts = ", ".join(f"{key} {value}" for key, value in values.items())
     names = " and ".join((", ".join(keys[:-1]), keys[-1]))
     prompt = rng.choice((

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 LISTED = 20  # problems, duplicates and long rows of a file that are listed one by one
 
 
-def show_data(summaries: Sequence[FileSummary], max_length: int, as_json: bool) -> None:
+def show_data(summaries: Sequence[FileSummary], as_json: bool) -> None:
     """Print problems and a table, or JSON. Raises InputError where a file has problems."""
     if as_json:
         print(json.dumps([summary.as_json() for summary in summaries]), flush=True)
     else:
         console = Console(highlight=False, soft_wrap=True)
         for summary in summaries:
-            for line in described(summary, max_length):
+            for line in described(summary):
                 console.print(line, markup=False)
         table = Table("", "samples", "tokens: mean", "median", "95 %", "most", "learnt: mean", "most", box=box.SIMPLE_HEAD, pad_edge=False)
         for summary in summaries:
@@ -38,10 +38,10 @@ def show_data(summaries: Sequence[FileSummary], max_length: int, as_json: bool) 
         raise InputError(f"{lines} cannot be learnt from: mend or remove them.")
 
 
-def described(summary: FileSummary, max_length: int) -> list[str]:
+def described(summary: FileSummary) -> list[str]:
     """One line for each problem, duplicate and row that is too long, at most LISTED of each."""
     duplicates = [f"{line}: repeats line {earlier} (a warning)" for line, earlier in summary.duplicates]
-    too_long = [f"{line}: longer than {max_length} tokens, so it will be skipped (a warning)" for line in summary.too_long]
+    too_long = [f"{line}: longer than {summary.limit} tokens, so it will be skipped (a warning)" for line in summary.too_long]
     lines = []
     for what, texts in (("problems", summary.problems), ("duplicates", duplicates), ("long rows", too_long)):
         lines += [f"{summary.file}:{text}" for text in texts[:LISTED]]

@@ -84,7 +84,7 @@ def main(
             from fusionroute.fr_export.commands.data_report import show_data
             from fusionroute.fr_export.training.check_data import check_data as check
 
-            show_data(check(router, sft, preferences, max_length, base), max_length, as_json)
+            show_data(check(router, sft, preferences, max_length, base), as_json)
             return
         if out is None:
             raise typer.BadParameter("name the folder of the trained router", param_hint="--out")

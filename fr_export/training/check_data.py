@@ -22,7 +22,8 @@ class FileSummary:
     learnt: tuple[float, float, float, float]
     problems: list[str]  # "line: field: reason"
     duplicates: list[tuple[int, int]]  # line, line that it repeats
-    too_long: list[int]  # lines with a row of more than max_length tokens, which training skips
+    limit: int  # tokens of a row: max_length, or the model's context where that is shorter
+    too_long: list[int]  # lines with a row of more tokens than that, which training skips
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -53,6 +54,7 @@ def _summary(kind: str, data: DataFile[Row] | DataFile[Pair], rows: Sequence[Seq
         learnt=_spread([len(row.labels) for sample in rows for row in sample]),
         problems=[str(problem) for problem in data.problems],
         duplicates=data.duplicates,
+        limit=limit,
         too_long=[line for line, length in zip(data.lines, lengths, strict=True) if length > limit],
     )
 

@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,9 +106,9 @@ def _place(checkpoint: Checkpoint, folder: Path, copy: bool) -> int:
             shutil.copyfile(file, folder / file.name)
         else:
             _link(file.resolve(), folder / file.name)  # hub caches hold links
-    texts: Sequence[Path] = [file for name, file in checkpoint.texts.items() if not (adapter and name == "config.json")]
-    for file in texts:
-        if file.name not in (TRAINING_FILE, "losses.json"):
+    for file in checkpoint.texts.values():
+        # what a GGUF file's texts were made into lies elsewhere, and is made again
+        if file.parent == own and file.name not in (TRAINING_FILE, "losses.json"):
             shutil.copyfile(file, folder / file.name)
     return 0 if copy or adapter else len(weights)
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.commands.main import run
@@ -21,6 +22,8 @@ from fusionroute.runtime.errors import InputError
 from tests.fr_export.training.conftest import SHAPE, Toy
 from tests.support.commands import Command, in_folder
 from tests.support.exporting import export_checkpoints
+from tests.support.gguf_models import with_byte_vocabulary, write_gguf
+from tests.support.systems import Shape, make_model
 
 
 @pytest.fixture
@@ -69,6 +72,16 @@ def test_an_adapter_becomes_a_router(toy: Toy, tmp_path: Path) -> None:
     assert not (tmp_path / "router" / "model.safetensors").exists() and not (tmp_path / "router" / "config.json").exists()
     system = System.open(None, str(tmp_path / "router"), {"one": str(tmp_path / "expert"), "two": toy.base})
     assert system.head.weight.shape == (2, 32)
+
+
+def test_a_gguf_file_becomes_a_router(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", Shape(layers=1), 0, expert=False))
+    file = tmp_path / "model.gguf"
+    write_gguf(file, model, "llama", more=lambda writer: with_byte_vocabulary(writer, 300))
+    assert init_router(str(file), 2, tmp_path / "router").linked == 1
+    assert (tmp_path / "router" / "model.gguf").samefile(file)
+    system = System.open(None, str(tmp_path / "router"), {"one": str(file), "two": str(file)})
+    assert system.head.weight.shape == (2, 64)
 
 
 def test_a_head_inside_the_weights_is_not_doubled(toy: Toy, tmp_path: Path) -> None:
