@@ -189,7 +189,7 @@ def test_bases_that_are_quantised_already(untied: Path, tmp_path: Path) -> None:
 def test_adapters_of_models_that_read_images_too(untied: Path, tmp_path: Path) -> None:
     """Names and patterns of the whole model; the base is its language model alone."""
     inside = "base_model.model.model.language_model."
-    options = {"rank_pattern": {"layers.0.mlp.up_proj": 3}, "alpha_pattern": {"layers.0.mlp.up_proj": 5}}
+    options: dict[str, Any] = {"rank_pattern": {"layers.0.mlp.up_proj": 3}, "alpha_pattern": {"layers.0.mlp.up_proj": 5}}
     adapter = make_adapter(untied, tmp_path / "adapter", **options)
     alone = Checkpoint.open("adapted", str(adapter)).weights
     expected = {name: alone.read(name) for name in alone.entries}
