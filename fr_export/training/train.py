@@ -22,6 +22,7 @@ from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import common_vocabulary
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.console.quiet import quiet
+from fusionroute.fr_export.families.family import positions
 from fusionroute.fr_export.training.batches import Samples, flat
 from fusionroute.fr_export.training.curves import draw
 from fusionroute.fr_export.training.data import Encoder, Row, fitting, read_preferences, read_sft
@@ -102,7 +103,7 @@ class _Run:
         self.head = start_head(self.router, list(request.experts))
         adapts = self.lora_rank and not request.merge
         self.dtype = request.dtype or ("float32" if adapts else stored_dtype(self.router))
-        self.limit = min(self.recipe.max_length, self.router.config.max_position_embeddings)
+        self.limit = min(self.recipe.max_length, positions(self.router.config))
         self.rows, self.pairs, self.skipped = self._data()
         self.identity = self._identity()
 
