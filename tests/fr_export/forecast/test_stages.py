@@ -1,4 +1,4 @@
-"""The forecast against what was measured: docs/export.md (SmolLM2) and docs/real-size.md (Gemma-2-2B's shape)."""
+"""The forecast against what was measured: on SmolLM2, and on Gemma-2-2B's shape (docs/real-size.md)."""
 
 from dataclasses import replace
 
@@ -20,11 +20,11 @@ GEMMA = Work(
     active_values=5_228_000_000, vocab_size=256_000, new_tokens=8 * 64, tokens=8 * 100,
 )  # fmt: skip
 CPU = [("ort:cpu", SCHEMES["ort:cpu"][name]) for name in ("fp32", "int8", "int4")]
-# stage → seconds and peak MiB as measured
+# stage → seconds (None: no clean measurement) and peak MiB as measured
 SMOLLM2_MEASURED = {
-    "tracing": (21.6, 483), "writing int8 to record with": (11.2, 574), "recording": (176.3, 1136), "calibrating": (66.0, 574),
+    "tracing": (21.6, 483), "writing int8 to record with": (11.2, 574), "recording": (None, 1815), "calibrating": (66.0, 902),
     "writing fp32 for ort:cpu": (9.6, 580), "writing int8 for ort:cpu": (204.3, 705), "writing int4 for ort:cpu": (335.2, 690),
-    "comparing fp32 for ort:cpu": (55.2, 3164),
+    "comparing fp32 for ort:cpu": (None, 3164),
 }  # fmt: skip
 GEMMA_MEASURED = {"recording": (71, 5110), "calibrating": (66, 4492), "writing int4 for ort:cpu": (3331, 4988)}
 
@@ -36,11 +36,15 @@ def by_name(parts: list[StageForecast]) -> dict[str, StageForecast]:
 @pytest.mark.parametrize(
     ("work", "plan", "measured"), [(SMOLLM2, CPU, SMOLLM2_MEASURED), (GEMMA, CPU[2:], GEMMA_MEASURED)], ids=["SmolLM2", "Gemma-2-2B"]
 )
-def test_what_was_measured_lies_in_the_range(work: Work, plan: list[tuple[str, Scheme]], measured: dict[str, tuple[float, float]]) -> None:
+def test_what_was_measured_lies_in_the_range(
+    work: Work, plan: list[tuple[str, Scheme]], measured: dict[str, tuple[float | None, float]]
+) -> None:
     expected = by_name(stages(work, plan, "builtin", 0, 384, 1.0))
     assert measured.keys() <= expected.keys()
     for name, (seconds, _) in measured.items():
         part = expected[name]
+        if seconds is None:
+            continue
         assert FASTER * part.seconds <= seconds <= SLOWER * part.seconds, (name, part)
     peak = max(expected.values(), key=lambda part: part.memory)
     most = max(mebibytes for _, mebibytes in measured.values()) * 2**20
