@@ -18,7 +18,7 @@ from fusionroute.fr_export.checkpoints.torch_model import torch_model
 from fusionroute.fr_export.training import size
 from fusionroute.fr_export.training.recipe import Stage
 from fusionroute.fr_export.training.train import train
-from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.errors import FusionError, InputError
 from tests.fr_export.training.conftest import Toy
 from tests.fr_export.training.test_trainer import CutOff, Interrupted, equal, weights
 from tests.support.systems import Shape, make_model, write_tokenizer
@@ -120,6 +120,8 @@ def test_the_base_can_be_named(toy: Toy, tmp_path: Path) -> None:
         train(toy.request(tmp_path / "out", SFT, recipe=recipe, experts=experts))
     train(toy.request(tmp_path / "out", SFT, recipe=recipe, router=str(tmp_path / "expert"), experts=experts, base=toy.base))
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == toy.base
+    with pytest.raises(InputError, match="all models of this run are whole ones"):
+        train(toy.request(tmp_path / "other", SFT, base=toy.base))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral", "olmo2", "phi3", "smollm3"])
