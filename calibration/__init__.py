@@ -1,6 +1,7 @@
 """Calibration: which texts an exported system produces, and which activations enter each weight matrix on them.
 
     prompts.py            texts to calibrate on, and texts to report on
+    side_by_side.py       the models of a bundle, each reading one token of several texts in a pass
     record.py             the system continues the prompts; which expert answered where
     serving_masks.py      from that: the positions that each model has to serve
     blockwise_forward.py  runs a model one decoder block at a time over all texts

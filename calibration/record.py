@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +78,7 @@ def record(
             expert = int(routing[row].argmax())
             fused = coefficients[0] * router[row] + coefficients[1] * experts[expert][0][row]
             text.experts.append(expert)
-            text.ids.append(text.sampler.choose(candidates(fused), lambda fused=fused: fused))
+            text.ids.append(text.sampler.choose(candidates(fused), partial(np.asarray, fused)))
             if text.ids[-1] in ends or len(text.experts) == new_tokens:
                 done[text.number], rows[row] = text.finished(), None
         while following in done:

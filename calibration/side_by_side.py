@@ -35,8 +35,7 @@ class SideBySide:
         threads = max(1, cores() // len(files))
         self._pool = ThreadPoolExecutor(min(cores(), len(files)))
         alone = any(graph is None for graph in graphs)
-        opened = zip(files, [None] * len(files) if alone else graphs, strict=True)
-        self._sessions = list(self._pool.map(lambda pair: self._open(*pair, threads), opened))
+        self._sessions = list(self._pool.map(lambda file, graph: self._open(file, None if alone else graph, threads), files, graphs))
         row = sum(4 * int(np.prod(shape)) for session in self._sessions for shape in cache_shapes(session, 1, capacity).values())
         self.rows = 1 if alone else max(1, min(MOST, CACHES // row))
         self._models = [Batch(session, self.rows, capacity) for session in self._sessions]

@@ -26,10 +26,10 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def inside(path: str) -> str:
-    """A relative path that stays in the bundle, in its only spelling."""
+    """A relative path that stays in the bundle, in its only spelling, that terminals can show."""
     pure = PurePosixPath(path)
-    if not pure.parts or pure.is_absolute() or str(pure) != path or ".." in pure.parts or {*"\\:\0"} & {*path}:
-        raise ValueError(f"'{path}' is not a path inside the bundle")
+    if not pure.parts or pure.is_absolute() or str(pure) != path or ".." in pure.parts or {*"\\:"} & {*path} or not path.isprintable():
+        raise ValueError(f"{path!r} is not a path inside the bundle")
     return path
 
 

@@ -1,6 +1,8 @@
 """The pages for users and contributors: every link and every named file exists, and prose can be read in a terminal."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,8 @@ def test_every_named_file_exists(page: Path) -> None:
 
 
 def test_lines_of_prose_fit_a_terminal(page: Path) -> None:
+    if page.name == "refusals.md":
+        pytest.skip("lists messages as the source has them")
     long = [number for number, line in prose(page) if len(line) > WIDTH and not line.startswith(("|", "  `CMAKE_ARGS"))]
     assert not long, f"{page} has lines of more than {WIDTH} characters: {long}"
 
@@ -71,6 +75,12 @@ def test_the_walk_to_a_new_family_shows_lines_that_were_applied() -> None:
             applied = (REPOSITORY / line.removeprefix("+++ b/")).read_text(encoding="utf-8")
         elif line.startswith("+"):
             assert line[1:] in applied.splitlines(), line
+
+
+def test_the_page_of_refusals_is_what_the_source_says() -> None:
+    assert subprocess.run([sys.executable, REPOSITORY / ".ci/refusals.py", "--check"], check=False).returncode == 0, (
+        "run python .ci/refusals.py"
+    )
 
 
 def test_the_index_names_every_page() -> None:

@@ -70,7 +70,7 @@ def as_traced(graph: Graph, precision: str, family: Family) -> None:
 
 def half_activations(graph: Graph, precision: str, family: Family) -> None:
     """Activations in the precision's type or the family's half precision; a wide residual stream stays in fp32."""
-    to_half(graph, TYPES[precision if precision in TYPES else family.half][1], family.wide_residual)
+    to_half(graph, TYPES[precision if precision in TYPES else family.half][1], family.wide_residual, family.wide_scores)
 
 
 def strongly_typed(graph: Graph, precision: str, family: Family) -> None:

@@ -61,7 +61,10 @@ class Checkpoint:
         if is_adapter(folder, where, source):
             adapter = LoraAdapter.open(folder, where)
             start = adapter.config.locate_base(folder, where, base)
-            whole = cls.open_whole(name, f"The base ({start}) of {where[0].lower()}{where[1:]}", start, family, ())
+            try:
+                whole = cls.open_whole(name, f"The base ({start}) of {where[0].lower()}{where[1:]}", start, family, ())
+            except InputError as error:
+                raise InputError(f"{str(error).rstrip('.')}, or name another base with --base.") from error
             checkpoint = whole.adapted(adapter, extra)
         else:
             checkpoint = cls.open_whole(name, where, folder, family, extra)

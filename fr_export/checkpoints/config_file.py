@@ -39,4 +39,4 @@ def family_of(where: str, model_type: Any, expected: Family | None) -> Family:
         mend = f"use --family {family.name}" if family else f"supported families are {supported}"
         expects = f"; family {expected.name} expects '{expected.model_type}'" if expected else ""
         raise InputError(f"{where} is of model type {model_type!r}{expects}: {mend}.")
-    return family
+    return expected or family

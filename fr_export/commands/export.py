@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.fr_export.checkpoints.config_file import detect_family
 from fusionroute.fr_export.commands.options import BaseOption, ExpertOptions, FamilyOption, parse_experts
 from fusionroute.fr_export.commands.variants import (
@@ -110,6 +111,8 @@ def main(
         tokens = parse_compare(compare)
         if strict and tokens == 0:
             raise typer.BadParameter("a precision that is not compared cannot be held to its bound", param_hint="--strict / --compare none")
+        if out is not None:
+            StagedBundle(out, force).refuse()  # before a router is downloaded that tells the family
         family = family or family_of_router(router, base)
         precisions = parse_precisions(precision, targets, family)
         check_calibration(calibration, precisions, targets)

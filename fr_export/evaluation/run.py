@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.evaluation.methods import SEQUENCE, SEQUENCE_ROUTED, check
 from fusionroute.fr_export.evaluation.outcomes import Outcomes, Results, joined
 from fusionroute.fr_export.evaluation.pool import answer_all
@@ -98,9 +98,9 @@ def _decode(job: Job, pieces: Mapping[str, list[Piece]], jobs: int | None, conso
     """Answer all pieces; outcomes by method and domain."""
     all_pieces = [piece for own in pieces.values() for piece in own]
     processes = min(jobs or cores(), len(all_pieces))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
-    with Progress(*columns, console=console or Console(quiet=True)) as progress:
-        bar = progress.add_task(f"{Path(job.bundle).name} {job.precision or ''}".strip(), total=sum(len(p.questions) for p in all_pieces))
-        parts = iter(answer_all(job, all_pieces, processes, lambda count: progress.advance(bar, count)))
+    stages = Stages(console or Console(quiet=True))
+    name, prompts = f"{Path(job.bundle).name} {job.precision or ''}".strip(), sum(len(piece.questions) for piece in all_pieces)
+    with stages.progress, stages.stage(name, prompts) as advance:
+        parts = iter(answer_all(job, all_pieces, processes, advance))
     by_domain = {domain: [next(parts) for _ in own] for domain, own in pieces.items()}
     return {name: {domain: joined([part[name] for part in own]) for domain, own in by_domain.items()} for name in job.methods}

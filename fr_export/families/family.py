@@ -27,7 +27,8 @@ class Family:
 
     `norm_offset` is added to every RMSNorm weight (Gemma stores w where the norm multiplies by 1 + w).
     `wide_residual`: the residual stream of real checkpoints leaves fp16's range (65,504); half-precision graphs keep it
-    in fp32. `half`: the half precision of its activations on GPUs.
+    in fp32. `wide_scores`: products of queries and keys are so large that half precision rounds away what tells keys
+    apart; attention in primitive operators has them in fp32. `half`: the half precision of its activations on GPUs.
     `precisions` maps a target to the precisions exported when none is named. `paper`: the paper's checkpoints; None where
     it has none of this family.
     `text_of`: model types of larger models, of which the language model (their `text_config`) is one of this family.
@@ -42,6 +43,7 @@ class Family:
     check: Callable[[str, Any], None]
     paper: Preset | None = None
     wide_residual: bool = False
+    wide_scores: bool = False
     text_of: tuple[str, ...] = ()
 
     @property

@@ -7,6 +7,7 @@ figures are in docs/export.md and docs/real-size.md. They are right within the f
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from fusionroute.calibration.side_by_side import CACHES
 from fusionroute.fr_export.bundle.disk_space import bits_on_disk
 from fusionroute.fr_export.bundle.recording import recording_scheme
 from fusionroute.fr_export.bundle.targets import TARGETS
@@ -14,6 +15,7 @@ from fusionroute.fr_export.checkpoints.weights import SLICE
 from fusionroute.fr_export.forecast.work import Work
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.scheme import Fitting
+from fusionroute.fr_export.verify.compare import DECODED
 from fusionroute.fr_export.verify.measure import REFERENCE_LIMIT, obstacle
 from fusionroute.runtime.precisions import PRECISIONS
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
@@ -61,9 +63,8 @@ def before_writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: 
     yield StageForecast("tracing", len(dialects) * (TRACING + PER_LAYER * work.traced_layers), LOADED)
     if records:
         scheme = recording_scheme(work.values)
-        per_token = max(PER_TOKEN_LAYER * work.layers, PER_TOKEN_VALUE * work.active_values)
         yield StageForecast(f"writing {scheme.name} to record with", WRITING * work.values, LOADED + sliced(work))
-        yield StageForecast("recording", per_token * work.new_tokens, LOADED + in_runtime(work, scheme.bits))
+        yield StageForecast("recording", walking(work), LOADED + in_runtime(work, scheme.bits) + CACHES)
         yield StageForecast("calibrating", walking(work), LOADED + BLOCKS * 4 * work.largest_tensor)
 
 
@@ -87,11 +88,12 @@ def comparing(work: Work, plan: Sequence[tuple[str, Scheme]], tokens: int) -> It
     logits = LOGITS * 4 * tokens * work.vocab_size
     seconds = REFERENCE_LOADING * work.values + 4 * OPERATION * tokens * work.values
     yield StageForecast("reference in torch", seconds, LOADED + 4 * work.largest_model + logits)
-    per_token = 2 * max(PER_TOKEN_LAYER * work.layers, PER_TOKEN_VALUE * work.active_values)
+    per_token = max(PER_TOKEN_LAYER * work.layers, PER_TOKEN_VALUE * work.active_values)
+    reading = WRITING * work.values + 2 * OPERATION * tokens * work.values + min(tokens, DECODED) * per_token
     for target, scheme in variants:
         bits = max(scheme.bits, PRECISIONS[scheme.name].rank("ort:cpu"))
         memory = LOADED + in_runtime(work, bits) + logits
-        yield StageForecast(f"comparing {scheme.name} for {target}", per_token * tokens + WRITING * work.values, memory)
+        yield StageForecast(f"comparing {scheme.name} for {target}", reading, memory)
 
 
 def fits(plan: Sequence[tuple[str, Scheme]], calibration: str) -> bool:

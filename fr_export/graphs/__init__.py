@@ -6,6 +6,8 @@ dialects/          one file per dialect: what linear, norm and attention calls b
 passes/            one file per rewrite of a graph
 fusion_graph.py    the graph that fuses router and expert logits
 decoder_blocks.py  a graph cut into its decoder blocks, to run with one block's weights in memory
+stages.py          a graph cut finer, where the inputs of its weight matrices are ready
+batch_dimension.py an exported graph that reads one token of several texts in a pass
 source_rows.py     the values of an initialiser, read from the checkpoint
 weight_store.py    content-addressed files that graphs share their weights through
 weight_files.py    those files gathered in one per model

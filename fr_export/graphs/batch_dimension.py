@@ -26,7 +26,8 @@ def batched(file: Path) -> bytes | None:
     for value in (*graph.inputs, *graph.outputs):
         if value.name not in SHARED and value.shape is not None:
             value.shape = ir.Shape(["batch", *list(value.shape)[1:]])
-    return ir.serde.serialize_model(model).SerializeToString()
+    serialised: bytes = ir.serde.serialize_model(model).SerializeToString()
+    return serialised
 
 
 def freed(view: ir.Node) -> bool:

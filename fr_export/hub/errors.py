@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub.errors import (
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -39,8 +40,9 @@ def explained(repository: str, revision: str | None = None) -> Iterator[None]:
         raise UnavailableError("HF_HUB_OFFLINE is set, so the hub is not asked: unset it.") from error
     except HfHubHTTPError as error:
         raise UnavailableError(refusal(repository, error)) from error
-    except LocalEntryNotFoundError as error:
-        raise UnavailableError(UNREACHABLE) from error
+    except (LocalEntryNotFoundError, FileMetadataError) as error:
+        answer = error.__cause__
+        raise UnavailableError(refusal(repository, answer) if isinstance(answer, HfHubHTTPError) else UNREACHABLE) from error
     except Exception as error:
         if not of_the_network(error):
             raise

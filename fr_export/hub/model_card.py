@@ -99,6 +99,7 @@ def precisions(report: Mapping[str, Any]) -> str:
 def limits(report: Mapping[str, Any], licence: str | None) -> str:
     """What was missed, not compared, or is not said."""
     lines = [f"- {note}" for note in report.get("notes", ())]
+    lines += [f"- {source['model']}: {note}" for source in report.get("sources", ()) for note in source["notes"]]
     for entry in report.get("variants", ()):
         name = f"{entry['precision']} for {entry['target']}"
         if entry["missed"]:

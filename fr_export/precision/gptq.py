@@ -8,6 +8,7 @@ weights that are read in slices.
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from fusionroute.runtime.machine import cores
 
 DAMPING = 0.01  # of the mean importance, added to every channel's
 INNER, TOGETHER = 16, 128  # channels whose errors reach the ones behind them in one product
-TILE = 1024  # rows rounded at a time: what a core works on stays in its L2 cache
+TILE = 768  # rows rounded at a time, at most: what a core works on stays in its L2 cache
 SMALL = 128  # channels: a triangle that is inverted at once
 PART = 384  # channels: the sum is symmetric, and what lies left of a part is known from above it
 
@@ -90,22 +91,19 @@ class Factor:
         return len(self.importance)
 
 
-@torch.no_grad()
 def quantise(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
     """Round fp32 rows [R, K] so that Σ ((W − Ŵ)·x)² over the inputs of the Hessian becomes small. Rows do not depend on
-    each other: they are rounded in tiles, on all cores.
+    each other: they are rounded in tiles of equal size, on all cores.
     """
-    tiles = [rows[start : start + TILE] for start in range(0, len(rows), TILE)]
-    if len(tiles) == 1:
-        return _tile(rows, factor, fmt)
-    with ThreadPoolExecutor(cores()) as pool:
-        done = list(pool.map(lambda tile: _tile(tile, factor, fmt), tiles))
-    values, scales, zeros = zip(*done, strict=True)
+    tiles = np.array_split(rows, -(-len(rows) // TILE))
+    # one core per tile: torch would start as many threads as there are cores for each of them
+    with ThreadPoolExecutor(min(cores(), len(tiles)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        values, scales, zeros = zip(*pool.map(partial(quantise_tile, factor=factor, fmt=fmt), tiles), strict=True)
     return Quantised(np.concatenate(values), np.concatenate(scales), np.concatenate(zeros) if fmt.zeros else None)
 
 
 @torch.no_grad()
-def _tile(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
+def quantise_tile(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
     """`quantise` for a few rows, on one core.
 
     A channel's error reaches the rest of its INNER channels at once, the rest of its TOGETHER channels in one product

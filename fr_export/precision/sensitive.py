@@ -12,7 +12,7 @@ from fusionroute.fr_export.precision.blockwise import Format, in_range, nearest,
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.residual_error import residual_error, residual_stream, sample
 
-TOKENS = 512  # read for the measurement
+TOKENS = 256  # read for the measurement
 TIMES = 3.0  # a matrix is sensitive from this multiple of the median error per weight
 
 

@@ -13,7 +13,7 @@ from fusionroute.runtime.text import Text
 
 TOKENS = 384  # compared positions: enough to notice a wrong graph, cheap enough for every export
 LONGEST = 128  # tokens of one sequence, and of a chunk
-DECODED = 48  # tokens, at the ends of all sequences, that are also read one by one
+DECODED = 32  # tokens, at the ends of all sequences, that are also read one by one
 # (ids [S], alone) → fused logits float32 [P, V], experts int64 [P]: at every position, read in chunks (alone = 0), or at
 # the last `alone` positions, whose tokens are read one by one behind the others
 Score = Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]

@@ -67,9 +67,12 @@ def test_a_router_with_experts_of_another_family_that_share_its_tokenizer(tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_target_and_precision_of_a_family(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each is fitted to the family's own texts and compared with torch; engines are built for three GPUs."""
+    """Each is fitted to the system's own texts and compared with torch; engines are built for three GPUs.
+
+    Without fp32, which TensorRT-RTX has no kernel of attention for, and which the tests of each dialect hold to torch.
+    """
     targets = tuple(target for target in SCHEMES if target != "ort:cuda")  # which runs on GPUs only
-    precisions = tuple(dict.fromkeys(name for target in targets for name in SCHEMES[target]))
+    precisions = (FAMILIES[family].half, "int8", "int8-wo", "int4", "w8a8")
     shape = Shape(family, layers=2, experts=1, hidden=128, tokenizer=True)
     _, _, report = exported(tmp_path, shape, targets, precisions, gpus=(86, 89, 120))
     seconds = {stage["name"]: stage["seconds"] for stage in report["stages"]}
@@ -79,6 +82,8 @@ def test_every_target_and_precision_of_a_family(family: str, tmp_path: Path, cap
         took = seconds.get(f"building {entry['precision']} engines", 0) if engines else 0
         size = sum(size for built in engines for size in built["bytes"].values())
         with capsys.disabled():
-            print(family, entry["target"], entry["precision"], compared, f"engines {size / 1e6:.1f} MB in {took:.1f} s")
-        if entry["precision"] == "fp32":
-            assert compared["decode"]["greedy_agreement"] == 1
+            kl = compared and f"KL {compared['chunks']['kl_mean']:.4f} in chunks, {compared['decode']['kl_mean']:.4f} by token"
+            print(family, entry["target"], entry["precision"], kl, f"engines {size / 1e6:.1f} MB in {took:.1f} s")
+        if compared is not None:
+            limit = 0.01 if entry["precision"] in ("fp16", "bf16") else 0.5 if entry["precision"] == "int4" else 0.1
+            assert compared["decode"]["kl_mean"] <= limit

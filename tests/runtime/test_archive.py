@@ -147,6 +147,7 @@ HOSTILE: dict[str, tuple[Callable[[list[Member]], list[Member]], str]] = {
     "manifest with an absolute path": (listed("/evil"), "is not a path inside the bundle"),
     "manifest with another spelling": (listed("./manifest.json"), "is not a path inside the bundle"),
     "manifest that names itself": (listed("manifest.json"), "is listed among the files that it describes"),
+    "manifest with an escape sequence": (listed("a\x1b[2J"), "is not a path inside the bundle"),
     "manifest with a drive": (listed("C:evil"), "is not a path inside the bundle"),
     "file that is a folder too": (listed("tokenizer.json/evil"), "tokenizer.json is a file and a folder"),
     "size of a bomb": (

@@ -133,26 +133,26 @@ class Handler(BaseHTTPRequestHandler):
                 for each in json.loads(body)["objects"]
             ]
             self.answer(200, {"transfer": "basic", "objects": objects})
-        elif found := re.fullmatch(r"/preupload/(.+)", rest):
+        elif route := re.fullmatch(r"/preupload/(.+)", rest):
             files = [
                 {"path": each["path"], "uploadMode": "lfs" if each["size"] >= LARGE else "regular", "shouldIgnore": False}
                 for each in json.loads(body)["files"]
             ]
             self.answer(200, {"files": files})
-        elif found := re.fullmatch(r"/branch/(.+)", rest):
-            if found[1] in repository.branches:
+        elif route := re.fullmatch(r"/branch/(.+)", rest):
+            if route[1] in repository.branches:
                 self.answer(409, {"error": "Reference already exists"})
             else:
-                repository.branches[found[1]] = repository.branches["main"]
+                repository.branches[route[1]] = repository.branches["main"]
                 self.answer(200, {})
-        elif found := re.fullmatch(r"/commit/(.+)", rest):
-            self.commit(repository, found[1], body)
-        elif found := re.fullmatch(r"/resolve/([^/]+)/(.+)", rest):
-            self.resolve(repository, found[1], found[2])
+        elif route := re.fullmatch(r"/commit/(.+)", rest):
+            self.commit(name, repository, route[1], body)
+        elif route := re.fullmatch(r"/resolve/([^/]+)/(.+)", rest):
+            self.resolve(repository, route[1], route[2])
         else:
-            found = re.fullmatch(r"(?:/revision/(.+))?", rest)
-            assert found is not None, path
-            self.about(name, repository, found[1] or "main")
+            route = re.fullmatch(r"(?:/revision/(.+))?", rest)
+            assert route is not None, path
+            self.about(name, repository, route[1] or "main")
 
     def about(self, name: str, repository: Repository, revision: str) -> None:
         sha = repository.head(revision)
@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         ]
         self.answer(200, {"id": name, "sha": sha, "siblings": siblings, "private": repository.private, "tags": []})
 
-    def commit(self, repository: Repository, branch: str, body: bytes) -> None:
+    def commit(self, name: str, repository: Repository, branch: str, body: bytes) -> None:
         files = dict(repository.branches[branch])
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
@@ -178,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         sha = repository.commit(branch, files)
-        self.answer(200, {"commitUrl": f"{self.server.address}/commit/{sha}", "commitOid": sha, "success": True})
+        self.answer(200, {"commitUrl": f"{self.server.address}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
     def resolve(self, repository: Repository, revision: str, path: str) -> None:
         sha = repository.head(revision)

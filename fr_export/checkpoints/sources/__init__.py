@@ -5,7 +5,7 @@ merge_lora.py     an adapter over the tensors of its base
 lora_config.py    its adapter_config.json: what each field means here, and which are refused
 whole.py          which kind a whole model is; one line per kind
 model_folder.py   a Hugging Face folder: safetensors, in floating point or quantised
-quantised.py      which methods of quantisation are read; gptq.py, awq.py, compressed_tensors.py and fp8.py read them
+quantised.py      which methods of quantisation are read; one file each reads them
 grouped.py        integers in groups with scales and zero points, which these have in common
 slow_tokenizer.py a tokenizer.json from a tokenizer.model
 gguf.py           a GGUF file: gguf_file.py opens it, gguf_tensors.py reads rows, gguf_texts.py makes the files that it

@@ -28,7 +28,9 @@ def config_of(where: str, gguf_file: GgufFile) -> dict[str, Any]:
             config: dict[str, Any] = dict(load_gguf_checkpoint(str(gguf_file.files[0]))["config"])
     except Exception as error:  # transformers raises many kinds
         raise InputError(f"{where} cannot be described by transformers' GGUF reader ({one_line(error)}): {MEND}.") from error
-    config.pop("_model_name_or_path", None)
+    for key in ("_model_name_or_path", "unk_token_id"):
+        config.pop(key, None)
+    config = {key: shortest(value) if isinstance(value, float) else value for key, value in config.items()}
     prefix = gguf_file.architecture
     if (width := gguf_file.get(f"{prefix}.attention.key_length")) is not None:
         config["head_dim"] = width
@@ -40,6 +42,11 @@ def config_of(where: str, gguf_file: GgufFile) -> dict[str, Any]:
     if prefix in AMENDMENTS:
         config |= AMENDMENTS[prefix](gguf_file, config)
     return config
+
+
+def shortest(value: float) -> float:
+    """The number that was stored in single precision, such as 1e-05: equal models then have equal configs."""
+    return float(str(np.float32(value)))
 
 
 def generation_of(gguf_file: GgufFile) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, LoraConfig
+from fusionroute.fr_export.checkpoints.sources.text_part import OTHER, text_name
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.checkpoints.weights import FLOATS, tensors_of
 from fusionroute.runtime.errors import InputError
@@ -23,13 +24,22 @@ WRAPPERS = re.compile(r"\.(base_layer|modules_to_save|original_module)\.")  # PE
 
 
 @dataclass(frozen=True)
+class ModuleAdapter:
+    """What an adapter has for one module: part → tensor, and how B·A counts."""
+
+    parts: Mapping[str, StoredTensor]
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class LoraAdapter:
-    """One adapter: module → part → tensor, and the tensors that it brings whole."""
+    """One adapter: by the names of the language model alone, its modules, and the tensors that it brings whole."""
 
     folder: Path
     where: str
     config: LoraConfig
-    modules: Mapping[str, Mapping[str, StoredTensor]]
+    modules: Mapping[str, ModuleAdapter]
     whole: Mapping[str, StoredTensor]
 
     @classmethod
@@ -45,21 +55,24 @@ class LoraAdapter:
                     f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, '{file}')\"."
                 )
             raise InputError(f"{where} holds {CONFIG_FILE} but no {WEIGHTS_FILE}; save or download the adapter again.")
-        modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+        modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)  # by the names in the file, as the config has them
         whole: dict[str, StoredTensor] = {}
         for key, tensor in tensors_of(file).items():
             if tensor.dtype not in FLOATS:
                 raise InputError(f"{where} has '{key}' as {tensor.dtype}; expected fp32, fp16 or bf16: save the adapter again.")
             name = key.removeprefix(PREFIX)
+            if name.startswith(OTHER):  # reads images, as the report says of the base
+                continue
             if part := PART.fullmatch(name):
                 modules[part[1]][part[2]] = tensor
             elif "lora_" in name:
                 raise InputError(f"{where} has the tensor '{key}', which this version does not know: merge it with PEFT first.")
             else:
-                whole[WRAPPERS.sub(".", name)] = tensor
+                whole[text_name(WRAPPERS.sub(".", name))] = tensor
         if not modules and not whole:
             raise InputError(f"{where} holds no tensors in its {WEIGHTS_FILE}; save or download the adapter again.")
-        return cls(folder, where, config, modules, whole)
+        adapted = {text_name(module): ModuleAdapter(parts, config.rank(module), config.scale(module)) for module, parts in modules.items()}
+        return cls(folder, where, config, adapted, whole)
 
     def texts(self, base: Mapping[str, Path], own: Mapping[str, Path]) -> dict[str, Path]:
         """The text files of the adapted model: its own before those of its base, but for config.json.
@@ -73,13 +86,12 @@ class LoraAdapter:
 
     def report(self, base: SourceReport) -> SourceReport:
         """What stands in the report about the adapted model. `base`: what stands there about the base."""
-        adapted = [module for module, parts in self.modules.items() if {"lora_A", "lora_embedding_A"} & parts.keys()]
-        ranks = sorted({self.config.rank(module) for module in adapted})
-        notes = [f"Its base has {base.bytes / 1e6:,.1f} MB of {', '.join(base.dtypes)}."]
-        if ranks:
-            kind = "DoRA" if self.config.use_dora else "LoRA"
-            notes.append(f"{kind} of rank {', '.join(map(str, ranks))} on {len(adapted)} modules was merged while weights were read.")
+        adapted = [module for module in self.modules.values() if {"lora_A", "lora_embedding_A"} & module.parts.keys()]
+        notes = [f"an adapter of a base of {base.bytes / 1e6:,.1f} MB ({', '.join(base.dtypes)})"]
+        if adapted:
+            kind, ranks = "DoRA" if self.config.use_dora else "LoRA", sorted({module.rank for module in adapted})
+            notes.append(f"{kind} of rank {', '.join(map(str, ranks))} on {len(adapted)} modules, merged while weights are read")
         if self.whole:
-            notes.append(f"{len(self.whole)} tensors of the adapter stand in place of the base's.")
-        tensors = [*self.whole.values(), *(tensor for parts in self.modules.values() for tensor in parts.values())]
-        return SourceReport.of("adapter", tensors, (*notes, *base.notes))
+            notes.append(f"{len(self.whole)} tensors of its adapter stand in place of the base's")
+        tensors = [*self.whole.values(), *(tensor for module in self.modules.values() for tensor in module.parts.values())]
+        return SourceReport.of("adapter", tensors, (*notes, *(f"of its base: {note}" for note in base.notes)))

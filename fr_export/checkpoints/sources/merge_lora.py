@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
+from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter, ModuleAdapter
 from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE
 from fusionroute.fr_export.checkpoints.sources.low_rank import (
     AddedTensor,
@@ -39,9 +39,9 @@ def merge(adapter: LoraAdapter, base: Mapping[str, StoredTensor], tied: bool) ->
     if tied and adapter.config.ensure_weight_tying and adapter.config.saves(EMBEDDING):
         tensors[head] = tensors[embedding]
     check_shapes(adapter, tensors, base)
-    for module, parts in adapter.modules.items():
-        adapt(adapter, module, parts, tensors)
-    if tied and ROWS in adapter.modules.get(EMBEDDING, {}) and HEAD not in adapter.modules:
+    for module, own in adapter.modules.items():
+        adapt(adapter, module, own, tensors)
+    if tied and EMBEDDING in adapter.modules and ROWS in adapter.modules[EMBEDDING].parts and HEAD not in adapter.modules:
         tensors[head] = tensors[embedding]  # PEFT ties replaced rows too
     if tied and tensors[head] is tensors[embedding]:
         del tensors[head]
@@ -71,9 +71,9 @@ def check_shapes(adapter: LoraAdapter, tensors: Mapping[str, StoredTensor], base
         )
 
 
-def adapt(adapter: LoraAdapter, module: str, parts: Mapping[str, StoredTensor], tensors: dict[str, StoredTensor]) -> None:
+def adapt(adapter: LoraAdapter, module: str, own: ModuleAdapter, tensors: dict[str, StoredTensor]) -> None:
     """Put one module's parts over its weight and bias in `tensors`. Raises InputError for parts that do not fit."""
-    name, bias = f"{module}.weight", f"{module}.bias"
+    name, bias, parts = f"{module}.weight", f"{module}.bias", own.parts
     if name not in tensors:
         raise InputError(f"{adapter.where} adapts '{module}', which its base lacks: {TRAINED_ON}.")
     embeds = "lora_embedding_A" in parts
@@ -90,7 +90,7 @@ def adapt(adapter: LoraAdapter, module: str, parts: Mapping[str, StoredTensor], 
     if adapted:
         a, b = (parts[part] for part in factors)
         rows_first = (TransposedTensor(b), TransposedTensor(a)) if embeds else (a, b)  # PEFT stores an embedding's factors transposed
-        weight = low_rank_tensor(adapter, module, weight, *rows_first)
+        weight = low_rank_tensor(adapter, module, own, weight, *rows_first)
     if "lora_magnitude_vector" in parts:
         magnitude = vector(adapter, module, parts, "lora_magnitude_vector", weight.shape[1 if embeds else 0])
         weight = ColumnNormTensor(weight, magnitude) if embeds else RowNormTensor(weight, magnitude)
@@ -100,21 +100,23 @@ def adapt(adapter: LoraAdapter, module: str, parts: Mapping[str, StoredTensor], 
                 f"{adapter.where} adds a bias to '{module}' (lora_bias), which has none in its base: train it without lora_bias."
             )
         delta = vector(adapter, module, parts, "lora_B.bias", weight.shape[0])
-        tensors[bias] = AddedTensor(tensors[bias], delta, adapter.config.scale(module))
+        tensors[bias] = AddedTensor(tensors[bias], delta, own.scale)
     if ROWS in parts:
         weight = replaced_rows(adapter, module, weight, parts[ROWS])
     tensors[name] = weight
 
 
-def low_rank_tensor(adapter: LoraAdapter, module: str, base: StoredTensor, a: StoredTensor, b: StoredTensor) -> LowRankTensor:
+def low_rank_tensor(
+    adapter: LoraAdapter, module: str, own: ModuleAdapter, base: StoredTensor, a: StoredTensor, b: StoredTensor
+) -> LowRankTensor:
     """base + scale · B·A. Raises InputError unless B·A has the base's shape and the config's rank."""
-    rank = adapter.config.rank(module)
+    rank = own.rank
     if len(base.shape) != 2 or a.shape != (rank, base.shape[1]) or b.shape != (base.shape[0], rank):
         raise InputError(
             f"{adapter.where} has factors of shapes {list(b.shape)} and {list(a.shape)} for '{module}'; rank {rank} of its {CONFIG_FILE} "
             f"and its base's {list(base.shape)} need {[base.shape[0], rank]} and {[rank, *base.shape[1:]]}: {TRAINED_ON}."
         )
-    return LowRankTensor(base, a, b, adapter.config.scale(module))
+    return LowRankTensor(base, a, b, own.scale)
 
 
 def vector(adapter: LoraAdapter, module: str, parts: Mapping[str, StoredTensor], part: str, length: int) -> StoredTensor:

@@ -41,7 +41,7 @@ class ModelFolder:
 
     @cached_property
     def stored(self) -> tuple[Mapping[str, StoredTensor], tuple[str, ...]]:
-        """The language model's tensors as they are stored, and what to say of others."""
+        """The tensors of the language model as they are stored, and what to say of those that are left out."""
         return text_part(Weights.open(self.folder).entries)
 
     def tensors(self, config: Any, names: Iterable[str]) -> dict[str, StoredTensor]:
@@ -51,8 +51,8 @@ class ModelFolder:
 
     def report(self, tensors: Mapping[str, StoredTensor]) -> SourceReport:
         """See `WholeSource.report`."""
-        stored, about_others = self.stored
-        notes = [*about_others, *([note(self.quantisation, tensors)] if self.quantisation else [])]
+        stored, left_out = self.stored
+        notes = [*left_out, *([note(self.quantisation, tensors)] if self.quantisation else [])]
         tokenizer = self.texts.get("tokenizer.json")
         if tokenizer is not None and tokenizer.parent != self.folder:
             notes.append("tokenizer.json converted from tokenizer.model")

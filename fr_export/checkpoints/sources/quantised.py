@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fusionroute.fr_export.checkpoints.sources import awq, compressed_tensors, fp8, gptq
+from fusionroute.fr_export.checkpoints.sources import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from fusionroute.fr_export.checkpoints.stored_blocks import BlockStored
 from fusionroute.fr_export.checkpoints.tensors import SafetensorsTensor, StoredTensor
 from fusionroute.runtime.errors import InputError
@@ -34,6 +34,7 @@ METHODS = {
         {"packed": "I32 U8", "weight": "I8 F8_E4M3"},
         compressed_tensors.compressed,
     ),
+    "bitsandbytes": Method("bitsandbytes", bitsandbytes.PARTS, {"state": "U8", "weight": "I8"}, bitsandbytes.bitsandbytes),
     "fp8": FP8,
     "fbgemm_fp8": FP8,
 }
@@ -46,17 +47,18 @@ def dequantised(where: str, settings: Mapping[str, Any], entries: Mapping[str, S
     """
     method = method_of(where, settings)
     modules: dict[str, dict[str, SafetensorsTensor]] = {}
+    owner: dict[str, str] = {}  # stored tensor → the module that it is a part of
     for name, entry in entries.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix in method.parts and isinstance(entry, SafetensorsTensor):
-            modules.setdefault(module, {})[method.parts[suffix]] = entry
+        suffix = next((suffix for suffix in sorted(method.parts, key=len, reverse=True) if name.endswith(f".{suffix}")), None)
+        if suffix is not None and isinstance(entry, SafetensorsTensor):
+            owner[name] = name.removesuffix(f".{suffix}")
+            modules.setdefault(owner[name], {})[method.parts[suffix]] = entry
     quantised = {
         module: parts
         for module, parts in modules.items()
         if any(key in parts and parts[key].dtype in dtypes.split() for key, dtypes in method.key.items())
     }
-    used = {part.name for parts in quantised.values() for part in parts.values()}
-    result = {name: entry for name, entry in entries.items() if name not in used}
+    result = {name: entry for name, entry in entries.items() if owner.get(name) not in quantised}
     for module, parts in quantised.items():
         try:
             result[f"{module}.weight"] = method.weight(where, settings, module, parts)

@@ -21,20 +21,40 @@ IN_FLOAT = ("Tanh", "Where", "Softmax", "RotaryEmbedding")
 SMALLEST_DIVISOR = 1e-30  # a token whose values are all zero is divided by this
 
 
-def to_half(graph: Graph, half: ir.DataType, wide: bool) -> None:
+def to_half(graph: Graph, half: ir.DataType, wide: bool, wide_scores: bool = False) -> None:
     """Rewrite a graph as `trace` returns it, before it has weights; `half` is FLOAT16 or BFLOAT16.
+
+    `wide_scores`: where attention is written out in primitive operators, products of queries and keys are fp32. An
+    attention operator adds up in fp32 by itself.
 
     What does not depend on the tokens' embeddings (positions, rotary angles) is computed in fp32, and rounded where it
     meets what does.
     """
-    _Narrowing(graph, half, wide).run()
+    _Narrowing(graph, half, wide, score_products(graph) if wide_scores else set()).run()
+
+
+def score_products(graph: Graph) -> set[ir.Node]:
+    """The products of queries and keys: those that reach a Softmax without another product between."""
+    products: set[ir.Node] = set()
+    seen: set[ir.Node] = set()
+    makers = [n.inputs[0].producer() for n in graph.model.graph if n.op_type == "Softmax"]
+    while makers:
+        maker = makers.pop()
+        if maker is None or maker in seen:
+            continue
+        seen.add(maker)
+        if maker.op_type == "MatMul":
+            products.add(maker)
+        else:
+            makers += [value.producer() for value in maker.inputs if value is not None]
+    return products
 
 
 class _Narrowing:
     """One pass in the graph's order. `types` holds the type of every value that depends on the tokens' embeddings."""
 
-    def __init__(self, graph: Graph, half: ir.DataType, wide: bool):
-        self.graph, self.half, self.wide = graph, half, wide
+    def __init__(self, graph: Graph, half: ir.DataType, wide: bool, scores: set[ir.Node]):
+        self.graph, self.half, self.wide, self.scores = graph, half, wide, scores
         self.inner = graph.model.graph
         self.types: dict[ir.Value, ir.DataType] = {}
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
@@ -72,7 +92,9 @@ class _Narrowing:
     def _convert(self, n: ir.Node) -> None:
         """Choose the type that a node computes in, and cast its inputs."""
         active = [self.types[value] for value in n.inputs if value in self.types]
-        if n.op_type in IN_HALF or any(value.is_graph_input() for value in n.inputs if value in self.types):  # a KV buffer
+        if n in self.scores:
+            dtype = FLOAT
+        elif n.op_type in IN_HALF or any(value.is_graph_input() for value in n.inputs if value in self.types):  # a KV buffer
             dtype = self.half
         elif n.op_type in IN_FLOAT or (self.wide and (n.op_type in NORMS or (n.op_type == "Mul" and _gated(n, self.types)))):
             dtype = FLOAT

@@ -72,7 +72,7 @@ def test_a_bundle_is_as_large_as_the_check_says(request_: Request, system: Syste
     export(request, Stages(Console(quiet=True)))
     stored = sum(file.bytes for file in Manifest.read(request.out).files.values() if file.tensors)
     assert stored == pytest.approx(needed(system, targets), rel=0.1)
-    assert forecast.disk_needed == needed(system, targets)
+    assert needed(system, targets) <= forecast.disk_needed <= 1.05 * needed(system, targets)
     variants = Manifest.read(request.out).variants
     assert [(each["target"], each["precision"]) for each in forecast.variants] == [(each.target, each.precision) for each in variants]
     for expected, variant in zip(forecast.variants, variants, strict=True):

@@ -179,6 +179,10 @@ def test_bases(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the hub knows no such" in refusal_of_hub(root, monkeypatch)
     wide = make_model(root / "wide", Shape(heads=2, kv_heads=1, head_dim=16, hidden=64, layers=1), 0, expert=False)
     assert "name the base that it was trained on" in refusal(root / "expert0", base=str(wide))
+    edit(root / "base/config.json", quantization_config={"quant_method": "bitsandbytes"})
+    assert "quantised by 'bitsandbytes'" in (sentence := refusal(root / "expert1")) and sentence.endswith(
+        "or name another base with --base."
+    )
     deep = Checkpoint.open("expert0", str(root / "expert0"), base=str(make_model(root / "deep", SHAPE, 1, expert=False)))
     assert deep.config.num_hidden_layers == 1
 
@@ -251,7 +255,7 @@ def test_the_report_of_a_source(root: Path) -> None:
     dora, base = Checkpoint.open("expert1", str(root / "expert1")), Checkpoint.open("base", str(root / "base"))
     assert (dora.source.kind, dora.source.dtypes) == ("adapter", ("F32",))
     assert dora.source.bytes == (root / "expert1/adapter_model.safetensors").stat().st_size
-    assert "DoRA of rank 4 on 7 modules was merged while weights were read." in dora.source.notes
+    assert "DoRA of rank 4 on 7 modules, merged while weights are read" in dora.source.notes
     assert (base.source.kind, base.source.bytes) == ("full", (root / "base/model.safetensors").stat().st_size)
 
 

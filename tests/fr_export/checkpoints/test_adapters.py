@@ -1,5 +1,6 @@
 """Adapters merged while they are read are what PEFT makes of them, for every variety that PEFT writes."""
 
+import shutil
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fusionroute.fr_export.checkpoints import weights
@@ -21,7 +24,11 @@ from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
 from fusionroute.fr_export.checkpoints.sources.merge_lora import merge
 from fusionroute.fr_export.checkpoints.tensors import ReadRows, StoredTensor
 from fusionroute.fr_export.checkpoints.torch_model import torch_model
+from fusionroute.fr_export.families import FAMILIES
 from tests.support.adapters import SHAPE, TARGETS, make_adapter, peft_model
+from tests.support.damaged_checkpoints import edit
+from tests.support.gguf_models import write_gguf
+from tests.support.packed_checkpoints import quantise
 from tests.support.systems import make_model
 
 IDS = torch.arange(3, 60).reshape(1, -1)
@@ -96,6 +103,14 @@ def test_tied_bases(variety: str, tied: Path, tmp_path: Path) -> None:
     assert ("lm_head.weight" in adapted.weights) == parted == (not adapted.config.tie_word_embeddings)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tmp_path: Path) -> None:
+    """Packed projections, norms on queries, scaled embeddings: names are the family's, sums are the same."""
+    base = make_model(tmp_path / "base", replace(SHAPE, family=family), 0, expert=False)
+    targets = r".*(embed_tokens|qkv_proj|[qkvo]_proj|(gate|up|down|gate_up)_proj)"
+    assert difference(base, make_adapter(base, tmp_path / "adapter", target_modules=targets, modules_to_save=["norm"])) <= TIGHT
+
+
 def test_resized_embedding(tied: Path, untied: Path, tmp_path: Path) -> None:
     """PEFT saves an embedding that was given more rows whole, and the head with it."""
     for base in (tied, untied):
@@ -149,6 +164,44 @@ def test_merged_rows_are_those_of_peft(
             start = min(rows[0], len(tensor) - 1)
             part = read(start, min(start + rows[1], len(tensor)))
             assert torch.allclose(part, tensor[start : start + rows[1]], rtol=1e-5, atol=1e-5), name
+
+
+def test_bases_that_are_quantised_already(untied: Path, tmp_path: Path) -> None:
+    """An adapter goes over what the base's codes stand for: over GPTQ, and over GGUF named with --base."""
+    model = AutoModelForCausalLM.from_pretrained(untied)
+    gptq, file = tmp_path / "gptq", tmp_path / "model.gguf"
+    values = {
+        gptq: quantise(Path(shutil.copytree(untied, gptq)), "gptq"),
+        file: write_gguf(file, model, "llama", GGMLQuantizationType.Q8_0),
+    }
+    for base, held in values.items():
+        dequantised = Path(shutil.copytree(untied, tmp_path / f"{base.name}-values"))
+        save_file(held, dequantised / "model.safetensors", {"format": "pt"})
+        adapter = make_adapter(dequantised, tmp_path / f"{base.name}-adapter")
+        with torch.no_grad():
+            expected = peft_model(dequantised, adapter)(IDS).logits
+            checkpoint = Checkpoint.open("adapted", str(adapter), base=str(base))
+            logits = torch_model(checkpoint)(IDS).logits
+        assert (logits - expected).abs().max() <= TIGHT * expected.abs().max()
+        assert any("of its base: it was quantised already" in note for note in checkpoint.source.notes)
+
+
+def test_adapters_of_models_that_read_images_too(untied: Path, tmp_path: Path) -> None:
+    """Names and patterns of the whole model; the base is its language model alone."""
+    inside = "base_model.model.model.language_model."
+    options: dict[str, Any] = {"rank_pattern": {"layers.0.mlp.up_proj": 3}, "alpha_pattern": {"layers.0.mlp.up_proj": 5}}
+    adapter = make_adapter(untied, tmp_path / "adapter", **options)
+    alone = Checkpoint.open("adapted", str(adapter)).weights
+    expected = {name: alone.read(name) for name in alone.entries}
+    file = adapter / "adapter_model.safetensors"
+    tensors = {name.replace("base_model.model.model.", inside): tensor for name, tensor in load_file(file).items()}
+    vision = {f"base_model.model.model.vision_tower.layers.0.q_proj.lora_{factor}.weight": torch.ones(4, 4) for factor in "AB"}
+    save_file(tensors | vision, file)
+    full = {key: {f"model.language_model.{name}": value for name, value in pattern.items()} for key, pattern in options.items()}
+    edit(adapter / "adapter_config.json", **full)
+    adapted = Checkpoint.open("adapted", str(adapter)).weights
+    for name, values in expected.items():
+        assert np.array_equal(adapted.read(name), values), name
 
 
 @dataclass(frozen=True)

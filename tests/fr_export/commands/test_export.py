@@ -52,7 +52,7 @@ def assert_one_sentence(err: str, *words: str) -> None:
 LLAMA = ("--family", "llama3")
 USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "no family": ((), ("--family",)),
-    "unknown family": (("--family", "mamba"), ("--family", "'mamba'", "gemma2, llama3")),
+    "unknown family": (("--family", "mamba"), ("--family", "'mamba'", "gemma2", "llama3")),
     "unknown flag": ((*LLAMA, "--colour", "red"), ("--colour",)),
     "unknown preset": ((*LLAMA, "--preset", "huge"), ("--preset", "'huge'", "tiny", "paper")),
     "unknown target": ((*LLAMA, "--target", "ort,tpu"), ("--target", "'tpu'", "ort")),
@@ -169,7 +169,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     files = [*Path(str(system[3])).glob("*.safetensors")]
     assert forecast["sources"][0]["bytes"] == sum(file.stat().st_size for file in files) and forecast["sources"][0]["dtypes"] == ["F32"]
     assert [(variant["precision"], variant["bits_per_weight"]) for variant in forecast["variants"]] == [("fp32", 32.0), ("int4", 5.0)]
-    assert forecast["disk_needed"] == pytest.approx(sum(variant["bytes"] for variant in forecast["variants"]), abs=2)
+    written = sum(variant["bytes"] for variant in forecast["variants"])
+    assert written <= forecast["disk_needed"] <= 1.2 * written
     assert 0 < forecast["seconds"][0] < forecast["seconds"][1] and 2e8 < forecast["peak_memory"][0] < forecast["peak_memory"][1]
     assert {"recording", "writing int4 for ort:cpu", "comparing fp32 for ort:cpu"} <= {stage["name"] for stage in forecast["stages"]}
     monkeypatch.setenv("COLUMNS", "80")

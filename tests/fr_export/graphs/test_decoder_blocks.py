@@ -1,16 +1,19 @@
 """A model cut into blocks and walked: the final hidden states and every matrix's input are those of plain torch."""
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
-from fusionroute.calibration.blockwise_forward import BlockwiseForward
+from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.decoder_blocks import embedding, matrices, reader, split
 from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.stages import stages
 from fusionroute.fr_export.graphs.trace import trace
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime.errors import FusionError, InputError
@@ -41,11 +44,12 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return system, trace(system.family, system.router.config, system.vocab_size, system.max_seq_len)
 
 
-def test_blocks_compute_what_torch_computes(traced: tuple[System, Graph]) -> None:
+@pytest.mark.parametrize("cut", [split, stages])
+def test_parts_compute_what_torch_computes(traced: tuple[System, Graph], cut: Callable[[Graph], list[Block]]) -> None:
     system, graph = traced
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, system.vocab_size, length) for length in (40, 1, 7)]
-    walk = BlockwiseForward(split(graph), texts, *reader(graph, system.router.weights), threads=1)
+    walk = BlockwiseForward(cut(graph), texts, *reader(graph, system.router.weights), threads=2)
     seen: dict[tuple[str, int], np.ndarray] = {}
     while not walk.done:
         walk.step(lambda matrix, text, x: seen.__setitem__((matrix, text), x.copy()))
@@ -83,6 +87,18 @@ def test_how_blocks_are_cut(traced: tuple[System, Graph]) -> None:
     assert len(read) == len(set(read)), "and each in one block"
     outer = [block.graph for block in blocks[1:-1]]
     assert len(set(outer)) <= 2, "layers of one kind have equal graphs"
+
+
+def test_how_stages_are_cut(traced: tuple[System, Graph]) -> None:
+    _, graph = traced
+    cut = stages(graph)
+    assert {matrix: width for stage in cut for matrix, width in stage.channels.items()} == matrices(graph)
+    for stage in cut:
+        assert len(set(stage.observed.values())) <= 1 and set(stage.observed.values()) <= set(stage.states_in), "an input is a state"
+    assert [stage.name for stage in cut] == [*(f"stage.{number}" for number in range(4 * graph.layers + 1)), "head"]
+    assert sum(len(stage.channels) for stage in cut) == len(matrices(graph)), "each matrix in one stage"
+    inner = [stage.graph for stage in cut[5:-5]]
+    assert len(set(inner)) <= 8, "stages of one kind have equal graphs"
 
 
 def test_what_reads_the_weights(traced: tuple[System, Graph]) -> None:

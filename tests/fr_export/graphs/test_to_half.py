@@ -42,6 +42,9 @@ SHAPES = {
     "llama3, tied, biases, one KV head": Shape(experts=1, kv_heads=1, config={"tie_word_embeddings": True, "attention_bias": True}),
     "llama3, rotary outside, padded head": Shape(experts=1, head_dim=20),
     "gemma2": Shape("gemma2", experts=2),
+    "qwen2": Shape("qwen2", experts=1),
+    "qwen3": Shape("qwen3", experts=1, config={"attention_bias": True}),
+    "olmo2": Shape("olmo2", experts=1),
     "smollm3": Shape("smollm3", experts=1),
     "gemma3": Shape("gemma3", experts=1),
     "phi3": Shape("phi3", experts=1),
@@ -70,7 +73,9 @@ def make(folder: Path, shape: Shape, family: Family | None = None, checkpoints: 
     return Exported(shape, System.open(family, router, experts, max_seq_len=CAPACITY), folder / "bundle", ids)
 
 
-@pytest.fixture(scope="module", params=sparing(SHAPES, [name for name in SHAPES if name.startswith(("smollm3", "gemma3", "phi3"))]))
+@pytest.fixture(
+    scope="module", params=sparing(SHAPES, [name for name in SHAPES if name.startswith(("smollm3", "gemma3", "phi3", "qwen", "olmo2"))])
+)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Every shape once."""
     return make(tmp_path_factory.mktemp("half"), SHAPES[request.param])

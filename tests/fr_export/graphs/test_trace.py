@@ -42,6 +42,15 @@ def test_passes_leave_only_what_pays(family: str) -> None:
     assert counts["Transpose"] <= 2, "only the selection of logit positions may transpose"
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_biases_and_norms_do_not_keep_projections_apart(family: str) -> None:
+    """Attention reads Qwen 2's packed sum as it is, and the parts of Qwen 3's where norms lie between."""
+    biased = {"attention_bias": True} if family == "qwen3" else {}
+    counts = operators(Shape(family, layers=1, config=biased))
+    assert counts["FusedMatMul"] == 5 + 1 and counts["Add"] == 1 + len(biased), "one bias for all three, and the output's"
+    assert counts["Split"] == (family == "qwen3")
+
+
 def test_one_trace_serves_all_models_of_one_architecture(tmp_path: Path) -> None:
     shape = Shape(experts=3, expert_config={"num_hidden_layers": 1})
     system = System.open(FAMILIES["llama3"], *make_system(tmp_path, shape))

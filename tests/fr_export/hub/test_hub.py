@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
+from huggingface_hub import ModelCard
 
 from fusionroute.fr_export.hub.model_card import MARK, model_card
 from fusionroute.fr_export.hub.pull import pull
 from fusionroute.fr_export.hub.push import push
-from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.bundle import Bundle, sha256
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, UnavailableError
 from fusionroute.runtime.manifest import Manifest
 from tests.support.exporting import export_checkpoints
@@ -41,6 +41,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """The hub that huggingface_hub asks, by LFS and not by Xet, with the owner's token."""
     with running() as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -82,7 +85,7 @@ def test_another_push_sends_what_changed_and_removes_what_is_gone(bundles: tuple
         for name, entry in bundles[1].manifest.files.items()
         if entry.bytes >= 1000 and entry != bundles[0].manifest.files[name]
     }
-    assert changed and set(hub.uploads) - {HASH(bundles[1].folder / "manifest.json")} == changed
+    assert changed and set(hub.uploads) - {sha256(bundles[1].folder / "manifest.json")} == changed
     assert files(hub) == contents(bundles[1].folder) | {
         "README.md": f"{MARK} new".encode(),
         "pictures/mine.png": b"a file of the owner's",
@@ -90,12 +93,6 @@ def test_another_push_sends_what_changed_and_removes_what_is_gone(bundles: tuple
     files(hub)["README.md"] = b"my own text"
     push(bundles[0], NAME, f"{MARK} newer")
     assert files(hub)["README.md"] == b"my own text"
-
-
-def HASH(path: Path) -> str:
-    from fusionroute.runtime.bundle import sha256
-
-    return sha256(path)
 
 
 def test_an_interrupted_push_goes_on_where_it_stopped(bundles: tuple[Bundle, Bundle], hub: Hub) -> None:
@@ -211,14 +208,15 @@ def test_the_card_has_the_figures_of_the_report(bundles: tuple[Bundle, Bundle]) 
     common = {"target": "ort:cpu", "bytes": 1_500_000, "bits_per_weight": 8.5, "missed": [], "not_compared": None}
     report = {
         "notes": ["One prompt only."],
+        "sources": [{"model": "router", "notes": []}, {"model": "expert0", "notes": ["it was quantised already"]}],
         "variants": [
             common | {"precision": "int8", "compared": {"decode": decode}},
             common | {"precision": "int4", "compared": None, "not_compared": "it is too large", "missed": ["KL 0.2"]},
         ],
     }
     card = model_card(bundles[0].manifest, report, NAME, "apache-2.0", ("owner/base", "owner/other"))
-    _, header, text = card.split("---\n", 2)
-    assert yaml.safe_load(header) == {
+    text = card.split("---\n", 2)[2]
+    assert ModelCard(card).data.to_dict() == {
         "library_name": "fusionroute", "pipeline_tag": "text-generation", "license": "apache-2.0",
         "base_model": ["owner/base", "owner/other"], "tags": ["fusionroute", "onnx"],
     }  # fmt: skip
@@ -227,6 +225,7 @@ def test_the_card_has_the_figures_of_the_report(bundles: tuple[Bundle, Bundle]) 
     assert "`expert0`, `expert1`" in text and f"fusionroute pull {NAME} system" in text and MARK in text
     for line in (
         "- One prompt only.",
+        "- expert0: it was quantised already",
         "- int4 for ort:cpu misses its bound: KL 0.2.",
         "int4 for ort:cpu was not compared with torch: it is",
     ):

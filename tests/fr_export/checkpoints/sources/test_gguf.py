@@ -185,7 +185,7 @@ def test_half_a_file_is_refused(keep: int, tmp_path: Path) -> None:
 def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", model_of("llama"), "llama", more=keys_of("llama"))
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(UnavailableError, match="needs the package gguf, which the extra .gguf. brings: pip install gguf"):
+    with pytest.raises(UnavailableError, match=r"needs the package gguf, which the extra .gguf. brings: pip install gguf"):
         Checkpoint.open("math", str(tmp_path / "model.gguf"))
 
 

@@ -38,12 +38,14 @@ PRE_TOKENIZERS: dict[str, Any] = {
 
 
 def trained(pre: Any) -> Any:
+    """A tokenizer that cuts text by `pre`. It learns merges across all cuts, so that a wrong one shows."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre, decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<bos>", "<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator([piece for text in CORPUS for piece in (text, text[-12:], "12 34\n 5")], trainer)
+    tokenizer.pre_tokenizer = pre
     tokenizer.add_tokens(["<tool>"])
     return tokenizer
 

@@ -76,6 +76,72 @@ def test_fp8_is_read_with_the_scale_of_its_tensor_row_or_tile(settings: dict[str
     assert "quantised already" in checkpoint.source.notes[0] and "F8_E4M3" in checkpoint.source.dtypes
 
 
+NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_in_4_bits_is_read_by_its_tables(nested: bool, tmp_path: Path) -> None:
+    """Blocks of 64 consecutive values that may go on in the next row; scales may be codes themselves."""
+    table, large_table = torch.tensor(NF4), torch.linspace(-1, 1, 256)
+
+    def make(module: str, weight: np.ndarray) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        flat = torch.from_numpy(weight).flatten()
+        count = -(-len(flat) // 64)
+        padded = torch.nn.functional.pad(flat, (0, count * 64 - len(flat))).reshape(count, 64)
+        state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+        scales = stored = padded.abs().amax(1)
+        tensors = {}
+        if nested:
+            offset = float(scales.mean())
+            groups = [(scales - offset)[first : first + 256] for first in range(0, count, 256)]
+            tensors["weight.nested_absmax"] = torch.stack([group.abs().max() for group in groups])
+            stored = torch.cat([(group[:, None] / group.abs().max() - large_table).abs().argmin(1) for group in groups]).to(torch.uint8)
+            scales = torch.tensor(
+                [
+                    float(large_table[code]) * float(tensors["weight.nested_absmax"][at // 256]) + offset
+                    for at, code in enumerate(stored.tolist())
+                ]
+            )
+            tensors["weight.nested_quant_map"] = large_table.clone()
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+        codes = (padded[..., None] / scales[:, None, None] - table).abs().argmin(-1).flatten()[: len(flat)]
+        values = (table[codes] * scales.repeat_interleave(64)[: len(flat)]).reshape(weight.shape)
+        tensors |= {
+            "weight": (codes[0::2] * 16 + codes[1::2]).to(torch.uint8)[:, None], "weight.absmax": stored, "weight.quant_map": table.clone(),
+            "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+        }  # fmt: skip
+        return {f"{module}.{name}": tensor for name, tensor in tensors.items()}, values
+
+    folder = make_model(tmp_path / "model", replace(SHAPE, hidden=80, heads=4), 0, expert=True)
+    expected = quantise_folder(folder, {"quant_method": "bitsandbytes", "load_in_4bit": True}, make)
+    check_rows(Checkpoint.open("math", str(folder)), expected)
+
+
+def test_bitsandbytes_in_8_bits_has_a_scale_per_row(tmp_path: Path) -> None:
+    def make(module: str, weight: np.ndarray) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        values = torch.from_numpy(weight)
+        scales = values.abs().amax(1)
+        codes = (values / scales[:, None] * 127).round().to(torch.int8)
+        format_ = torch.tensor(0, dtype=torch.uint8)
+        return {f"{module}.weight": codes, f"{module}.SCB": scales, f"{module}.weight_format": format_}, codes.float() * scales[
+            :, None
+        ] / 127
+
+    folder = make_model(tmp_path / "model", SHAPE, 0, expert=True)
+    expected = quantise_folder(folder, {"quant_method": "bitsandbytes", "load_in_8bit": True}, make)
+    check_rows(Checkpoint.open("math", str(folder)), expected)
+
+
+def check_rows(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:
+    """All tensors, and slices in the middle of some."""
+    assert set(checkpoint.weights.entries) == set(expected)
+    for name, values in expected.items():
+        assert torch.allclose(torch.from_numpy(checkpoint.weights.read(name)), values, rtol=1e-6), name
+        with checkpoint.weights.entry(name).open() as read:
+            assert torch.allclose(read(3, 9).float(), values[3:9], rtol=1e-6)
+    assert "quantised already (bitsandbytes, 7 matrices)" in checkpoint.source.notes[0]
+
+
 @pytest.mark.parametrize(
     ("form", "changes", "words"),
     [
