@@ -93,6 +93,8 @@ class _Run:
         self.staging.check()  # now, not after hours of training: an older router that came back needs --force
         self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY, request.base)
         self.experts = [Checkpoint.open(name, source, base=request.base) for name, source in request.experts.items()]
+        if request.base and all(model.source.kind != "adapter" for model in (self.router, *self.experts)):
+            raise InputError(f"--base {request.base} is for adapters, and all models of this run are whole ones: leave --base out.")
         self.vocab = common_vocabulary(self.router, tuple(self.experts))
         self.recipe = request.recipe
         self.lora_rank, reason = lora_rank(self.router, self.recipe.lora_rank)
