@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.sources.low_rank import LowRankTensor
+from fusionroute.fr_export.checkpoints.stored_blocks import BlockStored
 from fusionroute.fr_export.checkpoints.torch_model import torch_model
+from fusionroute.fr_export.checkpoints.weights import tensors_of
 from fusionroute.runtime.errors import InputError
 from tests.support.packed_checkpoints import FORMS, quantise, quantise_folder, words
 from tests.support.systems import Shape, make_model
@@ -130,6 +133,20 @@ def test_bitsandbytes_in_8_bits_has_a_scale_per_row(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", SHAPE, 0, expert=True)
     expected = quantise_folder(folder, {"quant_method": "bitsandbytes", "load_in_8bit": True}, make)
     check_rows(Checkpoint.open("math", str(folder)), expected)
+
+
+def test_an_adapter_lies_over_a_quantised_base(tmp_path: Path) -> None:
+    """As after QLoRA: the merged rows are in fp32, and no longer blocks that a precision could take over."""
+    folder = make_model(tmp_path / "model", SHAPE, 0, expert=True)
+    expected = quantise(folder, "gptq")["model.layers.0.mlp.up_proj.weight"]
+    base = Checkpoint.open("math", str(folder)).weights.entry("model.layers.0.mlp.up_proj.weight")
+    a, b = torch.randn(4, 64), torch.randn(128, 4)
+    save_file({"a": a, "b": b}, tmp_path / "adapter.safetensors")
+    factors = tensors_of(tmp_path / "adapter.safetensors")
+    merged = LowRankTensor(base, factors["a"], factors["b"], 2.0)
+    with merged.open() as read:
+        assert torch.allclose(read(3, 90), (expected + 2 * b @ a)[3:90], atol=1e-4)
+    assert isinstance(base, BlockStored) and not isinstance(merged, BlockStored)
 
 
 def check_rows(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:
