@@ -1,10 +1,10 @@
-"""Memory of exporting adapters of a base of real size: Llama-3.1-8B's shapes under three LoRA experts.
+"""Memory of exporting adapters of a base of real size: Llama-3.1-8B's shapes, bf16, under three LoRA adapters.
 
-All weights are random. The base is the router, in bf16.
+The router is one of them, and two are experts. All weights are random.
 
 python -m benchmarks.adapters WORK_DIR [--precision int4 --rank 16]
 
-Needs about 36 GB of disk in WORK_DIR (16 GB of base, 19 GB of bundle). Prints a Markdown table; docs/real-size.md has
+Needs about 31 GB of disk in WORK_DIR (16 GB of base, up to 15 GB of bundle). Prints a Markdown table; docs/real-size.md has
 results.
 """
 
@@ -54,11 +54,10 @@ def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def write_base(folder: Path) -> None:
-    """Write the base with its routing head, one shard in memory at a time. The index comes last: it marks the end."""
+    """Write the base, one shard in memory at a time. The index comes last: it marks the end."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     generator = torch.Generator().manual_seed(0)
-    save_file({"routing_head.weight": torch.randn(3, HIDDEN, generator=generator) / 64}, folder / "routing_head.safetensors")
     index: dict[str, str] = {}
     for number, shard in enumerate(track(shards(generator), "writing the base", LAYERS + 3, console=Console(stderr=True))):
         name = f"model-{number:05}.safetensors"
@@ -86,14 +85,16 @@ def write_adapter(folder: Path, base: Path, rank: int, seed: int) -> None:
 def main(work: Path, precision: str = "int4", rank: int = 16, max_seq_len: int = 2048) -> None:
     """Write base and adapters once, and export them without calibration."""
     work = work.resolve()
-    base, adapters = work / "base", {name: work / name for name in ("math", "code", "instruction")}
+    base, adapters = work / "base", {name: work / name for name in ("router", "math", "code")}
     if not (base / "model.safetensors.index.json").is_file():
         write_base(base)
     for seed, folder in enumerate(adapters.values(), 1):
         write_adapter(folder, base, rank, seed)
-    experts = [argument for name, folder in adapters.items() for argument in ("--expert", f"{name}={folder}")]
+    head = torch.randn(len(adapters) - 1, HIDDEN, generator=torch.Generator().manual_seed(0)) / 64
+    save_file({"routing_head.weight": head}, adapters["router"] / "routing_head.safetensors")
+    experts = [argument for name in list(adapters)[1:] for argument in ("--expert", f"{name}={adapters[name]}")]
     output, seconds, anonymous, mapped = run(
-        "export.py", "--family", "llama3", "--router", str(base), *experts, "--precision", precision, "--max-seq-len", str(max_seq_len),
+        "export.py", "--family", "llama3", "--router", str(adapters["router"]), *experts, "--precision", precision, "--max-seq-len", str(max_seq_len),
         "--calibration", "none", "--out", str(work / "bundle"), "--force", "--json",
     )  # fmt: skip
     report = json.loads(output)

@@ -84,7 +84,8 @@ class Checkpoint:
         report = source.report(tensors)
         for file in extra:
             if (source.folder / file).is_file():
-                tensors |= tensors_of(source.folder / file)
+                beside = tensors_of(source.folder / file)
+                tensors, report = tensors | beside, report.beside(beside.values())
         checkpoint = cls(name, where, source.folder, family, config, Weights(source.folder, tensors), source.texts, report)
         checkpoint.check_shapes(shapes)
         return checkpoint

@@ -56,7 +56,7 @@ def download(hub_id: str, subfolder: str | None = None, revision: str | None = N
     folder = snapshot_folder / (subfolder or "")
     if not folder.is_dir():
         raise InputError(f"The hub's {hub_id} has no folder {subfolder} with a checkpoint: name one that it has, or the repository itself.")
-    if subfolder or any(folder.glob("*.safetensors")) or any(snapshot_folder.rglob("adapter_config.json")):
+    if subfolder or any(folder.glob("model*.safetensors*")) or any(snapshot_folder.rglob("adapter_config.json")):
         return folder
     names = listed(hub_id, revision)
     models = models_among(names)

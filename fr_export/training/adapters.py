@@ -1,5 +1,6 @@
 """LoRA adapters (arXiv:2106.09685) in the model that is trained, through peft, and the folder that holds them alone."""
 
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+from fusionroute.fr_export.checkpoints.sources.lora import WEIGHTS_FILE
+
 _NAME = "default"
 
 
@@ -49,9 +51,7 @@ class Adapters:
 
         weights = get_peft_model_state_dict(self.model, adapter_name=_NAME, save_embedding_layers=False)
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
-        save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
-        config = self.model.peft_config[_NAME]
-        trained = config.inference_mode, config.base_model_name_or_path
+        save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+        config = copy(self.model.peft_config[_NAME])
         config.inference_mode, config.base_model_name_or_path = True, self.base
         config.save_pretrained(folder)
-        config.inference_mode, config.base_model_name_or_path = trained

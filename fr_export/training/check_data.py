@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.families.family import positions
 from fusionroute.fr_export.training.data import DataFile, Encoder, Pair, Row, examine_preferences, examine_sft
 
 
@@ -33,7 +34,7 @@ class FileSummary:
 def check_data(router: str, sft: Path | None, preferences: Path | None, max_length: int, base: str | None = None) -> list[FileSummary]:
     """Tokenise the files as training of this router would. Raises InputError where router or files cannot be opened."""
     checkpoint = Checkpoint.open("router", router, None, "routing_head", base)
-    encoder, limit = Encoder(checkpoint), min(max_length, checkpoint.config.max_position_embeddings)
+    encoder, limit = Encoder(checkpoint), min(max_length, positions(checkpoint.config))
     summaries = []
     if sft is not None:
         samples = examine_sft(sft, encoder)

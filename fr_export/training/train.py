@@ -22,6 +22,7 @@ from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import common_vocabulary
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.console.quiet import quiet
+from fusionroute.fr_export.families.family import positions
 from fusionroute.fr_export.training.batches import Samples, flat
 from fusionroute.fr_export.training.curves import draw
 from fusionroute.fr_export.training.data import Encoder, Row, fitting, read_preferences, read_sft
@@ -92,6 +93,8 @@ class _Run:
         self.staging.check()  # now, not after hours of training: an older router that came back needs --force
         self.router = Checkpoint.open("router", request.router, request.family, HEAD_KEY, request.base)
         self.experts = [Checkpoint.open(name, source, base=request.base) for name, source in request.experts.items()]
+        if request.base and all(model.source.kind != "adapter" for model in (self.router, *self.experts)):
+            raise InputError(f"--base {request.base} is for adapters, and all models of this run are whole ones: leave --base out.")
         self.vocab = common_vocabulary(self.router, tuple(self.experts))
         self.recipe = request.recipe
         self.lora_rank, reason = lora_rank(self.router, self.recipe.lora_rank)
@@ -102,7 +105,7 @@ class _Run:
         self.head = start_head(self.router, list(request.experts))
         adapts = self.lora_rank and not request.merge
         self.dtype = request.dtype or ("float32" if adapts else stored_dtype(self.router))
-        self.limit = min(self.recipe.max_length, self.router.config.max_position_embeddings)
+        self.limit = min(self.recipe.max_length, positions(self.router.config))
         self.rows, self.pairs, self.skipped = self._data()
         self.identity = self._identity()
 

@@ -23,11 +23,11 @@ class GgufSource:
 
     @classmethod
     def open(cls, where: str, path: Path) -> "GgufSource | None":
-        """The GGUF at a path, or the only one in a folder that has no safetensors; None where there is none.
+        """The GGUF at a path, or the only one in a folder without a model in safetensors; None where there is none.
 
         Raises InputError for several in a folder, for a broken one, and for what cannot be converted.
         """
-        if path.is_dir() and any(path.glob("*.safetensors")) and (path / "config.json").is_file():
+        if path.is_dir() and any(path.glob("model*.safetensors*")):
             return None
         file = find(path)
         if file is None:

@@ -54,7 +54,9 @@ class LoraAdapter:
                     f"\"import torch, safetensors.torch as s; t = torch.load('{pickle}', weights_only=True, map_location='cpu'); "
                     f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, '{file}')\"."
                 )
-            raise InputError(f"{where} holds {CONFIG_FILE} but no {WEIGHTS_FILE}; save or download the adapter again.")
+            raise InputError(
+                f"{where} holds {CONFIG_FILE} but no {WEIGHTS_FILE}: save it again, or download all of it (hf download) and name that folder."
+            )
         modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)  # by the names in the file, as the config has them
         whole: dict[str, StoredTensor] = {}
         for key, tensor in tensors_of(file).items():

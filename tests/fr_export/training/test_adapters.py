@@ -18,9 +18,10 @@ from fusionroute.fr_export.checkpoints.torch_model import torch_model
 from fusionroute.fr_export.training import size
 from fusionroute.fr_export.training.recipe import Stage
 from fusionroute.fr_export.training.train import train
-from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.errors import FusionError, InputError
 from tests.fr_export.training.conftest import Toy
 from tests.fr_export.training.test_trainer import CutOff, Interrupted, equal, weights
+from tests.support.systems import Shape, make_model, write_tokenizer
 
 SFT, MIXED = Stage("sft", 2e-3, 5e-2, max_steps=6), Stage("mixed", 1e-3, 1e-2, max_steps=6)
 LORA = {"lora_rank": 4}
@@ -119,3 +120,19 @@ def test_the_base_can_be_named(toy: Toy, tmp_path: Path) -> None:
         train(toy.request(tmp_path / "out", SFT, recipe=recipe, experts=experts))
     train(toy.request(tmp_path / "out", SFT, recipe=recipe, router=str(tmp_path / "expert"), experts=experts, base=toy.base))
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == toy.base
+    with pytest.raises(InputError, match="all models of this run are whole ones"):
+        train(toy.request(tmp_path / "other", SFT, base=toy.base))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral", "olmo2", "phi3", "smollm3"])
+def test_adapters_of_every_family_are_read_as_peft_reads_them(family: str, tmp_path: Path, toy: Toy) -> None:
+    """Packed projections, norms after attention, softcaps: training knows of none of them."""
+    base = make_model(tmp_path / "base", Shape(family, hidden=32, heads=2, kv_heads=1, head_dim=16, vocab=280, layers=2), 1, expert=False)
+    write_tokenizer(base, 280)
+    request = toy.request(tmp_path / "expert", Stage("sft", 5e-2, max_steps=2), recipe=LORA, experts={}, router=str(base), family=None)
+    report = train(request)
+    assert report.lora_rank == 4
+    plain = torch_model(Checkpoint.open("base", str(base)))
+    merged = logits(torch_model(Checkpoint.open("expert", str(tmp_path / "expert"))))
+    assert (merged - logits(plain)).abs().max() > 1e-2
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(plain, tmp_path / "expert")), merged, rtol=1e-4, atol=1e-4)

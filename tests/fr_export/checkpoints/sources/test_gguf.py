@@ -11,6 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint, empty_model
@@ -147,7 +148,10 @@ def test_texts_beside_a_gguf_take_precedence(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", model, "llama", more=keys_of("llama"))
     model.config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     model.config.save_pretrained(tmp_path)
-    checkpoint = Checkpoint.open("math", str(tmp_path / "model.gguf"))
+    save_file({"routing_head.weight": torch.ones(1, 256)}, tmp_path / "routing_head.safetensors")
+    checkpoint = Checkpoint.open("router", str(tmp_path), head_key="routing_head")
+    assert checkpoint.weights.shape("routing_head.weight") == (1, 256)
+    assert checkpoint.source.bytes == sum((tmp_path / name).stat().st_size for name in ("model.gguf", "routing_head.safetensors"))
     assert checkpoint.config.rope_parameters["factor"] == 4.0
     assert checkpoint.source.notes == ("generation_config.json, tokenizer.json, tokenizer_config.json converted from its keys",)
 
