@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fr_export.training.conftest import TEMPLATE
 from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape, make_model
 
@@ -25,7 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a reader would stand: a checkout's examples, and a base."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "examples").symlink_to(REPOSITORY / "examples")
-    make_model(folder / "base", Shape("llama3", tokenizer=True, layers=2), seed=0, expert=False)
+    base = make_model(folder / "base", Shape("llama3", tokenizer=True, layers=2), seed=0, expert=False)
+    (base / "chat_template.jinja").write_text(TEMPLATE)  # one that ends every turn, as real ones do
     return folder
 
 
