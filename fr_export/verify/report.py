@@ -118,7 +118,7 @@ def explain(report: dict[str, Any]) -> str:
     compared = next((entry["compared"] for entry in report["variants"] if entry["compared"]), None)
     if compared is not None:
         lines.append(
-            f"The fused distribution is held against torch in fp32 over {compared['tokens']} tokens, token by token; KL is a mean in nats."
+            f"The fused distribution is held against torch in fp32 over {compared['tokens']} tokens, read in chunks and the last ones one by one; KL is a mean in nats."
         )
     for entry in report["variants"]:
         for built in entry["engines"]:
