@@ -23,7 +23,7 @@ def sequences(system: System, prompts: Sequence[str], tokens: int = TOKENS) -> l
     """Token ids to compare on, at most `tokens`: the prompts end to end, cut into sequences. Without a tokenizer: seeded
     random ids.
     """
-    length = min(LONGEST, system.max_seq_len)
+    length = min(LONGEST, system.max_seq_len - 1)  # a step leaves room for the token that it chooses
     tokenizer_file = system.router.file("tokenizer.json")
     if tokenizer_file is None:
         draw = [int(i) for i in np.random.default_rng(0).integers(0, system.vocab_size, min(tokens, 2 * length))]

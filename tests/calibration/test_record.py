@@ -20,7 +20,7 @@ PROMPTS = [[5, 7, 9, 11], [12, 30, 42], list(range(3, 22)), [8], [250, 3, 17, 90
 NEW, CONTEXT = 40, 96
 SHAPES = {
     "llama3": Shape(layers=2),
-    "gemma2": Shape("gemma2", layers=2),
+    "gemma2": Shape("gemma2", layers=2, config={"final_logit_softcapping": 4.0}),  # else one token has all the probability
     "positions in the graph": Shape(layers=1, config={"head_dim": 24}),
 }
 

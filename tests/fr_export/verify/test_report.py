@@ -164,7 +164,10 @@ def test_the_tables_fit_the_terminal_and_every_figure_is_whole(width: int) -> No
         for target, precision, missed in (("ort:cpu", "fp32", 0), ("tensorrt:10.3", "int8-wo", 1))
     ]  # fmt: skip
     stages = [{"name": "writing int8-wo for tensorrt:10.3", "seconds": 12345.6, "peak_anonymous_mib": 12345.6}]
-    report = {"family": "llama3", "models": ["router", "math"], "variants": variants, "stages": stages, "not_compared": None}
+    sources = [{"model": "router", "kind": "adapter", "bytes": 1_234_567_890, "dtypes": ["BF16", "F32"], "notes": ["merged while read"]}]
+    report = {
+        "family": "llama3", "models": ["router", "math"], "sources": sources, "variants": variants, "stages": stages, "not_compared": None,
+    }  # fmt: skip
     shown = io.StringIO()
     show_report(Console(file=shown, width=width), report, Path("dist") / ("long" * 20))
     lines = shown.getvalue().splitlines()
