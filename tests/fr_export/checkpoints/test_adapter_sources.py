@@ -179,10 +179,8 @@ def test_bases(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the hub knows no such" in refusal_of_hub(root, monkeypatch)
     wide = make_model(root / "wide", Shape(heads=2, kv_heads=1, head_dim=16, hidden=64, layers=1), 0, expert=False)
     assert "name the base that it was trained on" in refusal(root / "expert0", base=str(wide))
-    edit(root / "base/config.json", quantization_config={"quant_method": "bitsandbytes"})
-    assert "quantised by 'bitsandbytes'" in (sentence := refusal(root / "expert1")) and sentence.endswith(
-        "or name another base with --base."
-    )
+    edit(root / "base/config.json", quantization_config={"quant_method": "quip"})
+    assert "quantised by 'quip'" in (sentence := refusal(root / "expert1")) and sentence.endswith("or name another base with --base.")
     deep = Checkpoint.open("expert0", str(root / "expert0"), base=str(make_model(root / "deep", SHAPE, 1, expert=False)))
     assert deep.config.num_hidden_layers == 1
 
