@@ -159,7 +159,7 @@ def test_the_tables_fit_the_terminal_and_every_figure_is_whole(width: int) -> No
     variants = [
         {
             "target": target, "precision": precision, "bytes": 1_813_857_592, "bits_per_weight": 8.125, "missed": ["top-1"] * missed,
-            "compared": {"tokens": 384, "decode": decode}, "calibrated": True, "engines": [], "not_compared": None,
+            "compared": {"tokens": 384, "decode": decode}, "calibrated": True, "engines": [], "fitted": {}, "not_compared": None,
         }
         for target, precision, missed in (("ort:cpu", "fp32", 0), ("tensorrt:10.3", "int8-wo", 1))
     ]  # fmt: skip
