@@ -15,9 +15,10 @@ demo: $(VENV)/export
 	$(BIN)/python -m runtime generate dist/$(FAMILY) --prompt "$(PROMPT)" --show-routing
 	$(BIN)/python -m runtime generate dist/$(FAMILY) --chat --prompt "$(PROMPT)" --show-routing
 
-# A file's tests stay on one worker, which makes its systems once; workers share the cores.
+# A file's tests stay on one worker, which makes its systems once; workers share the cores. Files run in their order, since the
+# longest ones hold a single test, and the usual order would run those at the end, one worker alone.
 test: $(VENV)/test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations=25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations=25
 
 lint: $(VENV)/test build/house
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Write the training data of "Your first own system in ten minutes": `python data.py FOLDER`.
 
-math.jsonl, code.jsonl and form.jsonl are for the experts, all.jsonl is for the router. Each row is a question and its
-answer, as `fusionroute train --sft` reads them. A seed makes them the same every time.
+math.jsonl, code.jsonl and form.jsonl are for the experts; all.jsonl, for the router, holds some of each. Each row is a
+question and its answer, as `fusionroute train --sft` reads them. A seed makes them the same every time.
 """
 
 import json
@@ -9,7 +9,7 @@ import random
 import sys
 from pathlib import Path
 
-ROWS = 240
+ROWS = 240  # in each file
 NAMES = ("Ada", "Ben", "Chen", "Dana", "Elif", "Femi", "Goran", "Hana")
 THINGS = ("apples", "books", "coins", "stamps", "pens", "shells")
 OPERATIONS = {  # what a function does → its expression
@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
         write(folder / f"{name}.jsonl", rows)
         everything += rows
     draw.shuffle(everything)
-    write(folder / "all.jsonl", everything)
+    write(folder / "all.jsonl", everything[:ROWS])
 
 
 def row(question: str, answer: str) -> str:
