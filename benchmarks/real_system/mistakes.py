@@ -4,6 +4,7 @@ import random
 import re
 
 from benchmarks.real_system.tasks import Task
+from fusionroute.fr_export.tasks.mistakes import swapped
 
 _ITEM = re.compile(r"\w+")
 _TRIES = 20
@@ -12,7 +13,7 @@ _TRIES = 20
 def mistake(task: Task, rng: random.Random) -> str | None:
     """The task's answer with one thing wrong that its check notices. None where no try gives one: any fruit is right."""
     for _ in range(_TRIES):
-        wrong = rng.choice((_digit, _digit, _swapped, _shortened, _case, _mark))(task.answer, rng)
+        wrong = rng.choice((_digit, _digit, swapped, _shortened, _case, _mark))(task.answer, rng)
         if wrong.strip() and wrong != task.answer and not task.right(wrong):
             return wrong
     return None
@@ -25,16 +26,6 @@ def _digit(text: str, rng: random.Random) -> str:
         return text
     at = rng.choice(places)
     return text[:at] + str((int(text[at]) + rng.choice((1, 2, 8, 9))) % 10) + text[at + 1 :]
-
-
-def _swapped(text: str, rng: random.Random) -> str:
-    """Two neighbouring words change places."""
-    items = list(_ITEM.finditer(text))
-    if len(items) < 2:
-        return text
-    at = rng.randrange(len(items) - 1)
-    a, b = items[at], items[at + 1]
-    return text[: a.start()] + b[0] + text[a.end() : b.start()] + a[0] + text[b.end() :]
 
 
 def _shortened(text: str, rng: random.Random) -> str:

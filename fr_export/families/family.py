@@ -115,3 +115,9 @@ def check_windows(where: str, config: Any) -> None:
         raise InputError(
             f"{where} has a 'sliding_window' of {window} in its config.json: set it to a positive number of tokens, or to null where no layer slides."
         )
+
+
+def check_attention(where: str, config: Any) -> None:
+    """All that most families ask of a config: static rotary frequencies, and layers of full or sliding attention."""
+    check_rope(where, config)
+    check_windows(where, config)

@@ -2,16 +2,7 @@
 be turned, a window may slide over all layers, and longrope may stretch the rotary frequencies.
 """
 
-from typing import Any
-
-from fusionroute.fr_export.families.family import Family, check_rope, check_windows
-
-
-def check(where: str, config: Any) -> None:
-    """All layers slide where there is a window; of longrope the frequencies up to the original length are served."""
-    check_rope(where, config)
-    check_windows(where, config)
-
+from fusionroute.fr_export.families.family import Family, check_attention
 
 PHI3 = Family(
     name="phi3",
@@ -19,5 +10,5 @@ PHI3 = Family(
     norm_offset=0.0,
     half="bf16",  # its checkpoints are trained and published in it
     precisions={"ort:cpu": ("fp32", "int8"), "other": ("bf16", "int8")},
-    check=check,
+    check=check_attention,
 )

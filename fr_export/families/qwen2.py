@@ -2,16 +2,7 @@
 the layers from `max_window_layers` on look back through a window.
 """
 
-from typing import Any
-
-from fusionroute.fr_export.families.family import Family, check_rope, check_windows
-
-
-def check(where: str, config: Any) -> None:
-    """Rotary embeddings of one table, and layers of full or sliding attention."""
-    check_rope(where, config)
-    check_windows(where, config)
-
+from fusionroute.fr_export.families.family import Family, check_attention
 
 QWEN2 = Family(
     name="qwen2",
@@ -19,7 +10,7 @@ QWEN2 = Family(
     norm_offset=0.0,
     half="bf16",  # 2.5 has channels beyond fp16's 65,504: https://github.com/turboderp-org/exllamav2/issues/627
     precisions={"ort:cpu": ("fp32", "int8"), "other": ("bf16", "int8")},
-    check=check,
+    check=check_attention,
     wide_residual=True,
     # by its biases; Qwen2-7B's perplexity in bf16 is 8.0 without: https://github.com/huggingface/transformers/pull/33317
     wide_scores=True,

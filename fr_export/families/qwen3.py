@@ -2,16 +2,7 @@
 as in Qwen 2.
 """
 
-from typing import Any
-
-from fusionroute.fr_export.families.family import Family, check_rope, check_windows
-
-
-def check(where: str, config: Any) -> None:
-    """Rotary embeddings of one table, and layers of full or sliding attention."""
-    check_rope(where, config)
-    check_windows(where, config)
-
+from fusionroute.fr_export.families.family import Family, check_attention
 
 QWEN3 = Family(
     name="qwen3",
@@ -19,5 +10,5 @@ QWEN3 = Family(
     norm_offset=0.0,
     half="bf16",  # as trained: the first token's activations are thousands of times the others', fp16's range is untried
     precisions={"ort:cpu": ("fp32", "int8"), "other": ("bf16", "int8")},
-    check=check,
+    check=check_attention,
 )

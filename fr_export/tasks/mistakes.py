@@ -37,7 +37,7 @@ def _other_item(text: str, rng: random.Random) -> str:
     return text[: match.start()] + new + text[match.end() :]
 
 
-def _swapped(text: str, rng: random.Random) -> str:
+def swapped(text: str, rng: random.Random) -> str:
     """Two neighbouring items change places."""
     items = list(_ITEM.finditer(text))
     if len(items) < 2:
@@ -53,4 +53,4 @@ def _shortened(text: str, rng: random.Random) -> str:
     return text if len(items) < 2 else text[: items[-2].end()] + text[items[-1].end() :]
 
 
-_KINDS: tuple[Callable[[str, random.Random], str], ...] = (_other_item, _other_item, _swapped, _shortened)
+_KINDS: tuple[Callable[[str, random.Random], str], ...] = (_other_item, _other_item, swapped, _shortened)

@@ -14,10 +14,11 @@ class TrainingRequest:
     """One run. Without experts it is direct fine-tuning: plain SFT and plain DPO, no routing head.
 
     `family` is the router's; None takes the one that its config names. `router` and the values of `experts` are folders
-    or hub ids of models or LoRA adapters, `base` is the model under all adapters (None: the one that each names); the order of the experts is that of the routing head's
-    rows. `sft` and `preferences` are JSONL files, or rows that are tokenised already. `cache` is the folder that keeps
-    the experts' log-probabilities for other runs (None: nothing is kept). `dtype` is that of the written weights (None:
-    the source's, and float32 of adapters). `merge` writes a whole model where adapters are trained.
+    or hub ids of models or LoRA adapters, `base` is the model under all adapters (None: the one that each names); the
+    order of the experts is that of the routing head's rows. `sft` and `preferences` are JSONL files, or rows that are
+    tokenised already. `cache` is the folder that keeps the experts' log-probabilities for other runs (None: nothing is
+    kept). `dtype` is that of the written weights (None: the source's, and float32 of adapters). `merge` writes a whole
+    model where adapters are trained.
     """
 
     family: Family | None

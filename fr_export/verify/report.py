@@ -31,8 +31,8 @@ def build_report(
 ) -> dict[str, Any]:
     """The report as plain data, but for its stages.
 
-    `sources` says what each model was made from. `fitted` holds, per variant of the manifest, what fitting reports of each model. `figures` and `reason` come from
-    `measure`. `notes` are sentences for the user.
+    `sources` says what each model was made from. `fitted` holds, per variant of the manifest, what fitting reports of
+    each model. `figures` and `reason` come from `measure`. `notes` are sentences for the user.
     """
     return {
         "family": manifest.family,
