@@ -16,7 +16,7 @@ from fusionroute.runtime.errors import FusionError, one_line
 from fusionroute.runtime.machine import cores
 
 Floats = npt.NDArray[np.float32]
-MOST = 32  # texts: beyond, products of this many rows gain little
+MOST = 40  # texts: beyond, products of this many rows gain little
 CACHES = 768 << 20  # bytes of all models' caches that the number of texts is cut to
 
 
@@ -26,8 +26,9 @@ class SideBySide:
     `graphs` take any batch, or are None: then there is one row, and the graph of `files` is used as it is.
     """
 
-    def __init__(self, files: Sequence[Path], graphs: Sequence[bytes | None], capacity: int):
-        """Open the graphs `files` (those of `graphs` in their place) with caches of `capacity` tokens a text.
+    def __init__(self, files: Sequence[Path], graphs: Sequence[bytes | None], capacity: int, texts: int):
+        """Open the graphs `files` (those of `graphs` in their place) with caches of `capacity` tokens a text, for so many
+        texts in all.
 
         Raises FusionError where ONNX Runtime cannot load one.
         """
@@ -37,7 +38,8 @@ class SideBySide:
         alone = any(graph is None for graph in graphs)
         self._sessions = list(self._pool.map(lambda file, graph: self._open(file, None if alone else graph, threads), files, graphs))
         row = sum(4 * int(np.prod(shape)) for session in self._sessions for shape in cache_shapes(session, 1, capacity).values())
-        self.rows = 1 if alone else max(1, min(MOST, CACHES // row))
+        most = 1 if alone else max(1, min(MOST, CACHES // row))
+        self.rows = -(-texts // -(-texts // most))  # as many in the last round as in the first
         self._models = [Batch(session, self.rows, capacity) for session in self._sessions]
 
     def _open(self, file: Path, graph: bytes | None, threads: int) -> Any:

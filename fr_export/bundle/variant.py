@@ -10,17 +10,23 @@ from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, TARGETS
 from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.source_rows import digest, unscaled
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_files import WeightFiles
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.carried import Carried, carry, carrying
+from fusionroute.fr_export.precision.concurrency import Concurrency, memory_of
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
+from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.gptq import coarse_products
 from fusionroute.fr_export.precision.scheme import Carrying, Fitting
+from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import File, Variant
 from fusionroute.runtime.tensorrt.library import OLDER
@@ -32,6 +38,15 @@ class WrittenVariant(NamedTuple):
 
     variant: Variant
     fitted: dict[str, Any]
+
+
+class WrittenModel(NamedTuple):
+    """What fitting reports of a model, its bits in all, the bytes that a token reads of it, and its operators."""
+
+    about: dict[str, Any] | None
+    bits: float
+    bytes: int
+    operators: set[str]
 
 
 class VariantWriter:
@@ -54,58 +69,62 @@ class VariantWriter:
         first = target not in self._started
         self._started.add(target)
         traces = self._traces.of(spec.dialect)
+        fitting = scheme if isinstance(scheme, Fitting) and self._evidence else None
+        fitted_on = self._traces.of() if fitting else {}
+        concurrency = Concurrency.of(len(system.models), max(map(memory_of, (fitted_on or traces).values())))
+        paths = {model.name: spec.place(model.name, target, scheme.name, first) for model in system.models}
+        stores = {name: self._store((self._folder / path).parent) for name, path in paths.items()}
+
+        def write(model: Checkpoint, advance: Callable[[float], None]) -> WrittenModel:
+            file, store, trace = self._folder / paths[model.name], stores[model.name], traces[model.name]
+            head = system.head if model is system.router else None
+            try:
+                if fitting:
+                    number = system.models.index(model)
+                    with shared[store].model(number):
+                        context = FitContext(
+                            fitted_on[model.name], model.weights, self._evidence[model.name], store, shared[store], advance, number, concurrency.threads
+                        )  # fmt: skip
+                        graph, own, about = fitted(trace, fitting, context)
+                else:
+                    graph, own, about = rounded(trace, scheme, model.weights, store, advance)
+                spec.prepare(graph, scheme.name, model.family)
+                spec.dialect.end_with(graph, head)
+                bind(graph, model.weights, own, store, advance)
+            except InputError as error:
+                raise InputError(f"{model.where} cannot be exported as {scheme.name}: {error}") from error
+            graph.model.graph.name = model.name
+            ir.save(graph.model, file)
+            spec.complete(file.parent, model, system.vocab_size, head)
+            operators = {node.op_type for node in graph.model.graph}
+            return WrittenModel(about, own.bits * trace.parameters, weight_bytes(graph.model), operators)
+
         total = sum(trace.parameters for trace in traces.values())
-        shared: dict[Store, SharedMatrices] = {}  # what the models of one store have in common
-        paths: dict[str, str] = {}
-        fitted: dict[str, Any] = {}
-        token_bytes: dict[str, int] = {}
-        operators: set[str] = set()
-        bits = 0.0
-        with self._stages.stage(f"writing {scheme.name} for {target}", total) as advance:
-            for model in system.models:
-                paths[model.name] = spec.place(model.name, target, scheme.name, first)
-                file = self._folder / paths[model.name]
-                store = self._store(file.parent)
-                head = system.head if model is system.router else None
-                try:
-                    graph, own, about = self._fit(
-                        model, traces[model.name], scheme, store, shared.setdefault(store, SharedMatrices()), advance
-                    )
-                    spec.prepare(graph, scheme.name, model.family)
-                    spec.dialect.end_with(graph, head)
-                    bind(graph, model.weights, own, store, advance)
-                except InputError as error:
-                    raise InputError(f"{model.where} cannot be exported as {scheme.name}: {error}") from error
-                if about is not None:
-                    fitted[model.name] = about
-                graph.model.graph.name = model.name
-                token_bytes[model.name] = weight_bytes(graph.model)
-                operators |= {node.op_type for node in graph.model.graph}
-                ir.save(graph.model, file)
-                spec.complete(file.parent, model, system.vocab_size, head)
-                bits += own.bits * traces[model.name].parameters / total
+        with self._stages.stage(f"writing {scheme.name} for {target}", total) as advance, coarse_products():
+            shared = self._shared(stores, fitted_on, concurrency)
+            written = dict(zip(paths, concurrency.each(write, system.models, advance), strict=True))
         variant = Variant(
             target=target,
             precision=scheme.name,
             graphs=paths,
             fusion_graph=FUSION_GRAPH,
-            bits_per_weight=round(bits, 4),
-            weight_bytes=token_bytes,
-            operators=sorted(operators) if target in (TENSORRT, OLDER) else [],
+            bits_per_weight=round(sum(model.bits for model in written.values()) / total, 4),
+            weight_bytes={name: model.bytes for name, model in written.items()},
+            operators=sorted(set().union(*(model.operators for model in written.values()))) if target in (TENSORRT, OLDER) else [],
         )
-        return WrittenVariant(variant, fitted)
+        return WrittenVariant(variant, {name: model.about for name, model in written.items() if model.about is not None})
 
-    def _fit(
-        self, model: Checkpoint, trace: Graph, scheme: Scheme, store: Store, shared: SharedMatrices, advance: Callable[[int], None]
-    ) -> tuple[Graph, Scheme, dict[str, Any] | None]:
-        """A copy of the trace and the scheme to bind it with, fitted where activations are known; and its report."""
-        if not (isinstance(scheme, Fitting) and self._evidence):
-            carried = carry(trace, model.weights, scheme.carries, store, advance) if isinstance(scheme, Carrying) else {}
-            scheme = carrying(scheme, carried, trace)
-            return trace.clone(), scheme, scheme.about if isinstance(scheme, Carried) else None
-        context = FitContext(self._traces.of()[model.name], model.weights, self._evidence[model.name], store, shared, advance)
-        graph, fitted = scheme.fit(context)
-        return trace.with_sources_of(graph).clone(), fitted, fitted.about
+    def _shared(self, stores: Mapping[str, Store], graphs: Mapping[str, Graph], concurrency: Concurrency) -> dict[Store, SharedMatrices]:
+        """What the models of each store have in common. Several at a time need to know it before they begin."""
+        models = self._system.models
+        contents: list[set[str]] = []
+        if graphs and concurrency.models > 1:
+            contents = concurrency.each(lambda model, _: matrix_digests(graphs[model.name], model.weights), models, lambda _: None)
+
+        def of(store: Store) -> list[set[str]]:
+            return [own if stores[model.name] is store else set() for model, own in zip(models, contents, strict=True)] if contents else []
+
+        return {store: SharedMatrices(of(store)) for store in stores.values()}
 
     def gather_weights(self, variants: Sequence[Variant]) -> dict[str, File]:
         """Gather the weights of all graphs in one file per model and folder, and remove what no graph reads.
@@ -131,6 +150,26 @@ class VariantWriter:
         if graphs not in self._stores:
             self._stores[graphs] = Store(graphs)
         return self._stores[graphs]
+
+
+def fitted(trace: Graph, scheme: Fitting, context: FitContext) -> tuple[Graph, Scheme, dict[str, Any] | None]:
+    """A copy of the trace, the scheme that was fitted to bind it with, and what it reports."""
+    graph, own = scheme.fit(context)
+    return trace.with_sources_of(graph).clone(), own, own.about
+
+
+def rounded(
+    trace: Graph, scheme: Scheme, weights: Weights, store: Store, advance: Callable[[int], None]
+) -> tuple[Graph, Scheme, dict[str, Any] | None]:
+    """The same without calibration: weights are rounded to nearest, or carried over where they are in blocks already."""
+    carried = carry(trace, weights, scheme.carries, store, advance) if isinstance(scheme, Carrying) else {}
+    own = carrying(scheme, carried, trace)
+    return trace.clone(), own, own.about if isinstance(own, Carried) else None
+
+
+def matrix_digests(graph: Graph, weights: Weights) -> set[str]:
+    """The contents of a model's matrices."""
+    return {digest(unscaled(graph.sources[name]), weights) for name in matrices(graph)}
 
 
 def stored_weights(variant: Variant, folder: Path) -> dict[tuple[Path, int], int]:

@@ -1,5 +1,6 @@
 """The tensors of a checkpoint, read slice by slice. Pickles are never read."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ class Weights:
     def __init__(self, folder: Path, entries: Mapping[str, StoredTensor]):
         self.folder = folder
         self.entries = dict(entries)
+        self._digests: dict[tuple[str, int | None], str] = {}
 
     @property
     def files(self) -> set[Path]:
@@ -105,6 +107,15 @@ class Weights:
     def read(self, name: str) -> np.ndarray:
         """A whole (small) tensor as fp32."""
         return np.concatenate(list(self.rows(name)))
+
+    def digest(self, name: str, limit: int | None = None) -> str:
+        """A hash of the values as `rows` yields them, computed once. Raises InputError as `rows` does."""
+        if (name, limit) not in self._digests:
+            sha256 = hashlib.sha256()
+            for part in self.rows(name, limit):
+                sha256.update(np.ascontiguousarray(part).data)
+            self._digests[name, limit] = sha256.hexdigest()
+        return self._digests[name, limit]
 
 
 def tensors_of(file: Path) -> dict[str, StoredTensor]:

@@ -1,7 +1,7 @@
 """Cut a traced graph into its decoder blocks, to run it with one block's weights in memory."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -126,10 +126,16 @@ def layer(graph: Graph, value: ir.Value) -> int | None:
 
 
 def build(
-    graph: Graph, name: str, nodes: list[ir.Node], states_in: list[ir.Value], states_out: list[ir.Value], observed: dict[str, ir.Value]
+    graph: Graph,
+    name: str,
+    nodes: list[ir.Node],
+    states_in: list[ir.Value],
+    states_out: list[ir.Value],
+    observed: dict[str, ir.Value],
+    multiplied: Sequence[ir.Node] = (),
 ) -> Block:
     """The block that computes `states_out` and the observed values from `states_in`, and passes on those in both. Its
-    names are the same for every layer.
+    names are the same for every layer. The products `multiplied` are left out: their results are inputs.
     """
     results = unique((*states_out, *observed.values()))
     copied: dict[ir.Value, ir.Value] = {}
@@ -139,8 +145,14 @@ def build(
     for number, state in enumerate(states_in):
         copied[state] = stand_in(f"state.{number}", state)
         inputs.append(copied[state])
+    products: dict[str, str] = {}
+    for number, product in enumerate(multiplied):
+        copied[product.outputs[0]] = copy = stand_in(f"product.{number}", product.outputs[0])
+        inputs.append(copy)
+        products[copy.name] = product.inputs[1].name
+    given = set(copied)
     copies = []
-    for node in needed(nodes, results, set(states_in)):
+    for node in needed(nodes, results, given):
         for value in node.inputs:
             if value is None or value in copied:
                 continue
@@ -162,7 +174,7 @@ def build(
     for value in results:
         copied[value].type = ir.TensorType(ir.DataType.FLOAT)
     opsets = graph.model.graph.opset_imports
-    outputs = [copied[value] for value in results if value not in states_in]
+    outputs = [copied[value] for value in results if value not in given]
     cut = ir.Graph(inputs, outputs, nodes=copies, initializers=initializers, opset_imports=dict(opsets), name="block")
     model = ir.serde.serialize_model(ir.Model(cut, ir_version=graph.model.ir_version))
     return Block(
@@ -173,6 +185,7 @@ def build(
         {matrix: copied[value].name for matrix, value in observed.items()},
         {matrix: width for matrix, width in matrices(graph).items() if matrix in observed},
         weights,
+        products,
     )
 
 

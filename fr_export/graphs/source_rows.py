@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,9 +33,18 @@ def counted(parts: Iterator[np.ndarray], advance: Callable[[int], None]) -> Iter
         advance(part.size)
 
 
-def digest(parts: Iterator[np.ndarray]) -> str:
-    """A content hash that does not depend on how the values are cut into slices."""
-    sha256 = hashlib.sha256()
-    for part in parts:
-        sha256.update(np.ascontiguousarray(part).data)
-    return sha256.hexdigest()
+def digest(source: Source, weights: Weights) -> str:
+    """A hash of what a source's values are made of: sources of equal tensors, offsets and scales have equal ones."""
+    parts = [weights.digest(tensor, source.rows) for tensor in source.tensors]
+    parts += [str(source.offset), *(hashlib.sha256(scale.data).hexdigest() if scale is not None else "" for scale in scales(source))]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def unscaled(source: Source) -> Source:
+    """The source without its scales."""
+    return replace(source, row_scale=None, column_scale=None)
+
+
+def scales(source: Source) -> list[np.ndarray | None]:
+    """The scales of rows and of columns."""
+    return [None if scale is None else np.ascontiguousarray(scale, np.float32) for scale in (source.row_scale, source.column_scale)]

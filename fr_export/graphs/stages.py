@@ -1,6 +1,7 @@
 """Cut a traced graph into stages: each begins where the input of a weight matrix, or of several, is ready.
 
-Finer than decoder blocks. A matrix's input is a state of its stage, so it can be looked at without running anything.
+Finer than decoder blocks. A matrix's input is a state of its stage, so it can be looked at without running anything, and
+its products with all texts can be one.
 """
 
 import onnx_ir as ir
@@ -36,11 +37,21 @@ def stages(graph: Graph) -> list[Block]:
     for node in places:
         if is_product(graph, node):
             observed[number[node.inputs[0]]][node.inputs[1].name] = node.inputs[0]
-    parts = [[node for node, where in places.items() if where in (None, at)] for at in range(last)]
+    parts: list[list[ir.Node]] = [[] for _ in range(last)]
+    multiplied: list[list[ir.Node]] = [[] for _ in live]
+    for node, where in places.items():
+        if where is not None and is_product(graph, node):
+            if where < last:
+                multiplied[where].append(node)
+            continue
+        for at in range(last) if where is None else [where] if where < last else []:
+            parts[at].append(node)
     names = [*(f"stage.{at}" for at in range(last)), "head"]
     return [
-        build(graph, name, nodes, given, passed, seen)
-        for name, nodes, given, passed, seen in zip(names, [*parts, []], live, [*live[1:], [values[-1]]], observed, strict=True)
+        build(graph, name, nodes, given, passed, seen, products)
+        for name, nodes, given, passed, seen, products in zip(
+            names, [*parts, []], live, [*live[1:], [values[-1]]], observed, multiplied, strict=True
+        )
     ]
 
 

@@ -15,11 +15,13 @@ from fusionroute.calibration.record import RecordedText, record
 from fusionroute.calibration.serving_masks import serving_masks
 from fusionroute.calibration.side_by_side import SideBySide
 from fusionroute.calibration.table import Table
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.batch_dimension import batched
 from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
 from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.precision.concurrency import Advance, Concurrency, memory_of
 from fusionroute.runtime import files
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.bundle import Bundle
@@ -64,22 +66,30 @@ def calibrate(
     identity = identify(system, graphs, Manifest.read(bundle), prompts, precision, new_tokens, seed)
     cached = Cache(cache / identity, identity)
     texts = recorded(bundle, precision, asked(system, prompts, seed), new_tokens, seed, cached, stages)
-    models: dict[str, dict[str, Observer]] = {}
-    for number, model in enumerate(system.models):
-        blocks = split(graphs[model.name])
-        with stages.stage(f"calibrating {model.name}", len(blocks)) as advance:
-            observers = cached.table(f"model-{model.name}").models.get(model.name)
-            if observers is None:
-                masks = serving_masks(texts, number - 1 if number else None)
-                states = cached.folder / f"model-{model.name}.states"
-                try:
-                    observers = observe(
-                        blocks, texts, masks, *reader(graphs[model.name], model.weights), advance, states, f"{identity}/{model.name}"
-                    )
-                except InputError as error:
-                    raise InputError(f"{model.where} cannot be calibrated: {error}") from error
-                cached.keep(f"model-{model.name}", Table([], {model.name: observers}, identity))
-        models[model.name] = observers
+    cut = {name: split(graph) for name, graph in graphs.items()}
+
+    def observed(model: Checkpoint, advance: Advance) -> dict[str, Observer]:
+        observers = cached.table(f"model-{model.name}").models.get(model.name)
+        if observers is not None:
+            advance(len(cut[model.name]))
+            return observers
+        number = system.models.index(model)
+        masks = serving_masks(texts, number - 1 if number else None)
+        states = cached.folder / f"model-{model.name}.states"
+        embed, read = reader(graphs[model.name], model.weights)
+        try:
+            observers = observe(
+                cut[model.name], texts, masks, embed, read, advance, states, f"{identity}/{model.name}", threads=concurrency.threads
+            )  # fmt: skip
+        except InputError as error:
+            raise InputError(f"{model.where} cannot be calibrated: {error}") from error
+        cached.keep(f"model-{model.name}", Table([], {model.name: observers}, identity))
+        return observers
+
+    concurrency = Concurrency.of(len(system.models), max(map(memory_of, graphs.values())))
+    with stages.stage("calibrating", sum(map(len, cut.values()))) as advance:
+        statistics = concurrency.each(observed, system.models, advance)
+    models = {model.name: own for model, own in zip(system.models, statistics, strict=True)}
     table = Table(texts, models, identity)
     check(table, system, graphs)
     return table
@@ -158,7 +168,7 @@ def recorded(
         variant = next(each for each in manifest.variants if (each.target, each.precision) == (CPU, precision))
         files = [folder / variant.graphs[model.name] for model in manifest.models]
         coefficients, ends = fusion_coefficients(manifest.fusion, manifest.lam), frozenset(manifest.eos_token_ids)
-        with SideBySide(files, [batched(file) for file in files], max(map(len, ids)) + new_tokens) as models:
+        with SideBySide(files, [batched(file) for file in files], max(map(len, ids)) + new_tokens, len(ids)) as models:
             for text in record(models, ids, new_tokens, ends, coefficients, seed + len(texts)):
                 texts = [*texts, text]
                 advance(1)

@@ -6,7 +6,9 @@ as the operators read them. Written by hand: libraries hold a whole model in tor
 weights that are read in slices.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -91,14 +93,40 @@ class Factor:
         return len(self.importance)
 
 
-def quantise(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
+def multiply(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """x [S, K] · matrixᵀ [K, out], float32."""
+    product: np.ndarray = (torch.from_numpy(np.ascontiguousarray(x)) @ torch.from_numpy(matrix).T).numpy()
+    return product
+
+
+@contextmanager
+def coarse_products() -> Iterator[None]:
+    """Let torch's products round their fp32 inputs to bf16, where the processor is several times faster with these.
+
+    On the layers of SmolLM2 the squared error of the rounded matrices changes by a thousandth, up or down. The setting
+    is the process's own: enter it where nothing else computes.
+    """
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+def quantise(rows: np.ndarray, factor: Factor, fmt: Format, threads: int | None = None) -> Quantised:
     """Round fp32 rows [R, K] so that Σ ((W − Ŵ)·x)² over the inputs of the Hessian becomes small. Rows do not depend on
-    each other: they are rounded in tiles of equal size, on all cores.
+    each other: they are rounded in tiles of equal size, by so many threads (None: one per core).
     """
     tiles = np.array_split(rows, -(-len(rows) // TILE))
-    # one core per tile: torch would start as many threads as there are cores for each of them
-    with ThreadPoolExecutor(min(cores(), len(tiles)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        values, scales, zeros = zip(*pool.map(partial(quantise_tile, factor=factor, fmt=fmt), tiles), strict=True)
+    threads = min(threads or cores(), len(tiles))
+    rounded = partial(quantise_tile, factor=factor, fmt=fmt)
+    if threads == 1:
+        values, scales, zeros = zip(*map(rounded, tiles), strict=True)
+    else:
+        # one core per tile: torch would start as many threads as there are cores for each of them
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            values, scales, zeros = zip(*pool.map(rounded, tiles), strict=True)
     return Quantised(np.concatenate(values), np.concatenate(scales), np.concatenate(zeros) if fmt.zeros else None)
 
 

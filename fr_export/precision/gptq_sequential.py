@@ -12,12 +12,12 @@ import onnx_ir as ir
 from fusionroute.calibration.blockwise_forward import BlockwiseForward
 from fusionroute.fr_export.graphs.decoder_blocks import reader
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.source_rows import counted, digest, rows
+from fusionroute.fr_export.graphs.source_rows import counted, digest, rows, unscaled
 from fusionroute.fr_export.graphs.stages import stages
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Format, Stored, attach, in_range, sliced, store_blocks
 from fusionroute.fr_export.precision.fit_context import FitContext
-from fusionroute.fr_export.precision.gptq import Factor, Hessian, quantise
+from fusionroute.fr_export.precision.gptq import Factor, Hessian, multiply, quantise
 from fusionroute.fr_export.precision.scheme import Scheme
 
 TOKENS = 2048  # added to a Hessian at a time
@@ -66,19 +66,22 @@ def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> di
     if not context.evidence.texts:
         return done
     embed, read = reader(graph, weights)
-    walk = BlockwiseForward(stages(graph), context.evidence.texts, embed, read)
+    walk = BlockwiseForward(stages(graph), context.evidence.texts, embed, read, context.threads, multiply=multiply)
     while not walk.done:
         replaced = {}
         factor: Factor | None = None  # all matrices of a stage read one value
         for matrix in walk.block.observed:
             if matrix not in formats:
                 continue
-            fmt = formats[matrix]
-            key = f"{fmt.bits}-{fmt.block}-{fmt.signed}-{digest(rows(graph.sources[matrix], weights))}"
+            fmt, source = formats[matrix], graph.sources[matrix]
+            content = digest(unscaled(source), weights)
+            context.shared.await_matrix(context.number, content)
+            key = f"{fmt.bits}-{fmt.block}-{fmt.signed}-{digest(source, weights)}"
             if key not in shared:
                 factor = factor or hessian(walk).factor()
-                pieces = counted(sliced(in_range(rows(graph.sources[matrix], weights), fmt, matrix), factor.channels), context.advance)
-                shared[key] = store_blocks((quantise(piece, factor, fmt) for piece in pieces), fmt, context.store)
+                pieces = counted(sliced(in_range(rows(source, weights), fmt, matrix), factor.channels), context.advance)
+                shared[key] = store_blocks((quantise(piece, factor, fmt, context.threads) for piece in pieces), fmt, context.store)
+            context.shared.settle_matrix(context.number, content)
             done[matrix] = shared[key]
             if walk.position < len(walk.blocks) - 1:
                 replaced[matrix] = shared[key].widened(walk.block.channels[matrix])

@@ -60,7 +60,8 @@ class Int8:
         graph = context.graph
         carried = carry(graph, context.weights, FORMAT, context.store, context.advance)
         if not carried:  # other scales would round what is carried again
-            graph, _ = smooth(graph, context.weights, context.evidence.observed, taken=context.shared.scales)
+            with context.shared.scaling(context.number):
+                graph, _ = smooth(graph, context.weights, context.evidence.observed, taken=context.shared.scales)
         formats = {name: FORMAT for name in matrices(graph) if name not in carried}
         return graph, carrying(FittedByGptq(self, round_sequentially(replace(context, graph=graph), formats)), carried, graph)
 

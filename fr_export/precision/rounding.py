@@ -31,7 +31,11 @@ def measure(context: FitContext, observed: Mapping[str, Observer]) -> dict[str, 
     embed, read = reader(context.graph, context.weights)
     off = np.zeros(1, np.float32)
     walk = BlockwiseForward(
-        [stepped(block) for block in split(context.graph)], texts, embed, lambda name: off if name.endswith(STEP) else read(name)
+        [stepped(block) for block in split(context.graph)],
+        texts,
+        embed,
+        lambda name: off if name.endswith(STEP) else read(name),
+        context.threads,
     )
     noise = {}
     while walk.position < len(walk.blocks) - 1:

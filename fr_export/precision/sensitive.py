@@ -26,7 +26,7 @@ def sensitive(context: FitContext, formats: Mapping[str, Format], wide: Format, 
     texts = sample(context.evidence.texts, TOKENS)
     if not texts:
         return ()
-    errors = measure(context.graph, context.weights, texts, formats)
+    errors = measure(context.graph, context.weights, texts, formats, context.threads)
     if not errors:
         return ()
     sizes = {name: int(np.prod(context.graph.model.graph.initializers[name].shape)) for name in formats}
@@ -42,10 +42,12 @@ def sensitive(context: FitContext, formats: Mapping[str, Format], wide: Format, 
     return tuple(chosen)
 
 
-def measure(graph: Graph, weights: Weights, texts: Sequence[np.ndarray], formats: Mapping[str, Format]) -> dict[str, float]:
-    """Matrix → `residual_error` of rounding it alone."""
+def measure(
+    graph: Graph, weights: Weights, texts: Sequence[np.ndarray], formats: Mapping[str, Format], threads: int | None = None
+) -> dict[str, float]:
+    """Matrix → `residual_error` of rounding it alone. `threads` as for `BlockwiseForward`."""
     embed, read = reader(graph, weights)
-    walk = BlockwiseForward(split(graph), texts, embed, read)
+    walk = BlockwiseForward(split(graph), texts, embed, read, threads)
     errors: dict[str, float] = {}
     while walk.position < len(walk.blocks) - 1:
         passed_on = walk.peek()

@@ -64,7 +64,7 @@ def smooth(
     for group in groups(graph):
         if not all(name in observed and observed[name].rows for name in group.matrices):
             continue
-        keys = [f"{name in group.makers}-{digest(rows(graph.sources[name], weights))}" for name in matrices_of(graph, group)]
+        keys = [f"{name in group.makers}-{digest(graph.sources[name], weights)}" for name in matrices_of(graph, group)]
         choice = next((taken[key] for key in keys if key in taken), None)
         if choice is None:
             left = set(group.matrices) <= set(leave)

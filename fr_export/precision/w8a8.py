@@ -8,6 +8,7 @@ at A16 have 8-bit weights only.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,12 +67,16 @@ def fit(context: FitContext, fmt: Callable[[int], Format]) -> tuple[Graph, W8A8P
     Evening out costs the weights' accuracy, so it is undone where the plan leaves activations at 16 bits anyway.
     """
     weights, evidence, scales = context.weights, context.evidence, context.shared.scales
-    graph, _ = smooth(context.graph, weights, evidence.observed, taken=dict(scales))
-    observed = observe(split(graph), evidence.recorded, evidence.masks, *reader(graph, weights))
-    noise = measure(replace(context, graph=graph), observed)
-    left_out = [product.matrix for product in choose(graph, weights, observed, noise).at_a16]
-    graph, _ = smooth(context.graph, weights, evidence.observed, taken=scales, leave=left_out)
-    plan = choose(graph, weights, observe(split(graph), evidence.recorded, evidence.masks, *reader(graph, weights)), noise)
+    observing = partial(observe, texts=evidence.recorded, masks=evidence.masks, threads=context.threads)
+    with context.shared.scaling(context.number):
+        graph, _ = smooth(context.graph, weights, evidence.observed, taken=dict(scales))
+        embed, read = reader(graph, weights)
+        observed = observing(split(graph), embed=embed, read=read)
+        noise = measure(replace(context, graph=graph), observed)
+        left_out = [product.matrix for product in choose(graph, weights, observed, noise).at_a16]
+        graph, _ = smooth(context.graph, weights, evidence.observed, taken=scales, leave=left_out)
+    embed, read = reader(graph, weights)
+    plan = choose(graph, weights, observing(split(graph), embed=embed, read=read), noise)
     formats = {matrix: fmt(channels) for matrix, channels in matrices(graph).items()}
     return graph, plan, round_sequentially(replace(context, graph=graph), formats)
 

@@ -30,10 +30,10 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return export_system(tmp_path_factory.mktemp("record"), SHAPES[request.param], ("fp32",), max_seq_len=CONTEXT)
 
 
-def opened(folder: Path, rows: int = side_by_side.MOST) -> SideBySide:
+def opened(folder: Path, rows: int = side_by_side.MOST, texts: int = 1000) -> SideBySide:
     files = sorted(folder.glob("graphs/*.fp32.onnx"), key=lambda file: ("router" not in file.name, file.name))
     with patch.object(side_by_side, "MOST", rows):
-        return SideBySide(files, [batched(file) for file in files], CONTEXT)
+        return SideBySide(files, [batched(file) for file in files], CONTEXT, texts)
 
 
 def recorded(
@@ -79,9 +79,11 @@ def test_the_texts_are_those_of_the_runtime(exported: tuple[Path, System]) -> No
 def test_side_by_side_only_where_graphs_let_texts_differ_in_length(exported: tuple[Path, System], request: pytest.FixtureRequest) -> None:
     with opened(exported[0]) as models:
         assert models.rows == (1 if "positions" in request.node.name else side_by_side.MOST)
+    with opened(exported[0], rows=40, texts=69) as models:
+        assert models.rows == (1 if "positions" in request.node.name else 35), "two rounds of equal size"
         row = 2 * 2 * 4 * CONTEXT * 2 * 32 * len(exported[1].models)  # key and value, 2 layers, fp32, 2 heads of 32
     with patch.object(side_by_side, "CACHES", 3 * row), opened(exported[0]) as models:
-        assert models.rows <= 32
+        assert models.rows <= 3
 
 
 def test_a_text_depends_on_its_own_prompt_and_seed_only(exported: tuple[Path, System]) -> None:

@@ -22,8 +22,9 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
+from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.fp32 import Fp32
+from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 
 
 def traced(system: System) -> Graph:

@@ -20,9 +20,10 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import int4, int8
 from fusionroute.fr_export.precision.blockwise import Stored, widened
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
+from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq import Hessian, quantise
 from fusionroute.fr_export.precision.gptq_sequential import round_sequentially
+from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
@@ -126,7 +127,7 @@ def test_an_export_calibrates_keeps_its_table_and_can_use_it_again(tmp_path: Pat
     )
     report = export(export_request, Stages(Console(quiet=True)))
     names = [stage["name"] for stage in report["stages"]]
-    assert "recording what the system does" in names and "calibrating router" in names
+    assert "recording what the system does" in names and "calibrating" in names
     assert not (export_request.out / "recording").exists()
     assert 4.3 < report["variants"][1]["bits_per_weight"] <= 5.0
     table = Table.load(export_request.out / TABLE)

@@ -26,10 +26,11 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
+from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.qdq.int8 import PlannedInt8
 from fusionroute.fr_export.precision.qdq.weight_formats import SMALLEST, block_grid, row_grid, stepped
 from fusionroute.fr_export.precision.scheme import Fitted, Fitting
+from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.fr_export.verify.engine_graph_on_cpu import EngineGraphOnCpu
 from fusionroute.fr_export.verify.torch_reference import load
 from tests.support.calibration import observe, traced
