@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
+from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward, Multiply, multiply
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import Mask
@@ -32,11 +32,12 @@ def observe(
     identity: str = "",
     every: float = EVERY,
     threads: int | None = None,
+    multiply: Multiply = multiply,
 ) -> dict[str, Observer]:
     """Statistics of the input of every matrix that the blocks name, in their order.
 
     A model that serves nothing has observers without rows. Of each text the layers read the `body` of its mask, and the
-    LM head counts at `head`. `embed`, `read` and `threads` are those of `BlockwiseForward`; `advance` is called with 1
+    LM head counts at `head`. `embed`, `read`, `threads` and `multiply` are those of `BlockwiseForward`; `advance` is called with 1
     after every block. Where a file `states` is given, the run is saved there, at most once in `every` seconds, and a
     later call with the same blocks, texts and `identity` (of the weights) goes on from there. Any other file in its
     place is overwritten; at the end it is removed. Memory is that of `BlockwiseForward`. Raises InputError where
@@ -47,7 +48,9 @@ def observe(
     if not parts:
         advance(len(blocks))
         return observers
-    walk = BlockwiseForward(blocks, [ids for ids, _ in parts], embed, read, threads, f"{identity}/{[head.tolist() for _, head in parts]}")
+    walk = BlockwiseForward(
+        blocks, [ids for ids, _ in parts], embed, read, threads, f"{identity}/{[head.tolist() for _, head in parts]}", multiply
+    )
     if states is not None:
         beside: dict[str, np.ndarray] = {}
         with contextlib.suppress(InputError):  # there is none, or one of another run
@@ -56,11 +59,14 @@ def observe(
     advance(walk.position)
 
     def see(matrix: str, number: int, x: np.ndarray) -> None:
-        observers[matrix].see(x[parts[number][1]] if walk.block.name == "head" else x)
+        if matrix not in twins:
+            observers[matrix].see(x[parts[number][1]] if walk.block.name == "head" else x)
 
     saved = time.monotonic()
     while not walk.done:
+        twins = twins_of(walk.block)
         walk.step(see)
+        observers |= {matrix: Observer.of(matrix, observers[first].tensors()) for matrix, first in twins.items()}
         if states is not None and not walk.done and time.monotonic() - saved >= every:
             save(walk, states, observers)
             saved = time.monotonic()
@@ -69,6 +75,14 @@ def observe(
         with contextlib.suppress(OSError):  # none was written
             states.unlink()
     return observers
+
+
+def twins_of(block: Block) -> dict[str, str]:
+    """Matrix → an earlier one of the block that reads the same value."""
+    first: dict[str, str] = {}
+    for matrix, value in block.observed.items():
+        first.setdefault(value, matrix)
+    return {matrix: first[value] for matrix, value in block.observed.items() if first[value] != matrix}
 
 
 def save(walk: BlockwiseForward, states: Path, observers: dict[str, Observer]) -> None:

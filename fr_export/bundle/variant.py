@@ -1,6 +1,7 @@
 """Write the graphs of all models in one precision for one target."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.source_rows import digest, unscaled
 from fusionroute.fr_export.graphs.traces import Traces
-from fusionroute.fr_export.graphs.weight_files import WeightFiles
+from fusionroute.fr_export.graphs.weight_files import WeightFile, WeightFiles
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
@@ -24,10 +25,11 @@ from fusionroute.fr_export.precision.carried import Carried, carry, carrying
 from fusionroute.fr_export.precision.concurrency import Concurrency, memory_of
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_context import FitContext
-from fusionroute.fr_export.precision.gptq import coarse_products
+from fusionroute.fr_export.precision.products import coarse_products
 from fusionroute.fr_export.precision.scheme import Carrying, Fitting
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.machine import cores
 from fusionroute.runtime.manifest import File, Variant
 from fusionroute.runtime.tensorrt.library import OLDER
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
@@ -136,15 +138,13 @@ class VariantWriter:
             for variant in variants:
                 graph = self._folder / variant.graphs[model.name]
                 readers.setdefault((graph.parent, TARGETS[variant.target].weights(model.name)), []).append(graph)
-        entries: dict[str, File] = {}
-        with self._stages.stage("gathering the weights"):
-            files = {folder: WeightFiles(store) for folder, store in self._stores.items()}
-            for (folder, location), graphs in readers.items():
-                if (entry := files[folder].write(location, graphs)) is not None:
-                    entries[(folder / location).relative_to(self._folder).as_posix()] = entry
-            for each in files.values():
+        with self._stages.stage("gathering the weights"), ThreadPoolExecutor(cores()) as pool:
+            files_of = {folder: WeightFiles(store) for folder, store in self._stores.items()}
+            files = {folder / location: files_of[folder].plan(location, graphs) for (folder, location), graphs in readers.items()}
+            entries = dict(zip(files, pool.map(WeightFile.write, files.values()), strict=True))
+            for each in files_of.values():
                 each.remove_unread()
-        return entries
+        return {path.relative_to(self._folder).as_posix(): entry for path, entry in entries.items() if entry is not None}
 
     def _store(self, graphs: Path) -> Store:
         if graphs not in self._stores:

@@ -5,9 +5,9 @@ are read, and by whom. They then move into weight files one by one, so that the 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 import onnx_ir as ir
 
@@ -28,25 +28,22 @@ class WeightFiles:
         self._store = store
         self._places: dict[str, tuple[str, int]] = {}  # a blob's hash → its file and the offset in it
 
-    def write(self, location: str, graphs: Sequence[Path]) -> File | None:
-        """Write the file `location`, a path below the graphs' folder, and let the graphs read it.
+    def plan(self, location: str, graphs: Sequence[Path]) -> "WeightFile":
+        """The file `location`, a path below the graphs' folder, which is to be written; the graphs read it from now on."""
+        file = WeightFile(self._store.folder.parent / location)
+        for graph in graphs:
+            model = ir.load(graph)
+            for value in model.graph.initializers.values():
+                if isinstance(value.const_value, ir.ExternalTensor):
+                    value.const_value = self._placed(value.const_value, file, location)
+            ir.save(model, graph)
+        return file
 
-        Returns what the manifest says of it, or None for a file that would be empty and is not written.
-        """
-        with WeightFile(self._store.folder.parent / location) as file:
-            for graph in graphs:
-                model = ir.load(graph)
-                for value in model.graph.initializers.values():
-                    if isinstance(value.const_value, ir.ExternalTensor):
-                        value.const_value = self._moved(value.const_value, file, location)
-                ir.save(model, graph)
-        return file.entry
-
-    def _moved(self, tensor: ir.ExternalTensor, file: "WeightFile", location: str) -> ir.ExternalTensor:
-        """The initialiser `tensor` in a weight file, to which its blob is moved if it has no place yet."""
+    def _placed(self, tensor: ir.ExternalTensor, file: "WeightFile", location: str) -> ir.ExternalTensor:
+        """The initialiser `tensor` in a weight file: the one that its blob has a place in, else `file`."""
         digest = Path(tensor.location).stem
         if digest not in self._places:
-            self._places[digest] = location, file.take(self._store.blobs.pop(digest))
+            self._places[digest] = location, file.add(self._store.blobs.pop(digest))
         place, offset = self._places[digest]
         return ir.ExternalTensor(
             place, offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=self._store.folder.parent
@@ -62,41 +59,51 @@ class WeightFiles:
 
 
 class WeightFile:
-    """Context manager: a weight file that is being written. `entry` describes it afterwards; None if it is empty."""
-
-    entry: File | None = None
+    """A file of blobs at fixed offsets."""
 
     def __init__(self, path: Path):
-        self._path, self._hash = path, hashlib.sha256()
-        self._tensors: list[Tensor] = []
+        self._path, self._size = path, 0
+        self._blobs: list[tuple[int, Blob]] = []  # offset and blob
 
-    def __enter__(self) -> "WeightFile":
-        self._stream = self._path.open("xb")
-        return self
-
-    def take(self, blob: Blob) -> int:
-        """Append a blob and remove its own file. Returns the offset in bytes."""
-        end = self._stream.tell()
-        offset = aligned(end, blob.length)
-        self._write(bytes(offset - end))
-        with blob.path.open("rb") as source:
-            while piece := source.read(PIECE):
-                self._write(piece)
-        blob.path.unlink()
-        self._tensors.append(Tensor(sha256=blob.sha256, offset=offset, bytes=blob.length))
+    def add(self, blob: Blob) -> int:
+        """Append a blob. Returns the offset in bytes."""
+        offset = aligned(self._size, blob.length)
+        self._blobs.append((offset, blob))
+        self._size = offset + blob.length
         return offset
 
-    def _write(self, piece: bytes) -> None:
-        self._hash.update(piece)
-        self._stream.write(piece)
+    def write(self) -> File | None:
+        """Move the blobs into the file, one after the other. Returns what the manifest says of it, or None for a file
+        that would be empty and is not written.
+        """
+        if not self._blobs:
+            return None
+        sha256 = hashlib.sha256()
+        with self._path.open("xb") as stream, removed_on_error(self._path):
+            for offset, blob in self._blobs:
+                for piece in (bytes(offset - stream.tell()), *pieces(blob.path)):
+                    sha256.update(piece)
+                    stream.write(piece)
+                blob.path.unlink()
+        tensors = [Tensor(sha256=blob.sha256, offset=offset, bytes=blob.length) for offset, blob in self._blobs]
+        return File(sha256=sha256.hexdigest(), bytes=self._size, tensors=tensors)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        size = self._stream.tell()
-        self._stream.close()
-        if kind is not None or not self._tensors:
-            self._path.unlink()
-        else:
-            self.entry = File(sha256=self._hash.hexdigest(), bytes=size, tensors=self._tensors)
+
+@contextmanager
+def removed_on_error(path: Path) -> Iterator[None]:
+    """Leave nothing half-written."""
+    try:
+        yield
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """The content of a file, piece by piece."""
+    with path.open("rb") as source:
+        while piece := source.read(PIECE):
+            yield piece
 
 
 def aligned(end: int, length: int) -> int:

@@ -19,9 +19,11 @@ from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.batch_dimension import batched
-from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
+from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader
 from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.stages import stages as staged
 from fusionroute.fr_export.precision.concurrency import Advance, Concurrency, memory_of
+from fusionroute.fr_export.precision.products import coarse_products, multiply
 from fusionroute.runtime import files
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.bundle import Bundle
@@ -66,7 +68,7 @@ def calibrate(
     identity = identify(system, graphs, Manifest.read(bundle), prompts, precision, new_tokens, seed)
     cached = Cache(cache / identity, identity)
     texts = recorded(bundle, precision, asked(system, prompts, seed), new_tokens, seed, cached, stages)
-    cut = {name: split(graph) for name, graph in graphs.items()}
+    cut = {name: staged(graph) for name, graph in graphs.items()}
 
     def observed(model: Checkpoint, advance: Advance) -> dict[str, Observer]:
         observers = cached.table(f"model-{model.name}").models.get(model.name)
@@ -79,7 +81,7 @@ def calibrate(
         embed, read = reader(graphs[model.name], model.weights)
         try:
             observers = observe(
-                cut[model.name], texts, masks, embed, read, advance, states, f"{identity}/{model.name}", threads=concurrency.threads
+                cut[model.name], texts, masks, embed, read, advance, states, f"{identity}/{model.name}", threads=concurrency.threads, multiply=multiply
             )  # fmt: skip
         except InputError as error:
             raise InputError(f"{model.where} cannot be calibrated: {error}") from error
@@ -87,7 +89,7 @@ def calibrate(
         return observers
 
     concurrency = Concurrency.of(len(system.models), max(map(memory_of, graphs.values())))
-    with stages.stage("calibrating", sum(map(len, cut.values()))) as advance:
+    with stages.stage("calibrating", sum(map(len, cut.values()))) as advance, coarse_products():
         statistics = concurrency.each(observed, system.models, advance)
     models = {model.name: own for model, own in zip(system.models, statistics, strict=True)}
     table = Table(texts, models, identity)

@@ -17,7 +17,8 @@ from fusionroute.fr_export.graphs.stages import stages
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.blockwise import Format, Stored, attach, in_range, sliced, store_blocks
 from fusionroute.fr_export.precision.fit_context import FitContext
-from fusionroute.fr_export.precision.gptq import Factor, Hessian, multiply, quantise
+from fusionroute.fr_export.precision.gptq import Factor, Hessian, quantise
+from fusionroute.fr_export.precision.products import multiply
 from fusionroute.fr_export.precision.scheme import Scheme
 
 TOKENS = 2048  # added to a Hessian at a time

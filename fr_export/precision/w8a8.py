@@ -16,13 +16,15 @@ import onnx_ir as ir
 
 from fusionroute.calibration.observe import observe
 from fusionroute.calibration.observers import LEVELS
-from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader, split
+from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader
 from fusionroute.fr_export.graphs.graph import Graph, added, initializer, node, replace_node, users
+from fusionroute.fr_export.graphs.stages import stages
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
 from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, Format, Stored
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import round_sequentially
 from fusionroute.fr_export.precision.plan_w8a8 import W8A8Plan, choose
+from fusionroute.fr_export.precision.products import multiply
 from fusionroute.fr_export.precision.rounding import measure
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.smoothquant import smooth
@@ -67,16 +69,16 @@ def fit(context: FitContext, fmt: Callable[[int], Format]) -> tuple[Graph, W8A8P
     Evening out costs the weights' accuracy, so it is undone where the plan leaves activations at 16 bits anyway.
     """
     weights, evidence, scales = context.weights, context.evidence, context.shared.scales
-    observing = partial(observe, texts=evidence.recorded, masks=evidence.masks, threads=context.threads)
+    observing = partial(observe, texts=evidence.recorded, masks=evidence.masks, threads=context.threads, multiply=multiply)
     with context.shared.scaling(context.number):
         graph, _ = smooth(context.graph, weights, evidence.observed, taken=dict(scales))
         embed, read = reader(graph, weights)
-        observed = observing(split(graph), embed=embed, read=read)
+        observed = observing(stages(graph), embed=embed, read=read)
         noise = measure(replace(context, graph=graph), observed)
         left_out = [product.matrix for product in choose(graph, weights, observed, noise).at_a16]
         graph, _ = smooth(context.graph, weights, evidence.observed, taken=scales, leave=left_out)
     embed, read = reader(graph, weights)
-    plan = choose(graph, weights, observing(split(graph), embed=embed, read=read), noise)
+    plan = choose(graph, weights, observing(stages(graph), embed=embed, read=read), noise)
     formats = {matrix: fmt(channels) for matrix, channels in matrices(graph).items()}
     return graph, plan, round_sequentially(replace(context, graph=graph), formats)
 

@@ -49,7 +49,8 @@ def test_every_graph_reads_what_was_put_in_and_every_content_lies_once(
         graph(folder / f"{number}.onnx", store, model)
     unread = store.put(np.arange(5 * PAGE) % 251)
     files_of = WeightFiles(store)
-    files = [files_of.write(f"weights/{number}.bin", [folder / f"{number}.onnx"]) for number in range(len(contents))]
+    files = [files_of.plan(f"weights/{number}.bin", [folder / f"{number}.onnx"]) for number in range(len(contents))]
+    files = [file.write() for file in files]
     files_of.remove_unread()
     assert not unread.path.exists()
     names = {f"{number}.bin" for number, file in enumerate(files) if file is not None}
@@ -81,7 +82,7 @@ def test_no_blob_lies_twice_but_the_one_that_moves(tmp_path: Path, monkeypatch: 
         unlink(path, *arguments)
 
     monkeypatch.setattr(Path, "unlink", measured)
-    WeightFiles(store).write("weights/model.bin", [tmp_path / "model.onnx"])
+    WeightFiles(store).plan("weights/model.bin", [tmp_path / "model.onnx"]).write()
     assert most[0] < 9 * 3 * PAGE, "at no time more than the eight blobs and one of them again"
 
 
@@ -90,7 +91,7 @@ def test_a_weight_file_that_fails_leaves_nothing_under_its_name(tmp_path: Path) 
     graph(tmp_path / "model.onnx", store, [b"abc"])
     next(iter(store.blobs.values())).path.unlink()
     with pytest.raises(FileNotFoundError):
-        WeightFiles(store).write("weights/model.bin", [tmp_path / "model.onnx"])
+        WeightFiles(store).plan("weights/model.bin", [tmp_path / "model.onnx"]).write()
     assert not (tmp_path / "weights/model.bin").exists()
 
 
