@@ -23,9 +23,9 @@ EXPERT_LR, SFT_LR, MIXED_LR, HEAD_LR = 5e-4, 3e-4, 1e-4, 1e-3
 class Budget:
     """Optimizer steps of each run."""
 
-    experts: Mapping[str, int] = field(default_factory=lambda: {"math": 240, "code": 160, "instruction": 160})
-    sft: int = 200
-    mixed: int = 60
+    experts: Mapping[str, int] = field(default_factory=lambda: {"math": 240, "code": 120, "instruction": 120})
+    sft: int = 120
+    mixed: int = 40
 
     def scaled(self, factor: float) -> "Budget":
         """All numbers of steps times `factor`, for a quick try."""

@@ -14,6 +14,7 @@ from fusionroute.fr_export.bundle.targets import TARGETS
 from fusionroute.fr_export.checkpoints.weights import SLICE
 from fusionroute.fr_export.forecast.work import Work
 from fusionroute.fr_export.precision import Scheme
+from fusionroute.fr_export.precision.concurrency import Concurrency, fit_memory
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.fr_export.verify.compare import DECODED
 from fusionroute.fr_export.verify.measure import REFERENCE_LIMIT, obstacle
@@ -27,7 +28,6 @@ LOADED = 480e6  # bytes of torch, transformers, onnx and a trace
 PER_SLICE = 16  # bytes per value of the slice that is being rounded: a few copies in fp32
 IN_RUNTIME = 1.25  # bytes that ONNX Runtime holds per byte of weights
 BLOCKS = 2.0  # copies in fp32 of the largest matrix, or of a decoder block, while a model is walked
-HESSIANS = 3  # matrices of widest² fp64 while weights are fitted
 LOGITS = 3  # arrays of compared tokens × vocabulary in fp32
 
 TRACING, PER_LAYER = 2.0, 0.7  # seconds per dialect, and per layer of every architecture
@@ -65,7 +65,7 @@ def before_writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: 
         scheme = recording_scheme(work.values)
         yield StageForecast(f"writing {scheme.name} to record with", WRITING * work.values, LOADED + sliced(work))
         yield StageForecast("recording", walking(work), LOADED + in_runtime(work, scheme.bits) + CACHES)
-        yield StageForecast("calibrating", walking(work), LOADED + BLOCKS * 4 * work.largest_tensor)
+        yield StageForecast("calibrating", walking(work), LOADED + at_a_time(work) * BLOCKS * 4 * work.largest_tensor)
 
 
 def writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: str, gpus: int) -> Iterator[StageForecast]:
@@ -74,7 +74,7 @@ def writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: str, gp
         seconds, memory = WRITING * work.values, LOADED + sliced(work)
         if fits([(target, scheme)], calibration):
             seconds += FITTING * work.values + walking(work)
-            memory = max(memory, LOADED + max(BLOCKS * 4 * work.largest_tensor, HESSIANS * 8 * work.widest**2))
+            memory = max(memory, LOADED + at_a_time(work) * max(BLOCKS * 4 * work.largest_tensor, fit_memory(0, work.widest)))
         yield StageForecast(f"writing {scheme.name} for {target}", seconds, memory)
         if gpus and target == TENSORRT:
             yield StageForecast(f"building {scheme.name} engines", BUILDING * work.values * gpus, memory)
@@ -103,7 +103,12 @@ def fits(plan: Sequence[tuple[str, Scheme]], calibration: str) -> bool:
 
 def sliced(work: Work) -> float:
     """Bytes while weights are rounded slice by slice."""
-    return float(PER_SLICE * min(work.largest_tensor, SLICE))
+    return float(at_a_time(work) * PER_SLICE * min(work.largest_tensor, SLICE))
+
+
+def at_a_time(work: Work) -> int:
+    """How many models are calibrated, fitted and written at a time."""
+    return Concurrency.of(work.models, fit_memory(work.largest_tensor, work.widest)).models
 
 
 def in_runtime(work: Work, bits: float) -> float:

@@ -13,11 +13,12 @@ from fusionroute.fr_export.precision.calibrate import NEW_TOKENS, RANDOM_PROMPT
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of a system: `values` of all models, `largest_model` of one, `largest_tensor` and `widest` (input channels)
+    """Counts of a system: its `models`, the `values` of all, `largest_model` of one, `largest_tensor` and `widest` (input channels)
     of one matrix. `traced_layers`: of all architectures, each once. `layers` and `active_values`: of the router and the
     largest expert, which a generated token passes. Of the calibration: `new_tokens`, and `tokens` with the prompts.
     """
 
+    models: int
     values: int
     largest_model: int
     largest_tensor: int
@@ -37,6 +38,7 @@ class Work:
         architectures = {architecture(model.config, system.vocab_size): int(model.config.num_hidden_layers) for model in system.models}
         new_tokens = len(prompts) * min(NEW_TOKENS, system.max_seq_len // 2)
         return cls(
+            models=len(system.models),
             values=sum(sizes),
             largest_model=max(sizes),
             largest_tensor=max(int(np.prod(shape)) for shape in shapes),

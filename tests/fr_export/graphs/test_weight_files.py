@@ -49,8 +49,8 @@ def test_every_graph_reads_what_was_put_in_and_every_content_lies_once(
         graph(folder / f"{number}.onnx", store, model)
     unread = store.put(np.arange(5 * PAGE) % 251)
     files_of = WeightFiles(store)
-    files = [files_of.plan(f"weights/{number}.bin", [folder / f"{number}.onnx"]) for number in range(len(contents))]
-    files = [file.write() for file in files]
+    planned = [files_of.plan(f"weights/{number}.bin", [folder / f"{number}.onnx"]) for number in range(len(contents))]
+    files = [file.write() for file in planned]
     files_of.remove_unread()
     assert not unread.path.exists()
     names = {f"{number}.bin" for number, file in enumerate(files) if file is not None}
