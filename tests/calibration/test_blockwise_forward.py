@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
+from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward, gathered
 from fusionroute.runtime.errors import FusionError, InputError
 from tests.support.small_blocks import LAYERS, RNG, TABLE, TEXTS, WEIGHTS, H, blocks, expected
 
@@ -91,6 +93,24 @@ def test_taken_up_again_after_every_block(tmp_path: Path, at: int) -> None:
     assert len(rest) == (LAYERS + 1 - at) * len(TEXTS)
     for key, x in rest.items():
         np.testing.assert_array_equal(x, all_of_it[key])
+
+
+@given(st.lists(st.integers(1, 50)), st.integers(1, 120))
+def test_texts_are_gathered_in_order_up_to_so_many_tokens(lengths: list[int], tokens: int) -> None:
+    groups = list(gathered(lengths, tokens))
+    assert [number for group in groups for number in group] == list(range(len(lengths)))
+    sizes = [sum(lengths[number] for number in group) for group in groups]
+    assert all(tokens <= size < tokens + max(lengths) for size in sizes[:-1]) and all(size > 0 for size in sizes)
+
+
+def test_a_weight_is_read_once_for_all_passes_through_a_block() -> None:
+    read: list[str] = []
+    walk = BlockwiseForward(blocks(), TEXTS, lambda ids: TABLE[ids][None], lambda name: read.append(name) or WEIGHTS[name], threads=1)
+    while not walk.done:
+        walk.observe(Seen())
+        walk.peek()
+        walk.advance()
+    assert sorted(read) == sorted(WEIGHTS)
 
 
 def test_cut_off_within_a_block(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fusionroute.calibration import blockwise_forward
 from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
@@ -44,9 +45,16 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return system, trace(system.family, system.router.config, system.vocab_size, system.max_seq_len)
 
 
+@pytest.mark.parametrize("together", [1, 20, 2048])
 @pytest.mark.parametrize("cut", [split, stages])
-def test_parts_compute_what_torch_computes(traced: tuple[System, Graph], cut: Callable[[Graph], list[Block]]) -> None:
+def test_parts_compute_what_torch_computes(
+    traced: tuple[System, Graph], cut: Callable[[Graph], list[Block]], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The products of a stage are done for several texts at once, here for one, for some and for all."""
     system, graph = traced
+    if cut is split and together > 1:
+        pytest.skip("blocks have no such products")
+    monkeypatch.setattr(blockwise_forward, "TOGETHER", together)
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, system.vocab_size, length) for length in (40, 1, 7)]
     walk = BlockwiseForward(cut(graph), texts, *reader(graph, system.router.weights), threads=2)
