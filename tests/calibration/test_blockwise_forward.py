@@ -104,13 +104,18 @@ def test_texts_are_gathered_in_order_up_to_so_many_tokens(lengths: list[int], to
 
 
 def test_a_weight_is_read_once_for_all_passes_through_a_block() -> None:
-    read: list[str] = []
-    walk = BlockwiseForward(blocks(), TEXTS, lambda ids: TABLE[ids][None], lambda name: read.append(name) or WEIGHTS[name], threads=1)
+    names: list[str] = []
+
+    def read(name: str) -> np.ndarray:
+        names.append(name)
+        return WEIGHTS[name]
+
+    walk = BlockwiseForward(blocks(), TEXTS, lambda ids: TABLE[ids][None], read, threads=1)
     while not walk.done:
         walk.observe(Seen())
         walk.peek()
         walk.advance()
-    assert sorted(read) == sorted(WEIGHTS)
+    assert sorted(names) == sorted(WEIGHTS)
 
 
 def test_cut_off_within_a_block(tmp_path: Path) -> None:

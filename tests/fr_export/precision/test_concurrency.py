@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from fusionroute.fr_export.precision import concurrency
 from fusionroute.fr_export.precision.concurrency import MEMORY, Concurrency
 from fusionroute.fr_export.precision.products import coarse_products, multiply
-from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.manifest import File, Manifest
 from tests.support.exporting import export_checkpoints
 from tests.support.systems import Shape, make_system
 
@@ -76,7 +76,7 @@ def test_the_bundle_does_not_depend_on_how_many_are_fitted_at_a_time(
     for folder in list(experts.values())[1:]:
         file = Path(folder) / "model.safetensors"
         save_file(load_file(file) | common, file, {"format": "pt"})
-    files = []
+    files: list[dict[str, File]] = []
     for count in (1, 4):
         cores(count)
         out = export_checkpoints(
