@@ -29,7 +29,8 @@ def misses(target: str, precision: str, compared: Mapping[str, Any] | None) -> l
             if value is None or (value >= bound if name in AT_LEAST else value <= bound):
                 continue
             label = AT_LEAST.get(name) or AT_MOST[name]
-            phrases.append(f"{label} {manner} {shown(name, value)}, bound {shown(name, bound)}")
+            chance = f" ± {error:.2%}" if name == "perplexity_ratio" and (error := compared[how].get("perplexity_error")) else ""
+            phrases.append(f"{label} {manner} {shown(name, value)}{chance}, bound {shown(name, bound)}")
     return phrases
 
 

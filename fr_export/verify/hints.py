@@ -1,5 +1,6 @@
 """What to try first where a precision misses its bound."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from fusionroute.runtime.precisions import PRECISIONS, exported_for
 
 def hint(entry: Mapping[str, Any]) -> str:
     """The remedy for a variant of a report that misses its bound: a part of a sentence that begins with a verb."""
+    if by_chance(entry):
+        return f"compare on more text (--compare {10 * entry['compared']['tokens']}), since so little text says no more than that"
     precision, target = entry["precision"], entry["target"]
     bits = PRECISIONS[precision].bits
     if bits >= 32:
@@ -24,3 +27,12 @@ def hint(entry: Mapping[str, Any]) -> str:
     if any(phrase.startswith("routing") for phrase in entry["missed"]):
         return f"{remedy}, since rounding turns the choice between experts, and where another one answers KL is high too"
     return remedy
+
+
+def by_chance(entry: Mapping[str, Any]) -> bool:
+    """Whether all that a variant misses is a perplexity within two standard errors of its bound."""
+    bound = PRECISIONS[entry["precision"]].bounds_for(entry["target"]).get("perplexity_ratio")
+    if bound is None or not all(phrase.startswith("perplexity") for phrase in entry["missed"]):
+        return False
+    figures = [entry["compared"][how] for how in ("chunks", "decode")]
+    return all(each["perplexity_ratio"] <= bound * math.exp(2 * (each.get("perplexity_error") or 0)) for each in figures)

@@ -64,11 +64,15 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def summarise(parts: Sequence[Differences]) -> dict[str, float | int | None]:
-    """The figures of one precision over all texts. Shares lie between 0 and 1. None: there was nothing to count."""
+    """The figures of one precision over all texts. Shares lie between 0 and 1. None: there was nothing to count.
+
+    `perplexity_error` is the standard error of the ratio's logarithm: other texts of this length would move it so far.
+    """
     every = Differences(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Differences)))
     sure = every.margin > SURE
     told = ~np.isnan(every.nll)
     perplexity, reference = (float(np.exp(nll[told].mean())) if told.any() else None for nll in (every.nll, every.reference_nll))
+    gaps = every.nll[told] - every.reference_nll[told]
     return {
         "max_difference": float(every.peak.max()),
         "mean_difference": float(every.mean.mean()),
@@ -80,4 +84,5 @@ def summarise(parts: Sequence[Differences]) -> dict[str, float | int | None]:
         "routing_agreement": float(every.routed.mean()),
         "perplexity": perplexity,
         "perplexity_ratio": perplexity / reference if perplexity is not None and reference is not None else None,
+        "perplexity_error": float(gaps.std(ddof=1) / len(gaps) ** 0.5) if len(gaps) > 1 else None,
     }

@@ -83,6 +83,9 @@ def test_figures_are_those_of_an_independent_comparison(request_: Request) -> No
         perplexities = [float(torch.nn.functional.nll_loss(one[told], following).exp()) for one in (ours, theirs)]
         assert compared["decode"]["perplexity"] == pytest.approx(perplexities[0], rel=1e-5)
         assert compared["decode"]["perplexity_ratio"] == pytest.approx(perplexities[0] / perplexities[1], rel=1e-5)
+        losses = [torch.nn.functional.nll_loss(one[told], following, reduction="none") for one in (ours, theirs)]
+        error = float((losses[0] - losses[1]).std() / len(told) ** 0.5)
+        assert compared["decode"]["perplexity_error"] == pytest.approx(error, rel=1e-3, abs=1e-7)
         best = theirs.topk(2).values
         sure = ((best[:, 0] - best[:, 1]) > 1).numpy()
         assert compared["decode"]["sure_positions"] == sure.sum() > 5
@@ -106,8 +109,8 @@ def test_a_precision_that_misses_its_bound_is_told_and_strict_refuses_it(request
     before = (request_.out / "manifest.json").read_bytes()
     rounded = gptq.quantise
 
-    def coarse(rows: np.ndarray, factor: gptq.Factor, fmt: Format) -> Quantised:
-        exact = rounded(rows, factor, fmt)
+    def coarse(rows: np.ndarray, factor: gptq.Factor, fmt: Format, threads: int | None) -> Quantised:
+        exact = rounded(rows, factor, fmt, threads)
         return Quantised(exact.values // 64 * 64, exact.scales, exact.zeros)  # as if six bits were lost
 
     monkeypatch.setattr("fusionroute.fr_export.precision.gptq_sequential.quantise", coarse)
@@ -151,6 +154,19 @@ def test_what_to_try_first_where_a_bound_is_missed(target: str, precision: str, 
     assert hint(entry).startswith(words)
     with pytest.raises(FusionError, match=rf"^The precision {precision} misses its bound \(.*\); .*, or export without --strict\.$"):
         refuse_missed({"not_compared": None, "variants": [entry]})
+
+
+@pytest.mark.parametrize(("ratio", "error", "chance"), [(1.013, 0.002, True), (1.016, 0.002, False), (1.013, None, False)])
+def test_a_bound_that_is_missed_by_chance_asks_for_more_text(ratio: float, error: float | None, chance: bool) -> None:
+    """Within two standard errors, and nothing else is missed."""
+    good = {"greedy_agreement": 1.0, "sure_agreement": 1.0, "routing_agreement": 1.0, "kl_mean": 0.001, "perplexity_ratio": 1.001}
+    compared = {"tokens": 384, "chunks": good | {"perplexity_ratio": ratio, "perplexity_error": error}, "decode": good}
+    entry = {"target": "ort:cpu", "precision": "int8", "calibrated": True, "compared": compared, "not_compared": None}
+    entry["missed"] = misses("ort:cpu", "int8", compared)
+    assert entry["missed"] == [f"perplexity in chunks +{ratio - 1:.2%}{' ± 0.20%' if error else ''}, bound +1.00%"]
+    assert hint(entry).startswith("compare on more text (--compare 3840)" if chance else "calibrate on more prompts")
+    entry["missed"].append("mean KL divergence in chunks 0.05, bound 0.01")
+    assert hint(entry).startswith("calibrate on more prompts")
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
