@@ -49,7 +49,8 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
         np.minimum(error, (TOP - zero)[..., None], out=error)
         error *= step[..., None]
         error -= rows
-        squared = np.einsum("rbk,rbk->rb", error, error) if importance is None else np.einsum("rbk,rbk,bk->rb", error, error, importance)
+        np.square(error, out=error)
+        squared = error.sum(-1) if importance is None else np.einsum("rbk,bk->rb", error, importance)
         better = squared < best
         best[better], scales[better], zeros[better] = squared[better], scale[better], zero[better]
     return scales, zeros
