@@ -18,7 +18,7 @@ from fusionroute.runtime.machine import cores
 
 DAMPING = 0.01  # of the mean importance, added to every channel's
 INNER, TOGETHER = 16, 128  # channels whose errors reach the ones behind them in one product
-TILE = 768  # rows rounded at a time, at most: what a core works on stays in its L2 cache
+TILE = 1536  # rows rounded at a time, at most: twice as many take a tenth less time, but leave cores idle
 SMALL = 128  # channels: a triangle that is inverted at once
 PART = 384  # channels: the sum is symmetric, and what lies left of a part is known from above it
 

@@ -13,6 +13,7 @@ from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.residual_error import residual_error, residual_stream, sample
 
 TOKENS = 256  # read for the measurement
+ROWS = 256  # rounded at a time: copies of more would not stay in a core's cache
 TIMES = 3.0  # a matrix is sensitive from this multiple of the median error per weight
 
 
@@ -57,7 +58,8 @@ def measure(
                 continue
             fmt = formats[matrix]
             (values,) = in_range([read(matrix)], fmt, matrix)
-            rounded = widened(nearest(values, fmt), fmt, width)
+            parts = np.array_split(values, -(-len(values) // ROWS))
+            rounded = np.concatenate([widened(nearest(part, fmt), fmt, width) for part in parts])
             errors[matrix] = residual_error(walk.peek({matrix: rounded}), exact)
         walk.move(passed_on)
     return errors
