@@ -31,10 +31,11 @@ BLOCKS = 2.0  # copies in fp32 of the largest matrix, or of a decoder block, whi
 LOGITS = 3  # arrays of compared tokens × vocabulary in fp32
 
 TRACING, PER_LAYER = 2.0, 0.7  # seconds per dialect, and per layer of every architecture
-WRITING = 20e-9  # per value
+WRITING = 10e-9  # per value
 PER_TOKEN_LAYER, PER_TOKEN_VALUE = 0.5e-3, 25e-12  # of a generated token, for every layer and value that it passes
-OPERATION = 1 / 100e9  # while a model is walked: two operations per value and token
-FITTING = 0.25e-6  # per value
+OPERATION = 1 / 200e9  # while a model is walked: two operations per value and token
+RECORDING = 1.6  # times as long as calibrating: products of one token per text
+FITTING = 33e-12  # per value and channel of the widest matrix
 BUILDING = 10e-9  # per value and GPU
 REFERENCE_LOADING = 5e-9  # per value
 
@@ -64,7 +65,7 @@ def before_writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: 
     if records:
         scheme = recording_scheme(work.values)
         yield StageForecast(f"writing {scheme.name} to record with", WRITING * work.values, LOADED + sliced(work))
-        yield StageForecast("recording", walking(work), LOADED + in_runtime(work, scheme.bits) + CACHES)
+        yield StageForecast("recording", RECORDING * walking(work), LOADED + in_runtime(work, scheme.bits) + CACHES)
         yield StageForecast("calibrating", walking(work), LOADED + at_a_time(work) * BLOCKS * 4 * work.largest_tensor)
 
 
@@ -73,7 +74,7 @@ def writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: str, gp
     for target, scheme in plan:
         seconds, memory = WRITING * work.values, LOADED + sliced(work)
         if fits([(target, scheme)], calibration):
-            seconds += FITTING * work.values + walking(work)
+            seconds += FITTING * work.values * work.widest + walking(work)
             memory = max(memory, LOADED + at_a_time(work) * max(BLOCKS * 4 * work.largest_tensor, fit_memory(0, work.widest)))
         yield StageForecast(f"writing {scheme.name} for {target}", seconds, memory)
         if gpus and target == TENSORRT:

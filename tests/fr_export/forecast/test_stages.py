@@ -22,10 +22,11 @@ GEMMA = Work(
 CPU = [("ort:cpu", SCHEMES["ort:cpu"][name]) for name in ("fp32", "int8", "int4")]
 # stage → seconds (None: no clean measurement) and peak MiB as measured
 SMOLLM2_MEASURED = {
-    "tracing": (21.6, 483), "writing int8 to record with": (11.2, 574), "recording": (None, 1815), "calibrating": (66.0, 902),
-    "writing fp32 for ort:cpu": (9.6, 580), "writing int8 for ort:cpu": (204.3, 705), "writing int4 for ort:cpu": (335.2, 690),
-    "comparing fp32 for ort:cpu": (None, 3164),
+    "tracing": (18.8, 502), "writing int8 to record with": (5.2, 649), "recording": (58.2, 1628), "calibrating": (33.5, 963),
+    "writing fp32 for ort:cpu": (4.4, 924), "writing int8 for ort:cpu": (54.0, 1047), "writing int4 for ort:cpu": (80.2, 1118),
+    "reference in torch": (8.4, 1463), "comparing fp32 for ort:cpu": (10.0, 3499), "comparing int8 for ort:cpu": (7.0, 2296),
 }  # fmt: skip
+# by an earlier version, which fitted more slowly
 GEMMA_MEASURED = {"recording": (71, 5110), "calibrating": (66, 4492), "writing int4 for ort:cpu": (3331, 4988)}
 
 
