@@ -8,8 +8,8 @@ from fusionroute.runtime import limits
 from fusionroute.runtime.backend import Cache, Output
 from fusionroute.runtime.background_prefill import BackgroundPrefill
 from fusionroute.runtime.cancellation import UNWATCHED_TOKENS
+from fusionroute.runtime.even_cache import EvenCache
 from fusionroute.runtime.loaded_system import LoadedSystem
-from fusionroute.runtime.paired_cache import PairedCache
 from fusionroute.runtime.token_sequence import TokenSequence
 
 
@@ -35,7 +35,7 @@ class Reader:
         if self._cache is None:
             model = backend.router if self._expert is None else backend.experts[self._expert]
             cache = model.cache()
-            self._cache = PairedCache(cache, self._sequence.ids, self._system.max_seq_len) if self._system.exact else cache
+            self._cache = EvenCache(cache, self._sequence.ids, self._system.max_seq_len) if self._system.exact else cache
         return self._cache
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fusionroute.runtime.backend import Cache, Output
 
 
-class PairedCache:
+class EvenCache:
     """A KV cache that is read and answered by twos, whoever asks it.
 
     Matrix products take rows by twos. A last single row has a kernel of its own, which rounds differently, so no token
@@ -45,7 +45,7 @@ class PairedCache:
             return output
         return Output(output.logits[1:], None if output.routing is None else output.routing[1:])
 
-    def copy_prefix(self, other: PairedCache, length: int) -> None:
+    def copy_prefix(self, other: EvenCache, length: int) -> None:
         """See `Cache.copy_prefix`."""
         self._cache.copy_prefix(other._cache, length)
 
