@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from fusionroute.runtime import FusionRuntime, InputError, Sampling
-from fusionroute.runtime.backends.ort_cpu import OrtCache, zeros
+from fusionroute.runtime.backends.cpu_sessions import zeros
+from fusionroute.runtime.backends.ort_cpu import OrtCache
 from fusionroute.runtime.bench.memory import resident
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.limits import CHUNK
