@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from fusionroute.runtime.backend import Cache, Output
+from fusionroute.runtime.backend import Cache, JointForward, Output, Segment
 
 
 class EvenCache:
@@ -16,39 +16,59 @@ class EvenCache:
 
     def __init__(self, cache: Cache, tokens: list[int], capacity: int):
         """`tokens` is the session's list of all tokens; `capacity` the most that the cache holds."""
-        self._cache, self._tokens, self._capacity = cache, tokens, capacity
+        self.cache, self._tokens, self._capacity = cache, tokens, capacity
 
     @property
     def length(self) -> int:
         """How many tokens the cache holds."""
-        return self._cache.length
+        return self.cache.length
 
     @length.setter
     def length(self, length: int) -> None:
-        self._cache.length = length
+        self.cache.length = length
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """See `Cache.forward`.
+        """See `Cache.forward`."""
+        segment, taken = self.even(Segment(ids, positions))
+        return taken(self.cache.forward(*segment))
+
+    def even(self, segment: Segment) -> tuple[Segment, Callable[[Output], Output]]:
+        """An even segment to read instead, and what then takes the cache and the output back to what was asked for.
 
         An odd number of tokens reads the one before again, or at the beginning a copy of the last one too.
         """
-        cache, padding = self._cache, 0
+        cache, padding = self.cache, 0
+        ids, positions = segment
         if len(ids) % 2 and cache.length:
             cache.length -= 1
             ids, positions = (self._tokens[cache.length], *ids), [position + 1 for position in positions]
         elif len(ids) % 2 and len(ids) < self._capacity:
             ids, padding = (*ids, ids[-1]), 1
         unpaired = len(positions) % 2
-        output = cache.forward(ids, (positions[0], *positions) if unpaired else positions)
-        cache.length -= padding
-        if not unpaired:
-            return output
-        return Output(output.logits[1:], None if output.routing is None else output.routing[1:])
+
+        def taken(output: Output) -> Output:
+            cache.length -= padding
+            if not unpaired:
+                return output
+            return Output(output.logits[1:], None if output.routing is None else output.routing[1:])
+
+        return Segment(ids, (positions[0], *positions) if unpaired else positions), taken
 
     def copy_prefix(self, other: EvenCache, length: int) -> None:
         """See `Cache.copy_prefix`."""
-        self._cache.copy_prefix(other._cache, length)
+        self.cache.copy_prefix(other.cache, length)
 
     def interrupt(self) -> None:
         """See `Cache.interrupt`."""
-        self._cache.interrupt()
+        self.cache.interrupt()
+
+
+def evenly(forward_both: JointForward) -> JointForward:
+    """Joint passes of two EvenCaches: each segment is even, so that no token's kernel depends on the other segment."""
+
+    def forward(router: EvenCache, own: Segment, expert: EvenCache, other: Segment) -> tuple[Output, Output]:
+        (own, taken), (other, other_taken) = router.even(own), expert.even(other)
+        routed, answered = forward_both(router.cache, own, expert.cache, other)
+        return taken(routed), other_taken(answered)
+
+    return forward
