@@ -11,6 +11,7 @@ from fusionroute.fr_export.bundle.describe import describe, with_file, write_com
 from fusionroute.fr_export.bundle.disk_space import check_space
 from fusionroute.fr_export.bundle.early_refusals import refuse
 from fusionroute.fr_export.bundle.engines import add_engines
+from fusionroute.fr_export.bundle.pair_variant import PairVariantWriter
 from fusionroute.fr_export.bundle.recording import calibration_table
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.fr_export.bundle.targets import TARGETS
@@ -51,6 +52,7 @@ class Request:
     force: bool = False
     strict: bool = False  # a precision that misses its bound is an error
     gpus: tuple[int, ...] = ()  # compute capabilities that TensorRT-RTX engines are built for
+    shared_base: bool = False  # one graph for all models, which are adapters of one base
     compare: int | None = None  # tokens to compare on; 0: do not compare; None: what takes a tenth of the time
 
 
@@ -101,7 +103,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             table.save(folder / TABLE)
             known = evidence(table)
 
-        writer = VariantWriter(system, traces, known, folder, stages)
+        writer = (PairVariantWriter if request.shared_base else VariantWriter)(system, traces, known, folder, stages)
         written = [writer.write(target, scheme) for target, scheme in plan]
         variants = [each.variant for each in written]
         weights = writer.gather_weights(variants)

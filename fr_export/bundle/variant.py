@@ -1,6 +1,6 @@
 """Write the graphs of all models in one precision for one target."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,19 +8,16 @@ import onnx_ir as ir
 
 from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, TARGETS
 from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
-from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_files import WeightFiles
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
-from fusionroute.fr_export.precision.carried import Carried, carry, carrying
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext, SharedMatrices
-from fusionroute.fr_export.precision.scheme import Carrying, Fitting
+from fusionroute.fr_export.precision.fit_context import SharedMatrices
+from fusionroute.fr_export.precision.fit_model import fit_model
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import File, Variant
 from fusionroute.runtime.tensorrt.library import OLDER
@@ -68,9 +65,8 @@ class VariantWriter:
                 store = self._store(file.parent)
                 head = system.head if model is system.router else None
                 try:
-                    graph, own, about = self._fit(
-                        model, traces[model.name], scheme, store, shared.setdefault(store, SharedMatrices()), advance
-                    )
+                    common = shared.setdefault(store, SharedMatrices())
+                    graph, own, about = fit_model(model, spec.dialect, scheme, self._traces, self._evidence, store, common, advance)
                     spec.prepare(graph, scheme.name, model.family)
                     spec.dialect.end_with(graph, head)
                     bind(graph, model.weights, own, store, advance)
@@ -94,18 +90,6 @@ class VariantWriter:
             operators=sorted(operators) if target in (TENSORRT, OLDER) else [],
         )
         return WrittenVariant(variant, fitted)
-
-    def _fit(
-        self, model: Checkpoint, trace: Graph, scheme: Scheme, store: Store, shared: SharedMatrices, advance: Callable[[int], None]
-    ) -> tuple[Graph, Scheme, dict[str, Any] | None]:
-        """A copy of the trace and the scheme to bind it with, fitted where activations are known; and its report."""
-        if not (isinstance(scheme, Fitting) and self._evidence):
-            carried = carry(trace, model.weights, scheme.carries, store, advance) if isinstance(scheme, Carrying) else {}
-            scheme = carrying(scheme, carried, trace)
-            return trace.clone(), scheme, scheme.about if isinstance(scheme, Carried) else None
-        context = FitContext(self._traces.of()[model.name], model.weights, self._evidence[model.name], store, shared, advance)
-        graph, fitted = scheme.fit(context)
-        return trace.with_sources_of(graph).clone(), fitted, fitted.about
 
     def gather_weights(self, variants: Sequence[Variant]) -> dict[str, File]:
         """Gather the weights of all graphs in one file per model and folder, and remove what no graph reads.
@@ -136,7 +120,7 @@ class VariantWriter:
 def stored_weights(variant: Variant, folder: Path) -> dict[tuple[Path, int], int]:
     """What a variant's graphs read, each tensor once: its file and offset → bytes."""
     lengths: dict[tuple[Path, int], int] = {}
-    for name in variant.graphs.values():
+    for name in variant.graph_paths:
         for value in ir.load(folder / name).graph.initializers.values():
             if isinstance(tensor := value.const_value, ir.ExternalTensor):
                 lengths[(folder / name).parent / tensor.location, tensor.offset or 0] = tensor.length or tensor.nbytes

@@ -35,11 +35,13 @@ def export_checkpoints(
     precisions: tuple[str, ...] = ALL,
     max_seq_len: int | None = None,
     calibration: str = "none",
+    shared_base: bool = False,
 ) -> Path:
     """Export given checkpoints to `out`."""
     request = Request(
-        FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), out, max_seq_len=max_seq_len, calibration=calibration
-    )
+        FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), out, max_seq_len=max_seq_len, calibration=calibration,
+        shared_base=shared_base,
+    )  # fmt: skip
     with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):
         export(request, Stages(Console(quiet=True)))
     return out
