@@ -27,21 +27,22 @@ class CpuSessions:
         self._ort = ort.package("cpu")
         self._bundle, self._variant, self._threads = bundle, variant, threads or cores()
 
-    def model(self, name: str, share: bool = False) -> Any:
-        """A session of a model's graph; `share`: with weights that processes share, see `prepacked_weights`.
+    def model(self, name: str, graph: str, share: bool = False) -> Any:
+        """A session of a model's graph, a path in the bundle; `share`: with weights that processes share, see `prepacked_weights`.
 
         Raises BundleError for a graph that ONNX Runtime cannot load, UnavailableError where no shared weights can be
         written.
         """
-        graph = self._bundle.folder / self._variant.graphs[name]
+        path = self._bundle.folder / graph
         if not share:
-            return self._opened(name, graph, self._threads)
+            return self._opened(name, path, self._threads)
         from fusionroute.runtime.backends.prepacked_weights import packed  # here: most never share weights
 
         def write(entries: dict[str, str], out: Path) -> Any:
-            return self._opened(name, graph, 1, entries, out)
+            return self._opened(name, path, 1, entries, out)
 
-        return self._opened(name, packed(self._bundle, self._variant, name, self._ort.__version__, write), self._threads)
+        size = self._variant.weight_bytes.get(name, 0)
+        return self._opened(name, packed(self._bundle, graph, self._variant.precision, size, self._ort.__version__, write), self._threads)
 
     def fusion(self) -> Any:
         """A session of the fusion graph. Raises BundleError."""

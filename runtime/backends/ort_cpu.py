@@ -38,7 +38,7 @@ class OrtCpu:
         manifest = bundle.manifest
         opened = CpuSessions(bundle, variant, threads)
         with ThreadPoolExecutor(cores()) as pool:  # loading mostly packs weights, on one core per model
-            sessions = list(pool.map(lambda model: opened.model(model.name, share_weights), manifest.models))
+            sessions = list(pool.map(lambda model: opened.model(model.name, variant.graphs[model.name], share_weights), manifest.models))
         paths = [bundle.folder / variant.graphs[model.name] for model in manifest.models]
         ort.check(sessions, manifest.models, paths, manifest.vocab_size)
         models = [

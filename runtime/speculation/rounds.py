@@ -169,9 +169,7 @@ class Rounds:
         logits = self._readers.read_expert(choices[row], [start - 1 + other for other in own]).logits
         return {other: logits[place : place + 1] for place, other in enumerate(own)}
 
-    def _draft(
-        self, sampler: Sampler, rows: int, guess: int | None
-    ) -> tuple[Output, Output | None, list[int], list[Distribution]]:
+    def _draft(self, sampler: Sampler, rows: int, guess: int | None) -> tuple[Output, Output | None, list[int], list[Distribution]]:
         """Let the router go on alone for `rows` steps.
 
         Each but the last drafts a token: its likeliest, or one drawn from `proposal`. In the last one the guessed
