@@ -17,7 +17,7 @@ from tests.support.pairs import PairReader, SharedSystem, export_shared
 from tests.support.parity import TOLERANCE
 from tests.support.systems import Shape
 
-SMALL = {"heads": 2, "kv_heads": 1, "hidden": 32, "layers": 2, "tokenizer": True}
+SMALL: dict[str, Any] = {"heads": 2, "kv_heads": 1, "hidden": 32, "layers": 2, "tokenizer": True}
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 # the router, then the experts: some matrices or all of them, other ranks, norms too
 OPTIONS: list[dict[str, Any]] = [
