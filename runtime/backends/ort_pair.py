@@ -81,7 +81,8 @@ class PairGraph:
     def __init__(self, session: Any, run_options: Callable[[], Any], spec: Model, capacity: int, vocab: int, experts: int):
         self.session, self.run_options, self.spec = session, run_options, spec
         self.capacity, self.vocab, self.experts = capacity, vocab, experts
-        self._shapes = {value.name: tuple(value.shape) for value in (*session.get_inputs(), *session.get_outputs())}
+        values = (*session.get_inputs(), *session.get_outputs())
+        self._shapes: dict[str, tuple[int | str, ...]] = {value.name: tuple(value.shape) for value in values}
         self.deltas = {name: shape for name, shape in self._shapes.items() if name.startswith(DELTA)}
 
     def fits(self) -> bool:
