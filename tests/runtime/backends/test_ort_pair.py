@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backend import REUSED, Segment
 from fusionroute.runtime.backends.mapped_factors import map_factors
-from fusionroute.runtime.backends.ort_pair import OrtPair, PairBinding, PairCache
+from fusionroute.runtime.backends.ort_pair import OrtPair, PairCache
+from fusionroute.runtime.backends.pair_binding import PairBinding
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import BundleError, FusionError
 from fusionroute.runtime.manifest import Manifest
