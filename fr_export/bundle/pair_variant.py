@@ -9,7 +9,7 @@ from fusionroute.fr_export.bundle.factor_file import write_factors
 from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, TARGETS
 from fusionroute.fr_export.bundle.variant import WrittenVariant
 from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
-from fusionroute.fr_export.checkpoints.deltas import delta_of
+from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.factor_arrays import FactorArrays
@@ -32,13 +32,14 @@ BASE, FACTORS = "base", "factors"  # of the one graph, and the folder beside its
 class PairVariantWriter:
     """Writes a system that shares one base into a bundle folder, variant by variant.
 
-    The base is the router as it is, so that what an expert adds is its own terms and the router's taken away. Raises
-    InputError where an expert does not share it, see `delta_of`. `evidence` as for `VariantWriter`.
+    The base is the router as it is: `deltas` are what experts add to it. `evidence` as for `VariantWriter`.
     """
 
-    def __init__(self, system: System, traces: Traces, evidence: Mapping[str, Evidence], folder: Path, stages: Stages):
-        self._system, self._traces, self._evidence, self._folder, self._stages = system, traces, evidence, folder, stages
-        self._deltas = {expert.name: delta_of(system.router, expert) for expert in system.experts}
+    def __init__(
+        self, system: System, deltas: Mapping[str, Delta], traces: Traces, evidence: Mapping[str, Evidence], folder: Path, stages: Stages
+    ):
+        self._system, self._deltas, self._traces, self._evidence = system, deltas, traces, evidence
+        self._folder, self._stages = folder, stages
         self._stores: dict[Path, Store] = {}
         self._factor_files: dict[str, File] = {}
 

@@ -1,5 +1,6 @@
 """What a pair graph's inputs for an expert hold, made from the terms of its delta as `pair_segments` packs matrices."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -39,6 +40,11 @@ class FactorArrays:
             shapes[each.a] = (next(iter(sizes.values()))[1], len(sizes) * rank)
             shapes |= {each.b[name]: (rank, out) for name, (out, _) in sizes.items()}
         return shapes | {f"{DELTA}{name}": tuple(map(int, values[name].shape)) for name in self._vectors}
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return 4 * sum(map(math.prod, self.shapes.values()))
 
     def arrays(self) -> Iterator[np.ndarray]:
         """float32, in the order of `shapes`. Raises InputError where a value is not finite."""
