@@ -3,9 +3,9 @@
 The base's weights are read once for both segments. What makes an expert of the base are its factors, inputs that are
 bound by address: another expert is another binding, and nothing is copied.
 
-Neither segment may be empty. Where one model reads alone, dummy tokens stand for the other one: one or two, so that the
-number of tokens is even. Products take rows by twos, and a single row has another kernel, which rounds differently: so
-an expert's answer does not depend on whether it was guessed, or reads in a pass of its own.
+Neither segment may be empty: where one model reads alone, a dummy token stands for the other one. A dummy token also
+makes an odd number of tokens even. Products take rows by twos, and a single row has another kernel, which rounds
+differently: so an expert's answer does not depend on what the router reads beside it, or whether it does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model, Pair, Variant
 
 EXPERT, DELTA = "expert.", "delta."  # in front of the names of the expert's inputs and outputs, and of its factors
-DUMMIES = (Segment((0, 0), ()), Segment((0,), ()))  # for an even and for an odd number of tokens beside them
+IDLE = Segment((0,), ())  # of a model that does not read
 
 
 class OrtPair:
@@ -150,13 +150,13 @@ class PairCache:
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
         """See `runtime.backend.Cache.forward`."""
-        own, dummies = Segment(ids, positions), DUMMIES[len(ids) % 2]
+        own = Segment(ids, positions)
         if self._alone is None:
             self._alone = self._bind_alone()
         if self._model.is_expert:
-            output = self._alone.run((dummies, own), (0, self.length), self.options)._replace(routing=None)
+            output = self._alone.run((IDLE, own), (0, self.length), self.options)._replace(routing=None)
         else:
-            output = self._alone.run((own, dummies), (self.length, 0), self.options)
+            output = self._alone.run((own, IDLE), (self.length, 0), self.options)
         self.length += len(ids)
         return output
 
@@ -218,16 +218,17 @@ class PairBinding:
         `terminate` is set in the options, and FusionError.
         """
         own, other = segments
-        counts, answers = (len(own.ids), len(other.ids)), (len(own.positions), len(other.positions))
-        row_count = sum(answers)
-        padded = row_count + row_count % 2  # the head's product takes rows by twos too
-        if self._bound != (sum(counts), padded):
-            self._bind(sum(counts), padded, max(answers) > REUSED)
+        first, row_count = len(own.positions), len(own.positions) + len(other.positions)
+        counts = self._even_counts(len(own.ids), len(other.ids), lengths)
+        read, padded = sum(counts), row_count + row_count % 2  # the head's product takes rows by twos too
+        fresh = max(first, row_count - first) > REUSED
+        if self._bound != (read, padded):
+            self._bind(read, padded, fresh)
         self._counts[:] = counts
-        self._ids[0, : counts[0]], self._ids[0, counts[0] : sum(counts)] = own.ids, other.ids
-        positions = self._positions
-        positions[: answers[0]], positions[answers[0] : row_count] = own.positions, other.positions
-        positions[answers[0] : row_count] += counts[0]
+        ids, positions = self._ids[0], self._positions
+        ids[: len(own.ids)], ids[counts[0] : counts[0] + len(other.ids)] = own.ids, other.ids  # dummies: whatever is there
+        positions[:first], positions[first:row_count] = own.positions, other.positions
+        positions[first:row_count] += counts[0]
         positions[row_count:] = positions[row_count - 1]
         for memory, length, count in zip(self._memories, lengths, counts, strict=True):
             memory.set_total(length + count)
@@ -237,11 +238,25 @@ class PairBinding:
         except Exception as error:
             if options.terminate:
                 raise Interrupted from error
-            raise FusionError(f"ONNX Runtime failed on {sum(counts)} tokens of {self._names}: {one_line(error)}") from error
+            raise FusionError(f"ONNX Runtime failed on {read} tokens of {self._names}: {one_line(error)}") from error
         logits, routing = self._rows
-        if max(answers) > REUSED:  # those arrays now belong to the caller
+        if fresh:  # those arrays now belong to the caller
             self._bound, self._rows = (0, 0), self._reused
         return Output(logits[:row_count], routing[:row_count])
+
+    def _even_counts(self, own: int, other: int, lengths: tuple[int, int]) -> list[int]:
+        """How many tokens of each a pass reads: one more where their sum is odd, if its buffers have room.
+
+        The longer segment takes it: attention and the factors' products have other kernels for a single token.
+        """
+        counts = [own, other]
+        if (own + other) % 2:
+            longer = int(other > own)
+            for place in (longer, 1 - longer):
+                if lengths[place] + counts[place] < self._memories[place].shape[2]:
+                    counts[place] += 1
+                    break
+        return counts
 
     def _bind(self, count: int, row_count: int, fresh: bool) -> None:
         """Bind what depends on how many tokens a pass reads and answers; `fresh`: new rows for the caller."""
