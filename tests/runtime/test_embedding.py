@@ -75,7 +75,7 @@ def test_a_deadline_is_kept_within_one_token(rt: FusionRuntime, monkeypatch: pyt
     whole = rt.generate(PROMPT, 12)
     Clock(monkeypatch)
     monkeypatch.setattr(
-        "fusionroute.runtime.readers.UNWATCHED_TOKENS", CHUNK
+        "fusionroute.runtime.token_sequence.UNWATCHED_TOKENS", CHUNK
     )  # else the prompt is looked after by a thread of its own, which asks the same clock
     for seconds, count in ((0, 0), (-1, 0), (0.5, 1), (4, 4), (4.5, 5), (50, 12)):
         result = rt.generate(PROMPT, 12, deadline=seconds)
