@@ -19,7 +19,7 @@ from tests.support.adapters import SHAPE, TARGETS, make_adapter, peft_model
 from tests.support.systems import make_model
 
 BIASED = replace(SHAPE, config={"attention_bias": True})
-PLAIN = {"target_modules": ["q_proj"]}
+PLAIN: dict[str, Any] = {"target_modules": ["q_proj"]}
 
 
 @pytest.fixture(scope="module")
