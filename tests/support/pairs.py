@@ -1,7 +1,8 @@
-"""Pair bundles of small systems, and a plain reader of their graphs: every pass allocates what it needs."""
+"""Pair bundles of small systems, and a plain reader of pair graphs: every pass allocates what it needs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,23 +43,30 @@ class Memory:
 
 
 class PairReader:
-    """A bundle's pair graph in one precision, with an expert bound."""
+    """A pair graph with an expert bound."""
 
-    def __init__(self, bundle: Path, precision: str, expert: str, capacity: int = 64):
-        manifest = Manifest.read(bundle)
-        variant = next(each for each in manifest.variants if each.precision == precision)
-        assert variant.pair is not None
-        self.session = onnxruntime.InferenceSession(str(bundle / variant.pair.graph), providers=["CPUExecutionProvider"])
-        self.factors = load_file(bundle / variant.pair.factors[expert])
-        spec = manifest.models[0]
-        shape = (1, spec.kv_heads, capacity, spec.head_size)
-        names = [f"past.{layer}.{kind}" for layer in range(spec.layers) for kind in ("key", "value")]
-        self.router, self.expert = (Memory({name: np.zeros(shape, np.float32) for name in names}) for _ in range(2))
+    def __init__(self, graph: Path, factors: Mapping[str, np.ndarray], capacity: int = 64):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self.factors = factors
+        shapes = {
+            each.name: (1, each.shape[1], capacity, each.shape[3]) for each in self.session.get_inputs() if each.name.startswith("past.")
+        }
+        self.router, self.expert = (Memory({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}) for _ in range(2))
+
+    @classmethod
+    def open(cls, bundle: Path, precision: str, expert: str) -> PairReader:
+        """A bundle's graph in one precision, and the factors of an expert as the safetensors library reads them."""
+        pair = next(each.pair for each in Manifest.read(bundle).variants if each.precision == precision)
+        assert pair is not None
+        return cls(bundle / pair.graph, load_file(bundle / pair.factors[expert]))
 
     def read(self, router: list[int], expert: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One pass over tokens of both: logits of each [S, V], and the router's routing scores [S, n]."""
         count = len(router) + len(expert)
-        feeds: dict[str, Any] = self.factors | {
+        feeds: dict[str, Any] = {
+            **self.factors,
             "input_ids": np.array([[*router, *expert]], np.int64),
             "segments": np.array([len(router), len(expert)], np.int64),
             "logit_positions": np.arange(count),
