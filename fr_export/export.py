@@ -11,10 +11,13 @@ from fusionroute.fr_export.bundle.describe import describe, with_file, write_com
 from fusionroute.fr_export.bundle.disk_space import check_space
 from fusionroute.fr_export.bundle.early_refusals import refuse
 from fusionroute.fr_export.bundle.engines import add_engines
+from fusionroute.fr_export.bundle.pair_variant import PairVariantWriter
 from fusionroute.fr_export.bundle.recording import calibration_table
+from fusionroute.fr_export.bundle.shared_base import deltas
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.fr_export.bundle.targets import TARGETS
 from fusionroute.fr_export.bundle.variant import VariantWriter
+from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
@@ -51,15 +54,20 @@ class Request:
     force: bool = False
     strict: bool = False  # a precision that misses its bound is an error
     gpus: tuple[int, ...] = ()  # compute capabilities that TensorRT-RTX engines are built for
+    shared_base: bool = False  # one graph for all models, which are adapters of one base
     compare: int | None = None  # tokens to compare on; 0: do not compare; None: what takes a tenth of the time
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A request that can be exported, as far as one can know before: its variants, checkpoints, prompts, and forecast."""
+    """A request that can be exported, as far as one can know before: its variants, checkpoints, prompts, and forecast.
+
+    `deltas`: what each expert adds to the router, where all models share one base.
+    """
 
     plan: list[tuple[str, Scheme]]
     system: System
+    deltas: dict[str, Delta] | None
     prompts: Parts
     fusion: FusionSettings
     forecast: Forecast
@@ -71,12 +79,15 @@ def check(request: Request, stages: Stages) -> Checked:
     plan = [(target, SCHEMES[target][name]) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
     with stages.stage("checking the checkpoints"):
         system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len, request.base)
+        shared = deltas(system) if request.shared_base else None
         prompts = load_parts(request.calibration)
         fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
-        forecast = Forecast.of(system, plan, prompts.calibration, request.calibration, len(request.gpus), request.out, request.compare)
+        forecast = Forecast.of(
+            system, shared, plan, prompts.calibration, request.calibration, len(request.gpus), request.out, request.compare
+        )
         check_space(forecast.disk_needed, forecast.disk_free, request.out)
         check_memory(forecast, psutil.virtual_memory().total + psutil.swap_memory().total)
-    return Checked(plan, system, prompts, fusion, forecast)
+    return Checked(plan, system, shared, prompts, fusion, forecast)
 
 
 def export(request: Request, stages: Stages) -> dict[str, Any]:
@@ -101,7 +112,11 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             table.save(folder / TABLE)
             known = evidence(table)
 
-        writer = VariantWriter(system, traces, known, folder, stages)
+        writer = (
+            VariantWriter(system, traces, known, folder, stages)
+            if checked.deltas is None
+            else PairVariantWriter(system, checked.deltas, traces, known, folder, stages)
+        )
         written = [writer.write(target, scheme) for target, scheme in plan]
         variants = [each.variant for each in written]
         weights = writer.gather_weights(variants)

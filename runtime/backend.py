@@ -1,11 +1,18 @@
 """What a backend offers: models that read tokens into a KV cache, and the fusion of two models' logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 REUSED = 16  # most rows of logits that a cache returns in buffers that it uses again
+
+
+class Segment(NamedTuple):
+    """What one model reads in a pass: S token ids, and K of their positions (0 … S−1, ascending) that it answers at."""
+
+    ids: Sequence[int]
+    positions: Sequence[int]
 
 
 class Output(NamedTuple):
@@ -82,6 +89,10 @@ class Cache(Protocol):
         ...
 
 
+# (router's cache, its segment, expert's cache, its segment) → the outputs of both; otherwise as `Cache.forward`
+JointForward = Callable[[Any, Segment, Any, Segment], tuple[Output, Output]]
+
+
 class LanguageModel(Protocol):
     """A loaded model. Every session has a cache of its own, which one thread uses at a time."""
 
@@ -141,6 +152,16 @@ class Backend(Protocol):
 
     async_dispatch: bool
     """Whether `forward` and the fuser only queue their work; reading what they return then waits for it."""
+
+    guess_limit: int
+    """Most tokens that an expert should read before it is known whether it answers. 0: it is never guessed."""
+
+    @property
+    def forward_both(self) -> JointForward | None:
+        """One pass in which the router and an expert read, each its own segment; `interrupt` of the router's cache ends
+        it. None: every model has passes of its own.
+        """
+        ...
 
     @property
     def router(self) -> LanguageModel:

@@ -18,7 +18,8 @@ from fusionroute.runtime.errors import BundleError, one_line
 from fusionroute.runtime.files import replace
 
 NAME = "manifest.json"
-FORMAT: Final = 2  # what the exporter writes. Format 1 has no `tensors`: each weight was a file
+# what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`
+FORMAT: Final = 3
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[int, Field(ge=0)]
@@ -119,12 +120,22 @@ class Engines(Strict):
     profile: Profile
 
 
-class Variant(Strict):
-    """One precision for one target: a graph per model (router first) and the fusion graph.
+class Pair(Strict):
+    """One graph that router and expert pass through together, and the factors that make an expert of it.
 
-    `weight_bytes`: bytes of weights that one token reads of each model, which are all but the embedding rows of other
-    tokens; empty in bundles of older versions. `operators`: the ONNX operators of its graphs, for targets whose builder
-    must know them.
+    factors: expert → a safetensors file with the values of the graph's inputs `delta.…`, under their names.
+    """
+
+    graph: InsidePath
+    factors: dict[str, InsidePath]
+
+
+class Variant(Strict):
+    """One precision for one target: a graph per model (router first), or one for all of them; and the fusion graph.
+
+    `pair`: the one graph; `graphs` is then empty. `weight_bytes`: bytes of weights that one token reads of each model,
+    which are all but the embedding rows of other tokens (of an expert beside a `pair`: its factors); empty in bundles
+    of older versions. `operators`: the ONNX operators of its graphs, for targets whose builder must know them.
     """
 
     target: str
@@ -135,6 +146,18 @@ class Variant(Strict):
     weight_bytes: dict[str, Size] = {}
     operators: list[str] = []
     engines: list[Engines] = []
+    pair: Pair | None = None
+
+    @model_serializer(mode="wrap")
+    def without_pair(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `pair` out where there is none: older versions read such variants."""
+        fields: dict[str, Any] = serialise(self)
+        return fields if self.pair else {name: value for name, value in fields.items() if name != "pair"}
+
+    @property
+    def graph_paths(self) -> list[str]:
+        """The graphs of its language models, each once."""
+        return [*self.graphs.values()] if self.pair is None else [self.pair.graph]
 
     @property
     def cache_width(self) -> int:
@@ -151,7 +174,7 @@ class Manifest(Strict):
     `lam_curve`: pairs of λ and accuracy on the validation split; None where λ was not tuned.
     """
 
-    format: Literal[1, 2]
+    format: Literal[1, 2, 3]
     family: str
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion
@@ -177,12 +200,16 @@ class Manifest(Strict):
         if len(set(names)) < len(names):
             raise ValueError("two models have the same name")
         for variant in self.variants:
-            if variant.graphs.keys() != set(names):
-                raise ValueError(
-                    f"the variant {variant.precision} has graphs for {', '.join(variant.graphs)} instead of {', '.join(names)}"
-                )
-            if unknown := sorted({*variant.graphs.values(), variant.fusion_graph} - self.files.keys()):
-                raise ValueError(f"the graph {unknown[0]} is not among the files")
+            pair = variant.pair
+            of_models, kind = (variant.graphs, "graphs") if pair is None else (pair.factors, "factors")
+            expected = names if pair is None else names[1:]
+            if of_models.keys() != set(expected):
+                raise ValueError(f"the variant {variant.precision} has {kind} for {', '.join(of_models)} instead of {', '.join(expected)}")
+            if pair is not None and (variant.graphs or variant.engines):
+                raise ValueError(f"the variant {variant.precision} has a graph for all models, and others")
+            paths = {*of_models.values(), variant.fusion_graph} | ({pair.graph} if pair else set())
+            if unknown := sorted(paths - self.files.keys()):
+                raise ValueError(f"the file {unknown[0]} of the variant {variant.precision} is not among the files")
             for built in variant.engines:
                 if built.engines.keys() != {*names, "fusion"}:
                     raise ValueError(

@@ -19,7 +19,7 @@ class PlainStep:
     def __init__(self, system: LoadedSystem, readers: Readers):
         backend = system.backend
         self.readers, self.expert_names, self.vocab_size = readers, system.expert_names, system.vocab_size
-        self.fuser, self._async_dispatch = backend.fuser(), backend.async_dispatch
+        self.fuser, self._async_dispatch, self._guess_limit = backend.fuser(), backend.async_dispatch, backend.guess_limit
         self.newest: Fused | None = None  # what the newest token was chosen from
         self.last_expert: int | None = None  # the expert of the newest token
         self.router_logits: Any = None  # of the last step, float32 [1, V]; valid until the next pass
@@ -36,29 +36,33 @@ class PlainStep:
         A model that has no say does not run: an expert whose logits have weight zero, and the router if neither its
         logits nor its choice count; routing is then NaN.
         """
-        length = len(self.readers.sequence.ids)
-
-        def fused_with(expert: int) -> tuple[Output, Output, Fused]:
-            answered = self.readers.read_expert(expert, newest) if routed is None or coefficients[1] else routed
-            router = routed or answered  # a stand-in, of weight zero
-            return router, answered, self.fuse(router.logits, answered.logits, coefficients, sampler, length)
-
+        readers, length = self.readers, len(self.readers.sequence.ids)
         newest = (length - 1,)
-        routed = self.readers.router.read(newest) if pinned is None or coefficients[0] else None
-        self.router_logits = None if routed is None else routed.logits
+
+        def fused_with(answered: Output) -> Fused:
+            router = answered if routed is None else routed  # a stand-in, of weight zero
+            return self.fuse(router.logits, answered.logits, coefficients, sampler, length)
+
         guess = self.guess_expert() if pinned is None and coefficients[1] else pinned
-        outputs = fused_with(guess) if guess is not None else None  # queued behind the router, which may still run
+        read = 0 if guess is None else min(readers.experts[guess].length, length - 1)
+        router_reads = pinned is None or coefficients[0]
+        routed, answered = readers.read(newest if router_reads else None, guess if coefficients[1] else None, newest)
+        self.router_logits = None if routed is None else routed.logits
+        # queued behind the router, which may still run
+        fused = fused_with(answered) if answered is not None and self._async_dispatch else None
         routing = self.routing_of(routed)
         choice = int(routing.argmax()) if pinned is None else pinned
         if choice != guess:
             if guess is not None:  # what an expert reads, and in which passes, must not depend on guesses
-                self.readers.experts[guess].truncate(length - 1)
-            outputs = None
-        router, answered, fused = outputs or fused_with(choice)
+                readers.experts[guess].truncate(read)
+            answered = fused = None
+        if answered is None:
+            answered = routed if routed is not None and not coefficients[1] else readers.read_expert(choice, newest)
+        fused = fused or fused_with(answered)
         self.last_expert = choice
         token = sampler.choose(candidates(fused), lambda: fused.rows[0])
-        logprob = self.logprob(token, fused, router.logits, answered.logits, coefficients)
-        self.readers.commit(token)
+        logprob = self.logprob(token, fused, (routed or answered).logits, answered.logits, coefficients)
+        readers.commit(token)
         return Token(token, self.expert_names[choice], logprob, routing)
 
     def routing_of(self, routed: Output | None, row: int = 0) -> np.ndarray:
@@ -67,11 +71,11 @@ class PlainStep:
         return np.array(scores)
 
     def guess_expert(self) -> int | None:
-        """The expert to run before the routing is known, if models run concurrently: the last one, unless it lags."""
-        if not self._async_dispatch or self.last_expert is None:
+        """The expert to run before the routing is known: the last one, unless it lags by more than a guess may cost."""
+        if not self._guess_limit or self.last_expert is None:
             return None
-        lags = self.readers.experts[self.last_expert].length < max(len(self.readers.sequence.ids) - 1, 1)
-        return None if lags else self.last_expert
+        read = self.readers.experts[self.last_expert].length
+        return self.last_expert if read and len(self.readers.sequence.ids) - read <= self._guess_limit else None
 
     def fuse(self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int, count: int = 0) -> Fused:
         """Fuse logits float32 [1, V] at one position, behind the first `length` tokens.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusionroute.runtime import limits
-from fusionroute.runtime.backend import Cache, Output
+from fusionroute.runtime.backend import Cache, Output, Segment
 from fusionroute.runtime.background_prefill import BackgroundPrefill
-from fusionroute.runtime.cancellation import UNWATCHED_TOKENS
+from fusionroute.runtime.even_cache import EvenCache, evenly
 from fusionroute.runtime.loaded_system import LoadedSystem
-from fusionroute.runtime.paired_cache import PairedCache
 from fusionroute.runtime.token_sequence import TokenSequence
 
 
@@ -35,7 +34,7 @@ class Reader:
         if self._cache is None:
             model = backend.router if self._expert is None else backend.experts[self._expert]
             cache = model.cache()
-            self._cache = PairedCache(cache, self._sequence.ids, self._system.max_seq_len) if self._system.exact else cache
+            self._cache = EvenCache(cache, self._sequence.ids, self._system.max_seq_len) if self._system.exact else cache
         return self._cache
 
     @property
@@ -49,12 +48,21 @@ class Reader:
         What was read behind the first of them is read again. Raises ClosedError, and Interrupted for a cancelled
         generation.
         """
+        *leading, last = self.passes(positions)
+        for segment in leading:
+            self.forward(*segment)
+        return self.forward(*last)
+
+    def passes(self, positions: Sequence[int]) -> list[Segment]:
+        """The segments that `read` reads, one a pass; the last one answers. The cache forgets what is read again."""
         cache, ids = self._cache_with_prefix(), self._sequence.ids
-        cache.length, end = min(cache.length, positions[0]), positions[-1] + 1
-        while (stop := self._pass_end(cache.length, positions[0], end)) < end:
-            self.forward(ids[cache.length : stop], (stop - cache.length - 1,))
-        start = cache.length
-        return self.forward(ids[start:end], [position - start for position in positions])
+        start = cache.length = min(cache.length, positions[0])
+        end = positions[-1] + 1
+        segments = []
+        while (stop := self._pass_end(start, positions[0], end)) < end:
+            segments.append(Segment(ids[start:stop], (stop - start - 1,)))
+            start = stop
+        return [*segments, Segment(ids[start:end], [position - start for position in positions])]
 
     def _pass_end(self, start: int, first: int, end: int) -> int:
         """Where the next pass ends, on the way from `start` to `end`. The last pass answers, from position `first` on.
@@ -80,12 +88,8 @@ class Reader:
 
         Cancellation interrupts a long pass on its way: what it has written lies beyond the cache's length.
         """
-        cache, cancellation = self.cache, self._sequence.cancellation
-        if cancellation is None or not cancellation.armed or len(ids) <= UNWATCHED_TOKENS:
-            return cache.forward(ids, positions)
-        cancellation.check()
-        with cancellation.interrupting(cache.interrupt):
-            return cache.forward(ids, positions)
+        with self._sequence.watching(len(ids), self.cache.interrupt):
+            return self.cache.forward(ids, positions)
 
     def truncate(self, length: int) -> None:
         """Forget what was read behind the first `length` tokens."""
@@ -119,12 +123,45 @@ class Readers:
         self.router = Reader(system, sequence, None)
         self.experts = [Reader(system, sequence, expert) for expert in range(len(system.expert_names))]
         self._background = BackgroundPrefill(self.experts, system.thread) if system.background_prefill else None
+        forward_both = system.backend.forward_both
+        self._forward_both = evenly(forward_both) if forward_both is not None and system.exact else forward_both
+
+    @property
+    def joint(self) -> bool:
+        """Whether the router and an expert can read in one pass."""
+        return self._forward_both is not None
+
+    def read(
+        self, positions: Sequence[int] | None, expert: int | None, expert_positions: Sequence[int]
+    ) -> tuple[Output | None, Output | None]:
+        """`Reader.read` of the router and of an expert, in common passes where the backend has them.
+
+        `positions` None: the router does not read; `expert` None: no expert does.
+        """
+        if positions is None or expert is None or self._forward_both is None:
+            routed = None if positions is None else self.router.read(positions)
+            return routed, None if expert is None else self.read_expert(expert, expert_positions)
+        self._take(expert)
+        own, other = self.router.passes(positions), self.experts[expert].passes(expert_positions)
+        for segment in own[: -len(other)]:  # the last passes coincide
+            self.router.forward(*segment)
+        for segment in other[: -len(own)]:
+            self.experts[expert].forward(*segment)
+        caches = self.router.cache, self.experts[expert].cache
+        for ahead, behind in zip(own[-len(other) :], other[-len(own) :], strict=True):
+            with self.sequence.watching(len(ahead.ids) + len(behind.ids), caches[0].interrupt):
+                outputs = self._forward_both(caches[0], ahead, caches[1], behind)
+        return outputs
 
     def read_expert(self, expert: int, positions: Sequence[int]) -> Output:
         """`Reader.read` of an expert, which first ends the pass that it may be in."""
+        self._take(expert)
+        return self.experts[expert].read(positions)
+
+    def _take(self, expert: int) -> None:
+        """End the background pass that an expert may be in."""
         if self._background is not None:
             self._background.wait(expert)
-        return self.experts[expert].read(positions)
 
     def commit(self, token: int) -> None:
         """Append a token that stays until a rewind."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
 from operator import eq
 
-from fusionroute.runtime.cancellation import Cancellation
+from fusionroute.runtime.cancellation import UNWATCHED_TOKENS, Cancellation
 from fusionroute.runtime.limits import even
+
+UNWATCHED: AbstractContextManager[None] = nullcontext()
 
 
 class TokenSequence:
@@ -22,6 +25,17 @@ class TokenSequence:
         self.cancellation: Cancellation | None = None
         self.prompt_length = 0  # 0 until the first step; other sessions may copy what was read of the prompt
         self.lending = threading.Lock()  # held while another session copies what was read, and while that is forgotten
+
+    def watching(self, token_count: int, interrupt: Callable[[], None]) -> AbstractContextManager[None]:
+        """For a pass over so many tokens: cancellation calls `interrupt` on its way, unless the pass is short.
+
+        Raises Interrupted if the generation is to end already.
+        """
+        cancellation = self.cancellation
+        if cancellation is None or not cancellation.armed or token_count <= UNWATCHED_TOKENS:
+            return UNWATCHED
+        cancellation.check()
+        return cancellation.interrupting(interrupt)
 
     def start_decoding(self) -> None:
         """The first step comes: what is there so far is the prompt."""

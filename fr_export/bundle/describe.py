@@ -12,7 +12,7 @@ from fusionroute.fr_export.graphs.fusion_graph import write_fusion_graph
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import FOLDER
 from fusionroute.runtime.bundle import sha256
-from fusionroute.runtime.manifest import FORMAT, File, Manifest, Model, Variant
+from fusionroute.runtime.manifest import File, Manifest, Model, Variant
 
 
 def write_common_files(router: Checkpoint, folder: Path) -> None:
@@ -47,7 +47,7 @@ def describe(
     ]
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return Manifest(
-        format=FORMAT,
+        format=3 if any(variant.pair for variant in variants) else 2,  # older versions read 2
         family=system.family.name,
         models=models,
         **fusion.model_dump(),

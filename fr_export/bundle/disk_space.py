@@ -1,12 +1,14 @@
 """How much room a bundle needs on the disk."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fusionroute.fr_export.bundle.targets import TARGETS
+from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.precision import Scheme
@@ -30,6 +32,21 @@ def free_space(out: Path) -> int:
     """Bytes free where `out` is or will be."""
     folder = out.absolute()
     return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+
+
+class Stored(NamedTuple):
+    """What a bundle stores of a system: values in each precision, and the bytes of `factors`, which all of them share."""
+
+    values: int
+    factors: int
+
+
+def stored(system: System, deltas: Mapping[str, Delta] | None) -> Stored:
+    """What a bundle stores; with `deltas`, the router and the factors of each expert in fp32, without their padding."""
+    if deltas is None:
+        return Stored(stored_values(system), 0)
+    router = sum(int(np.prod(entry.shape)) for entry in system.router.weights.entries.values())
+    return Stored(router, 4 * sum(delta.values for delta in deltas.values()))
 
 
 def stored_values(system: System) -> int:

@@ -21,12 +21,11 @@ from fusionroute.fr_export.graphs.weight_files import WeightFile, WeightFiles
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.bind_weights import bind
-from fusionroute.fr_export.precision.carried import Carried, carry, carrying
 from fusionroute.fr_export.precision.concurrency import Concurrency, memory_of
 from fusionroute.fr_export.precision.evidence import Evidence
-from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.fit_model import fit_model
 from fusionroute.fr_export.precision.products import coarse_products
-from fusionroute.fr_export.precision.scheme import Carrying, Fitting
+from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.machine import cores
@@ -71,8 +70,7 @@ class VariantWriter:
         first = target not in self._started
         self._started.add(target)
         traces = self._traces.of(spec.dialect)
-        fitting = scheme if isinstance(scheme, Fitting) and self._evidence else None
-        fitted_on = self._traces.of() if fitting else {}
+        fitted_on = self._traces.of() if isinstance(scheme, Fitting) and self._evidence else {}
         concurrency = Concurrency.of(len(system.models), max(map(memory_of, (fitted_on or traces).values())))
         paths = {model.name: spec.place(model.name, target, scheme.name, first) for model in system.models}
         stores = {name: self._store((self._folder / path).parent) for name, path in paths.items()}
@@ -81,15 +79,10 @@ class VariantWriter:
             file, store, trace = self._folder / paths[model.name], stores[model.name], traces[model.name]
             head = system.head if model is system.router else None
             try:
-                if fitting:
-                    number = system.models.index(model)
-                    with shared[store].model(number):
-                        context = FitContext(
-                            fitted_on[model.name], model.weights, self._evidence[model.name], store, shared[store], advance, number, concurrency.threads
-                        )  # fmt: skip
-                        graph, own, about = fitted(trace, fitting, context)
-                else:
-                    graph, own, about = rounded(trace, scheme, model.weights, store, advance)
+                graph, own, about = fit_model(
+                    model, spec.dialect, scheme, self._traces, self._evidence, store, shared[store], advance,
+                    number=system.models.index(model), threads=concurrency.threads,
+                )  # fmt: skip
                 spec.prepare(graph, scheme.name, model.family)
                 spec.dialect.end_with(graph, head)
                 bind(graph, model.weights, own, store, advance)
@@ -152,21 +145,6 @@ class VariantWriter:
         return self._stores[graphs]
 
 
-def fitted(trace: Graph, scheme: Fitting, context: FitContext) -> tuple[Graph, Scheme, dict[str, Any] | None]:
-    """A copy of the trace, the scheme that was fitted to bind it with, and what it reports."""
-    graph, own = scheme.fit(context)
-    return trace.with_sources_of(graph).clone(), own, own.about
-
-
-def rounded(
-    trace: Graph, scheme: Scheme, weights: Weights, store: Store, advance: Callable[[int], None]
-) -> tuple[Graph, Scheme, dict[str, Any] | None]:
-    """The same without calibration: weights are rounded to nearest, or carried over where they are in blocks already."""
-    carried = carry(trace, weights, scheme.carries, store, advance) if isinstance(scheme, Carrying) else {}
-    own = carrying(scheme, carried, trace)
-    return trace.clone(), own, own.about if isinstance(own, Carried) else None
-
-
 def matrix_digests(graph: Graph, weights: Weights) -> set[str]:
     """The contents of a model's matrices."""
     return {digest(unscaled(graph.sources[name]), weights) for name in matrices(graph)}
@@ -175,7 +153,7 @@ def matrix_digests(graph: Graph, weights: Weights) -> set[str]:
 def stored_weights(variant: Variant, folder: Path) -> dict[tuple[Path, int], int]:
     """What a variant's graphs read, each tensor once: its file and offset → bytes."""
     lengths: dict[tuple[Path, int], int] = {}
-    for name in variant.graphs.values():
+    for name in variant.graph_paths:
         for value in ir.load(folder / name).graph.initializers.values():
             if isinstance(tensor := value.const_value, ir.ExternalTensor):
                 lengths[(folder / name).parent / tensor.location, tensor.offset or 0] = tensor.length or tensor.nbytes

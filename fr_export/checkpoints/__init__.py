@@ -10,5 +10,6 @@ sources/            sources that are no folder of safetensors with a whole model
 source_report.py    what a checkpoint was made from, for the report
 torch_model.py      a checkpoint of any source as a transformers model
 system.py           a router and its experts as one system
+deltas.py           what sets an expert apart from the router, where both adapt one base
 fusion_settings.py  how logits are fused: the command line, the router's fusion.json, or the default
 """

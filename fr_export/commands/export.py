@@ -15,6 +15,7 @@ from fusionroute.fr_export.commands.variants import (
     TARGET_HELP,
     check_calibration,
     check_precisions,
+    check_shared_base,
     default_folder,
     parse_compare,
     parse_gpus,
@@ -61,6 +62,9 @@ def main(
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
     expert: ExpertOptions = None,
     base: BaseOption = None,
+    shared_base: Annotated[
+        bool, typer.Option("--shared-base", help="One graph for all models, which are adapters of one base: it is stored and read once.")
+    ] = False,
     precision: Annotated[
         str | None, typer.Option(help=f"Comma list of {', '.join(f'{each.name} ({each.help})' for each in RECORDS)}.")
     ] = None,
@@ -108,6 +112,8 @@ def main(
         gpus, targets, named_experts = parse_gpus(target), parse_targets(target), dict(parse_experts(expert or []))
         if precision is not None:
             check_precisions(names(precision), targets)
+        if shared_base:
+            check_shared_base(targets)
         tokens = parse_compare(compare)
         if strict and tokens == 0:
             raise typer.BadParameter("a precision that is not compared cannot be held to its bound", param_hint="--strict / --compare none")
@@ -142,6 +148,7 @@ def main(
                     force=force,
                     strict=strict,
                     gpus=gpus,
+                    shared_base=shared_base,
                     compare=tokens,
                 )
                 report = asdict(check(request, stages).forecast) if dry_run else export(request, stages)

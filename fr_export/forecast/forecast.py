@@ -1,15 +1,16 @@
 """The forecast of one export, from the headers of its checkpoints and a short measurement of the machine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from fusionroute.fr_export.bundle.disk_space import bits_on_disk, free_space, largest_tensor, stored_values, weights_on_disk
+from fusionroute.fr_export.bundle.disk_space import bits_on_disk, free_space, largest_tensor, stored, weights_on_disk
 from fusionroute.fr_export.bundle.recording import recording_scheme
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.forecast.machine import slowness
 from fusionroute.fr_export.forecast.stages import FASTER, LEAST, MOST, SLOWER, StageForecast, comparing, fits, stages
@@ -46,6 +47,7 @@ class Forecast:
     def of(
         cls,
         system: System,
+        deltas: Mapping[str, Delta] | None,
         plan: Sequence[tuple[str, Scheme]],
         prompts: Sequence[str],
         calibration: str,
@@ -55,22 +57,23 @@ class Forecast:
     ) -> "Forecast":
         """Forecast the export of `plan`, a target and a scheme for each variant, to `out`.
 
-        `gpus` counts those that engines are built for; `compare` is the number of tokens, None for the default.
+        `deltas`: of the experts, where all models share one base. `gpus` counts those that engines are built for; `compare` is the number of tokens, None for the default.
         """
-        work, values = Work.of(system, prompts), stored_values(system)
+        work = Work.of(system, prompts, deltas is not None)
+        values, factors = stored(system, deltas)
         calibrated = fits(plan, calibration)
         tokens = default_tokens(work, plan, calibration, gpus) if compare is None else compare
         expected = stages(work, plan, calibration, gpus, tokens, slowness())
         peak = max(expected, key=lambda stage: stage.memory)
         total = sum(stage.seconds for stage in expected)
-        needed = weights_on_disk(values, plan, calibrated, gpus > 0)
+        needed = weights_on_disk(values, plan, calibrated, gpus > 0) + factors
         if calibrated and not calibration.endswith(".safetensors"):
-            needed = max(needed, int(recording_scheme(work.values).bits * values / 8))
+            needed = max(needed, int(recording_scheme(work.values).bits * stored(system, None).values / 8))
         return cls(
             family=system.family.name,
             max_seq_len=system.max_seq_len,
             sources=[source(model) for model in system.models],
-            variants=[variant(target, scheme, values, calibrated) for target, scheme in plan],
+            variants=[variant(target, scheme, values, factors, calibrated) for target, scheme in plan],
             disk_needed=needed + largest_tensor(system, plan),  # for a moment it lies twice
             disk_free=free_space(out),
             peak_memory=(int(LEAST * peak.memory), int(MOST * peak.memory)),
@@ -87,10 +90,10 @@ def source(model: Checkpoint) -> dict[str, Any]:
     return {"model": model.name, "folder": str(model.folder), "parameters": parameters(model), **asdict(model.source)}
 
 
-def variant(target: str, scheme: Scheme, values: int, calibrated: bool) -> dict[str, Any]:
-    """A variant with its bits per weight and the bytes of its weights."""
+def variant(target: str, scheme: Scheme, values: int, factors: int, calibrated: bool) -> dict[str, Any]:
+    """A variant with its bits per weight and the bytes of its weights, the `factors` of experts among them."""
     bits = bits_on_disk(scheme, calibrated)
-    return {"target": target, "precision": scheme.name, "bits_per_weight": bits, "bytes": int(bits * values / 8)}
+    return {"target": target, "precision": scheme.name, "bits_per_weight": bits, "bytes": int(bits * values / 8) + factors}
 
 
 def seconds(expected: float) -> tuple[float, float]:

@@ -65,16 +65,16 @@ def before_writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: 
     if records:
         scheme = recording_scheme(work.values)
         yield StageForecast(f"writing {scheme.name} to record with", WRITING * work.values, LOADED + sliced(work))
-        yield StageForecast("recording", RECORDING * walking(work), LOADED + in_runtime(work, scheme.bits) + CACHES)
+        yield StageForecast("recording", RECORDING * walking(work), LOADED + in_runtime(work.values, scheme.bits) + CACHES)
         yield StageForecast("calibrating", walking(work), LOADED + at_a_time(work) * BLOCKS * 4 * work.largest_tensor)
 
 
 def writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: str, gpus: int) -> Iterator[StageForecast]:
     """Each variant, fitted where it can be, and its engines."""
     for target, scheme in plan:
-        seconds, memory = WRITING * work.values, LOADED + sliced(work)
+        seconds, memory = WRITING * work.written, LOADED + sliced(work)
         if fits([(target, scheme)], calibration):
-            seconds += FITTING * work.values * work.widest + walking(work)
+            seconds += FITTING * work.written * work.widest + walking(work)
             memory = max(memory, LOADED + at_a_time(work) * max(BLOCKS * 4 * work.largest_tensor, fit_memory(0, work.widest)))
         yield StageForecast(f"writing {scheme.name} for {target}", seconds, memory)
         if gpus and target == TENSORRT:
@@ -90,10 +90,10 @@ def comparing(work: Work, plan: Sequence[tuple[str, Scheme]], tokens: int) -> It
     seconds = REFERENCE_LOADING * work.values + 4 * OPERATION * tokens * work.values
     yield StageForecast("reference in torch", seconds, LOADED + 4 * work.largest_model + logits)
     per_token = max(PER_TOKEN_LAYER * work.layers, PER_TOKEN_VALUE * work.active_values)
-    reading = WRITING * work.values + 2 * OPERATION * tokens * work.values + min(tokens, DECODED) * per_token
+    reading = WRITING * work.written + 2 * OPERATION * tokens * work.values + min(tokens, DECODED) * per_token
     for target, scheme in variants:
         bits = max(scheme.bits, PRECISIONS[scheme.name].rank("ort:cpu"))
-        memory = LOADED + in_runtime(work, bits) + logits
+        memory = LOADED + in_runtime(work.written, bits) + logits
         yield StageForecast(f"comparing {scheme.name} for {target}", reading, memory)
 
 
@@ -112,9 +112,9 @@ def at_a_time(work: Work) -> int:
     return Concurrency.of(work.models, fit_memory(work.largest_tensor, work.widest)).models
 
 
-def in_runtime(work: Work, bits: float) -> float:
-    """Bytes of all models in ONNX Runtime."""
-    return IN_RUNTIME * work.values * bits / 8
+def in_runtime(values: int, bits: float) -> float:
+    """Bytes of so many weights in ONNX Runtime."""
+    return IN_RUNTIME * values * bits / 8
 
 
 def walking(work: Work) -> float:

@@ -13,13 +13,15 @@ from fusionroute.fr_export.precision.calibrate import NEW_TOKENS, RANDOM_PROMPT
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of a system: its `models`, the `values` of all, `largest_model` of one, `largest_tensor` and `widest` (input channels)
-    of one matrix. `traced_layers`: of all architectures, each once. `layers` and `active_values`: of the router and the
+    """Counts of a system: its `models`, the `values` of all, those `written` by each variant, `largest_model` of one,
+    `largest_tensor` and `widest` (input channels) of one matrix. `traced_layers`: of all architectures, each once. `layers`
+    and `active_values`: of the router and the
     largest expert, which a generated token passes. Of the calibration: `new_tokens`, and `tokens` with the prompts.
     """
 
     models: int
     values: int
+    written: int
     largest_model: int
     largest_tensor: int
     widest: int
@@ -31,8 +33,11 @@ class Work:
     tokens: int
 
     @classmethod
-    def of(cls, system: System, prompts: Sequence[str]) -> "Work":
-        """Count a system that is calibrated on prompts; without prompts there is no text."""
+    def of(cls, system: System, prompts: Sequence[str], one_base: bool) -> "Work":
+        """Count a system that is calibrated on prompts; without prompts there is no text.
+
+        `one_base`: variants write the router, and factors that are small beside it.
+        """
         sizes = [parameters(model) for model in system.models]
         shapes = [entry.shape for model in system.models for entry in model.weights.entries.values()]
         architectures = {architecture(model.config, system.vocab_size): int(model.config.num_hidden_layers) for model in system.models}
@@ -40,6 +45,7 @@ class Work:
         return cls(
             models=len(system.models),
             values=sum(sizes),
+            written=sizes[0] if one_base else sum(sizes),
             largest_model=max(sizes),
             largest_tensor=max(int(np.prod(shape)) for shape in shapes),
             widest=max(shape[-1] for shape in shapes if len(shape) > 1),

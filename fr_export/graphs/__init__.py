@@ -4,6 +4,7 @@ trace.py           a model's config → a graph whose parameters have a shape an
 graph.py           that graph, and which checkpoint tensors each initialiser is made of
 dialects/          one file per dialect: what linear, norm and attention calls become
 passes/            one file per rewrite of a graph
+factor_arrays.py   what the inputs of a graph for a pair of models hold for one expert
 fusion_graph.py    the graph that fuses router and expert logits
 decoder_blocks.py  a graph cut into its decoder blocks, to run with one block's weights in memory
 stages.py          a graph cut finer, where the inputs of its weight matrices are ready

@@ -4,7 +4,7 @@ A precision is one file here (or in qdq/, for targets that read Q/DQ) that ends 
 one record in runtime/precisions.py.
 
 scheme.py           what a scheme does
-fit_context.py      what a scheme is given to fit one model
+fit_context.py      what a scheme is given to fit one model; fit_model.py: a model's graph and scheme, ready to bind
 fp32 … w8a8         the schemes
 blockwise.py        matrices in blocks with scales, as ONNX Runtime's operators read them
 gptq.py             rounding that compensates for its own errors; gptq_sequential.py: the same for a whole model

@@ -56,12 +56,14 @@ def build_report(
 def describe_variant(
     variant: Variant, manifest: Manifest, fitted: Mapping[str, Any], compared: dict[str, Any] | None, reason: str | None, folder: Path
 ) -> dict[str, Any]:
-    """One variant's entry. `bytes` counts its graphs and every tensor that they read, each once."""
-    graphs = sum((folder / name).stat().st_size for name in variant.graphs.values())
+    """One variant's entry. `bytes` counts its graphs, every tensor that they read, each once, and the experts' `factors`."""
+    graphs = sum((folder / name).stat().st_size for name in variant.graph_paths)
+    factors = {} if variant.pair is None else {name: manifest.files[path].bytes for name, path in variant.pair.factors.items()}
     return {
         "target": variant.target,
         "precision": variant.precision,
-        "bytes": graphs + sum(stored_weights(variant, folder).values()),
+        "bytes": graphs + sum(stored_weights(variant, folder).values()) + sum(factors.values()),
+        "factors": factors,
         "bits_per_weight": variant.bits_per_weight,
         "compared": compared,
         "missed": misses(variant.target, variant.precision, compared),

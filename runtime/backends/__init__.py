@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fusionroute.runtime.backend import Backend, BackendOptions
-from fusionroute.runtime.backends import ort_cpu
+from fusionroute.runtime.backends import ort_cpu, ort_pair
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError, one_line
 from fusionroute.runtime.tensorrt.library import OLDER, TARGET, device_sm
@@ -24,8 +24,10 @@ LOG = logging.getLogger("fusionroute")
 
 
 def open_cpu(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
-    """ONNX Runtime on the CPU."""
+    """ONNX Runtime on the CPU: a graph per model, or one for all of them."""
     refuse_expert_memory(options)
+    if variant.pair is not None:
+        return ort_pair.OrtPair(bundle, variant, variant.pair, options.threads, share_weights=options.share_weights)
     return ort_cpu.OrtCpu(bundle, variant, options.threads, share_weights=options.share_weights)
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusionroute.runtime.backend import REUSED, Fused, FusionInputs, Output
+from fusionroute.runtime.backend import REUSED, Output
 from fusionroute.runtime.backends import ort
-from fusionroute.runtime.backends.greedy_fusion import GreedyFuser
+from fusionroute.runtime.backends.cpu_fusion import OrtFuser
+from fusionroute.runtime.backends.cpu_sessions import CpuSessions, zeros
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Interrupted
-from fusionroute.runtime.errors import BundleError, FusionError, one_line
+from fusionroute.runtime.errors import FusionError, one_line
 from fusionroute.runtime.machine import cores
 
 if TYPE_CHECKING:
@@ -34,48 +31,22 @@ class OrtCpu:
 
     prefill_chunk = 256  # activations of 512 tokens spill out of the L2 cache between operators: about 10 % slower
     async_dispatch = False
+    guess_limit = 0
+    forward_both = None
 
     def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None, *, share_weights: bool = False):
-        onnxruntime = ort.package("cpu")
         manifest = bundle.manifest
-
-        def opened(graph: Path, threads: int | None, entries: dict[str, str], out: Path | None = None) -> Any:
-            options = ort.settings(onnxruntime, threads or cores())
-            for name, value in entries.items():
-                options.add_session_config_entry(name, value)
-            if out is not None:
-                options.optimized_model_filepath = str(out)
-            return ort.open_session(onnxruntime, graph, options, providers=["CPUExecutionProvider"])
-
-        def session(name: str, graph: str, threads: int | None, share: bool = False) -> Any:
-            path = bundle.folder / graph
-            try:
-                if share:
-                    release: str = onnxruntime.__version__
-                    from fusionroute.runtime.backends.prepacked_weights import packed  # here: most never share weights
-
-                    path = packed(bundle, variant, name, release, lambda entries, out: opened(bundle.folder / graph, 1, entries, out))
-                return opened(path, threads, {})
-            except FusionError:
-                raise
-            except Exception as error:  # ONNX Runtime has no public base class for its errors
-                raise BundleError(
-                    f"ONNX Runtime {onnxruntime.__version__} cannot load {name} from {path} ({one_line(error)}); export the bundle again."
-                ) from error
-
+        opened = CpuSessions(bundle, variant, threads)
         with ThreadPoolExecutor(cores()) as pool:  # loading mostly packs weights, on one core per model
-            sessions = list(
-                pool.map(lambda model: session(model.name, variant.graphs[model.name], threads, share_weights), manifest.models)
-            )
+            sessions = list(pool.map(lambda model: opened.model(model.name, variant.graphs[model.name], share_weights), manifest.models))
         paths = [bundle.folder / variant.graphs[model.name] for model in manifest.models]
         ort.check(sessions, manifest.models, paths, manifest.vocab_size)
         models = [
-            OrtModel(session, onnxruntime.RunOptions, model, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
+            OrtModel(session, opened.run_options, model, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
             for session, model in zip(sessions, manifest.models, strict=True)
         ]
         self.router, self.experts = models[0], models[1:]
-        # one pass over a row is too short for threads
-        self._fusion = session("the fusion graph", variant.fusion_graph, 1)
+        self._fusion = opened.fusion()
         self._vocab = manifest.vocab_size
 
     def fuser(self) -> OrtFuser:
@@ -86,7 +57,7 @@ class OrtCpu:
 class OrtModel:
     """One language model's inference session."""
 
-    def __init__(self, session: Any, run_options: Any, model: Model, capacity: int, vocab: int, experts: int):
+    def __init__(self, session: Any, run_options: Callable[[], Any], model: Model, capacity: int, vocab: int, experts: int):
         self.session = session
         self.model = model
         self.capacity = capacity
@@ -108,8 +79,6 @@ class OrtCache:
         self._model = model
         self._run = model.session.run_with_iobinding
         self._options = model.run_options()
-        # 1.32 reads it at every run; without it that costs an exception, 40 µs
-        self._options.add_run_config_entry("gpu_graph_id", "0")
         self._binding = binding = model.session.io_binding()
         spec = model.model
         shape = (1, spec.kv_heads, model.capacity, spec.head_size)
@@ -184,90 +153,3 @@ class OrtCache:
         if self._routing is not None:
             binding.bind_output("routing", "cpu", 0, np.float32, (1, row_count, model.experts), self._routing.ctypes.data)
         self._bound = (count, row_count)
-
-
-def zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 zeros, mapped page by page as they are written.
-
-    NumPy asks for huge pages: a few tokens of each head would take many of them.
-    """
-    if not hasattr(mmap, "MADV_NOHUGEPAGE"):
-        return np.zeros(shape, np.float32)
-    region = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
-        region.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(region, np.float32).reshape(shape)
-
-
-class OrtFuser:
-    """The fusion graph with bound buffers, bound again when shapes change.
-
-    One candidate without a penalty goes to GreedyFuser instead.
-    """
-
-    def __init__(self, session: Any, vocab: int):
-        self._run = session.run_with_iobinding
-        self._binding = session.io_binding()
-        self._vocab = vocab
-        self._shape = (0, 0)
-        self._arrays: dict[str, np.ndarray] = {
-            "coefficients": np.zeros(2, np.float32),
-            "penalty": np.ones((), np.float32),
-            "temperature": np.ones((), np.float32),
-            "k": np.zeros(1, np.int64),
-        }
-        for name, array in self._arrays.items():
-            self._bind(name, array)
-        self._penalty_ids = np.zeros((0, 0), np.int64)
-        self._addresses: dict[str, int] = {}
-        self._single = GreedyFuser(vocab)
-
-    def _bind(self, name: str, array: np.ndarray) -> None:
-        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-    def __call__(self, inputs: FusionInputs) -> Fused:
-        """See `runtime.backend.Fuser`. `router` and `expert` are float32 [K, V]."""
-        router, expert, coefficients, k, penalty_ids, penalty, temperature = inputs
-        count = len(router)
-        if k == count == 1 and not len(penalty_ids):
-            return self._single(router, expert, coefficients, temperature)
-        arrays = self._arrays
-        arrays["coefficients"][:] = coefficients
-        arrays["penalty"][()], arrays["temperature"][()], arrays["k"][0] = penalty, temperature, k
-        self._rows = (router, expert)  # bound by address: keep them alive until the run is over
-        for name, array in (("router_logits", router), ("expert_logits", expert)):
-            address = array.ctypes.data
-            if self._addresses.get(name) != address or self._shape[0] != count:
-                self._bind(name, array)
-                self._addresses[name] = address
-        if len(penalty_ids) or self._penalty_ids.shape != (count, 0):
-            self._penalty_ids = np.ascontiguousarray(np.broadcast_to(penalty_ids, (count, len(penalty_ids))))
-            self._bind("penalty_ids", self._penalty_ids)
-        if self._shape != (count, k):
-            self._allocate(count, k)
-        try:
-            self._run(self._binding)
-        except Exception as error:
-            raise FusionError(f"ONNX Runtime failed on the fusion graph: {one_line(error)}") from error
-        return self._fused
-
-    def row(self, fused: Fused) -> np.ndarray:
-        """See `runtime.backend.Fuser.row`. Not copied: the next fusion writes into new buffers."""
-        self._shape = (0, 0)
-        self._single.hand_over()
-        row: np.ndarray = fused.rows[0]
-        return row
-
-    def _allocate(self, count: int, k: int) -> None:
-        self._fused = Fused(
-            ids=np.empty((count, k), np.int64),
-            logits=np.empty((count, k), np.float32),
-            unpenalised=np.empty((count, k), np.float32),
-            log_normaliser=np.empty(count, np.float32),
-            sampling_normaliser=np.empty(count, np.float32),
-            rows=np.empty((count, self._vocab), np.float32),
-        )
-        names = ("candidate_ids", "candidate_logits", "unpenalised", "log_normaliser", "sampling_normaliser", "fused")
-        for name, array in zip(names, self._fused, strict=True):
-            self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._shape = (count, k)

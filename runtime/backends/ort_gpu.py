@@ -57,6 +57,8 @@ class OrtGpu:
 
     prefill_chunk = 512
     async_dispatch = False
+    guess_limit = 0
+    forward_both = None
 
     def __init__(self, bundle: Bundle, variant: Variant, provider: Provider):
         opener = Opener(provider)

@@ -14,15 +14,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusionroute.runtime import cache, files
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import UnavailableError, one_line
 from fusionroute.runtime.machine import processor
-
-if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import Variant
 
 GRAPH, WEIGHTS, SIZES = "model.onnx", "weights.bin", "sizes.json"
 ENTRIES = {
@@ -35,17 +32,16 @@ ROOM = {"fp16": 5.0, "bf16": 5.0}
 USUAL = 2.5
 
 
-def packed(bundle: Bundle, variant: Variant, model: str, release: str, write: Callable[[dict[str, str], Path], Any]) -> Path:
-    """The path of a model's graph with packed weights, which are written at first use.
+def packed(bundle: Bundle, graph: str, precision: str, size: int, release: str, write: Callable[[dict[str, str], Path], Any]) -> Path:
+    """The path of a graph with packed weights, which are written at first use. `size`: of the weights, in bytes.
 
     `write(entries, path)` opens the original graph with these session entries and lets ONNX Runtime save it to the
     path. `release`: ONNX Runtime's version. Raises UnavailableError where it cannot be written.
     """
-    graph = variant.graphs[model]
     folder = files.cache_folder() / "packed" / key(bundle, graph, release)
     if not ready(folder):
         try:
-            make(folder, ROOM.get(variant.precision, USUAL) * variant.weight_bytes.get(model, 0), write)
+            make(folder, ROOM.get(precision, USUAL) * size, write)
         except OSError as error:
             raise UnavailableError(
                 f"The packed weights of {bundle.folder / graph} cannot be written to {folder.parent} ({one_line(error)}): "

@@ -34,7 +34,7 @@ def inspect(
         console.print(line)
     console.print(*models_table(console, manifest), *precisions_table(console, manifest))
     for variant in manifest.variants:
-        console.print(f"{variant.target} {variant.precision}: {', '.join(variant.graphs.values())}")
+        console.print(f"{variant.target} {variant.precision}: {', '.join(variant.graph_paths)}")
     if any(variant.engines for variant in manifest.variants):
         console.print(*engines_table(console, manifest))
     if verify:

@@ -6,14 +6,16 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fusionroute.runtime import files
-from fusionroute.runtime.backend import FusionInputs
+from fusionroute.runtime.backend import Cache, FusionInputs, Segment
 from fusionroute.runtime.backends import Backend
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cache import DAY, Clock, prune
@@ -33,13 +35,15 @@ Passes = tuple[tuple[float, ...], tuple[float, ...]]  # seconds by SIZES, at bot
 class Costs:
     """Seconds of forward passes and of one fusion.
 
-    `concurrent`: router and expert run at the same time in a plain step.
+    `concurrent`: router and expert run at the same time in a plain step. `joint`: where both read in one pass, of as
+    many tokens each, and of one token of the router and several of the expert.
     """
 
     router: Passes
     experts: tuple[Passes, ...]
     fusion: float
     concurrent: bool = False
+    joint: tuple[Passes, Passes] | None = None
 
 
 def seconds_by_tokens(passes: Passes, length: int, exact: bool = False) -> list[float]:
@@ -80,7 +84,9 @@ def read_costs(path: Path, clock: Clock = time.time) -> Costs | None:
         known = json.loads(path.read_text())
         if clock() - known["measured"] > VALID:
             return None
-        return Costs(passes(known["router"]), tuple(map(passes, known["experts"])), float(known["fusion"]), bool(known["concurrent"]))
+        joint = known["joint"] and (passes(known["joint"][0]), passes(known["joint"][1]))
+        experts = tuple(map(passes, known["experts"]))
+        return Costs(passes(known["router"]), experts, float(known["fusion"]), bool(known["concurrent"]), joint)
     return None
 
 
@@ -103,18 +109,28 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
     sizes = [min(size, capacity) for size in SIZES]
     lengths = [max(0, min(length, capacity - sizes[-1])) for length in LENGTHS]
     fuse = backend.fuser()
+
+    def alone(cache: Cache, size: int) -> None:
+        output = cache.forward([0] * size, range(size))
+        if size > 1 or not backend.async_dispatch:
+            np.asarray(output.logits)
+        _ = output.routing  # waits for the router
+
+    work: dict[Any, Callable[[int], Any]] = {model: partial(alone, cache) for model, cache in caches.items()}
+    if (forward_both := backend.forward_both) is not None:
+        router, expert = list(caches.values())[:2]
+        work["reading"] = lambda size: forward_both(router, segment(size), expert, segment(size))
+        work["verifying"] = lambda size: forward_both(router, segment(1), expert, segment(size))
     seconds: dict[Any, list[float]] = {}
     for _ in range(REPEATS + 1):
-        for model, cache in caches.items():
+        for name, run in work.items():
             for place, length in enumerate(lengths):
                 for size in sizes:
-                    cache.length = length  # the keys and values there do not affect the time
+                    for cache in caches.values():
+                        cache.length = length  # the keys and values there do not affect the time
                     start = time.perf_counter()
-                    output = cache.forward([0] * size, range(size))
-                    if size > 1 or not backend.async_dispatch:
-                        np.asarray(output.logits)
-                    _ = output.routing  # waits for the router
-                    seconds.setdefault((model, place, size), []).append(time.perf_counter() - start)
+                    run(size)
+                    seconds.setdefault((name, place, size), []).append(time.perf_counter() - start)
         for cache in caches.values():
             cache.length = 0
         rows = [cache.forward([0], [0]).logits for cache in list(caches.values())[:2]]
@@ -122,6 +138,12 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
         _ = fuse(FusionInputs(rows[0], rows[-1], (0.5, 0.5))).ids
         seconds.setdefault("fusion", []).append(time.perf_counter() - start)
     fastest = {key: min(times[1:]) for key, times in seconds.items()}  # the first round warms up
-    tables = {model: tuple(tuple(fastest[model, place, size] for size in sizes) for place in range(len(lengths))) for model in caches}
-    experts = tuple(passes(tables[by_size[spec.parameters]]) for spec in models[1:])
-    return Costs(passes(tables[0]), experts, fastest["fusion"], backend.async_dispatch)
+    tables = {name: passes([[fastest[name, place, size] for size in sizes] for place in range(len(lengths))]) for name in work}
+    experts = tuple(tables[by_size[spec.parameters]] for spec in models[1:])
+    joint = (tables["reading"], tables["verifying"]) if "reading" in tables else None
+    return Costs(tables[0], experts, fastest["fusion"], backend.async_dispatch, joint)
+
+
+def segment(size: int) -> Segment:
+    """So many tokens, answered at each."""
+    return Segment([0] * size, range(size))

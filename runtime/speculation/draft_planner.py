@@ -5,6 +5,7 @@ pass, does not depend on the clock.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.speculation.costs import Costs, seconds_by_tokens
@@ -35,6 +36,20 @@ class Rate:
         self.hits, self.trials = self.hits * weight + hits, self.trials * weight + trials
 
 
+class Prices(NamedTuple):
+    """Seconds without fusions. plain: of a step. miss: of its second pass, if the guessed expert does not answer.
+
+    looked_up and drafted: of a round of 0 … MAX_ROUND_TOKENS rows, by where its drafts come from. switch: of an expert
+    that takes its turn within a round.
+    """
+
+    plain: float
+    miss: float
+    looked_up: list[float]
+    drafted: list[float]
+    switch: float
+
+
 @dataclass
 class DraftPlan:
     """How many rows to verify, all but one of them drafts, and where the drafts come from. rows = 1: a plain step."""
@@ -51,12 +66,14 @@ class DraftPlanner:
     exact: bool = False
     rates: dict[str, Rate] = field(default_factory=lambda: {name: Rate(mean * weight, weight) for name, (mean, weight) in PRIORS.items()})
     switches: Rate = field(default_factory=lambda: Rate(0.5, 2.0))
-    _priced: tuple[int, int] = (-1, -1)  # length in LENGTH_STEPs and expert that the tables are for
-    _tables: tuple[list[float], list[float]] = field(default=([], []), init=False)
+    _priced: tuple[int, bool, int | None] = (-1, False, None)  # length in LENGTH_STEPs, router and expert that the prices are for
+    _prices: Prices = field(default=Prices(0.0, 0.0, [], [], 0.0), init=False)
 
     @property
     def pays(self) -> bool:
         """Whether drafts can pay at all: a plain step takes longer than planning."""
+        if self.costs.joint is not None:
+            return self.costs.joint[0][0][0] >= MIN_STEP_SECONDS
         expert = min((passes[0][0] for passes in self.costs.experts), default=0.0)
         # with concurrent models the measured pass of a single token is only queued: its time says nothing
         return self.costs.concurrent or self.costs.router[0][0] + expert >= MIN_STEP_SECONDS
@@ -67,37 +84,44 @@ class DraftPlanner:
         `router`: whether the router runs. `expert`: the expert that is likely to answer (None: none runs; the router's
         own drafts then verify nothing).
         """
-        router_seconds, expert_seconds = self._prices(length, expert or 0)
-        router_seconds, expert_seconds = router_seconds if router else FREE, expert_seconds if expert is not None else FREE
-        fusion, switching = self.costs.fusion, self.switches.mean * expert_seconds[1]
-        plain = max(router_seconds[1], expert_seconds[1]) if self.costs.concurrent else router_seconds[1] + expert_seconds[1]
-        best, fastest = DraftPlan("router", 1), (plain + fusion) / MIN_SPEEDUP
+        prices, fusion = self._prices_of(length, router, expert), self.costs.fusion
+        switching, missing = self.switches.mean * prices.switch, self.switches.mean * prices.miss
+        best, fastest = DraftPlan("router", 1), (prices.plain + missing + fusion) / MIN_SPEEDUP
         rows_offered = {
             "lookup": min(looked_up + 1, most, MAX_ROUND_TOKENS),
             "router": min(most, MAX_ROUND_TOKENS) if router and expert is not None else 1,
         }
+        by_rows = {"lookup": prices.looked_up, "router": prices.drafted}
         for source, limit in rows_offered.items():
             rate = self.rates[source].mean
             tokens = power = 1.0
             for rows in range(2, limit + 1):
                 power *= rate
                 tokens += power  # expected: 1 + a + a² + …
-                drafting = rows * router_seconds[1] if source == "router" else router_seconds[rows]
                 # experts that take turns within a round are read one after the other, as far as drafts hold
-                seconds = (drafting + expert_seconds[rows] + switching * (tokens - 1)) / tokens + fusion
+                seconds = (by_rows[source][rows] + missing + switching * (tokens - 1)) / tokens + fusion
                 if seconds < fastest:
                     best, fastest = DraftPlan(source, rows), seconds
         return best
 
-    def _prices(self, length: int, expert: int) -> tuple[list[float], list[float]]:
-        """Seconds of the router's and of an expert's passes over 0 … MAX_ROUND_TOKENS tokens."""
-        if self._priced != (length // LENGTH_STEP, expert):
-            self._priced = length // LENGTH_STEP, expert
-            self._tables = (
-                seconds_by_tokens(self.costs.router, length, self.exact),
-                seconds_by_tokens(self.costs.experts[expert], length, self.exact),
-            )
-        return self._tables
+    def _prices_of(self, length: int, router: bool, expert: int | None) -> Prices:
+        """Prices behind `length` tokens, if the router reads and this expert answers (None: none reads)."""
+        key = length // LENGTH_STEP, router, expert
+        if self._priced == key:
+            return self._prices
+        costs = self.costs
+        router_seconds = seconds_by_tokens(costs.router, length, self.exact) if router else FREE
+        expert_seconds = seconds_by_tokens(costs.experts[expert], length, self.exact) if expert is not None else FREE
+        if costs.joint is not None and router and expert is not None:
+            reading, verifying = (seconds_by_tokens(passes, length, self.exact) for passes in costs.joint)
+            plain, miss = reading[1], expert_seconds[1]
+            drafted = [(rows - 1) * router_seconds[1] + seconds for rows, seconds in enumerate(verifying)]
+        else:
+            reading = [a + b for a, b in zip(router_seconds, expert_seconds, strict=True)]
+            plain, miss = (max(router_seconds[1], expert_seconds[1]) if costs.concurrent else reading[1]), 0.0
+            drafted = [rows * router_seconds[1] + seconds for rows, seconds in enumerate(expert_seconds)]
+        self._priced, self._prices = key, Prices(plain, miss, reading, drafted, expert_seconds[1])
+        return self._prices
 
     def saw(self, source: str, accepted: int, drafts: int) -> None:
         """Of `drafts` in a row the first `accepted` were accepted; those after the first refused one say nothing."""

@@ -109,13 +109,15 @@ class Rounds:
         """
         step, start = self._step, len(self._sequence.ids)
         routed: Output | None
+        guess = self._guess(pinned) if coefficients[1] else None
+        read = 0 if guess is None else min(self._readers.experts[guess].length, start - 1)
         if plan.source == "lookup":
             drafts, count = self._append_drafts(offered[: plan.rows - 1])
             distributions = [certain(draft) for draft in drafts]
-            runs = pinned is None or coefficients[0]
-            routed = self._readers.router.read(range(start - 1, start - 1 + count)) if runs else None
+            rows = range(start - 1, start - 1 + count)
+            routed, answered = self._readers.read(rows if pinned is None or coefficients[0] else None, guess, rows)
         else:
-            routed, drafts, distributions = self._draft(sampler, plan.rows)
+            routed, answered, drafts, distributions = self._draft(sampler, plan.rows, guess)
             count = len(routed.logits)
         if pinned is not None:
             choices = [pinned] * count
@@ -123,6 +125,10 @@ class Rounds:
             assert routed is not None and routed.routing is not None
             choices = [int(choice) for choice in routed.routing.argmax(-1)]
         answers: dict[int, Any] = {}  # row → the chosen expert's logits, float32 [1, V]
+        if guess is not None and answered is not None:
+            own = [row for row in range(count) if choices[row] == guess]
+            answers = {row: answered.logits[row : row + 1] for row in own}
+            self._readers.experts[guess].truncate(start + own[-1] if own else read)  # see `PlainStep.advance`
         tokens: list[Token] = []
         for row, choice in enumerate(choices):
             router = None if routed is None else routed.logits[row : row + 1]
@@ -146,6 +152,10 @@ class Rounds:
                 break
         return tokens, drafts, None if routed is None else routed.logits
 
+    def _guess(self, pinned: int | None) -> int | None:
+        """The expert that reads in the router's passes."""
+        return self._step.guess_expert() if pinned is None and self._readers.joint else pinned
+
     def _append_drafts(self, drafts: list[int]) -> tuple[list[int], int]:
         """Append looked-up drafts up to one that ends the text; those, and how many rows they need."""
         end = next((place for place, draft in enumerate(drafts) if draft in self._eos), None)
@@ -159,20 +169,23 @@ class Rounds:
         logits = self._readers.read_expert(choices[row], [start - 1 + other for other in own]).logits
         return {other: logits[place : place + 1] for place, other in enumerate(own)}
 
-    def _draft(self, sampler: Sampler, rows: int) -> tuple[Output, list[int], list[Distribution]]:
+    def _draft(self, sampler: Sampler, rows: int, guess: int | None) -> tuple[Output, Output | None, list[int], list[Distribution]]:
         """Let the router go on alone for `rows` steps.
 
-        Each but the last drafts a token: its likeliest, or one drawn from `proposal`.
+        Each but the last drafts a token: its likeliest, or one drawn from `proposal`. In the last one the guessed
+        expert reads all rows, if the backend has joint passes: its output.
         """
         step, ids = self._step, self._sequence.ids
+        start, answered = len(ids), None
         drafts: list[int] = []
         distributions: list[Distribution] = []
         routing = np.empty((rows, len(step.expert_names)), np.float32)
         for place in range(rows):
-            output = self._readers.router.read([len(ids) - 1])
+            verifier = guess if place == rows - 1 and self._readers.joint else None
+            output, answered = self._readers.read((len(ids) - 1,), verifier, range(start - 1, len(ids)))
+            assert output is not None and output.routing is not None
             logits = self._rows[place : place + 1]
             logits[...] = output.logits
-            assert output.routing is not None
             routing[place] = output.routing[0]
             if place == rows - 1:
                 break
@@ -187,7 +200,7 @@ class Rounds:
             ids.append(drafts[-1])
             if drafts[-1] in self._eos:
                 break
-        return Output(self._rows[: place + 1], routing[: place + 1]), drafts, distributions
+        return Output(self._rows[: place + 1], routing[: place + 1]), answered, drafts, distributions
 
 
 def agreeing(tokens: list[Token], drafts: list[int]) -> int:

@@ -30,6 +30,8 @@ class TensorRt:
 
     prefill_chunk = 512  # the largest of the engines' profile: see `profile`
     async_dispatch = True  # a forward pass is queued, and runs while the host goes on
+    guess_limit = 1  # the token that the router reads at the same time
+    forward_both = None
 
     def __init__(self, bundle: Bundle, variant: Variant, flavour: str, expert_memory: int | None = None):
         manifest = bundle.manifest

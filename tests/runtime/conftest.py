@@ -11,8 +11,8 @@ from fusionroute.runtime import FusionRuntime
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Copies of the folders in FUSIONROUTE_BUNDLES (with colons between); else two small systems, exported here."""
+def all_bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Copies of the folders in FUSIONROUTE_BUNDLES (with colons between); else small systems, exported here."""
     root = tmp_path_factory.mktemp("bundles")
     named = [Path(name) for name in os.environ.get("FUSIONROUTE_BUNDLES", "").split(":") if name]
     if named:
@@ -20,6 +20,24 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     from tests.support.exporting import export_runtime_bundles
 
     return export_runtime_bundles(root)
+
+
+@pytest.fixture(scope="session")
+def bundles(all_bundles: list[Path]) -> list[Path]:
+    """Two systems of full models, and one of adapters with one base."""
+    return all_bundles[:3]
+
+
+@pytest.fixture(scope="session")
+def shared(all_bundles: list[Path]) -> Path:
+    """The system of adapters, with one base for all of them."""
+    return all_bundles[2]
+
+
+@pytest.fixture(scope="session")
+def merged(all_bundles: list[Path]) -> Path:
+    """The system of adapters as full models."""
+    return all_bundles[3]
 
 
 @pytest.fixture(params=["int8", "fp32"])

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from fusionroute.runtime import FusionRuntime, InputError, Sampling
-from fusionroute.runtime.backends.ort_cpu import OrtCache, zeros
+from fusionroute.runtime.backends.cpu_sessions import zeros
+from fusionroute.runtime.backends.ort_cpu import OrtCache
 from fusionroute.runtime.bench.memory import resident
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.limits import CHUNK
@@ -74,7 +75,7 @@ def test_a_deadline_is_kept_within_one_token(rt: FusionRuntime, monkeypatch: pyt
     whole = rt.generate(PROMPT, 12)
     Clock(monkeypatch)
     monkeypatch.setattr(
-        "fusionroute.runtime.readers.UNWATCHED_TOKENS", CHUNK
+        "fusionroute.runtime.token_sequence.UNWATCHED_TOKENS", CHUNK
     )  # else the prompt is looked after by a thread of its own, which asks the same clock
     for seconds, count in ((0, 0), (-1, 0), (0.5, 1), (4, 4), (4.5, 5), (50, 12)):
         result = rt.generate(PROMPT, 12, deadline=seconds)

@@ -53,7 +53,7 @@ def other_graph(content: dict[str, Any]) -> None:
 
 
 MANIFESTS: dict[str, tuple[Change, str]] = {
-    "unknown format": (lambda m: m.update(format=3), "has the format 3, and this version reads 1 to 2: update fusionroute"),
+    "unknown format": (lambda m: m.update(format=4), "has the format 4, and this version reads 1 to 3: update fusionroute"),
     "overlapping tensors": (lambda m: weights(m)["tensors"][1].update(offset=1), "inside the one before it"),
     "tensors beyond the file": (lambda m: weights(m)["tensors"][-1].update(bytes=10**9), "its tensors end at byte"),
     "unknown field": (lambda m: m.update(colour="red"), "colour: Extra inputs are not permitted"),

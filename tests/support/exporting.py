@@ -35,20 +35,39 @@ def export_checkpoints(
     precisions: tuple[str, ...] = ALL,
     max_seq_len: int | None = None,
     calibration: str = "none",
+    shared_base: bool = False,
 ) -> Path:
     """Export given checkpoints to `out`."""
     request = Request(
-        FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), out, max_seq_len=max_seq_len, calibration=calibration
-    )
+        FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), out, max_seq_len=max_seq_len, calibration=calibration,
+        shared_base=shared_base,
+    )  # fmt: skip
     with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):
         export(request, Stages(Console(quiet=True)))
     return out
 
 
 def export_runtime_bundles(root: Path) -> list[Path]:
-    """The bundles of tests/runtime: random weights, which do not end their texts by themselves."""
+    """The bundles of tests/runtime: random weights, which do not end their texts by themselves.
+
+    Two systems of full models; and one of adapters, with one base for all of them, and once more with merged models.
+    """
     shapes = [Shape(family, layers=1, experts=2, tokenizer=True) for family in ("llama3", "gemma2")]
-    return [export_system(root / shape.family, shape, ("fp32", "int8"))[0] for shape in shapes]
+    full = [export_system(root / shape.family, shape, ("fp32", "int8"))[0] for shape in shapes]
+    return [*full, *export_adapters(root / "adapters")]
+
+
+def export_adapters(root: Path) -> tuple[Path, Path]:
+    """A system of three adapters with one base for all of them, and the same system as merged models."""
+    from tests.support.adapters import make_adapted_system
+
+    shape = Shape(layers=2, tokenizer=True)
+    _, router, experts = make_adapted_system(root, shape, [{}, {"r": 3}, {"modules_to_save": ["input_layernorm", "norm"]}, {"r": 8}])
+    shared, merged = (
+        export_checkpoints(root / name, shape, router, experts, ("fp32", "int8", "int4"), shared_base=name == "shared")
+        for name in ("shared", "merged")
+    )
+    return shared, merged
 
 
 if __name__ == "__main__":

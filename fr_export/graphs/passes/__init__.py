@@ -1,9 +1,13 @@
-"""Graph rewrites, one per file; each leaves the function of the graph as it was, `to_half` up to rounding."""
+"""Graph rewrites, one per file; each leaves the function of the graph as it was, `to_half` up to rounding.
+
+`pair_segments` makes a graph for two models at once.
+"""
 
 from fusionroute.fr_export.graphs.passes.decompose_rmsnorm import decompose_rmsnorm
 from fusionroute.fr_export.graphs.passes.fuse_rotary import fuse_rotary
 from fusionroute.fr_export.graphs.passes.fuse_skip_norm import fuse_skip_norm
 from fusionroute.fr_export.graphs.passes.pack_qkv import pack_qkv, split_qkv
+from fusionroute.fr_export.graphs.passes.pair_segments import pair_segments
 from fusionroute.fr_export.graphs.passes.remove_redundant_views import remove_redundant_views
 from fusionroute.fr_export.graphs.passes.slices_to_split import slices_to_split
 from fusionroute.fr_export.graphs.passes.to_half import to_half
@@ -13,6 +17,7 @@ __all__ = [
     "fuse_rotary",
     "fuse_skip_norm",
     "pack_qkv",
+    "pair_segments",
     "remove_redundant_views",
     "slices_to_split",
     "split_qkv",

@@ -102,6 +102,10 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "a strict export that compares nothing": ((*TINY, "--strict", "--compare", "none"), ("--strict", "cannot be held to its bound")),
     "no number of tokens": ((*TINY, "--compare", "much"), ("--compare", "'much' is neither 'none' nor a number of tokens")),
     "too few tokens": ((*TINY, "--compare", "1"), ("--compare", "'1' is neither")),
+    "one base for a target without pairs": (
+        (*TINY, "--shared-base", "--target", "ort,ort:cuda"),
+        ("--shared-base / --target", "only ort:cpu has graphs that router and experts share; leave ort:cuda out"),
+    ),
 }
 
 

@@ -12,11 +12,12 @@ from fusionroute.fr_export.verify.compare import TOKENS
 from fusionroute.runtime.errors import FusionError
 
 SMOLLM2 = Work(
-    models=4, values=4 * 134_515_008, largest_model=134_515_008, largest_tensor=49_152 * 576, widest=1536, traced_layers=30, layers=60,
-    active_values=2 * 134_515_008, vocab_size=49_152, new_tokens=69 * 64, tokens=6477,
+    models=4, values=4 * 134_515_008, written=4 * 134_515_008, largest_model=134_515_008, largest_tensor=49_152 * 576, widest=1536,
+    traced_layers=30, layers=60, active_values=2 * 134_515_008, vocab_size=49_152, new_tokens=69 * 64, tokens=6477,
 )  # fmt: skip
 GEMMA = Work(
-    models=3, values=7_843_000_000, largest_model=2_614_000_000, largest_tensor=256_000 * 2304, widest=9216, traced_layers=26, layers=52,
+    models=3, values=7_843_000_000, written=7_843_000_000, largest_model=2_614_000_000, largest_tensor=256_000 * 2304, widest=9216,
+    traced_layers=26, layers=52,
     active_values=5_228_000_000, vocab_size=256_000, new_tokens=8 * 64, tokens=8 * 100,
 )  # fmt: skip
 CPU = [("ort:cpu", SCHEMES["ort:cpu"][name]) for name in ("fp32", "int8", "int4")]

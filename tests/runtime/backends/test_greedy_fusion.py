@@ -12,8 +12,8 @@ from hypothesis.extra import numpy as arrays
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backend import Fused, FusionInputs
+from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.greedy_fusion import GreedyFuser
-from fusionroute.runtime.backends.ort_cpu import OrtFuser
 
 VOCAB = 37
 rows = arrays.arrays(np.float32, (1, VOCAB), elements=st.floats(-60, 60, width=32))

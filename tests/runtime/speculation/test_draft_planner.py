@@ -80,7 +80,7 @@ def test_acceptance_is_learnt_without_drafting(bundles: list[Path]) -> None:
             expected = (seen @ weights + 0.5 * 0.97**100) / (weights.sum() + 0.97**100)
             assert planner.rates["router"].mean == pytest.approx(expected, abs=1e-3)
             planner.costs = replace(EVEN, router=((0.01,) * 4,) * 2, experts=(((1.0,) * 4,) * 2,) * 2)
-            planner._priced = (-1, -1)
+            planner._priced = (-1, False, None)
             assert len(session.steps(8)) >= 1 and session.drafted > 0
 
 

@@ -1,0 +1,73 @@
+"""What a pair graph's inputs for an expert hold, made from the terms of its delta as `pair_segments` packs matrices."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from fusionroute.fr_export.checkpoints.deltas import Delta
+from fusionroute.fr_export.checkpoints.tensors import StoredTensor
+from fusionroute.fr_export.checkpoints.weights import Weights, finite
+from fusionroute.fr_export.graphs.graph import Graph, Source
+from fusionroute.fr_export.graphs.passes.pair_segments import DELTA, Factors
+from fusionroute.fr_export.graphs.source_rows import rows
+
+
+class FactorArrays:
+    """The inputs of one expert: their `shapes` by name, and in this order `arrays`.
+
+    A matrix that is stacked from several tensors has their factors in blocks. The matrices that read one value have one
+    rank, the largest of theirs and at least 1, since ONNX Runtime 1.23 splits nothing empty; what they do not need of
+    it is zero.
+    """
+
+    def __init__(self, graph: Graph, factors: Sequence[Factors], vectors: Sequence[str], delta: Delta, expert: Weights):
+        """`graph` has no weights yet. `factors` and `vectors` are those of `pair_segments`."""
+        self._sources, self._factors, self._vectors, self._delta, self._expert = graph.sources, factors, vectors, delta, expert
+        sizes = {name: tuple(map(int, value.shape)) for name, value in graph.model.graph.initializers.items() if name in graph.sources}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for each in factors:
+            rank = max(1, *(sum(map(delta.rank, graph.sources[name].tensors)) for name in each.b))
+            width = sizes[next(iter(each.b))][1]
+            self.shapes[each.a] = width, len(each.b) * rank
+            self.shapes |= {b: (rank, sizes[name][0]) for name, b in each.b.items()}
+        self.shapes |= {f"{DELTA}{name}": sizes[name] for name in vectors}
+
+    @property
+    def bytes(self) -> int:
+        """Of all arrays."""
+        return 4 * sum(map(math.prod, self.shapes.values()))
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """float32. Raises InputError where a value is not finite."""
+        for each in self._factors:
+            a = np.zeros(self.shapes[each.a], np.float32)
+            every_b = [np.zeros(self.shapes[b], np.float32) for b in each.b.values()]
+            for name, part, b in zip(each.b, np.split(a, len(every_b), axis=1), every_b, strict=True):
+                self._fill(self._sources[name], part, b)
+            yield a
+            yield from every_b
+        for name in self._vectors:
+            yield np.concatenate(list(rows(self._sources[name], self._expert)))
+
+    def _fill(self, source: Source, a: np.ndarray, b: np.ndarray) -> None:
+        """Write the factors of one matrix into a [K, r] and b [r, N], with the scales of its rows and columns."""
+        row = column = 0
+        for tensor in source.tensors:
+            next_row = row + self._expert.shape(tensor)[0]
+            for term in self._delta.terms.get(tensor, ()):
+                block = slice(column, column + term.a.shape[0])
+                a[:, block] = whole(term.a, tensor).T
+                b[block, row:next_row] = whole(term.b, tensor).T * np.float32(term.scale)
+                column = block.stop
+            row = next_row
+        if source.column_scale is not None:
+            a *= source.column_scale[:, None]
+        if source.row_scale is not None:
+            b *= source.row_scale
+
+
+def whole(factor: StoredTensor, matrix: str) -> np.ndarray:
+    """A factor of a matrix, fp32. Raises InputError where a value is not finite."""
+    with factor.open() as read:
+        return finite(read(0, factor.shape[0]), matrix, factor)

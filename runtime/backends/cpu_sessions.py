@@ -1,0 +1,83 @@
+"""Inference sessions on ONNX Runtime's CPU provider, and the buffers that are bound to them."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusionroute.runtime.backends import ort
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import BundleError, one_line
+from fusionroute.runtime.machine import cores
+
+if TYPE_CHECKING:
+    from fusionroute.runtime.manifest import Variant
+
+
+class CpuSessions:
+    """Opens the graphs of one variant of a bundle. `threads` None: one for each core."""
+
+    def __init__(self, bundle: Bundle, variant: Variant, threads: int | None):
+        """Raises UnavailableError without onnxruntime."""
+        self._ort = ort.package("cpu")
+        self._bundle, self._variant, self._threads = bundle, variant, threads or cores()
+
+    def model(self, name: str, graph: str, share: bool = False) -> Any:
+        """A session of a model's graph, a path in the bundle; `share`: with weights that processes share, see `prepacked_weights`.
+
+        Raises BundleError for a graph that ONNX Runtime cannot load, UnavailableError where no shared weights can be
+        written.
+        """
+        path = self._bundle.folder / graph
+        if not share:
+            return self._opened(name, path, self._threads)
+        from fusionroute.runtime.backends.prepacked_weights import packed  # here: most never share weights
+
+        def write(entries: dict[str, str], out: Path) -> Any:
+            return self._opened(name, path, 1, entries, out)
+
+        size = self._variant.weight_bytes.get(name, 0)
+        return self._opened(name, packed(self._bundle, graph, self._variant.precision, size, self._ort.__version__, write), self._threads)
+
+    def fusion(self) -> Any:
+        """A session of the fusion graph. Raises BundleError."""
+        # one pass over a row is too short for threads
+        return self._opened("the fusion graph", self._bundle.folder / self._variant.fusion_graph, 1)
+
+    def run_options(self) -> Any:
+        """Options of the runs of one cache, which stop when their `terminate` is set."""
+        options = self._ort.RunOptions()
+        # 1.32 reads it at every run; without it that costs an exception, 40 µs
+        options.add_run_config_entry("gpu_graph_id", "0")
+        return options
+
+    def _opened(self, name: str, graph: Path, threads: int, entries: dict[str, str] | None = None, out: Path | None = None) -> Any:
+        options = ort.settings(self._ort, threads)
+        for key, value in (entries or {}).items():
+            options.add_session_config_entry(key, value)
+        if out is not None:
+            options.optimized_model_filepath = str(out)
+        try:
+            return ort.open_session(self._ort, graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has no public base class for its errors
+            raise BundleError(
+                f"ONNX Runtime {self._ort.__version__} cannot load {name} from {graph} ({one_line(error)}); export the bundle again."
+            ) from error
+
+
+def zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 zeros, mapped page by page as they are written.
+
+    NumPy asks for huge pages: a few tokens of each head would take many of them.
+    """
+    if not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros(shape, np.float32)
+    region = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        region.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(region, np.float32).reshape(shape)

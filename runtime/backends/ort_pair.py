@@ -1,0 +1,124 @@
+"""One graph for all models on ONNX Runtime's CPU provider: a pass reads tokens of the router and tokens of an expert.
+
+The base's weights are read once for both segments. What makes an expert of the base are its factors, inputs that are
+bound by address: another expert is another binding, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fusionroute.runtime.backend import Output, Segment
+from fusionroute.runtime.backends.cpu_fusion import OrtFuser
+from fusionroute.runtime.backends.cpu_sessions import CpuSessions
+from fusionroute.runtime.backends.mapped_factors import map_factors
+from fusionroute.runtime.backends.pair_binding import IDLE, KeysValues, PairBinding, PairGraph
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    from fusionroute.runtime.manifest import Pair, Variant
+
+
+class OrtPair:
+    """The models of one variant with a `pair`, all in one inference session. `share_weights`: see `prepacked_weights`."""
+
+    prefill_chunk = 256  # see `OrtCpu`
+    async_dispatch = False
+    guess_limit = 8  # tokens that are read beside the router's nearly for free; more cost as much as a pass of their own
+
+    def __init__(self, bundle: Bundle, variant: Variant, pair: Pair, threads: int | None = None, *, share_weights: bool = False):
+        """Raises BundleError for files that are not those of a pair, UnavailableError without onnxruntime."""
+        manifest = bundle.manifest
+        opened = CpuSessions(bundle, variant, threads)
+        router = manifest.models[0]
+        session = opened.model(router.name, pair.graph, share_weights)
+        graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
+        if not graph.fits():
+            raise BundleError(
+                f"The graph {bundle.folder / pair.graph} does not have the inputs and outputs that the manifest describes; "
+                "export the bundle again."
+            )
+        factors = {name: map_factors(bundle.folder / path) for name, path in pair.factors.items()}
+        for name, arrays in factors.items():
+            if (wrong := graph.unfit(arrays)) is not None:
+                raise BundleError(
+                    f"{bundle.folder / pair.factors[name]} does not fit {pair.graph} (its input {wrong}); export the bundle again."
+                )
+        self.router = PairModel(graph, factors[manifest.experts[0]], router.name, is_expert=False)
+        self.experts = [PairModel(graph, factors[name], name, is_expert=True) for name in manifest.experts]
+        self._fusion = opened.fusion()
+        self._vocab = manifest.vocab_size
+
+    def forward_both(self, router: PairCache, own: Segment, expert: PairCache, other: Segment) -> tuple[Output, Output]:
+        """See `runtime.backend.Backend.forward_both`."""
+        rows = expert.beside(router).run((own, other), (router.length, expert.length), router.options)
+        router.length += len(own.ids)
+        expert.length += len(other.ids)
+        first = len(own.positions)
+        assert rows.routing is not None
+        return Output(rows.logits[:first], rows.routing[:first]), Output(rows.logits[first:], None)
+
+    def fuser(self) -> OrtFuser:
+        """A fuser with buffers of its own."""
+        return OrtFuser(self._fusion, self._vocab)
+
+
+class PairModel:
+    """One of the models: the router, or an expert. `factors` are bound where it reads: the router's own do not matter."""
+
+    def __init__(self, graph: PairGraph, factors: dict[str, np.ndarray], name: str, is_expert: bool):
+        self.graph, self.factors, self.name, self.is_expert = graph, factors, name, is_expert
+
+    def cache(self) -> PairCache:
+        """Buffers of the full capacity. The operating system maps their pages when they are first written."""
+        return PairCache(self)
+
+
+class PairCache:
+    """One model's KV cache, and the bindings of the passes that write it."""
+
+    def __init__(self, model: PairModel):
+        self.length = 0
+        self._model, graph = model, model.graph
+        self.memory = KeysValues(graph.spec, graph.capacity)
+        self.options = graph.run_options()
+        self._alone: PairBinding | None = None
+        self._beside: tuple[PairCache, PairBinding] | None = None
+
+    def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
+        """See `runtime.backend.Cache.forward`."""
+        own = Segment(ids, positions)
+        if self._alone is None:
+            self._alone = self._bind_alone()
+        if self._model.is_expert:
+            output = self._alone.run((IDLE, own), (0, self.length), self.options)._replace(routing=None)
+        else:
+            output = self._alone.run((own, IDLE), (self.length, 0), self.options)
+        self.length += len(ids)
+        return output
+
+    def _bind_alone(self) -> PairBinding:
+        model, nobody = self._model, KeysValues(self._model.graph.spec, 2)
+        memories = (nobody, self.memory) if model.is_expert else (self.memory, nobody)
+        return PairBinding(model.graph, *memories, model.factors, model.name)
+
+    def beside(self, router: PairCache) -> PairBinding:
+        """The binding of passes that an expert's cache shares with the router's."""
+        if self._beside is None or self._beside[0] is not router:
+            model = self._model
+            names = f"{router._model.name} and {model.name}"
+            self._beside = router, PairBinding(model.graph, router.memory, self.memory, model.factors, names)
+        return self._beside[1]
+
+    def copy_prefix(self, other: PairCache, length: int) -> None:
+        """See `runtime.backend.Cache.copy_prefix`."""
+        self.memory.buffers[..., :length, :] = other.memory.buffers[..., :length, :]
+        self.length = length
+
+    def interrupt(self) -> None:
+        """See `runtime.backend.Cache.interrupt`. ONNX Runtime checks between two operators."""
+        self.options.terminate = True
