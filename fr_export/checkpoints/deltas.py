@@ -90,8 +90,9 @@ def equal(tensor: StoredTensor, other: StoredTensor) -> bool:
     if isinstance(tensor, MergedTensor) or isinstance(other, MergedTensor) or tensor.dtype != other.dtype or not tensor.shape:
         return False
     with tensor.open() as rows, other.open() as other_rows:
-        starts = range(0, tensor.shape[0], ROWS)
-        return all(torch.equal(rows(start, start + ROWS), other_rows(start, start + ROWS)) for start in starts)
+        count = tensor.shape[0]
+        pieces = ((start, min(start + ROWS, count)) for start in range(0, count, ROWS))
+        return all(torch.equal(rows(*piece), other_rows(*piece)) for piece in pieces)
 
 
 def unshared(expert: Checkpoint, reason: str) -> InputError:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.graph import Graph, Source, added, initializer, node
+from fusionroute.runtime.errors import FusionError
 
 EXPERT = "expert."  # in front of the names of the router's inputs and outputs
 DELTA = "delta."
@@ -39,6 +40,8 @@ def pair_segments(graph: Graph, matrices: Collection[str], vectors: Collection[s
     how many tokens of `input_ids` are the router's and the expert's (neither may be 0); the inputs and outputs of
     attention once more, named `expert.…`; those of the factors, which it returns; and for each vector `delta.{name}`,
     its values for the expert.
+
+    Raises FusionError for a weight that no product or norm reads.
     """
     return _Pairing(graph).run(matrices, vectors)
 
@@ -59,16 +62,19 @@ class _Pairing:
 
     def run(self, matrices: Collection[str], vectors: Collection[str]) -> list[Factors]:
         """See `pair_segments`."""
+        norms = [norm for norm in self.each(*NORMS) if norm.inputs[NORMS[norm.op_type]].name in vectors]
+        products = [product for product in self.each("FusedMatMul") if product.inputs[1].name in matrices]
+        read = {product.inputs[1].name for product in products} | {norm.inputs[NORMS[norm.op_type]].name for norm in norms}
+        if unread := sorted({*matrices, *vectors} - read):
+            raise FusionError(f"The weight '{unread[0]}' has uses that cannot differ between router and expert: leave --shared-base out.")
         self.turn_by_segment()
         for attention in self.each("GroupQueryAttention"):
             self.attend_by_segment(attention)
-        for norm in self.each(*NORMS):
-            if norm.inputs[NORMS[norm.op_type]].name in vectors:
-                self.scale_by_segment(norm)
+        for norm in norms:
+            self.scale_by_segment(norm)
         readers: dict[ir.Value, list[ir.Node]] = {}
-        for product in self.each("FusedMatMul"):
-            if product.inputs[1].name in matrices:
-                readers.setdefault(product.inputs[0], []).append(product)
+        for product in products:
+            readers.setdefault(product.inputs[0], []).append(product)
         return [self.add_delta(x, products) for x, products in readers.items()]
 
     def turn_by_segment(self) -> None:
