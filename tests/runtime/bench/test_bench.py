@@ -51,11 +51,12 @@ def test_figures_follow_from_the_runs(bundles: list[Path], command: Command) -> 
             assert row["times_first"] == pytest.approx(ratios[1])
             tokens = sorted(second for run in runs for second in run["seconds"])
             assert row["p50"] == tokens[16] and row["p50"] <= row["p95"] <= row["p99"] <= tokens[-1]
-            read = variants[row["precision"]].weight_bytes
+            variant = variants[row["precision"]]
+            read, base = variant.weight_bytes, variant.weight_bytes["router"] if variant.pair else 0
             experts = runs[0]["experts"][1:]
             expected = {
-                "fused": read["router"] + sum(read[name] for name in experts) / 11, "router": read["router"], "expert1": read["expert1"],
-                "fused:expert0": read["router"] + read["expert0"],
+                "fused": read["router"] + sum(read[name] for name in experts) / 11, "router": read["router"],
+                "expert1": base + read["expert1"], "fused:expert0": read["router"] + read["expert0"],
             }[row["system"]]  # fmt: skip
             assert row["weight_bytes_per_token"] == pytest.approx(expected)
             assert row["bytes_per_second"] == pytest.approx(expected / means[1])
