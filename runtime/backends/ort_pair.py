@@ -37,7 +37,8 @@ class OrtPair:
         router = manifest.models[0]
         session = opened.model(router.name, pair.graph, share_weights)
         graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
-        if not graph.fits():
+        sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models}
+        if len(sizes) > 1 or not graph.fits():
             raise BundleError(
                 f"The graph {bundle.folder / pair.graph} does not have the inputs and outputs that the manifest describes; "
                 "export the bundle again."

@@ -17,7 +17,7 @@ from fusionroute.runtime.bench.memory import PeakMemory, release_freed
 from fusionroute.runtime.bench.precision import LoadedPrecision, size_and_quality
 from fusionroute.runtime.bench.prompt import prompt_ids
 from fusionroute.runtime.bench.run import Run, generate
-from fusionroute.runtime.bench.summary import summarise
+from fusionroute.runtime.bench.summary import summarise, weights_read
 from fusionroute.runtime.bench.workload import DRAFTS, FUSED, Workload, workloads
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError
@@ -77,10 +77,10 @@ def bench(folder: Path, options: BenchOptions, progress: Progress = lambda *_: N
             runs |= take_turns(shown, options.repeats)
             units.clear()
             shown.clear()
-    weights = {name: choose(bundle, DEVICES[device][0], name, device).weight_bytes for name in names}
+    variants = {name: choose(bundle, DEVICES[device][0], name, device) for name in names}
     base = next(iter(runs.values()))
     rows = [
-        summarise(name, workload, texts, base, len(ids), weights[name], ceiling.bytes_per_second)
+        summarise(name, workload, texts, base, len(ids), weights_read(variants[name]), ceiling.bytes_per_second)
         for (name, workload), texts in runs.items()
     ]
     result: dict[str, Any] = {

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fusionroute.runtime.bench.counters import catch_ups, switches
 from fusionroute.runtime.bench.run import Run
 from fusionroute.runtime.bench.workload import ROUTER, Workload
+
+if TYPE_CHECKING:
+    from fusionroute.runtime.manifest import Variant
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,16 @@ def summarise(
     runs: Sequence[Run],
     base: Sequence[Run],
     prompt: int,
-    weights: dict[str, int],
+    weights: Weights,
     bandwidth: float,
 ) -> Row:
-    """A row from its runs and those of the first row, of the same rounds.
-
-    `weights`: bytes that a token reads of each model, or nothing.
-    """
+    """A row from its runs and those of the first row, of the same rounds."""
     means = [float(np.mean(run.seconds)) for run in runs]
     typical = float(np.median(means))
     tokens = np.concatenate([run.seconds for run in runs])
     p50, p95, p99 = (float(value) for value in np.percentile(tokens, (50, 95, 99)))
     experts = runs[0].experts  # greedy texts do not differ
-    read = weight_bytes(workload, experts[1:], weights) if weights and not workload.drafts else None
+    read = weight_bytes(workload, experts[1:], weights) if weights.models and not workload.drafts else None
     drafted = sum(run.drafted for run in runs)
     rate = None if read is None else read / typical
     return Row(
@@ -87,7 +87,21 @@ def summarise(
     )
 
 
-def weight_bytes(workload: Workload, experts: Sequence[str], weights: dict[str, int]) -> float:
+class Weights(NamedTuple):
+    """Bytes of weights that a token reads of each model, or nothing. base: that every pass reads, whoever it is for."""
+
+    models: dict[str, int]
+    base: int = 0
+
+
+def weights_read(variant: Variant) -> Weights:
+    """What the models of a variant read. Those of a pair read the router's weights too."""
+    if variant.pair is None or not variant.weight_bytes:
+        return Weights(variant.weight_bytes)
+    return Weights(variant.weight_bytes | {ROUTER: 0}, variant.weight_bytes[ROUTER])
+
+
+def weight_bytes(workload: Workload, experts: Sequence[str], weights: Weights) -> float:
     """Bytes of weights read per token, a mean over tokens from these experts."""
-    router = weights[ROUTER] if workload.router else 0
-    return router + (float(np.mean([weights[name] for name in experts])) if workload.expert else 0.0)
+    router = weights.base + (weights.models[ROUTER] if workload.router else 0)
+    return router + (float(np.mean([weights.models[name] for name in experts])) if workload.expert else 0.0)

@@ -63,7 +63,7 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "two of a name": (lambda m: m["models"][2].update(name=m["models"][1]["name"]), "two models have the same name"),
     "model without graph": (lambda m: first(m)["graphs"].pop("router"), "has graphs for"),
     "graph without hash": (lambda m: m["files"].pop(first(m)["graphs"]["router"]), "is not among the files"),
-    "graph that is nowhere": (other_graph, "graphs/none.onnx is not among the files"),
+    "graph that is nowhere": (other_graph, "graphs/none.onnx of the variant"),
     "lambda out of range": (lambda m: m.update(lam=1.5), "lam: Input should be less than or equal to 1"),
     "curve out of range": (lambda m: m.update(lam_curve=[[0.5, 1.5]]), "lam_curve.0.1: Input should be less than or equal to 1"),
     "unknown fusion": (lambda m: m.update(fusion="product"), "fusion: Input should be 'weighted' or 'additive'"),

@@ -19,7 +19,7 @@ from fusionroute.runtime.bench.bench import BenchOptions, bench, take_turns
 from fusionroute.runtime.bench.counters import catch_ups, switches
 from fusionroute.runtime.bench.memory import INTERVAL, PeakMemory, release_freed, resident
 from fusionroute.runtime.bench.run import Run, generate
-from fusionroute.runtime.bench.summary import summarise
+from fusionroute.runtime.bench.summary import Weights, summarise
 from fusionroute.runtime.bench.workload import Workload
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
@@ -51,11 +51,12 @@ def test_figures_follow_from_the_runs(bundles: list[Path], command: Command) -> 
             assert row["times_first"] == pytest.approx(ratios[1])
             tokens = sorted(second for run in runs for second in run["seconds"])
             assert row["p50"] == tokens[16] and row["p50"] <= row["p95"] <= row["p99"] <= tokens[-1]
-            read = variants[row["precision"]].weight_bytes
+            variant = variants[row["precision"]]
+            read, base = variant.weight_bytes, variant.weight_bytes["router"] if variant.pair else 0
             experts = runs[0]["experts"][1:]
             expected = {
-                "fused": read["router"] + sum(read[name] for name in experts) / 11, "router": read["router"], "expert1": read["expert1"],
-                "fused:expert0": read["router"] + read["expert0"],
+                "fused": read["router"] + sum(read[name] for name in experts) / 11, "router": read["router"],
+                "expert1": base + read["expert1"], "fused:expert0": read["router"] + read["expert0"],
             }[row["system"]]  # fmt: skip
             assert row["weight_bytes_per_token"] == pytest.approx(expected)
             assert row["bytes_per_second"] == pytest.approx(expected / means[1])
@@ -256,12 +257,16 @@ def test_models_of_different_sizes() -> None:
     sizes = {"router": 10, "a": 100, "b": 1000}
     runs = [Run(9.0, [1.0, 3.0], ["a", "b", "b"]), Run(7.0, [2.0, 4.0], ["a", "b", "b"])]
     base = [Run(1.0, [4.0, 4.0], []), Run(1.0, [6.0, 6.0], [])]
-    for workload, read, counts in (
-        (Workload("fused", True, True, None, "weighted", 0.5), 1010, (1, [6])),
-        (Workload("b", False, True, "b", "weighted", 0.0), 1000, (1, [6])),
-        (Workload("router", True, False, None, "weighted", 1.0), 10, (0, [])),
+    whole, one_base = Weights(sizes), Weights(sizes | {"router": 0}, 10)
+    for workload, weights, read, counts in (
+        (Workload("fused", True, True, None, "weighted", 0.5), whole, 1010, (1, [6])),
+        (Workload("b", False, True, "b", "weighted", 0.0), whole, 1000, (1, [6])),
+        (Workload("router", True, False, None, "weighted", 1.0), whole, 10, (0, [])),
+        (Workload("fused", True, True, None, "weighted", 0.5), one_base, 1010, (1, [6])),
+        (Workload("b", False, True, "b", "weighted", 0.0), one_base, 1010, (1, [6])),
+        (Workload("router", True, False, None, "weighted", 1.0), one_base, 10, (0, [])),
     ):
-        row = summarise("fp32", workload, runs, base, 5, sizes, 4000.0)
+        row = summarise("fp32", workload, runs, base, 5, weights, 4000.0)
         assert (row.weight_bytes_per_token, row.seconds_per_token, row.first_token, row.times_first) == (read, 2.5, 8.0, 2.0)
         assert (row.bytes_per_second, row.bandwidth_share) == (read / 2.5, read / 2.5 / 4000)
         assert (row.switches, row.catch_ups) == counts

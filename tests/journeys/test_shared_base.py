@@ -1,0 +1,42 @@
+"""Systems of adapters with one base, exported and run, against PEFT: in chunks, token by token, after rewinds."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.verify import torch_reference
+from tests.support.adapters import TARGETS, peft_model
+from tests.support.pairs import export_shared
+from tests.support.parity import check_parity
+from tests.support.systems import Shape
+
+SMALL: dict[str, Any] = {"heads": 2, "kv_heads": 1, "hidden": 32, "tokenizer": True}
+IDS = np.random.default_rng(5).integers(3, 300, 100).tolist()
+# the router, then the experts: ranks and matrices differ; one expert trains norms too
+FIVE: list[dict[str, Any]] = [
+    {"target_modules": TARGETS[:4]},
+    {"r": 3, "rank_pattern": {"q_proj": 5}},
+    {"r": 2, "modules_to_save": ["input_layernorm", "norm"]},
+    {"r": 1, "target_modules": ["down_proj"]},
+    {"r": 16, "use_rslora": True},
+    {"target_modules": ["o_proj", "up_proj"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [(Shape("llama3", head_dim=16, layers=2, **SMALL), FIVE), (Shape("gemma2", head_dim=16, layers=2, **SMALL), [{}, {"r": 2}])],
+    ids=["llama3-five-experts", "gemma2-one-expert"],
+)
+def test_parity(shape: Shape, options: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = export_shared(tmp_path, shape, options)
+
+    def load(checkpoint: Checkpoint) -> Any:
+        return peft_model(shared.base, checkpoint.folder).get_base_model()
+
+    monkeypatch.setattr(torch_reference, "load", load)
+    check_parity(shared.bundle, System.open(None, shared.router, shared.experts), IDS, 40)
