@@ -54,7 +54,7 @@ def test_drafts_are_as_many_as_pay(known: Costs, rate: float, length: int) -> No
 def test_passes_of_both_are_priced_by_what_they_take(rate: float, switches: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all plans the one with the most tokens per second, by sums written out anew."""
     reading, verifying, alone = [1.2, 1.4, 1.8, 2.6], [1.2, 1.3, 1.5, 2.0], [1.1, 1.3, 1.5, 2.1]
-    known = Costs((tuple(alone),) * 2, ((tuple(alone),) * 2,) * 3, 0.05, joint=((tuple(reading),) * 2, (tuple(verifying),) * 2))  # type: ignore[arg-type]
+    known = Costs((tuple(alone),) * 2, ((tuple(alone),) * 2,) * 3, 0.05, joint=((tuple(reading),) * 2, (tuple(verifying),) * 2))
     planner = DraftPlanner(known)
     planner.produced(10000, round(10000 * switches))
     for source in ("lookup", "router"):
