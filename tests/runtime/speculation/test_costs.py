@@ -22,3 +22,12 @@ def test_costs_are_measured_once(bundles: list[Path], monkeypatch: pytest.Monkey
         monkeypatch.setattr(costs, "measure", None)
         with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as second:
             assert second._costs == first._costs
+
+
+def test_passes_of_both_are_measured_once(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FusionRuntime.load(shared, "fp32", "cpu", speculation="auto") as first:
+        assert first._costs is not None and first._costs.joint is not None
+        assert all(seconds > 0 for passes in first._costs.joint for length in passes for seconds in length)
+        monkeypatch.setattr(costs, "measure", None)
+        with FusionRuntime.load(shared, "fp32", "cpu", speculation="auto") as second:
+            assert second._costs == first._costs

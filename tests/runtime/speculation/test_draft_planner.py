@@ -49,6 +49,31 @@ def test_drafts_are_as_many_as_pay(known: Costs, rate: float, length: int) -> No
     assert (plan.source, plan.rows) == max(speeds, key=speeds.__getitem__)
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.95])
+@pytest.mark.parametrize("switches", [0.0, 0.4])
+def test_passes_of_both_are_priced_by_what_they_take(rate: float, switches: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all plans the one with the most tokens per second, by sums written out anew."""
+    reading, verifying, alone = [1.2, 1.4, 1.8, 2.6], [1.2, 1.3, 1.5, 2.0], [1.1, 1.3, 1.5, 2.1]
+    known = Costs((tuple(alone),) * 2, ((tuple(alone),) * 2,) * 3, 0.05, joint=((tuple(reading),) * 2, (tuple(verifying),) * 2))
+    planner = DraftPlanner(known)
+    planner.produced(10000, round(10000 * switches))
+    for source in ("lookup", "router"):
+        planner.rates[source].hits, planner.rates[source].trials = 1000 * rate, 1000.0
+    share = planner.switches.mean
+    together, last = (np.interp(range(1, MAX_ROUND_TOKENS + 1), SIZES, seconds) for seconds in (reading, verifying))
+    speeds = {("router", 1): MIN_SPEEDUP / (reading[0] + share * alone[0] + 0.05)}
+    for rows in range(2, MAX_ROUND_TOKENS + 1):
+        tokens = sum(rate**n for n in range(rows))
+        turns = share * alone[0] * tokens  # a guess that is wrong, and experts that take turns
+        speeds["lookup", rows] = tokens / (together[rows - 1] + turns + 0.05 * tokens)
+        speeds["router", rows] = tokens / ((rows - 1) * alone[0] + last[rows - 1] + turns + 0.05 * tokens)
+    plan = planner.plan(MAX_ROUND_TOKENS, MAX_ROUND_TOKENS, True, 1, 32)
+    assert (plan.source, plan.rows) == max(speeds, key=speeds.__getitem__)
+    assert (plan.rows > 1) == (rate > 0.5)
+    monkeypatch.setattr(SHORT, 1e-3)
+    assert planner.pays and not DraftPlanner(replace(known, joint=(((1e-4,) * 4,) * 2,) * 2)).pays
+
+
 def test_models_that_run_side_by_side_leave_less_to_gain() -> None:
     planner = DraftPlanner(replace(EVEN, concurrent=True))
     for _ in range(100):
