@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusionroute.calibration import checksummed_file
+from fusionroute.calibration.context_feeds import context_feeds
 from fusionroute.calibration.in_order import in_order
 from fusionroute.runtime.errors import FusionError, InputError, one_line
 from fusionroute.runtime.machine import cores
@@ -285,22 +286,3 @@ def gathered(lengths: Sequence[int], tokens: int) -> Iterator[range]:
             start, total = number + 1, 0
     if start < len(lengths):
         yield range(start, len(lengths))
-
-
-def context_feeds(session: Any, text: np.ndarray) -> dict[str, np.ndarray]:
-    """The inputs of a block's graph besides states and weights, for a whole text int64 [S] and an empty cache."""
-    length = len(text)
-    available = {
-        "input_ids": text[None],
-        "seqlens_k": np.array([length - 1], np.int32),
-        "total_sequence_length": np.array(length, np.int32),
-        "logit_positions": np.arange(length),
-    }
-    feeds: dict[str, np.ndarray] = {}
-    for graph_input in session.get_inputs():
-        if graph_input.name in available:
-            feeds[graph_input.name] = available[graph_input.name]
-        elif graph_input.name in ("past.key", "past.value"):
-            _, heads, _, size = graph_input.shape
-            feeds[graph_input.name] = np.zeros((1, heads, length, size), np.float32)
-    return feeds
