@@ -37,7 +37,7 @@ OPERATION = 1 / 200e9  # while a model is walked: two operations per value and t
 RECORDING = 1.6  # times as long as calibrating: products of one token per text
 FITTING = 33e-12  # per value and channel of the widest matrix
 BUILDING = 10e-9  # per value and GPU
-REFERENCE_LOADING = 5e-9  # per value
+LOADING = 5e-9  # per value, into torch or ONNX Runtime
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def comparing(work: Work, plan: Sequence[tuple[str, Scheme]], tokens: int) -> It
     if not variants or not tokens or work.largest_model * 4 > REFERENCE_LIMIT:
         return
     logits = LOGITS * 4 * tokens * work.vocab_size
-    seconds = REFERENCE_LOADING * work.values + 4 * OPERATION * tokens * work.values
+    seconds = LOADING * work.values + 4 * OPERATION * tokens * work.values
     yield StageForecast("reference in torch", seconds, LOADED + 4 * work.largest_model + logits)
     per_token = max(PER_TOKEN_LAYER * work.layers, PER_TOKEN_VALUE * work.active_values)
-    reading = WRITING * work.written + 2 * OPERATION * tokens * work.values + min(tokens, DECODED) * per_token
+    reading = LOADING * work.written + 2 * OPERATION * tokens * work.values + min(tokens, DECODED) * per_token
     for target, scheme in variants:
         bits = max(scheme.bits, PRECISIONS[scheme.name].rank("ort:cpu"))
         memory = LOADED + in_runtime(work.written, bits) + logits

@@ -23,9 +23,9 @@ GEMMA = Work(
 CPU = [("ort:cpu", SCHEMES["ort:cpu"][name]) for name in ("fp32", "int8", "int4")]
 # stage → seconds (None: no clean measurement) and peak MiB as measured
 SMOLLM2_MEASURED = {
-    "tracing": (18.8, 502), "writing int8 to record with": (5.2, 649), "recording": (58.2, 1628), "calibrating": (33.5, 963),
-    "writing fp32 for ort:cpu": (4.4, 924), "writing int8 for ort:cpu": (54.0, 1047), "writing int4 for ort:cpu": (80.2, 1118),
-    "reference in torch": (8.4, 1463), "comparing fp32 for ort:cpu": (10.0, 3499), "comparing int8 for ort:cpu": (7.0, 2296),
+    "tracing": (14.7, 504), "writing int8 to record with": (3.6, 673), "recording": (49.4, 1628), "calibrating": (26.6, 1019),
+    "writing fp32 for ort:cpu": (5.0, 999), "writing int8 for ort:cpu": (43.2, 1095), "writing int4 for ort:cpu": (62.0, 1099),
+    "reference in torch": (5.4, 1462), "comparing fp32 for ort:cpu": (5.8, 3460), "comparing int8 for ort:cpu": (4.2, 2419),
 }  # fmt: skip
 # by an earlier version, which fitted more slowly
 GEMMA_MEASURED = {"recording": (71, 5110), "calibrating": (66, 4492), "writing int4 for ort:cpu": (3331, 4988)}
