@@ -1,14 +1,9 @@
-"""Inference sessions on ONNX Runtime's CPU provider, and the buffers that are bound to them."""
+"""Inference sessions on ONNX Runtime's CPU provider."""
 
 from __future__ import annotations
 
-import math
-import mmap
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.bundle import Bundle
@@ -68,16 +63,3 @@ class CpuSessions:
             raise BundleError(
                 f"ONNX Runtime {self._ort.__version__} cannot load {name} from {graph} ({one_line(error)}); export the bundle again."
             ) from error
-
-
-def zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 zeros, mapped page by page as they are written.
-
-    NumPy asks for huge pages: a few tokens of each head would take many of them.
-    """
-    if not hasattr(mmap, "MADV_NOHUGEPAGE"):
-        return np.zeros(shape, np.float32)
-    region = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
-        region.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(region, np.float32).reshape(shape)

@@ -11,7 +11,8 @@ import numpy as np
 from fusionroute.runtime.backend import REUSED, Output
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
-from fusionroute.runtime.backends.cpu_sessions import CpuSessions, zeros
+from fusionroute.runtime.backends.cpu_sessions import CpuSessions
+from fusionroute.runtime.backends.keys_values import KeysValues
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import FusionError, one_line
@@ -72,7 +73,7 @@ class OrtModel:
 
 
 class OrtCache:
-    """KV buffers [1, kv_heads, capacity, head_size] per layer, bound once as both past and present."""
+    """One model's KV cache, and what its passes read and write, bound once but for what changes its shape."""
 
     def __init__(self, model: OrtModel):
         self.length = 0
@@ -80,18 +81,9 @@ class OrtCache:
         self._run = model.session.run_with_iobinding
         self._options = model.run_options()
         self._binding = binding = model.session.io_binding()
-        spec = model.model
-        shape = (1, spec.kv_heads, model.capacity, spec.head_size)
-        self._buffers = zeros((2 * spec.layers, *shape))
-        for layer in range(spec.layers):
-            for number, kind in enumerate(("key", "value")):
-                buffer = self._buffers[2 * layer + number]
-                binding.bind_input(f"past.{layer}.{kind}", "cpu", 0, np.float32, shape, buffer.ctypes.data)
-                binding.bind_output(f"present.{layer}.{kind}", "cpu", 0, np.float32, shape, buffer.ctypes.data)
+        self._memory = KeysValues(model.model, model.capacity)
+        self._memory.bind(binding)
         self._ids = np.zeros((1, model.capacity), np.int64)
-        self._seqlens, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
-        binding.bind_input("seqlens_k", "cpu", 0, np.int32, (1,), self._seqlens.ctypes.data)
-        binding.bind_input("total_sequence_length", "cpu", 0, np.int32, (), self._total.ctypes.data)
         self._bound = (0, 0)  # the (S, K) that is bound now
         self._reused = self._outputs(1)  # grows to the most rows asked for, up to REUSED
         self._positions = np.zeros(1, np.int64)
@@ -117,8 +109,7 @@ class OrtCache:
             self._bind(count, row_count)
         self._ids[0, :count] = ids
         self._positions[:] = positions
-        self._seqlens[0] = self.length + count - 1
-        self._total[()] = self.length + count
+        self._memory.set_total(self.length + count)
         self._options.terminate = False
         try:
             self._run(self._binding, self._options)
@@ -135,7 +126,7 @@ class OrtCache:
 
     def copy_prefix(self, other: OrtCache, length: int) -> None:
         """See `runtime.backend.Cache.copy_prefix`."""
-        self._buffers[..., :length, :] = other._buffers[..., :length, :]
+        self._memory.copy(other._memory, length)
         self.length = length
 
     def interrupt(self) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 from fusionroute.runtime.backend import Output, Segment
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
+from fusionroute.runtime.backends.keys_values import KeysValues
 from fusionroute.runtime.backends.mapped_factors import map_factors
-from fusionroute.runtime.backends.pair_binding import IDLE, KeysValues, PairBinding, PairGraph
+from fusionroute.runtime.backends.pair_binding import IDLE, PairBinding, PairGraph
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
 
@@ -117,7 +118,7 @@ class PairCache:
 
     def copy_prefix(self, other: PairCache, length: int) -> None:
         """See `runtime.backend.Cache.copy_prefix`."""
-        self.memory.buffers[..., :length, :] = other.memory.buffers[..., :length, :]
+        self.memory.copy(other.memory, length)
         self.length = length
 
     def interrupt(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fusionroute.runtime.backend import REUSED, Output, Segment
 from fusionroute.runtime.backends import ort
-from fusionroute.runtime.backends.cpu_sessions import zeros
+from fusionroute.runtime.backends.keys_values import KeysValues
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import FusionError, one_line
 
@@ -52,28 +52,6 @@ class PairGraph:
             if len(given) != len(shape) or any(isinstance(size, int) and size != other for size, other in zip(shape, given, strict=True)):
                 return name
         return None
-
-
-class KeysValues:
-    """KV buffers [1, kv_heads, capacity, head_size] per layer, and the inputs that tell how many tokens they hold."""
-
-    def __init__(self, spec: Model, capacity: int):
-        self.shape = (1, spec.kv_heads, capacity, spec.head_size)
-        self.buffers = zeros((2 * spec.layers, *self.shape))
-        self.names = [f"{layer}.{kind}" for layer in range(spec.layers) for kind in ("key", "value")]
-        self.last, self.total = np.zeros(1, np.int32), np.zeros((), np.int32)
-
-    def bind(self, binding: Any, prefix: str) -> None:
-        """Bind as both past and present of the model whose inputs begin with `prefix`."""
-        for name, buffer in zip(self.names, self.buffers, strict=True):
-            binding.bind_input(f"{prefix}past.{name}", "cpu", 0, np.float32, self.shape, buffer.ctypes.data)
-            binding.bind_output(f"{prefix}present.{name}", "cpu", 0, np.float32, self.shape, buffer.ctypes.data)
-        binding.bind_input(f"{prefix}seqlens_k", "cpu", 0, np.int32, (1,), self.last.ctypes.data)
-        binding.bind_input(f"{prefix}total_sequence_length", "cpu", 0, np.int32, (), self.total.ctypes.data)
-
-    def set_total(self, total: int) -> None:
-        """How many tokens the buffers hold at the end of the next pass."""
-        self.last[0], self.total[()] = total - 1, total
 
 
 class PairBinding:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fusionroute.runtime import FusionRuntime, InputError, Sampling
-from fusionroute.runtime.backends.cpu_sessions import zeros
+from fusionroute.runtime.backends.keys_values import zeros
 from fusionroute.runtime.backends.ort_cpu import OrtCache
 from fusionroute.runtime.bench.memory import resident
 from fusionroute.runtime.cancellation import Cancellation, Interrupted

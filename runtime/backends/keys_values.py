@@ -1,0 +1,52 @@
+"""One model's keys and values in the host's memory, bound by address: they are updated in place."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fusionroute.runtime.manifest import Model
+
+
+class KeysValues:
+    """KV buffers [1, kv_heads, capacity, head_size] per layer, and the inputs that tell how many tokens they hold."""
+
+    def __init__(self, spec: Model, capacity: int):
+        self.shape = (1, spec.kv_heads, capacity, spec.head_size)
+        self.buffers = zeros((2 * spec.layers, *self.shape))
+        self.names = [f"{layer}.{kind}" for layer in range(spec.layers) for kind in ("key", "value")]
+        self.last, self.total = np.zeros(1, np.int32), np.zeros((), np.int32)
+
+    def bind(self, binding: Any, prefix: str = "") -> None:
+        """Bind as both past and present of the model whose inputs begin with `prefix`."""
+        for name, buffer in zip(self.names, self.buffers, strict=True):
+            binding.bind_input(f"{prefix}past.{name}", "cpu", 0, np.float32, self.shape, buffer.ctypes.data)
+            binding.bind_output(f"{prefix}present.{name}", "cpu", 0, np.float32, self.shape, buffer.ctypes.data)
+        binding.bind_input(f"{prefix}seqlens_k", "cpu", 0, np.int32, (1,), self.last.ctypes.data)
+        binding.bind_input(f"{prefix}total_sequence_length", "cpu", 0, np.int32, (), self.total.ctypes.data)
+
+    def set_total(self, total: int) -> None:
+        """How many tokens the buffers hold at the end of the next pass."""
+        self.last[0], self.total[()] = total - 1, total
+
+    def copy(self, other: KeysValues, length: int) -> None:
+        """Take over the first `length` tokens of the same model's buffers."""
+        self.buffers[..., :length, :] = other.buffers[..., :length, :]
+
+
+def zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 zeros, mapped page by page as they are written.
+
+    NumPy asks for huge pages: a few tokens of each head would take many of them.
+    """
+    if not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros(shape, np.float32)
+    region = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        region.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(region, np.float32).reshape(shape)
