@@ -6,12 +6,12 @@ are read, and by whom. They then move into weight files one by one, so that the 
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
+from fusionroute.runtime.files import replacing
 from fusionroute.runtime.manifest import File, Tensor
 
 PAGE = 4096  # bytes. Readers map whole pages
@@ -79,7 +79,7 @@ class WeightFile:
         if not self._blobs:
             return None
         sha256 = hashlib.sha256()
-        with self._path.open("xb") as stream, removed_on_error(self._path):
+        with replacing(self._path) as partial, partial.open("xb") as stream:
             for offset, blob in self._blobs:
                 for piece in (bytes(offset - stream.tell()), *pieces(blob.path)):
                     sha256.update(piece)
@@ -87,16 +87,6 @@ class WeightFile:
                 blob.path.unlink()
         tensors = [Tensor(sha256=blob.sha256, offset=offset, bytes=blob.length) for offset, blob in self._blobs]
         return File(sha256=sha256.hexdigest(), bytes=self._size, tensors=tensors)
-
-
-@contextmanager
-def removed_on_error(path: Path) -> Iterator[None]:
-    """Leave nothing half-written."""
-    try:
-        yield
-    except BaseException:
-        path.unlink()
-        raise
 
 
 def pieces(path: Path) -> Iterator[bytes]:

@@ -77,9 +77,9 @@ def test_no_blob_lies_twice_but_the_one_that_moves(tmp_path: Path, monkeypatch: 
     graph(tmp_path / "model.onnx", store, [bytes([number]) * 10_000 for number in range(8)])
     most, unlink = [0], Path.unlink
 
-    def measured(path: Path, *arguments: bool) -> None:
+    def measured(path: Path, **options: bool) -> None:
         most[0] = max(most[0], sum(file.stat().st_size for file in store.folder.iterdir()))
-        unlink(path, *arguments)
+        unlink(path, **options)
 
     monkeypatch.setattr(Path, "unlink", measured)
     WeightFiles(store).plan("weights/model.bin", [tmp_path / "model.onnx"]).write()
