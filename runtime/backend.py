@@ -16,8 +16,8 @@ class Segment(NamedTuple):
 
 
 class Output(NamedTuple):
-    """One forward pass. `logits` stays where the backend computed it; `routing` is float32 [K, n_experts] for a router,
-    else None.
+    """One forward pass. `logits` [K, V] stays where the backend computed it, or is what the backend's fuser makes it of:
+    NumPy can read it as an array. `routing` is float32 [K, n_experts] for a router, else None.
 
     With K ≤ REUSED the next pass through the same cache overwrites both; with more they are arrays for the caller.
     """
@@ -102,7 +102,9 @@ class LanguageModel(Protocol):
 
 
 class Fuser(Protocol):
-    """The fusion graph, bound for one session."""
+    """The fusion graph, bound for one session. A backend whose outputs hold something else in place of logits makes
+    logits of it here.
+    """
 
     def __call__(self, inputs: FusionInputs) -> Fused:
         """Fuse the logits of K positions. Raises FusionError where the device fails."""
@@ -113,6 +115,17 @@ class Fuser(Protocol):
         fusions do not change.
         """
         ...
+
+    def ahead(self, router: Any, expert: Any, coefficients: tuple[float, float]) -> tuple[Any, Any, tuple[float, float]]:
+        """What to fuse in place of logits [K, V] and their coefficients, where K rows will be fused one by one.
+
+        Here a backend does what costs less for all rows at once. The next call overwrites them.
+        """
+        return router, expert, coefficients
+
+    def rows(self, count: int, vocab: int) -> Any:
+        """Room for `count` rows of logits of several passes, float32 [count, V]."""
+        return np.empty((count, vocab), np.float32)
 
 
 class BackendOptions(Protocol):
@@ -141,6 +154,11 @@ class BackendOptions(Protocol):
     @property
     def share_weights(self) -> bool:
         """Whether processes share the weights in host memory."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether results must not depend on how many rows are computed at once."""
         ...
 
 

@@ -123,11 +123,20 @@ class Engines(Strict):
 class Pair(Strict):
     """One graph that router and expert pass through together, and the factors that make an expert of it.
 
-    factors: expert → a safetensors file with the values of the graph's inputs `delta.…`, under their names.
+    head: the graph that makes logits of the hidden states that `graph` gives, None where it gives logits itself;
+    `head_is_linear`: whether the head may run on fused hidden states. factors: expert → a safetensors file with the
+    values of the graph's inputs `delta.…`, under their names.
     """
 
     graph: InsidePath
+    head: InsidePath | None = None
+    head_is_linear: bool = False
     factors: dict[str, InsidePath]
+
+    @property
+    def graph_paths(self) -> list[str]:
+        """Its graphs."""
+        return [self.graph] if self.head is None else [self.graph, self.head]
 
 
 class Variant(Strict):
@@ -157,7 +166,7 @@ class Variant(Strict):
     @property
     def graph_paths(self) -> list[str]:
         """The graphs of its language models, each once."""
-        return [*self.graphs.values()] if self.pair is None else [self.pair.graph]
+        return [*self.graphs.values()] if self.pair is None else self.pair.graph_paths
 
     @property
     def cache_width(self) -> int:
@@ -207,7 +216,7 @@ class Manifest(Strict):
                 raise ValueError(f"the variant {variant.precision} has {kind} for {', '.join(of_models)} instead of {', '.join(expected)}")
             if pair is not None and (variant.graphs or variant.engines):
                 raise ValueError(f"the variant {variant.precision} has a graph for all models, and others")
-            paths = {*of_models.values(), variant.fusion_graph} | ({pair.graph} if pair else set())
+            paths = {*of_models.values(), variant.fusion_graph} | (set(pair.graph_paths) if pair else set())
             if unknown := sorted(paths - self.files.keys()):
                 raise ValueError(f"the file {unknown[0]} of the variant {variant.precision} is not among the files")
             for built in variant.engines:

@@ -101,7 +101,11 @@ class PlainStep:
         if len(place):
             logit = float(fused.unpenalised[0, place[0]])
         else:  # chosen from beyond the candidates
-            logit = sum(weight * float(logits[0, token]) for weight, logits in zip(coefficients, (router, expert), strict=True) if weight)
+            logit = sum(
+                weight * float(np.asarray(logits)[0, token])
+                for weight, logits in zip(coefficients, (router, expert), strict=True)
+                if weight
+            )
         return logit - float(fused.log_normaliser[0])
 
 

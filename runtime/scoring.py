@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fusionroute.runtime import limits
-from fusionroute.runtime.backend import REUSED, Fuser, FusionInputs
+from fusionroute.runtime.backend import Fuser, FusionInputs
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.readers import Reader, Readers
 
@@ -73,24 +74,25 @@ def _score_sorted(
         choices = routed.routing.argmax(-1)
         for expert in np.unique(choices):
             own = np.flatnonzero(choices == expert)  # rows of this chunk that the expert answers
-            answered = _read_until(readers.experts[expert], tokens, positions[rows[own]], chunk) if coefficients[1] else routed.logits[own]
+            answered = routed.logits[own]
+            if coefficients[1]:
+                answered = fuser.rows(len(own), vocab_size)
+                _read_until(readers.experts[expert], tokens, positions[rows[own]], chunk, answered)
             for begin in range(0, len(own), rows_at_a_time):
                 part = own[begin : begin + rows_at_a_time]
-                router = np.ascontiguousarray(routed.logits[part])
-                fused = fuser(FusionInputs(router, answered[begin : begin + rows_at_a_time], coefficients))
+                fused = fuser(FusionInputs(routed.logits[part], answered[begin : begin + rows_at_a_time], coefficients))
                 logits[rows[part]] = fused.rows
     return Scores(logits, routing.argmax(-1).astype(np.int64), routing)
 
 
-def _read_until(expert: Reader, tokens: Sequence[int], positions: np.ndarray, chunk: int) -> np.ndarray:
-    """Let an expert read up to the last position in chunks; its logits at all of them, float32 [len(positions), V]."""
-    parts = []
-    start, end = expert.length, int(positions[-1]) + 1
+def _read_until(expert: Reader, tokens: Sequence[int], positions: np.ndarray, chunk: int, logits: Any) -> None:
+    """Let an expert read up to the last position in chunks, and write its logits at all of them, as of `Fuser.rows`."""
+    start, end, written = expert.length, int(positions[-1]) + 1, 0
     while start < end:
         piece = tokens[start : min(start + chunk, end)]
         inside = [int(position) - start for position in positions if start <= position < start + len(piece)]
         output = expert.forward(piece, inside or [len(piece) - 1])
         if inside:
-            parts.append(output.logits.copy() if len(inside) <= REUSED else output.logits)
+            logits[written : written + len(inside)] = output.logits
+            written += len(inside)
         start += len(piece)
-    return np.concatenate(parts) if len(parts) != 1 else parts[0]

@@ -14,7 +14,7 @@ from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.factor_arrays import FactorArrays
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import pair_segments
+from fusionroute.fr_export.graphs.passes import is_linear, pair_segments, split_head
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_files import WeightFiles
 from fusionroute.fr_export.graphs.weight_store import Store
@@ -27,7 +27,7 @@ from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import File, Pair, Variant
 
-BASE = "base"  # names the graph and its weights
+BASE, HEAD = "base", "head"  # name the graphs; both read the base's weights
 FACTORS = "factors"  # the folder with the experts' files, beside the graphs
 
 
@@ -51,7 +51,7 @@ class PairVariantWriter:
         Raises InputError where weights do not fit the precision, FusionError where the router cannot be traced.
         """
         system, spec, router = self._system, TARGETS[target], self._system.router
-        path = named(BASE, target, scheme.name, False)
+        path, head_path = (named(name, target, scheme.name, False) for name in (BASE, HEAD))
         total = self._traces.of(spec.dialect)[router.name].parameters
         with self._stages.stage(f"writing {scheme.name} for {target}, one base", total) as advance, coarse_products():
             try:
@@ -64,8 +64,10 @@ class PairVariantWriter:
                 bind(graph, router.weights, own, self._store, advance)
             except InputError as error:
                 raise InputError(f"{router.where} cannot be exported as {scheme.name}: {error}") from error
+            head = split_head(graph.model)
             graph.model.graph.name = BASE
             ir.save(graph.model, self._folder / path)
+            ir.save(head, self._folder / head_path)
             files = {name: self._write_factors(name, arrays) for name, arrays in factors.items()}
         variant = Variant(
             target=target,
@@ -73,8 +75,9 @@ class PairVariantWriter:
             graphs={},
             fusion_graph=FUSION_GRAPH,
             bits_per_weight=round(own.bits, 4),
-            weight_bytes={router.name: weight_bytes(graph.model)} | {name: arrays.bytes for name, arrays in factors.items()},
-            pair=Pair(graph=path, factors=files),
+            weight_bytes={router.name: weight_bytes(graph.model) + weight_bytes(head)}
+            | {name: arrays.bytes for name, arrays in factors.items()},
+            pair=Pair(graph=path, head=head_path, head_is_linear=is_linear(head), factors=files),
         )
         return WrittenVariant(variant, {} if about is None else {router.name: about})
 

@@ -27,7 +27,7 @@ def open_cpu(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backe
     """ONNX Runtime on the CPU: a graph per model, or one for all of them."""
     refuse_expert_memory(options)
     if variant.pair is not None:
-        return ort_pair.OrtPair(bundle, variant, variant.pair, options.threads, share_weights=options.share_weights)
+        return ort_pair.OrtPair(bundle, variant, variant.pair, options.threads, share_weights=options.share_weights, exact=options.exact)
     return ort_cpu.OrtCpu(bundle, variant, options.threads, share_weights=options.share_weights)
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backend import Fused, FusionInputs
+from fusionroute.runtime.backend import Fused, Fuser, FusionInputs
 from fusionroute.runtime.backends.greedy_fusion import GreedyFuser
 from fusionroute.runtime.errors import FusionError, one_line
 
 
-class OrtFuser:
+class OrtFuser(Fuser):
     """The fusion graph with bound buffers, bound again when shapes change.
 
     One candidate without a penalty goes to GreedyFuser instead.

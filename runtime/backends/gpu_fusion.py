@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backend import Fused, FusionInputs
+from fusionroute.runtime.backend import Fused, Fuser, FusionInputs
 from fusionroute.runtime.backends.device_buffers import Inputs, Place, Rows
 from fusionroute.runtime.errors import FusionError, one_line
 
@@ -58,7 +58,7 @@ class GpuFused:
         return np.asarray(self._rows.numpy())
 
 
-class GpuFuser:
+class GpuFuser(Fuser):
     """The fusion graph with one session's buffers (see `runtime.backend.Fuser`)."""
 
     def __init__(self, session: Any, place: Place, vocab: int):

@@ -57,14 +57,16 @@ def settings(onnxruntime: Any, threads: int) -> Any:
     return options
 
 
-def fits(session: Any, spec: Model, vocab: int, routed: int) -> bool:
-    """Whether a graph's caches, logits and routing scores are those of the manifest: buffers are bound by address."""
+def fits(session: Any, spec: Model, result: tuple[str, int], routed: int) -> bool:
+    """Whether a graph's caches, its result (logits, and of which width) and routing scores are those of the manifest:
+    buffers are bound by address.
+    """
     shapes = {value.name: tuple(value.shape) for value in (*session.get_inputs(), *session.get_outputs())}
     caches = [name for name in shapes if name.startswith(("past.", "present."))]
     return (
         len(caches) == 4 * spec.layers
         and all(shapes[name][1::2] == (spec.kv_heads, spec.head_size) for name in caches)
-        and shapes.get("logits", ())[-1:] == (vocab,)
+        and shapes.get(result[0], ())[-1:] == result[1:]
         and shapes.get("routing", (0,))[-1:] == (routed,)
     )
 
@@ -72,7 +74,7 @@ def fits(session: Any, spec: Model, vocab: int, routed: int) -> bool:
 def check(sessions: Sequence[Any], specs: Sequence[Model], paths: Sequence[Path], vocab: int) -> None:
     """Raise BundleError unless every model's graph (the router's first) fits the manifest."""
     for number, (session, spec, path) in enumerate(zip(sessions, specs, paths, strict=True)):
-        if not fits(session, spec, vocab, 0 if number else len(specs) - 1):
+        if not fits(session, spec, ("logits", vocab), 0 if number else len(specs) - 1):
             raise BundleError(
                 f"The graph {path} does not have the inputs and outputs that the manifest describes; export the bundle again."
             )

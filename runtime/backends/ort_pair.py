@@ -14,9 +14,11 @@ import numpy as np
 from fusionroute.runtime.backend import Output, Segment
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
+from fusionroute.runtime.backends.hidden_rows import Head
 from fusionroute.runtime.backends.keys_values import KeysValues
 from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.backends.pair_binding import IDLE, PairBinding, PairGraph
+from fusionroute.runtime.backends.pair_fusion import PairFuser
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
 
@@ -25,23 +27,31 @@ if TYPE_CHECKING:
 
 
 class OrtPair:
-    """The models of one variant with a `pair`, all in one inference session. `share_weights`: see `prepacked_weights`."""
+    """The models of one variant with a `pair`, all in one inference session, and their head in another.
+
+    `share_weights`: see `prepacked_weights`. `exact`: see `PairFuser`.
+    """
 
     prefill_chunk = 256  # see `OrtCpu`
     async_dispatch = False
     guess_limit = 8  # tokens that are read beside the router's nearly for free; more cost as much as a pass of their own
 
-    def __init__(self, bundle: Bundle, variant: Variant, pair: Pair, threads: int | None = None, *, share_weights: bool = False):
+    def __init__(
+        self, bundle: Bundle, variant: Variant, pair: Pair, threads: int | None = None, *, share_weights: bool = False, exact: bool = False
+    ):
         """Raises BundleError for files that are not those of a pair, UnavailableError without onnxruntime."""
         manifest = bundle.manifest
         opened = CpuSessions(bundle, variant, threads)
         router = manifest.models[0]
+        if pair.head is None:
+            raise BundleError(f"{bundle.folder} has no graph for the head of {pair.graph}; export the bundle again.")
         session = opened.model(router.name, pair.graph, share_weights)
-        graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
+        head = Head(opened.model(router.name, pair.head, share_weights), manifest.vocab_size)
+        graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, head, len(manifest.experts))
         sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models}
         if len(sizes) > 1 or not graph.fits():
             raise BundleError(
-                f"The graph {bundle.folder / pair.graph} does not have the inputs and outputs that the manifest describes; "
+                f"The graphs {bundle.folder / pair.graph} and {pair.head} do not have the inputs and outputs that the manifest describes; "
                 "export the bundle again."
             )
         factors = {name: map_factors(bundle.folder / path) for name, path in pair.factors.items()}
@@ -53,7 +63,7 @@ class OrtPair:
         self.router = PairModel(graph, factors[manifest.experts[0]], router.name, is_expert=False)
         self.experts = [PairModel(graph, factors[name], name, is_expert=True) for name in manifest.experts]
         self._fusion = opened.fusion()
-        self._vocab = manifest.vocab_size
+        self._head, self._linear, self._exact = head, pair.head_is_linear, exact
 
     def forward_both(self, router: PairCache, own: Segment, expert: PairCache, other: Segment) -> tuple[Output, Output]:
         """See `runtime.backend.Backend.forward_both`."""
@@ -64,9 +74,9 @@ class OrtPair:
         assert rows.routing is not None
         return Output(rows.logits[:first], rows.routing[:first]), Output(rows.logits[first:], None)
 
-    def fuser(self) -> OrtFuser:
+    def fuser(self) -> PairFuser:
         """A fuser with buffers of its own."""
-        return OrtFuser(self._fusion, self._vocab)
+        return PairFuser(OrtFuser(self._fusion, self._head.vocab), self._head, self._linear, self._exact)
 
 
 class PairModel:

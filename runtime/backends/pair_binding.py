@@ -14,6 +14,7 @@ import numpy as np
 
 from fusionroute.runtime.backend import REUSED, Output, Segment
 from fusionroute.runtime.backends import ort
+from fusionroute.runtime.backends.hidden_rows import Head, HiddenRows
 from fusionroute.runtime.backends.keys_values import KeysValues
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import FusionError, one_line
@@ -28,9 +29,9 @@ IDLE = Segment((0,), ())  # of a model that does not read
 class PairGraph:
     """The inference session and its sizes."""
 
-    def __init__(self, session: Any, run_options: Callable[[], Any], spec: Model, capacity: int, vocab: int, experts: int):
+    def __init__(self, session: Any, run_options: Callable[[], Any], spec: Model, capacity: int, head: Head, experts: int):
         self.session, self.run_options, self.spec = session, run_options, spec
-        self.capacity, self.vocab, self.experts = capacity, vocab, experts
+        self.capacity, self.head, self.experts = capacity, head, experts
         values = (*session.get_inputs(), *session.get_outputs())
         self._shapes: dict[str, tuple[int | str, ...]] = {value.name: tuple(value.shape) for value in values}
         self.deltas = {name: shape for name, shape in self._shapes.items() if name.startswith(DELTA)}
@@ -40,7 +41,7 @@ class PairGraph:
         shapes = self._shapes
         own = [name for name in shapes if name.startswith(("past.", "present."))]
         return (
-            ort.fits(self.session, self.spec, self.vocab, self.experts)
+            ort.fits(self.session, self.spec, ("hidden", self.head.width), self.experts)
             and all(shapes.get(EXPERT + name, ())[1::2] == shapes[name][1::2] for name in own)
             and shapes.get("segments") == (2,)
         )
@@ -80,7 +81,7 @@ class PairBinding:
 
     def _new_rows(self, row_count: int) -> tuple[np.ndarray, np.ndarray]:
         graph = self._graph
-        return np.empty((row_count, graph.vocab), np.float32), np.empty((row_count, graph.experts), np.float32)
+        return np.empty((row_count, graph.head.width), np.float32), np.empty((row_count, graph.experts), np.float32)
 
     def run(self, segments: tuple[Segment, Segment], lengths: tuple[int, int], options: Any) -> Output:
         """One pass of the router's segment and the expert's behind so many tokens.
@@ -91,7 +92,7 @@ class PairBinding:
         own, other = segments
         first, row_count = len(own.positions), len(own.positions) + len(other.positions)
         counts = self._even_counts(len(own.ids), len(other.ids), lengths)
-        read, padded = sum(counts), row_count + row_count % 2  # the head's product takes rows by twos too
+        read, padded = sum(counts), row_count + row_count % 2  # the routing head takes rows by twos too
         fresh = max(first, row_count - first) > REUSED
         if self._bound != (read, padded):
             self._bind(read, padded, fresh)
@@ -110,10 +111,10 @@ class PairBinding:
             if options.terminate:
                 raise Interrupted from error
             raise FusionError(f"ONNX Runtime failed on {read} tokens of {self._names}: {one_line(error)}") from error
-        logits, routing = self._rows
+        states, routing = self._rows
         if fresh:  # those arrays now belong to the caller
             self._bound, self._rows = (0, 0), self._reused
-        return Output(logits[:row_count], routing[:row_count])
+        return Output(HiddenRows(states[:row_count], self._graph.head), routing[:row_count])
 
     def _even_counts(self, own: int, other: int, lengths: tuple[int, int]) -> list[int]:
         """How many tokens of each a pass reads: one more where their sum is odd, if its buffers have room.
@@ -140,6 +141,6 @@ class PairBinding:
         self._positions = np.zeros(row_count, np.int64)
         binding.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
         binding.bind_input("logit_positions", "cpu", 0, np.int64, (row_count,), self._positions.ctypes.data)
-        for name, array in zip(("logits", "routing"), self._rows, strict=True):
+        for name, array in zip(("hidden", "routing"), self._rows, strict=True):
             binding.bind_output(name, "cpu", 0, np.float32, (1, *array.shape), array.ctypes.data)
         self._bound = (count, row_count)

@@ -7,7 +7,7 @@ an expert is also its catch-up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise, takewhile
 from typing import Any
 
@@ -23,6 +23,8 @@ from fusionroute.runtime.speculation.lookup import Lookup
 from fusionroute.runtime.speculation.rejection import Distribution, Softmax, certain, verify
 from fusionroute.runtime.text import Token
 
+# at one row: logits [1, V] of the router (where it did not run, a stand-in of weight zero) and of the expert, coefficients
+Answer = tuple[Any, Any, tuple[float, float]]
 DRAFT_MARGIN = 8.0  # below the best logit / temperature a token is not drafted: it weighs less than e⁻⁸ of the best
 DEVICE_LEARNING_INTERVAL = 16  # tokens between two copies of logits from a device to learn from
 
@@ -33,7 +35,7 @@ class Rounds:
     def __init__(self, step: PlainStep, costs: Costs, eos: frozenset[int], exact: bool):
         self._step, self._readers, self._sequence = step, step.readers, step.readers.sequence
         self._costs, self._eos, self._exact = costs, eos, exact
-        self._rows = np.empty((MAX_ROUND_TOKENS, step.vocab_size), np.float32)  # of the router, which reuses its own
+        self._rows = step.fuser.rows(MAX_ROUND_TOKENS, step.vocab_size)  # of the router, which reuses its own
         self.clear()
 
     def clear(self) -> None:
@@ -124,29 +126,28 @@ class Rounds:
         else:
             assert routed is not None and routed.routing is not None
             choices = [int(choice) for choice in routed.routing.argmax(-1)]
-        answers: dict[int, Any] = {}  # row → the chosen expert's logits, float32 [1, V]
-        if guess is not None and answered is not None:
+        answers: dict[int, Answer] = {}  # by row
+        if not coefficients[1]:
+            assert routed is not None
+            answers = self._ahead(routed, routed, coefficients, range(count))
+        elif guess is not None and answered is not None:
             own = [row for row in range(count) if choices[row] == guess]
-            answers = {row: answered.logits[row : row + 1] for row in own}
+            answers = self._ahead(answered if routed is None else routed, answered, coefficients, own)
             self._readers.experts[guess].truncate(start + own[-1] if own else read)  # see `PlainStep.advance`
         tokens: list[Token] = []
         for row, choice in enumerate(choices):
-            router = None if routed is None else routed.logits[row : row + 1]
-            if not coefficients[1]:
-                assert router is not None
-                answers[row] = router
-            elif row not in answers:
-                answers |= self._answers(choices, row, start)
-            expert = answers[row]
+            if row not in answers:
+                answers |= self._answers(choices, row, start, routed, coefficients)
+            router, expert, weights = answers[row]
             drafted = row < len(drafts)
             drawing = drafted and sampler.sampling.temperature > 0
             single = 1 if drawing and not sampler.filtered else 0  # one candidate: the full row is read anyway
-            fused = step.fuse(router if router is not None else expert, expert, coefficients, sampler, start + row, single)
+            fused = step.fuse(router, expert, weights, sampler, start + row, single)
             if drawing:
                 token = verify(target(sampler, fused), distributions[row], drafts[row], sampler.random)
             else:
                 token = sampler.choose(candidates(fused), lambda fused=fused: fused.rows[0])  # type: ignore[misc]
-            logprob = step.logprob(token, fused, router, expert, coefficients)
+            logprob = step.logprob(token, fused, router, expert, weights)
             tokens.append(Token(token, step.expert_names[choice], logprob, step.routing_of(routed, row)))
             if drafted and token != drafts[row]:
                 break
@@ -163,11 +164,21 @@ class Rounds:
         self._sequence.ids += drafts
         return drafts, len(drafts) + (end is None)
 
-    def _answers(self, choices: Sequence[int], row: int, start: int) -> dict[int, Any]:
-        """Let the expert of a row read up to the last row that it answers; its logits by row, float32 [1, V]."""
+    def _ahead(self, routed: Output, answered: Output, coefficients: tuple[float, float], own: Iterable[int]) -> dict[int, Answer]:
+        """What to fuse at some of the rows that both answer."""
+        router, expert, weights = self._step.fuser.ahead(routed.logits, answered.logits, coefficients)
+        return {row: (router[row : row + 1], expert[row : row + 1], weights) for row in own}
+
+    def _answers(
+        self, choices: Sequence[int], row: int, start: int, routed: Output | None, coefficients: tuple[float, float]
+    ) -> dict[int, Answer]:
+        """Let the expert of a row read up to the last row that it answers; what to fuse by row."""
         own = [other for other in range(row, len(choices)) if choices[other] == choices[row]]
-        logits = self._readers.read_expert(choices[row], [start - 1 + other for other in own]).logits
-        return {other: logits[place : place + 1] for place, other in enumerate(own)}
+        expert = self._readers.read_expert(choices[row], [start - 1 + other for other in own]).logits
+        rows = {other: expert[place : place + 1] for place, other in enumerate(own)}
+        return {
+            other: (logits if routed is None else routed.logits[other : other + 1], logits, coefficients) for other, logits in rows.items()
+        }
 
     def _draft(self, sampler: Sampler, rows: int, guess: int | None) -> tuple[Output, Output | None, list[int], list[Distribution]]:
         """Let the router go on alone for `rows` steps.
@@ -184,12 +195,12 @@ class Rounds:
             verifier = guess if place == rows - 1 and self._readers.joint else None
             output, answered = self._readers.read((len(ids) - 1,), verifier, range(start - 1, len(ids)))
             assert output is not None and output.routing is not None
-            logits = self._rows[place : place + 1]
-            logits[...] = output.logits
+            self._rows[place : place + 1] = output.logits
             routing[place] = output.routing[0]
             if place == rows - 1:
                 break
-            row = logits[0]
+            logits = self._rows[place : place + 1]
+            row = np.asarray(logits)[0]
             if sampler.sampling.repetition_penalty != 1.0:
                 row = step.fuse(logits, logits, (1.0, 0.0), sampler, len(ids), 1).rows[0]
             if sampler.sampling.temperature:

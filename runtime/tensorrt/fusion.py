@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backend import Fused, FusionInputs
+from fusionroute.runtime.backend import Fused, Fuser, FusionInputs
 from fusionroute.runtime.manifest import Profile
 from fusionroute.runtime.tensorrt.device import Graph, Memory, Stream
 from fusionroute.runtime.tensorrt.loading import Context, Engine
@@ -64,7 +64,7 @@ class DeviceFused:
         return block.arrays["fused"]
 
 
-class DeviceFuser:
+class DeviceFuser(Fuser):
     """The fusion engine with one session's buffers (see `runtime.backend.Fuser`)."""
 
     def __init__(self, engine: Engine, shared: Shared, stream: Stream, scratch: Memory, profile: Profile):

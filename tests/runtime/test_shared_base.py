@@ -298,7 +298,7 @@ def test_processes_share_its_weights(shared: Path, monkeypatch: pytest.MonkeyPat
             with FusionRuntime.load(shared, precision, "cpu", threads=1, share_weights=share) as rt:
                 results.append(rt.generate(list(range(5, 30)), 12))
         assert results[0] == results[1]
-    assert len(list((tmp_path / "fusionroute" / "packed").glob("*/weights.bin"))) == 2
+    assert len(list((tmp_path / "fusionroute" / "packed").glob("*/weights.bin"))) == 4, "base and head, in each precision"
 
 
 def test_drafts_of_both_sources_are_those_of_plain_decoding(shared: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -42,13 +42,18 @@ class Memory:
     length: int = 0
 
 
-class PairReader:
-    """A pair graph with an expert bound."""
+def opened(graph: Path) -> onnxruntime.InferenceSession:
+    """A session of one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
-    def __init__(self, graph: Path, factors: Mapping[str, np.ndarray], capacity: int = 64):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
+class PairReader:
+    """A pair graph with an expert bound. `head`: its head, if that is a graph of its own."""
+
+    def __init__(self, graph: Path, factors: Mapping[str, np.ndarray], head: Path | None = None, capacity: int = 64):
+        self.session, self.head = opened(graph), None if head is None else opened(head)
         self.factors = factors
         shapes = {
             each.name: (1, each.shape[1], capacity, each.shape[3]) for each in self.session.get_inputs() if each.name.startswith("past.")
@@ -60,7 +65,8 @@ class PairReader:
         """A bundle's graph in one precision, and the factors of an expert as the safetensors library reads them."""
         pair = next(each.pair for each in Manifest.read(bundle).variants if each.precision == precision)
         assert pair is not None
-        return cls(bundle / pair.graph, load_file(bundle / pair.factors[expert]))
+        assert pair.head is not None
+        return cls(bundle / pair.graph, load_file(bundle / pair.factors[expert]), bundle / pair.head)
 
     def read(self, router: list[int], expert: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One pass over tokens of both: logits of each [S, V], and the router's routing scores [S, n]."""
@@ -79,5 +85,7 @@ class PairReader:
         results = dict(zip((output.name for output in self.session.get_outputs()), self.session.run(None, feeds), strict=True))
         for prefix, memory in (("", self.router), ("expert.", self.expert)):
             memory.buffers = {name: results[prefix + name.replace("past", "present")] for name in memory.buffers}
+        if self.head is not None:
+            results["logits"] = self.head.run(["logits"], {"hidden": results["hidden"]})[0]
         logits, routing = results["logits"][0], results["routing"][0]
         return logits[: len(router)], logits[len(router) :], routing[: len(router)]

@@ -1,6 +1,6 @@
 """Graph rewrites, one per file; each leaves the function of the graph as it was, `to_half` up to rounding.
 
-`pair_segments` makes a graph for two models at once.
+`pair_segments` makes a graph for two models at once, `split_head` two graphs of one.
 """
 
 from fusionroute.fr_export.graphs.passes.decompose_rmsnorm import decompose_rmsnorm
@@ -10,16 +10,19 @@ from fusionroute.fr_export.graphs.passes.pack_qkv import pack_qkv, split_qkv
 from fusionroute.fr_export.graphs.passes.pair_segments import pair_segments
 from fusionroute.fr_export.graphs.passes.remove_redundant_views import remove_redundant_views
 from fusionroute.fr_export.graphs.passes.slices_to_split import slices_to_split
+from fusionroute.fr_export.graphs.passes.split_head import is_linear, split_head
 from fusionroute.fr_export.graphs.passes.to_half import to_half
 
 __all__ = [
     "decompose_rmsnorm",
     "fuse_rotary",
     "fuse_skip_norm",
+    "is_linear",
     "pack_qkv",
     "pair_segments",
     "remove_redundant_views",
     "slices_to_split",
+    "split_head",
     "split_qkv",
     "to_half",
 ]

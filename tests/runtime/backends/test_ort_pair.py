@@ -39,10 +39,10 @@ def pair_of(rt: FusionRuntime) -> OrtPair:
 
 
 def whole(backend: OrtPair, number: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Logits [S, V] and routing [S, n] of one pass over IDS of a model alone."""
+    """Hidden states [S, H] and routing [S, n] of one pass over IDS of a model alone."""
     model = backend.router if number is None else backend.experts[number]
     output = model.cache().forward(IDS, range(len(IDS)))
-    return output.logits, output.routing
+    return output.logits.states, output.routing
 
 
 @settings(max_examples=15, deadline=None)
@@ -67,8 +67,8 @@ def test_segments_of_several_tokens_are_bit_for_bit_those_of_passes_alone(rt: Fu
             both = backend.forward_both(caches[0], answered(segments[0]), caches[1], answered(segments[1]))
         for place, (cache, ids) in enumerate(zip(caches, segments, strict=True)):
             if alone is None or alone == place:
-                logits = both[place].logits if alone is None else cache.forward(ids, range(len(ids))).logits
-                assert np.array_equal(logits, expected[place][starts[place] : starts[place] + len(ids)])
+                output = both[place] if alone is None else cache.forward(ids, range(len(ids)))
+                assert np.array_equal(output.logits.states, expected[place][starts[place] : starts[place] + len(ids)])
                 assert cache.length == starts[place] + len(ids)
 
 
@@ -87,9 +87,9 @@ def test_a_single_token_of_an_expert_does_not_depend_on_the_router(rt: FusionRun
             expert.forward(IDS[:20], (19,))
             last = Segment(IDS[20:21], (0,))
             if beside:
-                rows.append(backend.forward_both(router, answered(IDS[:beside]), expert, last)[1].logits.copy())
+                rows.append(backend.forward_both(router, answered(IDS[:beside]), expert, last)[1].logits.states.copy())
             else:
-                rows.append(expert.forward(*last).logits.copy())
+                rows.append(expert.forward(*last).logits.states.copy())
         assert all(np.array_equal(rows[0], row) for row in rows[1:])
 
 
@@ -103,7 +103,7 @@ def test_models_differ_and_the_router_is_not_changed_by_factors(rt: FusionRuntim
     for number in range(3):
         router.length = 0
         output, _ = backend.forward_both(router, answered(IDS[:16]), backend.experts[number].cache(), answered(IDS[:16]))
-        assert np.array_equal(output.logits, rows[0][:16])
+        assert np.array_equal(output.logits.states, rows[0][:16])
         assert output.routing is not None and np.array_equal(output.routing, routing[:16])
 
 
@@ -113,12 +113,12 @@ def test_rows_up_to_a_number_are_used_again_and_more_are_the_callers(shared: Pat
         router, expert = backend.router.cache(), backend.experts[0].cache()
         few, many = IDS[:REUSED], IDS[: REUSED + 1]
         kept = backend.forward_both(router, answered(many), expert, answered(few))
-        copies = [output.logits.copy() for output in kept]
+        copies = [output.logits.states.copy() for output in kept]
         for ids in (few, many, few):
             router.length = expert.length = 0
             outputs = backend.forward_both(router, answered(ids), expert, answered(few))
-            assert not any(np.shares_memory(output.logits, old.logits) for output in outputs for old in kept)
-        assert all(np.array_equal(output.logits, copy) for output, copy in zip(kept, copies, strict=True))
+            assert not any(np.shares_memory(output.logits.states, old.logits.states) for output in outputs for old in kept)
+        assert all(np.array_equal(output.logits.states, copy) for output, copy in zip(kept, copies, strict=True))
 
 
 def test_a_decoded_token_binds_nothing_and_an_expert_only_once(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_an_interrupted_pass_leaves_both_caches_as_they_were(shared: Path) -> No
         router.length, expert.length = 20, 10
         outputs = backend.forward_both(router, Segment(ids[20:], (479,)), expert, Segment(ids[10:], (489,)))
         for output, model in zip(outputs, (backend.router, backend.experts[1]), strict=True):
-            assert np.array_equal(output.logits, model.cache().forward(ids, (499,)).logits)
+            assert np.array_equal(output.logits.states, model.cache().forward(ids, (499,)).logits.states)
 
 
 def test_errors_name_the_models(shared: Path) -> None:
@@ -268,7 +268,7 @@ def test_bundles_whose_factors_or_graph_do_not_fit_are_refused(shared: Path, tmp
         shutil.rmtree(copy)
         shutil.copytree(shared, copy)
         edit(copy, lambda content, number=number: content["models"][number].update(kv_heads=7))  # type: ignore[misc]
-        assert "does not have the inputs and outputs that the manifest describes" in refusal(copy)
+        assert "do not have the inputs and outputs that the manifest describes" in refusal(copy)
 
 
 def test_caches_copy_what_others_have_read(shared: Path) -> None:
@@ -278,5 +278,5 @@ def test_caches_copy_what_others_have_read(shared: Path) -> None:
             lender.forward(IDS[:40], (39,))
             borrower.copy_prefix(lender, 30)
             assert borrower.length == 30
-            assert np.array_equal(borrower.forward(IDS[30:60], (29,)).logits, model.cache().forward(IDS[:60], (59,)).logits)
+            assert np.array_equal(borrower.forward(IDS[30:60], (29,)).logits.states, model.cache().forward(IDS[:60], (59,)).logits.states)
             assert isinstance(borrower, PairCache)
