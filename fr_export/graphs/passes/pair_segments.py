@@ -57,8 +57,8 @@ class _Pairing:
         self.segments = self.input("segments", [2], INT64)
         self.lengths = [ir.Value(name=f"segments.{who}", type=ir.TensorType(INT64), shape=ir.Shape([1])) for who in ("router", "expert")]
         node(self.inner, self.first, "Split", [self.segments], list(self.lengths), num_outputs=2, axis=0)
-        begins, ends = self.constant("segments.begin", [0]), self.constant("segments.end", [0, 0, 0, 0])
-        self.padding = self.before("Concat", [begins, self.lengths[0], ends], "segments.padding", [6], INT64, axis=0)
+        self.counts = [self.before("Squeeze", [length], f"{length.name}.count", [], INT64) for length in self.lengths]
+        self.places = self.expert_places()
 
     def run(self, matrices: Collection[str], vectors: Collection[str]) -> list[Factors]:
         """See `pair_segments`."""
@@ -85,9 +85,8 @@ class _Pairing:
         total = self.each("GroupQueryAttention")[0].inputs[LENGTHS][1]
         one, axis = self.constant("segments.one", 1), self.constant("segments.axis", [0])
         ranges = []
-        for end, length in zip((total, self.of_expert(total)), self.lengths, strict=True):
+        for end, count in zip((total, self.of_expert(total)), self.counts, strict=True):
             stop = self.before("Cast", [end], f"{end.name}.int64", [], INT64, to=int(INT64))
-            count = self.before("Squeeze", [length], f"{length.name}.count", [], INT64)
             start = self.before("Sub", [stop, count], f"{end.name}.start", [], INT64)
             ranges.append(self.before("Range", [start, stop, one], f"{end.name}.positions", None, INT64))
         positions = self.before("Concat", ranges, "segments.positions", None, INT64, axis=0)
@@ -144,7 +143,7 @@ class _Pairing:
     def add_to_expert(self, product: ir.Node, low: ir.Value, b: ir.Value) -> None:
         """Add low·b to the expert's rows of a product's result."""
         result = product.outputs[0]
-        delta, padded, total = (ir.Value(name=f"{result.name}.{part}", type=result.type) for part in ("delta", "padded", "total"))
+        delta, total = (ir.Value(name=f"{result.name}.{part}", type=result.type) for part in ("delta", "total"))
         nodes = [ir.Node("", "MatMul", [low, b], outputs=[delta])]
         if result in self.parts and len(result.uses()) == 1:  # only its segments are read
             expert = self.parts[result][1]
@@ -155,8 +154,18 @@ class _Pairing:
             return
         total.shape = result.shape
         result.replace_all_uses_with(total)
-        nodes += [ir.Node("", "Pad", [delta, self.padding], outputs=[padded]), ir.Node("", "Add", [result, padded], outputs=[total])]
+        # in place, and it does not touch the router's rows: half the time of padding the delta and adding it
+        nodes.append(ir.Node("", "ScatterND", [result, self.places, delta], [ir.AttrString("reduction", "add")], outputs=[total]))
         self.inner.insert_after(product, nodes)
+
+    def expert_places(self) -> ir.Value:
+        """Where the expert's tokens are in a value [1, tokens, …], int64 [1, expert tokens, 2]."""
+        first = self.counts[0]
+        stop = self.before("Add", list(self.counts), "segments.stop", [], INT64)
+        rows = self.before("Range", [first, stop, self.constant("segments.one", 1)], "segments.expert.rows", None, INT64)
+        column = self.before("Unsqueeze", [rows, self.constant("segments.ends", [0, 2])], "segments.expert.column", None, INT64)
+        padding = self.constant("segments.padding", [0, 0, 1, 0, 0, 0])  # the batch's place 0 in front
+        return self.before("Pad", [column, padding], "segments.expert.places", None, INT64)
 
     def split(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The segments [1, …] of a value [1, tokens, …]."""

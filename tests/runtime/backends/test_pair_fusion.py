@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,9 +83,14 @@ def test_rows_fused_ahead_are_those_fused_one_by_one(rt: FusionRuntime, linear: 
 
 def test_the_head_runs_once_for_a_token_and_on_one_row(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever expert was guessed; and for no token of a prompt but the last."""
-    runs: list[int] = []
+    runs: list[Head] = []
     run = Head.run
-    monkeypatch.setattr(Head, "run", lambda self, binding: (runs.append(1), run(self, binding))[1])
+
+    def counted(head: Head, binding: Any) -> None:
+        runs.append(head)
+        run(head, binding)
+
+    monkeypatch.setattr(Head, "run", counted)
     with FusionRuntime.load(shared, "int8", "cpu") as rt:
         assert pair_of(rt)._linear
         session = rt.session()
