@@ -65,7 +65,7 @@ class Decoder:
         self.readers.rewind(length)
         self.step.newest = None
         if not length:
-            self.step.last_expert = None
+            self.step.guesses.last = None
         if self.rounds is not None:
             self.rounds.clear()
 
@@ -76,7 +76,7 @@ class Decoder:
         """
         shared = self.shared_prefix(ids) if self._system.prefixes is not None else 0
         self.rewind(shared)
-        self.step.last_expert, self.sequence.prompt_length = None, 0
+        self.step.guesses.last, self.sequence.prompt_length = None, 0
         self.append(ids[shared:])
 
     def shared_prefix(self, ids: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fusionroute.runtime.backend import NO_IDS, Fused, FusionInputs, Output
+from fusionroute.runtime.expert_guesses import ExpertGuesses
 from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.readers import Readers
 from fusionroute.runtime.sampling import Candidates, Sampler
@@ -21,7 +22,8 @@ class PlainStep:
         self.readers, self.expert_names, self.vocab_size = readers, system.expert_names, system.vocab_size
         self.fuser, self._async_dispatch, self._guess_limit = backend.fuser(), backend.async_dispatch, backend.guess_limit
         self.newest: Fused | None = None  # what the newest token was chosen from
-        self.last_expert: int | None = None  # the expert of the newest token
+        self.guesses = ExpertGuesses()
+        self.missed = False  # whether the newest token's expert was guessed wrongly
         self.router_logits: Any = None  # of the last step, float32 [1, V]; valid until the next pass
         self._no_routing = np.full(len(self.expert_names), np.nan, np.float32)
 
@@ -56,10 +58,11 @@ class PlainStep:
             if guess is not None:  # what an expert reads, and in which passes, must not depend on guesses
                 readers.experts[guess].truncate(read)
             answered = fused = None
+        self.missed = guess is not None and choice != guess
         if answered is None:
             answered = routed if routed is not None and not coefficients[1] else readers.read_expert(choice, newest)
         fused = fused or fused_with(answered)
-        self.last_expert = choice
+        self.guesses.saw(readers.sequence.ids[-1], choice)
         token = sampler.choose(candidates(fused), lambda: fused.rows[0])
         logprob = self.logprob(token, fused, (routed or answered).logits, answered.logits, coefficients)
         readers.commit(token)
@@ -71,11 +74,10 @@ class PlainStep:
         return np.array(scores)
 
     def guess_expert(self) -> int | None:
-        """The expert to run before the routing is known: the last one, unless it lags by more than a guess may cost."""
-        if not self._guess_limit or self.last_expert is None:
-            return None
-        read = self.readers.experts[self.last_expert].length
-        return self.last_expert if read and len(self.readers.sequence.ids) - read <= self._guess_limit else None
+        """The expert to run before the routing is known: the likeliest that lags by no more than a guess may cost."""
+        ids, experts = self.readers.sequence.ids, self.readers.experts
+        likely = self.guesses.likely(ids[-1]) if self._guess_limit else ()
+        return next((each for each in likely if experts[each].length and len(ids) - experts[each].length <= self._guess_limit), None)
 
     def fuse(self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int, count: int = 0) -> Fused:
         """Fuse logits float32 [1, V] at one position, behind the first `length` tokens.

@@ -106,7 +106,3 @@ class Rows:
 
     def __getitem__(self, key: Any) -> Any:
         return self.__array__()[key]
-
-    def copy(self) -> np.ndarray:
-        """The logits on the host."""
-        return self.__array__()

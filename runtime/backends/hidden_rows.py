@@ -75,7 +75,3 @@ class HiddenRows:
         bound = BoundHead(self.head)
         bound.states(len(self))[:] = self.states
         return np.asarray(bound.logits(), dtype)
-
-    def copy(self) -> HiddenRows:
-        """Rows that later passes do not change."""
-        return self[:].__class__(self.states.copy(), self.head)

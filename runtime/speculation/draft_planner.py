@@ -66,6 +66,7 @@ class DraftPlanner:
     exact: bool = False
     rates: dict[str, Rate] = field(default_factory=lambda: {name: Rate(mean * weight, weight) for name, (mean, weight) in PRIORS.items()})
     switches: Rate = field(default_factory=lambda: Rate(0.5, 2.0))
+    misses: Rate = field(default_factory=lambda: Rate(0.5, 2.0))
     _priced: tuple[int, bool, int | None] = (-1, False, None)  # length in LENGTH_STEPs, router and expert that the prices are for
     _prices: Prices = field(default=Prices(0.0, 0.0, [], [], 0.0), init=False)
 
@@ -85,7 +86,7 @@ class DraftPlanner:
         own drafts then verify nothing).
         """
         prices, fusion = self._prices_of(length, router, expert), self.costs.fusion
-        switching, missing = self.switches.mean * prices.switch, self.switches.mean * prices.miss
+        switching, missing = self.switches.mean * prices.switch, self.misses.mean * prices.miss
         best, fastest = DraftPlan("router", 1), (prices.plain + missing + fusion) / MIN_SPEEDUP
         rows_offered = {
             "lookup": min(looked_up + 1, most, MAX_ROUND_TOKENS),
@@ -128,6 +129,10 @@ class DraftPlanner:
         if drafts:
             self.rates[source].saw(accepted, min(accepted + 1, drafts))
 
-    def produced(self, tokens: int, switched: int) -> None:
-        """`tokens` were committed, `switched` of them by another expert than the token before."""
+    def produced(self, tokens: int, switched: int, missed: bool) -> None:
+        """`tokens` were committed, `switched` of them by another expert than the token before.
+
+        `missed`: the first one by another expert than was guessed.
+        """
         self.switches.saw(switched, tokens)
+        self.misses.saw(missed, 1)

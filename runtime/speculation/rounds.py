@@ -49,7 +49,7 @@ class Rounds:
         step, ids = self._step, self._sequence.ids
         if not self._pays:
             return [step.advance(sampler, coefficients, pinned)]
-        start, previous = len(ids), step.last_expert
+        start, previous = len(ids), step.guesses.last
         offered = self._lookup.propose(ids, min(most, MAX_ROUND_TOKENS) - 1)
         likely = pinned if pinned is not None else previous or 0
         router_runs = pinned is None or bool(coefficients[0])
@@ -64,7 +64,7 @@ class Rounds:
         if coefficients[1] and router_rows is not None and (plan.rows == 1 or plan.source != "router"):
             self._learn_router_rate(tokens, router_rows, bool(sampler.sampling.temperature))
         experts = [previous, *(step.expert_names.index(token.expert) for token in tokens)]
-        self.planner.produced(len(tokens), sum(a is not None and a != b for a, b in pairwise(experts)))
+        self.planner.produced(len(tokens), sum(a is not None and a != b for a, b in pairwise(experts)), step.missed)
         return tokens
 
     def _speculate(
@@ -74,14 +74,15 @@ class Rounds:
 
         The tokens, and the router's logits as `_round` has them.
         """
-        start = len(self._sequence.ids)
+        start, step = len(self._sequence.ids), self._step
         tokens: list[Token] = []
         try:
             tokens, drafts, router_rows = self._round(sampler, coefficients, pinned, plan, offered)
         finally:  # all tokens but the last are drafts that held; other drafts are forgotten, whatever happened
             self._readers.truncate(start + max(len(tokens) - 1, 0))
+        for behind, token in zip(self._sequence.ids[start - 1 :], tokens, strict=True):
+            step.guesses.saw(behind, step.expert_names.index(token.expert))
         self._readers.commit(tokens[-1].id)
-        self._step.last_expert = self._step.expert_names.index(tokens[-1].expert)
         accepted = agreeing(tokens, drafts)
         self.planner.saw(plan.source, accepted, len(drafts))
         self.drafted, self.accepted = self.drafted + len(drafts), self.accepted + accepted
@@ -126,6 +127,7 @@ class Rounds:
         else:
             assert routed is not None and routed.routing is not None
             choices = [int(choice) for choice in routed.routing.argmax(-1)]
+        step.missed = guess is not None and choices[0] != guess
         answers: dict[int, Answer] = {}  # by row
         if not coefficients[1]:
             assert routed is not None

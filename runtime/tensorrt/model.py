@@ -89,10 +89,6 @@ class Rows:
     def __getitem__(self, key: Any) -> Any:
         return self.__array__()[key]
 
-    def copy(self) -> np.ndarray:
-        """The logits on the host."""
-        return self.__array__()
-
 
 class Answer:
     """One forward pass, perhaps still under way (see `runtime.backend.Output`). `routing` waits for it."""

@@ -71,7 +71,7 @@ def test_sessions_agree_whatever_is_done_with_them(loaded: Loaded, prompt: list[
             elif action == "pin":
                 session._pinned = arguments[0]
             elif action == "guess":  # a wrong one, mostly
-                session._decoder.step.last_expert = arguments[0]
+                session._decoder.step.guesses.saw(session.token_ids[-1], arguments[0])
         if action == "step":
             for _ in range(arguments[0]):
                 ours, theirs = (session.step(**arguments[1]) for session in sessions)
@@ -87,17 +87,22 @@ def test_a_right_guess_takes_one_pass_and_a_wrong_one_two(loaded: Loaded, passes
     session.append(list(range(5, 25)))
     first = session.step()
     assert passes == [(20, 0), (0, 20)], "nobody is guessed for a prompt"
-    previous, seen = first.expert, {True: 0, False: 0}
+    seen, others = {True: 0, False: 0}, 0
+    previous = first.expert
     for _ in range(60):
         passes.clear()
         lag = session.lags
+        number = session._decoder.step.guess_expert()
+        assert number is not None
+        guess = loaded[0].expert_names[number]
         token = session.step()
-        right = token.expert == previous
-        assert passes == ([(1, 1)] if right else [(1, 1), (0, lag[token.expert])])
-        assert session.lags[previous] == (1 if right else 2), "what was read on a wrong guess is taken back"
+        right = token.expert == guess
+        assert passes == ([(1, lag[guess])] if right else [(1, lag[guess]), (0, lag[token.expert])])
+        assert session.lags[guess] == (1 if right else lag[guess] + 1), "what was read on a wrong guess is taken back"
         seen[right] += 1
+        others += guess != previous
         previous = token.expert
-    assert all(count > 5 for count in seen.values())
+    assert all(count > 5 for count in seen.values()) and others > 5
 
 
 def test_who_is_known_reads_in_the_router_s_passes(loaded: Loaded, passes: list[tuple[int, int]]) -> None:
@@ -113,11 +118,11 @@ def test_who_is_known_reads_in_the_router_s_passes(loaded: Loaded, passes: list[
     session.append(ids[:3])
     session.step(lam=1.0)
     session._pinned = None
-    session._decoder.step.last_expert = 1
+    session._decoder.step.guesses.last = 1
     session.step()
     assert passes[0] == (4, 0) and passes[1] == (1, 5)
     passes.clear()
-    session._decoder.step.last_expert = 1
+    session._decoder.step.guesses.last = 1
     session.append(ids[:9])
     session.step()
     assert passes[0] == (10, 0)

@@ -99,7 +99,7 @@ def test_fusion_penalises_what_it_is_told_and_rows_read_stay_as_they_were(pair: 
     rt, _ = pair
     router, expert = rt.backend.router.cache(), rt.backend.experts[0].cache()
     first, second = router.forward([5, 9], (1,)), expert.forward([5, 9], (1,))
-    read = [output.logits.copy() for output in (first, second)]
+    read = [np.array(output.logits) for output in (first, second)]
     copies = [row.copy() for row in read]
     for ids in ([7], [7, 250, 31], []):
         fused = rt.backend.fuser()(FusionInputs(first.logits, second.logits, (0.25, 0.75), 4, np.array(ids, np.int64), 1.7, 0.5))

@@ -35,7 +35,7 @@ def speed(known: Costs, source: str, rows: int, rate: float, switches: float, le
 @pytest.mark.parametrize("length", [5, 500, 5000])
 def test_drafts_are_as_many_as_pay(known: Costs, rate: float, length: int) -> None:
     planner, random = DraftPlanner(known), np.random.default_rng(0)
-    planner.produced(1000, 0)
+    planner.produced(1000, 0, False)
     for _ in range(400):
         for source, share in (("router", rate), ("lookup", rate / 2)):
             hits = random.random(3) < share
@@ -56,15 +56,17 @@ def test_passes_of_both_are_priced_by_what_they_take(rate: float, switches: floa
     reading, verifying, alone = [1.2, 1.4, 1.8, 2.6], [1.2, 1.3, 1.5, 2.0], [1.1, 1.3, 1.5, 2.1]
     known = Costs((tuple(alone),) * 2, ((tuple(alone),) * 2,) * 3, 0.05, joint=((tuple(reading),) * 2, (tuple(verifying),) * 2))
     planner = DraftPlanner(known)
-    planner.produced(10000, round(10000 * switches))
+    planner.produced(10000, round(10000 * switches), False)
+    planner.misses.hits, planner.misses.trials = 1000 * switches / 2, 1000.0
     for source in ("lookup", "router"):
         planner.rates[source].hits, planner.rates[source].trials = 1000 * rate, 1000.0
     share = planner.switches.mean
     together, last = (np.interp(range(1, MAX_ROUND_TOKENS + 1), SIZES, seconds) for seconds in (reading, verifying))
-    speeds = {("router", 1): MIN_SPEEDUP / (reading[0] + share * alone[0] + 0.05)}
+    wrong = planner.misses.mean * alone[0]
+    speeds = {("router", 1): MIN_SPEEDUP / (reading[0] + wrong + 0.05)}
     for rows in range(2, MAX_ROUND_TOKENS + 1):
         tokens = sum(rate**n for n in range(rows))
-        turns = share * alone[0] * tokens  # a guess that is wrong, and experts that take turns
+        turns = wrong + share * alone[0] * (tokens - 1)  # a guess that is wrong, and experts that take turns
         speeds["lookup", rows] = tokens / (together[rows - 1] + turns + 0.05 * tokens)
         speeds["router", rows] = tokens / ((rows - 1) * alone[0] + last[rows - 1] + turns + 0.05 * tokens)
     plan = planner.plan(MAX_ROUND_TOKENS, MAX_ROUND_TOKENS, True, 1, 32)
@@ -79,7 +81,7 @@ def test_models_that_run_side_by_side_leave_less_to_gain() -> None:
     for _ in range(100):
         planner.saw("lookup", 3, 3)
         planner.saw("router", 3, 3)
-    planner.produced(1000, 0)
+    planner.produced(1000, 0, False)
     assert DraftPlanner(EVEN, rates=planner.rates, switches=planner.switches).plan(MAX_ROUND_TOKENS, 0, True, 1, 32).rows > 1
     assert planner.plan(MAX_ROUND_TOKENS, 0, True, 1, 32).rows == 1, "a router step per draft costs what a plain token does"
     assert planner.plan(MAX_ROUND_TOKENS, 7, True, 1, 32).rows == MAX_ROUND_TOKENS
