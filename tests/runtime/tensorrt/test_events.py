@@ -20,6 +20,7 @@ host waits: `block.event.wait()` in Copies.settle < DeviceFused.rows
 host waits: `block.event.wait()` in Copies.settle < DeviceFuser._settle < DeviceFuser.__call__
 host waits: `block.event.wait()` in Copies.settle < DeviceFuser._settle < DeviceFuser.__del__
 host waits: `block.event.wait()` in Copies.settle < Rows.__array__
+host waits: `block.event.wait()` in Copies.settle < Rows.__array__ < Rows.__getitem__
 host waits: `block.event.wait()` in Mapped.settle < Answer.routing
 host waits: `block.event.wait()` in Mapped.settle < Cache._settle < Cache.forward
 host waits: `block.event.wait()` in Mapped.settle < Cache.forward
@@ -28,6 +29,7 @@ host waits: `block.event.wait()` in Mapped.settle < DeviceFused.rows
 host waits: `block.event.wait()` in Mapped.settle < DeviceFuser._settle < DeviceFuser.__call__
 host waits: `block.event.wait()` in Mapped.settle < DeviceFuser._settle < DeviceFuser.__del__
 host waits: `block.event.wait()` in Mapped.settle < Rows.__array__
+host waits: `block.event.wait()` in Mapped.settle < Rows.__array__ < Rows.__getitem__
 host waits: `done.wait()` in Copies.release < Cache.__del__
 host waits: `done.wait()` in Mapped.release < Cache.__del__
 host waits: `read.wait()` in Copies.release < Cache.__del__
@@ -40,6 +42,7 @@ records: `self.stream.record(block.event)` in Copies._mark < Copies.download < C
 records: `self.stream.record(block.event)` in Copies._mark < Copies.download < DeviceFused.rows
 records: `self.stream.record(block.event)` in Copies._mark < Copies.download < DeviceFuser.__call__
 records: `self.stream.record(block.event)` in Copies._mark < Copies.download < Rows.__array__
+records: `self.stream.record(block.event)` in Copies._mark < Copies.download < Rows.__array__ < Rows.__getitem__
 records: `self.stream.record(block.event)` in Copies._mark < Copies.upload < Cache._queue < Cache.forward
 records: `self.stream.record(block.event)` in Copies._mark < Copies.upload < DeviceFuser.__call__
 records: `self.stream.record(block.event)` in Copies._mark < Copies.upload < DeviceFuser._address < DeviceFuser.__call__
@@ -56,6 +59,7 @@ stream waits: `self.stream.wait(ready)` in Copies.download < Answer.routing
 stream waits: `self.stream.wait(ready)` in Copies.download < Cache.forward
 stream waits: `self.stream.wait(ready)` in Copies.download < DeviceFuser.__call__
 stream waits: `self.stream.wait(ready)` in Copies.download < Rows.__array__
+stream waits: `self.stream.wait(ready)` in Copies.download < Rows.__array__ < Rows.__getitem__
 stream waits: `stream.wait(free)` in Cache._queue < Cache.forward
 stream waits: `stream.wait(self.read)` in Cache._queue < Cache.forward
 """
