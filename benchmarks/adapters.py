@@ -1,8 +1,9 @@
 """Memory of exporting adapters of a base of real size: Llama-3.1-8B's shapes, bf16, under three LoRA adapters.
 
-The router is one of them, and two are experts. All weights are random.
+The router is one of them, and two are experts; with --shared-base three are, and the bundle generates a few tokens. All
+weights are random.
 
-python -m benchmarks.adapters WORK_DIR [--precision int4 --rank 16]
+python -m benchmarks.adapters WORK_DIR [--precision int4 --rank 16 --shared-base]
 
 Needs about 31 GB of disk in WORK_DIR (16 GB of base, up to 15 GB of bundle). Prints a Markdown table; docs/real-size.md has
 results.
@@ -31,6 +32,8 @@ CONFIG = {
         "original_max_position_embeddings": 8192,
     },
 }  # fmt: skip
+EXPERTS = ("math", "code", "instruct")
+PROMPT = "2,651,6037,576,6081,603"
 MATRICES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN // 4, HIDDEN), "self_attn.v_proj": (HIDDEN // 4, HIDDEN),
     "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER),
@@ -82,10 +85,10 @@ def write_adapter(folder: Path, base: Path, rank: int, seed: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
 
 
-def main(work: Path, precision: str = "int4", rank: int = 16, max_seq_len: int = 2048) -> None:
-    """Write base and adapters once, and export them without calibration."""
+def main(work: Path, precision: str = "int4", rank: int = 16, max_seq_len: int = 2048, shared_base: bool = False, tokens: int = 16) -> None:
+    """Write base and adapters once, export them without calibration, and with one base generate `tokens`."""
     work = work.resolve()
-    base, adapters = work / "base", {name: work / name for name in ("router", "math", "code")}
+    base, adapters = work / "base", {name: work / name for name in ("router", *EXPERTS[: 3 if shared_base else 2])}
     if not (base / "model.safetensors.index.json").is_file():
         write_base(base)
     for seed, folder in enumerate(adapters.values(), 1):
@@ -95,7 +98,7 @@ def main(work: Path, precision: str = "int4", rank: int = 16, max_seq_len: int =
     experts = [argument for name in list(adapters)[1:] for argument in ("--expert", f"{name}={adapters[name]}")]
     output, seconds, anonymous, mapped = run(
         "export.py", "--family", "llama3", "--router", str(adapters["router"]), *experts, "--precision", precision, "--max-seq-len", str(max_seq_len),
-        "--calibration", "none", "--out", str(work / "bundle"), "--force", "--json",
+        "--calibration", "none", "--out", str(work / "bundle"), "--force", "--json", *["--shared-base"] * shared_base,
     )  # fmt: skip
     report = json.loads(output)
     sources = [
@@ -106,6 +109,13 @@ def main(work: Path, precision: str = "int4", rank: int = 16, max_seq_len: int =
     print(f"| export {what} | {seconds:.0f} | {anonymous:.2f} GB | {mapped:.2f} GB |")
     for stage in report["stages"]:
         print(f"| – {stage['name']} | {stage['seconds']:.0f} | {stage['peak_anonymous_mib'] * 2**20 / 1e9:.2f} GB | |")
+    if shared_base:
+        size = sum(file.stat().st_size for file in (work / "bundle").rglob("*") if file.is_file())
+        print(f"| the whole bundle, {len(adapters)} models: {size / 1e9:.2f} GB | | | |")
+        output, seconds, anonymous, mapped = run(
+            "-m", "runtime", "generate", str(work / "bundle"), "--prompt-ids", PROMPT, "--max-new-tokens", str(tokens), "--json"
+        )
+        print(f"| load and generate {len(json.loads(output)['token_ids'])} tokens | {seconds:.0f} | {anonymous:.2f} GB | {mapped:.2f} GB |")
 
 
 if __name__ == "__main__":
