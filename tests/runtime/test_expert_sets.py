@@ -4,6 +4,7 @@ import gc
 import shutil
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ def adapters(shared: Path, tmp_path: Path) -> dict[str, Path]:
     return {name: write_adapter(shared, tmp_path / name, seed, rank=2 + seed) for seed, name in enumerate(("expert0", "expert2"))}
 
 
-@pytest.mark.parametrize("options", [{}, {"catch_up": "background"}, {"exact": True, "speculation": "auto"}], ids=str)
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [("fp32", {}), ("int8", {"catch_up": "background"}), ("int8", {"exact": True, "speculation": "auto"})],
+    ids=["fp32", "background", "exact"],
+)
 def test_texts_are_those_of_a_bundle_with_the_same_experts(
     precision: str, options: dict[str, Any], shared: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -42,7 +46,8 @@ def test_texts_are_those_of_a_bundle_with_the_same_experts(
         def check(names: list[str]) -> Texts:
             with FusionRuntime.load(copy, precision, "cpu", **options) as expected:
                 assert rt.expert_names == expected.expert_names == names
-                assert (ours := texts(rt)) == texts(expected)
+                ours = texts(rt)
+                assert ours == texts(expected)
                 scores = [runtime.score(IDS) for runtime in (rt, expected)]
                 assert np.array_equal(scores[0].routing, scores[1].routing) and scores[0].routing.shape == (len(IDS), len(names))
                 assert np.array_equal(scores[0].experts, scores[1].experts)
@@ -152,18 +157,20 @@ def test_close_ends_the_texts_of_all_sets(shared: Path, adapters: dict[str, Path
     for session in (old, new):
         with pytest.raises(ClosedError):
             session.step()
-    for change in (lambda: rt.remove_expert("expert1"), lambda: rt.add_expert(adapters["expert0"])):
+    changes: list[Callable[[], object]] = [lambda: rt.remove_expert("expert1"), lambda: rt.add_expert(adapters["expert0"])]
+    for change in changes:
         with pytest.raises(ClosedError):
             change()
 
 
 def test_refusals_leave_the_experts_as_they_were(bundles: list[Path], shared: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     with FusionRuntime.load(shared, "fp32", "cpu") as rt:
-        for change, words in (
+        refusals: list[tuple[Callable[[], object], str]] = [
             (lambda: rt.add_expert(adapters["expert0"], "poetry"), "no row for 'poetry'"),
             (lambda: rt.add_expert(tmp_path / "expert1"), "There is no adapter folder"),
             (lambda: rt.remove_expert("poetry"), "There is no expert 'poetry' to remove"),
-        ):
+        ]
+        for change, words in refusals:
             with pytest.raises(InputError, match=words):
                 change()
         assert rt.expert_names == ["expert0", "expert1", "expert2"]
@@ -174,6 +181,7 @@ def test_refusals_leave_the_experts_as_they_were(bundles: list[Path], shared: Pa
         with pytest.raises(InputError, match="'expert0' is the only expert"):
             rt.remove_expert("expert0")
     with FusionRuntime.load(bundles[0], "fp32", "cpu") as whole:
-        for change in (lambda: whole.add_expert(adapters["expert0"]), lambda: whole.remove_expert("expert0")):
+        changes: list[Callable[[], object]] = [lambda: whole.add_expert(adapters["expert0"]), lambda: whole.remove_expert("expert0")]
+        for change in changes:
             with pytest.raises(UnavailableError, match="export the system with --shared-base"):
                 change()
