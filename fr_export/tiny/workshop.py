@@ -24,9 +24,7 @@ from fusionroute.fr_export.training.train import train
 TOKENS = 1024  # per batch
 ROWS = 24  # of training data per step, about two thirds of what a batch takes
 BASE_LR, EXPERT_LR = 4e-3, 2e-3
-# Of systems whose models are adapters, and what learning rates are multiplied by: at 1 the math expert's loss ends a
-# third higher than at 3, and at 7 it does not fall.
-ADAPTER_RANK, ADAPTER_RATE = 16, 3
+ADAPTER_RANK = 16  # of systems whose models are adapters
 # The head learns slowly: at 1e-2 its softmax saturates on one expert before it can tell the domains apart, and stays
 # there.
 SFT_LR, MIXED_LR, HEAD_LR = 2e-3, 5e-4, 1e-3
@@ -79,11 +77,6 @@ class Workshop:
     lora_rank: int = 0
 
     @property
-    def rate(self) -> int:
-        """What the learning rates of experts and routers are multiplied by."""
-        return ADAPTER_RATE if self.lora_rank else 1
-
-    @property
     def expert_folders(self) -> dict[str, str]:
         """Expert name → folder, in the order of the routing head's rows."""
         return {name: str(self.folder / "experts" / name) for name in DOMAINS}
@@ -109,7 +102,7 @@ class Workshop:
             self.base(),
             {domain: 1.0, COMPOSITE: EXPERT_COMPOSITES},
             self.budget.experts[domain],
-            EXPERT_LR * self.rate,
+            EXPERT_LR,
             seed,
             "bfloat16",
             self.lora_rank,
@@ -130,10 +123,7 @@ class Workshop:
         return self._post_train(f"direct/{seed}", {}, seed)
 
     def _post_train(self, name: str, experts: dict[str, str], seed: int) -> Path:
-        stages = (
-            Stage("sft", SFT_LR * self.rate, HEAD_LR, max_steps=self.budget.sft),
-            Stage("mixed", MIXED_LR * self.rate, HEAD_LR, max_steps=self.budget.mixed),
-        )
+        stages = (Stage("sft", SFT_LR, HEAD_LR, max_steps=self.budget.sft), Stage("mixed", MIXED_LR, HEAD_LR, max_steps=self.budget.mixed))
         for domain in DOMAINS:
             self.expert(domain)
         steps = self.budget.sft + self.budget.mixed
