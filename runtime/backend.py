@@ -1,7 +1,7 @@
 """What a backend offers: models that read tokens into a KV cache, and the fusion of two models' logits."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -194,3 +194,29 @@ class Backend(Protocol):
     def fuser(self) -> Fuser:
         """A fuser for one session."""
         ...
+
+
+Arrays = Mapping[str, np.ndarray]  # an expert's inputs of the graph, float32, by name
+
+
+@runtime_checkable
+class SharedBase(Protocol):
+    """A backend whose experts are factors over one base."""
+
+    target: str
+    """That of its variant, such as `ort:cpu`."""
+
+    factors: Mapping[str, Arrays]
+    """Of its experts, by their names."""
+
+    def with_experts(self, factors: Mapping[str, Arrays]) -> "SharedBackend":
+        """A backend of the same loaded base with other experts, by their names.
+
+        Experts stand in the order of the routing head's rows, and rows without one are not scored. This backend and
+        the caches of its models stay as they are.
+        """
+        ...
+
+
+class SharedBackend(Backend, SharedBase, Protocol):
+    """A backend that `SharedBase.with_experts` gives."""

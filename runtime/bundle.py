@@ -14,6 +14,7 @@ from fusionroute.runtime.precisions import fastest_first
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Manifest, Variant
 
+FACTORS = "graphs/factors"  # the folder of experts that share one base
 ELSEWHERE = {"portable": "for Optimum's ORTModelForCausalLM"}  # targets that no device of the runtime serves
 
 
@@ -68,7 +69,8 @@ class Bundle:
     def verify(self) -> None:
         """Hash every file, and look for files that the manifest does not name.
 
-        What a process was writing when it was killed is passed over: the next write of the same file removes it.
+        What a process was writing when it was killed is passed over, and factors of experts that one was adding or
+        removing: the next write of the same file, or change of the experts, removes it.
         Raises BundleError for the first that is wrong.
         """
         from concurrent.futures import ThreadPoolExecutor  # here: most bundles are opened unverified
@@ -78,7 +80,7 @@ class Bundle:
         known = set(self.manifest.files) | {"manifest.json"}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and name not in known and not is_partial(path):
+            if path.is_file() and name not in known and not is_leftover(path, self.folder):
                 raise BundleError(
                     f"{path} does not belong to the bundle (the manifest does not name it); remove it or export the bundle again."
                 )
@@ -107,6 +109,11 @@ class Bundle:
                 f"The bundle {self.folder} has no precision '{precision}' for {target}, only {', '.join(by_precision)}: export it with --precision {precision}."
             )
         return by_precision[precision]
+
+
+def is_leftover(path: Path, folder: Path) -> bool:
+    """Whether a file in a bundle's folder that the manifest does not name is what a killed process has left there."""
+    return is_partial(path) or (path.parent == folder / FACTORS and path.suffix == ".safetensors")
 
 
 def sha256(path: Path) -> str:

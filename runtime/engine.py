@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 from fusionroute.runtime.backends import Backend, check_device
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Cancellation
-from fusionroute.runtime.decoder import Decoder
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.expert_sets import ExpertSets
 from fusionroute.runtime.generation import generate_tokens
 from fusionroute.runtime.limits import CHUNK
-from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients
-from fusionroute.runtime.pool import Pool
 from fusionroute.runtime.prompt import Prompt, PromptEncoder
 from fusionroute.runtime.sampling import Sampler, SamplingOptions, sampling_of
 from fusionroute.runtime.scoring import Scores, positions_to_score, score
@@ -29,8 +27,6 @@ from fusionroute.runtime.text import Text, TextStream, Token
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fusionroute.runtime.speculation.costs import Costs
-
 DEFAULT_NEW_TOKENS = 128
 
 
@@ -39,7 +35,7 @@ class FusionRuntime:
 
     Thread safe: several threads may generate at once, each through a session of its own.
 
-    `bundle`, `options`, `precision`, `expert_names`, `vocab_size`, `max_seq_len`, and the defaults `fusion` and `lam`
+    `bundle`, `options`, `precision`, `vocab_size`, `max_seq_len`, and the defaults `fusion` and `lam`
     say what was loaded; `tokenizer` is None for a bundle without one.
     """
 
@@ -50,22 +46,15 @@ class FusionRuntime:
         self.fusion: str = options.fusion or manifest.fusion
         self.lam: float = manifest.lam if options.lam is None else options.lam
         self._prompts = PromptEncoder(bundle)
-        self._system = LoadedSystem(bundle, options)
-        self.precision = self._system.precision
-        self._costs = None if options.speculation == "off" else self._speculation_costs()
-        self.expert_names, self.vocab_size, self.max_seq_len = manifest.experts, manifest.vocab_size, manifest.max_seq_len
-        self._eos = frozenset(manifest.eos_token_ids)
-        self._pool = Pool(options.prefix_cache)
-
-    def _speculation_costs(self) -> Costs:
-        from fusionroute.runtime.speculation.costs import costs_of  # here: a tenth of the time of `import fusionroute`
-
-        return costs_of(self.bundle, self.backend, self.precision, self.options.threads)
+        self._sets = ExpertSets(bundle, options)
+        self.precision = self._sets.current.system.precision
+        self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
 
     def __repr__(self) -> str:
-        closed = ", closed" if self._system.closed else ""
+        system = self._sets.current.system
+        closed = ", closed" if system.closed else ""
         return (
-            f"<FusionRuntime of {str(self.bundle.folder)!r}: {self.precision} on {self._system.device}, "
+            f"<FusionRuntime of {str(self.bundle.folder)!r}: {self.precision} on {system.device}, "
             f"experts {', '.join(self.expert_names)}, fusion={self.fusion!r}, lam={self.lam:g}{closed}>"
         )
 
@@ -121,6 +110,32 @@ class FusionRuntime:
         if verify:
             opened.verify()
         return cls(opened, options)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """The experts of new sessions, in the order of the routing head's rows."""
+        return list(self._sets.current.names)
+
+    def add_expert(self, folder: str | Path, name: str | None = None) -> None:
+        """Let sessions and streams that begin from now on choose an expert more: a LoRA adapter of the bundle's base.
+
+        folder: as PEFT writes it. name: of a row of the routing head; None: the folder's. An expert of that name is
+        replaced. Running sessions keep the experts that they began with. The bundle stays as it is
+        (`fusionroute add-expert` changes it).
+
+        Raises InputError for another name, and for an adapter that does not fit; UnavailableError for a bundle without
+        one base for all models; ClosedError.
+        """
+        source = Path(folder).expanduser()
+        self._sets.add(source, source.resolve().name if name is None else name)
+
+    def remove_expert(self, name: str) -> None:
+        """Let sessions and streams that begin from now on do without an expert. Running ones keep it.
+
+        Its row of the routing head is not scored any more. Raises InputError for a name that is no expert's and for the
+        only expert, UnavailableError for a bundle without one base for all models, ClosedError.
+        """
+        self._sets.remove(name)
 
     @property
     def tokenizer(self) -> Text | None:
@@ -199,21 +214,22 @@ class FusionRuntime:
             )
         sampler = Sampler(sampling_of(sampling))
         coefficients = self._coefficients(fusion, lam)
-        pinned = self._expert_index(expert)
+        experts = self._sets.current
+        pinned = experts.index(expert)
         text = TextStream(self.tokenizer, () if stop is None else stop)
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
-        decoder = self._pool.take(ids, self._decoder)
+        decoder = experts.pool.take(ids, experts.decoder)
         try:
             decoder.restart(ids)
         except InputError:
-            self._give_back(decoder)
+            experts.give_back(decoder)
             raise
 
         def tokens() -> Iterator[Token | End]:
             try:
                 yield from generate_tokens(decoder, sampler, coefficients, pinned, text, limit, cancellation)
             finally:
-                self._give_back(decoder)
+                experts.give_back(decoder)
 
         return Stream(tokens())
 
@@ -235,13 +251,14 @@ class FusionRuntime:
         _ = self.backend
         asked = positions_to_score(len(token_ids), positions, chunk)
         coefficients = self._coefficients(fusion, lam)
-        decoder = self._pool.take((), self._decoder)
+        experts = self._sets.current
+        decoder = experts.pool.take((), experts.decoder)
         try:
             decoder.rewind(0)
             decoder.append(token_ids)
             return score(decoder.readers, decoder.step.fuser, self.vocab_size, asked, chunk, coefficients)
         finally:
-            self._give_back(decoder)
+            experts.give_back(decoder)
 
     def session(self, fusion: str | None = None, lam: float | None = None, expert: str | None = None) -> Session:
         """A new empty session with its own KV caches. `expert`: answers every token instead of the routed one.
@@ -250,42 +267,22 @@ class FusionRuntime:
         """
         _ = self.backend
         self._coefficients(fusion, lam)
-        pinned = self._expert_index(expert)
+        experts = self._sets.current
         weight = self.lam if lam is None else lam
-        return Session(self._decoder(), self.expert_names, self.tokenizer, fusion or self.fusion, weight, pinned)
+        return Session(experts.decoder(), experts.names, self.tokenizer, fusion or self.fusion, weight, experts.index(expert))
 
     def _coefficients(self, fusion: str | None, lam: float | None) -> tuple[float, float]:
         """Weights of router and expert logits, by default those of this runtime. Raises InputError."""
         return fusion_coefficients(fusion or self.fusion, self.lam if lam is None else lam)
 
-    def _expert_index(self, expert: str | None) -> int | None:
-        """The index of a named expert. Raises InputError for a name that the bundle does not have."""
-        if expert is None:
-            return None
-        if expert not in self.expert_names:
-            raise InputError(f"Unknown expert '{expert}': use one of {', '.join(self.expert_names)}.")
-        return self.expert_names.index(expert)
-
-    def _decoder(self) -> Decoder:
-        return Decoder(self._system, self._costs, self._eos)
-
-    def _give_back(self, decoder: Decoder) -> None:
-        decoder.sequence.cancellation = None
-        decoder.readers.pause()
-        if not self._system.forked:
-            self._pool.give(decoder)
-
     @property
     def backend(self) -> Backend:
         """The loaded models. Raises ClosedError after `close`, and in another process than the one that loaded them."""
-        return self._system.backend
+        return self._sets.current.system.backend
 
     def close(self) -> None:
         """Release models and buffers; sessions still in use, in any thread, end with ClosedError at their next step."""
-        if self._system.forked:
-            return
-        self._system.close()
-        self._pool.close()
+        self._sets.close()
 
     def __enter__(self) -> FusionRuntime:
         return self

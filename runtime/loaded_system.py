@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 
 from fusionroute.runtime.backends import Backend, open_backend
 from fusionroute.runtime.bundle import Bundle
@@ -31,6 +32,19 @@ class LoadedSystem:
         models = (None, *range(len(self.expert_names)))
         # keys: None for the router, else the expert's number; without a prefix cache: None
         self.prefixes = {model: PrefixCache() for model in models} if options.prefix_cache else None
+
+    def with_experts(self, backend: Backend, names: list[str], changed: str) -> LoadedSystem:
+        """This system with other experts, which shares all else with it. `changed`: the one that was added or removed.
+
+        What the router and the other experts have read of prompts is lent across the two.
+        """
+        other = copy(self)
+        other._backend, other.expert_names = backend, names
+        if self.prefixes is not None:
+            kept = {name: self.prefixes[number] for number, name in enumerate(self.expert_names) if name != changed}
+            experts = {number: kept[name] if name in kept else PrefixCache() for number, name in enumerate(names)}
+            other.prefixes = {None: self.prefixes[None], **experts}
+        return other
 
     @property
     def backend(self) -> Backend:

@@ -120,18 +120,35 @@ class Engines(Strict):
     profile: Profile
 
 
+class Adapting(Strict):
+    """What it takes to make an expert of an adapter, see `runtime.adapters.unadapted`.
+
+    unadapted: the factors of the base without an adapter. layout: how factors lie in the graph's inputs.
+    """
+
+    unadapted: InsidePath
+    layout: InsidePath
+
+
 class Pair(Strict):
     """One graph that router and expert pass through together, and the factors that make an expert of it.
 
     head: the graph that makes logits of the hidden states that `graph` gives, None where it gives logits itself;
     `head_is_linear`: whether the head may run on fused hidden states. factors: expert → a safetensors file with the
-    values of the graph's inputs `delta.…`, under their names.
+    values of the graph's inputs `delta.…`, under their names. Where `adapting` is None, no expert can be added.
     """
 
     graph: InsidePath
     head: InsidePath | None = None
     head_is_linear: bool = False
     factors: dict[str, InsidePath]
+    adapting: Adapting | None = None
+
+    @property
+    def files(self) -> set[str]:
+        """All files that it names."""
+        adapting = set() if self.adapting is None else {self.adapting.unadapted, self.adapting.layout}
+        return {*self.graph_paths, *self.factors.values(), *adapting}
 
     @property
     def graph_paths(self) -> list[str]:
@@ -180,7 +197,8 @@ class Variant(Strict):
 class Manifest(Strict):
     """Everything a runtime must know of a bundle before it opens its other files.
 
-    `lam_curve`: pairs of λ and accuracy on the validation split; None where λ was not tuned.
+    `lam_curve`: pairs of λ and accuracy on the validation split; None where λ was not tuned. `routing_rows`: whom the
+    rows of the routing head stand for, where some of them have no expert any more; empty: they are those of `experts`.
     """
 
     format: Literal[1, 2, 3]
@@ -196,6 +214,13 @@ class Manifest(Strict):
     eos_token_ids: list[int]
     variants: Annotated[list[Variant], Field(min_length=1)]
     files: dict[InsidePath, File]
+    routing_rows: list[str] = []
+
+    @model_serializer(mode="wrap")
+    def without_routing_rows(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `routing_rows` out where they are the experts: older versions read such manifests."""
+        fields: dict[str, Any] = serialise(self)
+        return fields if self.routing_rows else {name: value for name, value in fields.items() if name != "routing_rows"}
 
     @model_validator(mode="after")
     def belong_together(self) -> "Manifest":
@@ -208,6 +233,8 @@ class Manifest(Strict):
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise ValueError("two models have the same name")
+        if self.routing_rows:
+            self.check_rows(names[1:])
         for variant in self.variants:
             pair = variant.pair
             of_models, kind = (variant.graphs, "graphs") if pair is None else (pair.factors, "factors")
@@ -216,7 +243,7 @@ class Manifest(Strict):
                 raise ValueError(f"the variant {variant.precision} has {kind} for {', '.join(of_models)} instead of {', '.join(expected)}")
             if pair is not None and (variant.graphs or variant.engines):
                 raise ValueError(f"the variant {variant.precision} has a graph for all models, and others")
-            paths = {*of_models.values(), variant.fusion_graph} | (set(pair.graph_paths) if pair else set())
+            paths = {*of_models.values(), variant.fusion_graph} | (pair.files if pair else set())
             if unknown := sorted(paths - self.files.keys()):
                 raise ValueError(f"the file {unknown[0]} of the variant {variant.precision} is not among the files")
             for built in variant.engines:
@@ -228,10 +255,22 @@ class Manifest(Strict):
                     raise ValueError(f"the engine {unknown[0]} is not among the files")
         return self
 
+    def check_rows(self, experts: list[str]) -> None:
+        """Raise ValueError unless every expert has a row, in their order, and all variants can leave rows out."""
+        if len(set(self.routing_rows)) < len(self.routing_rows) or experts != [row for row in self.routing_rows if row in experts]:
+            raise ValueError(f"the experts {', '.join(experts)} are not in the order of the routing rows {', '.join(self.routing_rows)}")
+        if whole := next((variant for variant in self.variants if variant.pair is None), None):
+            raise ValueError(f"the variant {whole.precision} has a graph per model, which needs an expert for each routing row")
+
     @property
     def experts(self) -> list[str]:
         """Expert names in the order of the routing head's rows."""
         return [model.name for model in self.models[1:]]
+
+    @property
+    def rows(self) -> list[str]:
+        """Whom the rows of the routing head stand for: the experts, and those that were removed."""
+        return self.routing_rows or self.experts
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into a bundle folder, in place of an older one. Raises OSError."""

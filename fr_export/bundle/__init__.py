@@ -5,7 +5,7 @@ recording.py       the calibration table, learnt from a small temporary bundle
 variant.py         the graphs of all models in one precision for one target
 shared_base.py     whether the models can share one base, and what experts add to it
 pair_variant.py    one graph for all models in one precision, and the experts' factors
-factor_file.py     one expert's factors in a file that readers can map
+adapting.py        what such a bundle keeps so that adapters can be added to it
 describe.py        the files beside the graphs, and the manifest
 engines.py         TensorRT-RTX engines, built with the export
 staged_folder.py   a folder that appears under its name only when it is complete

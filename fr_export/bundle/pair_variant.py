@@ -5,14 +5,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from fusionroute.fr_export.bundle.factor_file import write_factors
+from fusionroute.fr_export.bundle.adapting import write_layout, write_unadapted
+from fusionroute.fr_export.bundle.shared_base import unadapted
 from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, GRAPHS, TARGETS, named, per_model
 from fusionroute.fr_export.bundle.variant import WrittenVariant
 from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
 from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.graphs.factor_arrays import FactorArrays
+from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, layout_of
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.passes import is_linear, pair_segments, split_head
 from fusionroute.fr_export.graphs.traces import Traces
@@ -24,11 +25,15 @@ from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_model import fit_model
 from fusionroute.fr_export.precision.products import coarse_products
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
+from fusionroute.runtime.adapters.factor_file import write_factors
+from fusionroute.runtime.adapters.factor_layout import FactorLayout
+from fusionroute.runtime.bundle import FACTORS
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.manifest import File, Pair, Variant
+from fusionroute.runtime.manifest import Adapting, File, Pair, Variant
+from fusionroute.runtime.tensor_file import Written
 
 BASE, HEAD = "base", "head"  # name the graphs; both read the base's weights
-FACTORS = "factors"  # the folder with the experts' files, beside the graphs
+ADAPTING = "adapting"  # the folder with what it takes to add experts, beside the graphs
 
 
 class PairVariantWriter:
@@ -60,7 +65,7 @@ class PairVariantWriter:
                 )
                 spec.prepare(graph, scheme.name, router.family)
                 spec.dialect.end_with(graph, system.head)
-                factors = self._pair(graph)
+                layout = self._pair(graph)
                 bind(graph, router.weights, own, self._store, advance)
             except InputError as error:
                 raise InputError(f"{router.where} cannot be exported as {scheme.name}: {error}") from error
@@ -68,7 +73,9 @@ class PairVariantWriter:
             graph.model.graph.name = BASE
             ir.save(graph.model, self._folder / path)
             ir.save(head, self._folder / head_path)
+            factors = {each.name: FactorArrays(layout, self._deltas[each.name], each.weights) for each in system.experts}
             files = {name: self._write_factors(name, arrays) for name, arrays in factors.items()}
+            adapting = self._write_adapting(layout)
         variant = Variant(
             target=target,
             precision=scheme.name,
@@ -77,24 +84,37 @@ class PairVariantWriter:
             bits_per_weight=round(own.bits, 4),
             weight_bytes={router.name: weight_bytes(graph.model) + weight_bytes(head)}
             | {name: arrays.bytes for name, arrays in factors.items()},
-            pair=Pair(graph=path, head=head_path, head_is_linear=is_linear(head), factors=files),
+            pair=Pair(graph=path, head=head_path, head_is_linear=is_linear(head), factors=files, adapting=adapting),
         )
         return WrittenVariant(variant, {} if about is None else {router.name: about})
 
-    def _pair(self, graph: Graph) -> dict[str, FactorArrays]:
-        """Let the router's graph read pairs. Returns what its inputs hold for each expert."""
+    def _pair(self, graph: Graph) -> FactorLayout:
+        """Let the router's graph read pairs. Returns how an expert's factors lie in its inputs."""
         terms = {name for delta in self._deltas.values() for name in delta.terms}
         others = {name for delta in self._deltas.values() for name in delta.vectors}
         matrices = [name for name, source in graph.sources.items() if terms.intersection(source.tensors)]
         vectors = [name for name, source in graph.sources.items() if others.intersection(source.tensors)]
-        factors = pair_segments(graph, matrices, vectors)
-        return {each.name: FactorArrays(graph, factors, vectors, self._deltas[each.name], each.weights) for each in self._system.experts}
+        return layout_of(graph, pair_segments(graph, matrices, vectors), vectors, self._system.router.weights)
 
     def _write_factors(self, expert: str, arrays: FactorArrays) -> str:
         """Write an expert's factors, once where precisions agree on them. Returns the path in the bundle."""
-        path, entry = write_factors(self._graphs / FACTORS, expert, arrays.shapes, arrays.arrays())
+        path, entry = write_factors(self._folder / FACTORS, expert, arrays.shapes, arrays.arrays())
         name = path.relative_to(self._folder).as_posix()
         self._factor_files[name] = entry
+        return name
+
+    def _write_adapting(self, layout: FactorLayout) -> Adapting:
+        """Write what it takes to add experts, once where precisions agree on it."""
+        base, delta = unadapted(self._system)
+        folder = self._graphs / ADAPTING
+        vectors = [vector.tensor for vector in layout.plan.vectors]
+        written = write_unadapted(folder, delta, base.weights, vectors), write_layout(folder, layout)
+        return Adapting(**dict(zip(("unadapted", "layout"), map(self._listed, written), strict=True)))
+
+    def _listed(self, written: Written) -> str:
+        """The path of a file in the bundle, whose entry is noted for the manifest."""
+        name = written.path.relative_to(self._folder).as_posix()
+        self._factor_files[name] = File(sha256=written.sha256, bytes=written.bytes)
         return name
 
     def gather_weights(self, variants: Sequence[Variant]) -> dict[str, File]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fusionroute.runtime import files
+from fusionroute.runtime.bundle import is_leftover
 from fusionroute.runtime.errors import FusionError, InputError, one_line
 from fusionroute.runtime.manifest import NAME
 
@@ -172,7 +173,7 @@ class StagedBundle(Staging):
         if not self.force:
             raise InputError(f"A bundle exists at {self.out}: add --force to replace it, or name another folder with --out.")
         for path in sorted(self.out.rglob("*")):
-            ours = path.relative_to(self.out).as_posix() in listed or files.is_partial(path)
+            ours = path.relative_to(self.out).as_posix() in listed or is_leftover(path, self.out)
             if not ours and not (path.is_dir() and not path.is_symlink()):
                 raise InputError(f"{path} is no part of the bundle that --force replaces: move it away, or name another folder with --out.")
 

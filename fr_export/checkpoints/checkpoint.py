@@ -14,14 +14,15 @@ from fusionroute.fr_export.checkpoints.config_file import family_of
 from fusionroute.fr_export.checkpoints.hub import locate
 from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
+from fusionroute.fr_export.checkpoints.sources.adapter_base import locate_base
 from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
-from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, is_adapter
 from fusionroute.fr_export.checkpoints.sources.merge_lora import merge
 from fusionroute.fr_export.checkpoints.sources.model_folder import texts_in
 from fusionroute.fr_export.checkpoints.sources.whole import open_source
 from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
 from fusionroute.fr_export.console.quiet import quiet
 from fusionroute.fr_export.families import Family
+from fusionroute.runtime.adapters.lora_config import CONFIG_FILE, is_adapter
 from fusionroute.runtime.errors import InputError, one_line
 
 HEAD_FILE = "routing_head.safetensors"
@@ -31,7 +32,8 @@ HEAD_FILE = "routing_head.safetensors"
 class Checkpoint:
     """A checkpoint that has passed its own checks. `where` names it in messages: "Expert 'math' (folder)".
 
-    `folder` is the one that was named. `texts` holds its other files by name: tokenizer.json, config.json, …
+    `folder` is the one that was named. `texts` holds its other files by name: tokenizer.json, config.json, … `base` is the
+    model under an adapter; None for a whole model.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Checkpoint:
     weights: Weights
     texts: Mapping[str, Path]
     source: SourceReport
+    base: "Checkpoint | None" = None
 
     @classmethod
     def open(
@@ -60,7 +63,7 @@ class Checkpoint:
         extra = (HEAD_FILE,) if head_key else ()
         if is_adapter(folder, where, source):
             adapter = LoraAdapter.open(folder, where)
-            start = adapter.config.locate_base(folder, where, base)
+            start = locate_base(adapter.config, folder, where, base)
             try:
                 whole = cls.open_whole(name, f"The base ({start}) of {where[0].lower()}{where[1:]}", start, family, ())
             except InputError as error:
@@ -103,7 +106,8 @@ class Checkpoint:
         config.tie_word_embeddings, config.vocab_size = tied, tensors["model.embed_tokens.weight"].shape[0]
         report = adapter.report(self.source)
         texts = adapter.texts(self.texts, texts_in(adapter.folder))
-        return Checkpoint(self.name, adapter.where, adapter.folder, self.family, config, Weights(adapter.folder, tensors), texts, report)
+        weights = Weights(adapter.folder, tensors)
+        return Checkpoint(self.name, adapter.where, adapter.folder, self.family, config, weights, texts, report, base=self)
 
     @property
     def files(self) -> set[Path]:

@@ -5,8 +5,9 @@ from typing import Any
 from fusionroute.fr_export.checkpoints.hub import locate
 from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.sources import gguf_file
-from fusionroute.fr_export.checkpoints.sources.lora_config import LoraConfig, is_adapter
+from fusionroute.fr_export.checkpoints.sources.adapter_base import locate_base
 from fusionroute.fr_export.families import FAMILIES, Family
+from fusionroute.runtime.adapters.lora_config import LoraConfig, is_adapter
 from fusionroute.runtime.errors import InputError
 
 GGUF_MODEL_TYPES = {"gemma3": "gemma3_text"}  # where transformers and llama.cpp differ
@@ -22,7 +23,7 @@ def detect_family(source: str, base: str | None = None) -> Family:
     """
     folder = locate(source)
     if is_adapter(folder, str(folder), source):
-        folder = LoraConfig.read(folder, str(folder)).locate_base(folder, str(folder), base)
+        folder = locate_base(LoraConfig.read(folder, str(folder)), folder, str(folder), base)
     config = (folder.parent if folder.is_file() else folder) / "config.json"
     if not config.is_file() and (file := gguf_file.find(folder)) is not None:
         architecture = gguf_file.read(file).architecture

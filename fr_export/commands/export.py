@@ -56,8 +56,11 @@ def find_checkpoints(family: Family, preset: str | None, router: str | None, exp
 def main(
     family: FamilyOption = None,
     preset: Annotated[
-        Literal["tiny", "paper"] | None,
-        typer.Option(help="Named checkpoints: tiny (ships with the package; the default) or paper (hub ids)."),
+        Literal["tiny", "tiny-shared", "paper"] | None,
+        typer.Option(
+            help="Named checkpoints: tiny (ships with the package; the default), tiny-shared (so does it; LoRA adapters of one "
+            "base, for --shared-base) or paper (hub ids)."
+        ),
     ] = None,
     router: Annotated[str | None, typer.Option(help="Router checkpoint: a folder or hub id, with a routing head.")] = None,
     expert: ExpertOptions = None,

@@ -52,18 +52,19 @@ class Family:
         return (TINY_SYSTEMS / self.name / "router").is_dir()
 
     def preset(self, name: str) -> Preset:
-        """The preset `tiny` (the trained system that ships with the package) or `paper` (the paper's hub ids).
+        """The preset `tiny` (the trained system that ships with the package), `tiny-shared` (another one, of LoRA
+        adapters of one base) or `paper` (the paper's hub ids).
 
         Raises InputError for another name, and where the family has no such preset.
         """
-        if name not in ("tiny", "paper"):
-            raise InputError(f"Unknown preset '{name}' of family {self.name}: use 'tiny' or 'paper'.")
+        shipped = {"tiny": TINY_SYSTEMS / self.name, "tiny-shared": TINY_SYSTEMS / f"{self.name}-shared"}
+        if name not in (*shipped, "paper"):
+            raise InputError(f"Unknown preset '{name}' of family {self.name}: use 'tiny', 'tiny-shared' or 'paper'.")
         if name == "paper" and self.paper is not None:
             return self.paper
-        if name == "tiny" and self.ships_tiny:
-            root = TINY_SYSTEMS / self.name
-            experts = {expert: str(root / "experts" / expert) for expert in ("math", "code", "instruction")}
-            return Preset(str(root / "router"), experts)
+        if name in shipped and (router := shipped[name] / "router").is_dir():
+            experts = {expert: str(shipped[name] / "experts" / expert) for expert in ("math", "code", "instruction")}
+            return Preset(str(router), experts)
         lack = "The paper has no system" if name == "paper" else "The package ships no trained system"
         raise InputError(f"{lack} of family {self.name}: name a router and experts with --router and --expert.")
 

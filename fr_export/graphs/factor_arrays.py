@@ -1,70 +1,69 @@
 """What a pair graph's inputs for an expert hold, made from the terms of its delta as `pair_segments` packs matrices."""
 
-import math
 from collections.abc import Iterator, Sequence
+from math import prod
 
 import numpy as np
 
-from fusionroute.fr_export.checkpoints.deltas import Delta
+from fusionroute.fr_export.checkpoints.deltas import Delta, Term
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.checkpoints.weights import Weights, finite
-from fusionroute.fr_export.graphs.graph import Graph, Source
+from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.passes.pair_segments import DELTA, Factors
-from fusionroute.fr_export.graphs.source_rows import rows
+from fusionroute.runtime.adapters.factor_layout import Factor, FactorLayout, Group, Matrix, Plan, Vector
+
+
+def layout_of(graph: Graph, factors: Sequence[Factors], vectors: Sequence[str], weights: Weights) -> FactorLayout:
+    """How factors lie in the inputs that `pair_segments` has given to a graph, which has no weights yet.
+
+    weights: of a checkpoint of its architecture, for the sizes of its tensors.
+    """
+    sources = graph.sources
+    sizes = {name: tuple(map(int, value.shape)) for name, value in graph.model.graph.initializers.items() if name in sources}
+    inputs = {b: name for each in factors for name, b in each.b.items()}
+
+    def matrix(name: str, b: str) -> Matrix:
+        return Matrix(b=b, tensors=[(tensor, weights.shape(tensor)[0]) for tensor in sources[name].tensors])
+
+    groups = [
+        Group(a=each.a, width=sizes[next(iter(each.b))][1], matrices=[matrix(name, b) for name, b in each.b.items()]) for each in factors
+    ]
+    own = [
+        Vector(input=f"{DELTA}{name}", tensor=tensor, size=sizes[name][0], offset=sources[name].offset)
+        for name in vectors
+        for tensor in sources[name].tensors
+    ]
+    columns = {b: scale for b, name in inputs.items() if (scale := sources[name].column_scale) is not None}
+    rows = {b: scale for b, name in inputs.items() if (scale := sources[name].row_scale) is not None}
+    rows |= {f"{DELTA}{name}": scale for name in vectors if (scale := sources[name].row_scale) is not None}
+    return FactorLayout(Plan(groups=groups, vectors=own), columns, rows)
 
 
 class FactorArrays:
-    """The inputs of one expert: their `shapes` by name, and in this order `arrays`.
+    """The inputs of one expert: their `shapes` by name, and in this order `arrays`; see `FactorLayout`."""
 
-    A matrix that is stacked from several tensors has their factors in blocks. The matrices that read one value have one
-    rank, the largest of theirs and at least 1, since ONNX Runtime 1.23 splits nothing empty; what they do not need of
-    it is zero.
-    """
-
-    def __init__(self, graph: Graph, factors: Sequence[Factors], vectors: Sequence[str], delta: Delta, expert: Weights):
-        """`graph` has no weights yet. `factors` and `vectors` are those of `pair_segments`."""
-        self._sources, self._factors, self._vectors, self._delta, self._expert = graph.sources, factors, vectors, delta, expert
-        sizes = {name: tuple(map(int, value.shape)) for name, value in graph.model.graph.initializers.items() if name in graph.sources}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for each in factors:
-            rank = max(1, *(sum(map(delta.rank, graph.sources[name].tensors)) for name in each.b))
-            width = sizes[next(iter(each.b))][1]
-            self.shapes[each.a] = width, len(each.b) * rank
-            self.shapes |= {b: (rank, sizes[name][0]) for name, b in each.b.items()}
-        self.shapes |= {f"{DELTA}{name}": sizes[name] for name in vectors}
+    def __init__(self, layout: FactorLayout, delta: Delta, expert: Weights):
+        self._layout, self._expert = layout, expert
+        self._factors = {tensor: [factor_of(term, tensor) for term in terms] for tensor, terms in delta.terms.items()}
+        self.shapes = layout.shapes(self._factors)
 
     @property
     def bytes(self) -> int:
         """Of all arrays."""
-        return 4 * sum(map(math.prod, self.shapes.values()))
+        return 4 * sum(map(prod, self.shapes.values()))
 
     def arrays(self) -> Iterator[np.ndarray]:
         """float32. Raises InputError where a value is not finite."""
-        for each in self._factors:
-            a = np.zeros(self.shapes[each.a], np.float32)
-            every_b = [np.zeros(self.shapes[b], np.float32) for b in each.b.values()]
-            for name, part, b in zip(each.b, np.split(a, len(every_b), axis=1), every_b, strict=True):
-                self._fill(self._sources[name], part, b)
-            yield a
-            yield from every_b
-        for name in self._vectors:
-            yield np.concatenate(list(rows(self._sources[name], self._expert)))
+        return self._layout.arrays(self._factors, self._expert.read)
 
-    def _fill(self, source: Source, a: np.ndarray, b: np.ndarray) -> None:
-        """Write the factors of one matrix into a [K, r] and b [r, N], with the scales of its rows and columns."""
-        row = column = 0
-        for tensor in source.tensors:
-            next_row = row + self._expert.shape(tensor)[0]
-            for term in self._delta.terms.get(tensor, ()):
-                block = slice(column, column + term.a.shape[0])
-                a[:, block] = whole(term.a, tensor).T
-                b[block, row:next_row] = whole(term.b, tensor).T * np.float32(term.scale)
-                column = block.stop
-            row = next_row
-        if source.column_scale is not None:
-            a *= source.column_scale[:, None]
-        if source.row_scale is not None:
-            b *= source.row_scale
+
+def factor_of(term: Term, tensor: str) -> Factor:
+    """A term of a tensor's delta, its scale in b."""
+
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        return whole(term.a, tensor), whole(term.b, tensor) * np.float32(term.scale)
+
+    return Factor(term.a.shape[0], read)
 
 
 def whole(factor: StoredTensor, matrix: str) -> np.ndarray:

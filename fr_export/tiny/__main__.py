@@ -1,4 +1,4 @@
-"""`python -m fr_export.tiny --family gemma2 [--work DIR] [--out DIR]`: train a shipped system from nothing."""
+"""`python -m fr_export.tiny --family gemma2 [--shared] [--work DIR] [--out DIR]`: train a shipped system from nothing."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +19,9 @@ def main(
         Path, typer.Option(help="Folder for everything on the way; models that are complete there are not trained again.")
     ] = Path("dist/tiny"),
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: the one that the package ships.")] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Experts and router are LoRA adapters of one base: the preset tiny-shared.")
+    ] = False,
     steps_scale: Annotated[float, typer.Option(min=0.0, help="Multiplies all numbers of training steps, for a quick try.")] = 1.0,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that tune λ.")] = 2,
     debug: Debug = False,
@@ -29,11 +32,13 @@ def main(
         from fusionroute.fr_export.families.family import TINY_SYSTEMS
         from fusionroute.fr_export.tiny.architectures import ARCHITECTURES, WIDTH
         from fusionroute.fr_export.tiny.ship import ship
-        from fusionroute.fr_export.tiny.workshop import BUDGETS, Workshop
+        from fusionroute.fr_export.tiny.workshop import ADAPTER_RANK, BUDGETS, Workshop
 
         console = Console(stderr=True)
-        workshop = Workshop(ARCHITECTURES[family], work / f"{family}-{WIDTH}", budget=BUDGETS[family].scaled(steps_scale))
-        settings = ship(workshop, out or TINY_SYSTEMS / family, jobs, console)
+        kind, rank = ("-shared", ADAPTER_RANK) if shared else ("", 0)
+        folder, budget = work / f"{family}-{WIDTH}{kind}", BUDGETS[family].scaled(steps_scale)
+        workshop = Workshop(ARCHITECTURES[family], folder, budget=budget, lora_rank=rank)
+        settings = ship(workshop, out or TINY_SYSTEMS / f"{family}{kind}", jobs, console)
         accuracy = max(value for _, value in settings.lam_curve or [])
         console.print(f"λ = {settings.lam}, mean accuracy on the validation split {accuracy:.1%}")
 

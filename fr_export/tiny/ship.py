@@ -1,5 +1,7 @@
 """Train the routers of a family, tune λ on their bundles, and write the best system to the shipped folder."""
 
+import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +18,10 @@ from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.tasks.domains import COMPOSITE, DOMAINS, Sample, draw_many
 from fusionroute.fr_export.tiny.workshop import Workshop
 from fusionroute.fr_export.training.folder import TRAINING_FILE, RouterStaging
+from fusionroute.runtime.adapters.lora_config import CONFIG_FILE
 
 SEEDS = (0, 1, 2)  # of the routers, from the same experts and rows; the best on the validation split is shipped
+SHARED_SEEDS = (0,)  # of routers that are adapters
 VALIDATION = 500  # prompts per domain, for λ
 TUNED_ON = (*DOMAINS, COMPOSITE)  # the unseen composites have no part in any choice
 
@@ -44,16 +48,23 @@ class SystemStaging(RouterStaging):
     mark = f"router/{TRAINING_FILE}"
 
 
+def name_base(config: Path, base: Path) -> None:
+    """Let an adapter's config name its base by the way from its own folder, so that both can be moved together."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields["base_model_name_or_path"] = Path(os.path.relpath(base, config.parent)).as_posix()
+    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
 def ship(workshop: Workshop, out: Path, jobs: int, console: Console) -> FusionSettings:
     """Train the family's systems, tune λ, and write the best one to `out`; returns its settings.
 
     An older system at `out` is replaced once the new one is complete. `jobs` processes tune λ.
     """
-    settings = {}
-    for seed in SEEDS:
+    settings, shared = {}, bool(workshop.lora_rank)
+    for seed in SHARED_SEEDS if shared else SEEDS:
         bundle, router = workshop.folder / "bundle", workshop.router(seed)
         family = FAMILIES[workshop.architecture.name]
-        request = Request(family, str(router), workshop.expert_folders, ("fp32",), ("ort:cpu",), bundle, force=True)
+        request = Request(family, str(router), workshop.expert_folders, ("fp32",), ("ort:cpu",), bundle, force=True, shared_base=shared)
         export(request, Stages(Console(quiet=True)))
         settings[seed] = tuned(evaluate(bundle, "fp32", lambdas.methods(), validation(), jobs=jobs, console=console))
     best = chosen(settings)
@@ -62,4 +73,8 @@ def ship(workshop: Workshop, out: Path, jobs: int, console: Console) -> FusionSe
         settings[best].write(staging.folder / "router")
         for name, folder in workshop.expert_folders.items():
             shutil.copytree(folder, staging.folder / "experts" / name, ignore=shutil.ignore_patterns("losses.json", "loss.png"))
+        if shared:
+            shutil.copytree(workshop.base(), staging.folder / "base", ignore=shutil.ignore_patterns("losses.json", "loss.png"))
+            for adapter in sorted(staging.folder.rglob(CONFIG_FILE)):
+                name_base(adapter, staging.folder / "base")
     return settings[best]

@@ -1,5 +1,7 @@
 """Train a family's small system from nothing: one base, three experts, and a router per seed.
 
+Experts and routers are whole models, or LoRA adapters of the base.
+
 Everything is trained by the tool itself (`fr_export.training.train`), from files that seeded generators write.
 `benchmarks/comparison.py` trains the baselines of docs/results.md from the same parts.
 """
@@ -22,6 +24,7 @@ from fusionroute.fr_export.training.train import train
 TOKENS = 1024  # per batch
 ROWS = 24  # of training data per step, about two thirds of what a batch takes
 BASE_LR, EXPERT_LR = 4e-3, 2e-3
+ADAPTER_RANK = 16  # of systems whose models are adapters
 # The head learns slowly: at 1e-2 its softmax saturates on one expert before it can tell the domains apart, and stays
 # there.
 SFT_LR, MIXED_LR, HEAD_LR = 2e-3, 5e-4, 1e-3
@@ -62,12 +65,16 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Workshop:
-    """The folder in which a family's models are trained. A model that is complete there is not trained again."""
+    """The folder in which a family's models are trained. A model that is complete there is not trained again.
+
+    `lora_rank`: of experts and routers, which are then adapters of the base; 0: they are whole models.
+    """
 
     architecture: Architecture
     folder: Path
     width: int = WIDTH
     budget: Budget = Budget()
+    lora_rank: int = 0
 
     @property
     def expert_folders(self) -> dict[str, str]:
@@ -84,10 +91,11 @@ class Workshop:
             model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids([self.architecture.end_of_turn, self.architecture.eos])
             model.save_pretrained(start)
             tokenizer.save_pretrained(start)
-        return self._direct("base", start, BASE_MIX, self.budget.base, BASE_LR, seed=1)
+        # whole experts go on from what was trained; adapters belong to what is stored
+        return self._direct("base", start, BASE_MIX, self.budget.base, BASE_LR, 1, "bfloat16" if self.lora_rank else "float32")
 
     def expert(self, domain: str) -> Path:
-        """The base fine-tuned on the answers of one domain, stored in bfloat16 as published experts are."""
+        """The base fine-tuned on the answers of one domain, or an adapter of it; in bfloat16 as published experts are."""
         seed = 2 + DOMAINS.index(domain)
         return self._direct(
             f"experts/{domain}",
@@ -97,6 +105,7 @@ class Workshop:
             EXPERT_LR,
             seed,
             "bfloat16",
+            self.lora_rank,
         )
 
     def router(self, seed: int) -> Path:
@@ -128,16 +137,21 @@ class Workshop:
             preferences=self._preferences(self.budget.mixed, seed=11),
             keep_stages=True,
             dtype="bfloat16",
+            lora_rank=self.lora_rank,
         )
 
-    def _direct(self, name: str, start: Path, mix: Mapping[str, float], steps: int, lr: float, seed: int, dtype: str = "float32") -> Path:
-        stage = Stage("sft", lr, max_steps=steps)
-        return self._train(name, start, (stage,), {}, seed, sft=self._sft(name.replace("/", "-"), mix, steps, seed), dtype=dtype)
+    def _direct(
+        self, name: str, start: Path, mix: Mapping[str, float], steps: int, lr: float, seed: int, dtype: str, lora_rank: int = 0
+    ) -> Path:
+        stage, sft = Stage("sft", lr, max_steps=steps), self._sft(name.replace("/", "-"), mix, steps, seed)
+        return self._train(name, start, (stage,), {}, seed, lora_rank, sft=sft, dtype=dtype)
 
-    def _train(self, name: str, start: Path, stages: tuple[Stage, ...], experts: dict[str, str], seed: int, **settings: object) -> Path:
+    def _train(
+        self, name: str, start: Path, stages: tuple[Stage, ...], experts: dict[str, str], seed: int, lora_rank: int, **settings: object
+    ) -> Path:
         out = self.folder / name
         if not out.exists():
-            recipe = Recipe(stages, batch_tokens=TOKENS, optimizer="muon", seed=seed)
+            recipe = Recipe(stages, batch_tokens=TOKENS, optimizer="muon", seed=seed, lora_rank=lora_rank)
             family = FAMILIES[self.architecture.name]
             train(TrainingRequest(family, str(start), out, recipe, experts, cache=self.folder / "cache", **settings))  # type: ignore[arg-type]
         return out

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fusionroute.fr_export.checkpoints.checkpoint import HEAD_FILE, Checkpoint
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.json_file import read_json
+from fusionroute.fr_export.checkpoints.sources.adapter_base import locate_base
 from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
 from fusionroute.fr_export.checkpoints.system import read_head
 from fusionroute.fr_export.checkpoints.torch_model import read_as, torch_model
@@ -78,7 +79,7 @@ class Router(nn.Module):
             lm, adapters = load_lm(checkpoint), None
         elif checkpoint.source.kind == "adapter":
             adapter = LoraAdapter.open(checkpoint.folder, checkpoint.where)
-            folder = adapter.config.locate_base(checkpoint.folder, checkpoint.where, base)
+            folder = locate_base(adapter.config, checkpoint.folder, checkpoint.where, base)
             lm = load_lm(Checkpoint.open("base", str(folder)))
             adapters = Adapters.read(lm, checkpoint.folder, base or adapter.config.base_model_name_or_path or str(folder))
         else:

@@ -6,8 +6,8 @@ import psutil
 import torch
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
-from fusionroute.fr_export.checkpoints.sources.lora_config import LoraConfig
 from fusionroute.fr_export.training.recipe import RANK
+from fusionroute.runtime.adapters.lora_config import LoraConfig
 
 LARGE = 1_000_000_000  # parameters
 _BYTES = 16  # per parameter of full training: weight, gradient and AdamW's two moments, all fp32

@@ -1,16 +1,13 @@
-"""An expert's factors, mapped from their safetensors file: https://huggingface.co/docs/safetensors/index#format."""
+"""An expert's factors, mapped from their safetensors file."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import numpy as np
 
 from fusionroute.runtime.errors import BundleError, one_line
-
-PREFIX = 8  # bytes that tell how long the header is
+from fusionroute.runtime.tensor_file import TensorFile
 
 
 def map_factors(path: Path) -> dict[str, np.ndarray]:
@@ -19,19 +16,9 @@ def map_factors(path: Path) -> dict[str, np.ndarray]:
     Raises BundleError for a file that is not one of float32 tensors.
     """
     try:
-        data = np.memmap(path, np.uint8, "r")
-        start = PREFIX + int.from_bytes(data[:PREFIX].tobytes(), "little")
-        entries = json.loads(data[PREFIX:start].tobytes())
-        entries.pop("__metadata__", None)
-        return {name: array(data, start, **entry) for name, entry in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        tensors = TensorFile(path).tensors
+        if wrong := next((name for name, tensor in tensors.items() if tensor.dtype != "F32"), None):
+            raise ValueError(f"{wrong} is {tensors[wrong].dtype}")
+        return {name: tensor.values() for name, tensor in tensors.items()}
+    except (OSError, ValueError) as error:
         raise BundleError(f"{path} does not hold an expert's factors ({one_line(error)}); export the bundle again.") from error
-
-
-def array(data: np.ndarray, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
-    """One tensor of a file whose tensors begin at byte `start`. Raises ValueError, TypeError."""
-    first, end = (start + offset for offset in data_offsets)
-    if dtype != "F32" or end - first != 4 * math.prod(shape) or not start <= first <= end <= len(data) or first % 4:
-        raise ValueError(f"{dtype} {shape} at bytes {first} to {end} of {len(data)}")
-    values: np.ndarray = data[first:end].view(np.float32).reshape(shape)
-    return values

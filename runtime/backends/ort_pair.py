@@ -6,12 +6,11 @@ bound by address: another expert is another binding, and nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from fusionroute.runtime.backend import Output, Segment
+from fusionroute.runtime.backend import Arrays, Output, Segment
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
 from fusionroute.runtime.backends.hidden_rows import Head
@@ -47,23 +46,38 @@ class OrtPair:
             raise BundleError(f"{bundle.folder} has no graph for the head of {pair.graph}; export the bundle again.")
         session = opened.model(router.name, pair.graph, share_weights)
         head = Head(opened.model(router.name, pair.head, share_weights), manifest.vocab_size)
-        graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, head, len(manifest.experts))
+        graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, head, len(manifest.rows))
         sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models}
         if len(sizes) > 1 or not graph.fits():
             raise BundleError(
                 f"The graphs {bundle.folder / pair.graph} and {pair.head} do not have the inputs and outputs that the manifest describes; "
                 "export the bundle again."
             )
-        factors = {name: map_factors(bundle.folder / path) for name, path in pair.factors.items()}
+        factors = {name: map_factors(bundle.folder / pair.factors[name]) for name in manifest.experts}
         for name, arrays in factors.items():
             if (wrong := graph.unfit(arrays)) is not None:
                 raise BundleError(
                     f"{bundle.folder / pair.factors[name]} does not fit {pair.graph} (its input {wrong}); export the bundle again."
                 )
-        self.router = PairModel(graph, factors[manifest.experts[0]], router.name, is_expert=False)
-        self.experts = [PairModel(graph, factors[name], name, is_expert=True) for name in manifest.experts]
+        self.target = variant.target
+        self._head_rows, self._router_name = manifest.rows, router.name
+        self._take(graph, factors)
         self._fusion = opened.fusion()
         self._head, self._linear, self._exact = head, pair.head_is_linear, exact
+
+    def _take(self, graph: PairGraph, factors: Mapping[str, Arrays]) -> None:
+        """Let the experts be those that have factors, in the order of the routing head's rows."""
+        names = [name for name in self._head_rows if name in factors]
+        self._graph, self.factors = graph, factors
+        graph.rows = None if names == self._head_rows else [self._head_rows.index(name) for name in names]
+        self.router = PairModel(graph, factors[names[0]], self._router_name, is_expert=False)
+        self.experts = [PairModel(graph, factors[name], name, is_expert=True) for name in names]
+
+    def with_experts(self, factors: Mapping[str, Arrays]) -> OrtPair:
+        """See `runtime.backend.SharedBase.with_experts`."""
+        other = copy(self)
+        other._take(copy(self._graph), factors)
+        return other
 
     def forward_both(self, router: PairCache, own: Segment, expert: PairCache, other: Segment) -> tuple[Output, Output]:
         """See `runtime.backend.Backend.forward_both`."""
@@ -82,7 +96,7 @@ class OrtPair:
 class PairModel:
     """One of the models: the router, or an expert. `factors` are bound where it reads: the router's own do not matter."""
 
-    def __init__(self, graph: PairGraph, factors: dict[str, np.ndarray], name: str, is_expert: bool):
+    def __init__(self, graph: PairGraph, factors: Arrays, name: str, is_expert: bool):
         self.graph, self.factors, self.name, self.is_expert = graph, factors, name, is_expert
 
     def cache(self) -> PairCache:

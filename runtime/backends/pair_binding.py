@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusionroute.runtime.backend import REUSED, Output, Segment
+from fusionroute.runtime.backend import REUSED, Arrays, Output, Segment
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.hidden_rows import Head, HiddenRows
 from fusionroute.runtime.backends.keys_values import KeysValues
@@ -27,11 +27,12 @@ IDLE = Segment((0,), ())  # of a model that does not read
 
 
 class PairGraph:
-    """The inference session and its sizes."""
+    """The inference session and its sizes. rows: those of the routing head that have an expert; None: all of them."""
 
-    def __init__(self, session: Any, run_options: Callable[[], Any], spec: Model, capacity: int, head: Head, experts: int):
+    def __init__(self, session: Any, run_options: Callable[[], Any], spec: Model, capacity: int, head: Head, head_rows: int):
         self.session, self.run_options, self.spec = session, run_options, spec
-        self.capacity, self.head, self.experts = capacity, head, experts
+        self.capacity, self.head, self.head_rows = capacity, head, head_rows
+        self.rows: list[int] | None = None
         values = (*session.get_inputs(), *session.get_outputs())
         self._shapes: dict[str, tuple[int | str, ...]] = {value.name: tuple(value.shape) for value in values}
         self.deltas = {name: shape for name, shape in self._shapes.items() if name.startswith(DELTA)}
@@ -41,12 +42,12 @@ class PairGraph:
         shapes = self._shapes
         own = [name for name in shapes if name.startswith(("past.", "present."))]
         return (
-            ort.fits(self.session, self.spec, ("hidden", self.head.width), self.experts)
+            ort.fits(self.session, self.spec, ("hidden", self.head.width), self.head_rows)
             and all(shapes.get(EXPERT + name, ())[1::2] == shapes[name][1::2] for name in own)
             and shapes.get("segments") == (2,)
         )
 
-    def unfit(self, factors: dict[str, np.ndarray]) -> str | None:
+    def unfit(self, factors: Arrays) -> str | None:
         """The first input that an expert's factors do not fit; None: they fit. Names in a shape stand for any rank."""
         for name, shape in self.deltas.items():
             given = factors[name].shape if name in factors else ()
@@ -61,7 +62,7 @@ class PairBinding:
     names: of the models that read, for errors.
     """
 
-    def __init__(self, graph: PairGraph, router: KeysValues, expert: KeysValues, factors: dict[str, np.ndarray], names: str):
+    def __init__(self, graph: PairGraph, router: KeysValues, expert: KeysValues, factors: Arrays, names: str):
         self._graph, self._memories, self._names = graph, (router, expert), names
         self._run = graph.session.run_with_iobinding
         self._binding = binding = graph.session.io_binding()
@@ -81,7 +82,7 @@ class PairBinding:
 
     def _new_rows(self, row_count: int) -> tuple[np.ndarray, np.ndarray]:
         graph = self._graph
-        return np.empty((row_count, graph.head.width), np.float32), np.empty((row_count, graph.experts), np.float32)
+        return np.empty((row_count, graph.head.width), np.float32), np.empty((row_count, graph.head_rows), np.float32)
 
     def run(self, segments: tuple[Segment, Segment], lengths: tuple[int, int], options: Any) -> Output:
         """One pass of the router's segment and the expert's behind so many tokens.
@@ -114,7 +115,8 @@ class PairBinding:
         states, routing = self._rows
         if fresh:  # those arrays now belong to the caller
             self._bound, self._rows = (0, 0), self._reused
-        return Output(HiddenRows(states[:row_count], self._graph.head), routing[:row_count])
+        scores = routing[:row_count] if self._graph.rows is None else routing[:row_count, self._graph.rows]
+        return Output(HiddenRows(states[:row_count], self._graph.head), scores)
 
     def _even_counts(self, own: int, other: int, lengths: tuple[int, int]) -> list[int]:
         """How many tokens of each a pass reads: one more where their sum is odd, if its buffers have room.

@@ -47,11 +47,13 @@ def summary(bundle: Path, manifest: Manifest) -> tuple[str, str]:
     curve = manifest.lam_curve
     tuning = f" (tuned: accuracy {max(accuracy for _, accuracy in curve):.1%} on the validation split)" if curve else ""
     tokenizer = "tokenizer" if "tokenizer.json" in manifest.files else "token ids only"
+    vacant = [row for row in manifest.rows if row not in manifest.experts]
+    rows = f"; rows of the routing head without an expert: {', '.join(vacant)}" if vacant else ""
     template = ", chat template" if "chat_template.jinja" in manifest.files else ""
     return (
         f"{bundle}: {manifest.family}, format {manifest.format}, {len(manifest.files)} files, {size / 1e6:,.1f} MB",
         f"fusion {manifest.fusion}, λ = {manifest.lam}{tuning}; context {manifest.max_seq_len} tokens; "
-        f"vocabulary {manifest.vocab_size}; {tokenizer}{template}",
+        f"vocabulary {manifest.vocab_size}; {tokenizer}{template}{rows}",
     )
 
 

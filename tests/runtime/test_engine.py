@@ -114,7 +114,19 @@ def test_public_names_are_meant_to_be_used(rt: FusionRuntime) -> None:
         return {name for name in dir(thing) if not name.startswith("_")}
 
     loaded = {"bundle", "options", "precision", "expert_names", "vocab_size", "max_seq_len", "fusion", "lam", "tokenizer", "backend"}
-    assert public(rt) == loaded | {"load", "encode", "decode", "prompt_ids", "generate", "stream", "score", "session", "close"}
+    assert public(rt) == loaded | {
+        "load",
+        "encode",
+        "decode",
+        "prompt_ids",
+        "generate",
+        "stream",
+        "score",
+        "session",
+        "close",
+        "add_expert",
+        "remove_expert",
+    }
     session = rt.session()
     session.append([3, 4])
     session.step()

@@ -2,7 +2,7 @@
 
 lora.py           a PEFT LoRA folder: its tensors by module, its texts
 merge_lora.py     an adapter over the tensors of its base
-lora_config.py    its adapter_config.json: what each field means here, and which are refused
+adapter_base.py   where its base lies
 whole.py          which kind a whole model is; one line per kind
 model_folder.py   a Hugging Face folder: safetensors, in floating point or quantised
 quantised.py      which methods of quantisation are read; one file each reads them

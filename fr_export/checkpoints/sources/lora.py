@@ -1,26 +1,17 @@
 """A PEFT LoRA folder: its tensors by module, its texts, and what the report says of it."""
 
-import re
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
-from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE, LoraConfig
-from fusionroute.fr_export.checkpoints.sources.text_part import OTHER, text_name
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.checkpoints.weights import FLOATS, tensors_of
+from fusionroute.runtime.adapters.lora_config import CONFIG_FILE, LoraConfig
+from fusionroute.runtime.adapters.peft_names import sort_names, text_name
 from fusionroute.runtime.errors import InputError
 
 WEIGHTS_FILE, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-# behind a module's name: parts of an adapter of it
-PART = re.compile(
-    r"(.+)\.(lora_A|lora_B|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)"
-    r"(?:\.weight)?"
-)
-WRAPPERS = re.compile(r"\.(base_layer|modules_to_save|original_module)\.")  # PEFT's modules around the base's own
 
 
 @dataclass(frozen=True)
@@ -57,23 +48,16 @@ class LoraAdapter:
             raise InputError(
                 f"{where} holds {CONFIG_FILE} but no {WEIGHTS_FILE}: save it again, or download all of it (hf download) and name that folder."
             )
-        modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)  # by the names in the file, as the config has them
-        whole: dict[str, StoredTensor] = {}
-        for key, tensor in tensors_of(file).items():
+        tensors = tensors_of(file)
+        for key, tensor in tensors.items():
             if tensor.dtype not in FLOATS:
                 raise InputError(f"{where} has '{key}' as {tensor.dtype}; expected fp32, fp16 or bf16: save the adapter again.")
-            name = key.removeprefix(PREFIX)
-            if name.startswith(OTHER):  # reads images, as the report says of the base
-                continue
-            if part := PART.fullmatch(name):
-                modules[part[1]][part[2]] = tensor
-            elif "lora_" in name:
-                raise InputError(f"{where} has the tensor '{key}', which this version does not know: merge it with PEFT first.")
-            else:
-                whole[text_name(WRAPPERS.sub(".", name))] = tensor
-        if not modules and not whole:
-            raise InputError(f"{where} holds no tensors in its {WEIGHTS_FILE}; save or download the adapter again.")
-        adapted = {text_name(module): ModuleAdapter(parts, config.rank(module), config.scale(module)) for module, parts in modules.items()}
+        names = sort_names(tensors, where)
+        adapted = {
+            text_name(module): ModuleAdapter({part: tensors[key] for part, key in parts.items()}, config.rank(module), config.scale(module))
+            for module, parts in names.modules.items()
+        }
+        whole = {name: tensors[key] for name, key in names.whole.items()}
         return cls(folder, where, config, adapted, whole)
 
     def texts(self, base: Mapping[str, Path], own: Mapping[str, Path]) -> dict[str, Path]:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter, ModuleAdapter
-from fusionroute.fr_export.checkpoints.sources.lora_config import CONFIG_FILE
 from fusionroute.fr_export.checkpoints.sources.low_rank import (
     AddedTensor,
     ColumnNormTensor,
@@ -13,6 +12,7 @@ from fusionroute.fr_export.checkpoints.sources.low_rank import (
     TransposedTensor,
 )
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
+from fusionroute.runtime.adapters.lora_config import CONFIG_FILE
 from fusionroute.runtime.errors import InputError
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"

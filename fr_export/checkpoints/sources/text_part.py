@@ -3,16 +3,7 @@
 from collections.abc import Mapping
 
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
-
-# how transformers names the language model in such checkpoints: its older and its newer layout
-INSIDE = {"language_model.": "", "model.language_model.": "model."}
-OTHER = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-
-
-def text_name(name: str) -> str:
-    """The name that a tensor or module of the language model has alone."""
-    prefix = next((prefix for prefix in INSIDE if name.startswith(prefix)), "")
-    return INSIDE.get(prefix, "") + name.removeprefix(prefix)
+from fusionroute.runtime.adapters.peft_names import OTHER, text_name
 
 
 def text_part(entries: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:

@@ -50,7 +50,8 @@ def test_a_bundle_holds_one_base_and_factors_once(request_: Request, report: Rep
     assert len({pair.graph for pair in pairs}) == len(PRECISIONS) == len(manifest.variants)
     assert len({path for pair in pairs for path in pair.factors.values()}) == len(request_.experts)
     weights = [name for name in manifest.files if name.startswith("graphs/") and not name.endswith(".onnx")]
-    assert sorted(weights) == sorted(["graphs/weights/base.bin", *pairs[0].factors.values()])
+    adapting = [path for pair in pairs[:1] if pair.adapting for path in (pair.adapting.unadapted, pair.adapting.layout)]
+    assert sorted(weights) == sorted(["graphs/weights/base.bin", *pairs[0].factors.values(), *adapting]) and len(adapting) == 2
     for path in pairs[0].factors.values():
         header = int.from_bytes((request_.out / path).read_bytes()[:8], "little")
         assert (8 + header) % 64 == 0, "readers map the values at cache lines"

@@ -19,10 +19,12 @@ def test_the_table_is_sorted_and_names_each_model_type_once() -> None:
 
 
 def test_presets_are_the_shipped_systems_and_those_of_the_paper() -> None:
-    assert sorted(SHIPPED) == sorted(folder.parent.name for folder in TINY_SYSTEMS.glob("*/router"))
+    shipped = sorted(folder.parent.name for folder in TINY_SYSTEMS.glob("*/router"))
+    assert shipped == sorted([*SHIPPED, *(f"{name}-shared" for name in SHIPPED)])
     for name in SHIPPED:
-        tiny, paper = FAMILIES[name].preset("tiny"), FAMILIES[name].preset("paper")
+        tiny, shared, paper = (FAMILIES[name].preset(preset) for preset in ("tiny", "tiny-shared", "paper"))
         assert tiny.router == str(TINY_SYSTEMS / name / "router")
+        assert shared.router == str(TINY_SYSTEMS / f"{name}-shared" / "router") and shared.experts.keys() == tiny.experts.keys()
         assert list(tiny.experts) == list(paper.experts) == ["math", "code", "instruction"]
 
 
@@ -34,7 +36,7 @@ def test_a_family_without_a_preset_says_what_to_name() -> None:
     with pytest.raises(InputError, match=rf"^The paper has no system {mend}"):
         family.preset("paper")
     assert replace(family, paper=Preset(None, {"math": "hub/math"})).preset("paper").experts == {"math": "hub/math"}
-    with pytest.raises(InputError, match=r"^Unknown preset 'large' of family llama9: use 'tiny' or 'paper'\.$"):
+    with pytest.raises(InputError, match=r"^Unknown preset 'large' of family llama9: use 'tiny', 'tiny-shared' or 'paper'\.$"):
         family.preset("large")
 
 

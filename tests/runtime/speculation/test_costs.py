@@ -16,18 +16,22 @@ def test_without_reading_alone_a_plain_step_costs_two_tokens() -> None:
 
 def test_costs_are_measured_once(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as first:
-        assert first._costs is not None and first._costs.fusion > 0 and len(first._costs.experts) == len(first.expert_names)
-        for passes in (first._costs.router, *first._costs.experts):
+        assert (
+            first._sets.current.costs is not None
+            and first._sets.current.costs.fusion > 0
+            and len(first._sets.current.costs.experts) == len(first.expert_names)
+        )
+        for passes in (first._sets.current.costs.router, *first._sets.current.costs.experts):
             assert len(passes) == 2 and all(seconds > 0 for length in passes for seconds in length)
         monkeypatch.setattr(costs, "measure", None)
         with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as second:
-            assert second._costs == first._costs
+            assert second._sets.current.costs == first._sets.current.costs
 
 
 def test_passes_of_both_are_measured_once(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with FusionRuntime.load(shared, "fp32", "cpu", speculation="auto") as first:
-        assert first._costs is not None and first._costs.joint is not None
-        assert all(seconds > 0 for passes in first._costs.joint for length in passes for seconds in length)
+        assert first._sets.current.costs is not None and first._sets.current.costs.joint is not None
+        assert all(seconds > 0 for passes in first._sets.current.costs.joint for length in passes for seconds in length)
         monkeypatch.setattr(costs, "measure", None)
         with FusionRuntime.load(shared, "fp32", "cpu", speculation="auto") as second:
-            assert second._costs == first._costs
+            assert second._sets.current.costs == first._sets.current.costs

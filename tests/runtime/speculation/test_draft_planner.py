@@ -90,7 +90,8 @@ def test_models_that_run_side_by_side_leave_less_to_gain() -> None:
 def test_acceptance_is_learnt_without_drafting(bundles: list[Path]) -> None:
     """Rates are those of a recount of the same text, though nothing was drafted; drafting begins once it pays."""
     with FusionRuntime.load(bundles[0], device="cpu", precision="fp32", speculation="auto") as rt:
-        rt._costs = Costs(LINEAR, (LINEAR,) * len(rt.expert_names), 0.1)  # several cost what they cost one by one
+        costs = Costs(LINEAR, (LINEAR,) * len(rt.expert_names), 0.1)
+        rt._sets.current = replace(rt._sets.current, costs=costs)  # several cost what they cost one by one
         kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 1}]
         for options in kinds:
             session = rt.session()

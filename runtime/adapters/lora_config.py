@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fusionroute.fr_export.checkpoints.hub import locate
-from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.errors import InputError
 
 Number = TypeVar("Number", int, float)
 
@@ -88,31 +87,6 @@ class LoraConfig(BaseModel):
             raise InputError(f"{where} has a broken {CONFIG_FILE} ({reason}); save or download the adapter again.") from error
         config.check(where)
         return config
-
-    def locate_base(self, folder: Path, where: str, named: str | None) -> Path:
-        """The folder of the base of the adapter in `folder`: the one `named` on the command line, or its own.
-
-        Raises InputError where the adapter names none, or one that cannot be found or is an adapter itself.
-        """
-        source = named or self.base_model_name_or_path
-        if not source:
-            raise InputError(f"{where} is an adapter that names no base: name it with --base.")
-        if not named and not Path(source).is_dir() and (beside := folder / source).is_dir():
-            source = str(beside)
-        try:
-            base = locate(source, None if named else self.revision)
-        except FusionError as error:
-            if named:
-                raise
-            reason = str(error).rstrip(".")
-            raise type(error)(
-                f"{where} is an adapter of {source}, which cannot be opened ({reason}): name its base with --base."
-            ) from error
-        if (base / CONFIG_FILE).is_file():
-            raise InputError(
-                f"{where} is an adapter over another adapter ({base}): merge that one into its base first, and name it with --base."
-            )
-        return base
 
     def check(self, where: str) -> None:
         """Raise InputError for an adapter that is no LoRA adapter of a causal LM, or one that cannot be merged."""

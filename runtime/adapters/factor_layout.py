@@ -1,0 +1,113 @@
+"""How low-rank factors of checkpoint tensors lie in the inputs of a graph for a pair of models.
+
+The matrices that read one value share an input a, and each has an input b. A matrix of the graph may be stacked from
+several tensors of the checkpoint (query, key and value): their factors stand in blocks, with zeros between.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from fusionroute.runtime.manifest import Size, Strict
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Matrix(Strict):
+    """A matrix [N, K] of the graph. b: its input [r, N]. tensors: those stacked along its rows, and how many rows each has."""
+
+    b: str
+    tensors: list[tuple[str, Count]]
+
+
+class Group(Strict):
+    """Matrices that read one value of `width` K. a: their input [K, m·r], of which each takes r columns."""
+
+    a: str
+    width: Count
+    matrices: Annotated[list[Matrix], Field(min_length=1)]
+
+
+class Vector(Strict):
+    """An input [size] that an expert has values of its own for: those of a checkpoint's tensor, plus `offset`."""
+
+    input: str
+    tensor: str
+    size: Size
+    offset: float
+
+
+class Plan(Strict):
+    """All inputs for an expert, in their order."""
+
+    groups: list[Group]
+    vectors: list[Vector]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """b·a, added to a tensor [N, K]. read: its a float32 [rank, K] and its b float32 [N, rank]."""
+
+    rank: int
+    read: Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+Factors = Mapping[str, Sequence[Factor]]  # checkpoint tensor → what is added to it
+
+
+@dataclass(frozen=True)
+class FactorLayout:
+    """The plan, and the scales of the graph's weights, which factors must have too: float32, by what they scale.
+
+    columns: input b → [K]. rows: input b → [N], or the input of a vector → [size].
+    """
+
+    plan: Plan
+    columns: Mapping[str, np.ndarray]
+    rows: Mapping[str, np.ndarray]
+
+    def shapes(self, factors: Factors) -> dict[str, tuple[int, ...]]:
+        """The inputs of an expert with such factors, by name.
+
+        The matrices of a group have one rank, the largest of theirs and at least 1, since ONNX Runtime 1.23 splits
+        nothing empty; what they do not need of it is zero.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        for group in self.plan.groups:
+            ranks = [sum(factor.rank for name, _ in matrix.tensors for factor in factors.get(name, ())) for matrix in group.matrices]
+            rank = max(1, *ranks)
+            shapes[group.a] = group.width, len(group.matrices) * rank
+            shapes |= {matrix.b: (rank, sum(rows for _, rows in matrix.tensors)) for matrix in group.matrices}
+        return shapes | {vector.input: (vector.size,) for vector in self.plan.vectors}
+
+    def arrays(self, factors: Factors, vector: Callable[[str], np.ndarray]) -> Iterator[np.ndarray]:
+        """Their values, float32, in the order of `shapes`. vector: the expert's values of a checkpoint's tensor."""
+        shapes = self.shapes(factors)
+        for group in self.plan.groups:
+            a = np.zeros(shapes[group.a], np.float32)
+            every_b = [np.zeros(shapes[matrix.b], np.float32) for matrix in group.matrices]
+            for matrix, part, b in zip(group.matrices, np.split(a, len(every_b), axis=1), every_b, strict=True):
+                self._fill(matrix, factors, part, b)
+            yield a
+            yield from every_b
+        for each in self.plan.vectors:
+            values = vector(each.tensor) + np.float32(each.offset) if each.offset else vector(each.tensor)
+            yield values * self.rows[each.input] if each.input in self.rows else values
+
+    def _fill(self, matrix: Matrix, factors: Factors, a: np.ndarray, b: np.ndarray) -> None:
+        """Write the factors of one matrix into a [K, r] and b [r, N], with the scales of its rows and columns."""
+        row = column = 0
+        for tensor, rows in matrix.tensors:
+            for factor in factors.get(tensor, ()):
+                block = slice(column, column + factor.rank)
+                own_a, own_b = factor.read()
+                a[:, block], b[block, row : row + rows] = own_a.T, own_b.T
+                column = block.stop
+            row += rows
+        if matrix.b in self.columns:
+            a *= self.columns[matrix.b][:, None]
+        if matrix.b in self.rows:
+            b *= self.rows[matrix.b]

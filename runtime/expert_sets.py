@@ -1,0 +1,126 @@
+"""The experts of a loaded system: a set that never changes, and the exchange of one set for another.
+
+A session, or a stream, keeps the set that it began with, so that its tokens do not depend on when somebody else adds or
+removes an expert. Sessions that begin later have the new set. All sets share the loaded base.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from fusionroute.runtime.backend import Arrays, SharedBase
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.decoder import Decoder
+from fusionroute.runtime.errors import InputError, UnavailableError
+from fusionroute.runtime.loaded_system import LoadedSystem
+from fusionroute.runtime.options import RuntimeOptions
+from fusionroute.runtime.pool import Pool
+
+if TYPE_CHECKING:
+    from fusionroute.runtime.speculation.costs import Costs
+
+
+@dataclass(frozen=True)
+class ExpertSet:
+    """A system with some experts, the idle decoders of its texts, and what its passes cost (None: no speculation)."""
+
+    system: LoadedSystem
+    pool: Pool
+    costs: Costs | None
+    eos: frozenset[int]
+
+    @property
+    def names(self) -> list[str]:
+        """In the order of the routing head's rows."""
+        return self.system.expert_names
+
+    def index(self, expert: str | None) -> int | None:
+        """The index of a named expert. Raises InputError for a name that is none."""
+        if expert is None:
+            return None
+        if expert not in self.names:
+            raise InputError(f"Unknown expert '{expert}': use one of {', '.join(self.names)}.")
+        return self.names.index(expert)
+
+    def decoder(self) -> Decoder:
+        """A new decoder. Raises ClosedError."""
+        return Decoder(self.system, self.costs, self.eos)
+
+    def give_back(self, decoder: Decoder) -> None:
+        """A text is over: its decoder waits for another one, unless the experts are others by now."""
+        decoder.sequence.cancellation = None
+        decoder.readers.pause()
+        if not self.system.forked:
+            self.pool.give(decoder)
+
+
+class ExpertSets:
+    """`current`: the set that new sessions have."""
+
+    def __init__(self, bundle: Bundle, options: RuntimeOptions):
+        """Loads the bundle's models. Raises FusionError subclasses only: BundleError, UnavailableError, InputError."""
+        system = LoadedSystem(bundle, options)
+        costs = None
+        if options.speculation != "off":
+            from fusionroute.runtime.speculation.costs import costs_of  # here: a tenth of the time of `import fusionroute`
+
+            costs = costs_of(bundle, system.backend, system.precision, options.threads)
+        self._bundle, self._prefixes = bundle, options.prefix_cache
+        self._lock = threading.Lock()  # of those who change or close
+        self._systems = WeakSet([system])  # of all sets that a session still has
+        self.current = ExpertSet(system, Pool(options.prefix_cache), costs, frozenset(bundle.manifest.eos_token_ids))
+
+    def add(self, source: Path, name: str) -> None:
+        """Give new sessions an expert more, or another one of that name. Raises as `FusionRuntime.add_expert`."""
+        from fusionroute.runtime.adapters.expert_files import open_expert  # here: pydantic
+
+        shared(self.current.system)  # says so before the lock is taken: a thread that stayed behind a fork may hold it
+        with self._lock:
+            system = self.current.system
+            backend = shared(system)
+            pair = self._bundle.variant(backend.target, system.precision).pair
+            expert = open_expert(self._bundle, name, source)
+            assert pair is not None
+            arrays = expert.factors(self._bundle.folder, pair)
+            added = dict(zip(arrays.shapes, arrays.arrays(), strict=True))
+            self._exchange(backend, {**backend.factors, name: added}, name)
+
+    def remove(self, name: str) -> None:
+        """Give new sessions an expert less. Raises as `FusionRuntime.remove_expert`."""
+        from fusionroute.runtime.adapters.expert_files import check_removable
+
+        shared(self.current.system)  # see `add`
+        with self._lock:
+            backend = shared(self.current.system)
+            check_removable(self._bundle, name, self.current.names)
+            self._exchange(backend, {other: factors for other, factors in backend.factors.items() if other != name}, name)
+
+    def _exchange(self, backend: SharedBase, factors: Mapping[str, Arrays], changed: str) -> None:
+        old = self.current
+        names = [name for name in self._bundle.manifest.rows if name in factors]
+        system = old.system.with_experts(backend.with_experts(factors), names, changed)
+        costs = old.costs and replace(old.costs, experts=old.costs.experts[:1] * len(names))  # one size: one cost
+        self._systems.add(system)
+        self.current = ExpertSet(system, Pool(self._prefixes), costs, old.eos)
+        old.pool.close()
+
+    def close(self) -> None:
+        """Release the models; sessions still in use end with ClosedError at their next step."""
+        if self.current.system.forked:
+            return
+        with self._lock:
+            for system in self._systems:
+                system.close()
+            self.current.pool.close()
+
+
+def shared(system: LoadedSystem) -> SharedBase:
+    """The backend, if its experts share one base. Raises UnavailableError where they do not, ClosedError."""
+    if not isinstance(system.backend, SharedBase):
+        raise UnavailableError("Experts come and go only where all models share one base: export the system with --shared-base.")
+    return system.backend

@@ -1,0 +1,103 @@
+"""Safetensors files, mapped and written with numpy alone: https://huggingface.co/docs/safetensors/index#format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fusionroute.runtime.files import partial_name
+
+PREFIX = 8  # bytes that tell how long the header is
+LINE = 64  # bytes of a cache line: values begin at a multiple, so that tensors do where their sizes allow it
+METADATA = "__metadata__"
+WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a value
+
+
+class Stored(NamedTuple):
+    """One tensor: the dtype as safetensors names it, its shape, and its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    def values(self) -> np.ndarray:
+        """Float32 values: of F32 the mapped ones, read-only; of the others a copy."""
+        if self.dtype == "F32":
+            values = self.data.view(np.float32)
+        elif self.dtype == "F16":
+            values = self.data.view(np.float16).astype(np.float32)
+        else:
+            values = (self.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return values.reshape(self.shape)
+
+
+class TensorFile:
+    """A mapped file: its pages are read when they are used, and processes share their memory.
+
+    `tensors`: name → tensor, in the order of the header. `metadata`: texts by name.
+    """
+
+    def __init__(self, path: Path):
+        """Raises OSError, and ValueError for a file that is not one of floating-point tensors."""
+        data = np.memmap(path, np.uint8, "r")
+        start = PREFIX + int.from_bytes(data[:PREFIX].tobytes(), "little")
+        try:
+            entries = json.loads(data[PREFIX:start].tobytes())
+            self.metadata: dict[str, str] = dict(entries.pop(METADATA, {}))
+            self.tensors = {name: stored(data, start, **entry) for name, entry in entries.items()}
+        except (TypeError, AttributeError) as error:
+            raise ValueError(str(error)) from error
+
+
+def stored(data: np.ndarray, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:
+    """One tensor of a file whose tensors begin at byte `start`. Raises ValueError, TypeError."""
+    first, end = (start + offset for offset in data_offsets)
+    width = WIDTHS.get(dtype, 0)
+    if not width or end - first != width * math.prod(shape) or not start <= first <= end <= len(data) or first % width:
+        raise ValueError(f"{dtype} {shape} at bytes {first} to {end} of {len(data)}")
+    return Stored(dtype, tuple(shape), data[first:end])
+
+
+class Written(NamedTuple):
+    """A file that was written, its SHA-256 and its size."""
+
+    path: Path
+    sha256: str
+    bytes: int
+
+
+def write_tensors(
+    folder: Path, stem: str, entries: Mapping[str, tuple[str, tuple[int, ...]]], arrays: Iterable[np.ndarray], metadata: Mapping[str, str]
+) -> Written:
+    """Write a file STEM-HASH.safetensors, named by its content, which appears when it is complete.
+
+    entries: name → dtype as safetensors names it, and shape. arrays: in this order, of items as wide as their dtype.
+    """
+    end, header = 0, dict[str, object]({METADATA: dict(metadata)} if metadata else {})
+    for name, (dtype, shape) in entries.items():
+        start, end = end, end + WIDTHS[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(PREFIX + len(text)) % LINE)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial, digest = partial_name(folder / f"{stem}.safetensors"), hashlib.sha256()
+    try:
+        with partial.open("wb") as file:
+            for piece in (len(text).to_bytes(PREFIX, "little"), text):
+                digest.update(piece)
+                file.write(piece)
+            for array, (dtype, shape) in zip(arrays, entries.values(), strict=True):
+                assert array.shape == shape and array.itemsize == WIDTHS[dtype]
+                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+                digest.update(data)
+                file.write(data)
+        named = partial.replace(folder / f"{stem}-{digest.hexdigest()[:8]}.safetensors")
+    finally:
+        partial.unlink(missing_ok=True)
+    return Written(named, digest.hexdigest(), named.stat().st_size)
