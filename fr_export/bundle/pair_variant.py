@@ -3,26 +3,31 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from fusionroute.fr_export.bundle.factor_file import write_factors
+from fusionroute.fr_export.bundle.shared_base import Approximated, weight_count
 from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, GRAPHS, TARGETS, named, per_model
 from fusionroute.fr_export.bundle.variant import WrittenVariant
 from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
 from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.graphs.factor_arrays import FactorArrays
+from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, LowRank
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.passes import pair_segments
+from fusionroute.fr_export.graphs.passes.pair_segments import Factors
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_files import WeightFiles
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
+from fusionroute.fr_export.precision.approximation import approximate
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_model import fit_model
 from fusionroute.fr_export.precision.products import coarse_products
+from fusionroute.fr_export.precision.read_back import read_back
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import File, Pair, Variant
@@ -34,13 +39,15 @@ FACTORS = "factors"  # the folder with the experts' files, beside the graphs
 class PairVariantWriter:
     """Writes a system that shares one base into a bundle folder, variant by variant.
 
-    The base is the router as it is: `deltas` are what experts add to it. `evidence` as for `VariantWriter`.
+    The base is the router as it is: `deltas` are what experts add to it, of which some are `approximated`. `evidence` as
+    for `VariantWriter`.
     """
 
     def __init__(
-        self, system: System, deltas: Mapping[str, Delta], traces: Traces, evidence: Mapping[str, Evidence], folder: Path, stages: Stages
-    ):
-        self._system, self._deltas, self._traces, self._evidence = system, deltas, traces, evidence
+        self, system: System, deltas: Mapping[str, Delta], approximated: Mapping[str, Approximated], traces: Traces,
+        evidence: Mapping[str, Evidence], folder: Path, stages: Stages,
+    ):  # fmt: skip
+        self._system, self._deltas, self._approximated, self._traces, self._evidence = system, deltas, approximated, traces, evidence
         self._folder, self._graphs, self._stages = folder, folder / GRAPHS, stages
         self._store = Store(self._graphs)
         self._factor_files: dict[str, File] = {}  # by their paths in the bundle
@@ -60,32 +67,49 @@ class PairVariantWriter:
                 )
                 spec.prepare(graph, scheme.name, router.family)
                 spec.dialect.end_with(graph, system.head)
-                factors = self._pair(graph)
+                factors, vectors = self._pair(graph)
                 bind(graph, router.weights, own, self._store, advance)
             except InputError as error:
                 raise InputError(f"{router.where} cannot be exported as {scheme.name}: {error}") from error
             graph.model.graph.name = BASE
             ir.save(graph.model, self._folder / path)
-            files = {name: self._write_factors(name, arrays) for name, arrays in factors.items()}
+        arrays = {
+            expert.name: FactorArrays(
+                graph, factors, vectors, self._deltas[expert.name], expert.weights, self._approximate(expert.name, graph, scheme.name)
+            )
+            for expert in system.experts
+        }
+        files = {name: self._write_factors(name, own_arrays) for name, own_arrays in arrays.items()}
         variant = Variant(
             target=target,
             precision=scheme.name,
             graphs={},
             fusion_graph=FUSION_GRAPH,
             bits_per_weight=round(own.bits, 4),
-            weight_bytes={router.name: weight_bytes(graph.model)} | {name: arrays.bytes for name, arrays in factors.items()},
+            weight_bytes={router.name: weight_bytes(graph.model)} | {name: each.bytes_read for name, each in arrays.items()},
             pair=Pair(graph=path, factors=files),
         )
         return WrittenVariant(variant, {} if about is None else {router.name: about})
 
-    def _pair(self, graph: Graph) -> dict[str, FactorArrays]:
-        """Let the router's graph read pairs. Returns what its inputs hold for each expert."""
-        terms = {name for delta in self._deltas.values() for name in delta.terms}
+    def _approximate(self, expert: str, graph: Graph, precision: str) -> dict[str, LowRank]:
+        """The factors that bring the base, as the graph reads it, to an expert whose matrices have become others."""
+        if expert not in self._approximated:
+            return {}
+        changed, ranks = self._approximated[expert]
+
+        def base(matrix: str) -> np.ndarray:
+            return read_back(graph, matrix, self._system.router.weights)
+
+        with self._stages.stage(f"approximating {expert} on the {precision} base", weight_count(changed.graph)) as advance:
+            return approximate(changed, base, ranks.of, advance)
+
+    def _pair(self, graph: Graph) -> tuple[list[Factors], list[str]]:
+        """Let the router's graph read pairs. Returns the inputs for factors, and the vectors that experts have."""
+        terms = {name for delta in self._deltas.values() for name in (*delta.terms, *delta.matrices)}
         others = {name for delta in self._deltas.values() for name in delta.vectors}
         matrices = [name for name, source in graph.sources.items() if terms.intersection(source.tensors)]
         vectors = [name for name, source in graph.sources.items() if others.intersection(source.tensors)]
-        factors = pair_segments(graph, matrices, vectors)
-        return {each.name: FactorArrays(graph, factors, vectors, self._deltas[each.name], each.weights) for each in self._system.experts}
+        return pair_segments(graph, matrices, vectors), vectors
 
     def _write_factors(self, expert: str, arrays: FactorArrays) -> str:
         """Write an expert's factors, once where precisions agree on them. Returns the path in the bundle."""

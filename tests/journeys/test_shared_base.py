@@ -1,4 +1,4 @@
-"""Systems of adapters with one base, exported and run, against PEFT: in chunks, token by token, after rewinds."""
+"""Systems with one base, exported and run, against PEFT and plain torch: in chunks, token by token, after rewinds."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,14 @@ import pytest
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.precision.rank_budget import RankBudget
 from fusionroute.fr_export.verify import torch_reference
 from tests.support.adapters import TARGETS, peft_model
+from tests.support.exporting import export_checkpoints
 from tests.support.pairs import export_shared
 from tests.support.parity import check_parity
-from tests.support.systems import Shape
+from tests.support.sparing import sparing
+from tests.support.systems import Shape, make_system
 
 SMALL: dict[str, Any] = {"heads": 2, "kv_heads": 1, "hidden": 32, "tokenizer": True}
 IDS = np.random.default_rng(5).integers(3, 300, 100).tolist()
@@ -40,3 +43,21 @@ def test_parity(shape: Shape, options: list[dict[str, Any]], tmp_path: Path, mon
 
     monkeypatch.setattr(torch_reference, "load", load)
     check_parity(shared.bundle, System.open(None, shared.router, shared.experts), IDS, 40)
+
+
+FINE_TUNES = {
+    "llama3": Shape("llama3", head_dim=16, layers=2, **SMALL),
+    "gemma2-tied-head-with-softcap": Shape("gemma2", head_dim=16, layers=2, **SMALL),
+    "qwen2-biases": Shape("qwen2", layers=2, **SMALL),
+    "qwen3-norms-of-heads": Shape("qwen3", head_dim=16, layers=1, **SMALL),
+    "phi3-stacked": Shape("phi3", layers=1, **SMALL),
+}
+
+
+@pytest.mark.parametrize("name", sparing(FINE_TUNES, ("qwen3-norms-of-heads", "phi3-stacked")))
+def test_full_fine_tunes_are_exact_at_full_rank(name: str, tmp_path: Path) -> None:
+    """Models that have no value in common: embedding, head, matrices, norms and biases all differ."""
+    shape = FINE_TUNES[name]
+    router, experts = make_system(tmp_path, shape)
+    bundle = export_checkpoints(tmp_path / "bundle", shape, router, experts, ("fp32",), shared_base=True, budget=RankBudget(rank=64))
+    check_parity(bundle, System.open(None, router, experts), IDS, 40)
