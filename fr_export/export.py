@@ -13,7 +13,7 @@ from fusionroute.fr_export.bundle.early_refusals import refuse
 from fusionroute.fr_export.bundle.engines import add_engines
 from fusionroute.fr_export.bundle.pair_variant import PairVariantWriter
 from fusionroute.fr_export.bundle.recording import calibration_table
-from fusionroute.fr_export.bundle.shared_base import approximations, deltas
+from fusionroute.fr_export.bundle.shared_base import approximations, close_enough, deltas
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.fr_export.bundle.targets import TARGETS
 from fusionroute.fr_export.bundle.variant import VariantWriter
@@ -56,6 +56,7 @@ class Request:
     strict: bool = False  # a precision that misses its bound is an error
     gpus: tuple[int, ...] = ()  # compute capabilities that TensorRT-RTX engines are built for
     shared_base: bool = False  # one graph for all models: the router's, and what experts add to it
+    leave_apart: bool = False  # with shared_base: experts that cannot share have graphs of their own
     budget: RankBudget | None = None  # of the factors that approximate full fine-tunes; None: these cannot share
     compare: int | None = None  # tokens to compare on; 0: do not compare; None: what takes a tenth of the time
 
@@ -81,7 +82,7 @@ def check(request: Request, stages: Stages) -> Checked:
     plan = [(target, SCHEMES[target][name]) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
     with stages.stage("checking the checkpoints"):
         system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len, request.base)
-        shared = deltas(system, request.budget is not None) if request.shared_base else None
+        shared = deltas(system, request.budget is not None, request.leave_apart) if request.shared_base else None
         prompts = load_parts(request.calibration)
         fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
         forecast = Forecast.of(
@@ -116,6 +117,8 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             known = evidence(table)
 
         approximated = approximations(system, shared, request.budget, traces, known, stages) if shared and request.budget else {}
+        if shared is not None:
+            shared = close_enough(system, shared, approximated, request.leave_apart)
         writer = (
             VariantWriter(system, traces, known, folder, stages)
             if shared is None

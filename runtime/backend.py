@@ -156,6 +156,9 @@ class Backend(Protocol):
     guess_limit: int
     """Most tokens that an expert should read before it is known whether it answers. 0: it is never guessed."""
 
+    apart: frozenset[int]
+    """Experts that never read in a pass of the router's, nor before it is known that they answer."""
+
     @property
     def forward_both(self) -> JointForward | None:
         """One pass in which the router and an expert read, each its own segment; `interrupt` of the router's cache ends

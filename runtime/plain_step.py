@@ -20,6 +20,7 @@ class PlainStep:
         backend = system.backend
         self.readers, self.expert_names, self.vocab_size = readers, system.expert_names, system.vocab_size
         self.fuser, self._async_dispatch, self._guess_limit = backend.fuser(), backend.async_dispatch, backend.guess_limit
+        self._apart = backend.apart
         self.newest: Fused | None = None  # what the newest token was chosen from
         self.last_expert: int | None = None  # the expert of the newest token
         self.router_logits: Any = None  # of the last step, float32 [1, V]; valid until the next pass
@@ -72,7 +73,7 @@ class PlainStep:
 
     def guess_expert(self) -> int | None:
         """The expert to run before the routing is known: the last one, unless it lags by more than a guess may cost."""
-        if not self._guess_limit or self.last_expert is None:
+        if not self._guess_limit or self.last_expert is None or self.last_expert in self._apart:
             return None
         read = self.readers.experts[self.last_expert].length
         return self.last_expert if read and len(self.readers.sequence.ids) - read <= self._guess_limit else None

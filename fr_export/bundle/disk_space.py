@@ -43,8 +43,8 @@ class Stored(NamedTuple):
 
 
 def stored(system: System, deltas: Mapping[str, Delta] | None = None, budget: RankBudget | None = None) -> Stored:
-    """What a bundle stores; with `deltas`, the router and the factors of each expert in fp32, without their padding, where
-    some approximate what the expert changes (`budget`).
+    """What a bundle stores; with `deltas`, the router, experts without a delta, and the factors of the others in fp32,
+    without their padding, where some approximate what the expert changes (`budget`).
     """
     if deltas is None:
         return Stored(stored_values(system), 0)
@@ -54,7 +54,8 @@ def stored(system: System, deltas: Mapping[str, Delta] | None = None, budget: Ra
     for delta in deltas.values():
         if delta.matrices and budget is not None:
             factors += budget.values(weights, sum(sum(shapes[name]) for name in delta.matrices))
-    return Stored(sum(int(np.prod(shape)) for shape in shapes.values()), 4 * factors)
+    whole = [model for model in system.models if model.name not in deltas]
+    return Stored(sum(int(np.prod(entry.shape)) for model in whole for entry in model.weights.entries.values()), 4 * factors)
 
 
 def stored_values(system: System) -> int:

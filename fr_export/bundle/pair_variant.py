@@ -9,7 +9,7 @@ import onnx_ir as ir
 from fusionroute.fr_export.bundle.factor_file import write_factors
 from fusionroute.fr_export.bundle.shared_base import Approximated, weight_count
 from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, GRAPHS, TARGETS, named, per_model
-from fusionroute.fr_export.bundle.variant import WrittenVariant
+from fusionroute.fr_export.bundle.variant import VariantWriter, WrittenVariant
 from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
 from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.system import System
@@ -20,7 +20,6 @@ from fusionroute.fr_export.graphs.passes import pair_segments
 from fusionroute.fr_export.graphs.passes.pair_segments import Factors
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_files import WeightFiles
-from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.approximation import approximate
 from fusionroute.fr_export.precision.bind_weights import bind
@@ -39,8 +38,8 @@ FACTORS = "factors"  # the folder with the experts' files, beside the graphs
 class PairVariantWriter:
     """Writes a system that shares one base into a bundle folder, variant by variant.
 
-    The base is the router as it is: `deltas` are what experts add to it, of which some are `approximated`. `evidence` as
-    for `VariantWriter`.
+    The base is the router as it is: `deltas` are what experts add to it, of which some are `approximated`. Experts without
+    a delta have graphs of their own. `evidence` as for `VariantWriter`.
     """
 
     def __init__(
@@ -49,7 +48,10 @@ class PairVariantWriter:
     ):  # fmt: skip
         self._system, self._deltas, self._approximated, self._traces, self._evidence = system, deltas, approximated, traces, evidence
         self._folder, self._graphs, self._stages = folder, folder / GRAPHS, stages
-        self._store = Store(self._graphs)
+        self._sharing = [expert for expert in system.experts if expert.name in deltas]
+        self._apart = [expert for expert in system.experts if expert.name not in deltas]
+        self._whole = VariantWriter(system, traces, evidence, folder, stages, self._apart)
+        self._store = self._whole.store(self._graphs)
         self._factor_files: dict[str, File] = {}  # by their paths in the bundle
 
     def write(self, target: str, scheme: Scheme) -> WrittenVariant:
@@ -77,19 +79,24 @@ class PairVariantWriter:
             expert.name: FactorArrays(
                 graph, factors, vectors, self._deltas[expert.name], expert.weights, self._approximate(expert.name, graph, scheme.name)
             )
-            for expert in system.experts
+            for expert in self._sharing
         }
         files = {name: self._write_factors(name, own_arrays) for name, own_arrays in arrays.items()}
+        whole, fitted = self._whole.write(target, scheme) if self._apart else (None, {})
         variant = Variant(
             target=target,
             precision=scheme.name,
-            graphs={},
+            graphs=whole.graphs if whole else {},
             fusion_graph=FUSION_GRAPH,
             bits_per_weight=round(own.bits, 4),
-            weight_bytes={router.name: weight_bytes(graph.model)} | {name: each.bytes_read for name, each in arrays.items()},
+            weight_bytes={
+                router.name: weight_bytes(graph.model),
+                **{name: each.bytes_read for name, each in arrays.items()},
+                **(whole.weight_bytes if whole else {}),
+            },
             pair=Pair(graph=path, factors=files),
         )
-        return WrittenVariant(variant, {} if about is None else {router.name: about})
+        return WrittenVariant(variant, ({} if about is None else {router.name: about}) | fitted)
 
     def _approximate(self, expert: str, graph: Graph, precision: str) -> dict[str, LowRank]:
         """The factors that bring the base, as the graph reads it, to an expert whose matrices have become others."""
@@ -119,12 +126,14 @@ class PairVariantWriter:
         return name
 
     def gather_weights(self, variants: Sequence[Variant]) -> dict[str, File]:
-        """Gather the base's weights in one file, and remove what no graph reads.
+        """Gather the base's weights in one file, those of each expert apart in another, and remove what no graph reads.
 
         Returns what the manifest says of it and of the factors, by their paths in the bundle.
         """
         with self._stages.stage("gathering the weights"):
-            files, location = WeightFiles(self._store), per_model(BASE)
-            base = files.plan(location, [self._folder / path for variant in variants for path in variant.graph_paths]).write()
+            files, graphs = WeightFiles(self._store), {BASE: [each.pair.graph for each in variants if each.pair]}
+            graphs |= {expert.name: [each.graphs[expert.name] for each in variants] for expert in self._apart}
+            planned = {per_model(name): files.plan(per_model(name), [self._folder / path for path in own]) for name, own in graphs.items()}
+            entries = {f"{GRAPHS}/{location}": file.write() for location, file in planned.items()}
             files.remove_unread()
-        return self._factor_files | ({} if base is None else {f"{GRAPHS}/{location}": base})
+        return self._factor_files | {name: entry for name, entry in entries.items() if entry is not None}

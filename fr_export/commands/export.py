@@ -55,6 +55,7 @@ def find_checkpoints(family: Family, preset: str | None, router: str | None, exp
 
 
 def main(
+    auto: Annotated[Literal["auto"] | None, typer.Argument(hidden=True)] = None,
     family: FamilyOption = None,
     preset: Annotated[
         Literal["tiny", "paper"] | None,
@@ -64,7 +65,12 @@ def main(
     expert: ExpertOptions = None,
     base: BaseOption = None,
     shared_base: Annotated[
-        bool, typer.Option("--shared-base", help="One graph for all models, which are adapters of one base: it is stored and read once.")
+        bool,
+        typer.Option(
+            "--shared-base",
+            help="One graph for all models, which are fine-tunes of one base: it is stored and read once. "
+            "--shared-base auto: what cannot share stands in full beside it.",
+        ),
     ] = False,
     rank: Annotated[
         int | None, typer.Option(min=1, help="With --shared-base: approximate full fine-tunes by factors of this rank.")
@@ -122,6 +128,8 @@ def main(
         gpus, targets, named_experts = parse_gpus(target), parse_targets(target), dict(parse_experts(expert or []))
         if precision is not None:
             check_precisions(names(precision), targets)
+        if auto and not shared_base:
+            raise typer.BadParameter("auto says what --shared-base does; name both, or neither", param_hint="--shared-base auto")
         budget = parse_budget(shared_base, rank, delta_bits)
         if shared_base:
             check_shared_base(targets)
@@ -161,6 +169,7 @@ def main(
                     strict=strict,
                     gpus=gpus,
                     shared_base=shared_base,
+                    leave_apart=auto is not None,
                     budget=None if budget is None else RankBudget(*budget),
                     compare=tokens,
                 )

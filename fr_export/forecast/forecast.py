@@ -61,7 +61,7 @@ class Forecast:
 
         `deltas`: of the experts, where all models share one base, with the `budget` of approximations. `gpus` counts those that engines are built for; `compare` is the number of tokens, None for the default.
         """
-        work = Work.of(system, prompts, deltas is not None)
+        work = Work.of(system, prompts, deltas or {})
         values, factors = stored(system, deltas, budget)
         calibrated = fits(plan, calibration)
         tokens = default_tokens(work, plan, calibration, gpus) if compare is None else compare

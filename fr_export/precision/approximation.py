@@ -107,18 +107,22 @@ class ChangedExpert:
 def spectra(expert: ChangedExpert, base: Base, advance: Callable[[int], None]) -> Iterator[Spectrum]:
     """Of all that has changed. `advance(n)` is told of every n values done."""
     for change in expert.changes(base):
-        gains = []
-        for name, difference in change.differences.items():
-            size = float(change.weighted(change.wholes[name]).double().square().sum())
-            singular = torch.linalg.svdvals(change.weighted(difference)).double()
-            gains.append((singular.square() / size).numpy())
-            advance(difference.numel())
-        longest = max(map(len, gains))
-        yield Spectrum(
-            tuple(change.differences),
-            np.sum([np.pad(each, (0, longest - len(each))) for each in gains], axis=0),
-            sum(sum(difference.shape) for difference in change.differences.values()),
-        )
+        yield spectrum_of(change)
+        advance(sum(difference.numel() for difference in change.differences.values()))
+
+
+def spectrum_of(change: Change) -> Spectrum:
+    """What the ranks of a change gain."""
+    gains = []
+    for name, difference in change.differences.items():
+        size = float(change.weighted(change.wholes[name]).double().square().sum())
+        gains.append((torch.linalg.svdvals(change.weighted(difference)).double().square() / size).numpy())
+    longest = max(map(len, gains))
+    return Spectrum(
+        tuple(change.differences),
+        np.sum([np.pad(each, (0, longest - len(each))) for each in gains], axis=0),
+        sum(sum(difference.shape) for difference in change.differences.values()),
+    )
 
 
 def approximate(expert: ChangedExpert, base: Base, ranks: Mapping[str, int], advance: Callable[[int], None]) -> dict[str, LowRank]:

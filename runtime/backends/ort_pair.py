@@ -1,4 +1,4 @@
-"""One graph for all models on ONNX Runtime's CPU provider: a pass reads tokens of the router and tokens of an expert.
+"""One graph for several models on ONNX Runtime's CPU provider: a pass reads tokens of the router and tokens of an expert.
 
 The base's weights are read once for both segments. What makes an expert of the base are its factors, inputs that are
 bound by address: another expert is another binding, and nothing is copied.
@@ -7,15 +7,17 @@ bound by address: another expert is another binding, and nothing is copied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusionroute.runtime.backend import Output, Segment
+from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
 from fusionroute.runtime.backends.keys_values import KeysValues
 from fusionroute.runtime.backends.mapped_factors import map_factors
+from fusionroute.runtime.backends.ort_cpu import OrtModel
 from fusionroute.runtime.backends.pair_binding import IDLE, PairBinding, PairGraph
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
 
 
 class OrtPair:
-    """The models of one variant with a `pair`, all in one inference session. `share_weights`: see `prepacked_weights`."""
+    """The models of one variant with a `pair`: those of its graph in one inference session, each other expert in its own.
+
+    `share_weights`: see `prepacked_weights`.
+    """
 
     prefill_chunk = 256  # see `OrtCpu`
     async_dispatch = False
@@ -38,7 +43,7 @@ class OrtPair:
         router = manifest.models[0]
         session = opened.model(router.name, pair.graph, share_weights)
         graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
-        sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models}
+        sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models if each.name not in variant.graphs}
         if len(sizes) > 1 or not graph.fits():
             raise BundleError(
                 f"The graph {bundle.folder / pair.graph} does not have the inputs and outputs that the manifest describes; "
@@ -50,8 +55,12 @@ class OrtPair:
                 raise BundleError(
                     f"{bundle.folder / pair.factors[name]} does not fit {pair.graph} (its input {wrong}); export the bundle again."
                 )
-        self.router = PairModel(graph, factors[manifest.experts[0]], router.name, is_expert=False)
-        self.experts = [PairModel(graph, factors[name], name, is_expert=True) for name in manifest.experts]
+        whole = open_whole(bundle, variant, opened, share_weights)
+        self.router = PairModel(graph, next(iter(factors.values())), router.name, is_expert=False)
+        self.experts: list[Any] = [  # `PairModel`; `OrtModel` for those apart
+            whole.get(name) or PairModel(graph, factors[name], name, is_expert=True) for name in manifest.experts
+        ]
+        self.apart = frozenset(number for number, name in enumerate(manifest.experts) if name in whole)
         self._fusion = opened.fusion()
         self._vocab = manifest.vocab_size
 
@@ -67,6 +76,16 @@ class OrtPair:
     def fuser(self) -> OrtFuser:
         """A fuser with buffers of its own."""
         return OrtFuser(self._fusion, self._vocab)
+
+
+def open_whole(bundle: Bundle, variant: Variant, opened: CpuSessions, share_weights: bool) -> dict[str, OrtModel]:
+    """The experts that have graphs of their own. Raises as `OrtPair`."""
+    manifest, models = bundle.manifest, {}
+    for spec in (each for each in manifest.models if each.name in variant.graphs):
+        session = opened.model(spec.name, variant.graphs[spec.name], share_weights)
+        ort.check([session], [spec], [bundle.folder / variant.graphs[spec.name]], manifest.vocab_size)
+        models[spec.name] = OrtModel(session, opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0)
+    return models
 
 
 class PairModel:
