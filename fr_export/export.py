@@ -13,7 +13,7 @@ from fusionroute.fr_export.bundle.early_refusals import refuse
 from fusionroute.fr_export.bundle.engines import add_engines
 from fusionroute.fr_export.bundle.pair_variant import PairVariantWriter
 from fusionroute.fr_export.bundle.recording import calibration_table
-from fusionroute.fr_export.bundle.shared_base import deltas
+from fusionroute.fr_export.bundle.shared_base import approximations, close_enough, deltas
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.fr_export.bundle.targets import TARGETS
 from fusionroute.fr_export.bundle.variant import VariantWriter
@@ -26,6 +26,7 @@ from fusionroute.fr_export.forecast.forecast import Forecast, check_memory
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.precision import SCHEMES, Scheme
 from fusionroute.fr_export.precision.evidence import evidence
+from fusionroute.fr_export.precision.rank_budget import RankBudget
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.fr_export.verify.bounds import refuse_missed
 from fusionroute.fr_export.verify.measure import measure
@@ -54,7 +55,9 @@ class Request:
     force: bool = False
     strict: bool = False  # a precision that misses its bound is an error
     gpus: tuple[int, ...] = ()  # compute capabilities that TensorRT-RTX engines are built for
-    shared_base: bool = False  # one graph for all models, which are adapters of one base
+    shared_base: bool = False  # one graph for all models: the router's, and what experts add to it
+    leave_apart: bool = False  # with shared_base: experts that cannot share have graphs of their own
+    budget: RankBudget | None = None  # of the factors that approximate full fine-tunes; None: these cannot share
     compare: int | None = None  # tokens to compare on; 0: do not compare; None: what takes a tenth of the time
 
 
@@ -79,11 +82,11 @@ def check(request: Request, stages: Stages) -> Checked:
     plan = [(target, SCHEMES[target][name]) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
     with stages.stage("checking the checkpoints"):
         system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len, request.base)
-        shared = deltas(system) if request.shared_base else None
+        shared = deltas(system, request.budget is not None, request.leave_apart) if request.shared_base else None
         prompts = load_parts(request.calibration)
         fusion = FusionSettings.read(system.router.folder).replaced(request.fusion, request.lam)
         forecast = Forecast.of(
-            system, shared, plan, prompts.calibration, request.calibration, len(request.gpus), request.out, request.compare
+            system, shared, request.budget, plan, prompts.calibration, request.calibration, len(request.gpus), request.out, request.compare
         )
         check_space(forecast.disk_needed, forecast.disk_free, request.out)
         check_memory(forecast, psutil.virtual_memory().total + psutil.swap_memory().total)
@@ -106,16 +109,20 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         traces = Traces(system, stages)
         graphs = traces.of(TARGETS[request.targets[0]].dialect)
 
-        known = {}
-        if request.calibration != "none" and any(isinstance(scheme, Fitting) for _, scheme in plan):
+        known, shared = {}, checked.deltas
+        fitted = any(isinstance(scheme, Fitting) for _, scheme in plan) or any(delta.matrices for delta in (shared or {}).values())
+        if request.calibration != "none" and fitted:
             table = calibration_table(system, traces, fusion, request.calibration, prompts.calibration, folder, stages)
             table.save(folder / TABLE)
             known = evidence(table)
 
+        approximated = approximations(system, shared, request.budget, traces, known, stages) if shared and request.budget else {}
+        if shared is not None:
+            shared = close_enough(system, shared, approximated, request.leave_apart)
         writer = (
             VariantWriter(system, traces, known, folder, stages)
-            if checked.deltas is None
-            else PairVariantWriter(system, checked.deltas, traces, known, folder, stages)
+            if shared is None
+            else PairVariantWriter(system, shared, approximated, traces, known, folder, stages)
         )
         written = [writer.write(target, scheme) for target, scheme in plan]
         variants = [each.variant for each in written]
@@ -128,7 +135,8 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
 
         sources = {model.name: model.source for model in system.models}
         figures, reason = measure(system, manifest, prompts.held_out, folder, stages, checked.forecast.compared_tokens)
-        report = build_report(manifest, [each.fitted for each in written], figures, reason, notes, folder, sources)
+        ranks = {name: each.ranks for name, each in approximated.items()}
+        report = build_report(manifest, [each.fitted for each in written], figures, reason, notes, folder, sources, ranks)
         if request.strict:
             refuse_missed(report)
         report["stages"] = stages.report()

@@ -26,6 +26,11 @@ class Output(NamedTuple):
     routing: np.ndarray | None
 
 
+def room_for(logits: Any, count: int, vocab: int) -> Any:
+    """Room for `count` rows such as an output has, which later passes do not overwrite."""
+    return logits.room(count) if hasattr(logits, "room") else np.empty((count, vocab), np.float32)
+
+
 NO_IDS = np.zeros(0, np.int64)
 
 
@@ -123,10 +128,6 @@ class Fuser(Protocol):
         """
         return router, expert, coefficients
 
-    def rows(self, count: int, vocab: int) -> Any:
-        """Room for `count` rows of logits of several passes, float32 [count, V]."""
-        return np.empty((count, vocab), np.float32)
-
 
 class BackendOptions(Protocol):
     """What `open_backend` reads of the options of a runtime; see `FusionRuntime.load` for their meaning."""
@@ -173,6 +174,9 @@ class Backend(Protocol):
 
     guess_limit: int
     """Most tokens that an expert should read before it is known whether it answers. 0: it is never guessed."""
+
+    apart: frozenset[int]
+    """Experts that never read in a pass of the router's, nor before it is known that they answer."""
 
     @property
     def forward_both(self) -> JointForward | None:

@@ -159,7 +159,7 @@ class Pair(Strict):
 class Variant(Strict):
     """One precision for one target: a graph per model (router first), or one for all of them; and the fusion graph.
 
-    `pair`: the one graph; `graphs` is then empty. `weight_bytes`: bytes of weights that one token reads of each model,
+    `pair`: the one graph; `graphs` is then that of experts which it does not serve. `weight_bytes`: bytes of weights that one token reads of each model,
     which are all but the embedding rows of other tokens (of an expert beside a `pair`: its factors); empty in bundles
     of older versions. `operators`: the ONNX operators of its graphs, for targets whose builder must know them.
     """
@@ -183,7 +183,7 @@ class Variant(Strict):
     @property
     def graph_paths(self) -> list[str]:
         """The graphs of its language models, each once."""
-        return [*self.graphs.values()] if self.pair is None else self.pair.graph_paths
+        return [*([] if self.pair is None else self.pair.graph_paths), *self.graphs.values()]
 
     @property
     def cache_width(self) -> int:
@@ -237,12 +237,12 @@ class Manifest(Strict):
             self.check_rows(names[1:])
         for variant in self.variants:
             pair = variant.pair
-            of_models, kind = (variant.graphs, "graphs") if pair is None else (pair.factors, "factors")
+            of_models, kind = (variant.graphs, "graphs") if pair is None else (pair.factors | variant.graphs, "factors or graphs")
             expected = names if pair is None else names[1:]
             if of_models.keys() != set(expected):
                 raise ValueError(f"the variant {variant.precision} has {kind} for {', '.join(of_models)} instead of {', '.join(expected)}")
-            if pair is not None and (variant.graphs or variant.engines):
-                raise ValueError(f"the variant {variant.precision} has a graph for all models, and others")
+            if pair is not None and (variant.engines or not pair.factors or pair.factors.keys() & variant.graphs.keys()):
+                raise ValueError(f"the variant {variant.precision} has a graph for several models, and others for the same")
             paths = {*of_models.values(), variant.fusion_graph} | (pair.files if pair else set())
             if unknown := sorted(paths - self.files.keys()):
                 raise ValueError(f"the file {unknown[0]} of the variant {variant.precision} is not among the files")

@@ -21,6 +21,7 @@ class PlainStep:
         backend = system.backend
         self.readers, self.expert_names, self.vocab_size = readers, system.expert_names, system.vocab_size
         self.fuser, self._async_dispatch, self._guess_limit = backend.fuser(), backend.async_dispatch, backend.guess_limit
+        self._apart = backend.apart
         self.newest: Fused | None = None  # what the newest token was chosen from
         self.guesses = ExpertGuesses()
         self.missed = False  # whether the newest token's expert was guessed wrongly
@@ -77,7 +78,8 @@ class PlainStep:
         """The expert to run before the routing is known: the likeliest that lags by no more than a guess may cost."""
         ids, experts = self.readers.sequence.ids, self.readers.experts
         likely = self.guesses.likely(ids[-1]) if self._guess_limit else ()
-        return next((each for each in likely if experts[each].length and len(ids) - experts[each].length <= self._guess_limit), None)
+        near = [each for each in likely if each not in self._apart and len(ids) - experts[each].length <= self._guess_limit]
+        return next((each for each in near if experts[each].length), None)
 
     def fuse(self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int, count: int = 0) -> Fused:
         """Fuse logits float32 [1, V] at one position, behind the first `length` tokens.

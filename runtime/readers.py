@@ -124,6 +124,7 @@ class Readers:
         self.experts = [Reader(system, sequence, expert) for expert in range(len(system.expert_names))]
         self._background = BackgroundPrefill(self.experts, system.thread) if system.background_prefill else None
         forward_both = system.backend.forward_both
+        self._apart = system.backend.apart
         self._forward_both = evenly(forward_both) if forward_both is not None and system.exact else forward_both
 
     @property
@@ -138,7 +139,7 @@ class Readers:
 
         `positions` None: the router does not read; `expert` None: no expert does.
         """
-        if positions is None or expert is None or self._forward_both is None:
+        if positions is None or expert is None or self._forward_both is None or expert in self._apart:
             routed = None if positions is None else self.router.read(positions)
             return routed, None if expert is None else self.read_expert(expert, expert_positions)
         self._take(expert)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusionroute.runtime import limits
-from fusionroute.runtime.backend import Fuser, FusionInputs
+from fusionroute.runtime.backend import Fuser, FusionInputs, room_for
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.readers import Reader, Readers
 
@@ -76,8 +76,7 @@ def _score_sorted(
             own = np.flatnonzero(choices == expert)  # rows of this chunk that the expert answers
             answered = routed.logits[own]
             if coefficients[1]:
-                answered = fuser.rows(len(own), vocab_size)
-                _read_until(readers.experts[expert], tokens, positions[rows[own]], chunk, answered)
+                answered = _read_until(readers.experts[expert], tokens, positions[rows[own]], chunk, vocab_size)
             for begin in range(0, len(own), rows_at_a_time):
                 part = own[begin : begin + rows_at_a_time]
                 fused = fuser(FusionInputs(routed.logits[part], answered[begin : begin + rows_at_a_time], coefficients))
@@ -85,14 +84,17 @@ def _score_sorted(
     return Scores(logits, routing.argmax(-1).astype(np.int64), routing)
 
 
-def _read_until(expert: Reader, tokens: Sequence[int], positions: np.ndarray, chunk: int, logits: Any) -> None:
-    """Let an expert read up to the last position in chunks, and write its logits at all of them, as of `Fuser.rows`."""
-    start, end, written = expert.length, int(positions[-1]) + 1, 0
+def _read_until(expert: Reader, tokens: Sequence[int], positions: np.ndarray, chunk: int, vocab_size: int) -> Any:
+    """Let an expert read up to the last position in chunks; its logits at all of them [len(positions), V], see `Output`."""
+    start, end, written, logits = expert.length, int(positions[-1]) + 1, 0, None
     while start < end:
         piece = tokens[start : min(start + chunk, end)]
         inside = [int(position) - start for position in positions if start <= position < start + len(piece)]
         output = expert.forward(piece, inside or [len(piece) - 1])
         if inside:
+            if logits is None:
+                logits = room_for(output.logits, len(positions), vocab_size)
             logits[written : written + len(inside)] = output.logits
             written += len(inside)
         start += len(piece)
+    return logits

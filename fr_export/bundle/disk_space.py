@@ -12,6 +12,7 @@ from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.precision import Scheme
+from fusionroute.fr_export.precision.rank_budget import RankBudget
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
@@ -41,12 +42,20 @@ class Stored(NamedTuple):
     factors: int
 
 
-def stored(system: System, deltas: Mapping[str, Delta] | None) -> Stored:
-    """What a bundle stores; with `deltas`, the router and the factors of each expert in fp32, without their padding."""
+def stored(system: System, deltas: Mapping[str, Delta] | None = None, budget: RankBudget | None = None) -> Stored:
+    """What a bundle stores; with `deltas`, the router, experts without a delta, and the factors of the others in fp32,
+    without their padding, where some approximate what the expert changes (`budget`).
+    """
     if deltas is None:
         return Stored(stored_values(system), 0)
-    router = sum(int(np.prod(entry.shape)) for entry in system.router.weights.entries.values())
-    return Stored(router, 4 * sum(delta.values for delta in deltas.values()))
+    shapes = {name: entry.shape for name, entry in system.router.weights.entries.items()}
+    weights = sum(int(np.prod(shape)) for shape in shapes.values() if len(shape) == 2)
+    factors = sum(delta.values for delta in deltas.values())
+    for delta in deltas.values():
+        if delta.matrices and budget is not None:
+            factors += budget.values(weights, sum(sum(shapes[name]) for name in delta.matrices))
+    whole = [model for model in system.models if model.name not in deltas]
+    return Stored(sum(int(np.prod(entry.shape)) for model in whole for entry in model.weights.entries.values()), 4 * factors)
 
 
 def stored_values(system: System) -> int:

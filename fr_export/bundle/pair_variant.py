@@ -3,27 +3,30 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from fusionroute.fr_export.bundle.adapting import write_layout, write_unadapted
-from fusionroute.fr_export.bundle.shared_base import unadapted
+from fusionroute.fr_export.bundle.shared_base import Approximated, unadapted, weight_count
 from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, GRAPHS, TARGETS, named, per_model
-from fusionroute.fr_export.bundle.variant import WrittenVariant
+from fusionroute.fr_export.bundle.variant import VariantWriter, WrittenVariant
 from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
+from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, layout_of
+from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, LowRank, layout_of
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import is_linear, pair_segments, split_head
+from fusionroute.fr_export.graphs.passes import is_linear, pair_segments, shares_head, split_head
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_files import WeightFiles
-from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import Scheme
+from fusionroute.fr_export.precision.approximation import approximate
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_model import fit_model
 from fusionroute.fr_export.precision.products import coarse_products
+from fusionroute.fr_export.precision.read_back import read_back
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.runtime.adapters.factor_file import write_factors
 from fusionroute.runtime.adapters.factor_layout import FactorLayout
@@ -39,15 +42,20 @@ ADAPTING = "adapting"  # the folder with what it takes to add experts, beside th
 class PairVariantWriter:
     """Writes a system that shares one base into a bundle folder, variant by variant.
 
-    The base is the router as it is: `deltas` are what experts add to it. `evidence` as for `VariantWriter`.
+    The base is the router as it is: `deltas` are what experts add to it, of which some are `approximated`. Experts without
+    a delta have graphs of their own. `evidence` as for `VariantWriter`.
     """
 
     def __init__(
-        self, system: System, deltas: Mapping[str, Delta], traces: Traces, evidence: Mapping[str, Evidence], folder: Path, stages: Stages
-    ):
-        self._system, self._deltas, self._traces, self._evidence = system, deltas, traces, evidence
+        self, system: System, deltas: Mapping[str, Delta], approximated: Mapping[str, Approximated], traces: Traces,
+        evidence: Mapping[str, Evidence], folder: Path, stages: Stages,
+    ):  # fmt: skip
+        self._system, self._deltas, self._approximated, self._traces, self._evidence = system, deltas, approximated, traces, evidence
         self._folder, self._graphs, self._stages = folder, folder / GRAPHS, stages
-        self._store = Store(self._graphs)
+        self._sharing = [expert for expert in system.experts if expert.name in deltas]
+        self._apart = [expert for expert in system.experts if expert.name not in deltas]
+        self._whole = VariantWriter(system, traces, evidence, folder, stages, self._apart)
+        self._store = self._whole.store(self._graphs)
         self._factor_files: dict[str, File] = {}  # by their paths in the bundle
 
     def write(self, target: str, scheme: Scheme) -> WrittenVariant:
@@ -65,36 +73,67 @@ class PairVariantWriter:
                 )
                 spec.prepare(graph, scheme.name, router.family)
                 spec.dialect.end_with(graph, system.head)
-                layout = self._pair(graph)
+                layout, inputs = self._pair(graph)
                 bind(graph, router.weights, own, self._store, advance)
             except InputError as error:
                 raise InputError(f"{router.where} cannot be exported as {scheme.name}: {error}") from error
-            head = split_head(graph.model)
+            head = split_head(graph.model) if shares_head(graph.model) else None
             graph.model.graph.name = BASE
             ir.save(graph.model, self._folder / path)
-            ir.save(head, self._folder / head_path)
-            factors = {each.name: FactorArrays(layout, self._deltas[each.name], each.weights) for each in system.experts}
-            files = {name: self._write_factors(name, arrays) for name, arrays in factors.items()}
-            adapting = self._write_adapting(layout)
+            if head is not None:
+                ir.save(head, self._folder / head_path)
+        arrays = {expert.name: self._arrays(expert, graph, layout, inputs, scheme.name) for expert in self._sharing}
+        files = {name: self._write_factors(name, own_arrays) for name, own_arrays in arrays.items()}
+        whole, fitted = self._whole.write(target, scheme) if self._apart else (None, {})
         variant = Variant(
             target=target,
             precision=scheme.name,
-            graphs={},
+            graphs=whole.graphs if whole else {},
             fusion_graph=FUSION_GRAPH,
             bits_per_weight=round(own.bits, 4),
-            weight_bytes={router.name: weight_bytes(graph.model) + weight_bytes(head)}
-            | {name: arrays.bytes for name, arrays in factors.items()},
-            pair=Pair(graph=path, head=head_path, head_is_linear=is_linear(head), factors=files, adapting=adapting),
+            weight_bytes={
+                router.name: sum(map(weight_bytes, [graph.model, *([head] if head else [])])),
+                **{name: each.bytes_read for name, each in arrays.items()},
+                **(whole.weight_bytes if whole else {}),
+            },
+            pair=Pair(
+                graph=path,
+                head=head_path if head else None,
+                head_is_linear=head is not None and is_linear(head),
+                factors=files,
+                adapting=None if self._approximated or self._apart else self._write_adapting(layout),
+            ),
         )
-        return WrittenVariant(variant, {} if about is None else {router.name: about})
+        return WrittenVariant(variant, ({} if about is None else {router.name: about}) | fitted)
 
-    def _pair(self, graph: Graph) -> FactorLayout:
-        """Let the router's graph read pairs. Returns how an expert's factors lie in its inputs."""
-        terms = {name for delta in self._deltas.values() for name in delta.terms}
+    def _arrays(self, expert: Checkpoint, graph: Graph, layout: FactorLayout, inputs: Mapping[str, str], precision: str) -> FactorArrays:
+        """What the graph's inputs hold for an expert."""
+        approximated = {inputs[name]: each for name, each in self._approximate(expert.name, graph, precision).items()}
+        return FactorArrays(layout, self._deltas[expert.name], expert.weights, approximated)
+
+    def _approximate(self, expert: str, graph: Graph, precision: str) -> dict[str, LowRank]:
+        """The factors that bring the base, as the graph reads it, to an expert whose matrices have become others."""
+        if expert not in self._approximated:
+            return {}
+        changed, ranks = self._approximated[expert]
+
+        def base(matrix: str) -> np.ndarray:
+            return read_back(graph, matrix, self._system.router.weights)
+
+        with self._stages.stage(f"approximating {expert} on the {precision} base", weight_count(changed.graph)) as advance:
+            return approximate(changed, base, ranks.of, advance)
+
+    def _pair(self, graph: Graph) -> tuple[FactorLayout, dict[str, str]]:
+        """Let the router's graph read pairs. Returns how an expert's factors lie in its inputs, and the input b of each
+        matrix.
+        """
+        terms = {name for delta in self._deltas.values() for name in (*delta.terms, *delta.matrices)}
         others = {name for delta in self._deltas.values() for name in delta.vectors}
         matrices = [name for name, source in graph.sources.items() if terms.intersection(source.tensors)]
         vectors = [name for name, source in graph.sources.items() if others.intersection(source.tensors)]
-        return layout_of(graph, pair_segments(graph, matrices, vectors), vectors, self._system.router.weights)
+        factors = pair_segments(graph, matrices, vectors)
+        inputs = {name: b for each in factors for name, b in each.b.items()}
+        return layout_of(graph, factors, vectors, self._system.router.weights), inputs
 
     def _write_factors(self, expert: str, arrays: FactorArrays) -> str:
         """Write an expert's factors, once where precisions agree on them. Returns the path in the bundle."""
@@ -107,7 +146,7 @@ class PairVariantWriter:
         """Write what it takes to add experts, once where precisions agree on it."""
         base, delta = unadapted(self._system)
         folder = self._graphs / ADAPTING
-        vectors = [vector.tensor for vector in layout.plan.vectors]
+        vectors = [tensor for vector in layout.plan.vectors for tensor, _ in vector.tensors]
         written = write_unadapted(folder, delta, base.weights, vectors), write_layout(folder, layout)
         return Adapting(**dict(zip(("unadapted", "layout"), map(self._listed, written), strict=True)))
 
@@ -118,12 +157,14 @@ class PairVariantWriter:
         return name
 
     def gather_weights(self, variants: Sequence[Variant]) -> dict[str, File]:
-        """Gather the base's weights in one file, and remove what no graph reads.
+        """Gather the base's weights in one file, those of each expert apart in another, and remove what no graph reads.
 
         Returns what the manifest says of it and of the factors, by their paths in the bundle.
         """
         with self._stages.stage("gathering the weights"):
-            files, location = WeightFiles(self._store), per_model(BASE)
-            base = files.plan(location, [self._folder / path for variant in variants for path in variant.graph_paths]).write()
+            files, graphs = WeightFiles(self._store), {BASE: [path for each in variants if each.pair for path in each.pair.graph_paths]}
+            graphs |= {expert.name: [each.graphs[expert.name] for each in variants] for expert in self._apart}
+            planned = {per_model(name): files.plan(per_model(name), [self._folder / path for path in own]) for name, own in graphs.items()}
+            entries = {f"{GRAPHS}/{location}": file.write() for location, file in planned.items()}
             files.remove_unread()
-        return self._factor_files | ({} if base is None else {f"{GRAPHS}/{location}": base})
+        return self._factor_files | {name: entry for name, entry in entries.items() if entry is not None}

@@ -51,13 +51,18 @@ class WrittenModel(NamedTuple):
 
 
 class VariantWriter:
-    """Writes a system's graphs into one bundle folder, variant by variant. Equal weights are stored once.
+    """Writes graphs of a system's models into one bundle folder, variant by variant. Equal weights are stored once.
 
     `evidence` holds what calibration learnt of each model's activations; without it weights are rounded to nearest.
+    `models`: those that are written; None: all.
     """
 
-    def __init__(self, system: System, traces: Traces, evidence: Mapping[str, Evidence], folder: Path, stages: Stages):
+    def __init__(
+        self, system: System, traces: Traces, evidence: Mapping[str, Evidence], folder: Path, stages: Stages,
+        models: Sequence[Checkpoint] | None = None,
+    ):  # fmt: skip
         self._system, self._traces, self._evidence, self._folder, self._stages = system, traces, evidence, folder, stages
+        self._models = system.models if models is None else models
         self._stores: dict[Path, Store] = {}  # by the folder whose graphs read them
         self._started: set[str] = set()  # targets that have a variant already
 
@@ -69,11 +74,12 @@ class VariantWriter:
         system, spec = self._system, TARGETS[target]
         first = target not in self._started
         self._started.add(target)
-        traces = self._traces.of(spec.dialect)
+        every = self._traces.of(spec.dialect)
+        traces = {model.name: every[model.name] for model in self._models}
         fitted_on = self._traces.of() if isinstance(scheme, Fitting) and self._evidence else {}
-        concurrency = Concurrency.of(len(system.models), max(map(memory_of, (fitted_on or traces).values())))
-        paths = {model.name: spec.place(model.name, target, scheme.name, first) for model in system.models}
-        stores = {name: self._store((self._folder / path).parent) for name, path in paths.items()}
+        concurrency = Concurrency.of(len(self._models), max(map(memory_of, (fitted_on or traces).values())))
+        paths = {model.name: spec.place(model.name, target, scheme.name, first) for model in self._models}
+        stores = {name: self.store((self._folder / path).parent) for name, path in paths.items()}
 
         def write(model: Checkpoint, advance: Callable[[float], None]) -> WrittenModel:
             file, store, trace = self._folder / paths[model.name], stores[model.name], traces[model.name]
@@ -81,7 +87,7 @@ class VariantWriter:
             try:
                 graph, own, about = fit_model(
                     model, spec.dialect, scheme, self._traces, self._evidence, store, shared[store], advance,
-                    number=system.models.index(model), threads=concurrency.threads,
+                    number=self._models.index(model), threads=concurrency.threads,
                 )  # fmt: skip
                 spec.prepare(graph, scheme.name, model.family)
                 spec.dialect.end_with(graph, head)
@@ -97,7 +103,7 @@ class VariantWriter:
         total = sum(trace.parameters for trace in traces.values())
         with self._stages.stage(f"writing {scheme.name} for {target}", total) as advance, coarse_products():
             shared = self._shared(stores, fitted_on, concurrency)
-            written = dict(zip(paths, concurrency.each(write, system.models, advance), strict=True))
+            written = dict(zip(paths, concurrency.each(write, self._models, advance), strict=True))
         variant = Variant(
             target=target,
             precision=scheme.name,
@@ -111,7 +117,7 @@ class VariantWriter:
 
     def _shared(self, stores: Mapping[str, Store], graphs: Mapping[str, Graph], concurrency: Concurrency) -> dict[Store, SharedMatrices]:
         """What the models of each store have in common. Several at a time need to know it before they begin."""
-        models = self._system.models
+        models = self._models
         contents: list[set[str]] = []
         if graphs and concurrency.models > 1:
             contents = concurrency.each(lambda model, _: matrix_digests(graphs[model.name], model.weights), models, lambda _: None)
@@ -127,7 +133,7 @@ class VariantWriter:
         Returns what the manifest says of these files, by their paths in the bundle.
         """
         readers: dict[tuple[Path, str], list[Path]] = {}
-        for model in self._system.models:
+        for model in self._models:
             for variant in variants:
                 graph = self._folder / variant.graphs[model.name]
                 readers.setdefault((graph.parent, TARGETS[variant.target].weights(model.name)), []).append(graph)
@@ -139,7 +145,8 @@ class VariantWriter:
                 each.remove_unread()
         return {path.relative_to(self._folder).as_posix(): entry for path, entry in entries.items() if entry is not None}
 
-    def _store(self, graphs: Path) -> Store:
+    def store(self, graphs: Path) -> Store:
+        """The one for graphs in a folder."""
         if graphs not in self._stores:
             self._stores[graphs] = Store(graphs)
         return self._stores[graphs]

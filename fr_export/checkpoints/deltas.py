@@ -1,9 +1,11 @@
-"""What sets an expert apart from the router, where both are adapters of one base: low-rank terms, and whole vectors.
+"""What sets an expert apart from the router: low-rank terms where both are adapters of one base, whole vectors, and
+matrices that have become others.
 
 A model that is the base itself is an adapter without terms. Values are read only to tell whether a whole model is a
 copy of the base.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +17,10 @@ from fusionroute.fr_export.checkpoints.sources.merge_lora import EMBEDDING, HEAD
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.runtime.errors import InputError
 
-REMEDY = "make all models LoRA adapters of one base (--base) that train the matrices of its layers, and its norms at most, or leave --shared-base out"
+REMEDY = (
+    "approximate full fine-tunes with --rank or --delta-bits, make all models LoRA adapters of one base (--base) that train the "
+    "matrices of its layers, its norms and biases at most, or leave --shared-base out"
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,14 @@ class Term:
 class Delta:
     """An expert as the router and what is added to it.
 
-    terms: a matrix's name → their sum is what the expert's has more than the router's. vectors: the names of those that
-    the expert has with other values.
+    terms: a matrix's name → their sum is what the expert's has more than the router's. vectors: the names of norms and
+    biases that the expert has with other values. matrices: of those that no terms turn into the expert's, as after a
+    full fine-tune.
     """
 
     terms: Mapping[str, Sequence[Term]]
     vectors: frozenset[str]
+    matrices: frozenset[str] = frozenset()
 
     def rank(self, matrix: str) -> int:
         """Of the sum of a matrix's terms."""
@@ -48,14 +55,15 @@ class Delta:
         return sum(part.shape[0] * part.shape[1] for terms in self.terms.values() for term in terms for part in (term.a, term.b))
 
 
-def delta_of(router: Checkpoint, expert: Checkpoint) -> Delta:
-    """The expert as the router and what is added to it.
+def delta_of(router: Checkpoint, expert: Checkpoint, approximate: bool = False) -> Delta:
+    """The expert as the router and what is added to it. `approximate`: matrices may be others.
 
-    Raises InputError, which names the expert and a tensor, where they differ by more than low-rank terms and norms.
+    Raises InputError, which names the expert and a tensor, where they differ by more, or by sizes.
     """
     theirs = router.weights.entries
     terms: dict[str, list[Term]] = {}
     vectors: set[str] = set()
+    matrices: set[str] = set()
     if router.config.tie_word_embeddings != expert.config.tie_word_embeddings:
         raise unshared(expert, f"'{HEAD}.weight' is tied to the embedding in one of the two")
     for name, tensor in expert.weights.entries.items():
@@ -67,11 +75,27 @@ def delta_of(router: Checkpoint, expert: Checkpoint) -> Delta:
             continue
         if (plus or minus) and not name.startswith((EMBEDDING, HEAD)) and equal(root, other_root):
             terms[name] = [*plus, *(Term(term.a, term.b, -term.scale) for term in minus)]
-        elif len(tensor.shape) == 1 and name.endswith("norm.weight"):
+        elif len(tensor.shape) == 1:
             vectors.add(name)
+        elif approximate:
+            matrices.add(name)
         else:
-            raise unshared(expert, f"they have a '{name}' each, which no low-rank factors of a layer turn into the other")
-    return Delta(terms, frozenset(vectors))
+            raise unshared(
+                expert, f"they have a '{name}' each, {change(tensor, other):.2g} of its size apart, which no low-rank factors undo exactly"
+            )
+    return Delta(terms, frozenset(vectors), frozenset(matrices))
+
+
+def change(tensor: StoredTensor, other: StoredTensor) -> float:
+    """How large the difference from another tensor is, as a multiple of that one's size: ‖W − W'‖ / ‖W'‖."""
+    apart = size = 0.0
+    with tensor.open() as rows, other.open() as other_rows:
+        for start in range(0, tensor.shape[0], ROWS):
+            stop = min(start + ROWS, tensor.shape[0])
+            theirs = other_rows(start, stop).double()
+            apart += float((rows(start, stop).double() - theirs).square().sum())
+            size += float(theirs.square().sum())
+    return math.sqrt(apart / size) if size else math.inf
 
 
 def unfolded(tensor: StoredTensor) -> tuple[StoredTensor, list[Term]]:

@@ -17,6 +17,7 @@ from fusionroute.fr_export.commands.variants import (
     check_precisions,
     check_shared_base,
     default_folder,
+    parse_budget,
     parse_compare,
     parse_gpus,
     parse_precisions,
@@ -54,6 +55,7 @@ def find_checkpoints(family: Family, preset: str | None, router: str | None, exp
 
 
 def main(
+    auto: Annotated[Literal["auto"] | None, typer.Argument(hidden=True)] = None,
     family: FamilyOption = None,
     preset: Annotated[
         Literal["tiny", "tiny-shared", "paper"] | None,
@@ -66,8 +68,22 @@ def main(
     expert: ExpertOptions = None,
     base: BaseOption = None,
     shared_base: Annotated[
-        bool, typer.Option("--shared-base", help="One graph for all models, which are adapters of one base: it is stored and read once.")
+        bool,
+        typer.Option(
+            "--shared-base",
+            help="One graph for all models, which are fine-tunes of one base: it is stored and read once. "
+            "--shared-base auto: what cannot share stands in full beside it.",
+        ),
     ] = False,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="With --shared-base: approximate full fine-tunes by factors of this rank.")
+    ] = None,
+    delta_bits: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="With --shared-base: or by so many bits per weight of the base, spread over the matrices where they gain most."
+        ),
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help=f"Comma list of {', '.join(f'{each.name} ({each.help})' for each in RECORDS)}.")
     ] = None,
@@ -115,6 +131,9 @@ def main(
         gpus, targets, named_experts = parse_gpus(target), parse_targets(target), dict(parse_experts(expert or []))
         if precision is not None:
             check_precisions(names(precision), targets)
+        if auto and not shared_base:
+            raise typer.BadParameter("auto says what --shared-base does; name both, or neither", param_hint="--shared-base auto")
+        budget = parse_budget(shared_base, rank, delta_bits)
         if shared_base:
             check_shared_base(targets)
         tokens = parse_compare(compare)
@@ -135,6 +154,7 @@ def main(
             with stages.progress:
                 with stages.stage("loading torch and transformers"):
                     from fusionroute.fr_export.export import Request, check, export
+                    from fusionroute.fr_export.precision.rank_budget import RankBudget
                 request = Request(
                     family=family,
                     router=router,
@@ -152,6 +172,8 @@ def main(
                     strict=strict,
                     gpus=gpus,
                     shared_base=shared_base,
+                    leave_apart=auto is not None,
+                    budget=None if budget is None else RankBudget(*budget),
                     compare=tokens,
                 )
                 report = asdict(check(request, stages).forecast) if dry_run else export(request, stages)

@@ -1,5 +1,6 @@
 """What the flags --target and --precision name: targets, the GPUs behind `rtx:`, and precisions. Needs no torch."""
 
+import math
 from pathlib import Path
 
 import typer
@@ -86,6 +87,20 @@ def check_shared_base(targets: tuple[str, ...]) -> None:
             f"only {PAIRED} has graphs that router and experts share; leave {' and '.join(others)} out, or export them without --shared-base",
             param_hint="--shared-base / --target",
         )
+
+
+def parse_budget(shared_base: bool, rank: int | None, bits: float | None) -> tuple[int | None, float | None] | None:
+    """The ranks, or the bits per weight, of the factors that approximate full fine-tunes; None where neither is named."""
+    if rank is None and bits is None:
+        return None
+    hint = "--rank / --delta-bits"
+    if not shared_base:
+        raise typer.BadParameter("factors are of models that share one base; add --shared-base, or leave it out", param_hint=hint)
+    if rank is not None and bits is not None:
+        raise typer.BadParameter("both name the size of the factors; leave one of them out", param_hint=hint)
+    if bits is not None and not 0 < bits < math.inf:
+        raise typer.BadParameter(f"{bits} is not a number of bits above 0", param_hint="--delta-bits")
+    return rank, bits
 
 
 def check_calibration(source: str, precisions: tuple[str, ...], targets: tuple[str, ...]) -> None:

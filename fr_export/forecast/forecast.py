@@ -16,6 +16,7 @@ from fusionroute.fr_export.forecast.machine import slowness
 from fusionroute.fr_export.forecast.stages import FASTER, LEAST, MOST, SLOWER, StageForecast, comparing, fits, stages
 from fusionroute.fr_export.forecast.work import Work, parameters
 from fusionroute.fr_export.precision import Scheme
+from fusionroute.fr_export.precision.rank_budget import RankBudget
 from fusionroute.fr_export.verify.compare import TOKENS
 from fusionroute.runtime.errors import FusionError
 
@@ -48,6 +49,7 @@ class Forecast:
         cls,
         system: System,
         deltas: Mapping[str, Delta] | None,
+        budget: RankBudget | None,
         plan: Sequence[tuple[str, Scheme]],
         prompts: Sequence[str],
         calibration: str,
@@ -57,10 +59,10 @@ class Forecast:
     ) -> "Forecast":
         """Forecast the export of `plan`, a target and a scheme for each variant, to `out`.
 
-        `deltas`: of the experts, where all models share one base. `gpus` counts those that engines are built for; `compare` is the number of tokens, None for the default.
+        `deltas`: of the experts, where all models share one base, with the `budget` of approximations. `gpus` counts those that engines are built for; `compare` is the number of tokens, None for the default.
         """
-        work = Work.of(system, prompts, deltas is not None)
-        values, factors = stored(system, deltas)
+        work = Work.of(system, prompts, deltas or {})
+        values, factors = stored(system, deltas, budget)
         calibrated = fits(plan, calibration)
         tokens = default_tokens(work, plan, calibration, gpus) if compare is None else compare
         expected = stages(work, plan, calibration, gpus, tokens, slowness())
@@ -68,7 +70,7 @@ class Forecast:
         total = sum(stage.seconds for stage in expected)
         needed = weights_on_disk(values, plan, calibrated, gpus > 0) + factors
         if calibrated and not calibration.endswith(".safetensors"):
-            needed = max(needed, int(recording_scheme(work.values).bits * stored(system, None).values / 8))
+            needed = max(needed, int(recording_scheme(work.values).bits * stored(system).values / 8))
         return cls(
             family=system.family.name,
             max_seq_len=system.max_seq_len,

@@ -1,6 +1,6 @@
 """How much there is to do in an export, counted from headers and configs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,10 +33,10 @@ class Work:
     tokens: int
 
     @classmethod
-    def of(cls, system: System, prompts: Sequence[str], one_base: bool) -> "Work":
+    def of(cls, system: System, prompts: Sequence[str], factors: Collection[str]) -> "Work":
         """Count a system that is calibrated on prompts; without prompts there is no text.
 
-        `one_base`: variants write the router, and factors that are small beside it.
+        `factors`: the experts of which variants write factors, which are small.
         """
         sizes = [parameters(model) for model in system.models]
         shapes = [entry.shape for model in system.models for entry in model.weights.entries.values()]
@@ -45,7 +45,7 @@ class Work:
         return cls(
             models=len(system.models),
             values=sum(sizes),
-            written=sizes[0] if one_base else sum(sizes),
+            written=sum(size for model, size in zip(system.models, sizes, strict=True) if model.name not in factors),
             largest_model=max(sizes),
             largest_tensor=max(int(np.prod(shape)) for shape in shapes),
             widest=max(shape[-1] for shape in shapes if len(shape) > 1),

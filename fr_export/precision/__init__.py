@@ -12,6 +12,7 @@ sensitive.py        which matrices need more bits
 smoothquant.py      evens out the channels of activations
 plan_w8a8.py        which products take 8-bit activations; rounding.py: what these would cost
 calibrate.py        statistics of a system's own texts; evidence.py: one model's part of them
+approximation.py    low-rank factors of full fine-tunes on a base; rank_budget.py: their ranks; read_back.py: the base as it is read
 bind_weights.py     fills a graph with one model's weights
 """
 

@@ -6,6 +6,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -107,13 +108,13 @@ class Stored:
         values = whole(self.values).reshape(*scales.shape, fmt.block)
         if fmt.signed:
             values = values ^ fmt.middle
-        return widened(Quantised(values, scales, None if self.zeros is None else whole(self.zeros)[:, :blocks]), fmt, width)
+        return widened(Quantised(values, scales, None if self.zeros is None else whole(self.zeros)[:, :blocks]), fmt.bits, width)
 
 
-def widened(part: Quantised, fmt: Format, width: int) -> np.ndarray:
+def widened(part: Quantised, bits: int, width: int) -> np.ndarray:
     """The rows float32 [R, width] that products compute with."""
     values = part.values.astype(np.float32)
-    values -= 1 << (fmt.bits - 1) if part.zeros is None else part.zeros[..., None]
+    values -= 1 << (bits - 1) if part.zeros is None else part.zeros[..., None]
     values *= part.scales.astype(np.float32)[..., None]
     return values.reshape(len(values), -1)[:, :width]
 
@@ -208,6 +209,26 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored) -> None:
         replace_node(inner, lookup, fresh)
     assert matrix.name is not None
     del inner.initializers[matrix.name]
+
+
+def attached(graph: Graph, matrix: str, width: int) -> np.ndarray | None:
+    """The rows float32 [out, width] that operators read since `attach`; None where it was not called."""
+    values = graph.model.graph.initializers
+    for bits, use in itertools.product((4, 8), ("product", "lookup")):
+        if (packed := stored_value(values.get(f"{matrix}.int{bits}.{use}"))) is None:
+            continue
+        scales, zeros = (stored_value(values.get(f"{matrix}.{kind}.{use}")) for kind in ("scale", "zero"))
+        assert scales is not None
+        levels = unpack(packed.reshape(len(packed), -1), bits)
+        scales = scales.reshape(len(levels), -1)
+        points = None if zeros is None else unpack(zeros.reshape(len(levels), -1), bits)[:, : scales.shape[1]]
+        return widened(Quantised(levels.reshape(*scales.shape, -1), scales, points), bits, width)
+    return None
+
+
+def stored_value(value: ir.Value | None) -> np.ndarray | None:
+    """The values of an initialiser; None where there is none."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def _cut(inner: ir.Graph, before: ir.Node, padded: ir.Value, width: int) -> ir.Value:

@@ -37,10 +37,26 @@ class Hessian:
         for start in range(0, x.shape[1], PART):
             self.sum[start : start + PART, start:].addmm_(x[:, start : start + PART].T, x[:, start:])
 
-    def factor(self) -> "Factor":
-        """What `quantise` needs. The sum is given up to it. Channels that were always zero round to nearest."""
+    def _mirror(self) -> None:
+        """Fill in what lies left of the parts."""
         for start in range(PART, len(self.sum), PART):
             self.sum[start:, start - PART : start] = self.sum[start - PART : start, start:].T
+
+    def root(self) -> torch.Tensor:
+        """The lower Cholesky factor float32 [K, K] of the sum, damped. The sum is given up to it."""
+        self._mirror()
+        importance = self.sum.diagonal().clone()
+        damping = DAMPING * (float(importance.mean()) or 1.0)
+        while True:
+            self.sum.diagonal().copy_(importance + damping)
+            lower, failed = torch.linalg.cholesky_ex(self.sum)
+            if not failed:
+                return lower
+            damping *= 10
+
+    def factor(self) -> "Factor":
+        """What `quantise` needs. The sum is given up to it. Channels that were always zero round to nearest."""
+        self._mirror()
         importance = self.sum.diagonal().clone()
         dead = importance == 0
         importance[dead] = 1.0 if dead.all() else importance[~dead].min()

@@ -59,7 +59,7 @@ def measure(
             fmt = formats[matrix]
             (values,) = in_range([read(matrix)], fmt, matrix)
             parts = np.array_split(values, -(-len(values) // ROWS))
-            rounded = np.concatenate([widened(nearest(part, fmt), fmt, width) for part in parts])
+            rounded = np.concatenate([widened(nearest(part, fmt), fmt.bits, width) for part in parts])
             errors[matrix] = residual_error(walk.peek({matrix: rounded}), exact)
         walk.move(passed_on)
     return errors

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from fusionroute.fr_export.bundle.variant import stored_weights
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
+from fusionroute.fr_export.precision.rank_budget import Ranks
 from fusionroute.fr_export.verify.bounds import misses
 from fusionroute.fr_export.verify.hints import hint
 from fusionroute.fr_export.verify.measure import obstacle
@@ -28,11 +29,13 @@ def build_report(
     notes: Sequence[str],
     folder: Path,
     sources: Mapping[str, SourceReport],
+    approximated: Mapping[str, Ranks],
 ) -> dict[str, Any]:
     """The report as plain data, but for its stages.
 
     `sources` says what each model was made from. `fitted` holds, per variant of the manifest, what fitting reports of
-    each model. `figures` and `reason` come from `measure`. `notes` are sentences for the user.
+    each model. `figures` and `reason` come from `measure`. `notes` are sentences for the user. `approximated`: experts whose
+    factors are not exact.
     """
     return {
         "family": manifest.family,
@@ -49,6 +52,10 @@ def build_report(
             describe_variant(variant, manifest, about, figures.get((variant.target, variant.precision)), reason, folder)
             for variant, about in zip(manifest.variants, fitted, strict=True)
         ],
+        "approximated": {
+            name: {"bits": ranks.bits, "left": ranks.left, "error": ranks.error, "ranks": [min(ranks.of.values()), max(ranks.of.values())]}
+            for name, ranks in approximated.items()
+        },
         "not_compared": reason,
     }
 
@@ -152,6 +159,12 @@ def explain(report: dict[str, Any]) -> str:
             gpus = ", ".join(f"sm{sm}" for sm in built["sms"])
             total = size(sum(built["bytes"].values()))
             lines.append(f"Engines of {entry['precision']}: {total} by {LIBRARIES[built['flavour']]} {built['version']} for {gpus}.")
+    for name, ranks in report["approximated"].items():
+        least, most = ranks["ranks"]
+        lines.append(
+            f"Factors of {name}: rank {least} to {most}, {ranks['bits']:.2f} bits per weight of the base; they leave out {ranks['left']:.0%} of "
+            f"what it changes, {ranks['error']:.1e} of its products."
+        )
     reasons: dict[str, list[str]] = {}
     for entry in report["variants"]:
         if entry["not_compared"]:

@@ -17,9 +17,12 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Matrix(Strict):
-    """A matrix [N, K] of the graph. b: its input [r, N]. tensors: those stacked along its rows, and how many rows each has."""
+    """A matrix [N, K] of the graph. b: its input [r, N]; size: N. tensors: those stacked along its rows, and how many rows
+    each has; none of an embedding that is looked up, to which no factors of tensors are added.
+    """
 
     b: str
+    size: Count
     tensors: list[tuple[str, Count]]
 
 
@@ -32,11 +35,10 @@ class Group(Strict):
 
 
 class Vector(Strict):
-    """An input [size] that an expert has values of its own for: those of a checkpoint's tensor, plus `offset`."""
+    """An input that an expert has values of its own for: those of tensors of these sizes in a row, plus `offset`."""
 
     input: str
-    tensor: str
-    size: Size
+    tensors: Annotated[list[tuple[str, Size]], Field(min_length=1)]
     offset: float
 
 
@@ -56,6 +58,9 @@ class Factor:
 
 
 Factors = Mapping[str, Sequence[Factor]]  # checkpoint tensor → what is added to it
+# input b → a float32 [K, r] and b float32 [r, N] of a whole matrix, in place of factors of its tensors
+Whole = Mapping[str, tuple[np.ndarray, np.ndarray]]
+NONE: Whole = {}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class FactorLayout:
     columns: Mapping[str, np.ndarray]
     rows: Mapping[str, np.ndarray]
 
-    def shapes(self, factors: Factors) -> dict[str, tuple[int, ...]]:
+    def shapes(self, factors: Factors, whole: Whole = NONE) -> dict[str, tuple[int, ...]]:
         """The inputs of an expert with such factors, by name.
 
         The matrices of a group have one rank, the largest of theirs and at least 1, since ONNX Runtime 1.23 splits
@@ -77,37 +82,52 @@ class FactorLayout:
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for group in self.plan.groups:
-            ranks = [sum(factor.rank for name, _ in matrix.tensors for factor in factors.get(name, ())) for matrix in group.matrices]
-            rank = max(1, *ranks)
+            rank = max(1, *(rank_of(matrix, factors, whole) for matrix in group.matrices))
             shapes[group.a] = group.width, len(group.matrices) * rank
-            shapes |= {matrix.b: (rank, sum(rows for _, rows in matrix.tensors)) for matrix in group.matrices}
-        return shapes | {vector.input: (vector.size,) for vector in self.plan.vectors}
+            shapes |= {matrix.b: (rank, matrix.size) for matrix in group.matrices}
+        return shapes | {vector.input: (sum(size for _, size in vector.tensors),) for vector in self.plan.vectors}
 
-    def arrays(self, factors: Factors, vector: Callable[[str], np.ndarray]) -> Iterator[np.ndarray]:
+    def arrays(self, factors: Factors, vector: Callable[[str], np.ndarray], whole: Whole = NONE) -> Iterator[np.ndarray]:
         """Their values, float32, in the order of `shapes`. vector: the expert's values of a checkpoint's tensor."""
-        shapes = self.shapes(factors)
+        shapes = self.shapes(factors, whole)
         for group in self.plan.groups:
             a = np.zeros(shapes[group.a], np.float32)
             every_b = [np.zeros(shapes[matrix.b], np.float32) for matrix in group.matrices]
             for matrix, part, b in zip(group.matrices, np.split(a, len(every_b), axis=1), every_b, strict=True):
-                self._fill(matrix, factors, part, b)
+                if matrix.b in whole:
+                    own_a, own_b = whole[matrix.b]
+                    part[:, : len(own_b)], b[: len(own_b)] = own_a, own_b
+                else:
+                    fill(matrix, factors, part, b)
+                self._scale(matrix, part, b)
             yield a
             yield from every_b
         for each in self.plan.vectors:
-            values = vector(each.tensor) + np.float32(each.offset) if each.offset else vector(each.tensor)
+            values = np.concatenate([vector(tensor) for tensor, _ in each.tensors]) + np.float32(each.offset)
             yield values * self.rows[each.input] if each.input in self.rows else values
 
-    def _fill(self, matrix: Matrix, factors: Factors, a: np.ndarray, b: np.ndarray) -> None:
-        """Write the factors of one matrix into a [K, r] and b [r, N], with the scales of its rows and columns."""
-        row = column = 0
-        for tensor, rows in matrix.tensors:
-            for factor in factors.get(tensor, ()):
-                block = slice(column, column + factor.rank)
-                own_a, own_b = factor.read()
-                a[:, block], b[block, row : row + rows] = own_a.T, own_b.T
-                column = block.stop
-            row += rows
+    def _scale(self, matrix: Matrix, a: np.ndarray, b: np.ndarray) -> None:
+        """Give a matrix's factors the scales of its columns and rows."""
         if matrix.b in self.columns:
             a *= self.columns[matrix.b][:, None]
         if matrix.b in self.rows:
             b *= self.rows[matrix.b]
+
+
+def rank_of(matrix: Matrix, factors: Factors, whole: Whole) -> int:
+    """How many ranks the factors of a matrix have."""
+    if matrix.b in whole:
+        return len(whole[matrix.b][1])
+    return sum(factor.rank for name, _ in matrix.tensors for factor in factors.get(name, ()))
+
+
+def fill(matrix: Matrix, factors: Factors, a: np.ndarray, b: np.ndarray) -> None:
+    """Write the factors of a matrix's tensors into a [K, r] and b [r, N], in blocks."""
+    row = column = 0
+    for tensor, rows in matrix.tensors:
+        for factor in factors.get(tensor, ()):
+            block = slice(column, column + factor.rank)
+            own_a, own_b = factor.read()
+            a[:, block], b[block, row : row + rows] = own_a.T, own_b[:rows].T
+            column = block.stop
+        row += rows

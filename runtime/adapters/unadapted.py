@@ -79,7 +79,7 @@ class AdapterFactors:
         """Raises InputError for an adapter of what the graph has no inputs for, or of another shape."""
         self._layout, self._unadapted, self._adapter = layout, unadapted, adapter
         widths = {name: (rows, group.width) for group in layout.plan.groups for matrix in group.matrices for name, rows in matrix.tensors}
-        vectors = {vector.tensor: (vector.size,) for vector in layout.plan.vectors}
+        vectors = {name: (size,) for vector in layout.plan.vectors for name, size in vector.tensors}
         expected: dict[str, tuple[int, ...]] = {**widths, **vectors}
         given = {**adapter.shapes, **{name: tensor.shape for name, tensor in adapter.whole.items()}}
         for name, shape in given.items():

@@ -71,6 +71,10 @@ class HiddenRows:
     def __setitem__(self, rows: slice, other: HiddenRows) -> None:
         self.states[rows] = other.states
 
+    def room(self, count: int) -> HiddenRows:
+        """Room for `count` rows."""
+        return HiddenRows(np.empty((count, self.head.width), np.float32), self.head)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         bound = BoundHead(self.head)
         bound.states(len(self))[:] = self.states

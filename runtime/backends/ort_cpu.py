@@ -33,6 +33,7 @@ class OrtCpu:
     prefill_chunk = 256  # activations of 512 tokens spill out of the L2 cache between operators: about 10 % slower
     async_dispatch = False
     guess_limit = 0
+    apart: frozenset[int] = frozenset()
     forward_both = None
 
     def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None, *, share_weights: bool = False):

@@ -58,6 +58,7 @@ class OrtGpu:
     prefill_chunk = 512
     async_dispatch = False
     guess_limit = 0
+    apart: frozenset[int] = frozenset()
     forward_both = None
 
     def __init__(self, bundle: Bundle, variant: Variant, provider: Provider):

@@ -1,4 +1,4 @@
-"""One graph for all models on ONNX Runtime's CPU provider: a pass reads tokens of the router and tokens of an expert.
+"""One graph for several models on ONNX Runtime's CPU provider: a pass reads tokens of the router and tokens of an expert.
 
 The base's weights are read once for both segments. What makes an expert of the base are its factors, inputs that are
 bound by address: another expert is another binding, and nothing is copied.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fusionroute.runtime.backend import Arrays, Output, Segment
+from fusionroute.runtime.backend import Arrays, Fuser, Output, Segment
+from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
 from fusionroute.runtime.backends.hidden_rows import Head
 from fusionroute.runtime.backends.keys_values import KeysValues
 from fusionroute.runtime.backends.mapped_factors import map_factors
+from fusionroute.runtime.backends.ort_cpu import OrtModel
 from fusionroute.runtime.backends.pair_binding import IDLE, PairBinding, PairGraph
 from fusionroute.runtime.backends.pair_fusion import PairFuser
 from fusionroute.runtime.bundle import Bundle
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 
 class OrtPair:
-    """The models of one variant with a `pair`, all in one inference session, and their head in another.
+    """The models of one variant with a `pair`: those of its graph in one inference session, and their head in another. Each
+    other expert has a session of its own.
 
     `share_weights`: see `prepacked_weights`. `exact`: see `PairFuser`.
     """
@@ -42,18 +45,17 @@ class OrtPair:
         manifest = bundle.manifest
         opened = CpuSessions(bundle, variant, threads)
         router = manifest.models[0]
-        if pair.head is None:
-            raise BundleError(f"{bundle.folder} has no graph for the head of {pair.graph}; export the bundle again.")
         session = opened.model(router.name, pair.graph, share_weights)
-        head = Head(opened.model(router.name, pair.head, share_weights), manifest.vocab_size)
-        graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, head, len(manifest.rows))
-        sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models}
+        head = None if pair.head is None else Head(opened.model(router.name, pair.head, share_weights), manifest.vocab_size)
+        result = ("logits", manifest.vocab_size) if head is None else ("hidden", head.width)
+        graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, result, head, len(manifest.rows))
+        sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models if each.name not in variant.graphs}
         if len(sizes) > 1 or not graph.fits():
             raise BundleError(
-                f"The graphs {bundle.folder / pair.graph} and {pair.head} do not have the inputs and outputs that the manifest describes; "
+                f"The graphs {', '.join(pair.graph_paths)} in {bundle.folder} do not have the inputs and outputs that the manifest describes; "
                 "export the bundle again."
             )
-        factors = {name: map_factors(bundle.folder / pair.factors[name]) for name in manifest.experts}
+        factors = {name: map_factors(bundle.folder / pair.factors[name]) for name in manifest.experts if name in pair.factors}
         for name, arrays in factors.items():
             if (wrong := graph.unfit(arrays)) is not None:
                 raise BundleError(
@@ -61,17 +63,22 @@ class OrtPair:
                 )
         self.target = variant.target
         self._head_rows, self._router_name = manifest.rows, router.name
+        self._whole = open_whole(bundle, variant, opened, share_weights)
         self._take(graph, factors)
         self._fusion = opened.fusion()
         self._head, self._linear, self._exact = head, pair.head_is_linear, exact
+        self._vocab = manifest.vocab_size
 
     def _take(self, graph: PairGraph, factors: Mapping[str, Arrays]) -> None:
-        """Let the experts be those that have factors, in the order of the routing head's rows."""
-        names = [name for name in self._head_rows if name in factors]
+        """Let the experts be those that have factors, and those apart, in the order of the routing head's rows."""
+        names = [name for name in self._head_rows if name in factors or name in self._whole]
         self._graph, self.factors = graph, factors
         graph.rows = None if names == self._head_rows else [self._head_rows.index(name) for name in names]
-        self.router = PairModel(graph, factors[names[0]], self._router_name, is_expert=False)
-        self.experts = [PairModel(graph, factors[name], name, is_expert=True) for name in names]
+        self.router = PairModel(graph, next(iter(factors.values())), self._router_name, is_expert=False)
+        self.experts: list[Any] = [  # `PairModel`; `OrtModel` for those apart
+            self._whole.get(name) or PairModel(graph, factors[name], name, is_expert=True) for name in names
+        ]
+        self.apart = frozenset(number for number, name in enumerate(names) if name in self._whole)
 
     def with_experts(self, factors: Mapping[str, Arrays]) -> OrtPair:
         """See `runtime.backend.SharedBase.with_experts`."""
@@ -88,9 +95,20 @@ class OrtPair:
         assert rows.routing is not None
         return Output(rows.logits[:first], rows.routing[:first]), Output(rows.logits[first:], None)
 
-    def fuser(self) -> PairFuser:
+    def fuser(self) -> Fuser:
         """A fuser with buffers of its own."""
-        return PairFuser(OrtFuser(self._fusion, self._head.vocab), self._head, self._linear, self._exact)
+        fuser = OrtFuser(self._fusion, self._vocab)
+        return fuser if self._head is None else PairFuser(fuser, self._head, self._linear, self._exact)
+
+
+def open_whole(bundle: Bundle, variant: Variant, opened: CpuSessions, share_weights: bool) -> dict[str, OrtModel]:
+    """The experts that have graphs of their own. Raises as `OrtPair`."""
+    manifest, models = bundle.manifest, {}
+    for spec in (each for each in manifest.models if each.name in variant.graphs):
+        session = opened.model(spec.name, variant.graphs[spec.name], share_weights)
+        ort.check([session], [spec], [bundle.folder / variant.graphs[spec.name]], manifest.vocab_size)
+        models[spec.name] = OrtModel(session, opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0)
+    return models
 
 
 class PairModel:

@@ -29,9 +29,15 @@ IDLE = Segment((0,), ())  # of a model that does not read
 class PairGraph:
     """The inference session and its sizes. rows: those of the routing head that have an expert; None: all of them."""
 
-    def __init__(self, session: Any, run_options: Callable[[], Any], spec: Model, capacity: int, head: Head, head_rows: int):
+    def __init__(
+        self, session: Any, run_options: Callable[[], Any], spec: Model, capacity: int, result: tuple[str, int], head: Head | None,
+        head_rows: int,
+    ):  # fmt: skip
+        """result: the name and width of the output that a model answers with; head: what makes logits of it, if it is not
+        logits.
+        """
         self.session, self.run_options, self.spec = session, run_options, spec
-        self.capacity, self.head, self.head_rows = capacity, head, head_rows
+        self.capacity, self.result, self.head, self.head_rows = capacity, result, head, head_rows
         self.rows: list[int] | None = None
         values = (*session.get_inputs(), *session.get_outputs())
         self._shapes: dict[str, tuple[int | str, ...]] = {value.name: tuple(value.shape) for value in values}
@@ -42,7 +48,7 @@ class PairGraph:
         shapes = self._shapes
         own = [name for name in shapes if name.startswith(("past.", "present."))]
         return (
-            ort.fits(self.session, self.spec, ("hidden", self.head.width), self.head_rows)
+            ort.fits(self.session, self.spec, self.result, self.head_rows)
             and all(shapes.get(EXPERT + name, ())[1::2] == shapes[name][1::2] for name in own)
             and shapes.get("segments") == (2,)
         )
@@ -82,7 +88,7 @@ class PairBinding:
 
     def _new_rows(self, row_count: int) -> tuple[np.ndarray, np.ndarray]:
         graph = self._graph
-        return np.empty((row_count, graph.head.width), np.float32), np.empty((row_count, graph.head_rows), np.float32)
+        return np.empty((row_count, graph.result[1]), np.float32), np.empty((row_count, graph.head_rows), np.float32)
 
     def run(self, segments: tuple[Segment, Segment], lengths: tuple[int, int], options: Any) -> Output:
         """One pass of the router's segment and the expert's behind so many tokens.
@@ -112,11 +118,12 @@ class PairBinding:
             if options.terminate:
                 raise Interrupted from error
             raise FusionError(f"ONNX Runtime failed on {read} tokens of {self._names}: {one_line(error)}") from error
-        states, routing = self._rows
+        answers, routing = self._rows
         if fresh:  # those arrays now belong to the caller
             self._bound, self._rows = (0, 0), self._reused
         scores = routing[:row_count] if self._graph.rows is None else routing[:row_count, self._graph.rows]
-        return Output(HiddenRows(states[:row_count], self._graph.head), scores)
+        head = self._graph.head
+        return Output(answers[:row_count] if head is None else HiddenRows(answers[:row_count], head), scores)
 
     def _even_counts(self, own: int, other: int, lengths: tuple[int, int]) -> list[int]:
         """How many tokens of each a pass reads: one more where their sum is odd, if its buffers have room.
@@ -143,6 +150,6 @@ class PairBinding:
         self._positions = np.zeros(row_count, np.int64)
         binding.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
         binding.bind_input("logit_positions", "cpu", 0, np.int64, (row_count,), self._positions.ctypes.data)
-        for name, array in zip(("hidden", "routing"), self._rows, strict=True):
+        for name, array in zip((self._graph.result[0], "routing"), self._rows, strict=True):
             binding.bind_output(name, "cpu", 0, np.float32, (1, *array.shape), array.ctypes.data)
         self._bound = (count, row_count)

@@ -20,7 +20,7 @@ class PairFuser(Fuser):
 
     def __init__(self, fuser: OrtFuser, head: Head, linear: bool, exact: bool):
         """`exact`: the head takes rows by twos, see `EvenCache`."""
-        self._fuser, self._head, self._linear, self._exact = fuser, head, linear, exact
+        self._fuser, self._linear, self._exact = fuser, linear, exact
         self._single, self._several = BoundHead(head), BoundHead(head)
 
     def __call__(self, inputs: FusionInputs) -> Fused:
@@ -36,10 +36,6 @@ class PairFuser(Fuser):
         """See `runtime.backend.Fuser`: one run of the head for all rows."""
         return self._logits(self._several, router, expert, coefficients)
 
-    def rows(self, count: int, vocab: int) -> Any:
-        """See `runtime.backend.Fuser`."""
-        return HiddenRows(np.empty((count, self._head.width), np.float32), self._head)
-
     def _logits(
         self, bound: BoundHead, router: Any, expert: Any, coefficients: tuple[float, float]
     ) -> tuple[Any, Any, tuple[float, float]]:
@@ -48,6 +44,9 @@ class PairFuser(Fuser):
             return router, expert, coefficients  # made ahead
         a, b = coefficients
         count = len(router)
+        if not isinstance(expert, HiddenRows):  # of an expert apart
+            self._states(bound, count)[:] = router.states
+            return bound.logits()[:count], expert, coefficients
         if self._linear or not a or not b:
             states = self._states(bound, count)
             np.multiply(router.states, a, out=states)

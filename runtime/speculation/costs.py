@@ -104,8 +104,9 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
     Equal experts are timed once.
     """
     models, capacity = bundle.manifest.models, bundle.manifest.max_seq_len
-    by_size = {spec.parameters: number for number, spec in enumerate(models[1:], 1)}  # an expert of each size
-    caches = {0: backend.router.cache()} | {number: backend.experts[number - 1].cache() for number in by_size.values()}
+    kinds = [(spec.parameters, number in backend.apart) for number, spec in enumerate(models[1:])]
+    first = {kind: kinds.index(kind) + 1 for kind in kinds}  # an expert of each kind
+    caches = {0: backend.router.cache()} | {number: backend.experts[number - 1].cache() for number in first.values()}
     sizes = [min(size, capacity) for size in SIZES]
     lengths = [max(0, min(length, capacity - sizes[-1])) for length in LENGTHS]
     fuse = backend.fuser()
@@ -118,7 +119,7 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
 
     work: dict[Any, Callable[[int], Any]] = {model: partial(alone, cache) for model, cache in caches.items()}
     if (forward_both := backend.forward_both) is not None:
-        router, expert = list(caches.values())[:2]
+        router, expert = caches[0], next(caches[number] for number in first.values() if number - 1 not in backend.apart)
         work["reading"] = lambda size: forward_both(router, segment(size), expert, segment(size))
         work["verifying"] = lambda size: forward_both(router, segment(1), expert, segment(size))
     seconds: dict[Any, list[float]] = {}
@@ -139,7 +140,7 @@ def measure(bundle: Bundle, backend: Backend) -> Costs:
         seconds.setdefault("fusion", []).append(time.perf_counter() - start)
     fastest = {key: min(times[1:]) for key, times in seconds.items()}  # the first round warms up
     tables = {name: passes([[fastest[name, place, size] for size in sizes] for place in range(len(lengths))]) for name in work}
-    experts = tuple(tables[by_size[spec.parameters]] for spec in models[1:])
+    experts = tuple(tables[first[kind]] for kind in kinds)
     joint = (tables["reading"], tables["verifying"]) if "reading" in tables else None
     return Costs(tables[0], experts, fastest["fusion"], backend.async_dispatch, joint)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fusionroute.runtime.backend import Fused, Output
+from fusionroute.runtime.backend import Fused, Output, room_for
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.plain_step import PlainStep, candidates
 from fusionroute.runtime.sampling import DEFAULT_CANDIDATES, Sampler
@@ -35,7 +35,7 @@ class Rounds:
     def __init__(self, step: PlainStep, costs: Costs, eos: frozenset[int], exact: bool):
         self._step, self._readers, self._sequence = step, step.readers, step.readers.sequence
         self._costs, self._eos, self._exact = costs, eos, exact
-        self._rows = step.fuser.rows(MAX_ROUND_TOKENS, step.vocab_size)  # of the router, which reuses its own
+        self._rows: Any = None  # of the router, which reuses its own
         self.clear()
 
     def clear(self) -> None:
@@ -197,6 +197,8 @@ class Rounds:
             verifier = guess if place == rows - 1 and self._readers.joint else None
             output, answered = self._readers.read((len(ids) - 1,), verifier, range(start - 1, len(ids)))
             assert output is not None and output.routing is not None
+            if self._rows is None:
+                self._rows = room_for(output.logits, MAX_ROUND_TOKENS, step.vocab_size)
             self._rows[place : place + 1] = output.logits
             routing[place] = output.routing[0]
             if place == rows - 1:

@@ -13,6 +13,7 @@ from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
+from fusionroute.fr_export.precision.rank_budget import RankBudget
 from tests.support.systems import Shape, make_system
 
 ALL = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -36,11 +37,13 @@ def export_checkpoints(
     max_seq_len: int | None = None,
     calibration: str = "none",
     shared_base: bool = False,
+    budget: RankBudget | None = None,
+    leave_apart: bool = False,
 ) -> Path:
     """Export given checkpoints to `out`."""
     request = Request(
         FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), out, max_seq_len=max_seq_len, calibration=calibration,
-        shared_base=shared_base,
+        shared_base=shared_base, budget=budget, leave_apart=leave_apart,
     )  # fmt: skip
     with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):
         export(request, Stages(Console(quiet=True)))

@@ -65,8 +65,7 @@ class PairReader:
         """A bundle's graph in one precision, and the factors of an expert as the safetensors library reads them."""
         pair = next(each.pair for each in Manifest.read(bundle).variants if each.precision == precision)
         assert pair is not None
-        assert pair.head is not None
-        return cls(bundle / pair.graph, load_file(bundle / pair.factors[expert]), bundle / pair.head)
+        return cls(bundle / pair.graph, load_file(bundle / pair.factors[expert]), None if pair.head is None else bundle / pair.head)
 
     def read(self, router: list[int], expert: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One pass over tokens of both: logits of each [S, V], and the router's routing scores [S, n]."""

@@ -10,7 +10,7 @@ from fusionroute.fr_export.graphs.passes.pack_qkv import pack_qkv, split_qkv
 from fusionroute.fr_export.graphs.passes.pair_segments import pair_segments
 from fusionroute.fr_export.graphs.passes.remove_redundant_views import remove_redundant_views
 from fusionroute.fr_export.graphs.passes.slices_to_split import slices_to_split
-from fusionroute.fr_export.graphs.passes.split_head import is_linear, split_head
+from fusionroute.fr_export.graphs.passes.split_head import is_linear, shares_head, split_head
 from fusionroute.fr_export.graphs.passes.to_half import to_half
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "pack_qkv",
     "pair_segments",
     "remove_redundant_views",
+    "shares_head",
     "slices_to_split",
     "split_head",
     "split_qkv",

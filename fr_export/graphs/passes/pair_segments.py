@@ -16,6 +16,8 @@ from fusionroute.runtime.errors import FusionError
 
 EXPERT = "expert."  # in front of the names of the router's inputs and outputs
 DELTA = "delta."
+LOOKUP = ".lookup"  # behind an embedding's name: its head, which may be tied to it, has factors of its own
+ROWS = "logit_positions"
 NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator → which input is its weight
 STATES, CACHES, LENGTHS, TABLES = slice(0, 3), slice(3, 5), slice(5, 7), slice(7, None)  # inputs of GroupQueryAttention
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
@@ -26,7 +28,8 @@ class Factors:
     """The inputs with what an expert adds to the matrices that read one value x, by their names.
 
     a: float32 [K, m·r] for m matrices, of which each takes r columns, in their order. b: matrix [N, K] → its input
-    float32 [r, N]. The matrix's product gains x·a·b.
+    float32 [r, N]. The matrix's product gains x·a·b. An embedding [K, N] stands under its name and LOOKUP: its tokens
+    are looked up in a.
     """
 
     a: str
@@ -41,7 +44,7 @@ def pair_segments(graph: Graph, matrices: Collection[str], vectors: Collection[s
     attention once more, named `expert.…`; those of the factors, which it returns; and for each vector `delta.{name}`,
     its values for the expert.
 
-    Raises FusionError for a weight that no product or norm reads.
+    Raises FusionError for a weight that no product, look-up, norm or bias reads.
     """
     return _Pairing(graph).run(matrices, vectors)
 
@@ -53,6 +56,9 @@ class _Pairing:
         self.graph, self.inner = graph, graph.model.graph
         self.parts: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self.masks: dict[int, ir.Value] = {}
+        self.answers: ir.Value | None = None
+        self.rows = next(value for value in self.inner.inputs if value.name == ROWS)
+        self.positions = str(self.rows.shape[0])  # the name of that dimension
         self.first = next(iter(self.inner))  # what depends on the segments' lengths alone is computed before it
         self.segments = self.input("segments", [2], INT64)
         self.lengths = [ir.Value(name=f"segments.{who}", type=ir.TensorType(INT64), shape=ir.Shape([1])) for who in ("router", "expert")]
@@ -63,8 +69,11 @@ class _Pairing:
     def run(self, matrices: Collection[str], vectors: Collection[str]) -> list[Factors]:
         """See `pair_segments`."""
         norms = [norm for norm in self.each(*NORMS) if norm.inputs[NORMS[norm.op_type]].name in vectors]
+        shifts = [shift for shift in self.each("Add") if shift.inputs[1].name in vectors]
         products = [product for product in self.each("FusedMatMul") if product.inputs[1].name in matrices]
-        read = {product.inputs[1].name for product in products} | {norm.inputs[NORMS[norm.op_type]].name for norm in norms}
+        lookups = [lookup for lookup in self.each("Gather") if lookup.inputs[0].name in matrices]
+        read = {each.inputs[1].name for each in (*products, *shifts)} | {lookup.inputs[0].name for lookup in lookups}
+        read |= {norm.inputs[NORMS[norm.op_type]].name for norm in norms}
         if unread := sorted({*matrices, *vectors} - read):
             raise FusionError(f"The weight '{unread[0]}' has uses that cannot differ between router and expert: leave --shared-base out.")
         self.turn_by_segment()
@@ -72,10 +81,12 @@ class _Pairing:
             self.attend_by_segment(attention)
         for norm in norms:
             self.scale_by_segment(norm)
+        for shift in shifts:
+            shift.replace_input_with(1, self.chosen(shift.inputs[1], shift))
         readers: dict[ir.Value, list[ir.Node]] = {}
         for product in products:
             readers.setdefault(product.inputs[0], []).append(product)
-        return [self.add_delta(x, products) for x, products in readers.items()]
+        return [*map(self.add_to_lookup, lookups), *(self.add_delta(x, own) for x, own in readers.items())]
 
     def turn_by_segment(self) -> None:
         """Let rotary embeddings that are operators of their own read the positions of each segment."""
@@ -116,19 +127,42 @@ class _Pairing:
         """Scale what a norm gives by its weight in the graph for the router, and by an input for the expert."""
         place, result = NORMS[norm.op_type], norm.outputs[0]
         weight = norm.inputs[place]
-        own = self.input(f"{DELTA}{weight.name}", weight.shape)
         norm.replace_input_with(place, self.ones(int(weight.shape[0])))
-        chosen = added(self.inner, norm, "Where", [self.expert_rows(len(result.shape)), own, weight], f"{weight.name}.chosen")
+        chosen = self.chosen(weight, norm)
         scaled = ir.Value(name=f"{result.name}.scaled", type=result.type, shape=result.shape)
         result.replace_all_uses_with(scaled)
         self.inner.insert_after(norm, ir.Node("", "Mul", [result, chosen], outputs=[scaled]))
 
+    def chosen(self, vector: ir.Value, reader: ir.Node) -> ir.Value:
+        """A vector of the graph for the router's tokens, and an input for the expert's."""
+        own = self.input(f"{DELTA}{vector.name}", vector.shape)
+        rows = self.expert_rows(len(reader.outputs[0].shape))
+        return added(self.inner, reader, "Where", [rows, own, vector], f"{vector.name}.chosen")
+
+    def add_to_lookup(self, lookup: ir.Node) -> Factors:
+        """Add rows of a·b to the expert's segment of the embedding's rows."""
+        table, ids = lookup.inputs
+        name = f"{table.name}{LOOKUP}"
+        vocabulary, width = map(int, table.shape)
+        if ids not in self.parts:
+            self.parts[ids] = self.segments_of(ids)
+            node(self.inner, self.first, "Split", [ids, self.segments], list(self.parts[ids]), axis=1)
+        a, b = self.input(f"{DELTA}{name}.a", [vocabulary, f"rank.{name}"]), self.input(f"{DELTA}{name}.b", [f"rank.{name}", width])
+        low = added(self.inner, lookup, "Gather", [a, self.parts[ids][1]], f"{a.name}.rows", axis=0)
+        self.add_to_expert(lookup, low, b)
+        return Factors(str(a.name), {name: str(b.name)})
+
     def add_delta(self, x: ir.Value, products: Sequence[ir.Node]) -> Factors:
-        """Add x·a·b to the expert's segment of every product that reads x."""
+        """Add x·a·b to the expert's rows of every product that reads x."""
         names = [str(product.inputs[1].name) for product in products]
         rank = f"rank.{names[0]}"
         a = self.input(f"{DELTA}{names[0]}.a", [int(x.shape[-1]), f"{len(names)}*{rank}" if len(names) > 1 else rank])
-        narrow = added(self.inner, products[0], "MatMul", [self.split(x)[1], a], f"{a.name}.product")
+        answers = str(x.shape[1]) == self.positions
+        narrow = added(self.inner, products[0], "MatMul", [x if answers else self.split(x)[1], a], f"{a.name}.product")
+        if answers:  # rows of both, at positions within the whole pass
+            narrow = added(
+                self.inner, products[0], "Where", [self.expert_answers(), narrow, self.constant("segments.zero", 0.0)], f"{a.name}.expert"
+            )
         low = [narrow]
         if len(names) > 1:
             low = [ir.Value(name=f"{DELTA}{name}.low", type=x.type) for name in names]
@@ -136,7 +170,10 @@ class _Pairing:
         inputs = {}
         for name, product, part in zip(names, products, low, strict=True):
             b = self.input(f"{DELTA}{name}.b", [rank, int(product.outputs[0].shape[-1])])
-            self.add_to_expert(product, part, b)
+            if answers:
+                self.add_to_all(product, part, b)
+            else:
+                self.add_to_expert(product, part, b)
             inputs[name] = str(b.name)
         return Factors(str(a.name), inputs)
 
@@ -166,6 +203,24 @@ class _Pairing:
         column = self.before("Unsqueeze", [rows, self.constant("segments.ends", [0, 2])], "segments.expert.column", None, INT64)
         padding = self.constant("segments.padding", [0, 0, 1, 0, 0, 0])  # the batch's place 0 in front
         return self.before("Pad", [column, padding], "segments.expert.places", None, INT64)
+
+    def add_to_all(self, product: ir.Node, low: ir.Value, b: ir.Value) -> None:
+        """Add low·b to all rows of a product's result."""
+        result = product.outputs[0]
+        delta, total = (ir.Value(name=f"{result.name}.{part}", type=result.type, shape=result.shape) for part in ("delta", "total"))
+        result.replace_all_uses_with(total, replace_graph_outputs=True)
+        result.name, total.name = f"{result.name}.base", result.name
+        self.inner.insert_after(
+            product, [ir.Node("", "MatMul", [low, b], outputs=[delta]), ir.Node("", "Add", [result, delta], outputs=[total])]
+        )
+
+    def expert_answers(self) -> ir.Value:
+        """Which rows of logits are the expert's, bool [1, positions, 1]."""
+        if self.answers is None:
+            behind = self.before("GreaterOrEqual", [self.rows, self.lengths[0]], "segments.answers.flags", None, BOOL)
+            axes = self.constant("segments.answers.axes", [0, 2])
+            self.answers = self.before("Unsqueeze", [behind, axes], "segments.answers", None, BOOL)
+        return self.answers
 
     def split(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The segments [1, …] of a value [1, tokens, …]."""
@@ -211,9 +266,9 @@ class _Pairing:
         """The result of a new node in front of all others of the graph as it was."""
         return added(self.inner, self.first, op, list(inputs), name, None if shape is None else ir.Shape(shape), dtype, **attributes)
 
-    def constant(self, name: str, values: int | list[int] | list[bool]) -> ir.Value:
-        """A small constant: int64 or bool."""
-        array = np.array(values)
+    def constant(self, name: str, values: int | float | list[int] | list[bool]) -> ir.Value:
+        """A small constant: int64, bool or float32."""
+        array = np.array(values, np.float32 if isinstance(values, float) else None)
         return self.inner.initializers.get(name) or initializer(
             self.inner, name, ir.DataType.from_numpy(array.dtype), array.shape, ir.tensor(array, name=name)
         )

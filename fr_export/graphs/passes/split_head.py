@@ -30,6 +30,19 @@ def split_head(model: ir.Model) -> ir.Model:
     return head
 
 
+def shares_head(model: ir.Model) -> bool:
+    """Whether the head of a graph for a pair is the same for router and expert: it reads no factors."""
+    end = routed_state(model.graph)
+    values = [value for value in model.graph.outputs if value.name == LOGITS]
+    while values:
+        value = values.pop()
+        if value.is_graph_input():
+            return False
+        if value is not end and (producer := value.producer()) is not None:
+            values += [each for each in producer.inputs if each is not None]
+    return True
+
+
 def routed_state(graph: ir.Graph) -> ir.Value:
     """The final hidden states that the routing head reads."""
     routing = next(value for value in graph.outputs if value.name == "routing")

@@ -12,13 +12,14 @@ from safetensors.numpy import load_file
 from fusionroute.fr_export.bundle.variant import stored_weights
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, check, export
+from fusionroute.fr_export.precision.rank_budget import RankBudget
 from fusionroute.runtime.archive import pack, unpack
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError, InputError
 from fusionroute.runtime.manifest import Manifest
 from tests.support.adapters import make_adapted_system
 from tests.support.bundles import edit
-from tests.support.systems import Shape, make_model
+from tests.support.systems import Shape, make_model, make_system
 
 Reports = dict[str, dict[str, Any]]
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=32, hidden=128, layers=1, vocab=1024, tokenizer=True)
@@ -106,7 +107,10 @@ def test_factors_count_among_the_files_of_a_bundle(request_: Request, report: Re
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "an expert without factors": (lambda pair: pair["factors"].pop("expert0"), "has factors for expert1 instead of expert0, expert1"),
+    "an expert without factors": (
+        lambda pair: pair["factors"].pop("expert0"),
+        "has factors or graphs for expert1 instead of expert0, expert1",
+    ),
     "no such graph": (lambda pair: pair.update(graph="graphs/none.onnx"), "the file graphs/none.onnx of the variant fp32 is not among"),
     "a path that leads out": (lambda pair: pair.update(graph="../x"), "is not a path inside the bundle"),
     "an unknown field": (lambda pair: pair.update(rank=4), "Extra inputs are not permitted"),
@@ -123,6 +127,13 @@ def test_manifests_whose_pair_does_not_fit(name: str, request_: Request, report:
     assert words in str(refusal.value)
 
 
+def test_an_expert_has_factors_or_a_graph_and_not_both(request_: Request, report: Reports, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text((request_.out / "manifest.json").read_text())
+    edit(tmp_path, lambda content: content["variants"][0]["graphs"].update(expert1=content["variants"][0]["pair"]["graph"]))
+    with pytest.raises(BundleError, match="has a graph for several models, and others for the same"):
+        Manifest.read(tmp_path)
+
+
 def test_what_cannot_share_is_refused_before_anything_is_written(request_: Request, tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", SHAPE, 7, expert=True)
     request = replace(request_, experts={**request_.experts, "expert1": str(other)}, out=tmp_path / "bundle")
@@ -134,3 +145,21 @@ def test_what_cannot_share_is_refused_before_anything_is_written(request_: Reque
     with pytest.raises(InputError, match=r"their config\.json files describe two architectures"):
         export(replace(request, experts={**request_.experts, "expert1": str(deeper)}), Stages(Console(quiet=True)))
     assert not (tmp_path / "bundle").exists()
+
+
+def test_factors_that_leave_out_too_much_are_refused_by_their_numbers(tmp_path: Path) -> None:
+    """Two models with nothing in common: ranks of 1 explain next to nothing, full ranks all."""
+    router, experts = make_system(tmp_path, Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=1))
+    request = Request(
+        None, router, experts, ("fp32",), ("ort:cpu",), tmp_path / "bundle", calibration="none", compare=0, shared_base=True,
+        budget=RankBudget(rank=1),
+    )  # fmt: skip
+    words = r"^Expert 'expert0' \(.*\) and the router cannot share one base, since factors of 3\.\d\d bits per weight leave out 9\d% of .*--shared-base auto\)\.$"
+    for auto in (False, True):  # nothing would be left to share
+        with pytest.raises(InputError, match=words):
+            export(replace(request, leave_apart=auto), Stages(Console(quiet=True)))
+    with pytest.raises(InputError, match="approximate full fine-tunes with --rank or --delta-bits"):
+        export(replace(request, budget=None), Stages(Console(quiet=True)))
+    assert not (tmp_path / "bundle").exists()
+    entry = export(replace(request, budget=RankBudget(rank=32)), Stages(Console(quiet=True)))["approximated"]["expert0"]
+    assert entry == {"bits": pytest.approx(entry["bits"]), "left": 0.0, "error": 0.0, "ranks": [32, 32]} and entry["bits"] > 32

@@ -37,7 +37,8 @@ def test_the_routers_weights_and_the_terms_make_the_experts(
         make_adapter(base, folder / str(n), n, r=rank, target_modules=sorted(names))
         for n, (rank, names) in enumerate(zip(ranks, targets, strict=True))
     ]
-    delta = delta_of(*(Checkpoint.open("router" if n == 0 else "math", str(adapter)) for n, adapter in enumerate(adapters)))
+    opened, other = (Checkpoint.open("router" if n == 0 else "math", str(adapter)) for n, adapter in enumerate(adapters))
+    delta = delta_of(opened, other)
     router, expert = (peft_model(base, adapter).merge_and_unload().state_dict() for adapter in adapters)
     for name, weight in router.items():
         terms = delta.terms.get(name, ())
@@ -53,6 +54,28 @@ def test_norms_are_told_apart(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "norms", **PLAIN, modules_to_save=["input_layernorm"])
     delta = delta_of(Checkpoint.open("router", str(base)), Checkpoint.open("math", str(adapter)))
     assert delta.vectors == {"model.layers.0.input_layernorm.weight"}
+
+
+def test_biases_are_told_apart(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "biases", **PLAIN, bias="all")
+    delta = delta_of(Checkpoint.open("router", str(base)), Checkpoint.open("math", str(adapter)))
+    assert delta.vectors == {f"model.layers.0.self_attn.{name}_proj.bias" for name in "qkvo"}
+
+
+def test_matrices_that_are_others_can_be_approximated(base: Path, tmp_path: Path) -> None:
+    """Beside them, what is a low-rank term stays one."""
+    adapter = make_adapter(base, tmp_path / "adapter", **PLAIN, modules_to_save=["up_proj", "embed_tokens"])
+    delta = delta_of(Checkpoint.open("router", str(base)), Checkpoint.open("math", str(adapter)), approximate=True)
+    assert delta.matrices == {"model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"}
+    assert delta.terms.keys() == {"model.layers.0.self_attn.q_proj.weight"}
+
+
+def test_a_refusal_says_how_far_apart_two_matrices_are(base: Path, tmp_path: Path) -> None:
+    other = one_other_value(base, tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    apart = 1 / load_file(base / "model.safetensors")[name].norm()
+    with pytest.raises(InputError, match=f"a '{name}' each, {apart:.2g} of its size apart"):
+        delta_of(Checkpoint.open("router", str(base)), Checkpoint.open("math", str(other)))
 
 
 def test_a_copy_of_the_base_is_the_base(base: Path, tmp_path: Path) -> None:
@@ -97,7 +120,6 @@ REFUSED = {
     "new rows": (adapter(trainable_token_indices=[3]), "a 'model.embed_tokens.weight' each"),
     "a head": (adapter(target_modules=["lm_head"]), "a 'lm_head.weight' each"),
     "a saved matrix": (adapter(**PLAIN, modules_to_save=["up_proj"]), "a 'model.layers.0.mlp.up_proj.weight' each"),
-    "biases": (adapter(**PLAIN, bias="all"), ".bias' each"),
     "DoRA": (adapter(**PLAIN, use_dora=True), "a 'model.layers.0.self_attn.q_proj.weight' each"),
 }
 

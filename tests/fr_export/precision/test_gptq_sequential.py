@@ -91,7 +91,7 @@ def test_matrices_are_rounded_for_the_inputs_that_rounded_ones_give(family: str,
             for matrix, stack in step.items():
                 weights = torch.cat([model.get_submodule(f"{at}.{part}").weight.data for part in stack]).numpy()
                 expected = quantise(weights, factor, FORM)
-                expected_values = widened(expected, FORM, weights.shape[1])
+                expected_values = widened(expected, FORM.bits, weights.shape[1])
                 values = done[f"model.{at}.{matrix}.weight"].widened(weights.shape[1])
                 # but for values that lie between two levels
                 assert (np.abs(values - expected_values) <= 1e-6).mean() > 0.98, matrix

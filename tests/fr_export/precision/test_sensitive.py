@@ -37,7 +37,7 @@ def test_the_measurement_is_that_of_torch(family: str, tmp_path: Path) -> None:
             block = part.split(".")[0]
             for name in names:
                 weight = model.get_submodule(f"model.layers.{layer}.{block}.{name}_proj").weight
-                rounded = widened(nearest(weight.detach().numpy(), int4.FORMAT), int4.FORMAT, weight.shape[1])
+                rounded = widened(nearest(weight.detach().numpy(), int4.FORMAT), int4.FORMAT.bits, weight.shape[1])
                 weight.data = torch.from_numpy(rounded.copy())
             changed = passed_on(model, layer, IDS)
             expected = float(((changed - exact).square().sum(-1) / exact.square().sum(-1)).mean())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backend import NO_IDS, FusionInputs, Segment
+from fusionroute.runtime.backend import NO_IDS, FusionInputs, Segment, room_for
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.hidden_rows import Head, HiddenRows
 from fusionroute.runtime.backends.ort_pair import OrtPair
@@ -50,6 +50,7 @@ def logits_of(rows: HiddenRows) -> np.ndarray:
 def fuser(rt: FusionRuntime, linear: bool = True, exact: bool = False) -> PairFuser:
     """As the backend makes it, but for a head that is said to cap its logits, or an exact runtime."""
     backend = pair_of(rt)
+    assert backend._head is not None
     return PairFuser(OrtFuser(backend._fusion, rt.vocab_size), backend._head, linear, exact)
 
 
@@ -106,9 +107,9 @@ def test_the_head_runs_once_for_a_token_and_on_one_row(shared: Path, monkeypatch
 
 
 def test_rows_of_several_passes_are_kept(rt: FusionRuntime) -> None:
-    """In `Fuser.rows`, which the router's drafts are written to."""
+    """The router's drafts are."""
     router, expert = states(rt, 2)
-    rows = fuser(rt).rows(3, rt.vocab_size)
+    rows = room_for(router, 3, rt.vocab_size)
     rows[0:2], rows[2:3] = router, expert[1:2]
     assert np.array_equal(rows.states, np.concatenate([router.states, expert.states[1:]]))
     assert np.array_equal(np.asarray(rows[2:3]), np.asarray(expert[1:2]))
