@@ -104,7 +104,8 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             stages.note(note)
 
         traces = Traces(system, stages)
-        graphs = traces.of(TARGETS[request.targets[0]].dialect)
+        first = TARGETS[request.targets[0]]
+        graphs = traces.of(first.dialect if checked.deltas is None or first.pair is None else first.pair.dialect)
 
         known = {}
         if request.calibration != "none" and any(isinstance(scheme, Fitting) for _, scheme in plan):

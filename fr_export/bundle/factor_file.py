@@ -4,25 +4,30 @@ their sizes allow it. https://huggingface.co/docs/safetensors/index#format
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from fusionroute.runtime.manifest import File
 
 LINE = 64  # bytes of a cache line
+TYPES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}  # as safetensors calls them
 
 
-def write_factors(folder: Path, expert: str, shapes: Mapping[str, tuple[int, ...]], arrays: Iterable[np.ndarray]) -> tuple[Path, File]:
-    """Write float32 arrays, in the order of their `shapes`, into a file named by expert and content.
+def write_factors(
+    folder: Path, expert: str, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, ir.DataType], arrays: Iterable[np.ndarray]
+) -> tuple[Path, File]:
+    """Write arrays, in the order of their `shapes`, into a file named by expert and content. `types`: see TYPES.
 
     Returns its path, and what the manifest says of it.
     """
     end, entries = 0, {}
     for name, shape in shapes.items():
-        start, end = end, end + 4 * int(np.prod(shape))
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + int(types[name].itemsize) * math.prod(shape)
+        entries[name] = {"dtype": TYPES[types[name]], "shape": list(shape), "data_offsets": [start, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % LINE)
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,8 +36,8 @@ def write_factors(folder: Path, expert: str, shapes: Mapping[str, tuple[int, ...
         for piece in (len(header).to_bytes(8, "little"), header):
             digest.update(piece)
             file.write(piece)
-        for array, shape in zip(arrays, shapes.values(), strict=True):
-            assert array.shape == shape and array.dtype == np.float32
+        for array, (name, shape) in zip(arrays, shapes.items(), strict=True):
+            assert array.shape == shape and array.dtype == types[name].numpy()
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             digest.update(data)
             file.write(data)

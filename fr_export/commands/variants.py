@@ -20,7 +20,7 @@ TARGET_HELP = {
     "rtx[:sm86+sm89+sm120]": "graphs and TensorRT-RTX engines",
 }
 ALIASES = {"ort": "ort:cpu", "rtx": "tensorrt"}
-PAIRED = "ort:cpu"
+PAIRED = ("ort:cpu", "ort:cuda", "tensorrt", "tensorrt:10.3")
 SMS = (86, 89, 120)  # what engines are built for where no GPUs are named: GeForce RTX 30, 40 and 50
 
 
@@ -81,9 +81,9 @@ def check_precisions(precisions: tuple[str, ...], targets: tuple[str, ...]) -> N
 
 def check_shared_base(targets: tuple[str, ...]) -> None:
     """Refuse `--shared-base` for targets that have no graph for a pair of models."""
-    if others := [target for target in targets if target != PAIRED]:
+    if others := [target for target in targets if target not in PAIRED]:
         raise typer.BadParameter(
-            f"only {PAIRED} has graphs that router and experts share; leave {' and '.join(others)} out, or export them without --shared-base",
+            f"router and experts share no graph for {' and '.join(others)}; leave it out, or export it without --shared-base",
             param_hint="--shared-base / --target",
         )
 

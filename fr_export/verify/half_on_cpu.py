@@ -39,8 +39,7 @@ def compute_half_on_cpu(bundle: Path) -> None:
 def in_fp32(model: ir.Model) -> ir.Model:
     """The same model, changed: half-precision values but stored weights are fp32, rounded where they are computed."""
     graph = model.graph
-    caches = [value for value in graph.inputs if value.name.startswith("past.")]
-    half = caches[0].dtype
+    half = next(value.dtype for value in graph.inputs if value.name.startswith("past."))
     assert half is not None
     for attention in [n for n in graph if n.op_type == "GroupQueryAttention" and n.attributes.get_int("do_rotary", 0)]:
         rotate_before(graph, attention, half)
@@ -48,8 +47,9 @@ def in_fp32(model: ir.Model) -> ir.Model:
         for value in n.outputs:
             if value.dtype == half:
                 rounded(graph, n, value, half)
-    for value in caches:
-        value.type = ir.TensorType(FLOAT)
+    for value in graph.inputs:
+        if value.dtype == half:
+            value.type = ir.TensorType(FLOAT)
     first = next(iter(graph))
     for value in list(graph.initializers.values()):
         if value.dtype == half:
@@ -91,7 +91,7 @@ def rotate_before(graph: ir.Graph, attention: ir.Node, half: ir.DataType) -> Non
         query, key, value = (ir.Value(name=f"{name}.{part}", type=ir.TensorType(half)) for part in ("query", "key", "value"))
         node(graph, attention, "Split", [packed, split], [query, key, value], axis=-1)
     length, end, start = (ir.Value(name=f"{name}.{part}") for part in ("length", "end", "start"))
-    node(graph, attention, "Shape", [graph.inputs[0]], [length], start=1, end=2)
+    node(graph, attention, "Shape", [attention.inputs[0]], [length], start=1, end=2)
     node(graph, attention, "Cast", [total], [end], to=int(ir.DataType.INT64))
     node(graph, attention, "Sub", [end, length], [start])  # [1]: the first token's position
     turned = [ir.Value(name=f"{name}.turned.{part}", type=ir.TensorType(half)) for part in ("query", "key")]

@@ -36,10 +36,11 @@ def export_checkpoints(
     max_seq_len: int | None = None,
     calibration: str = "none",
     shared_base: bool = False,
+    targets: tuple[str, ...] = ("ort:cpu",),
 ) -> Path:
     """Export given checkpoints to `out`."""
     request = Request(
-        FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), out, max_seq_len=max_seq_len, calibration=calibration,
+        FAMILIES[shape.family], router, experts, precisions, targets, out, max_seq_len=max_seq_len, calibration=calibration,
         shared_base=shared_base,
     )  # fmt: skip
     with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):

@@ -13,9 +13,8 @@ import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.graph import Graph, Source, added, initializer, node
 from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.limits import DELTA, EXPERT
 
-EXPERT = "expert."  # in front of the names of the router's inputs and outputs
-DELTA = "delta."
 NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator → which input is its weight
 STATES, CACHES, LENGTHS, TABLES = slice(0, 3), slice(3, 5), slice(5, 7), slice(7, None)  # inputs of GroupQueryAttention
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
@@ -117,9 +116,10 @@ class _Pairing:
         """Scale what a norm gives by its weight in the graph for the router, and by an input for the expert."""
         place, result = NORMS[norm.op_type], norm.outputs[0]
         weight = norm.inputs[place]
-        own = self.input(f"{DELTA}{weight.name}", weight.shape)
-        norm.replace_input_with(place, self.ones(int(weight.shape[0])))
-        chosen = added(self.inner, norm, "Where", [self.expert_rows(len(result.shape)), own, weight], f"{weight.name}.chosen")
+        own = self.input(f"{DELTA}{weight.name}", weight.shape, weight.dtype)
+        norm.replace_input_with(place, self.ones(weight))
+        mask = self.expert_rows(len(result.shape))
+        chosen = added(self.inner, norm, "Where", [mask, own, weight], f"{weight.name}.chosen", dtype=weight.dtype or FLOAT)
         scaled = ir.Value(name=f"{result.name}.scaled", type=result.type, shape=result.shape)
         result.replace_all_uses_with(scaled)
         self.inner.insert_after(norm, ir.Node("", "Mul", [result, chosen], outputs=[scaled]))
@@ -128,15 +128,15 @@ class _Pairing:
         """Add x·a·b to the expert's segment of every product that reads x."""
         names = [str(product.inputs[1].name) for product in products]
         rank = f"rank.{names[0]}"
-        a = self.input(f"{DELTA}{names[0]}.a", [int(x.shape[-1]), f"{len(names)}*{rank}" if len(names) > 1 else rank])
-        narrow = added(self.inner, products[0], "MatMul", [self.split(x)[1], a], f"{a.name}.product")
+        a = self.input(f"{DELTA}{names[0]}.a", [int(x.shape[-1]), f"{len(names)}*{rank}" if len(names) > 1 else rank], x.dtype)
+        narrow = added(self.inner, products[0], "MatMul", [self.split(x)[1], a], f"{a.name}.product", dtype=x.dtype or FLOAT)
         low = [narrow]
         if len(names) > 1:
             low = [ir.Value(name=f"{DELTA}{name}.low", type=x.type) for name in names]
             node(self.inner, products[0], "Split", [narrow], list(low), axis=-1, num_outputs=len(names))
         inputs = {}
         for name, product, part in zip(names, products, low, strict=True):
-            b = self.input(f"{DELTA}{name}.b", [rank, int(product.outputs[0].shape[-1])])
+            b = self.input(f"{DELTA}{name}.b", [rank, int(product.outputs[0].shape[-1])], x.dtype)
             self.add_to_expert(product, part, b)
             inputs[name] = str(b.name)
         return Factors(str(a.name), inputs)
@@ -186,11 +186,12 @@ class _Pairing:
             self.masks[rank] = self.before("Unsqueeze", [row, axes], f"segments.mask.{rank}", None, BOOL)
         return self.masks[rank]
 
-    def ones(self, width: int) -> ir.Value:
-        """The weight of a norm that does not scale."""
-        name = f"ones.{width}"
+    def ones(self, weight: ir.Value) -> ir.Value:
+        """The weight of a norm that does not scale, like another one."""
+        width, dtype = int(weight.shape[0]), weight.dtype or FLOAT
+        name = f"ones.{width}.{dtype.name.lower()}"
         self.graph.sources[name] = Source(constant=np.ones(width, np.float32))
-        return self.inner.initializers.get(name) or initializer(self.inner, name, FLOAT, (width,))
+        return self.inner.initializers.get(name) or initializer(self.inner, name, dtype, (width,))
 
     def each(self, *operators: str) -> list[ir.Node]:
         """The nodes of some operators, in their order."""
