@@ -24,11 +24,10 @@ from fusionroute.fr_export.precision.fit_model import fit_model
 from fusionroute.fr_export.precision.products import coarse_products
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.manifest import File, Pair, Variant
+from fusionroute.runtime.manifest import BASE, File, Pair, Variant
 from fusionroute.runtime.tensorrt.library import OLDER
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
-BASE = "base"  # names the graph and its weights
 FACTORS = "factors"  # the folder with the experts' files, beside the graphs
 
 

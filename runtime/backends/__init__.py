@@ -36,7 +36,10 @@ def open_engines(flavour: str) -> Open:
 
     def open_flavour(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
         from fusionroute.runtime.tensorrt.backend import TensorRt
+        from fusionroute.runtime.tensorrt.pair import TensorRtPair
 
+        if variant.pair is not None:
+            return TensorRtPair(bundle, variant, variant.pair, flavour, options.expert_memory)
         return TensorRt(bundle, variant, flavour, options.expert_memory)
 
     return open_flavour
