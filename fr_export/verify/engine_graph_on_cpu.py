@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
-from fusionroute.fr_export.verify.half_on_cpu import in_fp32
+from fusionroute.fr_export.verify.half_on_cpu import in_fp32, widened
 from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.limits import DELTA, EXPERT
 from fusionroute.runtime.manifest import Manifest, Pair, Variant
@@ -178,11 +178,6 @@ def models_of_pair(bundle: Path, pair: Pair, experts: Sequence[str]) -> list[One
     """The router and the experts of a bundle with one base."""
     pairs = [EnginePairOnCpu(bundle / pair.graph, map_factors(bundle / pair.factors[name])) for name in experts]
     return [OneOfPair(pairs[0], is_expert=False), *(OneOfPair(each, is_expert=True) for each in pairs)]
-
-
-def widened(factor: np.ndarray) -> np.ndarray:
-    """A factor as `map_factors` gives it, whose bf16 values are numbers of 16 bits: in a type that numpy knows."""
-    return (factor.astype(np.uint32) << 16).view(np.float32) if factor.dtype == np.uint16 else factor
 
 
 def pieces(length: int, chunk: int, alone: int) -> list[tuple[int, int]]:

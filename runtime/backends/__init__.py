@@ -50,9 +50,12 @@ def open_provider(name: str) -> Open:
 
     def open_named(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
         from fusionroute.runtime.backends.ort_gpu import OrtGpu
+        from fusionroute.runtime.backends.ort_gpu_pair import OrtGpuPair
         from fusionroute.runtime.backends.providers import PROVIDERS
 
         refuse_expert_memory(options)
+        if variant.pair is not None:
+            return OrtGpuPair(bundle, variant, variant.pair, PROVIDERS[name])
         return OrtGpu(bundle, variant, PROVIDERS[name])
 
     return open_named

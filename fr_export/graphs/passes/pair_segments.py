@@ -99,7 +99,7 @@ class _Pairing:
         states = [None if value is None else self.split(value) for value in attention.inputs[STATES]]
         whole, *presents = attention.outputs
         router, expert = self.segments_of(whole)
-        caches = [ir.Value(name=f"{EXPERT}{value.name}", type=value.type, shape=value.shape) for value in presents]
+        caches = [ir.Value(name=f"{EXPERT}{value.name}", type=value.type, shape=own_shape(value)) for value in presents]
         own = [self.of_expert(value) for value in (*attention.inputs[CACHES], *attention.inputs[LENGTHS])]
         inputs = [*(state and state[1] for state in states), *own, *attention.inputs[TABLES]]
         twin = ir.Node(attention.domain, attention.op_type, inputs, attention.attributes.values(), outputs=[expert, *caches])
@@ -213,10 +213,15 @@ class _Pairing:
     def of_expert(self, value: ir.Value) -> ir.Value:
         """The expert's counterpart of an input of the router's."""
         name = f"{EXPERT}{value.name}"
-        return next((each for each in self.inner.inputs if each.name == name), None) or self.input(name, value.shape, value.dtype)
+        return next((each for each in self.inner.inputs if each.name == name), None) or self.input(name, own_shape(value), value.dtype)
 
     def input(self, name: str, shape: Iterable[int | str | ir.SymbolicDim], dtype: ir.DataType | None = FLOAT) -> ir.Value:
         """A new input of the graph."""
         value = ir.Value(name=name, type=ir.TensorType(dtype or FLOAT), shape=ir.Shape(shape))
         self.inner.inputs.append(value)
         return value
+
+
+def own_shape(value: ir.Value) -> ir.Shape:
+    """The shape of the expert's counterpart of a value: its caches may hold more tokens or fewer than the router's."""
+    return ir.Shape([size if isinstance(size, int) else f"expert_{size}" for size in value.shape or ()])
