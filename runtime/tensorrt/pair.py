@@ -5,12 +5,11 @@ The base's weights are read once for both. What makes an expert of the base are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from fusionroute.runtime.backend import Fuser, Segment
-from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
 from fusionroute.runtime.limits import DELTA
@@ -35,8 +34,16 @@ class TensorRtPair:
     async_dispatch = True  # a forward pass is queued, and runs while the host goes on
     guess_limit = 8  # tokens that are read beside the router's nearly for free, since a pass waits for the weights
 
-    def __init__(self, bundle: Bundle, variant: Variant, pair: Pair, flavour: str, expert_memory: int | None = None):
-        """Raises BundleError for files that are not those of a pair, and as `Loader` and `FactorSlots` do."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        variant: Variant,
+        pair: Pair,
+        factors: Mapping[str, Arrays],
+        flavour: str,
+        expert_memory: int | None = None,
+    ):
+        """`factors`: of each expert, as its file in `pair` holds them. Raises BundleError for files that are not those of a pair, and as `Loader` and `FactorSlots` do."""
         manifest, spec = bundle.manifest, bundle.manifest.models[0]
         device = Device()
         device.enter()
@@ -44,9 +51,8 @@ class TensorRtPair:
         engine, self._fusion, self._profile = loader.load(BASE), loader.load(FUSION), loader.profile
         self._shared = shared = Shared.of(device, manifest, loader.profile.tokens)
         check(engine, spec, shared, len(manifest.experts), f"{bundle.folder}", PREFIXES)
-        factors = [map_factors(bundle.folder / pair.factors[name]) for name in manifest.experts]
-        for name, arrays in zip(manifest.experts, factors, strict=True):
-            if (wrong := unfit(engine, arrays)) is not None:
+        for name in manifest.experts:
+            if (wrong := unfit(engine, factors[name])) is not None:
                 raise BundleError(
                     f"{bundle.folder / pair.factors[name]} does not fit its engine (the input {wrong}); export the bundle again."
                 )
@@ -58,7 +64,7 @@ class TensorRtPair:
             stream=stream,
             scratch=device.memory(max(engine.scratch, self._fusion.scratch)),
             experts=len(manifest.experts),
-            factors=FactorSlots(device, stream, factors, expert_memory),
+            factors=FactorSlots(device, stream, [factors[name] for name in manifest.experts], expert_memory),
             rows=(new_rows(engine, spec, shared), new_rows(engine, spec, shared)),
             idle=KeysValues(spec, shared, token_bytes(engine, spec)),
         )
