@@ -43,7 +43,10 @@ class TensorRtPair:
         flavour: str,
         expert_memory: int | None = None,
     ):
-        """`factors`: of each expert, as its file in `pair` holds them. Raises BundleError for files that are not those of a pair, and as `Loader` and `FactorSlots` do."""
+        """`factors`: of each expert, as its file in `pair` holds them.
+
+        Raises BundleError for files that are not those of a pair, and as `Loader` and `FactorSlots` do.
+        """
         manifest, spec = bundle.manifest, bundle.manifest.models[0]
         device = Device()
         device.enter()
