@@ -107,7 +107,8 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
             stages.note(note)
 
         traces = Traces(system, stages)
-        graphs = traces.of(TARGETS[request.targets[0]].dialect)
+        first = TARGETS[request.targets[0]]
+        graphs = traces.of(first.dialect if checked.deltas is None or first.pair is None else first.pair.dialect)
 
         known, shared = {}, checked.deltas
         fitted = any(isinstance(scheme, Fitting) for _, scheme in plan) or any(delta.matrices for delta in (shared or {}).values())

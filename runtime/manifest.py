@@ -18,6 +18,7 @@ from fusionroute.runtime.errors import BundleError, one_line
 from fusionroute.runtime.files import replace
 
 NAME = "manifest.json"
+BASE, FUSION = "base", "fusion"  # names of engines that are no model's
 # what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`
 FORMAT: Final = 3
 Fusion = Literal["weighted", "additive"]
@@ -107,7 +108,7 @@ class Profile(Strict):
 
 
 class Engines(Strict):
-    """Engines built from the graphs of one variant, by model name and `fusion`. They run with this version of the
+    """Engines built from the graphs of one variant, by the names of `Variant.engine_graphs`. They run with this version of the
     library, on these GPUs only.
 
     `sms` are compute capabilities: 86 for SM86.
@@ -186,6 +187,11 @@ class Variant(Strict):
         return [*([] if self.pair is None else self.pair.graph_paths), *self.graphs.values()]
 
     @property
+    def engine_graphs(self) -> dict[str, str]:
+        """The graphs that engines are built from, by the engines' names: of the models, or BASE; and FUSION."""
+        return (self.graphs if self.pair is None else {BASE: self.pair.graph}) | {FUSION: self.fusion_graph}
+
+    @property
     def cache_width(self) -> int:
         """Bytes of one value in the KV caches: 2 where the graphs compute in half precision, else 4."""
         if self.target == "ort:cpu":  # its kernels compute in fp32, whatever the weights are
@@ -241,15 +247,15 @@ class Manifest(Strict):
             expected = names if pair is None else names[1:]
             if of_models.keys() != set(expected):
                 raise ValueError(f"the variant {variant.precision} has {kind} for {', '.join(of_models)} instead of {', '.join(expected)}")
-            if pair is not None and (variant.engines or not pair.factors or pair.factors.keys() & variant.graphs.keys()):
+            if pair is not None and (not pair.factors or pair.factors.keys() & variant.graphs.keys()):
                 raise ValueError(f"the variant {variant.precision} has a graph for several models, and others for the same")
             paths = {*of_models.values(), variant.fusion_graph} | (pair.files if pair else set())
             if unknown := sorted(paths - self.files.keys()):
                 raise ValueError(f"the file {unknown[0]} of the variant {variant.precision} is not among the files")
             for built in variant.engines:
-                if built.engines.keys() != {*names, "fusion"}:
+                if built.engines.keys() != variant.engine_graphs.keys():
                     raise ValueError(
-                        f"the variant {variant.precision} has engines for {', '.join(built.engines)} instead of {', '.join(names)}, fusion"
+                        f"the variant {variant.precision} has engines for {', '.join(built.engines)} instead of {', '.join(variant.engine_graphs)}"
                     )
                 if unknown := sorted(set(built.engines.values()) - self.files.keys()):
                     raise ValueError(f"the engine {unknown[0]} is not among the files")

@@ -17,6 +17,7 @@ PREFIX = 8  # bytes that tell how long the header is
 LINE = 64  # bytes of a cache line: values begin at a multiple, so that tensors do where their sizes allow it
 METADATA = "__metadata__"
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a value
+TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy has no bf16
 
 
 class Stored(NamedTuple):
@@ -26,15 +27,16 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     data: np.ndarray
 
+    def stored(self) -> np.ndarray:
+        """The mapped values as they are, read-only; of BF16 their bits, uint16."""
+        return self.data.view(TYPES[self.dtype]).reshape(self.shape)
+
     def values(self) -> np.ndarray:
         """Float32 values: of F32 the mapped ones, read-only; of the others a copy."""
-        if self.dtype == "F32":
-            values = self.data.view(np.float32)
-        elif self.dtype == "F16":
-            values = self.data.view(np.float16).astype(np.float32)
-        else:
-            values = (self.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return values.reshape(self.shape)
+        values = self.stored()
+        if self.dtype == "BF16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32, copy=False)
 
 
 class TensorFile:

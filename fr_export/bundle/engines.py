@@ -14,6 +14,6 @@ def add_engines(manifest: Manifest, gpus: tuple[int, ...], folder: Path, stages:
     Writes the manifest after each precision and returns the last. Raises FusionError as `runtime.tensorrt.build` does.
     """
     for variant in [each for each in manifest.variants if each.target == TARGET]:
-        with stages.stage(f"building {variant.precision} engines", len(manifest.models) + 1) as advance:
+        with stages.stage(f"building {variant.precision} engines", len(variant.engine_graphs)) as advance:
             manifest = rebuild(folder, [variant], manifest, "rtx", gpus, None, lambda _: advance)
     return manifest

@@ -8,16 +8,16 @@ import onnx_ir as ir
 
 from fusionroute.fr_export.bundle.adapting import write_layout, write_unadapted
 from fusionroute.fr_export.bundle.shared_base import Approximated, unadapted, weight_count
-from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, GRAPHS, TARGETS, named, per_model
+from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, GRAPHS, TARGETS, Pairing, named, per_model
 from fusionroute.fr_export.bundle.variant import VariantWriter, WrittenVariant
 from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, LowRank, layout_of
+from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, LowRank, layout_of, matrix_rank, types_of
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import is_linear, pair_segments, shares_head, split_head
+from fusionroute.fr_export.graphs.passes import is_linear, shares_head, split_head
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_files import WeightFiles
 from fusionroute.fr_export.precision import Scheme
@@ -32,10 +32,12 @@ from fusionroute.runtime.adapters.factor_file import write_factors
 from fusionroute.runtime.adapters.factor_layout import FactorLayout
 from fusionroute.runtime.bundle import FACTORS
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.manifest import Adapting, File, Pair, Variant
+from fusionroute.runtime.manifest import BASE, Adapting, File, Pair, Variant
 from fusionroute.runtime.tensor_file import Written
+from fusionroute.runtime.tensorrt.library import OLDER
+from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
-BASE, HEAD = "base", "head"  # name the graphs; both read the base's weights
+HEAD = "head"  # names a graph that reads the base's weights too
 ADAPTING = "adapting"  # the folder with what it takes to add experts, beside the graphs
 
 
@@ -64,20 +66,20 @@ class PairVariantWriter:
         Raises InputError where weights do not fit the precision, FusionError where the router cannot be traced.
         """
         system, spec, router = self._system, TARGETS[target], self._system.router
+        assert spec.pair is not None, "the command line refuses other targets"
+        dialect = spec.pair.dialect
         path, head_path = (named(name, target, scheme.name, False) for name in (BASE, HEAD))
-        total = self._traces.of(spec.dialect)[router.name].parameters
+        total = self._traces.of(dialect)[router.name].parameters
         with self._stages.stage(f"writing {scheme.name} for {target}, one base", total) as advance, coarse_products():
             try:
-                graph, own, about = fit_model(
-                    router, spec.dialect, scheme, self._traces, self._evidence, self._store, SharedMatrices(), advance
-                )
+                graph, own, about = fit_model(router, dialect, scheme, self._traces, self._evidence, self._store, SharedMatrices(), advance)
                 spec.prepare(graph, scheme.name, router.family)
-                spec.dialect.end_with(graph, system.head)
-                layout, inputs = self._pair(graph)
+                dialect.end_with(graph, system.head)
+                layout, inputs = self._set_apart(graph, spec.pair)
                 bind(graph, router.weights, own, self._store, advance)
             except InputError as error:
                 raise InputError(f"{router.where} cannot be exported as {scheme.name}: {error}") from error
-            head = split_head(graph.model) if shares_head(graph.model) else None
+            head = split_head(graph.model) if spec.pair.splits_head and shares_head(graph.model) else None
             graph.model.graph.name = BASE
             ir.save(graph.model, self._folder / path)
             if head is not None:
@@ -96,12 +98,13 @@ class PairVariantWriter:
                 **{name: each.bytes_read for name, each in arrays.items()},
                 **(whole.weight_bytes if whole else {}),
             },
+            operators=sorted({node.op_type for node in graph.model.graph}) if target in (TENSORRT, OLDER) else [],
             pair=Pair(
                 graph=path,
                 head=head_path if head else None,
                 head_is_linear=head is not None and is_linear(head),
                 factors=files,
-                adapting=None if self._approximated or self._apart else self._write_adapting(layout),
+                adapting=self._write_adapting(layout) if spec.pair.adapts and not self._approximated and not self._apart else None,
             ),
         )
         return WrittenVariant(variant, ({} if about is None else {router.name: about}) | fitted)
@@ -109,7 +112,7 @@ class PairVariantWriter:
     def _arrays(self, expert: Checkpoint, graph: Graph, layout: FactorLayout, inputs: Mapping[str, str], precision: str) -> FactorArrays:
         """What the graph's inputs hold for an expert."""
         approximated = {inputs[name]: each for name, each in self._approximate(expert.name, graph, precision).items()}
-        return FactorArrays(layout, self._deltas[expert.name], expert.weights, approximated)
+        return FactorArrays(layout, types_of(graph, layout), self._deltas[expert.name], expert.weights, approximated)
 
     def _approximate(self, expert: str, graph: Graph, precision: str) -> dict[str, LowRank]:
         """The factors that bring the base, as the graph reads it, to an expert whose matrices have become others."""
@@ -123,21 +126,25 @@ class PairVariantWriter:
         with self._stages.stage(f"approximating {expert} on the {precision} base", weight_count(changed.graph)) as advance:
             return approximate(changed, base, ranks.of, advance)
 
-    def _pair(self, graph: Graph) -> tuple[FactorLayout, dict[str, str]]:
-        """Let the router's graph read pairs. Returns how an expert's factors lie in its inputs, and the input b of each
-        matrix.
+    def _set_apart(self, graph: Graph, pairing: Pairing) -> tuple[FactorLayout, dict[str, str]]:
+        """Let the graph take what experts add to the router. Returns how an expert's factors lie in its inputs, and the
+        input b of each matrix.
         """
         terms = {name for delta in self._deltas.values() for name in (*delta.terms, *delta.matrices)}
         others = {name for delta in self._deltas.values() for name in delta.vectors}
-        matrices = [name for name, source in graph.sources.items() if terms.intersection(source.tensors)]
+        ranks = {
+            name: max(matrix_rank(source, delta) for delta in self._deltas.values())
+            for name, source in graph.sources.items()
+            if terms.intersection(source.tensors)
+        }
         vectors = [name for name, source in graph.sources.items() if others.intersection(source.tensors)]
-        factors = pair_segments(graph, matrices, vectors)
+        factors = pairing.apart(graph, ranks, vectors)
         inputs = {name: b for each in factors for name, b in each.b.items()}
         return layout_of(graph, factors, vectors, self._system.router.weights), inputs
 
     def _write_factors(self, expert: str, arrays: FactorArrays) -> str:
         """Write an expert's factors, once where precisions agree on them. Returns the path in the bundle."""
-        path, entry = write_factors(self._folder / FACTORS, expert, arrays.shapes, arrays.arrays())
+        path, entry = write_factors(self._folder / FACTORS, expert, arrays.entries, arrays.arrays())
         name = path.relative_to(self._folder).as_posix()
         self._factor_files[name] = entry
         return name

@@ -3,7 +3,7 @@
 A new target is one line here and its schemes in precision/.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,10 @@ from fusionroute.fr_export.bundle import optimum_folder
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import RoutingHead
 from fusionroute.fr_export.families import Family
-from fusionroute.fr_export.graphs.dialects import Dialect, ort, portable, tensorrt, tensorrt_10_3
+from fusionroute.fr_export.graphs.dialects import Dialect, ort, pair, portable, tensorrt, tensorrt_10_3
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import decompose_rmsnorm, to_half
+from fusionroute.fr_export.graphs.passes import decompose_rmsnorm, expert_factors, pair_segments, to_half
+from fusionroute.fr_export.graphs.passes.pair_segments import Factors
 from fusionroute.fr_export.graphs.weight_store import FOLDER
 from fusionroute.fr_export.precision.half import TYPES
 
@@ -53,15 +54,36 @@ def nothing(folder: Path, model: Checkpoint, vocab_size: int, head: RoutingHead 
     """No files beside the graphs."""
 
 
+# (graph, ranks by matrix, vectors): takes what experts add through inputs, see `pair_segments`
+Apart = Callable[[Graph, Mapping[str, int], Collection[str]], list[Factors]]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How a graph for router and expert is traced, and rewritten behind `Target.prepare`.
+
+    splits_head: whether a head that they share becomes a graph of its own. adapts: whether experts can be added later.
+    """
+
+    dialect: Dialect
+    apart: Apart
+    splits_head: bool = False
+    adapts: bool = False
+
+
 @dataclass(frozen=True)
 class Target:
-    """How models are traced (`dialect`), rewritten for a precision (`prepare`) and stored (`place`, `weights`, `complete`)."""
+    """How models are traced (`dialect`), rewritten for a precision (`prepare`) and stored (`place`, `weights`, `complete`).
+
+    `pair`: how models that share one base are; None: they cannot.
+    """
 
     dialect: Dialect
     prepare: Prepare
     place: Place = named
     weights: Weights = per_model
     complete: Complete = nothing
+    pair: Pairing | None = None
 
 
 def as_traced(graph: Graph, precision: str, family: Family) -> None:
@@ -93,9 +115,9 @@ def strongly_typed_primitive(graph: Graph, precision: str, family: Family) -> No
 
 
 TARGETS: dict[str, Target] = {
-    "ort:cpu": Target(ort, as_traced),
-    "ort:cuda": Target(ort, half_activations),
+    "ort:cpu": Target(ort, as_traced, pair=Pairing(ort, pair_segments, splits_head=True, adapts=True)),
+    "ort:cuda": Target(ort, half_activations, pair=Pairing(ort, pair_segments)),
     "portable": Target(portable, portable_activations, in_folders, beside, optimum_folder.complete),
-    "tensorrt": Target(tensorrt, strongly_typed),
-    "tensorrt:10.3": Target(tensorrt_10_3, strongly_typed_primitive),
+    "tensorrt": Target(tensorrt, strongly_typed, pair=Pairing(pair.PAIR, expert_factors)),
+    "tensorrt:10.3": Target(tensorrt_10_3, strongly_typed_primitive, pair=Pairing(pair.PAIR_10_3, expert_factors)),
 }

@@ -135,7 +135,7 @@ def main(
             raise typer.BadParameter("auto says what --shared-base does; name both, or neither", param_hint="--shared-base auto")
         budget = parse_budget(shared_base, rank, delta_bits)
         if shared_base:
-            check_shared_base(targets)
+            check_shared_base(targets, adapters_only=budget is None and not auto)
         tokens = parse_compare(compare)
         if strict and tokens == 0:
             raise typer.BadParameter("a precision that is not compared cannot be held to its bound", param_hint="--strict / --compare none")

@@ -8,7 +8,7 @@ import typer
 from fusionroute.fr_export.families import Family
 from fusionroute.runtime.commands.options import names
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.precisions import PRECISIONS, exported_for
+from fusionroute.runtime.precisions import CPU, PRECISIONS, exported_for
 from fusionroute.runtime.tensorrt.library import parse_sms
 
 # as the command line spells them → what they are for
@@ -21,7 +21,7 @@ TARGET_HELP = {
     "rtx[:sm86+sm89+sm120]": "graphs and TensorRT-RTX engines",
 }
 ALIASES = {"ort": "ort:cpu", "rtx": "tensorrt"}
-PAIRED = "ort:cpu"
+PAIRED = ("ort:cpu", "ort:cuda", "tensorrt", "tensorrt:10.3")
 SMS = (86, 89, 120)  # what engines are built for where no GPUs are named: GeForce RTX 30, 40 and 50
 
 
@@ -80,11 +80,17 @@ def check_precisions(precisions: tuple[str, ...], targets: tuple[str, ...]) -> N
             )
 
 
-def check_shared_base(targets: tuple[str, ...]) -> None:
-    """Refuse `--shared-base` for targets that have no graph for a pair of models."""
-    if others := [target for target in targets if target != PAIRED]:
+def check_shared_base(targets: tuple[str, ...], adapters_only: bool) -> None:
+    """Refuse `--shared-base` for targets that have no graph for a pair of models, or only for those of adapters."""
+    if others := [target for target in targets if target not in PAIRED]:
         raise typer.BadParameter(
-            f"only {PAIRED} has graphs that router and experts share; leave {' and '.join(others)} out, or export them without --shared-base",
+            f"router and experts share no graph for {' and '.join(others)}; leave it out, or export it without --shared-base",
+            param_hint="--shared-base / --target",
+        )
+    if not adapters_only and (others := [target for target in targets if target != CPU]):
+        raise typer.BadParameter(
+            f"only {CPU} has graphs for experts that are approximated, or stand apart; leave {' and '.join(others)} out, or export "
+            "adapters of one base with --shared-base alone",
             param_hint="--shared-base / --target",
         )
 

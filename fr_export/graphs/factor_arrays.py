@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+import onnx_ir as ir
 
 from fusionroute.fr_export.checkpoints.deltas import Delta, Term
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.checkpoints.weights import Weights, finite
-from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes.pair_segments import DELTA, LOOKUP, Factors
+from fusionroute.fr_export.graphs.graph import Graph, Source
+from fusionroute.fr_export.graphs.passes.pair_segments import LOOKUP, Factors
 from fusionroute.runtime.adapters.factor_layout import Factor, FactorLayout, Group, Matrix, Plan, Vector
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.limits import DELTA
+
+STORED = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}  # as safetensors calls them
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ def layout_of(graph: Graph, factors: Sequence[Factors], vectors: Sequence[str], 
     sources = graph.sources
     sizes = {name: tuple(map(int, value.shape)) for name, value in graph.model.graph.initializers.items() if name in sources}
     inputs = {b: name for each in factors for name, b in each.b.items()}
+    ranks = {str(value.name): value.shape[0] for value in graph.model.graph.inputs if value.name in inputs}
 
     def shape(name: str) -> tuple[int, ...]:
         """[N, K] of x·a·b: of a look-up, x is one-hot."""
@@ -42,9 +48,15 @@ def layout_of(graph: Graph, factors: Sequence[Factors], vectors: Sequence[str], 
         tensors = () if name.endswith(LOOKUP) else sources[name].tensors
         return Matrix(b=b, size=size, tensors=[(tensor, min(size, weights.shape(tensor)[0])) for tensor in tensors])
 
-    groups = [
-        Group(a=each.a, width=shape(next(iter(each.b)))[1], matrices=[matrix(name, b) for name, b in each.b.items()]) for each in factors
-    ]
+    def group(each: Factors) -> Group:
+        rank = ranks[next(iter(each.b.values()))]
+        return Group(
+            a=each.a,
+            width=shape(next(iter(each.b)))[1],
+            rank=rank if isinstance(rank, int) else None,
+            matrices=[matrix(name, b) for name, b in each.b.items()],
+        )
+
     own = [
         Vector(
             input=f"{DELTA}{name}",
@@ -57,15 +69,33 @@ def layout_of(graph: Graph, factors: Sequence[Factors], vectors: Sequence[str], 
     columns = {b: source.column_scale for b, source in scaled.items() if source.column_scale is not None}
     rows = {b: source.row_scale for b, source in scaled.items() if source.row_scale is not None}
     rows |= {f"{DELTA}{name}": scale for name in vectors if (scale := sources[name].row_scale) is not None}
-    return FactorLayout(Plan(groups=groups, vectors=own), columns, rows)
+    return FactorLayout(Plan(groups=list(map(group, factors)), vectors=own), columns, rows)
+
+
+def types_of(graph: Graph, layout: FactorLayout) -> dict[str, ir.DataType]:
+    """The types of the inputs for an expert."""
+    types = {str(value.name): value.dtype or ir.DataType.FLOAT for value in graph.model.graph.inputs}
+    return {name: types[name] for name in layout.shapes({})}
+
+
+def matrix_rank(source: Source, delta: Delta) -> int:
+    """Of what a delta adds to a matrix, whose tensors have blocks of their own."""
+    return sum(map(delta.rank, source.tensors))
 
 
 class FactorArrays:
-    """The inputs of one expert: their `shapes` by name, and in this order `arrays`; see `FactorLayout`."""
+    """The inputs of one expert: their `shapes` and `types` by name, and in this order `arrays`; see `FactorLayout`."""
 
-    def __init__(self, layout: FactorLayout, delta: Delta, expert: Weights, approximated: Mapping[str, LowRank] = {}):
+    def __init__(
+        self,
+        layout: FactorLayout,
+        types: Mapping[str, ir.DataType],
+        delta: Delta,
+        expert: Weights,
+        approximated: Mapping[str, LowRank] = {},
+    ):
         """What is `approximated`, by its input b, does not come from the delta's terms."""
-        self._layout, self._expert = layout, expert
+        self._layout, self.types, self._expert = layout, types, expert
         self._factors = {tensor: [factor_of(term, tensor) for term in terms] for tensor, terms in delta.terms.items()}
         self._whole = {b: (each.a, each.b) for b, each in approximated.items()}
         self.shapes = layout.shapes(self._factors, self._whole)
@@ -74,11 +104,24 @@ class FactorArrays:
     def bytes_read(self) -> int:
         """Of all arrays, but for an embedding's factors of other tokens."""
         tables = {group.a for group in self._layout.plan.groups if not any(matrix.tensors for matrix in group.matrices)}
-        return 4 * sum(shape[-1] if name in tables else prod(shape) for name, shape in self.shapes.items())
+        sizes = {name: shape[-1] if name in tables else prod(shape) for name, shape in self.shapes.items()}
+        return sum(int(self.types[name].itemsize) * size for name, size in sizes.items())
+
+    @property
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name → type as safetensors names it, and shape."""
+        return {name: (STORED[self.types[name]], shape) for name, shape in self.shapes.items()}
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """float32. Raises InputError where a value is not finite."""
-        return self._layout.arrays(self._factors, self._expert.read, self._whole)
+        """Each in its type. Raises InputError where a value is not finite in it."""
+        wide = self._layout.arrays(self._factors, self._expert.read, self._whole)
+        for name, array in zip(self.shapes, wide, strict=True):
+            dtype = self.types[name]
+            with np.errstate(over="ignore"):
+                narrow = array.astype(dtype.numpy(), copy=False)
+            if not np.isfinite(narrow).all():
+                raise InputError(f"The expert's '{name}' has values beyond the range of {dtype.name.lower()}: export another precision.")
+            yield narrow
 
 
 def factor_of(term: Term, tensor: str) -> Factor:

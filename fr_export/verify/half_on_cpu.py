@@ -9,13 +9,16 @@ inside kernels.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.graph import initializer, node
+from fusionroute.runtime.adapters.factor_file import write_factors
+from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.bundle import sha256
-from fusionroute.runtime.manifest import File, Manifest
+from fusionroute.runtime.manifest import File, Manifest, Pair
 
 FLOAT = ir.DataType.FLOAT
 
@@ -27,20 +30,33 @@ def compute_half_on_cpu(bundle: Path) -> None:
     for variant in manifest.variants:
         if variant.target != "ort:cuda":
             continue
-        graphs = {}
-        for model, name in variant.graphs.items():
-            graphs[model] = emulated = name.replace("ort-cuda", "emulated")
-            ir.save(in_fp32(ir.load(bundle / name)), bundle / emulated)
-            files[emulated] = File(sha256=sha256(bundle / emulated), bytes=(bundle / emulated).stat().st_size)
-        variants.append(variant.model_copy(update={"target": "ort:cpu", "graphs": graphs}))
+        emulated = {name: name.replace("ort-cuda", "emulated") for name in variant.graph_paths}
+        for name, copy in emulated.items():
+            ir.save(in_fp32(ir.load(bundle / name)), bundle / copy)
+            files[copy] = File(sha256=sha256(bundle / copy), bytes=(bundle / copy).stat().st_size)
+        changes: dict[str, Any] = {"target": "ort:cpu", "graphs": {model: emulated[name] for model, name in variant.graphs.items()}}
+        if variant.pair is not None:
+            factors = {}
+            for expert, name in variant.pair.factors.items():
+                arrays = {each: widened(array).astype(np.float32) for each, array in map_factors(bundle / name).items()}
+                entries = {each: ("F32", array.shape) for each, array in arrays.items()}
+                path, entry = write_factors((bundle / name).parent, expert, entries, arrays.values())
+                factors[expert] = path.relative_to(bundle).as_posix()
+                files[factors[expert]] = entry
+            changes["pair"] = Pair(graph=emulated[variant.pair.graph], factors=factors)
+        variants.append(variant.model_copy(update=changes))
     manifest.model_copy(update={"variants": variants, "files": files}).write(bundle)
+
+
+def widened(factor: np.ndarray) -> np.ndarray:
+    """A factor as `map_factors` gives it, whose bf16 values are numbers of 16 bits: in a type that numpy knows."""
+    return (factor.astype(np.uint32) << 16).view(np.float32) if factor.dtype == np.uint16 else factor
 
 
 def in_fp32(model: ir.Model) -> ir.Model:
     """The same model, changed: half-precision values but stored weights are fp32, rounded where they are computed."""
     graph = model.graph
-    caches = [value for value in graph.inputs if value.name.startswith("past.")]
-    half = caches[0].dtype
+    half = next(value.dtype for value in graph.inputs if value.name.startswith("past."))
     assert half is not None
     for attention in [n for n in graph if n.op_type == "GroupQueryAttention" and n.attributes.get_int("do_rotary", 0)]:
         rotate_before(graph, attention, half)
@@ -48,8 +64,9 @@ def in_fp32(model: ir.Model) -> ir.Model:
         for value in n.outputs:
             if value.dtype == half:
                 rounded(graph, n, value, half)
-    for value in caches:
-        value.type = ir.TensorType(FLOAT)
+    for value in graph.inputs:
+        if value.dtype == half:
+            value.type = ir.TensorType(FLOAT)
     first = next(iter(graph))
     for value in list(graph.initializers.values()):
         if value.dtype == half:
@@ -91,7 +108,7 @@ def rotate_before(graph: ir.Graph, attention: ir.Node, half: ir.DataType) -> Non
         query, key, value = (ir.Value(name=f"{name}.{part}", type=ir.TensorType(half)) for part in ("query", "key", "value"))
         node(graph, attention, "Split", [packed, split], [query, key, value], axis=-1)
     length, end, start = (ir.Value(name=f"{name}.{part}") for part in ("length", "end", "start"))
-    node(graph, attention, "Shape", [graph.inputs[0]], [length], start=1, end=2)
+    node(graph, attention, "Shape", [attention.inputs[0]], [length], start=1, end=2)
     node(graph, attention, "Cast", [total], [end], to=int(ir.DataType.INT64))
     node(graph, attention, "Sub", [end, length], [start])  # [1]: the first token's position
     turned = [ir.Value(name=f"{name}.turned.{part}", type=ir.TensorType(half)) for part in ("query", "key")]

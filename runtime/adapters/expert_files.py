@@ -47,7 +47,8 @@ def open_expert(bundle: Bundle, name: str, source: Path) -> NewExpert:
     for variant in bundle.manifest.variants:
         if variant.pair is None or variant.pair.adapting is None:
             raise UnavailableError(
-                f"The bundle {bundle.folder} takes no other experts, since its models do not share one base: export it with --shared-base."
+                f"The bundle {bundle.folder} takes no other experts, since its models do not share one base: export adapters of one "
+                "base for ort:cpu with --shared-base."
             )
     if name not in bundle.manifest.rows:
         raise InputError(
@@ -72,7 +73,7 @@ def add_expert(folder: Path, name: str, source: Path, replace: bool = False) -> 
         factors = [expert.factors(folder, pair) for pair in pairs(manifest)]
         variants, entries = [], dict(manifest.files)
         for variant, arrays in zip(manifest.variants, factors, strict=True):
-            path, entry = write_factors(folder / FACTORS, name, arrays.shapes, arrays.arrays())
+            path, entry = write_factors(folder / FACTORS, name, arrays.entries, arrays.arrays())
             entries[path.relative_to(folder).as_posix()] = entry
             variants.append(with_factors(variant, name, f"{FACTORS}/{path.name}", arrays.bytes))
         models = {model.name: model for model in manifest.models}
@@ -101,9 +102,10 @@ def remove_expert(folder: Path, name: str) -> Manifest:
 
 def check_removable(bundle: Bundle, name: str, experts: list[str]) -> None:
     """Raise InputError or UnavailableError where an expert cannot be removed from a bundle, or from one that is loaded."""
-    if any(variant.pair is None for variant in bundle.manifest.variants):
+    if any(variant.pair is None or variant.pair.adapting is None for variant in bundle.manifest.variants):
         raise UnavailableError(
-            f"No expert can be removed from {bundle.folder}, since its models do not share one base: export it with --shared-base."
+            f"No expert can be removed from {bundle.folder}, since its models do not share one base: export adapters of one base for "
+            "ort:cpu with --shared-base."
         )
     if name not in experts:
         raise InputError(f"There is no expert '{name}' to remove: use one of {', '.join(experts)}.")

@@ -9,10 +9,12 @@ from fusionroute.runtime.manifest import File
 from fusionroute.runtime.tensor_file import write_tensors
 
 
-def write_factors(folder: Path, expert: str, shapes: Mapping[str, tuple[int, ...]], arrays: Iterable[np.ndarray]) -> tuple[Path, File]:
-    """Write float32 arrays, in the order of their `shapes`, into a file named by expert and content.
+def write_factors(
+    folder: Path, expert: str, entries: Mapping[str, tuple[str, tuple[int, ...]]], arrays: Iterable[np.ndarray]
+) -> tuple[Path, File]:
+    """Write arrays into a file named by expert and content. `entries`: see `write_tensors`.
 
     Returns its path, and what the manifest says of it.
     """
-    path, sha256, size = write_tensors(folder, expert, {name: ("F32", shape) for name, shape in shapes.items()}, arrays, {})
+    path, sha256, size = write_tensors(folder, expert, entries, arrays, {})
     return path, File(sha256=sha256, bytes=size)

@@ -27,10 +27,13 @@ class Matrix(Strict):
 
 
 class Group(Strict):
-    """Matrices that read one value of `width` K. a: their input [K, m·r], of which each takes r columns."""
+    """Matrices that read one value of `width` K. a: their input [K, m·r], of which each takes r columns. rank: r, None where
+    it may be any.
+    """
 
     a: str
     width: Count
+    rank: Count | None = None
     matrices: Annotated[list[Matrix], Field(min_length=1)]
 
 
@@ -77,12 +80,12 @@ class FactorLayout:
     def shapes(self, factors: Factors, whole: Whole = NONE) -> dict[str, tuple[int, ...]]:
         """The inputs of an expert with such factors, by name.
 
-        The matrices of a group have one rank, the largest of theirs and at least 1, since ONNX Runtime 1.23 splits
+        The matrices of a group have one rank: the graph's, or else the largest of theirs and at least 1, since ONNX Runtime 1.23 splits
         nothing empty; what they do not need of it is zero.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for group in self.plan.groups:
-            rank = max(1, *(rank_of(matrix, factors, whole) for matrix in group.matrices))
+            rank = group.rank or max(1, *(rank_of(matrix, factors, whole) for matrix in group.matrices))
             shapes[group.a] = group.width, len(group.matrices) * rank
             shapes |= {matrix.b: (rank, matrix.size) for matrix in group.matrices}
         return shapes | {vector.input: (sum(size for _, size in vector.tensors),) for vector in self.plan.vectors}

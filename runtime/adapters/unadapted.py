@@ -99,6 +99,11 @@ class AdapterFactors:
         self.shapes = layout.shapes(self._factors)
 
     @property
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name → type as safetensors names it, and shape."""
+        return {name: ("F32", shape) for name, shape in self.shapes.items()}
+
+    @property
     def bytes(self) -> int:
         """Of all arrays."""
         return 4 * sum(map(prod, self.shapes.values()))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fusionroute.runtime.backend import Backend, BackendOptions
 from fusionroute.runtime.backends import ort_cpu, ort_pair
+from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError, one_line
 from fusionroute.runtime.tensorrt.library import OLDER, TARGET, device_sm
@@ -36,7 +37,11 @@ def open_engines(flavour: str) -> Open:
 
     def open_flavour(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
         from fusionroute.runtime.tensorrt.backend import TensorRt
+        from fusionroute.runtime.tensorrt.pair import TensorRtPair
 
+        if variant.pair is not None:
+            factors = {name: map_factors(bundle.folder / path) for name, path in variant.pair.factors.items()}
+            return TensorRtPair(bundle, variant, variant.pair, factors, flavour, options.expert_memory)
         return TensorRt(bundle, variant, flavour, options.expert_memory)
 
     return open_flavour
@@ -47,9 +52,12 @@ def open_provider(name: str) -> Open:
 
     def open_named(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
         from fusionroute.runtime.backends.ort_gpu import OrtGpu
+        from fusionroute.runtime.backends.ort_gpu_pair import OrtGpuPair
         from fusionroute.runtime.backends.providers import PROVIDERS
 
         refuse_expert_memory(options)
+        if variant.pair is not None:
+            return OrtGpuPair(bundle, variant, variant.pair, PROVIDERS[name])
         return OrtGpu(bundle, variant, PROVIDERS[name])
 
     return open_named

@@ -92,17 +92,17 @@ class Inputs:
 
 
 class Rows:
-    """Logits that stay on the device, float32 [1, V]: reading them copies them."""
+    """Logits that stay on the device, float32 [1, V]: reading them copies them. `number`: of the row in `value`."""
 
-    def __init__(self, value: Any, memory: str):
-        self._value, self.memory = value, memory
-        self.address = int(value.data_ptr())
+    def __init__(self, value: Any, memory: str, number: int = 0):
+        self._value, self.memory, self._number = value, memory, number
+        self.address = int(value.data_ptr()) + number * value.shape()[1] * np.dtype(np.float32).itemsize
 
     def __len__(self) -> int:
         return 1
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self._value.numpy(), dtype)
+        return np.array(self._value.numpy()[self._number : self._number + 1], dtype)
 
     def __getitem__(self, key: Any) -> Any:
         return self.__array__()[key]

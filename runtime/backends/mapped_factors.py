@@ -11,14 +11,12 @@ from fusionroute.runtime.tensor_file import TensorFile
 
 
 def map_factors(path: Path) -> dict[str, np.ndarray]:
-    """Name → float32 array, read-only and mapped: processes share its memory, and pages are read when they are used.
+    """Name → array, read-only and mapped: processes share its memory, and pages are read when they are used.
 
-    Raises BundleError for a file that is not one of float32 tensors.
+    float32, float16, or uint16 with the bits of bf16, which numpy does not have. Raises BundleError for a file that is
+    not one of such tensors.
     """
     try:
-        tensors = TensorFile(path).tensors
-        if wrong := next((name for name, tensor in tensors.items() if tensor.dtype != "F32"), None):
-            raise ValueError(f"{wrong} is {tensors[wrong].dtype}")
-        return {name: tensor.values() for name, tensor in tensors.items()}
+        return {name: tensor.stored() for name, tensor in TensorFile(path).tensors.items()}
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} does not hold an expert's factors ({one_line(error)}); export the bundle again.") from error

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fusionroute.runtime.backend import Arrays, Fuser, Output, Segment
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
@@ -57,7 +59,8 @@ class OrtPair:
             )
         factors = {name: map_factors(bundle.folder / pair.factors[name]) for name in manifest.experts if name in pair.factors}
         for name, arrays in factors.items():
-            if (wrong := graph.unfit(arrays)) is not None:
+            narrow = next((each for each, array in arrays.items() if array.dtype != np.float32), None)
+            if (wrong := graph.unfit(arrays) or narrow) is not None:
                 raise BundleError(
                     f"{bundle.folder / pair.factors[name]} does not fit {pair.graph} (its input {wrong}); export the bundle again."
                 )

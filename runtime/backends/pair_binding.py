@@ -18,11 +18,11 @@ from fusionroute.runtime.backends.hidden_rows import Head, HiddenRows
 from fusionroute.runtime.backends.keys_values import KeysValues
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import FusionError, one_line
+from fusionroute.runtime.limits import DELTA, EXPERT
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model
 
-EXPERT, DELTA = "expert.", "delta."  # in front of the names of the expert's inputs and outputs, and of its factors
 IDLE = Segment((0,), ())  # of a model that does not read
 
 

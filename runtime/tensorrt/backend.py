@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from threading import RLock
-
-import numpy as np
 
 from fusionroute.runtime.backend import Fuser
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.errors import BundleError
-from fusionroute.runtime.manifest import Model as Spec
-from fusionroute.runtime.manifest import Variant
+from fusionroute.runtime.manifest import FUSION, Variant
 from fusionroute.runtime.tensorrt.device import Device
-from fusionroute.runtime.tensorrt.engines import FUSION
+from fusionroute.runtime.tensorrt.fit import check
 from fusionroute.runtime.tensorrt.fusion import DeviceFuser
-from fusionroute.runtime.tensorrt.loading import BYTES, Engine, Loader
-from fusionroute.runtime.tensorrt.model import Model, Scratch, Shared
+from fusionroute.runtime.tensorrt.loading import Loader
+from fusionroute.runtime.tensorrt.model import Model
 from fusionroute.runtime.tensorrt.residency import Residency
-from fusionroute.runtime.tensorrt.transfers import Block, Copies, Mapped
+from fusionroute.runtime.tensorrt.shared import Scratch, Shared
 
 
 class TensorRt:
@@ -41,16 +36,7 @@ class TensorRt:
         loader = Loader(bundle, variant, flavour, device)
         router_engine, self._fusion = loader.load(manifest.models[0].name), loader.load(FUSION)
         self._profile = loader.profile
-        keys = Block(device, {"key_positions": ((manifest.max_seq_len,), np.int64)})
-        self._shared = shared = Shared(
-            device,
-            Mapped() if device.integrated else Copies(device),
-            RLock(),
-            manifest.max_seq_len,
-            loader.profile.tokens,
-            manifest.vocab_size,
-            keys,
-        )
+        self._shared = shared = Shared.of(device, manifest, loader.profile.tokens)
         self._stream = device.stream()
         main = Scratch(device.memory(max(router_engine.scratch, self._fusion.scratch)), None)
         self._scratch = main.memory
@@ -69,8 +55,7 @@ class TensorRt:
         ]
         for model in (self.router, *self.experts):
             check(model.engine, model.spec, shared, model.experts, f"{bundle.folder}")
-        keys.arrays["key_positions"][...] = np.arange(manifest.max_seq_len)
-        shared.transfers.upload(keys, None)
+        shared.send_key_positions()
 
     def __del__(self) -> None:
         # a runtime that is closed unused would free memory that its first upload still reads
@@ -80,19 +65,3 @@ class TensorRt:
     def fuser(self) -> Fuser:
         """A fuser with buffers of its own."""
         return DeviceFuser(self._fusion, self._shared, self._stream, self._scratch, self._profile)
-
-
-def check(engine: Engine, spec: Spec, shared: Shared, routed: int, bundle: str) -> None:
-    """Raise BundleError unless an engine's tensors are those of the manifest: buffers are bound by address."""
-    kv = (1, spec.kv_heads, shared.capacity, spec.head_size)
-    rest = {"new": (1, spec.kv_heads, -1, spec.head_size)} if "new.0.key" in engine.shapes else {"present": kv}
-    kinds = {"past": kv} | rest
-    expected = {f"{when}.{layer}.{kind}": kinds[when] for when in kinds for layer in range(spec.layers) for kind in ("key", "value")}
-    caches = {name: shape for name, shape in engine.shapes.items() if name.startswith(("past.", "present.", "new."))}
-    known = all(engine.types[name] in BYTES for name in caches)
-    rows = engine.shapes.get("logits", ())[-1:] == (shared.vocab,) and engine.shapes.get("routing", (0,))[-1] == routed
-    if caches != expected or not known or not rows or engine.on_host:
-        raise BundleError(
-            f"The engine of {spec.name} does not have the inputs and outputs that the manifest describes; "
-            f"rebuild it with `fusionroute build {bundle}`."
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -87,6 +88,10 @@ class Memory:
     def __init__(self, address: int, size: int, release: Callable[[], None]):
         self.address, self.size = address, size
         self._release: Callable[[], None] | None = release
+
+    def write(self, offset: int, array: Any) -> None:
+        """Copy a contiguous numpy array into host memory, at an offset in bytes."""
+        ctypes.memmove(self.address + offset, array.ctypes.data, array.nbytes)
 
     def free(self) -> None:
         """Give the memory back; again is harmless."""

@@ -10,14 +10,13 @@ from pathlib import Path
 from fusionroute.runtime.bundle import sha256
 from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError
 from fusionroute.runtime.files import replacing
-from fusionroute.runtime.manifest import NAME, Engines, File, Manifest, Variant
+from fusionroute.runtime.manifest import FUSION, NAME, Engines, File, Manifest, Variant
 from fusionroute.runtime.tensorrt.build import Advance, build, build_lock
 from fusionroute.runtime.tensorrt.library import NAMES, OLDER, TARGET, load
 from fusionroute.runtime.tensorrt.operators import number, since
 from fusionroute.runtime.tensorrt.profile import profile_of, shapes
 
 FOLDER = "engines"
-FUSION = "fusion"
 
 Begin = Callable[[str], Advance]  # called with an engine's name; returns the function that takes its progress
 
@@ -50,7 +49,7 @@ def build_engines(
     version = load(flavour).__version__
     profile = profile_of(manifest)
     dimensions = shapes(profile, manifest.vocab_size)
-    graphs = variant.graphs | {FUSION: variant.fusion_graph}
+    graphs = variant.engine_graphs
     gpus = "+".join(f"sm{sm}" for sm in sms)
     library = flavour + variant.target.removeprefix(TARGET).replace(":", "-")
     paths = {name: f"{FOLDER}/{name}.{library}.{variant.precision}.{gpus}.engine" for name in graphs}

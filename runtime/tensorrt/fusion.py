@@ -12,9 +12,10 @@ import numpy as np
 
 from fusionroute.runtime.backend import Fused, Fuser, FusionInputs
 from fusionroute.runtime.manifest import Profile
+from fusionroute.runtime.tensorrt.answers import Rows
 from fusionroute.runtime.tensorrt.device import Graph, Memory, Stream
 from fusionroute.runtime.tensorrt.loading import Context, Engine
-from fusionroute.runtime.tensorrt.model import Rows, Shared
+from fusionroute.runtime.tensorrt.shared import Shared
 from fusionroute.runtime.tensorrt.transfers import Block
 
 OUTPUTS = {  # fields of backend.Fused → outputs of the fusion graph

@@ -6,40 +6,20 @@ Engines for TensorRT 10.3 return only the new keys and values, which are copied 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.limits import reach
 from fusionroute.runtime.manifest import Model as Spec
-from fusionroute.runtime.tensorrt.device import Device, Event, Graph, Memory, Stream, aligned
-from fusionroute.runtime.tensorrt.loading import BYTES, Context, Engine, Weights
+from fusionroute.runtime.tensorrt.answers import Answer, Known
+from fusionroute.runtime.tensorrt.device import Graph, Stream
+from fusionroute.runtime.tensorrt.keys_values import KeysValues, new_rows, token_bytes
+from fusionroute.runtime.tensorrt.loading import Context, Engine, Weights
 from fusionroute.runtime.tensorrt.residency import Residency
-from fusionroute.runtime.tensorrt.transfers import Block, Transfers
-
-
-class Scratch(NamedTuple):
-    """Working memory of engines that never run at the same time.
-
-    `free`: reached when no engine uses it; None where only one stream does.
-    """
-
-    memory: Memory
-    free: Event | None
-
-
-class Shared(NamedTuple):
-    """What the models of a backend share. `lock` is held while work is queued, never while the host waits for it."""
-
-    device: Device
-    transfers: Transfers
-    lock: RLock
-    capacity: int
-    chunk: int
-    vocab: int
-    key_positions: Block  # int64 0 … capacity − 1; a step reads the beginning
+from fusionroute.runtime.tensorrt.shared import Scratch, Shared
+from fusionroute.runtime.tensorrt.transfers import Block
 
 
 class Model:
@@ -58,80 +38,23 @@ class Model:
     ):
         self.engine, self.spec, self.shared, self.stream, self.scratch, self.experts = engine, spec, shared, stream, scratch, experts
         self.weights, self.residency = weights, residency
-        width = BYTES.get(engine.types.get("past.0.key", ""), 0)  # the backend refuses an engine without caches
-        self.each = spec.kv_heads * spec.head_size * width  # bytes of one token in one cache
-        # new rows are copied away before the stream goes on, so that all sessions can write them to one place
-        self.new_rows = shared.device.memory(2 * spec.layers * aligned(self.each * shared.chunk)) if "new.0.key" in engine.types else None
+        self.new_rows = new_rows(engine, spec, shared)
 
     def cache(self) -> Cache:
         """Device buffers of the full capacity."""
         return Cache(self)
 
 
-class Rows:
-    """Logits on the device, float32 [1, V]. Reading them waits for them and copies them to the host."""
-
-    def __init__(self, cache: Cache, block: Block):
-        self.block = block
-        self.ready, self.read, self.stream = cache.done, cache.read, cache.model.stream
-        self._transfers = cache.model.shared.transfers
-        self._lock = cache.model.shared.lock
-
-    def __len__(self) -> int:
-        return 1
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        with self._lock:
-            self._transfers.download(self.block, self.ready)
-        self._transfers.settle(self.block)
-        return np.array(self.block.arrays["logits"], dtype)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.__array__()[key]
-
-
-class Answer:
-    """One forward pass, perhaps still under way (see `runtime.backend.Output`). `routing` waits for it."""
-
-    def __init__(self, cache: Cache, logits: Block, routing: Block | None):
-        self.logits = Rows(cache, logits)
-        self._routing, self._arrived = routing, False
-        self._cache = cache
-
-    @property
-    def routing(self) -> np.ndarray | None:
-        """Routing scores, float32 [1, n_experts], valid until the next forward pass; None for an expert."""
-        if self._routing is None:
-            return None
-        if not self._arrived:
-            shared = self._cache.model.shared
-            with shared.lock:
-                shared.transfers.download(self._routing, self._cache.done)
-            shared.transfers.settle(self._routing)
-            self._arrived = True
-        return self._routing.arrays["routing"]
-
-
-class Known(NamedTuple):
-    """One forward pass whose rows are on the host already: float32 [K, V] and [K, n_experts]."""
-
-    logits: np.ndarray
-    routing: np.ndarray | None
-
-
 class Cache:
     """One model's KV buffers and bound contexts for one session (see `runtime.backend.Cache`)."""
 
     def __init__(self, model: Model):
-        self.model, self.length = model, 0
+        self.model, self.length, self.shared, self.stream = model, 0, model.shared, model.stream
         shared, spec = model.shared, model.spec
         device = shared.device
         device.enter()
-        each, rows = aligned(model.each * shared.capacity), aligned(model.each * shared.chunk)
-        names = [f"{layer}.{kind}" for layer in range(spec.layers) for kind in ("key", "value")]
-        self.done = device.event()  # reached when the last forward pass is over
-        self.read = device.event()  # reached when the last fusion has read the logits
-        self._keys_values = device.memory(each * len(names))
+        self.done, self.read = device.event(), device.event()  # see `Pass`
+        self._keys_values = KeysValues(spec, shared, token_bytes(model.engine, spec))
         self._inputs = Block(
             device,
             {
@@ -141,21 +64,15 @@ class Cache:
             },
         )
         self._outputs = self._buffers(1)
-        self._places = [self._keys_values.address + number * each for number in range(len(names))]
-        # of each cache: its address, and the address where its new rows are written
-        self._appended: list[tuple[int, int]] = []
-        self._addresses = {**self._inputs.addresses, "key_positions": shared.key_positions.device}
-        for number, name in enumerate(names):
-            self._addresses[f"past.{name}"] = place = self._places[number]
-            if model.new_rows is None:
-                self._addresses[f"present.{name}"] = place
-            else:
-                self._addresses[f"new.{name}"] = new = model.new_rows.address + number * rows
-                self._appended.append((place, new))
+        self._addresses = {
+            **self._inputs.addresses,
+            **self._keys_values.addresses(model.new_rows),
+            "key_positions": shared.key_positions.device,
+        }
         self._steps: dict[int, tuple[Context, Graph | None]] = {}  # decode steps by the number of keys that they read
         self._chunks: Context | None = None
         with shared.lock:
-            model.stream.zero(self._keys_values)  # keys beyond the text are masked, but 0 · NaN is NaN
+            model.stream.zero(self._keys_values.memory)  # keys beyond the text are masked, but 0 · NaN is NaN
 
     def __del__(self) -> None:
         if hasattr(self, "_outputs"):
@@ -221,7 +138,7 @@ class Cache:
             self._decode(reach(self.length + 1, model.shared.capacity))
         else:
             self._read(count, row_count, blocks)
-        self._append(count)
+        self._keys_values.append(stream, model.new_rows, self.length, count)
         stream.record(self.done)
         if free is not None:
             stream.record(free)
@@ -229,25 +146,12 @@ class Cache:
     def copy_prefix(self, other: Cache, length: int) -> None:
         """See `runtime.backend.Cache.copy_prefix`. Both caches are of one model, so its stream keeps the order."""
         model, shared = self.model, self.model.shared
-        row = model.each // model.spec.kv_heads
-        pitch = shared.capacity * row
         with shared.lock:
             shared.device.enter()
-            for target, source in zip(self._places, other._places, strict=True):
-                model.stream.copy_rows(target, pitch, source, pitch, length * row, model.spec.kv_heads)
+            self._keys_values.copy_prefix(model.stream, other._keys_values, length)
             model.stream.record(self.done)
             model.stream.record(other.done)  # its buffers may be freed after that
         self.length = length
-
-    def _append(self, count: int) -> None:
-        """Append new keys and values to the caches.
-
-        Not part of a captured graph: the address changes with every step.
-        """
-        heads = self.model.spec.kv_heads
-        row = self.model.each // heads
-        for place, new in self._appended:
-            self.model.stream.copy_rows(place + self.length * row, self.model.shared.capacity * row, new, count * row, count * row, heads)
 
     def _read(self, count: int, row_count: int, blocks: dict[str, Block]) -> None:
         """Read a chunk of any shape, in a context whose shapes change."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusionroute.runtime import limits
+from fusionroute.runtime.limits import EXPERT
 from fusionroute.runtime.manifest import Manifest, Profile
 
 # tokens that the fusion engine returns for a position; sampling from more of them reads the full row
@@ -26,11 +27,18 @@ def profile_of(manifest: Manifest) -> Profile:
 
 
 def shapes(profile: Profile, vocab: int) -> dict[str, Shapes]:
-    """Smallest, usual (a decoding step) and largest shape of every free input of the models and of the fusion graph."""
-    return {
+    """Smallest, usual (a decoding step) and largest shape of every free input of the models and of the fusion graph.
+
+    Those of a pair's expert are as its router's.
+    """
+    model: dict[str, Shapes] = {
         "input_ids": ((1, 1), (1, 1), (1, profile.tokens)),
         "key_positions": ((1,), ((profile.keys + 1) // 2,), (profile.keys,)),
         "logit_positions": ((1,), (1,), (profile.positions,)),
+    }
+    return {
+        **model,
+        **{f"{EXPERT}{name}": sizes for name, sizes in model.items()},
         "router_logits": ((1, vocab), (1, vocab), (profile.rows, vocab)),
         "expert_logits": ((1, vocab), (1, vocab), (profile.rows, vocab)),
         "penalty_ids": ((1, 0), (1, 0), (profile.rows, profile.penalised)),

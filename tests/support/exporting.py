@@ -39,10 +39,11 @@ def export_checkpoints(
     shared_base: bool = False,
     budget: RankBudget | None = None,
     leave_apart: bool = False,
+    targets: tuple[str, ...] = ("ort:cpu",),
 ) -> Path:
     """Export given checkpoints to `out`."""
     request = Request(
-        FAMILIES[shape.family], router, experts, precisions, ("ort:cpu",), out, max_seq_len=max_seq_len, calibration=calibration,
+        FAMILIES[shape.family], router, experts, precisions, targets, out, max_seq_len=max_seq_len, calibration=calibration,
         shared_base=shared_base, budget=budget, leave_apart=leave_apart,
     )  # fmt: skip
     with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):

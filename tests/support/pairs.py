@@ -27,10 +27,17 @@ class SharedSystem:
     experts: dict[str, str]
 
 
-def export_shared(folder: Path, shape: Shape, options: list[dict[str, Any]], precisions: tuple[str, ...] = ("fp32",)) -> SharedSystem:
+def export_shared(
+    folder: Path,
+    shape: Shape,
+    options: list[dict[str, Any]],
+    precisions: tuple[str, ...] = ("fp32",),
+    targets: tuple[str, ...] = ("ort:cpu",),
+    max_seq_len: int | None = None,
+) -> SharedSystem:
     """Make a system of adapters as `make_adapted_system` does, and export it with one base to `folder/bundle`."""
     base, router, experts = make_adapted_system(folder, shape, options)
-    bundle = export_checkpoints(folder / "bundle", shape, router, experts, precisions, shared_base=True)
+    bundle = export_checkpoints(folder / "bundle", shape, router, experts, precisions, max_seq_len, shared_base=True, targets=targets)
     return SharedSystem(bundle, base, router, experts)
 
 

@@ -2,7 +2,7 @@
 one module.
 """
 
-from fusionroute.fr_export.graphs.dialects import ort, portable, tensorrt, tensorrt_10_3
+from fusionroute.fr_export.graphs.dialects import ort, pair, portable, tensorrt, tensorrt_10_3
 from fusionroute.fr_export.graphs.dialects.dialect import Dialect
 
-__all__ = ["Dialect", "ort", "portable", "tensorrt", "tensorrt_10_3"]
+__all__ = ["Dialect", "ort", "pair", "portable", "tensorrt", "tensorrt_10_3"]

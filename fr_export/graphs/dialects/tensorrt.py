@@ -49,6 +49,14 @@ class Step:
         torch._check(used <= key.shape[2])
         return key[:, :, :used], value[:, :, :used]
 
+    def attended(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, window: int | None
+    ) -> Tensor:
+        """What queries [1, H, S, D] read of the layer's keys and values with the new ones [1, KV, S, D]: [1, H, S, D]."""
+        keys, values = self.written(layer, key, value)
+        mask = self.mask(window)
+        return attend(query, [keys], [values], mask, scaling, softcap) if softcap else fused(query, keys, values, mask, scaling)
+
     def mask(self, window: int | None) -> Tensor:
         """Which keys a query sees, bool [S, T]: none after it, and the last `window` up to itself."""
         if window not in self.masks:
@@ -64,9 +72,7 @@ def attention(
     """transformers' attention interface. query [1, H, S, D], key and value [1, KV, S, D] → output [1, S, H, D]."""
     size = query.shape[-1]
     query, key, value = layers.padded(query, key, value)
-    keys, values = step.written(int(module.layer_idx), key, value)
-    mask = step.mask(sliding_window)
-    out = attend(query, [keys], [values], mask, scaling, softcap) if softcap else fused(query, keys, values, mask, scaling)
+    out = step.attended(int(module.layer_idx), query, key, value, scaling, softcap, sliding_window)
     return out[..., :size].transpose(1, 2) if out.shape[-1] != size else out.transpose(1, 2), None
 
 

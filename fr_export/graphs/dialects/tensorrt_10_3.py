@@ -10,14 +10,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
 from fusionroute.fr_export.graphs.dialects import layers, rotary, tensorrt
 from fusionroute.fr_export.graphs.dialects.primitive import attend
 from fusionroute.fr_export.graphs.graph import Graph
 
-ATTENTION = "fusionroute_tensorrt_10_3"
 OPSET = 20
 NEW = "new."
 
@@ -35,6 +33,13 @@ class Step(tensorrt.Step):
         past_key, past_value = (past[:, :, :used] for past in self.past[layer])
         return [past_key, key], [past_value, value]
 
+    def attended(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, window: int | None
+    ) -> Tensor:
+        """As in `tensorrt`."""
+        keys, values = self.parts(layer, key, value)
+        return attend(query, keys, values, self.mask(window), scaling, softcap)
+
     def mask(self, window: int | None) -> Tensor:
         """Which keys a query sees, bool [S, T + S]: of the buffers those that were written, and of all those as in
         `tensorrt`.
@@ -47,26 +52,12 @@ class Step(tensorrt.Step):
         return self.masks[window]
 
 
-def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float, step: Step,
-    softcap: float | None = None, sliding_window: int | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention interface. query [1, H, S, D], key and value [1, KV, S, D] → output [1, S, H, D]."""
-    size = query.shape[-1]
-    query, key, value = layers.padded(query, key, value)
-    keys, values = step.parts(int(module.layer_idx), key, value)
-    out = attend(query, keys, values, step.mask(sliding_window), scaling, softcap)
-    return out[..., :size].transpose(1, 2) if out.shape[-1] != size else out.transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION, attention)  # no mask function of this name: transformers then builds no mask
-
 NORM = layers.normalised("::SimplifiedLayerNormalization", 1)  # spelled out later, see `passes.decompose_rmsnorm`
 
 
 def emitting(model: Any) -> AbstractContextManager[None]:
     """Make the model's linear, norm and attention calls emit this dialect's operators."""
-    return layers.emitting(model, ATTENTION, NORM, rotary.by_tables)
+    return layers.emitting(model, tensorrt.ATTENTION, NORM, rotary.by_tables)
 
 
 class Forward(tensorrt.Forward):

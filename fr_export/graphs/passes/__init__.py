@@ -1,9 +1,10 @@
 """Graph rewrites, one per file; each leaves the function of the graph as it was, `to_half` up to rounding.
 
-`pair_segments` makes a graph for two models at once, `split_head` two graphs of one.
+`pair_segments` makes a graph for two models at once, `expert_factors` ends one, `split_head` makes two graphs of one.
 """
 
 from fusionroute.fr_export.graphs.passes.decompose_rmsnorm import decompose_rmsnorm
+from fusionroute.fr_export.graphs.passes.expert_factors import expert_factors
 from fusionroute.fr_export.graphs.passes.fuse_rotary import fuse_rotary
 from fusionroute.fr_export.graphs.passes.fuse_skip_norm import fuse_skip_norm
 from fusionroute.fr_export.graphs.passes.pack_qkv import pack_qkv, split_qkv
@@ -15,6 +16,7 @@ from fusionroute.fr_export.graphs.passes.to_half import to_half
 
 __all__ = [
     "decompose_rmsnorm",
+    "expert_factors",
     "fuse_rotary",
     "fuse_skip_norm",
     "is_linear",

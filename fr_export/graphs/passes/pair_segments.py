@@ -13,9 +13,8 @@ import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.graph import Graph, Source, added, initializer, node
 from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.limits import DELTA, EXPERT
 
-EXPERT = "expert."  # in front of the names of the router's inputs and outputs
-DELTA = "delta."
 LOOKUP = ".lookup"  # behind an embedding's name: its head, which may be tied to it, has factors of its own
 ROWS = "logit_positions"
 NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator → which input is its weight
@@ -110,7 +109,7 @@ class _Pairing:
         states = [None if value is None else self.split(value) for value in attention.inputs[STATES]]
         whole, *presents = attention.outputs
         router, expert = self.segments_of(whole)
-        caches = [ir.Value(name=f"{EXPERT}{value.name}", type=value.type, shape=value.shape) for value in presents]
+        caches = [ir.Value(name=f"{EXPERT}{value.name}", type=value.type, shape=own_shape(value)) for value in presents]
         own = [self.of_expert(value) for value in (*attention.inputs[CACHES], *attention.inputs[LENGTHS])]
         inputs = [*(state and state[1] for state in states), *own, *attention.inputs[TABLES]]
         twin = ir.Node(attention.domain, attention.op_type, inputs, attention.attributes.values(), outputs=[expert, *caches])
@@ -127,7 +126,7 @@ class _Pairing:
         """Scale what a norm gives by its weight in the graph for the router, and by an input for the expert."""
         place, result = NORMS[norm.op_type], norm.outputs[0]
         weight = norm.inputs[place]
-        norm.replace_input_with(place, self.ones(int(weight.shape[0])))
+        norm.replace_input_with(place, self.ones(weight))
         chosen = self.chosen(weight, norm)
         scaled = ir.Value(name=f"{result.name}.scaled", type=result.type, shape=result.shape)
         result.replace_all_uses_with(scaled)
@@ -135,9 +134,9 @@ class _Pairing:
 
     def chosen(self, vector: ir.Value, reader: ir.Node) -> ir.Value:
         """A vector of the graph for the router's tokens, and an input for the expert's."""
-        own = self.input(f"{DELTA}{vector.name}", vector.shape)
+        own = self.input(f"{DELTA}{vector.name}", vector.shape, vector.dtype)
         rows = self.expert_rows(len(reader.outputs[0].shape))
-        return added(self.inner, reader, "Where", [rows, own, vector], f"{vector.name}.chosen")
+        return added(self.inner, reader, "Where", [rows, own, vector], f"{vector.name}.chosen", dtype=vector.dtype or FLOAT)
 
     def add_to_lookup(self, lookup: ir.Node) -> Factors:
         """Add rows of a·b to the expert's segment of the embedding's rows."""
@@ -156,9 +155,10 @@ class _Pairing:
         """Add x·a·b to the expert's rows of every product that reads x."""
         names = [str(product.inputs[1].name) for product in products]
         rank = f"rank.{names[0]}"
-        a = self.input(f"{DELTA}{names[0]}.a", [int(x.shape[-1]), f"{len(names)}*{rank}" if len(names) > 1 else rank])
+        a = self.input(f"{DELTA}{names[0]}.a", [int(x.shape[-1]), f"{len(names)}*{rank}" if len(names) > 1 else rank], x.dtype)
         answers = str(x.shape[1]) == self.positions
-        narrow = added(self.inner, products[0], "MatMul", [x if answers else self.split(x)[1], a], f"{a.name}.product")
+        rows = x if answers else self.split(x)[1]
+        narrow = added(self.inner, products[0], "MatMul", [rows, a], f"{a.name}.product", dtype=x.dtype or FLOAT)
         if answers:  # rows of both, at positions within the whole pass
             narrow = added(
                 self.inner, products[0], "Where", [self.expert_answers(), narrow, self.constant("segments.zero", 0.0)], f"{a.name}.expert"
@@ -169,7 +169,7 @@ class _Pairing:
             node(self.inner, products[0], "Split", [narrow], list(low), axis=-1, num_outputs=len(names))
         inputs = {}
         for name, product, part in zip(names, products, low, strict=True):
-            b = self.input(f"{DELTA}{name}.b", [rank, int(product.outputs[0].shape[-1])])
+            b = self.input(f"{DELTA}{name}.b", [rank, int(product.outputs[0].shape[-1])], x.dtype)
             if answers:
                 self.add_to_all(product, part, b)
             else:
@@ -250,11 +250,12 @@ class _Pairing:
             self.masks[rank] = self.before("Unsqueeze", [row, axes], f"segments.mask.{rank}", None, BOOL)
         return self.masks[rank]
 
-    def ones(self, width: int) -> ir.Value:
-        """The weight of a norm that does not scale."""
-        name = f"ones.{width}"
+    def ones(self, weight: ir.Value) -> ir.Value:
+        """The weight of a norm that does not scale, like another one."""
+        width, dtype = int(weight.shape[0]), weight.dtype or FLOAT
+        name = f"ones.{width}.{dtype.name.lower()}"
         self.graph.sources[name] = Source(constant=np.ones(width, np.float32))
-        return self.inner.initializers.get(name) or initializer(self.inner, name, FLOAT, (width,))
+        return self.inner.initializers.get(name) or initializer(self.inner, name, dtype, (width,))
 
     def each(self, *operators: str) -> list[ir.Node]:
         """The nodes of some operators, in their order."""
@@ -276,10 +277,15 @@ class _Pairing:
     def of_expert(self, value: ir.Value) -> ir.Value:
         """The expert's counterpart of an input of the router's."""
         name = f"{EXPERT}{value.name}"
-        return next((each for each in self.inner.inputs if each.name == name), None) or self.input(name, value.shape, value.dtype)
+        return next((each for each in self.inner.inputs if each.name == name), None) or self.input(name, own_shape(value), value.dtype)
 
     def input(self, name: str, shape: Iterable[int | str | ir.SymbolicDim], dtype: ir.DataType | None = FLOAT) -> ir.Value:
         """A new input of the graph."""
         value = ir.Value(name=name, type=ir.TensorType(dtype or FLOAT), shape=ir.Shape(shape))
         self.inner.inputs.append(value)
         return value
+
+
+def own_shape(value: ir.Value) -> ir.Shape:
+    """The shape of the expert's counterpart of a value: its caches may hold more tokens or fewer than the router's."""
+    return ir.Shape([size if isinstance(size, int) else f"expert_{size}" for size in value.shape or ()])

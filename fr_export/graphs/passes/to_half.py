@@ -65,7 +65,7 @@ class _Narrowing:
         hidden = self.inner.outputs[1]
         heads = [n for n in hidden.consumers() if n.op_type == "FusedMatMul"]
         for value in self.inner.inputs:
-            if value.name.startswith("past"):
+            if "past" in value.name:  # a pair's expert has caches of its own
                 self._set(value, self.half)
         for n in list(self.inner):
             if n.op_type == "Gather" and (source := self.graph.sources.get(n.inputs[0].name)) is not None:
@@ -83,7 +83,7 @@ class _Narrowing:
         if self.types[hidden] != FLOAT:  # the LM head goes on reading it in half precision
             self.inner.outputs[1] = self._swap_name(hidden, self._cast(hidden, FLOAT, None))
         for place, value in enumerate(list(self.inner.outputs)):
-            if str(value.name).startswith("new.") and self.types[value] != self.half:  # rows of the KV buffers
+            if "new." in str(value.name) and self.types[value] != self.half:  # rows of the KV buffers
                 name, rows = value.name, self._cast(value, self.half, None)
                 value.name, rows.name = f"{name}.float", name
                 self.inner.outputs[place] = rows

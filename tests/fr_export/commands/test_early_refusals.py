@@ -103,8 +103,8 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "no number of tokens": ((*TINY, "--compare", "much"), ("--compare", "'much' is neither 'none' nor a number of tokens")),
     "too few tokens": ((*TINY, "--compare", "1"), ("--compare", "'1' is neither")),
     "one base for a target without pairs": (
-        (*TINY, "--shared-base", "--target", "ort,ort:cuda"),
-        ("--shared-base / --target", "only ort:cpu has graphs that router and experts share; leave ort:cuda out"),
+        (*TINY, "--shared-base", "--target", "ort,portable"),
+        ("--shared-base / --target", "router and experts share no graph for portable; leave it out"),
     ),
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backend import FusionInputs
-from fusionroute.runtime.tensorrt.model import Answer
+from fusionroute.runtime.tensorrt.answers import Answer
 from tests.support.simulated.bundles import CHUNK
 from tests.support.simulated.install import simulated
 from tests.support.simulated.machine import Machine

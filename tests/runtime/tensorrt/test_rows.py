@@ -14,7 +14,7 @@ from tests.support.simulated.machine import Machine
 from tests.support.simulated.memory import Fault
 from tests.support.simulated.tensorrt import WEIGHTS
 
-ROWS = "(Model.__init__ <"  # where their memory is taken
+ROWS = "(new_rows < Model.__init__ <"  # where their memory is taken
 
 
 @pytest.fixture(scope="module")

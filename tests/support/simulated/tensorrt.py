@@ -200,8 +200,9 @@ def execute(
             feeds[tensor] = allocation.data[offset : offset + size].copy().view(kind).reshape(shapes[tensor])
     memory, offset = machine.heap.find(scratch.address, scratch.size, name)
     memory.data[offset : offset + scratch.size] = POISON
-    if "key_positions" in feeds and feeds["write_index"][0] + feeds["input_ids"].shape[1] > len(feeds["key_positions"]):
-        raise Fault(f"{name} reads fewer keys than the text has")
+    for prefix in [given.removesuffix("key_positions") for given in feeds if given.endswith("key_positions")]:
+        if feeds[f"{prefix}write_index"][0] + feeds[f"{prefix}input_ids"].shape[1] > len(feeds[f"{prefix}key_positions"]):
+            raise Fault(f"{name} reads fewer keys than the text has")
     try:
         outputs = engine.graph.run(feeds)
     except Exception as error:
