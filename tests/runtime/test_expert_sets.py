@@ -42,7 +42,6 @@ def test_texts_are_those_of_a_bundle_with_the_same_experts(
     """After every change, bit for bit; the loaded bundle stays as it was."""
     copy = Path(shutil.copytree(shared, tmp_path / "copy"))
     with FusionRuntime.load(shared, precision, "cpu", **options) as rt:
-
         held = []  # sessions of every set, which lend what they have read
 
         def check(names: list[str]) -> Texts:
