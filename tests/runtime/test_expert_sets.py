@@ -42,8 +42,13 @@ def test_texts_are_those_of_a_bundle_with_the_same_experts(
     """After every change, bit for bit; the loaded bundle stays as it was."""
     copy = Path(shutil.copytree(shared, tmp_path / "copy"))
     with FusionRuntime.load(shared, precision, "cpu", **options) as rt:
+        held = []  # sessions of every set, which lend what they have read
 
         def check(names: list[str]) -> Texts:
+            for name in names:
+                held.append(rt.session(expert=name))
+                held[-1].append(IDS)
+                held[-1].step()
             with FusionRuntime.load(copy, precision, "cpu", **options) as expected:
                 assert rt.expert_names == expected.expert_names == names
                 ours = texts(rt)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.adapters.expert_files import add_expert, remove_expert
 from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.bundle import FACTORS, Bundle
+from fusionroute.runtime.commands import VERBS
+from fusionroute.runtime.commands.verbs import program
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, UnavailableError
 from fusionroute.runtime.manifest import NAME, Manifest
 from tests.support.bundles import edit
+from tests.support.commands import in_folder
 from tests.support.numpy_adapters import write_adapter
 
 
@@ -211,3 +215,21 @@ def test_a_kill_leaves_the_old_or_the_new_bundle(what: str, copy: Path, adapter:
 
 def change(what: str, bundle: Path, adapter: Path) -> Manifest:
     return add_expert(bundle, "expert0", adapter) if what == "add" else remove_expert(bundle, "expert0")
+
+
+def test_the_commands_say_who_is_there(
+    copy: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def entry() -> None:
+        program(VERBS, "Tests.")(args=sys.argv[1:])
+
+    with in_folder("fusionroute", entry, tmp_path, monkeypatch, capsys) as command:
+        removed = command("remove-expert", str(copy), "expert1")
+        assert removed.status == 0 and "experts expert0, expert2, " in removed.out and "rows without an expert: expert1" in removed.out
+        assert "rows of the routing head without an expert: expert1" in " ".join(command("inspect", str(copy)).out.split())
+        added = command("add-expert", str(copy), f"expert1={adapter}")
+        assert added.status == 0 and "experts expert0, expert1, expert2, " in added.out and "rows without" not in added.out
+        assert command("add-expert", str(copy), "expert1").status == 2
+        refused = command("add-expert", str(copy), f"expert1={adapter}")
+        assert refused.status == 1 and "add --force to replace it" in refused.err
+        assert command("add-expert", str(copy), f"expert1={adapter}", "--force").status == 0
