@@ -18,6 +18,7 @@ from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.families import FAMILIES
 
 BITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+TICKS = (6, 10, 15, 20, 30, 40, 60)  # of the picture, in bits
 
 
 def main(
@@ -68,6 +69,8 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             axes[0, place].plot(*zip(*own, strict=True), marker=marker, label=line, **style)
         axes[0, place].grid(alpha=0.3, which="both")
         axes[0, place].set(xlabel="bits of router and experts, per weight of one model", xscale="log")
+        axes[0, place].set_xticks(TICKS, map(str, TICKS))
+        axes[0, place].set_xticks([], minor=True)
     axes[0, 0].set(ylabel="mean KL from fp32 (nats)", yscale="log")
     axes[0, 0].legend(fontsize=8)
     if measured:

@@ -18,7 +18,9 @@ from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.rank_budget import RankBudget, Ranks
 from fusionroute.runtime.errors import InputError
 
-LARGEST_ERROR = 0.02  # of an expert's products, squared, that its factors may leave
+# Of an expert's products, squared, that its factors may leave: there the embedded system of llama3 loses as much as by
+# int4 of everything (KL 0.041 and 0.043).
+LARGEST_ERROR = 0.005
 
 
 class Approximated(NamedTuple):

@@ -148,13 +148,13 @@ def test_what_cannot_share_is_refused_before_anything_is_written(request_: Reque
 
 
 def test_factors_that_leave_out_too_much_are_refused_by_their_numbers(tmp_path: Path) -> None:
-    """Two models with nothing in common: ranks of 1 explain next to nothing, full ranks all."""
+    """Two models with nothing in common: a rank of 1 explains next to nothing, the full rank all."""
     router, experts = make_system(tmp_path, Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=1))
     request = Request(
         None, router, experts, ("fp32",), ("ort:cpu",), tmp_path / "bundle", calibration="none", compare=0, shared_base=True,
         budget=RankBudget(rank=1),
     )  # fmt: skip
-    words = r"^Expert 'expert0' \(.*\) and the router cannot share one base, since factors of 3\.\d\d bits per weight leave out 9\d% of .*--shared-base auto\)\.$"
+    words = r"^Expert 'expert0' \(.*\) and the router cannot share one base, since factors of 1\.25 bits per weight leave out 9\d% of .*--shared-base auto\)\.$"
     for auto in (False, True):  # nothing would be left to share
         with pytest.raises(InputError, match=words):
             export(replace(request, leave_apart=auto), Stages(Console(quiet=True)))

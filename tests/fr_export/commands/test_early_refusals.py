@@ -106,6 +106,11 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
         (*TINY, "--shared-base", "--target", "ort,portable"),
         ("--shared-base / --target", "router and experts share no graph for portable; leave it out"),
     ),
+    "auto without a base": ((*TINY, "auto"), ("--shared-base auto", "auto says what --shared-base does")),
+    "a base of another kind": ((*TINY, "--shared-base", "some"), ("'some'", "'auto'")),
+    "a rank of whole models": ((*TINY, "--rank", "4"), ("--rank / --delta-bits", "factors are of models that share one base")),
+    "a rank and bits": ((*TINY, "--shared-base", "auto", "--rank", "4", "--delta-bits", "1"), ("both name the size of the factors",)),
+    "no bits": ((*TINY, "--shared-base", "--delta-bits", "0"), ("--delta-bits", "0.0 is not a number of bits above 0")),
 }
 
 
