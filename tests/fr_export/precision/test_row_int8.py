@@ -36,7 +36,8 @@ def graph(out: int, width: int, products: int, lookup: bool) -> Graph:
 
 def rounded(rows: np.ndarray, steps: np.ndarray) -> np.ndarray:
     """Rows [..., K] to multiples of their steps [..., 1]."""
-    return np.rint(rows / np.where(steps > 0, steps, 1)) * steps
+    multiples: np.ndarray = np.rint(rows / np.where(steps > 0, steps, 1)) * steps
+    return multiples
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
