@@ -130,13 +130,18 @@ class BlockwiseForward:
         """Run the current block over all texts and move on: its outputs become the states. Raises as `observe`."""
         self._run(None, weights, moves=True)
 
-    def peek(self, weights: Mapping[str, np.ndarray] = {}) -> list[States]:
+    def peek(self, weights: Mapping[str, np.ndarray] = {}, states: Sequence[States] | None = None) -> list[States]:
         """The states after the current block with these weights, one tuple per text, without moving on.
 
-        Raises as `observe`.
+        `states` stand for the walk's own in front of the block. Raises as `observe`.
         """
         outputs: list[States] = []
-        self._run(None, weights, moves=False, peeked=outputs)
+        own = self.states
+        self.states = own if states is None else list(states)
+        try:
+            self._run(None, weights, moves=False, peeked=outputs)
+        finally:
+            self.states = own
         return outputs
 
     def move(self, states: Sequence[States]) -> None:
@@ -197,15 +202,16 @@ class BlockwiseForward:
         """The named outputs of the block beside its states, for one text after the other."""
         import onnxruntime  # imported late: it starts threads, and not every import of this module runs a block
 
-        block, session = self.block, self._session(self.block)
+        block = self.block
+        inner = [name for name in names if name not in block.products]
+        session = self._session(block) if inner else None  # a block may be products alone
         # an OrtValue on the CPU shares the array's memory and keeps it alive
         fed = {place: onnxruntime.OrtValue.ortvalue_from_numpy(self._weight(name, weights)) for place, name in block.weights.items()}
-        inner = [name for name in names if name not in block.products]
 
         def run(number: int, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             text = self._texts[number]
             try:
-                results = session.run(inner, context_feeds(session, text) | fed | given) if inner else []
+                results = session.run(inner, context_feeds(session, text) | fed | given) if session else []
             except Exception as error:  # ONNX Runtime has no public base class for its errors
                 raise FusionError(
                     f"ONNX Runtime cannot run block {block.name} on text {number} of {len(text)} tokens ({one_line(error)}); expected weights of "

@@ -28,14 +28,13 @@ class RecordedText:
 
 @dataclass
 class Growing:
-    """A text that is being generated, and how many of its tokens the models have read."""
+    """A text that is being generated. The models have read all of its tokens but the last."""
 
     number: int
     ids: list[int]
     sampler: Sampler
     prompt: int
     experts: list[int] = field(default_factory=list)
-    read: int = 0
 
     def finished(self) -> RecordedText:
         """The text when it has ended."""
@@ -65,15 +64,16 @@ def record(
     done: dict[int, RecordedText] = {}
     following = 0
     while following < len(prompts):
-        rows = [text or (waiting.popleft() if waiting else None) for text in rows]
-        tokens = np.array([text.ids[text.read] if text else 0 for text in rows], np.int64)
-        lengths = np.array([text.read if text else 0 for text in rows], np.int32)
+        for row, text in enumerate(rows):
+            if text is None and waiting:
+                rows[row] = text = waiting.popleft()
+                if beginning := text.ids[:-1]:
+                    models.begin(row, beginning)
+        tokens = np.array([text.ids[-1] if text else 0 for text in rows], np.int64)
+        lengths = np.array([len(text.ids) - 1 if text else 0 for text in rows], np.int32)
         (router, routing), *experts = models.read(tokens, lengths)
         for row, text in enumerate(rows):
             if text is None:
-                continue
-            text.read += 1
-            if text.read < len(text.ids):
                 continue
             expert = int(routing[row].argmax())
             fused = coefficients[0] * router[row] + coefficients[1] * experts[expert][0][row]

@@ -1,4 +1,7 @@
-"""All models of a system, each reading one token of several texts in a pass: weights are read once for all of them."""
+"""All models of a system, each reading one token of several texts in a pass: weights are read once for all of them.
+
+What a text begins with is read before, in one pass of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from fusionroute.runtime.errors import FusionError, one_line
 from fusionroute.runtime.machine import cores
 
 Floats = npt.NDArray[np.float32]
-MOST = 40  # texts: beyond, products of this many rows gain little
-CACHES = 768 << 20  # bytes of all models' caches that the number of texts is cut to
+MOST = 80  # texts: beyond, products of this many rows gain little
+CACHES = 1792 << 20  # bytes of all models' caches that the number of texts is cut to
 
 
 class SideBySide:
@@ -51,6 +54,10 @@ class SideBySide:
         except Exception as error:  # ONNX Runtime has no public base class for its errors
             raise FusionError(f"ONNX Runtime {self._onnxruntime.__version__} cannot load {file} ({one_line(error)}).") from error
 
+    def begin(self, row: int, ids: Sequence[int]) -> None:
+        """Let every model read the first tokens of a new text, at least one, in place of what it had read in a row."""
+        list(self._pool.map(lambda model: model.begin(row, np.array([ids], np.int64)), self._models))
+
     def read(self, tokens: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32]) -> list[list[Floats]]:
         """Let every model read one token [rows] of each text, behind `lengths` [rows] that it has read.
 
@@ -72,33 +79,51 @@ class Batch:
     """One model with its caches, which are updated in place."""
 
     def __init__(self, session: Any, rows: int, capacity: int):
-        self._session, self._binding = session, session.io_binding()
-        self._arrays: dict[str, np.ndarray] = {
-            name: np.zeros(shape, np.float32) for name, shape in cache_shapes(session, rows, capacity).items()
+        self._session = session
+        self._caches = {name: np.zeros(shape, np.float32) for name, shape in cache_shapes(session, rows, capacity).items()}
+        self._given = feeds(np.zeros((rows, 1), np.int64), np.zeros(rows, np.int32))
+        self._answers = {
+            output.name: np.empty((rows, 1, output.shape[-1]), np.float32)
+            for output in session.get_outputs()
+            if not output.name.startswith("present.")
         }
-        for name, cache in list(self._arrays.items()):
-            self._binding.bind_output(name.replace("past.", "present."), "cpu", 0, np.float32, cache.shape, cache.ctypes.data)
-        self._arrays |= {
-            "input_ids": np.zeros((rows, 1), np.int64),
-            "seqlens_k": np.zeros(rows, np.int32),
-            "total_sequence_length": np.zeros((), np.int32),
-            "logit_positions": np.zeros(1, np.int64),
-        }
-        for name, array in self._arrays.items():
-            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._answers = []
-        for output in session.get_outputs():
-            if not output.name.startswith("present."):
-                self._answers.append(np.empty((rows, 1, output.shape[-1]), np.float32))
-                answer = self._answers[-1]
-                self._binding.bind_output(output.name, "cpu", 0, np.float32, answer.shape, answer.ctypes.data)
+        self._binding = bound(session, self._given, self._caches, self._answers)
+
+    def begin(self, row: int, ids: npt.NDArray[np.int64]) -> None:
+        """See `SideBySide.begin`. ids [1, S]."""
+        caches = {name: cache[row : row + 1] for name, cache in self._caches.items()}
+        answers = {name: answer[row : row + 1] for name, answer in self._answers.items()}
+        given = feeds(ids, np.array([ids.shape[1] - 1], np.int32))
+        self._session.run_with_iobinding(bound(self._session, given, caches, answers))
 
     def read(self, tokens: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32]) -> list[Floats]:
         """See `SideBySide.read`."""
-        self._arrays["input_ids"][:, 0], self._arrays["seqlens_k"][:] = tokens, lengths
-        self._arrays["total_sequence_length"][...] = lengths.max() + 1
+        self._given["input_ids"][:, 0], self._given["seqlens_k"][:] = tokens, lengths
+        self._given["total_sequence_length"][...] = lengths.max() + 1
         self._session.run_with_iobinding(self._binding)
-        return [answer[:, 0] for answer in self._answers]
+        return [answer[:, 0] for answer in self._answers.values()]
+
+
+def feeds(ids: npt.NDArray[np.int64], last: npt.NDArray[np.int32]) -> dict[str, np.ndarray]:
+    """What a graph takes beside its caches: ids [B, S], of which the last one stands at `last` [B] of its text. Only it
+    has logits.
+    """
+    return {
+        "input_ids": ids,
+        "seqlens_k": last,
+        "total_sequence_length": np.array(last.max() + 1, np.int32),
+        "logit_positions": np.array([ids.shape[1] - 1], np.int64),
+    }
+
+
+def bound(session: Any, given: dict[str, np.ndarray], caches: dict[str, np.ndarray], answers: dict[str, np.ndarray]) -> Any:
+    """A binding of a session to arrays, which the caller keeps. Caches are updated in place."""
+    binding = session.io_binding()
+    for name, array in (given | caches).items():
+        binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    for name, array in (answers | {name.replace("past.", "present."): cache for name, cache in caches.items()}).items():
+        binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    return binding
 
 
 def cache_shapes(session: Any, rows: int, capacity: int) -> dict[str, tuple[int, ...]]:

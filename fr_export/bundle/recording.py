@@ -11,12 +11,13 @@ from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.traces import Traces
-from fusionroute.fr_export.precision import SCHEMES, Scheme
+from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.calibrate import cache_folder, calibrate, check
 from fusionroute.fr_export.precision.int4 import LEAN, Int4
+from fusionroute.fr_export.precision.row_int8 import RowInt8
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 
-SCHEME = SCHEMES[CPU]["int8"]
+SCHEME = RowInt8()
 LARGE = 3_000_000_000  # parameters; larger systems generate in 4 bits, since the runtime holds all models in memory
 LARGE_SCHEME = Int4(LEAN, LEAN)
 

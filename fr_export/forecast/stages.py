@@ -13,6 +13,7 @@ from fusionroute.fr_export.bundle.recording import recording_scheme
 from fusionroute.fr_export.bundle.targets import TARGETS
 from fusionroute.fr_export.checkpoints.weights import SLICE
 from fusionroute.fr_export.forecast.work import Work
+from fusionroute.fr_export.graphs.dialects import ort
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.concurrency import Concurrency, fit_memory
 from fusionroute.fr_export.precision.scheme import Fitting
@@ -31,10 +32,11 @@ BLOCKS = 2.0  # copies in fp32 of the largest matrix, or of a decoder block, whi
 LOGITS = 3  # arrays of compared tokens × vocabulary in fp32
 
 TRACING, PER_LAYER = 2.0, 0.7  # seconds per dialect, and per layer of every architecture
+FEW = 5  # layers that a trace in the `ort` dialect sees, of which the others are copies
 WRITING = 10e-9  # per value
 PER_TOKEN_LAYER, PER_TOKEN_VALUE = 0.5e-3, 25e-12  # of a generated token, for every layer and value that it passes
 OPERATION = 1 / 200e9  # while a model is walked: two operations per value and token
-RECORDING = 1.6  # times as long as calibrating: products of one token per text
+RECORDING = 0.8  # times as long as calibrating
 FITTING = 33e-12  # per value and channel of the widest matrix
 BUILDING = 10e-9  # per value and GPU
 LOADING = 5e-9  # per value, into torch or ONNX Runtime
@@ -60,8 +62,9 @@ def stages(
 def before_writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: str) -> Iterator[StageForecast]:
     """Tracing, and what calibration does before weights are fitted."""
     records = fits(plan, calibration) and not calibration.endswith(".safetensors")
-    dialects = {TARGETS[target].dialect for target, _ in plan} | ({TARGETS["ort:cpu"].dialect} if fits(plan, calibration) else set())
-    yield StageForecast("tracing", len(dialects) * (TRACING + PER_LAYER * work.traced_layers), LOADED)
+    dialects = {TARGETS[target].dialect for target, _ in plan} | ({ort} if fits(plan, calibration) else set())
+    layers = sum(min(FEW, work.traced_layers) if dialect is ort else work.traced_layers for dialect in dialects)
+    yield StageForecast("tracing", TRACING * len(dialects) + PER_LAYER * layers, LOADED)
     if records:
         scheme = recording_scheme(work.values)
         yield StageForecast(f"writing {scheme.name} to record with", WRITING * work.values, LOADED + sliced(work))

@@ -2,11 +2,12 @@
 
 import copy
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
@@ -18,6 +19,8 @@ from fusionroute.fr_export.families import Family
 from fusionroute.fr_export.graphs.dialects import Dialect, ort, rotary
 from fusionroute.fr_export.graphs.dialects.layers import NORMS, cache_head_size
 from fusionroute.fr_export.graphs.graph import Graph, Source
+from fusionroute.fr_export.graphs.layer_kinds import Alike, alike, leave_out
+from fusionroute.fr_export.graphs.repeat_layers import repeat_layers
 from fusionroute.runtime.errors import FusionError, one_line
 
 IDENTITY = {
@@ -53,9 +56,24 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, dialec
         config.head_dim = config.hidden_size // config.num_attention_heads
     with refusing(family):
         constants = computed_buffers(family, config, max_seq_len)
+        with torch.device("meta"):  # the other dialects' traces do not list the layers one after the other
+            kinds = alike(AutoModelForCausalLM.from_config(config, dtype=torch.float32)) if dialect is ort else []
+    if kinds:
+        with suppress(FusionError):  # where that does not do, a trace of all layers does, or tells why not
+            graph = traced(family, config, max_seq_len, dialect, constants, kinds)
+            repeat_layers(graph, kinds, dialect.names(graph.layers)[1])
+            return graph
+    return traced(family, config, max_seq_len, dialect, constants, [])
+
+
+def traced(
+    family: Family, config: Any, max_seq_len: int, dialect: Dialect, constants: Mapping[str, np.ndarray], kinds: Sequence[Alike]
+) -> Graph:
+    """The graph of a config without the layers that `kinds` leave out. `constants` are the values of its buffers."""
     input_names, output_names = dialect.names(config.num_hidden_layers)
     with refusing(family), quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        leave_out(model, [number for each in kinds for number in each.left_out])
         arguments, dynamic = dialect.example(config, max_seq_len)
         with dialect.emitting(model):
             program = torch.onnx.export(
@@ -63,6 +81,8 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, dialec
                 output_names=output_names, opset_version=dialect.OPSET, optimize=False, verbose=False,
             )  # fmt: skip
     assert program is not None
+    for value, name in zip(program.model.graph.inputs, input_names, strict=True):
+        value.name = name  # a cache that no traced layer writes is an output too, and took that one's name
     graph = Graph(program.model, {}, config.num_hidden_layers, (config.num_key_value_heads, cache_head_size(config.head_dim)))
     norms = {n.inputs[1].name for n in program.model.graph if n.op_type in NORMS}
     parameters = {name.removeprefix("model.") for name in program.model.graph.initializers}
@@ -78,7 +98,7 @@ def trace(family: Family, config: Any, vocab_size: int, max_seq_len: int, dialec
             continue
         # torch names a tied pair by one of its two names, safetensors by the other
         stored = "model.embed_tokens.weight" if config.tie_word_embeddings and short == "lm_head.weight" else short
-        cut = vocab_size if stored in ("model.embed_tokens.weight", "lm_head.weight") else None
+        cut = config.vocab_size if stored in ("model.embed_tokens.weight", "lm_head.weight") else None
         graph.sources[name] = Source((stored,), family.norm_offset if name in norms else 0.0, cut)
     if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= parameters:
         raise FusionError("The trace separated the tied embedding from the head; this release of torch or transformers is not supported.")

@@ -32,7 +32,7 @@ from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.prompt import PromptEncoder
 
-VERSION = 2  # of this computation: raising it invalidates every cached result
+VERSION = 3  # of this computation: raising it invalidates every cached result
 NEW_TOKENS = 64
 RANDOM_PROMPT = 32  # tokens of a prompt for a system without a tokenizer
 TOGETHER = 8  # texts recorded before they are saved again

@@ -35,7 +35,19 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
 
     A range [low, high] holds 0; scale = (high − low) / 15, rounded to fp16 before use, zero = round(−low / scale).
     """
-    low, high = np.minimum(rows.min(-1), 0), np.maximum(rows.max(-1), 0)
+    count, blocks, block = rows.shape
+    scales, zeros = np.empty((count, blocks), np.float16), np.empty((count, blocks), np.uint8)
+    # turned, and a block of all rows at a time: operations have long runs of values, which stay in a core's cache
+    values, error = np.empty((2, block, count), np.float32)
+    for at in range(blocks):
+        values[:] = rows[:, at].T
+        scales[:, at], zeros[:, at] = block_grid(values, None if importance is None else importance[at, :, None], error)
+    return scales, zeros
+
+
+def block_grid(values: np.ndarray, importance: np.ndarray | None, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`grid` of one block of rows, [block, R]: scales and zeros [R]. `error` [block, R] is overwritten."""
+    low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
     best = np.full(low.shape, np.inf, np.float32)
     scales, zeros = np.zeros(low.shape, np.float16), np.zeros(low.shape, np.uint8)
     for clip in CLIPS:
@@ -43,14 +55,16 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
         step = scale.astype(np.float32)
         inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)  # a block that vanishes in fp16 is zero
         zero = np.clip(np.rint(-low * np.float32(clip) * inverse), 0, TOP)
-        error = rows * inverse[..., None]
+        np.multiply(values, inverse, out=error)
         np.rint(error, out=error)
-        np.maximum(error, -zero[..., None], out=error)
-        np.minimum(error, (TOP - zero)[..., None], out=error)
-        error *= step[..., None]
-        error -= rows
+        np.maximum(error, -zero, out=error)
+        np.minimum(error, TOP - zero, out=error)
+        error *= step
+        error -= values
         np.square(error, out=error)
-        squared = error.sum(-1) if importance is None else np.einsum("rbk,bk->rb", error, importance)
+        if importance is not None:
+            error *= importance
+        squared = error.sum(0)
         better = squared < best
         best[better], scales[better], zeros[better] = squared[better], scale[better], zero[better]
     return scales, zeros

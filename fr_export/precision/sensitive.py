@@ -4,16 +4,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fusionroute.calibration.blockwise_forward import BlockwiseForward
+from fusionroute.calibration.blockwise_forward import BlockwiseForward, States
 from fusionroute.fr_export.checkpoints.weights import Weights
-from fusionroute.fr_export.graphs.decoder_blocks import reader, split
+from fusionroute.fr_export.graphs.decoder_blocks import reader
 from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.stages import stages
 from fusionroute.fr_export.precision.blockwise import Format, in_range, nearest, widened
 from fusionroute.fr_export.precision.fit_context import FitContext
+from fusionroute.fr_export.precision.products import multiply
 from fusionroute.fr_export.precision.residual_error import residual_error, residual_stream, sample
 
 TOKENS = 256  # read for the measurement
-ROWS = 256  # rounded at a time: copies of more would not stay in a core's cache
+ROWS = 1024  # rounded at a time: each rounding makes copies
 TIMES = 3.0  # a matrix is sensitive from this multiple of the median error per weight
 
 
@@ -48,18 +50,24 @@ def measure(
 ) -> dict[str, float]:
     """Matrix → `residual_error` of rounding it alone. `threads` as for `BlockwiseForward`."""
     embed, read = reader(graph, weights)
-    walk = BlockwiseForward(split(graph), texts, embed, read, threads)
+    walk = BlockwiseForward(stages(graph), texts, embed, read, threads, multiply=multiply)
     errors: dict[str, float] = {}
+    changed: dict[str, list[States]] = {}  # by each matrix of the decoder block that was rounded alone
     while walk.position < len(walk.blocks) - 1:
-        passed_on = walk.peek()
-        exact = residual_stream(passed_on)
+        if not walk.block.observed:  # what enters is what a decoder block passes on
+            exact = residual_stream(walk.states)
+            errors |= {matrix: residual_error(states, exact) for matrix, states in changed.items()}
+            changed = {}
+        changed = {matrix: walk.peek(states=states) for matrix, states in changed.items()}
         for matrix, width in walk.block.channels.items():
-            if matrix not in formats:
-                continue
-            fmt = formats[matrix]
-            (values,) = in_range([read(matrix)], fmt, matrix)
-            parts = np.array_split(values, -(-len(values) // ROWS))
-            rounded = np.concatenate([widened(nearest(part, fmt), fmt.bits, width) for part in parts])
-            errors[matrix] = residual_error(walk.peek({matrix: rounded}), exact)
-        walk.move(passed_on)
+            if matrix in formats:
+                changed[matrix] = walk.peek({matrix: rounded(read(matrix), formats[matrix], width, matrix)})
+        walk.advance()
     return errors
+
+
+def rounded(values: np.ndarray, fmt: Format, width: int, name: str) -> np.ndarray:
+    """The matrix `name` float32 [R, width] to the nearest values of its blocks."""
+    (values,) = in_range([values], fmt, name)
+    parts = np.array_split(values, -(-len(values) // ROWS))
+    return np.concatenate([widened(nearest(part, fmt), fmt.bits, width) for part in parts])

@@ -30,7 +30,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return export_system(tmp_path_factory.mktemp("record"), SHAPES[request.param], ("fp32",), max_seq_len=CONTEXT)
 
 
-def opened(folder: Path, rows: int = side_by_side.MOST, texts: int = 1000) -> SideBySide:
+def opened(folder: Path, rows: int = side_by_side.MOST, texts: int = 10 * side_by_side.MOST) -> SideBySide:
     files = sorted(folder.glob("graphs/*.fp32.onnx"), key=lambda file: ("router" not in file.name, file.name))
     with patch.object(side_by_side, "MOST", rows):
         return SideBySide(files, [batched(file) for file in files], CONTEXT, texts)

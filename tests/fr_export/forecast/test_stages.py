@@ -23,7 +23,7 @@ GEMMA = Work(
 CPU = [("ort:cpu", SCHEMES["ort:cpu"][name]) for name in ("fp32", "int8", "int4")]
 # stage → seconds (None: no clean measurement) and peak MiB as measured
 SMOLLM2_MEASURED = {
-    "tracing": (14.7, 504), "writing int8 to record with": (3.6, 673), "recording": (49.4, 1628), "calibrating": (26.6, 1019),
+    "tracing": (4.5, 436), "writing int8 to record with": (4.9, 673), "recording": (25.5, 2679), "calibrating": (26.6, 1019),
     "writing fp32 for ort:cpu": (5.0, 999), "writing int8 for ort:cpu": (43.2, 1095), "writing int4 for ort:cpu": (62.0, 1099),
     "reference in torch": (5.4, 1462), "comparing fp32 for ort:cpu": (5.8, 3460), "comparing int8 for ort:cpu": (4.2, 2419),
 }  # fmt: skip
