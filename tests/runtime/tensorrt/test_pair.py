@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 
 from fusionroute.runtime import BundleError, FusionRuntime, InputError
@@ -36,13 +35,13 @@ def joint(rt: FusionRuntime, machine: Machine) -> list[Any]:
     experts = [[model.cache() for model in backend.experts] for _ in texts]
     seen: list[float] = []
     for step in range(4):
-        outputs = []
+        outputs: list[Any] = []
         for number, text in enumerate(texts):
             router, expert = routers[number], experts[number][(step + number) % len(backend.experts)]
             own, other = (Segment(text[cache.length :][: 1 + step % 2], (0,)) for cache in (router, expert))
             outputs += backend.forward_both(router, own, expert, other)
         seen += [float(value) for output in outputs for value in output.logits[0][:3]]
-    return np.round(seen, 3).tolist()
+    return [round(value, 3) for value in seen]
 
 
 ALL: dict[str, Scenario] = SCENARIOS | {"joint": joint}
@@ -185,10 +184,10 @@ def test_caches_may_be_forgotten_at_any_time(pair: Path) -> None:
 def test_a_wrong_copy_of_new_rows_is_caught(pair: Path, mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, copies, copy = play(greedy, pair, Machine(0, "late")), [], Stream.copy_rows
 
-    def changed(stream: Stream, *arguments: int) -> None:
-        copies.append(arguments)
+    def changed(stream: Stream, target: int, target_pitch: int, source: int, source_pitch: int, width: int, count: int) -> None:
+        copies.append(target)
         if mutation == "one short":
-            copy(stream, *arguments[:-1], arguments[-1] - 1)
+            copy(stream, target, target_pitch, source, source_pitch, width, count - 1)
 
     monkeypatch.setattr(Stream, "copy_rows", changed)
     try:
