@@ -185,10 +185,10 @@ def test_a_wrong_copy_of_new_rows_is_caught(pair: Path, mutation: str, monkeypat
     expected, copies = play(greedy, pair, Machine(0, "late")), []
     copy: Any = Stream.copy_rows
 
-    def changed(stream: Stream, *arguments: Any) -> None:
-        copies.append(arguments)
+    def changed(stream: Stream, target: int, target_pitch: int, source: int, source_pitch: int, width: int, count: int) -> None:
+        copies.append(target)
         if mutation == "one short":
-            copy(stream, *arguments[:-1], arguments[-1] - 1)
+            copy(stream, target, target_pitch, source, source_pitch, width, count - 1)
 
     monkeypatch.setattr(Stream, "copy_rows", changed)
     try:
