@@ -19,7 +19,7 @@ from fusionroute.runtime import FusionRuntime
 from tests.support.exporting import export_checkpoints
 from tests.support.systems import Shape
 
-PROMPTS = 60  # per domain
+PROMPTS = 500  # per domain, those of the table in the README there: the gemma2 code expert is ahead by 3 points only
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -69,7 +69,7 @@ def test_fused_is_better_than_every_expert(family: str, tmp_path: Path) -> None:
     with FusionRuntime.load(bundle, "fp32", "cpu") as rt:
 
         def accuracy(domain: str, **options: Any) -> float:
-            samples = draw_many(domain, "test", PROMPTS, seed=5)
+            samples = draw_many(domain, "test", PROMPTS, seed=0)
             return float(np.mean([rt.generate(sample.prompt, 64, **options).text == sample.answer for sample in samples]))
 
         fused = {domain: accuracy(domain) for domain in DOMAINS}
