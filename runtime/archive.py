@@ -20,7 +20,7 @@ from fusionroute.runtime.files import appearing, replacing
 from fusionroute.runtime.manifest import NAME, Manifest
 
 if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import File
+    from fusionroute.runtime.file_entry import File
 
 Advance = Callable[[int], None]  # called with the bytes that are done
 

@@ -3,18 +3,10 @@
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from fusionroute.runtime.errors import BundleError, one_line
+from fusionroute.runtime.file_entry import File, InsidePath, Size, Strict
 from fusionroute.runtime.files import replace
 
 NAME = "manifest.json"
@@ -23,59 +15,6 @@ BASE, FUSION = "base", "fusion"  # names of engines that are no model's
 FORMAT: Final = 3
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
-Size = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-def inside(path: str) -> str:
-    """A relative path that stays in the bundle, in its only spelling, that terminals can show."""
-    pure = PurePosixPath(path)
-    if not pure.parts or pure.is_absolute() or str(pure) != path or ".." in pure.parts or {*"\\:"} & {*path} or not path.isprintable():
-        raise ValueError(f"{path!r} is not a path inside the bundle")
-    return path
-
-
-InsidePath = Annotated[str, AfterValidator(inside)]
-
-
-class Strict(BaseModel):
-    """Unknown fields are errors: an old runtime must not misread a newer bundle."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Tensor(Strict):
-    """The bytes of one weight in a weight file."""
-
-    sha256: Sha256
-    offset: Size
-    bytes: Size
-
-
-class File(Strict):
-    """Integrity of one file of the bundle. A weight file lists its tensors, in the order of their offsets."""
-
-    sha256: Sha256
-    bytes: Size
-    tensors: list[Tensor] = []
-
-    @model_validator(mode="after")
-    def hold_its_tensors(self) -> "File":
-        """Check that tensors lie in the file and do not overlap."""
-        end = 0
-        for tensor in self.tensors:
-            if tensor.offset < end:
-                raise ValueError(f"the tensor {tensor.sha256} begins at byte {tensor.offset}, inside the one before it")
-            end = tensor.offset + tensor.bytes
-        if end > self.bytes:
-            raise ValueError(f"its tensors end at byte {end}, and it has {self.bytes}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def without_empty_fields(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `tensors` out of files that have none: older versions read manifests of format 1."""
-        fields: dict[str, Any] = serialise(self)
-        return fields if self.tensors else {name: value for name, value in fields.items() if name != "tensors"}
 
 
 class Model(Strict):
@@ -160,9 +99,10 @@ class Pair(Strict):
 class Variant(Strict):
     """One precision for one target: a graph per model (router first), or one for all of them; and the fusion graph.
 
-    `pair`: the one graph; `graphs` is then that of experts which it does not serve. `weight_bytes`: bytes of weights that one token reads of each model,
-    which are all but the embedding rows of other tokens (of an expert beside a `pair`: its factors); empty in bundles
-    of older versions. `operators`: the ONNX operators of its graphs, for targets whose builder must know them.
+    `pair`: the one graph; `graphs` is then that of experts which it does not serve. `weight_bytes`: bytes of weights
+    that one token reads of each model, which are all but the embedding rows of other tokens (of an expert beside a
+    `pair`: its factors); empty in bundles of older versions. `operators`: the ONNX operators of its graphs, for targets
+    whose builder must know them.
     """
 
     target: str
@@ -170,9 +110,9 @@ class Variant(Strict):
     graphs: dict[str, InsidePath]
     fusion_graph: InsidePath
     bits_per_weight: float
-    weight_bytes: dict[str, Size] = {}
-    operators: list[str] = []
-    engines: list[Engines] = []
+    weight_bytes: dict[str, Size] = Field(default_factory=dict)
+    operators: list[str] = Field(default_factory=list)
+    engines: list[Engines] = Field(default_factory=list)
     pair: Pair | None = None
 
     @model_serializer(mode="wrap")
@@ -220,7 +160,7 @@ class Manifest(Strict):
     eos_token_ids: list[int]
     variants: Annotated[list[Variant], Field(min_length=1)]
     files: dict[InsidePath, File]
-    routing_rows: list[str] = []
+    routing_rows: list[str] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")
     def without_routing_rows(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:

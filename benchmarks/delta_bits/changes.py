@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fusionroute.fr_export.graphs.passes.pair_segments import LOOKUP
+from fusionroute.fr_export.graphs.factors import LOOKUP
 from fusionroute.fr_export.precision import gptq
 from fusionroute.fr_export.precision.approximation import Change, Spectrum, spectrum_of
 from fusionroute.fr_export.precision.blockwise import Format, nearest, widened

@@ -23,8 +23,8 @@ from fusionroute.fr_export.checkpoints.torch_model import torch_model
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.evaluation.run import evaluate
 from fusionroute.fr_export.graphs.dialects import ort
+from fusionroute.fr_export.graphs.factors import LOOKUP
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes.pair_segments import LOOKUP
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import SCHEMES

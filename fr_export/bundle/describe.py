@@ -12,7 +12,8 @@ from fusionroute.fr_export.graphs.fusion_graph import write_fusion_graph
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import FOLDER
 from fusionroute.runtime.bundle import sha256
-from fusionroute.runtime.manifest import File, Manifest, Model, Variant
+from fusionroute.runtime.file_entry import File
+from fusionroute.runtime.manifest import Manifest, Model, Variant
 
 
 def write_common_files(router: Checkpoint, folder: Path) -> None:

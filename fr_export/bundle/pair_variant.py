@@ -32,7 +32,8 @@ from fusionroute.runtime.adapters.factor_file import write_factors
 from fusionroute.runtime.adapters.factor_layout import FactorLayout
 from fusionroute.runtime.bundle import FACTORS
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.manifest import BASE, Adapting, File, Pair, Variant
+from fusionroute.runtime.file_entry import File
+from fusionroute.runtime.manifest import BASE, Adapting, Pair, Variant
 from fusionroute.runtime.tensor_file import Written
 from fusionroute.runtime.tensorrt.library import OLDER
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT

@@ -12,9 +12,9 @@ from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import RoutingHead
 from fusionroute.fr_export.families import Family
 from fusionroute.fr_export.graphs.dialects import Dialect, ort, pair, portable, tensorrt, tensorrt_10_3
+from fusionroute.fr_export.graphs.factors import Factors
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.passes import decompose_rmsnorm, expert_factors, pair_segments, to_half
-from fusionroute.fr_export.graphs.passes.pair_segments import Factors
 from fusionroute.fr_export.graphs.weight_store import FOLDER
 from fusionroute.fr_export.precision.half import TYPES
 

@@ -28,8 +28,9 @@ from fusionroute.fr_export.precision.products import coarse_products
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.file_entry import File
 from fusionroute.runtime.machine import cores
-from fusionroute.runtime.manifest import File, Variant
+from fusionroute.runtime.manifest import Variant
 from fusionroute.runtime.tensorrt.library import OLDER
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from fusionroute.fr_export.checkpoints.deltas import Delta, Term
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.checkpoints.weights import Weights, finite
+from fusionroute.fr_export.graphs.factors import LOOKUP, Factors
 from fusionroute.fr_export.graphs.graph import Graph, Source
-from fusionroute.fr_export.graphs.passes.pair_segments import LOOKUP, Factors
 from fusionroute.runtime.adapters.factor_layout import Factor, FactorLayout, Group, Matrix, Plan, Vector
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.limits import DELTA

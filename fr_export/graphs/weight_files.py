@@ -11,8 +11,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
+from fusionroute.runtime.file_entry import File, Tensor
 from fusionroute.runtime.files import replacing
-from fusionroute.runtime.manifest import File, Tensor
 
 PAGE = 4096  # bytes. Readers map whole pages
 LINE = 64  # bytes of a cache line. Norms and scales are often smaller than a page

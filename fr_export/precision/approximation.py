@@ -17,8 +17,8 @@ from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.decoder_blocks import embedding, matrices, reader
 from fusionroute.fr_export.graphs.factor_arrays import LowRank
+from fusionroute.fr_export.graphs.factors import LOOKUP
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes.pair_segments import LOOKUP
 from fusionroute.fr_export.graphs.stages import stages
 from fusionroute.fr_export.precision.gptq import DAMPING
 from fusionroute.fr_export.precision.gptq_sequential import hessian

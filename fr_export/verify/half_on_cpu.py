@@ -18,7 +18,8 @@ from fusionroute.fr_export.graphs.graph import initializer, node
 from fusionroute.runtime.adapters.factor_file import write_factors
 from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.bundle import sha256
-from fusionroute.runtime.manifest import File, Manifest, Pair
+from fusionroute.runtime.file_entry import File
+from fusionroute.runtime.manifest import Manifest, Pair
 
 FLOAT = ir.DataType.FLOAT
 

@@ -19,7 +19,8 @@ from fusionroute.runtime.adapters.lora_adapter import LoraAdapter
 from fusionroute.runtime.adapters.unadapted import AdapterFactors, Unadapted, read_layout
 from fusionroute.runtime.bundle import FACTORS, Bundle
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, UnavailableError, one_line
-from fusionroute.runtime.manifest import NAME, File, Manifest, Model, Pair, Variant
+from fusionroute.runtime.file_entry import File
+from fusionroute.runtime.manifest import NAME, Manifest, Model, Pair, Variant
 
 Change = Callable[[Bundle], Manifest]  # writes what a new manifest names, and returns it
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusionroute.runtime.manifest import File
+from fusionroute.runtime.file_entry import File
 from fusionroute.runtime.tensor_file import write_tensors
 
 

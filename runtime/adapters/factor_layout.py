@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from fusionroute.runtime.manifest import Size, Strict
+from fusionroute.runtime.file_entry import Size, Strict
 
 Count = Annotated[int, Field(ge=1)]
 

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from fusionroute.fr_export.graphs.factors import Factors
 from fusionroute.fr_export.graphs.graph import Graph, Source, added, initializer, node
-from fusionroute.fr_export.graphs.passes.pair_segments import Factors
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.limits import DELTA, EXPERT
 

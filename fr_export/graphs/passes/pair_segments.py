@@ -6,33 +6,19 @@ in through inputs, so that another expert is another binding: low-rank factors o
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from fusionroute.fr_export.graphs.factors import LOOKUP, Factors
 from fusionroute.fr_export.graphs.graph import Graph, Source, added, initializer, node
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.limits import DELTA, EXPERT
 
-LOOKUP = ".lookup"  # behind an embedding's name: its head, which may be tied to it, has factors of its own
 ROWS = "logit_positions"
 NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # operator → which input is its weight
 STATES, CACHES, LENGTHS, TABLES = slice(0, 3), slice(3, 5), slice(5, 7), slice(7, None)  # inputs of GroupQueryAttention
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The inputs with what an expert adds to the matrices that read one value x, by their names.
-
-    a: float32 [K, m·r] for m matrices, of which each takes r columns, in their order. b: matrix [N, K] → its input
-    float32 [r, N]. The matrix's product gains x·a·b. An embedding [K, N] stands under its name and LOOKUP: its tokens
-    are looked up in a.
-    """
-
-    a: str
-    b: dict[str, str]
 
 
 def pair_segments(graph: Graph, matrices: Collection[str], vectors: Collection[str]) -> list[Factors]:
@@ -56,6 +42,7 @@ class _Pairing:
         self.parts: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self.masks: dict[int, ir.Value] = {}
         self.answers: ir.Value | None = None
+        self.pads: ir.Value | None = None
         self.rows = next(value for value in self.inner.inputs if value.name == ROWS)
         self.positions = str(self.rows.shape[0])  # the name of that dimension
         self.first = next(iter(self.inner))  # what depends on the segments' lengths alone is computed before it
@@ -191,9 +178,20 @@ class _Pairing:
             return
         total.shape = result.shape
         result.replace_all_uses_with(total)
-        # in place, and it does not touch the router's rows: half the time of padding the delta and adding it
-        nodes.append(ir.Node("", "ScatterND", [result, self.places, delta], [ir.AttrString("reduction", "add")], outputs=[total]))
+        if result.dtype == FLOAT:
+            # in place, and it does not touch the router's rows: half the time of padding the delta and adding it
+            nodes.append(ir.Node("", "ScatterND", [result, self.places, delta], [ir.AttrString("reduction", "add")], outputs=[total]))
+        else:  # on the CPU, ONNX Runtime adds in fp32 alone
+            padded = ir.Value(name=f"{result.name}.padded", type=result.type)
+            nodes += [ir.Node("", "Pad", [delta, self.padding()], outputs=[padded]), ir.Node("", "Add", [result, padded], outputs=[total])]
         self.inner.insert_after(product, nodes)
+
+    def padding(self) -> ir.Value:
+        """Rows of the router's in front of the expert's, as Pad takes them."""
+        if self.pads is None:
+            begins, ends = self.constant("segments.begin", [0]), self.constant("segments.end", [0, 0, 0, 0])
+            self.pads = self.before("Concat", [begins, self.lengths[0], ends], "segments.pads", [6], INT64, axis=0)
+        return self.pads
 
     def expert_places(self) -> ir.Value:
         """Where the expert's tokens are in a value [1, tokens, …], int64 [1, expert tokens, 2]."""

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from fusionroute.fr_export.precision import concurrency
 from fusionroute.fr_export.precision.concurrency import MEMORY, Concurrency
 from fusionroute.fr_export.precision.products import coarse_products, multiply
-from fusionroute.runtime.manifest import File, Manifest
+from fusionroute.runtime.file_entry import File
+from fusionroute.runtime.manifest import Manifest
 from tests.support.exporting import export_checkpoints
 from tests.support.systems import Shape, make_system
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -181,8 +182,8 @@ def test_the_tables_fit_the_terminal_and_every_figure_is_whole(width: int) -> No
     ]  # fmt: skip
     stages = [{"name": "writing int8-wo for tensorrt:10.3", "seconds": 12345.6, "peak_anonymous_mib": 12345.6}]
     sources = [{"model": "router", "kind": "adapter", "bytes": 1_234_567_890, "dtypes": ["BF16", "F32"], "notes": ["merged while read"]}]
-    report = {
-        "family": "llama3", "models": ["router", "math"], "sources": sources, "variants": variants, "stages": stages, "not_compared": None,
+    report: dict[str, Any] = {
+        "family": "llama3", "models": ["router", "math"], "sources": sources, "approximated": {}, "variants": variants, "stages": stages, "not_compared": None,
     }  # fmt: skip
     shown = io.StringIO()
     show_report(Console(file=shown, width=width), report, Path("dist") / ("long" * 20))

@@ -13,8 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fusionroute.fr_export.graphs.fusion_graph import write_fusion_graph
 from fusionroute.runtime.adapters.factor_file import write_factors
+from fusionroute.runtime.file_entry import File
 from fusionroute.runtime.limits import DELTA, EXPERT
-from fusionroute.runtime.manifest import Engines, File, Manifest, Model, Pair, Profile, Variant
+from fusionroute.runtime.manifest import Engines, Manifest, Model, Pair, Profile, Variant
 from tests.support.simulated.tensorrt import VERSION, plan
 
 VOCAB, WIDTH, HEADS, SIZE, CAPACITY, CHUNK = 40, 16, 2, 8, 320, 4
