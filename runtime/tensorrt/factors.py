@@ -66,7 +66,6 @@ class FactorSlots:
             slot = self._resident.pop(expert)
         else:
             slot = self.slots[len(self._resident)] if len(self._resident) < len(self.slots) else self._evicted()
-            self._stream.wait(slot.free)
             self._stream.upload(slot.memory.address, self._copies[expert].address, self.size)
             self._stream.record(slot.ready)
             self._reader.wait(slot.ready)
@@ -74,7 +73,10 @@ class FactorSlots:
         return slot
 
     def _evicted(self) -> Slot:
-        return self._resident.pop(next(iter(self._resident)))
+        """The slot of the least recently used, to be written once no pass reads it."""
+        slot = self._resident.pop(next(iter(self._resident)))
+        self._stream.wait(slot.free)
+        return slot
 
     def used(self, slot: Slot) -> None:
         """What the reader has queued so far reads a slot. Nobody asks where all experts stay."""

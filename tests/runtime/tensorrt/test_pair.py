@@ -37,14 +37,21 @@ def joint(rt: FusionRuntime, machine: Machine) -> list[Any]:
     for step in range(4):
         outputs: list[Output] = []
         for number, text in enumerate(texts):
-            router, expert = routers[number], experts[number][(step + number) % len(backend.experts)]
-            own, other = (Segment(text[cache.length :][: 1 + step % 2], (0,)) for cache in (router, expert))
+            router, expert = routers[number], experts[number][(step // 2 + number) % len(backend.experts)]
+            own, other = (Segment(text[cache.length :][: 1 + number], (0,)) for cache in (router, expert))
             outputs += backend.forward_both(router, own, expert, other)
         seen += [float(value) for output in outputs for value in output.logits[0][:3]]
     return [round(value, 3) for value in seen]
 
 
-ALL: dict[str, Scenario] = SCENARIOS | {"joint": joint}
+def together(rt: FusionRuntime, machine: Machine) -> list[Any]:
+    """A prompt of several chunks that router and a named expert read in passes that nobody waits for."""
+    session = rt.session(expert=rt.expert_names[1])
+    session.append((list(PROMPT) * CHUNK)[: 3 * CHUNK + 1])
+    return [(token.id, round(token.logprob, 3)) for token in (session.step() for _ in range(3))]
+
+
+ALL: dict[str, Scenario] = SCENARIOS | {"joint": joint, "together": together}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["in place", "rows"])
@@ -164,6 +171,9 @@ def dropped(rt: FusionRuntime, machine: Machine) -> list[Any]:
     rt.backend.router.cache()
     lender, borrower = rt.backend.router.cache(), rt.backend.router.cache()
     _ = lender.forward(PROMPT[:CHUNK], [CHUNK - 1]).routing
+    unread = rt.backend.router.cache()
+    unread.copy_prefix(lender, CHUNK)
+    del unread
     borrower.copy_prefix(lender, CHUNK)
     del lender
     return [round(float(value), 4) for value in borrower.forward([9], [0]).logits[0]]
