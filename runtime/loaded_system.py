@@ -41,8 +41,8 @@ class LoadedSystem:
         other = copy(self)
         other._backend, other.expert_names = backend, names
         if self.prefixes is not None:
-            kept = {name: self.prefixes[number] for number, name in enumerate(self.expert_names) if name != changed}
-            experts = {number: kept[name] if name in kept else PrefixCache() for number, name in enumerate(names)}
+            prefixes = {name: self.prefixes[number] for number, name in enumerate(self.expert_names) if name != changed}
+            experts = {number: prefixes[name] if name in prefixes else PrefixCache() for number, name in enumerate(names)}
             other.prefixes = {None: self.prefixes[None], **experts}
         return other
 

@@ -47,8 +47,8 @@ class Profile(Strict):
 
 
 class Engines(Strict):
-    """Engines built from the graphs of one variant, by the names of `Variant.engine_graphs`. They run with this version of the
-    library, on these GPUs only.
+    """Engines built from the graphs of one variant, by the names of `Variant.engine_graphs`. They run with this version
+    of the library, on these GPUs only.
 
     `sms` are compute capabilities: 86 for SM86.
     """

@@ -59,7 +59,8 @@ class Forecast:
     ) -> "Forecast":
         """Forecast the export of `plan`, a target and a scheme for each variant, to `out`.
 
-        `deltas`: of the experts, where all models share one base, with the `budget` of approximations. `gpus` counts those that engines are built for; `compare` is the number of tokens, None for the default.
+        `deltas`: of the experts, where all models share one base, with the `budget` of approximations. `gpus` counts
+        those that engines are built for; `compare` is the number of tokens, None for the default.
         """
         work = Work.of(system, prompts, deltas or {})
         values, factors = stored(system, deltas, budget)

@@ -11,8 +11,8 @@ SHARED = ("total_sequence_length", "logit_positions")  # inputs that all texts h
 def batched(file: Path) -> bytes | None:
     """The graph of a file, serialised, with inputs and outputs for a batch of any size. Weights stay in their files.
 
-    It takes one token per text, behind texts of any length, or the first tokens of one text. None where a view in it fixes the batch, or where it
-    computes positions, which it then does from the length of one text.
+    It takes one token per text, behind texts of any length, or the first tokens of one text. None where a view in it
+    fixes the batch, or where it computes positions, which it then does from the length of one text.
     """
     model = ir.load(file)
     graph = model.graph

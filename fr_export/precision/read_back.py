@@ -16,10 +16,10 @@ def read_back(graph: Graph, matrix: str, weights: Weights) -> np.ndarray:
 
     Where the precision stores neither blocks nor floats (w8a8), the checkpoint's values.
     """
-    source, kept = graph.sources[matrix], graph.model.graph.initializers.get(matrix)
+    source, initialiser = graph.sources[matrix], graph.model.graph.initializers.get(matrix)
     values = attached(graph, matrix, weights.shape(source.tensors[0])[1])
-    if values is None and kept is not None and kept.dtype in FLOATS and kept.const_value is not None:
-        values = kept.const_value.numpy().astype(np.float32)
+    if values is None and initialiser is not None and initialiser.dtype in FLOATS and initialiser.const_value is not None:
+        values = initialiser.const_value.numpy().astype(np.float32)
     if values is None:
         return np.concatenate(list(rows(unscaled(source), weights)))
     if source.row_scale is not None:

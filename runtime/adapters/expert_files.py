@@ -129,9 +129,9 @@ def with_factors(variant: Variant, name: str, path: str, size: int) -> Variant:
 def without_factors(variant: Variant, name: str) -> Variant:
     """A variant without an expert."""
     assert variant.pair is not None
-    kept = {other: path for other, path in variant.pair.factors.items() if other != name}
+    factors = {other: path for other, path in variant.pair.factors.items() if other != name}
     read = {other: size for other, size in variant.weight_bytes.items() if other != name}
-    return variant.model_copy(update={"pair": variant.pair.model_copy(update={"factors": kept}), "weight_bytes": read})
+    return variant.model_copy(update={"pair": variant.pair.model_copy(update={"factors": factors}), "weight_bytes": read})
 
 
 def arranged(manifest: Manifest, models: Mapping[str, Model], variants: list[Variant], entries: Mapping[str, File]) -> Manifest:
@@ -145,12 +145,12 @@ def arranged(manifest: Manifest, models: Mapping[str, Model], variants: list[Var
         sizes = {model.name: variant.weight_bytes[model.name] for model in (manifest.models[0], *experts)}
         ordered.append(variant.model_copy(update={"pair": variant.pair.model_copy(update={"factors": factors}), "weight_bytes": sizes}))
     named = {path for variant in ordered for path in (variant.pair.factors.values() if variant.pair else ())}
-    kept = {path: entries[path] for path in sorted(entries) if not path.startswith(f"{FACTORS}/") or path in named}
+    listed = {path: entries[path] for path in sorted(entries) if not path.startswith(f"{FACTORS}/") or path in named}
     return manifest.model_copy(
         update={
             "models": [manifest.models[0], *experts],
             "variants": ordered,
-            "files": kept,
+            "files": listed,
             "routing_rows": [] if len(experts) == len(rows) else rows,
         }
     )

@@ -80,8 +80,8 @@ class FactorLayout:
     def shapes(self, factors: Factors, whole: Whole = NONE) -> dict[str, tuple[int, ...]]:
         """The inputs of an expert with such factors, by name.
 
-        The matrices of a group have one rank: the graph's, or else the largest of theirs and at least 1, since ONNX Runtime 1.23 splits
-        nothing empty; what they do not need of it is zero.
+        The matrices of a group have one rank: the graph's, or else the largest of theirs and at least 1, since ONNX
+        Runtime 1.23 splits nothing empty; what they do not need of it is zero.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for group in self.plan.groups:

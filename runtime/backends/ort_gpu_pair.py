@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusionroute.runtime.backend import Arrays, Output, Segment
+from fusionroute.runtime.backend import Arrays, Output, Segment, read_both
 from fusionroute.runtime.backends.device_buffers import Inputs, Layout, Place, Rows, aligned, start
 from fusionroute.runtime.backends.gpu_fusion import GpuFuser
 from fusionroute.runtime.backends.mapped_factors import map_factors
@@ -65,9 +65,7 @@ class OrtGpuPair:
 
     def forward_both(self, router: GpuPairCache, own: Segment, expert: GpuPairCache, other: Segment) -> tuple[Output, Output]:
         """See `runtime.backend.Backend.forward_both`."""
-        outputs = expert.beside(router).run((own, other), (router.length, expert.length))
-        router.length += len(own.ids)
-        expert.length += len(other.ids)
+        outputs: tuple[Output, Output] = read_both(router, own, expert, other)
         return outputs
 
     def fuser(self) -> GpuFuser:

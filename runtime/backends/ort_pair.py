@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusionroute.runtime.backend import Arrays, Fuser, Output, Segment
+from fusionroute.runtime.backend import Arrays, Fuser, Output, Segment, read_both
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 class OrtPair:
-    """The models of one variant with a `pair`: those of its graph in one inference session, and their head in another. Each
-    other expert has a session of its own.
+    """The models of one variant with a `pair`: those of its graph in one inference session, and their head in another.
+    Each other expert has a session of its own.
 
     `share_weights`: see `prepacked_weights`. `exact`: see `PairFuser`.
     """
@@ -91,9 +91,7 @@ class OrtPair:
 
     def forward_both(self, router: PairCache, own: Segment, expert: PairCache, other: Segment) -> tuple[Output, Output]:
         """See `runtime.backend.Backend.forward_both`."""
-        rows = expert.beside(router).run((own, other), (router.length, expert.length), router.options)
-        router.length += len(own.ids)
-        expert.length += len(other.ids)
+        rows: Output = read_both(router, own, expert, other, router.options)
         first = len(own.positions)
         assert rows.routing is not None
         return Output(rows.logits[:first], rows.routing[:first]), Output(rows.logits[first:], None)

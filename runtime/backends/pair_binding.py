@@ -33,8 +33,8 @@ class PairGraph:
         self, session: Any, run_options: Callable[[], Any], spec: Model, capacity: int, result: tuple[str, int], head: Head | None,
         head_rows: int,
     ):  # fmt: skip
-        """result: the name and width of the output that a model answers with; head: what makes logits of it, if it is not
-        logits.
+        """result: the name and width of the output that a model answers with. head: what makes logits of it, None where
+        it is logits.
         """
         self.session, self.run_options, self.spec = session, run_options, spec
         self.capacity, self.result, self.head, self.head_rows = capacity, result, head, head_rows

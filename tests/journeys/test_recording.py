@@ -22,7 +22,10 @@ def forms(graph: Path) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize(("limit", "recorded"), [(recording.LARGE, set()), (0, {(4, 128)})], ids=["small", "large"])
 def test_recording(limit: int, recorded: set[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small systems record in 8 bits by row, large ones at 4 bits in large blocks, which need least memory. The exported bundle has its own blocks."""
+    """Small systems record in 8 bits by row, large ones at 4 bits in large blocks, which need least memory.
+
+    The exported bundle has its own blocks.
+    """
     shape = Shape(layers=1, experts=2, hidden=128, tokenizer=True)
     router, experts = make_system(tmp_path, shape)
     prompts = tmp_path / "prompts.txt"

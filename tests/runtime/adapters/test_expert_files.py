@@ -40,8 +40,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def unchanged(before: dict[str, bytes], after: dict[str, bytes]) -> bool:
     """Whether all that is neither the manifest nor an expert is as it was."""
-    kept = [{name: data for name, data in each.items() if name != NAME and not name.startswith(FACTORS)} for each in (before, after)]
-    return kept[0] == kept[1]
+    others = [{name: data for name, data in each.items() if name != NAME and not name.startswith(FACTORS)} for each in (before, after)]
+    return others[0] == others[1]
 
 
 def test_only_the_manifest_and_the_expert_s_file_change(copy: Path, adapter: Path) -> None:

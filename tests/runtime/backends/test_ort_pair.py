@@ -21,6 +21,7 @@ from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import BundleError, FusionError
 from fusionroute.runtime.manifest import Manifest
 from tests.support.bundles import edit, refusal
+from tests.support.pair_backend import pair_of
 
 IDS: list[int] = np.random.default_rng(0).integers(3, 290, 120).tolist()
 PRECISIONS = ("fp32", "int8", "int4")
@@ -30,12 +31,6 @@ PRECISIONS = ("fp32", "int8", "int4")
 def rt(request: pytest.FixtureRequest, shared: Path) -> Iterator[FusionRuntime]:
     with FusionRuntime.load(shared, request.param, "cpu") as runtime:
         yield runtime
-
-
-def pair_of(rt: FusionRuntime) -> OrtPair:
-    backend = rt.backend
-    assert isinstance(backend, OrtPair)
-    return backend
 
 
 def whole(backend: OrtPair, number: int | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -112,13 +107,13 @@ def test_rows_up_to_a_number_are_used_again_and_more_are_the_callers(shared: Pat
         backend = pair_of(rt)
         router, expert = backend.router.cache(), backend.experts[0].cache()
         few, many = IDS[:REUSED], IDS[: REUSED + 1]
-        kept = backend.forward_both(router, answered(many), expert, answered(few))
-        copies = [output.logits.states.copy() for output in kept]
+        callers = backend.forward_both(router, answered(many), expert, answered(few))
+        copies = [output.logits.states.copy() for output in callers]
         for ids in (few, many, few):
             router.length = expert.length = 0
             outputs = backend.forward_both(router, answered(ids), expert, answered(few))
-            assert not any(np.shares_memory(output.logits.states, old.logits.states) for output in outputs for old in kept)
-        assert all(np.array_equal(output.logits.states, copy) for output, copy in zip(kept, copies, strict=True))
+            assert not any(np.shares_memory(output.logits.states, old.logits.states) for output in outputs for old in callers)
+        assert all(np.array_equal(output.logits.states, copy) for output, copy in zip(callers, copies, strict=True))
 
 
 def test_a_decoded_token_binds_nothing_and_an_expert_only_once(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

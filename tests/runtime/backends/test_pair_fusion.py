@@ -11,8 +11,8 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backend import NO_IDS, FusionInputs, Segment, room_for
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.hidden_rows import Head, HiddenRows
-from fusionroute.runtime.backends.ort_pair import OrtPair
 from fusionroute.runtime.backends.pair_fusion import PairFuser
+from tests.support.pair_backend import pair_of
 
 IDS: list[int] = np.random.default_rng(3).integers(3, 290, 24).tolist()
 ROUNDING = {"fp32": 1e-5, "int8": 0.02}  # of the largest logit: in int8 the head rounds its input to 8 bits
@@ -22,12 +22,6 @@ ROUNDING = {"fp32": 1e-5, "int8": 0.02}  # of the largest logit: in int8 the hea
 def rt(request: pytest.FixtureRequest, shared: Path) -> Iterator[FusionRuntime]:
     with FusionRuntime.load(shared, request.param, "cpu") as runtime:
         yield runtime
-
-
-def pair_of(rt: FusionRuntime) -> OrtPair:
-    backend = rt.backend
-    assert isinstance(backend, OrtPair)
-    return backend
 
 
 def states(rt: FusionRuntime, count: int) -> tuple[HiddenRows, HiddenRows]:
