@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from fusionroute.runtime.backend import Fuser, Segment, read_both
+from fusionroute.runtime.backend import Fuser, Segment
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
 from fusionroute.runtime.limits import DELTA
@@ -84,7 +84,9 @@ class TensorRtPair:
 
     def forward_both(self, router: PairCache, own: Segment, expert: PairCache, other: Segment) -> tuple[Any, Any]:
         """See `runtime.backend.Backend.forward_both`."""
-        outputs: tuple[Any, Any] = read_both(router, own, expert, other)
+        outputs = expert.beside(router).run((own, other), (router.length, expert.length))
+        router.length += len(own.ids)
+        expert.length += len(other.ids)
         return outputs
 
     def fuser(self) -> Fuser:

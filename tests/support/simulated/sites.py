@@ -33,6 +33,8 @@ def chain() -> list[tuple[str, str]]:
                 owner = frame.f_locals.get("self")
                 function = f"{type(owner).__name__}.{frame.f_code.co_name}" if owner is not None else frame.f_code.co_name
                 frames.append((function, linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()))
+                if frame.f_code.co_name == "__del__":  # the collector may call it from anywhere
+                    break
         elif frames:
             break
         frame = frame.f_back
