@@ -5,7 +5,7 @@ Xiao, Lin, Seznec, Wu, Demouth, Han 2023, arXiv:2211.10438: (X / s)·(s·W) = X�
 weights of the norm (or the rows of the matrix) that produces X and into the columns of the matrices that read it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,23 +41,34 @@ class Group:
         return int(self.share.max()) + 1
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The α of a group, None where nothing is scaled, and its scales float32 [scales]."""
+
+    alpha: float | None
+    scale: np.ndarray
+
+
+# sources, weights, matrix → what entered it, group → its scales
+Choose = Callable[[Mapping[str, Source], Weights, Mapping[str, Observer], Group], Choice]
+
+
 def smooth(
     graph: Graph,
     weights: Weights,
     observed: Mapping[str, Observer],
-    alphas: Sequence[float] = ALPHAS,
-    taken: dict[str, "Choice"] | None = None,
+    choose: Choose,
+    taken: dict[str, Choice] | None = None,
     leave: Collection[str] = (),
 ) -> tuple[Graph, dict[str, float | None]]:
     """The graph with scaled sources, the same function in exact arithmetic, and each matrix's α (None: left as it is).
     `graph` stays.
 
-    `observed`: matrix → what entered it. A group is skipped if calibration saw no input of one of its matrices. For each
-    group the α of `alphas` is taken, with s = max|X|^α / max|W|^(1−α) by channel (eq. 4), or s = 1, that makes the
-    expected error of 8-bit products smallest (`expected_error`). The final norm, which the routing head reads too, and a matrix that is
-    also an embedding are never scaled. `taken` holds the scales of earlier models by the content of their matrices: a
-    group with a matrix of theirs takes their scales, so that what models have in common stays equal. Groups of which
-    every matrix is in `leave` stay as they are.
+    `observed`: matrix → what entered it. A group is skipped if calibration saw no input of one of its matrices; for the
+    others `choose` chooses: `for_tensors` or `for_blocks`, by how the products round. The final norm, which the routing
+    head reads too, and a matrix that is also an embedding are never scaled. `taken` holds the scales of earlier models by
+    the content of their matrices: a group with a matrix of theirs takes their scales, so that what models have in common
+    stays equal. Groups of which every matrix is in `leave` stay as they are.
     """
     sources, taken = dict(graph.sources), {} if taken is None else taken
     chosen: dict[str, float | None] = {}
@@ -68,7 +79,7 @@ def smooth(
         choice = next((taken[key] for key in keys if key in taken), None)
         if choice is None:
             left = set(group.matrices) <= set(leave)
-            choice = best(sources, weights, observed, group, () if left else alphas)
+            choice = unscaled(group) if left else choose(sources, weights, observed, group)
         taken |= {key: choice for key in keys if key not in taken}
         chosen |= dict.fromkeys(group.matrices, choice.alpha)
         if choice.alpha is not None:
@@ -76,27 +87,41 @@ def smooth(
     return replace(graph, sources=sources), chosen
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The α of a group, None where nothing is scaled, and its scales float32 [scales]."""
-
-    alpha: float | None
-    scale: np.ndarray
-
-
-def best(
-    sources: Mapping[str, Source], weights: Weights, observed: Mapping[str, Observer], group: Group, alphas: Sequence[float]
+def for_tensors(
+    sources: Mapping[str, Source], weights: Weights, observed: Mapping[str, Observer], group: Group, alphas: Sequence[float] = ALPHAS
 ) -> Choice:
-    """The choice of least expected error."""
+    """For activations with one step per tensor and weights with one per row: the α of `alphas`, with
+    s = max|X|^α / max|W|^(1−α) by channel (eq. 4), or s = 1, that makes the expected error of 8-bit products smallest
+    (`expected_errors`).
+    """
     seen = observed[group.matrices[0]]
     read = {name: Columns.read(sources[name], weights) for name in group.matrices}
     absmax = largest(seen.channel_absmax, group)
     weight_absmax = largest(np.max([columns.absmax for columns in read.values()], axis=0), group)
-    candidates = [Choice(None, np.ones(group.scales, np.float32))]
+    candidates = [unscaled(group)]
     candidates += [Choice(alpha, migration(absmax, weight_absmax, alpha)) for alpha in alphas]
     by_channel = [candidate.scale[group.share] for candidate in candidates]
     errors = sum(expected_errors(sources[name], weights, columns, seen, by_channel) for name, columns in read.items())
     return candidates[int(np.argmin(errors))]
+
+
+def for_blocks(sources: Mapping[str, Source], weights: Weights, observed: Mapping[str, Observer], group: Group) -> Choice:
+    """For activations and weights that both have steps by block, those of the activations chosen token by token:
+    s = √(rms X / rms W) by channel.
+
+    Steps are then those of usual tokens, and not of the rare largest value. Rounding X costs step_X²·Σ(s·W)² and
+    rounding W costs step_W²·Σ(X/s)²; both sums have equal terms in all channels of a block, so no channel widens the
+    steps of the others.
+    """
+    seen = observed[group.matrices[0]]
+    squares = sum(Columns.read(sources[name], weights).squares for name in group.matrices)
+    x, w = (np.sqrt(largest(each, group)) for each in (seen.mean_square, squares))
+    return Choice(0.5, migration(x, w, 0.5))
+
+
+def unscaled(group: Group) -> Choice:
+    """Every channel as it is."""
+    return Choice(None, np.ones(group.scales, np.float32))
 
 
 def matrices_of(graph: Graph, group: Group) -> list[str]:
@@ -117,10 +142,10 @@ def moved(graph: Graph, sources: Mapping[str, Source], group: Group, scale: np.n
     return changed
 
 
-def migration(absmax: np.ndarray, weight_absmax: np.ndarray, alpha: float) -> np.ndarray:
-    """s float32 [channels] by eq. 4; 1 where a channel or its weights are always zero."""
-    scale = np.maximum(absmax, SMALLEST) ** alpha / np.maximum(weight_absmax, SMALLEST) ** (1 - alpha)
-    return np.where((absmax > SMALLEST) & (weight_absmax > SMALLEST), scale, 1).astype(np.float32)
+def migration(size: np.ndarray, weight_size: np.ndarray, alpha: float) -> np.ndarray:
+    """s float32 [channels] by eq. 4 from the sizes of channels and of their weights; 1 where one of them is always zero."""
+    scale = np.maximum(size, SMALLEST) ** alpha / np.maximum(weight_size, SMALLEST) ** (1 - alpha)
+    return np.where((size > SMALLEST) & (weight_size > SMALLEST), scale, 1).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from fusionroute.fr_export.precision.plan_w8a8 import W8A8Plan, choose
 from fusionroute.fr_export.precision.products import multiply
 from fusionroute.fr_export.precision.rounding import measure
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
-from fusionroute.fr_export.precision.smoothquant import smooth
+from fusionroute.fr_export.precision.smoothquant import for_tensors, smooth
 from fusionroute.runtime.errors import InputError
 
 
@@ -71,12 +71,12 @@ def fit(context: FitContext, fmt: Callable[[int], Format]) -> tuple[Graph, W8A8P
     weights, evidence, scales = context.weights, context.evidence, context.shared.scales
     observing = partial(observe, texts=evidence.recorded, masks=evidence.masks, threads=context.threads, multiply=multiply)
     with context.shared.scaling(context.number):
-        graph, _ = smooth(context.graph, weights, evidence.observed, taken=dict(scales))
+        graph, _ = smooth(context.graph, weights, evidence.observed, for_tensors, taken=dict(scales))
         embed, read = reader(graph, weights)
         observed = observing(stages(graph), embed=embed, read=read)
         noise = measure(replace(context, graph=graph), observed)
         left_out = [product.matrix for product in choose(graph, weights, observed, noise).at_a16]
-        graph, _ = smooth(context.graph, weights, evidence.observed, taken=scales, leave=left_out)
+        graph, _ = smooth(context.graph, weights, evidence.observed, for_tensors, taken=scales, leave=left_out)
     embed, read = reader(graph, weights)
     plan = choose(graph, weights, observing(stages(graph), embed=embed, read=read), noise)
     formats = {matrix: fmt(channels) for matrix, channels in matrices(graph).items()}

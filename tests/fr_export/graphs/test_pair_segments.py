@@ -19,7 +19,7 @@ from fusionroute.fr_export.graphs.passes import pair_segments
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.fp32 import Fp32
-from fusionroute.fr_export.precision.smoothquant import smooth
+from fusionroute.fr_export.precision.smoothquant import for_blocks, smooth
 from fusionroute.runtime import FusionRuntime
 from tests.support.adapters import TARGETS, make_adapted_system, peft_model
 from tests.support.calibration import observe, traced
@@ -103,7 +103,7 @@ def test_scales_of_smoothing_reach_the_factors(tmp_path: Path) -> None:
     base, folder, experts = make_adapted_system(tmp_path, SYSTEMS["llama3"][0], OPTIONS)
     system = System.open(None, folder, experts)
     graph, weights, delta = traced(system), system.router.weights, deltas(system)["expert1"]
-    graph = smooth(graph, weights, observe(graph, weights, [IDS]), (0.5,))[0].clone()
+    graph = smooth(graph, weights, observe(graph, weights, [IDS]), for_blocks)[0].clone()
     ort.end_with(graph, system.head)
     matrices = [name for name in graph.sources if "_proj.weight" in name]
     vectors = [name for name in graph.sources if name.endswith("norm.weight")]

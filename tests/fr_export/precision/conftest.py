@@ -8,7 +8,7 @@ import pytest
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.precision.plan_w8a8 import choose
-from fusionroute.fr_export.precision.smoothquant import smooth
+from fusionroute.fr_export.precision.smoothquant import for_tensors, smooth
 from fusionroute.fr_export.precision.w8a8 import PlannedW8A8
 from tests.support.calibration import observe, traced, written
 from tests.support.planned_router import IDS, SHAPES, PlannedRouter, uneven
@@ -23,7 +23,7 @@ def planned_router(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Pl
     router, experts = make_system(folder, shape)
     system = System.open(FAMILIES[shape.family], router, experts, max_seq_len=64)
     graph, weights = traced(system), system.router.weights
-    graph, _ = smooth(graph, weights, observe(graph, weights, [IDS]))
+    graph, _ = smooth(graph, weights, observe(graph, weights, [IDS]), for_tensors)
     seen = observe(graph, weights, [IDS])
     noise = uneven(graph)
     chosen = choose(graph, weights, seen, noise)

@@ -11,7 +11,7 @@ from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.read_back import read_back
-from fusionroute.fr_export.precision.smoothquant import smooth
+from fusionroute.fr_export.precision.smoothquant import for_blocks, smooth
 from tests.support.calibration import observe, traced
 from tests.support.systems import Shape, make_system
 
@@ -26,7 +26,7 @@ def traced_system(tmp_path_factory: pytest.TempPathFactory) -> tuple[System, Gra
     router, experts = make_system(tmp_path_factory.mktemp("system"), Shape("llama3", hidden=128, layers=1, experts=1))
     system = System.open(None, router, experts)
     graph = traced(system)
-    return system, smooth(graph, system.router.weights, observe(graph, system.router.weights, [IDS]), (0.5,))[0]
+    return system, smooth(graph, system.router.weights, observe(graph, system.router.weights, [IDS]), for_blocks)[0]
 
 
 @pytest.mark.parametrize("precision", ERRORS)
