@@ -40,7 +40,7 @@ from fusionroute.fr_export.precision.plan_w8a8 import choose
 from fusionroute.fr_export.precision.rounding import measure
 from fusionroute.fr_export.precision.scheme import Fitted, Scheme
 from fusionroute.fr_export.precision.sensitive import sensitive
-from fusionroute.fr_export.precision.smoothquant import smooth
+from fusionroute.fr_export.precision.smoothquant import Choose, for_blocks, for_tensors, smooth
 from fusionroute.fr_export.verify.compare import compare
 
 CONTEXT = 1024  # tokens
@@ -61,18 +61,18 @@ class Nearest:
 class Gptq(Nearest):
     """Weight-only blocks by GPTQ.
 
-    Optionally after smoothing, with another format for the embedding, or with sensitive matrices at 8 bits up to a
+    Optionally after smoothing with scales that `smoothed` chooses, with another format for the embedding, or with sensitive matrices at 8 bits up to a
     budget.
     """
 
-    def __init__(self, name: str, fmt: Format, smoothed: bool = False, embedding: Format | None = None, budget: float = 0.0):
+    def __init__(self, name: str, fmt: Format, smoothed: Choose | None = None, embedding: Format | None = None, budget: float = 0.0):
         super().__init__(name, fmt)
         self.smoothed, self.embedding, self.budget = smoothed, embedding or fmt, budget
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """See `scheme.Fitting`."""
         if self.smoothed:
-            graph, _ = smooth(context.graph, context.weights, context.evidence.observed, taken=context.shared.scales)
+            graph, _ = smooth(context.graph, context.weights, context.evidence.observed, self.smoothed, context.shared.scales)
             context = replace(context, graph=graph)
         graph = context.graph
         values = graph.model.graph.initializers
@@ -136,7 +136,9 @@ STEPS: tuple[Scheme, ...] = (
     Gptq("int4 GPTQ, 16", four_bits(16)),
     Nearest("int8 nearest, 64", int8.FORMAT),
     Gptq("int8 GPTQ, 64", int8.FORMAT),
-    Gptq("int8 GPTQ, 64, smoothed", int8.FORMAT, smoothed=True),
+    Gptq("int8 GPTQ, 64, smoothed for tensors", int8.FORMAT, smoothed=for_tensors),
+    Gptq("int8 GPTQ, 64, smoothed for blocks", int8.FORMAT, smoothed=for_blocks),
+    int8.Int8(),
     StaticW8A8("w8a8 without SmoothQuant", smoothed=False),
     StaticW8A8("w8a8 calibrated on all tokens", routed=False),
     StaticW8A8("w8a8 as it is"),
