@@ -195,7 +195,8 @@ def test_drafts_and_what_is_learnt_of_them_use_the_fusers_own_head(shared: Path,
     with FusionRuntime.load(shared, "int8", "cpu", speculation="auto") as rt:
         made.clear()
         drafted = 0
-        for settings in ({}, {"temperature": 0.8, "seed": 3}, {"repetition_penalty": 1.3}):
+        kinds: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3}, {"repetition_penalty": 1.3}]
+        for settings in kinds:
             drafted += sum(rt.generate(ids, 24, **settings).drafted for ids in prompts(6, rt.vocab_size))
     assert drafted > 100
     assert len(made) <= 2, "one session, whose decoder the pool hands out again"
