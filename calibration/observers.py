@@ -69,6 +69,17 @@ class Observer:
             self.channel_sum += np.einsum("ij,ij->j", magnitudes, magnitudes, dtype=np.float64)
             self.counts += np.bincount((magnitudes * scale).astype(np.intp).ravel(), minlength=BINS)
 
+    def add(self, other: Observer) -> None:
+        """Add what another observer of as many channels has seen."""
+        other = Observer.of(other.matrix, other.tensors())  # a copy: its histogram may be widened
+        self._widen(other.limit / 2)  # the smallest value that needs the other's histogram
+        other._widen(self.limit / 2)
+        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
+        self.rows += other.rows
+        np.maximum(self.channel_absmax, other.channel_absmax, out=self.channel_absmax)
+        self.channel_sum += other.channel_sum
+        self.counts += other.counts
+
     def _widen(self, value: float) -> None:
         """Widen the histogram until it holds `value`."""
         exponent = math.frexp(value)[1] if value else SMALLEST  # value < 2**exponent

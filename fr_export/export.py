@@ -113,7 +113,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         known, shared = {}, checked.deltas
         fitted = any(isinstance(scheme, Fitting) for _, scheme in plan) or any(delta.matrices for delta in (shared or {}).values())
         if request.calibration != "none" and fitted:
-            table = calibration_table(system, traces, fusion, request.calibration, prompts.calibration, folder, stages)
+            table = calibration_table(system, shared or {}, traces, fusion, request.calibration, prompts.calibration, folder, stages)
             table.save(folder / TABLE)
             known = evidence(table)
 

@@ -98,14 +98,6 @@ class Cache(Protocol):
 JointForward = Callable[[Any, Segment, Any, Segment], tuple[Output, Output]]
 
 
-def read_both(router: Any, own: Segment, expert: Any, other: Segment, *options: Any) -> Any:
-    """One pass of two caches of a pair's models: what `expert.beside(router).run` returns. Both are then longer."""
-    answers = expert.beside(router).run((own, other), (router.length, expert.length), *options)
-    router.length += len(own.ids)
-    expert.length += len(other.ids)
-    return answers
-
-
 class LanguageModel(Protocol):
     """A loaded model. Every session has a cache of its own, which one thread uses at a time."""
 
@@ -135,6 +127,10 @@ class Fuser(Protocol):
         Here a backend does what costs less for all rows at once. The next call overwrites them.
         """
         return router, expert, coefficients
+
+    def logits(self, rows: Any) -> np.ndarray:
+        """The logits [K, V] of an output as an array on the host, float32. The next use of the fuser may overwrite it."""
+        return np.asarray(rows)
 
 
 class BackendOptions(Protocol):

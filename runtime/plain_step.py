@@ -106,7 +106,7 @@ class PlainStep:
             logit = float(fused.unpenalised[0, place[0]])
         else:  # chosen from beyond the candidates
             logit = sum(
-                weight * float(np.asarray(logits)[0, token])
+                weight * float(self.fuser.logits(logits)[0, token])
                 for weight, logits in zip(coefficients, (router, expert), strict=True)
                 if weight
             )

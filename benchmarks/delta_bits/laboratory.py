@@ -56,7 +56,7 @@ class Laboratory:
         settings = FusionSettings.read(system.router.folder)
         saved = out / "calibration.safetensors"
         source = str(saved) if saved.exists() else "builtin"
-        table = calibration_table(system, self.traces, settings, source, prompts.calibration, out, stages)
+        table = calibration_table(system, {}, self.traces, settings, source, prompts.calibration, out, stages)
         table.save(saved)
         self.evidence: Mapping[str, Evidence] = evidence(table)
         self.texts = sequences(system, prompts.held_out, tokens)

@@ -14,6 +14,7 @@ from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.rank_budget import RankBudget
 from fusionroute.fr_export.precision.scheme import Fitting
+from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
@@ -36,15 +37,15 @@ def free_space(out: Path) -> int:
 
 
 class Stored(NamedTuple):
-    """What a bundle stores of a system: values in each precision, and the bytes of `factors`, which all of them share."""
+    """How many values a bundle stores of a system: of weights, in each precision, and of experts' factors."""
 
     values: int
     factors: int
 
 
 def stored(system: System, deltas: Mapping[str, Delta] | None = None, budget: RankBudget | None = None) -> Stored:
-    """What a bundle stores; with `deltas`, the router, experts without a delta, and the factors of the others in fp32,
-    without their padding, where some approximate what the expert changes (`budget`).
+    """What a bundle stores; with `deltas`, the router, experts without a delta, and the factors of the others, without their
+    padding, where some approximate what the expert changes (`budget`).
     """
     if deltas is None:
         return Stored(stored_values(system), 0)
@@ -55,7 +56,18 @@ def stored(system: System, deltas: Mapping[str, Delta] | None = None, budget: Ra
         if delta.matrices and budget is not None:
             factors += budget.values(weights, sum(sum(shapes[name]) for name in delta.matrices))
     whole = [model for model in system.models if model.name not in deltas]
-    return Stored(sum(int(np.prod(entry.shape)) for model in whole for entry in model.weights.entries.values()), 4 * factors)
+    return Stored(sum(int(np.prod(entry.shape)) for model in whole for entry in model.weights.entries.values()), factors)
+
+
+def factor_width(target: str, scheme: Scheme) -> int:
+    """Bytes of a factor's value in a variant: half precision where graphs compute in it."""
+    return 4 if target == CPU or scheme.name == "fp32" else 2
+
+
+def factors_on_disk(values: int, plan: Sequence[tuple[str, Scheme]]) -> int:
+    """Bytes of factors of so many values in a bundle: precisions whose graphs take them alike share them."""
+    widths = {(TARGETS[target].pair, width): width for target, scheme in plan for width in [factor_width(target, scheme)]}
+    return values * sum(widths.values())
 
 
 def stored_values(system: System) -> int:

@@ -23,7 +23,7 @@ from fusionroute.fr_export.graphs.weight_files import WeightFiles
 from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.approximation import approximate
 from fusionroute.fr_export.precision.bind_weights import bind
-from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.evidence import Evidence, pooled
 from fusionroute.fr_export.precision.fit_model import fit_model
 from fusionroute.fr_export.precision.products import coarse_products
 from fusionroute.fr_export.precision.read_back import read_back
@@ -53,10 +53,11 @@ class PairVariantWriter:
         self, system: System, deltas: Mapping[str, Delta], approximated: Mapping[str, Approximated], traces: Traces,
         evidence: Mapping[str, Evidence], folder: Path, stages: Stages,
     ):  # fmt: skip
-        self._system, self._deltas, self._approximated, self._traces, self._evidence = system, deltas, approximated, traces, evidence
+        self._system, self._deltas, self._approximated, self._traces = system, deltas, approximated, traces
         self._folder, self._graphs, self._stages = folder, folder / GRAPHS, stages
         self._sharing = [expert for expert in system.experts if expert.name in deltas]
         self._apart = [expert for expert in system.experts if expert.name not in deltas]
+        self._evidence = base_evidence(system.router, self._sharing, evidence)
         self._whole = VariantWriter(system, traces, evidence, folder, stages, self._apart)
         self._store = self._whole.store(self._graphs)
         self._factor_files: dict[str, File] = {}  # by their paths in the bundle
@@ -176,3 +177,10 @@ class PairVariantWriter:
             entries = {f"{GRAPHS}/{location}": file.write() for location, file in planned.items()}
             files.remove_unread()
         return self._factor_files | {name: entry for name, entry in entries.items() if entry is not None}
+
+
+def base_evidence(router: Checkpoint, experts: Sequence[Checkpoint], evidence: Mapping[str, Evidence]) -> dict[str, Evidence]:
+    """What the base is fitted with: what router and experts read through it. Empty where activations are not known."""
+    if not evidence:
+        return {}
+    return {router.name: pooled(evidence[router.name], [(expert.weights, evidence[expert.name]) for expert in experts])}

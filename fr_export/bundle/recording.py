@@ -1,12 +1,13 @@
 """The calibration table of an export: a saved one, or a new one from texts that a temporary bundle generates."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.bundle.describe import describe, write_common_files
-from fusionroute.fr_export.bundle.variant import VariantWriter
+from fusionroute.fr_export.bundle.recording_variant import recording_variant
+from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
@@ -15,7 +16,6 @@ from fusionroute.fr_export.precision import Scheme
 from fusionroute.fr_export.precision.calibrate import cache_folder, calibrate, check
 from fusionroute.fr_export.precision.int4 import LEAN, Int4
 from fusionroute.fr_export.precision.row_int8 import RowInt8
-from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 
 SCHEME = RowInt8()
 LARGE = 3_000_000_000  # parameters; larger systems generate in 4 bits, since the runtime holds all models in memory
@@ -23,16 +23,19 @@ LARGE_SCHEME = Int4(LEAN, LEAN)
 
 
 def recording_scheme(parameters: int) -> Scheme:
-    """The precision in which a system of so many parameters generates its calibration texts."""
+    """The precision in which a system of so many parameters, those of one base once, generates its calibration texts."""
     return LARGE_SCHEME if parameters > LARGE else SCHEME
 
 
 def calibration_table(
-    system: System, traces: Traces, fusion: FusionSettings, source: str, prompts: Sequence[str], folder: Path, stages: Stages
-) -> Table:
+    system: System, deltas: Mapping[str, Delta], traces: Traces, fusion: FusionSettings, source: str, prompts: Sequence[str],
+    folder: Path, stages: Stages,
+) -> Table:  # fmt: skip
     """The table in the .safetensors file `source`, or a new one from texts that the system generates from the prompts.
 
-    Generating needs a bundle of its own, which is written below `folder` and removed at the end.
+    `deltas`: what experts add to the router, of those that share one base with it. Generating needs a bundle of its own,
+    which is written below `folder` and removed at the end. It has one base too, but for experts whose matrices have become
+    others: what will approximate those depends on the texts.
     Raises InputError where a saved table does not fit the system, and as `calibrate` does.
     """
     if source.endswith(".safetensors"):
@@ -41,8 +44,10 @@ def calibration_table(
         return table
     recording = folder / "recording"
     try:
-        scheme = recording_scheme(sum(trace.parameters for trace in traces.of().values()))
-        variant, _ = VariantWriter(system, traces, {}, recording, stages).write(CPU, scheme)
+        exact = {name: delta for name, delta in deltas.items() if not delta.matrices}
+        apart = {name: trace.parameters for name, trace in traces.of().items() if name not in exact}
+        scheme = recording_scheme(sum(apart.values()))
+        variant = recording_variant(system, exact, traces, scheme, recording, stages)
         write_common_files(system.router, recording)
         describe(system, fusion, traces.of(), [variant], {}, recording).write(recording)
         return calibrate(system, traces.of(), list(prompts), recording, scheme.name, cache_folder(), stages)

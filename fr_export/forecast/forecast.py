@@ -7,7 +7,15 @@ from typing import Any
 
 import psutil
 
-from fusionroute.fr_export.bundle.disk_space import bits_on_disk, free_space, largest_tensor, stored, weights_on_disk
+from fusionroute.fr_export.bundle.disk_space import (
+    bits_on_disk,
+    factor_width,
+    factors_on_disk,
+    free_space,
+    largest_tensor,
+    stored,
+    weights_on_disk,
+)  # fmt: skip
 from fusionroute.fr_export.bundle.recording import recording_scheme
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.deltas import Delta
@@ -69,9 +77,11 @@ class Forecast:
         expected = stages(work, plan, calibration, gpus, tokens, slowness())
         peak = max(expected, key=lambda stage: stage.memory)
         total = sum(stage.seconds for stage in expected)
-        needed = weights_on_disk(values, plan, calibrated, gpus > 0) + factors
+        needed = weights_on_disk(values, plan, calibrated, gpus > 0) + factors_on_disk(factors, plan)
         if calibrated and not calibration.endswith(".safetensors"):
-            needed = max(needed, int(recording_scheme(work.values).bits * stored(system).values / 8))
+            exact = {name: delta for name, delta in (deltas or {}).items() if not delta.matrices}
+            recorded = stored(system, exact or None)
+            needed = max(needed, int(recording_scheme(work.recorded).bits * recorded.values / 8) + 4 * recorded.factors)
         return cls(
             family=system.family.name,
             max_seq_len=system.max_seq_len,
@@ -94,9 +104,9 @@ def source(model: Checkpoint) -> dict[str, Any]:
 
 
 def variant(target: str, scheme: Scheme, values: int, factors: int, calibrated: bool) -> dict[str, Any]:
-    """A variant with its bits per weight and the bytes of its weights, the `factors` of experts among them."""
-    bits = bits_on_disk(scheme, calibrated)
-    return {"target": target, "precision": scheme.name, "bits_per_weight": bits, "bytes": int(bits * values / 8) + factors}
+    """A variant with its bits per weight and the bytes of its weights, the values of experts' `factors` among them."""
+    bits, beside = bits_on_disk(scheme, calibrated), factor_width(target, scheme) * factors
+    return {"target": target, "precision": scheme.name, "bits_per_weight": bits, "bytes": int(bits * values / 8) + beside}
 
 
 def seconds(expected: float) -> tuple[float, float]:

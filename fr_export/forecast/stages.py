@@ -38,6 +38,7 @@ PER_TOKEN_LAYER, PER_TOKEN_VALUE = 0.5e-3, 25e-12  # of a generated token, for e
 OPERATION = 1 / 200e9  # while a model is walked: two operations per value and token
 RECORDING = 0.8  # times as long as calibrating
 FITTING = 33e-12  # per value and channel of the widest matrix
+SPECTRUM, VECTORS = 1e-10, 2e-10  # of a matrix's singular values, and vectors: per value and row or column, whichever are fewer
 BUILDING = 10e-9  # per value and GPU
 LOADING = 5e-9  # per value, into torch or ONNX Runtime
 
@@ -66,16 +67,21 @@ def before_writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: 
     layers = sum(min(FEW, work.traced_layers) if dialect is ort else work.traced_layers for dialect in dialects)
     yield StageForecast("tracing", TRACING * len(dialects) + PER_LAYER * layers, LOADED)
     if records:
-        scheme = recording_scheme(work.values)
-        yield StageForecast(f"writing {scheme.name} to record with", WRITING * work.values, LOADED + sliced(work))
-        yield StageForecast("recording", RECORDING * walking(work), LOADED + in_runtime(work.values, scheme.bits) + CACHES)
+        scheme = recording_scheme(work.recorded)
+        yield StageForecast(f"writing {scheme.name} to record with", WRITING * work.recorded, LOADED + sliced(work))
+        yield StageForecast("recording", RECORDING * walking(work), LOADED + in_runtime(work.recorded, scheme.bits) + CACHES)
         yield StageForecast("calibrating", walking(work), LOADED + at_a_time(work) * BLOCKS * 4 * work.largest_tensor)
 
 
 def writing(work: Work, plan: Sequence[tuple[str, Scheme]], calibration: str, gpus: int) -> Iterator[StageForecast]:
-    """Each variant, fitted where it can be, and its engines."""
+    """What approximations of experts gain by each rank; then each variant, fitted where it can be, and its engines."""
+    decomposing = LOADED + BLOCKS * 4 * work.largest_tensor + fit_memory(0, work.widest)
+    if work.decomposed:
+        yield StageForecast("measuring what experts change", SPECTRUM * work.decomposed + walking(work), decomposing)
     for target, scheme in plan:
-        seconds, memory = WRITING * work.written, LOADED + sliced(work)
+        seconds, memory = WRITING * work.written + VECTORS * work.decomposed, LOADED + sliced(work)
+        if work.decomposed:
+            memory = max(memory, decomposing)
         if fits([(target, scheme)], calibration):
             seconds += FITTING * work.written * work.widest + walking(work)
             memory = max(memory, LOADED + at_a_time(work) * max(BLOCKS * 4 * work.largest_tensor, fit_memory(0, work.widest)))

@@ -14,7 +14,7 @@ from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.checkpoints.weights import Weights, finite
 from fusionroute.fr_export.graphs.factors import LOOKUP, Factors
 from fusionroute.fr_export.graphs.graph import Graph, Source
-from fusionroute.runtime.adapters.factor_layout import Factor, FactorLayout, Group, Matrix, Plan, Vector
+from fusionroute.runtime.adapters.factor_layout import Factor, FactorLayout, Group, Matrix, Plan, Vector, fill
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.limits import DELTA
 
@@ -131,6 +131,22 @@ def factor_of(term: Term, tensor: str) -> Factor:
         return whole(term.a, tensor), whole(term.b, tensor) * np.float32(term.scale)
 
     return Factor(term.a.shape[0], read)
+
+
+def low_rank(source: Source, delta: Delta, weights: Weights) -> LowRank | None:
+    """The factors of a matrix with such a source, which has no scales: those of its tensors in blocks. None: it has none.
+
+    weights: of a checkpoint of its architecture, for the sizes of the tensors.
+    """
+    rank = matrix_rank(source, delta)
+    if not rank:
+        return None
+    tensors = [(tensor, weights.shape(tensor)[0]) for tensor in source.tensors]
+    matrix = Matrix(b="b", size=sum(rows for _, rows in tensors), tensors=tensors)
+    a = np.zeros((weights.shape(tensors[0][0])[1], rank), np.float32)
+    b = np.zeros((rank, matrix.size), np.float32)
+    fill(matrix, {tensor: [factor_of(term, tensor) for term in delta.terms.get(tensor, ())] for tensor, _ in tensors}, a, b)
+    return LowRank(a, b)
 
 
 def whole(factor: StoredTensor, matrix: str) -> np.ndarray:

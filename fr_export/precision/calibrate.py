@@ -13,7 +13,7 @@ from fusionroute.calibration.observe import observe
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import RecordedText, record
 from fusionroute.calibration.serving_masks import serving_masks
-from fusionroute.calibration.side_by_side import SideBySide
+from fusionroute.calibration.side_by_side import ReadTogether, SideBySide
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
@@ -28,7 +28,7 @@ from fusionroute.runtime import files
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.prompt import PromptEncoder
 
@@ -135,6 +135,8 @@ def identify(
         "fusion": manifest.fusion, "lam": manifest.lam, "ends": manifest.eos_token_ids, "precision": precision,
         "prompts": list(prompts), "new_tokens": new_tokens, "seed": seed,
     }  # fmt: skip
+    if together := [numbers for variant in manifest.variants for numbers in read_together(manifest, variant).values() if len(numbers) > 1]:
+        about["together"] = together  # those round otherwise
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -168,15 +170,25 @@ def recorded(
         encoder, room = PromptEncoder(bundle), manifest.max_seq_len - new_tokens
         ids = [encoder.ids(prompt)[:room] for prompt in prompts[len(texts) :]]
         variant = next(each for each in manifest.variants if (each.target, each.precision) == (CPU, precision))
-        files = [folder / variant.graphs[model.name] for model in manifest.models]
+        graphs = [
+            ReadTogether(folder / path, batched(folder / path), numbers) for path, numbers in read_together(manifest, variant).items()
+        ]
         coefficients, ends = fusion_coefficients(manifest.fusion, manifest.lam), frozenset(manifest.eos_token_ids)
-        with SideBySide(files, [batched(file) for file in files], max(map(len, ids)) + new_tokens, len(ids)) as models:
+        with SideBySide(graphs, max(map(len, ids)) + new_tokens, len(ids)) as models:
             for text in record(models, ids, new_tokens, ends, coefficients, seed + len(texts)):
                 texts = [*texts, text]
                 advance(1)
                 if len(texts) % TOGETHER == 0 or len(texts) == len(prompts):
                     cached.keep("texts", Table(texts, {}, cached.identity))
     return texts
+
+
+def read_together(manifest: Manifest, variant: Variant) -> dict[str, list[int]]:
+    """The graphs of a variant, and the numbers of the models that each of them is of: several, where these share a base."""
+    numbers: dict[str, list[int]] = {}
+    for number, model in enumerate(manifest.models):
+        numbers.setdefault(variant.graphs[model.name], []).append(number)
+    return numbers
 
 
 class Cache:

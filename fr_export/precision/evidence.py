@@ -1,7 +1,7 @@
 """What calibration learned of one model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -9,23 +9,41 @@ from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import Mask, serving_masks
 from fusionroute.calibration.table import Table
+from fusionroute.fr_export.checkpoints.weights import Weights
 
 
 @dataclass(frozen=True)
 class Evidence:
     """The recorded texts, the positions in each that the model serves, and matrix → statistics of its inputs there.
 
-    An expert that was never chosen has statistics without rows.
+    An expert that was never chosen has statistics without rows. sharing: of models that read the same rounded matrices and
+    add a difference of their own (the weights of each); their statistics are part of `observed`.
     """
 
     recorded: Sequence[RecordedText]
     masks: Sequence[Mask]
     observed: Mapping[str, Observer]
+    sharing: "Sequence[tuple[Weights, Evidence]]" = ()
 
     @property
     def texts(self) -> list[np.ndarray]:
         """The token ids int32 [S] of the texts that the model read; empty for an expert that was never chosen."""
         return [text.ids[: mask.body] for text, mask in zip(self.recorded, self.masks, strict=True) if mask.body]
+
+
+def pooled(own: Evidence, sharing: Sequence[tuple[Weights, Evidence]]) -> Evidence:
+    """The evidence for a base that other models read too."""
+    observed = pool([own.observed, *(known.observed for _, known in sharing)])
+    return replace(own, observed=observed, sharing=sharing)
+
+
+def pool(observed: Sequence[Mapping[str, Observer]]) -> dict[str, Observer]:
+    """Statistics of several models' inputs, by matrix."""
+    total = {matrix: Observer(matrix, len(seen.channel_absmax)) for matrix, seen in observed[0].items()}
+    for matrix, seen in total.items():
+        for each in observed:
+            seen.add(each[matrix])
+    return total
 
 
 def evidence(table: Table) -> dict[str, Evidence]:

@@ -1,6 +1,7 @@
 """GPTQ for a whole model: its matrices are rounded in order while the calibration texts pass through it.
 
-Each is rounded on the inputs that the rounded ones before it give, so that errors do not accumulate.
+Each is rounded on the inputs that the rounded ones before it give, so that errors do not accumulate. Where several models
+read the rounded matrices, the inputs of all of them count.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -59,15 +60,14 @@ def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> di
     """Round the matrices of `formats` (matrix → its format) by GPTQ and return them by name; empty for a model without
     texts.
 
-    Memory: the matrices that read one value in fp32 twice, their Hessian, and the states of all texts. Raises
+    Memory: the matrices that read one value in fp32 twice, their Hessian, and the states of all texts of all models. Raises
     InputError as `Weights` and `BlockwiseForward` do.
     """
     graph, weights, shared = context.graph, context.weights, context.shared.stored
     done: dict[str, Stored] = {}
     if not context.evidence.texts:
         return done
-    embed, read = reader(graph, weights)
-    walk = BlockwiseForward(stages(graph), context.evidence.texts, embed, read, context.threads, multiply=multiply)
+    (walk, read), *sharing = walks(context)
     while not walk.done:
         replaced = {}
         factor: Factor | None = None  # all matrices of a stage read one value
@@ -79,7 +79,7 @@ def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> di
             context.shared.await_matrix(context.number, content)
             key = f"{fmt.bits}-{fmt.block}-{fmt.signed}-{digest(source, weights)}"
             if key not in shared:
-                factor = factor or hessian(walk).factor()
+                factor = factor or hessian(walk, *(other for other, _ in sharing)).factor()
                 pieces = counted(sliced(in_range(rows(source, weights), fmt, matrix), factor.channels), context.advance)
                 shared[key] = store_blocks((quantise(piece, factor, fmt, context.threads) for piece in pieces), fmt, context.store)
             context.shared.settle_matrix(context.number, content)
@@ -87,15 +87,30 @@ def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> di
             if walk.position < len(walk.blocks) - 1:
                 replaced[matrix] = shared[key].widened(walk.block.channels[matrix])
         walk.advance(replaced)
+        for other, own in sharing:
+            other.advance({matrix: values + (own(matrix) - read(matrix)) for matrix, values in replaced.items()})
     return done
 
 
-def hessian(walk: BlockwiseForward) -> Hessian:
-    """The Hessian of the value that enters the walk's current stage, at every position, for the head too: a factor
+def walks(context: FitContext) -> list[tuple[BlockwiseForward, Callable[[str], np.ndarray]]]:
+    """The model on its texts, then those that share its matrices on theirs, where they have some; and what reads the
+    weights of each.
+    """
+    cut, every = stages(context.graph), []
+    for weights, known in ((context.weights, context.evidence), *context.evidence.sharing):
+        if known.texts:
+            embed, read = reader(context.graph, weights)
+            every.append((BlockwiseForward(cut, known.texts, embed, read, context.threads, multiply=multiply), read))
+    return every
+
+
+def hessian(*walks: BlockwiseForward) -> Hessian:
+    """The Hessian of the value that enters the current stage of all walks, at every position, for the head too: a factor
     needs several inputs per channel.
     """
-    first = next(iter(walk.block.observed))
-    total, waiting = Hessian(walk.block.channels[first]), []
+    block = walks[0].block
+    first = next(iter(block.observed))
+    total, waiting = Hessian(block.channels[first]), []
 
     def see(matrix: str, _: int, x: np.ndarray) -> None:
         if matrix == first:
@@ -104,7 +119,8 @@ def hessian(walk: BlockwiseForward) -> Hessian:
             total.see(np.concatenate(waiting))
             waiting.clear()
 
-    walk.observe(see)
+    for walk in walks:
+        walk.observe(see)
     if waiting:
         total.see(np.concatenate(waiting))
     return total

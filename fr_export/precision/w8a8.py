@@ -8,19 +8,19 @@ at A16 have 8-bit weights only.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from fusionroute.calibration.observe import observe
-from fusionroute.calibration.observers import LEVELS
+from fusionroute.calibration.observers import LEVELS, Observer
 from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader
 from fusionroute.fr_export.graphs.graph import Graph, added, initializer, node, replace_node, users
 from fusionroute.fr_export.graphs.stages import stages
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
 from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, Format, Stored
+from fusionroute.fr_export.precision.evidence import pool
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import round_sequentially
 from fusionroute.fr_export.precision.plan_w8a8 import W8A8Plan, choose
@@ -69,18 +69,24 @@ def fit(context: FitContext, fmt: Callable[[int], Format]) -> tuple[Graph, W8A8P
     Evening out costs the weights' accuracy, so it is undone where the plan leaves activations at 16 bits anyway.
     """
     weights, evidence, scales = context.weights, context.evidence, context.shared.scales
-    observing = partial(observe, texts=evidence.recorded, masks=evidence.masks, threads=context.threads, multiply=multiply)
     with context.shared.scaling(context.number):
         graph, _ = smooth(context.graph, weights, evidence.observed, for_tensors, taken=dict(scales))
-        embed, read = reader(graph, weights)
-        observed = observing(stages(graph), embed=embed, read=read)
+        observed = observe_again(context, graph)
         noise = measure(replace(context, graph=graph), observed)
         left_out = [product.matrix for product in choose(graph, weights, observed, noise).at_a16]
         graph, _ = smooth(context.graph, weights, evidence.observed, for_tensors, taken=scales, leave=left_out)
-    embed, read = reader(graph, weights)
-    plan = choose(graph, weights, observing(stages(graph), embed=embed, read=read), noise)
+    plan = choose(graph, weights, observe_again(context, graph), noise)
     formats = {matrix: fmt(channels) for matrix, channels in matrices(graph).items()}
     return graph, plan, round_sequentially(replace(context, graph=graph), formats)
+
+
+def observe_again(context: FitContext, graph: Graph) -> dict[str, Observer]:
+    """Statistics of a graph whose channels are evened out, of all models that read its matrices."""
+    statistics = []
+    for weights, known in ((context.weights, context.evidence), *context.evidence.sharing):
+        embed, read = reader(graph, weights)
+        statistics.append(observe(stages(graph), known.recorded, known.masks, embed, read, threads=context.threads, multiply=multiply))
+    return pool(statistics)
 
 
 def about(plan: W8A8Plan) -> dict[str, Any]:

@@ -6,20 +6,21 @@ has other kernels for other numbers of rows in any case.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusionroute.runtime.backend import Arrays, Output, Segment, read_both
+from fusionroute.runtime.backend import Arrays, Output, Segment
 from fusionroute.runtime.backends.device_buffers import Inputs, Layout, Place, Rows, aligned, start
 from fusionroute.runtime.backends.gpu_fusion import GpuFuser
 from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.backends.ort_gpu import TYPES
-from fusionroute.runtime.backends.pair_binding import IDLE, PairGraph
+from fusionroute.runtime.backends.pair_binding import PairGraph
 from fusionroute.runtime.backends.providers import Opener, Provider
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError, FusionError, one_line
+from fusionroute.runtime.joint_cache import JointCache, read_both
 from fusionroute.runtime.limits import EXPERT
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ class OrtGpuPair:
 
     def forward_both(self, router: GpuPairCache, own: Segment, expert: GpuPairCache, other: Segment) -> tuple[Output, Output]:
         """See `runtime.backend.Backend.forward_both`."""
-        outputs: tuple[Output, Output] = read_both(router, own, expert, other)
-        return outputs
+        return read_both(router, own, expert, other)
 
     def fuser(self) -> GpuFuser:
         """A fuser with buffers of its own."""
@@ -141,37 +141,23 @@ class GpuPairModel:
         return GpuPairCache(self)
 
 
-class GpuPairCache:
-    """One model's KV buffers, and the bindings of the passes that write them."""
+class GpuPairCache(JointCache):
+    """One model's KV buffers on a GPU."""
 
     def __init__(self, model: GpuPairModel):
-        self.length = 0
+        super().__init__(model.is_expert)
         self._model = model
         self._text = GpuKeysValues(model.graph, model.graph.capacity)
-        self._alone: GpuPairBinding | None = None
-        self._beside: tuple[GpuPairCache, GpuPairBinding] | None = None
 
-    def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """See `runtime.backend.Cache.forward` and `GpuPairBinding.run`."""
-        model, own = self._model, Segment(ids, positions)
-        if self._alone is None:
-            nobody = GpuKeysValues(model.graph, IDLE_CAPACITY)
-            texts = (nobody, self._text) if model.is_expert else (self._text, nobody)
-            self._alone = GpuPairBinding(model.graph, texts, model.factors, model.name)
-        if model.is_expert:
-            _, output = self._alone.run((IDLE, own), (0, self.length))
-        else:
-            output, _ = self._alone.run((own, IDLE), (self.length, 0))
-        self.length += len(ids)
-        return output
-
-    def beside(self, router: GpuPairCache) -> GpuPairBinding:
-        """The binding of passes that an expert's cache shares with the router's."""
-        if self._beside is None or self._beside[0] is not router:
-            model = self._model
+    def bind(self, router: GpuPairCache | None) -> GpuPairBinding:
+        """See `JointCache.bind`."""
+        model = self._model
+        if router is not None:
             names = f"{router._model.name} and {model.name}"
-            self._beside = router, GpuPairBinding(model.graph, (router._text, self._text), model.factors, names)
-        return self._beside[1]
+            return GpuPairBinding(model.graph, (router._text, self._text), model.factors, names)
+        nobody = GpuKeysValues(model.graph, IDLE_CAPACITY)
+        texts = (nobody, self._text) if model.is_expert else (self._text, nobody)
+        return GpuPairBinding(model.graph, texts, model.factors, model.name)
 
     def copy_prefix(self, other: GpuPairCache, length: int) -> None:
         """Does nothing: see `GpuCache.copy_prefix`."""

@@ -6,13 +6,13 @@ bound by address: another expert is another binding, and nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusionroute.runtime.backend import Arrays, Fuser, Output, Segment, read_both
+from fusionroute.runtime.backend import Arrays, Fuser, Output, Segment
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
@@ -20,10 +20,11 @@ from fusionroute.runtime.backends.hidden_rows import Head
 from fusionroute.runtime.backends.keys_values import KeysValues
 from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.backends.ort_cpu import OrtModel
-from fusionroute.runtime.backends.pair_binding import IDLE, PairBinding, PairGraph
+from fusionroute.runtime.backends.pair_binding import PairBinding, PairGraph
 from fusionroute.runtime.backends.pair_fusion import PairFuser
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
+from fusionroute.runtime.joint_cache import JointCache, read_both
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Pair, Variant
@@ -91,10 +92,7 @@ class OrtPair:
 
     def forward_both(self, router: PairCache, own: Segment, expert: PairCache, other: Segment) -> tuple[Output, Output]:
         """See `runtime.backend.Backend.forward_both`."""
-        rows: Output = read_both(router, own, expert, other, router.options)
-        first = len(own.positions)
-        assert rows.routing is not None
-        return Output(rows.logits[:first], rows.routing[:first]), Output(rows.logits[first:], None)
+        return read_both(router, own, expert, other)
 
     def fuser(self) -> Fuser:
         """A fuser with buffers of its own."""
@@ -123,41 +121,24 @@ class PairModel:
         return PairCache(self)
 
 
-class PairCache:
-    """One model's KV cache, and the bindings of the passes that write it."""
+class PairCache(JointCache):
+    """One model's KV cache on the CPU."""
 
     def __init__(self, model: PairModel):
-        self.length = 0
+        super().__init__(model.is_expert)
         self._model, graph = model, model.graph
         self.memory = KeysValues(graph.spec, graph.capacity)
         self.options = graph.run_options()
-        self._alone: PairBinding | None = None
-        self._beside: tuple[PairCache, PairBinding] | None = None
 
-    def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
-        """See `runtime.backend.Cache.forward`."""
-        own = Segment(ids, positions)
-        if self._alone is None:
-            self._alone = self._bind_alone()
-        if self._model.is_expert:
-            output = self._alone.run((IDLE, own), (0, self.length), self.options)._replace(routing=None)
-        else:
-            output = self._alone.run((own, IDLE), (self.length, 0), self.options)
-        self.length += len(ids)
-        return output
-
-    def _bind_alone(self) -> PairBinding:
-        model, nobody = self._model, KeysValues(self._model.graph.spec, 2)
-        memories = (nobody, self.memory) if model.is_expert else (self.memory, nobody)
-        return PairBinding(model.graph, *memories, model.factors, model.name)
-
-    def beside(self, router: PairCache) -> PairBinding:
-        """The binding of passes that an expert's cache shares with the router's."""
-        if self._beside is None or self._beside[0] is not router:
-            model = self._model
+    def bind(self, router: PairCache | None) -> PairBinding:
+        """See `JointCache.bind`."""
+        model = self._model
+        if router is not None:
             names = f"{router._model.name} and {model.name}"
-            self._beside = router, PairBinding(model.graph, router.memory, self.memory, model.factors, names)
-        return self._beside[1]
+            return PairBinding(model.graph, router.memory, self.memory, model.factors, router.options, names)
+        nobody = KeysValues(model.graph.spec, 2)
+        memories = (nobody, self.memory) if model.is_expert else (self.memory, nobody)
+        return PairBinding(model.graph, *memories, model.factors, self.options, model.name)
 
     def copy_prefix(self, other: PairCache, length: int) -> None:
         """See `runtime.backend.Cache.copy_prefix`."""

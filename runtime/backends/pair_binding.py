@@ -23,8 +23,6 @@ from fusionroute.runtime.limits import DELTA, EXPERT
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model
 
-IDLE = Segment((0,), ())  # of a model that does not read
-
 
 class PairGraph:
     """The inference session and its sizes. rows: those of the routing head that have an expert; None: all of them."""
@@ -65,11 +63,11 @@ class PairGraph:
 class PairBinding:
     """Everything that the passes of a router and an expert read and write, bound once but for what changes its shape.
 
-    names: of the models that read, for errors.
+    options: of its runs. names: of the models that read, for errors.
     """
 
-    def __init__(self, graph: PairGraph, router: KeysValues, expert: KeysValues, factors: Arrays, names: str):
-        self._graph, self._memories, self._names = graph, (router, expert), names
+    def __init__(self, graph: PairGraph, router: KeysValues, expert: KeysValues, factors: Arrays, options: Any, names: str):
+        self._graph, self._memories, self._options, self._names = graph, (router, expert), options, names
         self._run = graph.session.run_with_iobinding
         self._binding = binding = graph.session.io_binding()
         router.bind(binding, "")
@@ -90,11 +88,11 @@ class PairBinding:
         graph = self._graph
         return np.empty((row_count, graph.result[1]), np.float32), np.empty((row_count, graph.head_rows), np.float32)
 
-    def run(self, segments: tuple[Segment, Segment], lengths: tuple[int, int], options: Any) -> Output:
-        """One pass of the router's segment and the expert's behind so many tokens.
+    def run(self, segments: tuple[Segment, Segment], lengths: tuple[int, int]) -> tuple[Output, Output]:
+        """One pass of the router's segment and the expert's behind so many tokens: the outputs of both.
 
-        Rows of the router first. With at most REUSED of each the next pass overwrites them. Raises Interrupted, once
-        `terminate` is set in the options, and FusionError.
+        With at most REUSED rows of each the next pass overwrites them. Raises Interrupted, once `terminate` is set in the
+        options, and FusionError.
         """
         own, other = segments
         first, row_count = len(own.positions), len(own.positions) + len(other.positions)
@@ -111,19 +109,22 @@ class PairBinding:
         positions[row_count:] = positions[row_count - 1]
         for memory, length, count in zip(self._memories, lengths, counts, strict=True):
             memory.set_total(length + count)
-        options.terminate = False
+        self._options.terminate = False
         try:
-            self._run(self._binding, options)
+            self._run(self._binding, self._options)
         except Exception as error:
-            if options.terminate:
+            if self._options.terminate:
                 raise Interrupted from error
             raise FusionError(f"ONNX Runtime failed on {read} tokens of {self._names}: {one_line(error)}") from error
         answers, routing = self._rows
         if fresh:  # those arrays now belong to the caller
             self._bound, self._rows = (0, 0), self._reused
-        scores = routing[:row_count] if self._graph.rows is None else routing[:row_count, self._graph.rows]
-        head = self._graph.head
-        return Output(answers[:row_count] if head is None else HiddenRows(answers[:row_count], head), scores)
+        scores = routing[:first] if self._graph.rows is None else routing[:first, self._graph.rows]
+        return Output(self._logits(answers[:first]), scores), Output(self._logits(answers[first:row_count]), None)
+
+    def _logits(self, answers: np.ndarray) -> Any:
+        """What stands for the logits of some rows."""
+        return answers if self._graph.head is None else HiddenRows(answers, self._graph.head)
 
     def _even_counts(self, own: int, other: int, lengths: tuple[int, int]) -> list[int]:
         """How many tokens of each a pass reads: one more where their sum is odd, if its buffers have room.

@@ -36,6 +36,14 @@ class PairFuser(Fuser):
         """See `runtime.backend.Fuser`: one run of the head for all rows."""
         return self._logits(self._several, router, expert, coefficients)
 
+    def logits(self, rows: Any) -> np.ndarray:
+        """See `runtime.backend.Fuser`."""
+        if not isinstance(rows, HiddenRows):
+            return np.asarray(rows)
+        bound, count = self._single if len(rows) == 1 else self._several, len(rows)
+        self._states(bound, count)[:] = rows.states
+        return bound.logits()[:count]
+
     def _logits(
         self, bound: BoundHead, router: Any, expert: Any, coefficients: tuple[float, float]
     ) -> tuple[Any, Any, tuple[float, float]]:

@@ -93,7 +93,7 @@ class Rounds:
         self._unseen += 1
         if not isinstance(rows, np.ndarray) and self._unseen % DEVICE_LEARNING_INTERVAL:
             return
-        logits = np.asarray(rows)[: len(tokens)]
+        logits = self._step.fuser.logits(rows)[: len(tokens)]
         ids = [token.id for token in tokens]
         if not sampled:
             hits = float(np.count_nonzero(logits.argmax(-1) == ids))
@@ -204,9 +204,8 @@ class Rounds:
             if place == rows - 1:
                 break
             logits = self._rows[place : place + 1]
-            row = np.asarray(logits)[0]
-            if sampler.sampling.repetition_penalty != 1.0:
-                row = step.fuse(logits, logits, (1.0, 0.0), sampler, len(ids), 1).rows[0]
+            penalised = sampler.sampling.repetition_penalty != 1.0
+            row = step.fuse(logits, logits, (1.0, 0.0), sampler, len(ids), 1).rows[0] if penalised else step.fuser.logits(logits)[0]
             if sampler.sampling.temperature:
                 distributions.append(proposal(sampler, row))
                 drafts.append(distributions[-1].draw(sampler.random.random()))

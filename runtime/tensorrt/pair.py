@@ -5,13 +5,14 @@ The base's weights are read once for both. What makes an expert of the base are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from fusionroute.runtime.backend import Fuser, Segment
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
+from fusionroute.runtime.joint_cache import JointCache, read_both
 from fusionroute.runtime.limits import DELTA
 from fusionroute.runtime.manifest import BASE, FUSION, Pair, Variant
 from fusionroute.runtime.tensorrt.device import Device
@@ -20,7 +21,7 @@ from fusionroute.runtime.tensorrt.fit import check
 from fusionroute.runtime.tensorrt.fusion import DeviceFuser
 from fusionroute.runtime.tensorrt.keys_values import KeysValues, new_rows, token_bytes
 from fusionroute.runtime.tensorrt.loading import BYTES, Engine, Loader
-from fusionroute.runtime.tensorrt.pair_pass import IDLE, PREFIXES, PairEngine, PairPass
+from fusionroute.runtime.tensorrt.pair_pass import PREFIXES, PairEngine, PairPass, Unread
 from fusionroute.runtime.tensorrt.shared import Shared
 
 
@@ -71,6 +72,7 @@ class TensorRtPair:
             factors=FactorSlots(device, stream, [factors[name] for name in manifest.experts], expert_memory),
             rows=(new_rows(engine, spec, shared), new_rows(engine, spec, shared)),
             idle=KeysValues(spec, shared, token_bytes(engine, spec)),
+            unread=Unread(device, manifest.vocab_size, len(manifest.experts)),
         )
         stream.zero(self._pair.idle.memory)
         self.router = PairModel(self._pair, None)
@@ -84,10 +86,7 @@ class TensorRtPair:
 
     def forward_both(self, router: PairCache, own: Segment, expert: PairCache, other: Segment) -> tuple[Any, Any]:
         """See `runtime.backend.Backend.forward_both`."""
-        outputs = expert.beside(router).run((own, other), (router.length, expert.length))
-        router.length += len(own.ids)
-        expert.length += len(other.ids)
-        return outputs
+        return read_both(router, own, expert, other)
 
     def fuser(self) -> Fuser:
         """A fuser with buffers of its own."""
@@ -105,42 +104,29 @@ class PairModel:
         return PairCache(self)
 
 
-class PairCache:
-    """One model's KV buffers for one session, and the passes that write them (see `runtime.backend.Cache`)."""
+class PairCache(JointCache):
+    """One model's KV buffers for one session, in device memory."""
 
     def __init__(self, model: PairModel):
-        self.length = 0
+        super().__init__(model.number is not None)
         self._model, shared = model, model.pair.shared
         shared.device.enter()
         self._done = shared.device.event()  # reached when the buffers are clear, or copied
         self._text = KeysValues(model.pair.spec, shared, token_bytes(model.pair.engine, model.pair.spec))
-        self._alone: PairPass | None = None
-        self._beside: tuple[PairCache, PairPass] | None = None
         with shared.lock:
             model.pair.stream.zero(self._text.memory)  # keys beyond the text are masked, but 0 · NaN is NaN
             model.pair.stream.record(self._done)
 
     def __del__(self) -> None:
-        if hasattr(self, "_beside"):
+        if hasattr(self, "_text"):
             self._done.wait()
 
-    def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Any:
-        """See `runtime.backend.Cache.forward` and `PairPass.run`."""
-        pair, number, own = self._model.pair, self._model.number, Segment(ids, positions)
-        if number is None:
-            self._alone = self._alone or PairPass(pair, self._text, None, None)
-            output, _ = self._alone.run((own, IDLE), (self.length, 0))
-        else:
-            self._alone = self._alone or PairPass(pair, None, self._text, number)
-            _, output = self._alone.run((IDLE, own), (0, self.length))
-        self.length += len(ids)
-        return output
-
-    def beside(self, router: PairCache) -> PairPass:
-        """The passes that an expert's cache shares with the router's."""
-        if self._beside is None or self._beside[0] is not router:
-            self._beside = router, PairPass(self._model.pair, router._text, self._text, self._model.number)
-        return self._beside[1]
+    def bind(self, router: PairCache | None) -> PairPass:
+        """See `JointCache.bind`."""
+        pair, number = self._model.pair, self._model.number
+        if router is not None:
+            return PairPass(pair, router._text, self._text, number)
+        return PairPass(pair, self._text, None, None) if number is None else PairPass(pair, None, self._text, number)
 
     def copy_prefix(self, other: PairCache, length: int) -> None:
         """See `runtime.backend.Cache.copy_prefix`. All caches are used on one stream, which keeps the order."""

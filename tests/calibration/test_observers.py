@@ -46,10 +46,16 @@ def test_statistics_do_not_depend_on_how_the_rows_are_cut(data: st.DataObject) -
     )  # zeros and denormals too
     cuts = data.draw(st.lists(st.integers(0, rows), max_size=6))
     whole, pieces = seen(x), seen(x, cuts)
+    cut = data.draw(st.integers(0, rows))
+    added, second = seen(x[:cut]), seen(x[cut:])
+    added.add(second)
+    np.testing.assert_array_equal(added.counts, whole.counts)
+    np.testing.assert_array_equal(added.channel_absmax, whole.channel_absmax)
+    np.testing.assert_allclose(added.channel_sum, whole.channel_sum, rtol=1e-12)
     np.testing.assert_array_equal(whole.counts, pieces.counts)
     np.testing.assert_array_equal(whole.channel_absmax, pieces.channel_absmax)
     np.testing.assert_allclose(whole.channel_sum, pieces.channel_sum, rtol=1e-12)
-    for one in (whole, pieces):
+    for one in (whole, pieces, added):
         assert (one.rows, one.minimum, one.maximum) == (rows, x.min(), x.max())
         np.testing.assert_array_equal(one.channel_absmax, np.abs(x).max(0))
         np.testing.assert_allclose(one.mean_square, np.square(x.astype(np.float64)).mean(0), rtol=1e-12)

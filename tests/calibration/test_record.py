@@ -8,7 +8,7 @@ import pytest
 
 from fusionroute.calibration import side_by_side
 from fusionroute.calibration.record import NOBODY, RecordedText, candidates, record
-from fusionroute.calibration.side_by_side import SideBySide
+from fusionroute.calibration.side_by_side import ReadTogether, SideBySide
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.graphs.batch_dimension import batched
 from fusionroute.fr_export.verify.torch_reference import reference
@@ -33,7 +33,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def opened(folder: Path, rows: int = side_by_side.MOST, texts: int = 10 * side_by_side.MOST) -> SideBySide:
     files = sorted(folder.glob("graphs/*.fp32.onnx"), key=lambda file: ("router" not in file.name, file.name))
     with patch.object(side_by_side, "MOST", rows):
-        return SideBySide(files, [batched(file) for file in files], CONTEXT, texts)
+        graphs = [ReadTogether(file, batched(file), [number]) for number, file in enumerate(files)]
+        return SideBySide(graphs, CONTEXT, texts)
 
 
 def recorded(

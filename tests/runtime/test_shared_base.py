@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backends.hidden_rows import BoundHead, Head
 from fusionroute.runtime.backends.ort_pair import OrtPair
 from fusionroute.runtime.backends.pair_binding import PairBinding
 from fusionroute.runtime.cancellation import Interrupted
@@ -35,10 +36,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     counts: list[tuple[int, int]] = []
     run = PairBinding.run
 
-    def noted(binding: PairBinding, segments: Any, lengths: Any, options: Any) -> Any:
+    def noted(binding: PairBinding, segments: Any, lengths: Any) -> Any:
         own, other = (len(segment.ids) if segment.positions else 0 for segment in segments)
         counts.append((own, other))
-        return run(binding, segments, lengths, options)
+        return run(binding, segments, lengths)
 
     monkeypatch.setattr(PairBinding, "run", noted)
     return counts
@@ -177,6 +178,28 @@ def test_drafts_are_verified_in_passes_of_both(
         both = {(a, b) for a, b in passes if a and b}
     assert any(a == b > 2 for a, b in both), "looked-up drafts"
     assert any(a == 1 and b > 2 for a, b in both), "the router's drafts"
+
+
+def test_drafts_and_what_is_learnt_of_them_use_the_fusers_own_head(shared: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Buffers for the head are made with a fuser: one for a row, one for several; none for a draft."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    draft_always(monkeypatch)
+    made: list[BoundHead] = []
+    init = BoundHead.__init__
+
+    def noted(bound: BoundHead, head: Head) -> None:
+        made.append(bound)
+        init(bound, head)
+
+    monkeypatch.setattr(BoundHead, "__init__", noted)
+    with FusionRuntime.load(shared, "int8", "cpu", speculation="auto") as rt:
+        made.clear()
+        drafted = 0
+        kinds: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3}, {"repetition_penalty": 1.3}]
+        for settings in kinds:
+            drafted += sum(rt.generate(ids, 24, **settings).drafted for ids in prompts(6, rt.vocab_size))
+    assert drafted > 100
+    assert len(made) <= 2, "one session, whose decoder the pool hands out again"
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

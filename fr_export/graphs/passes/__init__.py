@@ -1,12 +1,14 @@
 """Graph rewrites, one per file; each leaves the function of the graph as it was, `to_half` up to rounding.
 
-`pair_segments` makes a graph for two models at once, `expert_factors` ends one, `split_head` makes two graphs of one.
+`pair_segments` makes a graph for two models at once, `expert_factors` ends one, `models_in_batch` makes one for many texts
+of several models, `split_head` makes two graphs of one.
 """
 
 from fusionroute.fr_export.graphs.passes.decompose_rmsnorm import decompose_rmsnorm
 from fusionroute.fr_export.graphs.passes.expert_factors import expert_factors
 from fusionroute.fr_export.graphs.passes.fuse_rotary import fuse_rotary
 from fusionroute.fr_export.graphs.passes.fuse_skip_norm import fuse_skip_norm
+from fusionroute.fr_export.graphs.passes.models_in_batch import models_in_batch
 from fusionroute.fr_export.graphs.passes.pack_qkv import pack_qkv, split_qkv
 from fusionroute.fr_export.graphs.passes.pair_segments import pair_segments
 from fusionroute.fr_export.graphs.passes.remove_redundant_views import remove_redundant_views
@@ -20,6 +22,7 @@ __all__ = [
     "fuse_rotary",
     "fuse_skip_norm",
     "is_linear",
+    "models_in_batch",
     "pack_qkv",
     "pair_segments",
     "remove_redundant_views",

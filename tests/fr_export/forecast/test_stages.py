@@ -12,11 +12,12 @@ from fusionroute.fr_export.verify.compare import TOKENS
 from fusionroute.runtime.errors import FusionError
 
 SMOLLM2 = Work(
-    models=4, values=4 * 134_515_008, written=4 * 134_515_008, largest_model=134_515_008, largest_tensor=49_152 * 576, widest=1536,
-    traced_layers=30, layers=60, active_values=2 * 134_515_008, vocab_size=49_152, new_tokens=69 * 64, tokens=6477,
+    models=4, values=4 * 134_515_008, written=4 * 134_515_008, recorded=4 * 134_515_008, largest_model=134_515_008,
+    largest_tensor=49_152 * 576, widest=1536, decomposed=0, traced_layers=30, layers=60, active_values=2 * 134_515_008, vocab_size=49_152, new_tokens=69 * 64, tokens=6477,
 )  # fmt: skip
 GEMMA = Work(
-    models=3, values=7_843_000_000, written=7_843_000_000, largest_model=2_614_000_000, largest_tensor=256_000 * 2304, widest=9216,
+    models=3, values=7_843_000_000, written=7_843_000_000, recorded=7_843_000_000, largest_model=2_614_000_000,
+    largest_tensor=256_000 * 2304, widest=9216, decomposed=0,
     traced_layers=26, layers=52,
     active_values=5_228_000_000, vocab_size=256_000, new_tokens=8 * 64, tokens=8 * 100,
 )  # fmt: skip
@@ -70,6 +71,20 @@ def test_nothing_is_recorded_without_need(calibration: str) -> None:
     assert "recording" not in parts and "calibrating" not in parts
     fitted = parts["writing int4 for ort:cpu"].seconds == recorded["writing int4 for ort:cpu"].seconds
     assert fitted == (calibration != "none")
+
+
+def test_one_base_is_recorded_with_once_and_approximations_take_time() -> None:
+    one = 134_515_008
+    shared = by_name(stages(replace(SMOLLM2, written=one, recorded=one), CPU, "builtin", 0, 384, 1.0))
+    whole = by_name(stages(SMOLLM2, CPU, "builtin", 0, 384, 1.0))
+    assert whole["recording"].memory - shared["recording"].memory == pytest.approx(1.25 * 3 * one * 8.1 / 8, rel=0.01)
+    assert shared["recording"].seconds == whole["recording"].seconds
+    per_layer = 576 * 576 * 576 * 2 + 2 * 192 * 576 * 192 + 3 * 576 * 1536 * 576
+    tuned = by_name(stages(replace(SMOLLM2, written=one, decomposed=3 * 30 * per_layer), CPU, "builtin", 0, 384, 1.0))
+    measured = 3 * 30 * (2 * 0.03 + 3 * 0.05)  # seconds of one core for the singular values, from 30 to 50 ms for a matrix
+    seconds = tuned["measuring what experts change"].seconds - shared["calibrating"].seconds
+    assert FASTER * seconds <= measured <= SLOWER * seconds
+    assert tuned["writing int8 for ort:cpu"].seconds > shared["writing int8 for ort:cpu"].seconds
 
 
 def test_a_slow_machine_takes_longer() -> None:

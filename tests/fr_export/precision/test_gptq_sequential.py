@@ -1,7 +1,10 @@
 """Calibrated rounding of whole models: each layer for what rounded layers give it; what models share, once."""
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import Mask
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import TABLE, Request, export
 from fusionroute.fr_export.families import FAMILIES
@@ -27,12 +31,14 @@ from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.errors import InputError
+from tests.support.adapters import make_adapted_system
 from tests.support.calibration import traced
 from tests.support.sparing import sparing
 from tests.support.stored_weights import stored_weights
 from tests.support.systems import Shape, make_system
 
 FORM = int4.FORMAT
+Sharing = Sequence[tuple[Weights, Evidence]]
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +46,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def rounded(system: System, texts: list[np.ndarray], folder: Path, shared: SharedMatrices | None = None) -> dict[str, Stored]:
-    graph = traced(system)
+def known(texts: list[np.ndarray]) -> Evidence:
     recorded = [RecordedText(ids, np.zeros(len(ids), np.int8)) for ids in texts]
-    known = Evidence(recorded, [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
+    return Evidence(recorded, [Mask(len(ids), np.arange(len(ids))) for ids in texts], {})
+
+
+def rounded(
+    system: System, texts: list[np.ndarray], folder: Path, shared: SharedMatrices | None = None, sharing: Sharing = ()
+) -> dict[str, Stored]:
+    graph = traced(system)
     formats = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
     return round_sequentially(
-        FitContext(graph, system.router.weights, known, Store(folder), shared or SharedMatrices(), lambda _: None), formats
+        FitContext(
+            graph, system.router.weights, replace(known(texts), sharing=sharing), Store(folder), shared or SharedMatrices(), lambda _: None
+        ),
+        formats,
     )
 
 
@@ -58,20 +72,42 @@ def test_matrices_are_rounded_for_the_inputs_that_rounded_ones_give(family: str,
     draw = np.random.default_rng(0)
     texts = [draw.integers(3, 300, length).astype(np.int32) for length in (90, 40, 1, 120)]
     done = rounded(system, texts, tmp_path / "store")
-    model = load(system.router)
+    check_rounded(done, [(load(system.router), texts)])
+    head = next(name for name in done if "layers" not in name)
+    assert done[head].widened(64).shape == (300, 64)
 
-    def inputs(names: list[str]) -> dict[str, Hessian]:
-        hessians = {name: Hessian(model.get_submodule(name).in_features) for name in names}
-        hooks = [
-            model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: hessians[name].see(args[0][0].numpy()))
-            for name in names
-        ]
-        with torch.no_grad():
-            for ids in texts:
-                model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
-        for hook in hooks:
+
+def test_a_base_is_rounded_for_the_inputs_of_all_models_that_read_it(tmp_path: Path) -> None:
+    """Experts add what sets them apart to the rounded matrices. One of them has no texts."""
+    _, router, experts = make_adapted_system(tmp_path, Shape(layers=2), [{"r": 2}, {"r": 4}, {"r": 3}, {"r": 4}])
+    system = System.open(None, router, experts)
+    draw = np.random.default_rng(0)
+    texts = [[draw.integers(3, 300, length).astype(np.int32) for length in lengths] for lengths in ((70, 40), (130, 1), (90,), ())]
+    sharing = [(expert.weights, known(own)) for expert, own in zip(system.experts, texts[1:], strict=True)]
+    done = rounded(system, texts[0], tmp_path / "store", sharing=sharing)
+    models = [load(model) for model in system.models]
+    check_rounded(done, list(zip(models, texts, strict=True)))
+    alone = rounded(system, texts[0], tmp_path / "alone")
+    matrix = "model.model.layers.0.mlp.down_proj.weight"
+    width = models[0].get_submodule(matrix.removeprefix("model.").removesuffix(".weight")).in_features
+    assert not np.array_equal(done[matrix].widened(width), alone[matrix].widened(width)), "else the experts do not count"
+
+
+def check_rounded(done: dict[str, Stored], models: list[tuple[Any, list[np.ndarray]]]) -> None:
+    """Against hooks on models whose earlier matrices hold the rounded weights, the first one's. All but the first keep
+    what sets them apart from it.
+    """
+    model = models[0][0]
+
+    def inputs(name: str) -> Hessian:
+        hessian = Hessian(model.get_submodule(name).in_features)
+        for each, texts in models:
+            hook = each.get_submodule(name).register_forward_pre_hook(lambda _, args: hessian.see(args[0][0].numpy()))
+            with torch.no_grad():
+                for ids in texts:
+                    each(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
             hook.remove()
-        return hessians
+        return hessian
 
     packed = hasattr(model.model.layers[0].mlp, "gate_up_proj")
     attention = ["self_attn.qkv_proj"] if packed else ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -86,7 +122,7 @@ def test_matrices_are_rounded_for_the_inputs_that_rounded_ones_give(family: str,
         at = f"model.layers.{layer}"
         for step in steps:
             source = f"{at}.{next(iter(step.values()))[0]}"
-            factor = inputs([source])[source].factor()
+            factor = inputs(source).factor()
             replaced: dict[str, np.ndarray] = {}
             for matrix, stack in step.items():
                 weights = torch.cat([model.get_submodule(f"{at}.{part}").weight.data for part in stack]).numpy()
@@ -98,9 +134,9 @@ def test_matrices_are_rounded_for_the_inputs_that_rounded_ones_give(family: str,
                 sizes = [len(model.get_submodule(f"{at}.{part}").weight) for part in stack]
                 replaced |= dict(zip(stack, np.split(values, np.cumsum(sizes)[:-1]), strict=True))
             for part, values in replaced.items():
-                model.get_submodule(f"{at}.{part}").weight.data = torch.from_numpy(values.copy())
-    head = next(name for name in done if "layers" not in name)
-    assert done[head].widened(64).shape == (300, 64)
+                change = torch.from_numpy(values.copy()) - model.get_submodule(f"{at}.{part}").weight.data
+                for each, _ in models:
+                    each.get_submodule(f"{at}.{part}").weight.data += change
 
 
 def request(folder: Path, shape: Shape, precisions: tuple[str, ...], calibration: str) -> tuple[Request, list[Path]]:

@@ -14,7 +14,7 @@ from fusionroute.runtime.backend import Output, Segment
 from fusionroute.runtime.session import Session
 from fusionroute.runtime.tensorrt.device import Stream
 from fusionroute.runtime.tensorrt.factors import FactorSlots
-from tests.runtime.tensorrt.scenarios import PROMPT, SCENARIOS, Scenario, greedy, interleaved, play
+from tests.runtime.tensorrt.scenarios import PROMPT, SCENARIOS, Scenario, greedy, interleaved, nested, play
 from tests.runtime.tensorrt.test_events import KINDS, ORDERS
 from tests.support.simulated.bundles import CHUNK, write_pair_bundle
 from tests.support.simulated.cuda import Cuda
@@ -41,6 +41,8 @@ def joint(rt: FusionRuntime, machine: Machine) -> list[Any]:
             own, other = (Segment(text[cache.length :][: 1 + number], (0,)) for cache in (router, expert))
             outputs += backend.forward_both(router, own, expert, other)
         seen += [float(value) for output in outputs for value in output.logits[0][:3]]
+        routers_only = [(output, "routing") for output in outputs if output.routing is not None]
+        seen += nested([*((output, "logits") for output in outputs), *routers_only], machine)
     return [round(value, 3) for value in seen]
 
 
