@@ -15,6 +15,7 @@ from fusionroute.runtime.cancellation import Cancellation
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.expert_sets import ExpertSets
 from fusionroute.runtime.generation import generate_tokens
+from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients
 from fusionroute.runtime.prompt import Prompt, PromptEncoder
@@ -78,8 +79,8 @@ class FusionRuntime:
     ) -> FusionRuntime:
         """Open a bundle.
 
-        `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every
-        file.
+        `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported. The first time that a
+        bundle is loaded on this machine, and with `verify` each time, every file is hashed while the models load.
 
         `speculation="auto"` drafts tokens ahead where that pays on this machine. Greedy output is the same in fp32, and
         sampling keeps its distribution. Quantised models round a single token differently from several: with `exact`
@@ -107,9 +108,8 @@ class FusionRuntime:
         )  # fmt: skip
         check_device(options.device)
         opened = Bundle.open(bundle)
-        if verify:
-            opened.verify()
-        return cls(opened, options)
+        with checked(opened, everything=verify):
+            return cls(opened, options)
 
     @property
     def expert_names(self) -> list[str]:

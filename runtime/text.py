@@ -51,10 +51,19 @@ class Text:
     @classmethod
     def load(cls, path: str | Path) -> "Text":
         """Read a `tokenizer.json`. Raises BundleError for a file that is missing or is not a tokenizer."""
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read as a tokenizer.json ({error.strerror}); export the bundle again.") from error
+        return cls.parse(content, path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: str | Path) -> "Text":
+        """A tokenizer from the content of its file; `path` tells where it was. Raises BundleError where it is none."""
         from tokenizers import Tokenizer
 
         try:
-            return cls(Tokenizer.from_file(str(path)))
+            return cls(Tokenizer.from_str(content.decode()))
         except Exception as error:  # tokenizers raises nothing more precise
             raise BundleError(f"{path} cannot be read as a tokenizer.json ({error}); export the bundle again.") from error
 
