@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,24 +18,26 @@ from fusionroute.runtime import cache, files
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.machine import cores
 from fusionroute.runtime.regular_files import Identity
+from fusionroute.runtime.tokenizer_trial import try_tokenizer
 
-KIND = "verified"
+KIND, TOKENIZER = "verified", "tokenizer.json"
 SETTLED = 2 * 10**9  # ns without a change after which another one has another time, on all file systems
 
 
 @contextmanager
-def checked(bundle: Bundle, everything: bool) -> Iterator[None]:
+def checked(bundle: Bundle, everything: bool, trusted: bool = False) -> Iterator[Callable[[], None]]:
     """While the block loads a bundle, hash the files that are not remembered, or `everything`, in other threads.
 
-    Raises BundleError, at the end, for a file that is not the manifest's, and for one that was changed meanwhile; with
-    `everything` for one that the manifest does not name, too.
+    Yields a function to call before its tokenizer is read: it waits until that was tried in another process, which is
+    not done where the bundle is `trusted`. Raises BundleError, at the end, for a file that is not the manifest's, and
+    for one that was changed meanwhile; with `everything` for one that the manifest does not name, too.
     """
     if everything:
         bundle.check_unlisted()
     known = {} if everything else remembered(bundle)
     unknown = [name for name in bundle.manifest.files if known.get(name) != bundle.identities[name]]
     if not unknown:
-        yield
+        yield lambda: None
         bundle.unchanged()
         return
     stop = threading.Event()
@@ -47,15 +49,19 @@ def checked(bundle: Bundle, everything: bool) -> Iterator[None]:
 
     pool = ThreadPoolExecutor(cores(), "fusionroute-verify")
     try:
+        trial = (
+            pool.submit(try_tokenizer, bundle.read(TOKENIZER), bundle.folder / TOKENIZER) if TOKENIZER in unknown and not trusted else None
+        )
         checks = [pool.submit(check, name) for name in sorted(unknown, key=lambda name: -bundle.manifest.files[name].bytes)]
-        yield
+        yield lambda: trial.result() if trial else None
         for each in checks:
             each.result()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
     bundle.unchanged()
-    remember(bundle)
+    if not trusted:
+        remember(bundle)
 
 
 def remembered(bundle: Bundle) -> dict[str, Identity]:

@@ -79,7 +79,7 @@ def into_folder(path: Path) -> None:
 CHANGES: dict[str, Callable[[Path], object]] = {
     "other weights of the same size": lambda place: (place / WEIGHTS).write_bytes(b"\xff" * (place / WEIGHTS).stat().st_size),
     "another graph": lambda place: (place / GRAPH).write_bytes(b"graph"),
-    "no graph": lambda place: os.unlink(place / GRAPH),
+    "no graph": lambda place: (place / GRAPH).rename(place / "other"),
     "a graph that is a link": lambda place: into_link(place / GRAPH),
     "weights that are a FIFO": lambda place: into_fifo(place / WEIGHTS),
     "a record that is a FIFO": lambda place: into_fifo(place / RECORD),
