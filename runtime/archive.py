@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError, FusionError, InputError
 from fusionroute.runtime.files import appearing, replacing
-from fusionroute.runtime.manifest import NAME, Manifest
+from fusionroute.runtime.manifest import MOST_BYTES, NAME, Manifest
+from fusionroute.runtime.regular_files import identity
 
 if TYPE_CHECKING:
     from fusionroute.runtime.file_entry import File
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 Advance = Callable[[int], None]  # called with the bytes that are done
 
 BLOCK = tarfile.BLOCKSIZE
-MOST_TEXT = 1 << 26  # bytes of a manifest: SmolLM2's has a quarter of a megabyte
 PIECE = 1 << 22
 
 
@@ -44,9 +44,9 @@ def pack(bundle: Bundle, file: Path, advance: Advance = lambda _: None) -> None:
     check_room(sum(map(stored, entries.values())), file.parent)
     with replacing(file) as partial, tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
         for name in (NAME, *entries):
-            with (bundle.folder / name).open("rb") as stream:
+            with bundle.open_file(name) as stream:
                 content = Hashed(stream, advance)
-                archive.addfile(header(name, (bundle.folder / name).stat().st_size), content)
+                archive.addfile(header(name, identity(stream).bytes), content)
             if name in entries and content.digest() != entries[name].sha256:
                 raise BundleError(f"{bundle.folder / name} was changed after the export; export the bundle again.")
 
@@ -144,7 +144,7 @@ def open_archive(file: Path) -> BinaryIO:
 def read_manifest(stream: BinaryIO, file: Path) -> bytes:
     """The first member's content. Raises BundleError where that is no manifest."""
     name, size = next(members(stream, file), ("", 0))
-    if name != NAME or size > MOST_TEXT:
+    if name != NAME or size > MOST_BYTES:
         raise BundleError(f"{file} does not begin with the manifest of a bundle: expected a file that `fusionroute pack` wrote.")
     text = stream.read(size)
     if len(text) < size:

@@ -3,68 +3,152 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, BinaryIO
 
-from fusionroute.runtime.errors import BundleError, UnavailableError, one_line
+from fusionroute.runtime.errors import BundleError, UnavailableError, one_line, reason
 from fusionroute.runtime.files import is_partial
+from fusionroute.runtime.graph_file import external_files
 from fusionroute.runtime.machine import cores
 from fusionroute.runtime.precisions import fastest_first
+from fusionroute.runtime.regular_files import Identity, identity, open_folder, open_regular
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Manifest, Variant
 
 FACTORS = "graphs/factors"  # the folder of experts that share one base
+DESCRIPTORS = "/proc/self/fd"  # on Linux, paths that lead to what a process has open
+PIECE = 1 << 22  # bytes that are read at a time
 ELSEWHERE = {"portable": "for Optimum's ORTModelForCausalLM"}  # targets that no device of the runtime serves
 
 
 class Bundle:
     """An opened bundle.
 
-    Opening checks that every file exists with its size and hashes all but weights; `verify()` hashes these too.
+    Opening checks that every file is there, is a regular one and has its size. Content is hashed when it is read; all
+    files together by `verify`, and when a bundle is loaded for the first time: see `integrity`. From opening on every
+    file must stay the one that it was.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
         self.manifest = manifest
+        self.identities: dict[str, Identity] = {}  # of all its files, when the bundle was opened
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
-        """Raises BundleError where the bundle is missing, incomplete or was changed."""
+        """Raises BundleError where the bundle is missing, incomplete, or has links or devices for files."""
         from fusionroute.runtime.manifest import Manifest  # pydantic would double the time of `import runtime`
 
         path = Path(folder)
         bundle = cls(path, Manifest.read(path))
-        for name, file in bundle.manifest.files.items():
-            if not (path / name).is_file():
-                raise BundleError(f"The bundle {path} lacks {name}; copy or export it again.")
-            if (size := (path / name).stat().st_size) != file.bytes:
-                raise BundleError(f"{path / name} has {size} bytes where the manifest says {file.bytes}; copy or export the bundle again.")
-        for name in bundle.manifest.files:
-            # executed or small: always hashed; weights are checked by size only
-            if name.endswith((".onnx", ".engine", ".json", ".jinja")):
-                bundle.check(name)
+        for name, entry in bundle.manifest.files.items():
+            with bundle.open_file(name) as file:
+                opened = identity(file)
+            if opened.bytes != entry.bytes:
+                raise BundleError(
+                    f"{path / name} has {opened.bytes} bytes where the manifest says {entry.bytes}; copy or export the bundle again."
+                )
+            bundle.identities[name] = opened
         return bundle
 
-    def check(self, name: str) -> None:
-        """Compare one file's hash with the manifest. Raises BundleError where they differ."""
+    def open_file(self, name: str) -> BinaryIO:
+        """Open a file for reading, unbuffered: the one that was there when the bundle was opened. Raises BundleError."""
         try:
-            digest = sha256(self.folder / name)
+            file = open_regular(self.folder, name)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise BundleError(f"The bundle {self.folder} lacks {name}; copy or export it again.") from error
         except OSError as error:
-            raise BundleError(f"{self.folder / name} cannot be read ({error.strerror}); copy or export the bundle again.") from error
-        if digest != self.manifest.files[name].sha256:
+            raise self._unreadable(name, error) from error
+        try:
+            self._check_unchanged(name, file)
+        except BundleError:
+            file.close()
+            raise
+        return file
+
+    def _check_unchanged(self, name: str, file: BinaryIO) -> None:
+        if identity(file) != self.identities.get(name, identity(file)):
+            raise BundleError(f"{self.folder / name} was changed since the bundle was opened; load the bundle again.")
+
+    def _unreadable(self, name: str, error: Exception) -> BundleError:
+        return BundleError(f"{self.folder / name} cannot be read ({reason(error)}); copy or export the bundle again.")
+
+    def unchanged(self) -> None:
+        """Raise BundleError where a file is not the one any more that was there when the bundle was opened."""
+        for name in self.manifest.files:
+            self.open_file(name).close()
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The content of a file, hashed on the way. Raises BundleError, at the end where the hash is another."""
+        digest = hashlib.sha256()
+        with self.open_file(name) as file:
+            try:
+                while piece := file.read(PIECE):
+                    digest.update(piece)
+                    yield piece
+            except OSError as error:
+                raise self._unreadable(name, error) from error
+            self._check_unchanged(name, file)
+        if digest.hexdigest() != self.manifest.files[name].sha256:
             raise BundleError(
                 f"{self.folder / name} was changed after the export (its SHA-256 differs from the manifest); export the bundle again."
             )
 
+    def check(self, name: str) -> None:
+        """Compare one file's hash with the manifest. Raises BundleError where they differ."""
+        for _ in self.pieces(name):
+            pass
+
+    def read(self, name: str) -> bytes:
+        """The content of a file, which has the manifest's hash. Raises BundleError."""
+        return b"".join(self.pieces(name))
+
     def text(self, name: str) -> str | None:
-        """A text file of the bundle, or None where the bundle has none of that name."""
+        """A text file of the bundle, or None where the bundle has none of that name. Raises BundleError."""
         if name not in self.manifest.files:
             return None
         try:
-            return (self.folder / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{self.folder / name} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
+            return self.read(name).decode()
+        except UnicodeDecodeError as error:
+            raise self._unreadable(name, error) from error
+
+    @contextmanager
+    def graph(self, name: str) -> Iterator[tuple[bytes, str]]:
+        """A graph's content, and the folder that the locations of its weights are relative to.
+
+        In the block, what lies there is the manifest's: at its end weights and their folders must be those that were
+        there at its beginning. The folder's path leads to it even where another is given its name.
+
+        Raises BundleError: for a graph that `external_files` refuses, and one that names other files, too.
+        """
+        content, parent = self.read(name), PurePosixPath(name).parent
+        try:
+            weights = {str(parent / location) for location in external_files(content)}
+        except ValueError as error:
+            raise BundleError(f"The graph {self.folder / name} is refused, since {one_line(error)}; export the bundle again.") from error
+        if unlisted := sorted(weights - self.manifest.files.keys()):
+            raise BundleError(
+                f"The graph {self.folder / name} reads {unlisted[0]!r}, which the manifest does not name; export the bundle again."
+            )
+        try:
+            with open_folder(self.folder, str(parent)) as place:
+                before = self._folders(weights)
+                yield content, f"{DESCRIPTORS}/{place}" if place is not None and Path(DESCRIPTORS).is_dir() else str(self.folder / parent)
+                if self._folders(weights) != before:
+                    raise BundleError(f"{self.folder / parent} was changed while it was read; load the bundle again.")
+        except OSError as error:
+            raise self._unreadable(str(parent), error) from error
+        for each in (name, *weights):
+            self.open_file(each).close()
+
+    def _folders(self, names: set[str]) -> list[tuple[int, ...]]:
+        """What tells the folders of files from others, and from themselves with other entries."""
+        statuses = [os.lstat(self.folder / parent) for parent in sorted({PurePosixPath(name).parent for name in names})]
+        return [(status.st_dev, status.st_ino, status.st_ctime_ns) for status in statuses]
 
     def verify(self) -> None:
         """Hash every file, and look for files that the manifest does not name.
@@ -77,13 +161,18 @@ class Bundle:
 
         with ThreadPoolExecutor(cores()) as pool:  # hashing leaves the interpreter to other threads
             list(pool.map(self.check, self.manifest.files))
+        self.check_unlisted()
+
+    def check_unlisted(self) -> None:
+        """Raise BundleError for anything but folders that the manifest does not name: links and devices too."""
         known = set(self.manifest.files) | {"manifest.json"}
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and name not in known and not is_leftover(path, self.folder):
-                raise BundleError(
-                    f"{path} does not belong to the bundle (the manifest does not name it); remove it or export the bundle again."
-                )
+        for folder, folders, names in os.walk(self.folder):
+            links = [name for name in folders if (Path(folder) / name).is_symlink()]
+            for path in sorted(Path(folder) / name for name in (*names, *links)):
+                if path.relative_to(self.folder).as_posix() not in known and not is_leftover(path, self.folder):
+                    raise BundleError(
+                        f"{path} does not belong to the bundle (the manifest does not name it); remove it or export the bundle again."
+                    )
 
     def variants(self, target: str) -> list[Variant]:
         """The variants for a target such as `ort:cpu`, the fastest first."""

@@ -8,6 +8,9 @@ only `clear` removes them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import logging
 import os
 import shutil
 import time
@@ -15,12 +18,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
 
 from fusionroute.runtime import files
+from fusionroute.runtime.errors import reason
+from fusionroute.runtime.regular_files import read_regular
 
+LOG = logging.getLogger("fusionroute")
 DAY = 86_400.0  # seconds
 # kind → seconds without use after which an entry is removed
-AGES = {"costs": 30 * DAY, "locks": 30 * DAY, "packed": 30 * DAY, "providers": 30 * DAY}
+AGES = {"costs": 30 * DAY, "locks": 30 * DAY, "packed": 30 * DAY, "providers": 30 * DAY, "verified": 30 * DAY}
+MOST_TEXT = 1 << 26  # bytes of a file that `read_checked` reads
 MOST_BYTES = 50 * 10**9  # that all entries of these kinds may have together
 RECENT = 3_600.0  # seconds: an entry used since then is not removed to make room
 USER = ".used-by-"  # and a process id: name of a file in an entry's folder, as long as that process may read the folder
@@ -50,6 +58,35 @@ class Entry:
         doomed = files.partial_name(self.path)
         self.path.rename(doomed)  # in one step: nobody finds half of it
         shutil.rmtree(doomed)
+
+
+def write_checked(path: Path, content: object) -> None:
+    """Write what JSON can hold for `read_checked`, with its SHA-256. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():  # which no file can replace
+        shutil.rmtree(path)
+    files.replace(path, json.dumps({"sha256": sha256(content), "content": content}).encode())
+
+
+def read_checked(path: Path) -> Any:
+    """What `write_checked` wrote, and note that it is used now. None where there is nothing, or another: logged."""
+    try:
+        written = json.loads(read_regular(path.parent, path.name, MOST_TEXT))
+        content = written.pop("content")
+        if written != {"sha256": sha256(content)}:
+            raise ValueError("its checksum is another")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        LOG.warning("%s is not what was written (%s): it is made again.", path, reason(error))
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return content
+
+
+def sha256(content: object) -> str:
+    """Of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def entries(kind: str | None = None) -> list[Entry]:

@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 def render(template: str, messages: list[dict[str, str]], *, bos_token: str, eos_token: str, add_generation_prompt: bool = True) -> str:
     """The text of a conversation: what the chat template makes of `messages`, its own special tokens included.
 
-    Raises InputError where a message is not {"role": str, "content": str}, or where the template refuses the messages.
+    Raises InputError where a message is not {"role": str, "content": str}, or where the template refuses the messages,
+    or leaves its bounds: see `bounded_templates`.
     """
+    from fusionroute.runtime.bounded_templates import MOST_SOURCE, run  # here: Jinja
+
     checked = _checked(messages)
+    if len(template) > MOST_SOURCE:
+        raise InputError(f"The chat template refused the messages: it has more than {MOST_SOURCE} characters.")
+    values = {"messages": checked, "bos_token": bos_token, "eos_token": eos_token, "add_generation_prompt": add_generation_prompt}
     try:
-        return _compiled(template).render(
-            messages=checked, bos_token=bos_token, eos_token=eos_token, add_generation_prompt=add_generation_prompt
-        )
+        return run(lambda: _compiled(template).render(values))
     except Exception as error:  # a template is a program: whatever it raises is its way to refuse
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(f"The chat template refused the messages: {reason}.") from error
@@ -49,7 +53,8 @@ def _checked(messages: object) -> list[dict[str, str]]:
 def _compiled(template: str) -> "Template":
     from jinja2.exceptions import TemplateError
     from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from fusionroute.runtime.bounded_templates import BoundedEnvironment, check_widths
 
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
@@ -65,10 +70,10 @@ def _compiled(template: str) -> "Template":
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(pattern: str) -> str:
+        check_widths(pattern)
         return datetime.now().strftime(pattern)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = tojson
+    environment = BoundedEnvironment({"tojson": tojson}, trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     return environment.from_string(template)

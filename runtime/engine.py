@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from fusionroute.runtime.backends import Backend, check_device
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Cancellation
-from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.expert_sets import ExpertSets
 from fusionroute.runtime.generation import generate_tokens
+from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients
 from fusionroute.runtime.prompt import Prompt, PromptEncoder
@@ -39,14 +40,19 @@ class FusionRuntime:
     say what was loaded; `tokenizer` is None for a bundle without one.
     """
 
-    def __init__(self, bundle: Bundle, options: RuntimeOptions):
+    def __init__(self, bundle: Bundle, options: RuntimeOptions, tokenizer_is_tried: Callable[[], None] = lambda: None):
         """Use `load`."""
         self.bundle, self.options = bundle, options
         manifest = bundle.manifest
         self.fusion: str = options.fusion or manifest.fusion
         self.lam: float = manifest.lam if options.lam is None else options.lam
-        self._prompts = PromptEncoder(bundle)
         self._sets = ExpertSets(bundle, options)
+        try:
+            tokenizer_is_tried()
+            self._prompts = PromptEncoder(bundle)
+        except FusionError:
+            self._sets.close()
+            raise
         self.precision = self._sets.current.system.precision
         self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
 
@@ -75,11 +81,12 @@ class FusionRuntime:
         prefix_cache: int = 1,
         share_weights: bool = False,
         verify: bool = False,
+        trusted: bool = False,
     ) -> FusionRuntime:
         """Open a bundle.
 
-        `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every
-        file.
+        `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported. At the first load on this
+        machine, and with `verify` at each, every file is hashed.
 
         `speculation="auto"` drafts tokens ahead where that pays on this machine. Greedy output is the same in fp32, and
         sampling keeps its distribution. Quantised models round a single token differently from several: with `exact`
@@ -98,6 +105,8 @@ class FusionRuntime:
         once, in the user's cache folder, at some 2.3 times their size. By default each process packs a copy of its own
         in memory.
 
+        `trusted`, for bundles of your own: the tokenizer is not tried in another process at the first load.
+
         Options are checked before anything is opened. Raises FusionError subclasses only: BundleError,
         UnavailableError, InputError.
         """
@@ -107,9 +116,8 @@ class FusionRuntime:
         )  # fmt: skip
         check_device(options.device)
         opened = Bundle.open(bundle)
-        if verify:
-            opened.verify()
-        return cls(opened, options)
+        with checked(opened, everything=verify, trusted=trusted) as tokenizer_is_tried:
+            return cls(opened, options, tokenizer_is_tried)
 
     @property
     def expert_names(self) -> list[str]:

@@ -21,6 +21,11 @@ class ClosedError(FusionError):
     """The runtime was closed while, or before, it was used."""
 
 
+def reason(error: Exception) -> str:
+    """Why something could not be read or written, on one line: without the path, which the sentence names."""
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing.
 

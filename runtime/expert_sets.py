@@ -86,7 +86,7 @@ class ExpertSets:
             pair = self._bundle.variant(backend.target, system.precision).pair
             expert = open_expert(self._bundle, name, source)
             assert pair is not None
-            arrays = expert.factors(self._bundle.folder, pair)
+            arrays = expert.factors(self._bundle, pair)
             added = dict(zip(arrays.shapes, arrays.arrays(), strict=True))
             self._exchange(backend, {**backend.factors, name: added}, name)
 

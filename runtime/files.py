@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import platform
 import re
 import shutil
+import stat
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -17,6 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+LOG = logging.getLogger("fusionroute")
 PARTIAL = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,9})-[0-9a-f]{8}\.partial")
 ABANDONED = 86_400.0  # seconds without a change after which nobody writes a partial file any more
 
@@ -26,6 +31,43 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("fusionroute", appauthor=False))
+
+
+def private_folder(kind: str = "") -> Path:
+    """The cache folder, or the folder in it of a kind of entries: this user's alone, and made where there is none.
+
+    What other users could write is removed, with a line in the log, since it is used without a look. Raises OSError,
+    also where the folder is another user's, or a link.
+    """
+    root = cache_folder()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with _PRIVATE:
+        for folder in dict.fromkeys((root, root / kind)):
+            _make_private(folder)
+    return root / kind
+
+
+_PRIVATE = threading.Lock()  # a thread must not remove what another begins to write
+
+
+def _make_private(folder: Path) -> None:
+    with suppress(FileExistsError):
+        folder.mkdir(0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "the cache folder is a link, or no folder", str(folder))
+    if not hasattr(os, "geteuid"):  # Windows, where the user's folders are the user's alone
+        return
+    if status.st_uid != os.geteuid():
+        raise PermissionError(errno.EACCES, "the cache folder belongs to another user", str(folder))
+    if status.st_mode & 0o055:
+        with suppress(OSError):  # a disk that is mounted for reading only
+            folder.chmod(0o700)
+    if status.st_mode & 0o022:
+        folder.chmod(0o700)
+        LOG.warning("Other users could write to %s: what it holds is removed, and made again.", folder)
+        for path in list(folder.iterdir()):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager
@@ -113,7 +155,11 @@ def locked(path: Path) -> Iterator[None]:
 
     Where the file system has no locks, nothing is waited for. Raises OSError where the file cannot be created.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):  # opening it would empty what a link leads to, or wait for a FIFO
+            LOG.warning("%s is no regular file: the lock is made again.", path)
+            path.unlink()
     with lock_file(path) or nullcontext():
         with suppress(OSError):
             os.utime(path)  # the cache tells by it when a lock was last used

@@ -5,11 +5,13 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
-from fusionroute.runtime.errors import BundleError, one_line
+from fusionroute.runtime.errors import BundleError, reason
 from fusionroute.runtime.file_entry import File, InsidePath, Size, Strict
 from fusionroute.runtime.files import replace
+from fusionroute.runtime.regular_files import read_regular
 
 NAME = "manifest.json"
+MOST_BYTES = 1 << 26  # of a manifest: SmolLM2's has a quarter of a megabyte
 BASE, FUSION = "base", "fusion"  # names of engines that are no model's
 # what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`
 FORMAT: Final = 3
@@ -228,11 +230,11 @@ class Manifest(Strict):
         try:
             if not folder.is_dir():
                 raise BundleError(f"There is no bundle at {folder}: expected the folder that export.py wrote.")
-            text = (folder / NAME).read_text(encoding="utf-8")
+            text = read_regular(folder, NAME, MOST_BYTES).decode()
         except FileNotFoundError as error:
             raise BundleError(f"{folder} is no bundle, since it holds no {NAME}: expected the folder that export.py wrote.") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{folder / NAME} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
+            raise BundleError(f"{folder / NAME} cannot be read ({reason(error)}); copy or export the bundle again.") from error
         return cls.parse(text, str(folder / NAME))
 
     @classmethod

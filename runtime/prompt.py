@@ -12,7 +12,15 @@ from fusionroute.runtime.chat import render
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.text import Text
 
+TOKENIZER = "tokenizer.json"
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+
+
+def tokenizer_of(bundle: Bundle) -> Text | None:
+    """A bundle's tokenizer, None where it has none. Raises BundleError for a tokenizer.json that cannot be read."""
+    if TOKENIZER not in bundle.manifest.files:
+        return None
+    return Text.parse(bundle.read(TOKENIZER), bundle.folder / TOKENIZER)
 
 
 class PromptEncoder:
@@ -20,7 +28,7 @@ class PromptEncoder:
 
     def __init__(self, bundle: Bundle):
         """Raises BundleError for a tokenizer.json that cannot be read."""
-        self.tokenizer = Text.load(bundle.folder / "tokenizer.json") if "tokenizer.json" in bundle.manifest.files else None
+        self.tokenizer = tokenizer_of(bundle)
         self._folder = bundle.folder
         self._chat_template = bundle.text("chat_template.jinja")
         self._bos, self._eos = bundle.manifest.bos_token or "", bundle.manifest.eos_token or ""

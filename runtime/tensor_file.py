@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -45,15 +45,15 @@ class TensorFile:
     `tensors`: name → tensor, in the order of the header. `metadata`: texts by name.
     """
 
-    def __init__(self, path: Path):
-        """Raises OSError, and ValueError for a file that is not one of floating-point tensors."""
-        data = np.memmap(path, np.uint8, "r")
+    def __init__(self, file: Path | BinaryIO):
+        """`file` may be closed afterwards. Raises OSError, and ValueError for one that is not of floating-point tensors."""
+        data = np.memmap(file, np.uint8, "r")
         start = PREFIX + int.from_bytes(data[:PREFIX].tobytes(), "little")
         try:
             entries = json.loads(data[PREFIX:start].tobytes())
             self.metadata: dict[str, str] = dict(entries.pop(METADATA, {}))
             self.tensors = {name: stored(data, start, **entry) for name, entry in entries.items()}
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, RecursionError) as error:
             raise ValueError(str(error)) from error
 
 

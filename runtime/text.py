@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.runtime.errors import BundleError, InputError
+from fusionroute.runtime.errors import BundleError, FusionError, InputError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
 MAX_CHARACTER_BYTES = 4  # of UTF-8
+
+
+def failed(error: BaseException) -> FusionError:
+    """What to raise for an error of the native library, whose panics are no Exceptions. Raises others, as Ctrl-C, again."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # pyo3 gives it no name to import
+        raise error
+    return FusionError(f"The tokenizer fails on this text ({one_line(error)}); export the bundle again.")
 
 
 @dataclass(slots=True)
@@ -51,33 +58,47 @@ class Text:
     @classmethod
     def load(cls, path: str | Path) -> "Text":
         """Read a `tokenizer.json`. Raises BundleError for a file that is missing or is not a tokenizer."""
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read as a tokenizer.json ({error.strerror}); export the bundle again.") from error
+        return cls.parse(content, path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: str | Path) -> "Text":
+        """A tokenizer from the content of its file; `path` tells where it was. Raises BundleError where it is none."""
         from tokenizers import Tokenizer
 
         try:
-            return cls(Tokenizer.from_file(str(path)))
-        except Exception as error:  # tokenizers raises nothing more precise
-            raise BundleError(f"{path} cannot be read as a tokenizer.json ({error}); export the bundle again.") from error
+            return cls(Tokenizer.from_str(content.decode()))
+        except BaseException as error:  # tokenizers raises nothing more precise
+            failed(error)
+            raise BundleError(f"{path} cannot be read as a tokenizer.json ({one_line(error)}); export the bundle again.") from error
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens of tokenizer.json (BOS); `special=False` for text from a chat template.
 
-        Raises InputError unless `text` is a str of whole characters.
+        Raises InputError unless `text` is a str of whole characters, FusionError where the tokenizer fails on it.
         """
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         except TypeError as error:  # also for surrogates, such as undecodable bytes of a command line
             raise InputError("The text is not a str of valid Unicode characters: pass text that was decoded as UTF-8.") from error
+        except BaseException as error:
+            raise failed(error) from error
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids outside the vocabulary add nothing.
 
-        Raises InputError for one that is not a whole number from 0.
+        Raises InputError for one that is not a whole number from 0, FusionError where the tokenizer fails on them.
         """
         try:
             text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         except (TypeError, OverflowError) as error:
             raise InputError("The token ids are not all whole numbers from 0: pass ids as `encode` gives them.") from error
+        except BaseException as error:
+            raise failed(error) from error
         return text
 
     def silent(self, id: int) -> bool:

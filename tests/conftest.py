@@ -1,5 +1,7 @@
 """Fixtures that every test gets."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,3 +40,27 @@ def traced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(traces, "trace", cached_trace)
         yield
+
+
+@pytest.fixture(scope="session")
+def all_bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Copies of the folders in FUSIONROUTE_BUNDLES (with colons between); else small systems, exported here."""
+    root = tmp_path_factory.mktemp("bundles")
+    named = [Path(name) for name in os.environ.get("FUSIONROUTE_BUNDLES", "").split(":") if name]
+    if named:
+        return [Path(shutil.copytree(path, root / f"{number}-{path.name}")) for number, path in enumerate(named)]
+    from tests.support.exporting import export_runtime_bundles
+
+    return export_runtime_bundles(root)
+
+
+@pytest.fixture(scope="session")
+def bundles(all_bundles: list[Path]) -> list[Path]:
+    """Two systems of full models, and one of adapters with one base."""
+    return all_bundles[:3]
+
+
+@pytest.fixture
+def bundle(bundles: list[Path], tmp_path: Path) -> Path:
+    """A copy to tamper with."""
+    return Path(shutil.copytree(bundles[0], tmp_path / "bundle"))

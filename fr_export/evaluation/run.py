@@ -19,6 +19,7 @@ from fusionroute.runtime.backends.ort_cpu import TARGET
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.machine import cores
 from fusionroute.runtime.options import fusion_coefficients
+from fusionroute.runtime.prompt import tokenizer_of
 from fusionroute.runtime.text import Text
 
 SLACK = 8  # tokens that an answer may be longer than the domain's longest reference: one that is longer is wrong anyway
@@ -78,7 +79,8 @@ def evaluate(
 
     results: Results = {name: known[name] for name in decoded if known and reusable(name)}
     if missing := tuple(name for name in decoded if name not in results):
-        text = Text.load(opened.folder / "tokenizer.json")
+        text = tokenizer_of(opened)
+        assert text is not None  # `questions` needs it
         pieces = {domain: _pieces(digests[domain], own, text) for domain, own in questions.items()}
         results |= _decode(Job(str(bundle), precision, missing, fusion, lam, chat), pieces, jobs, console)
     if SEQUENCE in methods:

@@ -11,7 +11,6 @@ from fusionroute.fr_export.evaluation.outcomes import Outcomes
 from fusionroute.fr_export.evaluation.scoring import f1
 from fusionroute.fr_export.evaluation.token_classes import CLASSES, TokenClasses
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.text import Text
 
 
 class Job(NamedTuple):
@@ -41,7 +40,8 @@ class Worker:
 
     def __init__(self, job: Job):
         self._runtime = runtime = FusionRuntime.load(job.bundle, job.precision, "cpu", fusion=job.fusion, lam=job.lam, threads=1)
-        self._text = Text.load(runtime.bundle.folder / "tokenizer.json")
+        assert runtime.tokenizer is not None  # the questions were read with it
+        self._text = runtime.tokenizer
         self._chat = job.chat
         self._methods = {name: method_named(name, runtime.expert_names, runtime.fusion, runtime.lam) for name in job.methods}
         self._decoder = MethodDecoder(runtime)

@@ -32,11 +32,13 @@ class NewExpert:
     name: str
     adapter: LoraAdapter
 
-    def factors(self, folder: Path, pair: Pair) -> AdapterFactors:
+    def factors(self, bundle: Bundle, pair: Pair) -> AdapterFactors:
         """What the inputs of a graph hold for it. Raises InputError as `AdapterFactors`, BundleError for broken files."""
         assert pair.adapting is not None
-        unadapted = Unadapted.read(folder / pair.adapting.unadapted)
-        return AdapterFactors(read_layout(folder / pair.adapting.layout), unadapted, self.adapter)
+        for name in (pair.adapting.unadapted, pair.adapting.layout):
+            bundle.check(name)
+        with bundle.open_file(pair.adapting.unadapted) as unadapted, bundle.open_file(pair.adapting.layout) as layout:
+            return AdapterFactors(read_layout(layout), Unadapted.read(unadapted), self.adapter)
 
 
 def open_expert(bundle: Bundle, name: str, source: Path) -> NewExpert:
@@ -71,7 +73,7 @@ def add_expert(folder: Path, name: str, source: Path, replace: bool = False) -> 
         expert = open_expert(bundle, name, source)
         if name in manifest.experts and not replace:
             raise InputError(f"The bundle {folder} has an expert '{name}' already: add --force to replace it.")
-        factors = [expert.factors(folder, pair) for pair in pairs(manifest)]
+        factors = [expert.factors(bundle, pair) for pair in pairs(manifest)]
         variants, entries = [], dict(manifest.files)
         for variant, arrays in zip(manifest.variants, factors, strict=True):
             path, entry = write_factors(folder / FACTORS, name, arrays.entries, arrays.arrays())
@@ -189,12 +191,12 @@ def remove_unnamed(folder: Path) -> None:
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Wait until nobody else on this machine changes the bundle. Raises FusionError where that cannot be told."""
-    path = files.cache_folder() / "locks" / f"experts-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()}.lock"
+    name = f"experts-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()}.lock"
     with ExitStack() as stack:
         try:
-            stack.enter_context(files.locked(path))
+            stack.enter_context(files.locked(files.private_folder("locks") / name))
         except OSError as error:
             raise FusionError(
-                f"The lock {path} cannot be made ({one_line(error)}): name another cache folder in XDG_CACHE_HOME."
+                f"The lock locks/{name} cannot be made ({one_line(error)}): name another cache folder in XDG_CACHE_HOME."
             ) from error
         yield

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -31,10 +32,10 @@ class Unadapted:
     vectors: Mapping[str, np.ndarray]
 
     @classmethod
-    def read(cls, path: Path) -> "Unadapted":
+    def read(cls, source: Path | BinaryIO) -> "Unadapted":
         """Raises BundleError for a file that does not hold it."""
         try:
-            file = TensorFile(path)
+            file = TensorFile(source)
             scales = _SCALES.validate_json(file.metadata.get(SCALES, "{}"))
             factors = {
                 tensor: [
@@ -45,7 +46,7 @@ class Unadapted:
             taken = {name(tensor, n) for tensor, own in scales.items() for n in range(len(own)) for name in (a_name, b_name)}
             return cls(factors, {name: tensor.values() for name, tensor in file.tensors.items() if name not in taken})
         except (OSError, ValueError, KeyError) as error:
-            raise _broken(path, error) from error
+            raise _broken(source, error) from error
 
 
 def a_name(tensor: str, number: int) -> str:
@@ -58,10 +59,10 @@ def b_name(tensor: str, number: int) -> str:
     return f"{tensor}:{number}.b"
 
 
-def read_layout(path: Path) -> FactorLayout:
+def read_layout(source: Path | BinaryIO) -> FactorLayout:
     """How factors lie in a graph. Raises BundleError for a file that does not say it."""
     try:
-        file = TensorFile(path)
+        file = TensorFile(source)
         plan = Plan.model_validate_json(file.metadata[PLAN])
         columns, rows = (
             {name.removeprefix(kind): tensor.values() for name, tensor in file.tensors.items() if name.startswith(kind)}
@@ -69,7 +70,7 @@ def read_layout(path: Path) -> FactorLayout:
         )
         return FactorLayout(plan, columns, rows)
     except (OSError, ValueError, KeyError, ValidationError) as error:
-        raise _broken(path, error) from error
+        raise _broken(source, error) from error
 
 
 class AdapterFactors:
@@ -121,5 +122,6 @@ def _stored_factor(a: Stored, b: Stored, scale: float) -> Factor:
     return Factor(a.shape[0], lambda: (a.values(), b.values() * np.float32(scale)))
 
 
-def _broken(path: Path, error: Exception) -> BundleError:
-    return BundleError(f"{path} does not hold what an expert without an adapter is ({one_line(error)}); export the bundle again.")
+def _broken(source: Path | BinaryIO, error: Exception) -> BundleError:
+    where = source if isinstance(source, Path) else source.name
+    return BundleError(f"{where} does not hold what an expert without an adapter is ({one_line(error)}); export the bundle again.")

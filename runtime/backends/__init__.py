@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fusionroute.runtime.backend import Backend, BackendOptions
 from fusionroute.runtime.backends import ort_cpu, ort_pair
-from fusionroute.runtime.backends.mapped_factors import map_factors
+from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError, one_line
 from fusionroute.runtime.tensorrt.library import OLDER, TARGET, device_sm
@@ -40,7 +40,7 @@ def open_engines(flavour: str) -> Open:
         from fusionroute.runtime.tensorrt.pair import TensorRtPair
 
         if variant.pair is not None:
-            factors = {name: map_factors(bundle.folder / path) for name, path in variant.pair.factors.items()}
+            factors = factors_of(bundle, variant.pair.factors)
             return TensorRtPair(bundle, variant, variant.pair, factors, flavour, options.expert_memory)
         return TensorRt(bundle, variant, flavour, options.expert_memory)
 

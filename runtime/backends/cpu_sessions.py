@@ -28,21 +28,21 @@ class CpuSessions:
         Raises BundleError for a graph that ONNX Runtime cannot load, UnavailableError where no shared weights can be
         written.
         """
-        path = self._bundle.folder / graph
         if not share:
-            return self._opened(name, path, self._threads)
+            return self._of_bundle(name, graph, self._threads)
         from fusionroute.runtime.backends.prepacked_weights import packed  # here: most never share weights
 
         def write(entries: dict[str, str], out: Path) -> Any:
-            return self._opened(name, path, 1, entries, out)
+            return self._of_bundle(name, graph, 1, entries, out)
 
         size = self._variant.weight_bytes.get(name, 0)
-        return self._opened(name, packed(self._bundle, graph, self._variant.precision, size, self._ort.__version__, write), self._threads)
+        folder, content = packed(self._bundle, graph, self._variant.precision, size, self._ort.__version__, write)
+        return self._opened(name, folder, content, str(folder), self._threads)
 
     def fusion(self) -> Any:
         """A session of the fusion graph. Raises BundleError."""
         # one pass over a row is too short for threads
-        return self._opened("the fusion graph", self._bundle.folder / self._variant.fusion_graph, 1)
+        return self._of_bundle("the fusion graph", self._variant.fusion_graph, 1)
 
     def run_options(self) -> Any:
         """Options of the runs of one cache, which stop when their `terminate` is set."""
@@ -51,15 +51,22 @@ class CpuSessions:
         options.add_run_config_entry("gpu_graph_id", "0")
         return options
 
-    def _opened(self, name: str, graph: Path, threads: int, entries: dict[str, str] | None = None, out: Path | None = None) -> Any:
+    def _of_bundle(self, name: str, graph: str, threads: int, entries: dict[str, str] | None = None, out: Path | None = None) -> Any:
+        with self._bundle.graph(graph) as (content, weights):
+            return self._opened(name, self._bundle.folder / graph, content, weights, threads, entries, out)
+
+    def _opened(
+        self, name: str, path: Path, content: bytes, weights: str, threads: int,
+        entries: dict[str, str] | None = None, out: Path | None = None,
+    ) -> Any:  # fmt: skip
         options = ort.settings(self._ort, threads)
         for key, value in (entries or {}).items():
             options.add_session_config_entry(key, value)
         if out is not None:
             options.optimized_model_filepath = str(out)
         try:
-            return ort.open_session(self._ort, graph, options, providers=["CPUExecutionProvider"])
+            return ort.open_session(self._ort, content, options, weights, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has no public base class for its errors
             raise BundleError(
-                f"ONNX Runtime {self._ort.__version__} cannot load {name} from {graph} ({one_line(error)}); export the bundle again."
+                f"ONNX Runtime {self._ort.__version__} cannot load {name} from {path} ({one_line(error)}); export the bundle again."
             ) from error

@@ -29,8 +29,13 @@ def package(extra: str) -> Any:
 OPEN: WeakSet[Any] = WeakSet()  # every session of this process
 
 
-def open_session(onnxruntime: Any, graph: Path | bytes, options: Any, **arguments: Any) -> Any:
-    """An inference session. Raises what ONNX Runtime raises: its errors have no public base class."""
+def open_session(onnxruntime: Any, graph: Path | bytes, options: Any, weights: str | None = None, **arguments: Any) -> Any:
+    """An inference session of a graph; of its content: with the folder that the locations of its weights are relative to.
+
+    Raises what ONNX Runtime raises: its errors have no public base class.
+    """
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights)
     session = onnxruntime.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, **arguments)
     OPEN.add(session)
     return session

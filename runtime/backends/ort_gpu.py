@@ -65,7 +65,7 @@ class OrtGpu:
         opener = Opener(provider)
         manifest = bundle.manifest
         names = [variant.graphs[model.name] for model in manifest.models]
-        sessions = [opener.open(bundle.folder / name, manifest, manifest.files[name].sha256) for name in names]
+        sessions = [opener.open(bundle, name) for name in names]
         ort.check(sessions, manifest.models, [bundle.folder / name for name in names], manifest.vocab_size)
         position_inputs = POSITION_INPUTS[variant.target]
         models = [
@@ -76,7 +76,7 @@ class OrtGpu:
             if model.cache_type not in TYPES:
                 raise BundleError(f"The caches of {bundle.folder / name} are {model.cache_type}: expected half precision or float32.")
         self.router, self.experts = models[0], models[1:]
-        self._fusion = opener.open_fusion(bundle.folder / variant.fusion_graph)
+        self._fusion = opener.open_fusion(bundle, variant.fusion_graph)
         self._place = opener.place(self._fusion)
         self._vocab = manifest.vocab_size
 

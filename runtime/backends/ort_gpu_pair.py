@@ -14,7 +14,7 @@ import numpy as np
 from fusionroute.runtime.backend import Arrays, Output, Segment
 from fusionroute.runtime.backends.device_buffers import Inputs, Layout, Place, Rows, aligned, start
 from fusionroute.runtime.backends.gpu_fusion import GpuFuser
-from fusionroute.runtime.backends.mapped_factors import map_factors
+from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_gpu import TYPES
 from fusionroute.runtime.backends.pair_binding import PairGraph
 from fusionroute.runtime.backends.providers import Opener, Provider
@@ -41,7 +41,7 @@ class OrtGpuPair:
     def __init__(self, bundle: Bundle, variant: Variant, pair: Pair, provider: Provider):
         """Raises BundleError for files that are not those of a pair, UnavailableError as `Opener`."""
         opener, manifest = Opener(provider), bundle.manifest
-        session = opener.open(bundle.folder / pair.graph, manifest, manifest.files[pair.graph].sha256)
+        session = opener.open(bundle, pair.graph)
         place = opener.place(session)
         self._graph = GpuPairGraph(session, place, manifest.models[0], manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
         sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models}
@@ -51,8 +51,7 @@ class OrtGpuPair:
                 "export the bundle again."
             )
         factors = []
-        for name in manifest.experts:
-            arrays = map_factors(bundle.folder / pair.factors[name])
+        for name, arrays in factors_of(bundle, {name: pair.factors[name] for name in manifest.experts}).items():
             if (wrong := self._graph.unfit(arrays)) is not None:
                 raise BundleError(
                     f"{bundle.folder / pair.factors[name]} does not fit {pair.graph} (its input {wrong}); export the bundle again."
@@ -60,7 +59,7 @@ class OrtGpuPair:
             factors.append(DeviceFactors(place, self._graph.types, arrays))
         self.router = GpuPairModel(self._graph, factors[0], manifest.models[0].name, is_expert=False)
         self.experts = [GpuPairModel(self._graph, own, name, is_expert=True) for own, name in zip(factors, manifest.experts, strict=True)]
-        self._fusion = opener.open_fusion(bundle.folder / variant.fusion_graph)
+        self._fusion = opener.open_fusion(bundle, variant.fusion_graph)
         self._place = opener.place(self._fusion)
         self._vocab = manifest.vocab_size
 

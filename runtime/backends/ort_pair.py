@@ -18,7 +18,7 @@ from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
 from fusionroute.runtime.backends.hidden_rows import Head
 from fusionroute.runtime.backends.keys_values import KeysValues
-from fusionroute.runtime.backends.mapped_factors import map_factors
+from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_cpu import OrtModel
 from fusionroute.runtime.backends.pair_binding import PairBinding, PairGraph
 from fusionroute.runtime.backends.pair_fusion import PairFuser
@@ -58,7 +58,7 @@ class OrtPair:
                 f"The graphs {', '.join(pair.graph_paths)} in {bundle.folder} do not have the inputs and outputs that the manifest describes; "
                 "export the bundle again."
             )
-        factors = {name: map_factors(bundle.folder / pair.factors[name]) for name in manifest.experts if name in pair.factors}
+        factors = factors_of(bundle, {name: pair.factors[name] for name in manifest.experts if name in pair.factors})
         for name, arrays in factors.items():
             narrow = next((each for each, array in arrays.items() if array.dtype != np.float32), None)
             if (wrong := graph.unfit(arrays) or narrow) is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,10 @@ from fusionroute.runtime import cache, files
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import UnavailableError, one_line
 from fusionroute.runtime.machine import processor
+from fusionroute.runtime.regular_files import Identity, identity, open_regular, read_regular
 
-GRAPH, WEIGHTS, SIZES = "model.onnx", "weights.bin", "sizes.json"
+GRAPH, WEIGHTS, RECORD = "model.onnx", "weights.bin", "record"
+LOG = logging.getLogger("fusionroute")
 ENTRIES = {
     "session.save_external_prepacked_constant_initializers": "1",
     "session.optimized_model_external_initializers_file_name": WEIGHTS,
@@ -32,22 +35,24 @@ ROOM = {"fp16": 5.0, "bf16": 5.0}
 USUAL = 2.5
 
 
-def packed(bundle: Bundle, graph: str, precision: str, size: int, release: str, write: Callable[[dict[str, str], Path], Any]) -> Path:
-    """The path of a graph with packed weights, which are written at first use. `size`: of the weights, in bytes.
+def packed(
+    bundle: Bundle, graph: str, precision: str, size: int, release: str, write: Callable[[dict[str, str], Path], Any]
+) -> tuple[Path, bytes]:
+    """The folder of a graph with packed weights, and the graph; written at first use. `size`: of the weights, in bytes.
 
     `write(entries, path)` opens the original graph with these session entries and lets ONNX Runtime save it to the
     path. `release`: ONNX Runtime's version. Raises UnavailableError where it cannot be written.
     """
-    folder = files.cache_folder() / "packed" / key(bundle, graph, release)
-    if not ready(folder):
-        try:
+    try:
+        folder = files.private_folder("packed") / key(bundle, graph, release)
+        if not ready(folder):
             make(folder, ROOM.get(precision, USUAL) * size, write)
-        except OSError as error:
-            raise UnavailableError(
-                f"The packed weights of {bundle.folder / graph} cannot be written to {folder.parent} ({one_line(error)}): "
-                "make room there, name another cache folder in XDG_CACHE_HOME, or load without share_weights."
-            ) from error
-    return folder / GRAPH
+        return folder, read_regular(folder, GRAPH, cache.MOST_TEXT)
+    except OSError as error:
+        raise UnavailableError(
+            f"The packed weights of {bundle.folder / graph} cannot be written to {files.cache_folder() / 'packed'} ({one_line(error)}): "
+            "make room there, name another cache folder in XDG_CACHE_HOME, or load without share_weights."
+        ) from error
 
 
 def key(bundle: Bundle, graph: str, release: str) -> str:
@@ -66,12 +71,36 @@ def ready(folder: Path) -> bool:
 
 
 def whole(folder: Path) -> bool:
-    """Whether a folder holds all that was written: reading beyond the end of a mapped file kills the process."""
-    try:
-        sizes: dict[str, int] = json.loads((folder / SIZES).read_text())
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+    """Whether a folder holds what was written: its files are the ones that were noted, or have their hashes.
+
+    Reading beyond the end of a mapped file kills the process.
+    """
+    if (noted := cache.read_checked(folder / RECORD)) is None:
         return False
+    try:
+        written = {name: (sha256, Identity(*file)) for name, (sha256, file) in noted.items()}
+        found = {name: look(folder, name, each) for name, each in written.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        LOG.warning("The packed weights in %s are written again (%s).", folder, one_line(error))
+        return False
+    if {name: sha256 for name, (sha256, _) in found.items()} != {name: sha256 for name, (sha256, _) in written.items()}:
+        LOG.warning("The packed weights in %s were changed: they are written again.", folder)
+        return False
+    if found != written:  # touched, or on another disk now
+        with contextlib.suppress(OSError):
+            cache.write_checked(folder / RECORD, found)
+    return True
+
+
+def look(folder: Path, name: str, noted: tuple[str, Identity] | None = None) -> tuple[str, Identity]:
+    """A file's SHA-256, and what tells it from others; hashed unless it is the one that was noted. Raises OSError."""
+    with open_regular(folder, name) as file:
+        if noted is not None and identity(file) == noted[1]:
+            return noted
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+        return digest.hexdigest(), identity(file)
 
 
 def make(folder: Path, needed: float, write: Callable[[dict[str, str], Path], Any]) -> None:
@@ -89,11 +118,11 @@ def make(folder: Path, needed: float, write: Callable[[dict[str, str], Path], An
         if (free := shutil.disk_usage(folder.parent).free) < needed:
             raise OSError(f"they need some {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         partial = folder.with_name(f".{folder.name}.partial")
-        partial.mkdir()
+        partial.mkdir(0o700)
         try:
             write(ENTRIES, partial / GRAPH)
-            sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
-            (partial / SIZES).write_text(json.dumps(sizes))
+            written = {path.name: look(partial, path.name) for path in partial.iterdir()}
+            cache.write_checked(partial / RECORD, written)
             shutil.rmtree(folder, ignore_errors=True)  # an incomplete one; processes that have mapped it keep it
             cache.use(partial)
             partial.rename(folder)

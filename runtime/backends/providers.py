@@ -39,8 +39,9 @@ from typing import TYPE_CHECKING, Any
 from fusionroute.runtime import cache
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.device_buffers import Place
+from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import UnavailableError, one_line
-from fusionroute.runtime.files import cache_folder
+from fusionroute.runtime.files import cache_folder, private_folder
 from fusionroute.runtime.machine import installed
 from fusionroute.runtime.tensorrt.library import device_sm
 from fusionroute.runtime.tensorrt.profile import profile_of, shapes
@@ -98,7 +99,8 @@ def keep(folder: Path) -> None:
     if not folder.exists():
         cache.prune()
         try:
-            folder.mkdir(parents=True, exist_ok=True)  # another process may do the same now
+            private_folder(folder.parents[1].name)
+            folder.mkdir(0o700, parents=True, exist_ok=True)  # another process may do the same now
         except OSError as error:
             raise UnavailableError(
                 f"What the provider compiles cannot be kept in {folder} ({one_line(error)}): name another cache folder in XDG_CACHE_HOME."
@@ -187,28 +189,30 @@ class Opener:
             raise UnavailableError(f"{provider.name} finds no GPU that it runs on (RTX 30 or later): use device='cuda' or 'cpu'.")
         return devices[:1]
 
-    def open(self, path: Path, manifest: Manifest, digest: str) -> Any:
-        """A session of a model's graph.
+    def open(self, bundle: Bundle, name: str) -> Any:
+        """A session of a model's graph, a path in the bundle.
 
-        The graph's SHA-256 `digest` names the folder of what the provider keeps for the next start.
+        The graph's SHA-256 names the folder of what the provider keeps for the next start.
         """
-        provider = self.provider
-        folder = cache_folder() / "providers" / f"{provider.name}-{self._ort.__version__}" / digest[:16]
+        provider, manifest = self.provider, bundle.manifest
+        folder = cache_folder() / "providers" / f"{provider.name}-{self._ort.__version__}" / manifest.files[name].sha256[:16]
         options = provider.options(manifest, folder)
         if str(folder) in options.values():
             keep(folder)
-        return self._session(path, [(provider.name, options), *self._fallback()], self._devices)
+        with bundle.graph(name):  # by its path: TensorRT's parser finds weights by that of the graph
+            return self._session(bundle.folder / name, [(provider.name, options), *self._fallback()], self._devices)
 
     def place(self, session: Any) -> Place:
         """Where a session's inputs lie."""
         alone = session.get_providers() == ["CPUExecutionProvider"]
         return Place(self._ort, session, "cpu" if alone else self.provider.memory)
 
-    def open_fusion(self, path: Path) -> Any:
-        """A session of the fusion graph."""
+    def open_fusion(self, bundle: Bundle, name: str) -> Any:
+        """A session of the fusion graph, a path in the bundle."""
         provider = self.provider
         own: list[tuple[str, dict[str, str]]] = [] if provider.fallback else [(provider.name, {})]
-        return self._session(path, own or self._fallback(), [])
+        with bundle.graph(name):
+            return self._session(bundle.folder / name, own or self._fallback(), [])
 
     def _fallback(self) -> list[tuple[str, dict[str, str]]]:
         name = self.provider.fallback

@@ -8,7 +8,7 @@ import numpy as np
 
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError, UnavailableError
-from fusionroute.runtime.text import Text
+from fusionroute.runtime.prompt import tokenizer_of
 
 DEFAULT = 64  # tokens, unless a text or a number is given
 TEXT = (
@@ -25,11 +25,11 @@ def prompt_ids(bundle: Bundle, text: str | None, tokens: int | None) -> list[int
     """
     manifest = bundle.manifest
     count = tokens if tokens is not None or text is not None else DEFAULT
-    if "tokenizer.json" not in manifest.files:
+    tokenizer = tokenizer_of(bundle)
+    if tokenizer is None:
         if text is not None:
             raise UnavailableError(f"The bundle {bundle.folder} has no tokenizer.json: leave --prompt out, or give only --prompt-tokens.")
         return [int(id) for id in np.random.default_rng(0).integers(0, manifest.vocab_size, count)]
-    tokenizer = Text.load(bundle.folder / "tokenizer.json")
     chosen = TEXT if text is None else text
     ids, plain = tokenizer.encode(chosen), tokenizer.encode(chosen, special=False)
     if not ids or (count is not None and not plain):

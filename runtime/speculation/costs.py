@@ -1,9 +1,7 @@
 """Seconds of a forward pass by its number of tokens: measured per bundle, kept in the cache folder for 30 days."""
 
 import contextlib
-import hashlib
-import json
-import os
+import logging
 import platform
 import time
 from collections.abc import Callable
@@ -18,10 +16,12 @@ from fusionroute.runtime import files
 from fusionroute.runtime.backend import Cache, FusionInputs, Segment
 from fusionroute.runtime.backends import Backend
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.cache import DAY, Clock, prune
+from fusionroute.runtime.cache import DAY, Clock, prune, read_checked, sha256, write_checked
+from fusionroute.runtime.errors import one_line
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.machine import cores, installed, processor
 
+LOG = logging.getLogger("fusionroute")
 SIZES = (1, 2, 4, 8)  # tokens in a pass that are measured
 LENGTHS = (32, 1024)  # tokens of the text so far: attention costs more behind a long one
 REPEATS = 5
@@ -65,28 +65,29 @@ def costs_of(bundle: Bundle, backend: Backend, precision: str, threads: int | No
         bundle.manifest.model_dump_json(), precision, type(backend).__module__, threads or cores(), platform.machine(),
         processor(), {name: installed(name) for name in PACKAGES}, SIZES, LENGTHS, MAX_ROUND_TOKENS,
     ]  # fmt: skip
-    path = files.cache_folder() / "costs" / f"{hashlib.sha256(json.dumps(setting).encode()).hexdigest()}.json"
-    if (known := read_costs(path)) is not None:
-        with contextlib.suppress(OSError):  # it belongs to another user
-            os.utime(path)  # used now, for the cache; the file itself tells when they were measured
+    try:
+        path = files.private_folder("costs") / f"{sha256(setting)}.json"
+    except OSError as error:
+        LOG.warning("Costs are measured at each load (%s).", one_line(error))
+        return measure(bundle, backend)
+    if (known := read_costs(path, len(bundle.manifest.experts))) is not None:
         return known
     measured = measure(bundle, backend)
     with contextlib.suppress(OSError):  # no place to write: measured again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, json.dumps(asdict(measured) | {"measured": time.time()}).encode())
+        write_checked(path, asdict(measured) | {"measured": time.time()})
         prune()
-    return read_costs(path) or measured
+    return read_costs(path, len(bundle.manifest.experts)) or measured
 
 
-def read_costs(path: Path, clock: Clock = time.time) -> Costs | None:
-    """The costs in a file; None if it cannot be read, or is too old: a busy machine may have measured them."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
-        known = json.loads(path.read_text())
-        if clock() - known["measured"] > VALID:
+def read_costs(path: Path, experts: int, clock: Clock = time.time) -> Costs | None:
+    """The costs in a file; None if it holds none of so many experts, or is too old: a busy machine may have measured them."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, OverflowError):
+        known = read_checked(path)
+        if clock() - known["measured"] > VALID or len(known["experts"]) != experts:
             return None
         joint = known["joint"] and (passes(known["joint"][0]), passes(known["joint"][1]))
-        experts = tuple(map(passes, known["experts"]))
-        return Costs(passes(known["router"]), experts, float(known["fusion"]), bool(known["concurrent"]), joint)
+        each = tuple(map(passes, known["experts"]))
+        return Costs(passes(known["router"]), each, float(known["fusion"]), bool(known["concurrent"]), joint)
     return None
 
 

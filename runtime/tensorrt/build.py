@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionroute.runtime.errors import FusionError, one_line
-from fusionroute.runtime.files import cache_folder, locked
+from fusionroute.runtime.files import cache_folder, locked, private_folder
 from fusionroute.runtime.tensorrt.library import NAMES, capabilities, load
 from fusionroute.runtime.tensorrt.operators import check
 from fusionroute.runtime.tensorrt.profile import Shapes
@@ -157,7 +157,7 @@ def build_lock(name: str) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(cache_folder() / name))
+            stack.enter_context(locked(private_folder(str(Path(name).parent)) / Path(name).name))
         except OSError as error:
             raise FusionError(
                 f"The lock for builds cannot be made in {cache_folder()} ({one_line(error)}): name another with XDG_CACHE_HOME."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +39,9 @@ class Loader:
         """
         path = self._built.engines[name]
         try:
-            content = (self._bundle.folder / path).read_bytes()
-        except OSError as error:
-            raise BundleError(
-                f"{self._bundle.folder / path} cannot be read ({error.strerror}); copy or export the bundle again."
-            ) from error
-        if hashlib.sha256(content).hexdigest() != self._bundle.manifest.files[path].sha256:
-            raise BundleError(
-                f"{self._bundle.folder / path} was changed after the export (its SHA-256 differs from the manifest); {self._mend}."
-            )
+            content = self._bundle.read(path)
+        except BundleError as error:
+            raise BundleError(f"{str(error).rstrip('.')}; {self._mend}.") from error
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise BundleError(

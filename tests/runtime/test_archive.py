@@ -63,6 +63,7 @@ def test_what_pack_refuses(bundle: Path, archive: Path, tmp_path: Path, monkeypa
     weights = next((bundle / "graphs" / "weights").iterdir())
     data = weights.read_bytes()
     weights.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    opened = Bundle.open(bundle)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(BundleError, match=f"{weights.name} was changed after the export"):
         pack(opened, tmp_path / "changed.tar")

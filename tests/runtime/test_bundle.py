@@ -81,12 +81,9 @@ def test_files_that_were_changed(bundle: Path, kind: str) -> None:
     data = bytearray((bundle / name).read_bytes())
     data[len(data) // 2] ^= 1
     (bundle / name).write_bytes(data)
-    if kind == "weights":  # told by their size when loading, by their hash on demand
-        FusionRuntime.load(bundle).close()
-        with pytest.raises(BundleError, match=f"{name} was changed after the export"):
-            FusionRuntime.load(bundle, verify=True)
-    else:
-        assert f"{name} was changed after the export" in refusal(bundle)
+    assert (
+        refusal(bundle) == f"{bundle / name} was changed after the export (its SHA-256 differs from the manifest); export the bundle again."
+    )
 
 
 def test_files_that_are_no_graph_with_a_manifest_that_agrees(bundle: Path) -> None:
@@ -94,7 +91,7 @@ def test_files_that_are_no_graph_with_a_manifest_that_agrees(bundle: Path) -> No
         name = named(bundle, kind)
         (bundle / name).write_bytes(b"no graph")
         rehash(bundle, name)
-        assert "cannot load" in refusal(bundle)
+        assert refusal(bundle) == f"The graph {bundle / name} is refused, since it is no ONNX file; export the bundle again."
 
 
 def test_a_tokenizer_that_is_none_with_a_manifest_that_agrees(bundle: Path) -> None:
@@ -123,29 +120,6 @@ def test_a_tokenizer_that_the_manifest_does_not_name_is_not_used(bundle: Path) -
         assert runtime.generate(PROMPT, 2).finish_reason in ("length", "stop")
         with pytest.raises(UnavailableError, match=r"has no tokenizer\.json: pass token ids"):
             runtime.generate("hello")
-
-
-def test_links_out_of_the_bundle_are_refused_or_lead_to_the_same_bytes(bundle: Path, tmp_path: Path) -> None:
-    """A link gains nothing: what it leads to must have the hash, and ONNX Runtime reads no weights outside of the
-    folder.
-    """
-    for kind in ("graph", "weights", "tokenizer"):
-        name = named(bundle, kind)
-        outside = tmp_path / f"outside-{kind}"
-        (bundle / name).rename(outside)
-        (bundle / name).symlink_to(outside)
-        try:
-            FusionRuntime.load(bundle, verify=True).close()
-        except FusionError as error:
-            assert kind == "weights" and "\n" not in str(error)
-            (bundle / name).unlink()
-            shutil.copy(outside, bundle / name)
-        else:
-            outside.write_bytes(outside.read_bytes()[::-1])
-            with pytest.raises(BundleError, match="was changed"):
-                FusionRuntime.load(bundle, verify=True)
-            (bundle / name).unlink()
-            (bundle / name).write_bytes(outside.read_bytes()[::-1])
 
 
 def states(folder: Path) -> dict[str, tuple[int, int]]:

@@ -1,6 +1,5 @@
 """The cache folder: what is too old or too much goes, what is in use or new stays; real files with set times."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +176,7 @@ def test_to_read_costs_is_to_use_them(folder: Path, monkeypatch: pytest.MonkeyPa
     table = ((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 3.0, 4.0))
     measured = costs.Costs(table, (table,), 1.0)
     monkeypatch.setattr(costs, "measure", lambda *arguments: measured)
-    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(model_dump_json=lambda: "{}"))
+    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(model_dump_json=lambda: "{}", experts=["expert"]))
     backend: Any = object()
     assert costs.costs_of(bundle, backend, "int8", 1) == measured
     [path] = (folder / "costs").iterdir()
@@ -205,16 +204,18 @@ def test_costs_are_measured_again_when_they_are_a_month_old(bundles: list[Path],
 
     path = load()
     for days, count in ((29, 1), (31, 2), (0, 2)):
-        content = json.loads(path.read_text())
-        path.write_text(json.dumps(content | {"measured": content["measured"] - days * DAY}))
+        content = cache.read_checked(path)
+        cache.write_checked(path, content | {"measured": content["measured"] - days * DAY})
         assert load() == path
         assert len(measured) == count, days
-    content = json.loads(path.read_text())
-    assert costs.read_costs(path, clock=lambda: content["measured"] + 29 * DAY) is not None
-    assert costs.read_costs(path, clock=lambda: content["measured"] + 31 * DAY) is None
+    content = cache.read_checked(path)
+    experts = len(content["experts"])
+    assert costs.read_costs(path, experts, clock=lambda: content["measured"] + 29 * DAY) is not None
+    assert costs.read_costs(path, experts, clock=lambda: content["measured"] + 31 * DAY) is None
+    assert costs.read_costs(path, experts + 1) is None
     del content["measured"]  # as older versions wrote it
-    path.write_text(json.dumps(content))
-    assert costs.read_costs(path) is None
+    cache.write_checked(path, content)
+    assert costs.read_costs(path, experts) is None
     assert len(clear("costs")) == 1
     load()
     assert len(measured) == 3, "cleared: measured again"

@@ -1,6 +1,5 @@
 """Weights that processes share: the same numbers, mapped from files that are made once, and never from half of one."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from fusionroute.runtime import FusionRuntime, InputError, UnavailableError
-from fusionroute.runtime.backends.prepacked_weights import SIZES, WEIGHTS
+from fusionroute.runtime import FusionRuntime, InputError, UnavailableError, cache
+from fusionroute.runtime.backends.prepacked_weights import RECORD, WEIGHTS
 
 PROMPT = "12+30= and more"
 
@@ -51,19 +50,25 @@ def test_numbers_are_those_of_private_weights(bundles: list[Path], packed: Path,
         assert weight_files(packed) == files, "written again"
 
 
+def noted_size(folder: Path) -> int:
+    """Of the weights, as the record has it."""
+    size: int = cache.read_checked(folder / RECORD)[WEIGHTS][1][2]
+    return size
+
+
 def test_what_is_not_whole_is_made_again(bundles: list[Path], packed: Path) -> None:
     with load(bundles[0]) as rt:
         expected = rt.generate(PROMPT, 8).token_ids
     cut, unread, gone = list(weight_files(packed))[:3]
     os.truncate(cut, 4096)
-    (unread.parent / SIZES).write_text("[")
+    (unread.parent / RECORD).write_text("[")
     gone.unlink()
     left = packed / ".killed.partial"
     left.mkdir()
     (left / WEIGHTS).write_bytes(b"half")
     with load(bundles[0]) as rt:
         assert rt.generate(PROMPT, 8).token_ids == expected
-    assert all(path.stat().st_size == json.loads((path.parent / SIZES).read_text())[WEIGHTS] for path in weight_files(packed))
+    assert all(path.stat().st_size == noted_size(path.parent) for path in weight_files(packed))
     assert not left.exists()
 
 
@@ -105,10 +110,10 @@ def test_refusals_are_one_sentence_and_leave_nothing(bundles: list[Path], packed
 
 
 def test_an_error_while_writing_leaves_nothing(bundles: list[Path], packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, text: str) -> int:
+    def full(path: Path, content: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(cache, "write_checked", full)
     with pytest.raises(UnavailableError, match="No space left on device"):
         load(bundles[0])
     assert [path.name for path in packed.iterdir()] == ["lock"]

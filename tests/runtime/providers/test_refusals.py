@@ -133,12 +133,13 @@ def test_a_provider_that_does_not_load_is_not_mistaken_for_the_cpu(
 
 def test_options_name_every_free_input_and_a_folder_for_each_graph(monkeypatch: pytest.MonkeyPatch, bundles: dict[str, Path]) -> None:
     opened = package(monkeypatch, [CUDA, "TensorrtExecutionProvider"])
-    manifest = Bundle.open(bundles["llama3"]).manifest
+    bundle = Bundle.open(bundles["llama3"])
+    names = list(bundle.variant("tensorrt", "fp32").graphs.values())[:2]
     with patch(GPU, return_value=86):
         opener = Opener(PROVIDERS["ort-tensorrt"])
-    for digest in ("a" * 64, "b" * 64):
-        opener.open(Path("x.onnx"), manifest, digest)
-    opener.open_fusion(Path("fusion.onnx"))
+    for name in names:
+        opener.open(bundle, name)
+    opener.open_fusion(bundle, "graphs/fusion.onnx")
     (first, second), fusion = (arguments["providers"] for _, arguments, _ in opened[:2]), opened[2][1]["providers"]
     assert [name for name, _ in first] == ["TensorrtExecutionProvider", CUDA] and [name for name, _ in fusion] == [CUDA]
     options = first[0][1]
@@ -193,7 +194,7 @@ def test_a_session_without_a_gpu_provider_reads_from_the_host(bundles: dict[str,
     """The fusion graph of a plugin's device: logits come to the host first."""
     opener = Opener(replace(CPU, memory="cpu"))
     opener.provider = replace(CPU, memory="cuda")
-    place = opener.place(opener.open_fusion(bundles["llama3"] / "graphs/fusion.onnx"))
+    place = opener.place(opener.open_fusion(Bundle.open(bundles["llama3"]), "graphs/fusion.onnx"))
     assert isinstance(place, Place) and place.memory == "cpu"
 
 
