@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fusionroute.runtime.arguments import flag, path, shown, text, whole
+from fusionroute.runtime.arguments import token_ids as whole_ids
 from fusionroute.runtime.backends import Backend, check_device
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Cancellation
-from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.errors import InputError, NumericalError
 from fusionroute.runtime.expert_sets import ExpertSets
-from fusionroute.runtime.generation import generate_tokens
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients
 from fusionroute.runtime.prompt import Prompt, PromptEncoder
 from fusionroute.runtime.sampling import Sampler, SamplingOptions, sampling_of
 from fusionroute.runtime.scoring import Scores, positions_to_score, score
 from fusionroute.runtime.session import Session
-from fusionroute.runtime.stream import End, Result, Stream, StreamOptions
+from fusionroute.runtime.stream import Result, Stream, StreamOptions
 from fusionroute.runtime.text import Text, TextStream, Token
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class FusionRuntime:
         expert_memory: int | None = None,
         prefix_cache: int = 1,
         share_weights: bool = False,
+        on_expert_failure: str = "raise",
         verify: bool = False,
     ) -> FusionRuntime:
         """Open a bundle.
@@ -98,16 +100,22 @@ class FusionRuntime:
         once, in the user's cache folder, at some 2.3 times their size. By default each process packs a copy of its own
         in memory.
 
+        `on_expert_failure="router_only"`: where an expert's device fails, or its answer is not finite, the router answers
+        alone until the text ends, or a session is rewound; such tokens bear the router's name. By default the error is
+        raised.
+
         Options are checked before anything is opened. Raises FusionError subclasses only: BundleError,
         UnavailableError, InputError.
         """
         options = RuntimeOptions(
             precision=precision, device=device, fusion=fusion, lam=lam, catch_up=catch_up, speculation=speculation, exact=exact,
             threads=threads, expert_memory=expert_memory, prefix_cache=prefix_cache, share_weights=share_weights,
+            on_expert_failure=on_expert_failure,
         )  # fmt: skip
         check_device(options.device)
-        opened = Bundle.open(bundle)
-        if verify:
+        verified = flag("verify", verify)
+        opened = Bundle.open(path("bundle", bundle))
+        if verified:
             opened.verify()
         return cls(opened, options)
 
@@ -126,8 +134,8 @@ class FusionRuntime:
         Raises InputError for another name, and for an adapter that does not fit; UnavailableError for a bundle without
         one base for all models; ClosedError.
         """
-        source = Path(folder).expanduser()
-        self._sets.add(source, source.resolve().name if name is None else name)
+        source = path("folder", folder).expanduser()
+        self._sets.add(source, source.resolve().name if name is None else text("name", name))
 
     def remove_expert(self, name: str) -> None:
         """Let sessions and streams that begin from now on do without an expert. Running ones keep it.
@@ -135,7 +143,7 @@ class FusionRuntime:
         Its row of the routing head is not scored any more. Raises InputError for a name that is no expert's and for the
         only expert, UnavailableError for a bundle without one base for all models, ClosedError.
         """
-        self._sets.remove(name)
+        self._sets.remove(text("name", name))
 
     @property
     def tokenizer(self) -> Text | None:
@@ -148,7 +156,7 @@ class FusionRuntime:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out. Raises UnavailableError without a tokenizer."""
-        return self._prompts.require_tokenizer().decode(list(ids))
+        return self._prompts.require_tokenizer().decode(whole_ids(ids))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a str (no template), a list of ids, or a list of {"role", "content"} messages (chat template).
@@ -170,6 +178,8 @@ class FusionRuntime:
         `on_token` is called in this thread with every token as it becomes certain. If it returns False the text ends
         there, as "cancelled"; what it raises is raised here.
         """
+        if on_token is not None and not callable(on_token):
+            raise InputError(f"on_token is {shown(on_token)}, expected a function of a token, or None.")
         tokens: list[Token] = []
         with closing(self.stream(prompt, max_new_tokens, **options)) as stream:
             for token in stream:
@@ -201,12 +211,10 @@ class FusionRuntime:
         asked for. Raises InputError, UnavailableError, ClosedError.
         """
         _ = self.backend  # closed runtimes say so first
-        cancellation = Cancellation(cancel, deadline)
+        cancellation, max_new_tokens = Cancellation(cancel, deadline), whole("max_new_tokens", max_new_tokens, 1)
         ids = self.prompt_ids(prompt)
         if not ids:
             raise InputError("The prompt is empty: it needs at least one token.")
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={max_new_tokens} is out of range: expected at least 1.")
         if len(ids) >= self.max_seq_len:
             raise InputError(
                 f"The prompt has {len(ids)} tokens, which leaves no room in the context of {self.max_seq_len}: "
@@ -216,22 +224,9 @@ class FusionRuntime:
         coefficients = self._coefficients(fusion, lam)
         experts = self._sets.current
         pinned = experts.index(expert)
-        text = TextStream(self.tokenizer, () if stop is None else stop)
+        output = TextStream(self.tokenizer, () if stop is None else stop)
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
-        decoder = experts.pool.take(ids, experts.decoder)
-        try:
-            decoder.restart(ids)
-        except InputError:
-            experts.give_back(decoder)
-            raise
-
-        def tokens() -> Iterator[Token | End]:
-            try:
-                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, limit, cancellation)
-            finally:
-                experts.give_back(decoder)
-
-        return Stream(tokens())
+        return experts.stream(ids, sampler, coefficients, pinned, output, limit, cancellation)
 
     def score(
         self,
@@ -249,14 +244,18 @@ class FusionRuntime:
         Raises InputError for ids outside the vocabulary, more tokens than the context, or positions outside the tokens.
         """
         _ = self.backend
-        asked = positions_to_score(len(token_ids), positions, chunk)
+        ids, chunk = whole_ids(token_ids), whole("chunk", chunk, 1)
+        asked = positions_to_score(len(ids), positions)
         coefficients = self._coefficients(fusion, lam)
         experts = self._sets.current
         decoder = experts.pool.take((), experts.decoder)
         try:
             decoder.rewind(0)
-            decoder.append(token_ids)
-            return score(decoder.readers, decoder.step.fuser, self.vocab_size, asked, chunk, coefficients)
+            decoder.append(ids)
+            return score(decoder.readers, decoder.step.fuser, decoder.step.numerics, self.vocab_size, asked, chunk, coefficients)
+        except NumericalError as error:
+            decoder.discard(error)
+            raise
         finally:
             experts.give_back(decoder)
 

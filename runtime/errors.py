@@ -21,6 +21,18 @@ class ClosedError(FusionError):
     """The runtime was closed while, or before, it was used."""
 
 
+class BusyError(FusionError):
+    """A session or a stream was used by two threads at once, or by a callback of its own."""
+
+
+class NumericalError(FusionError):
+    """A model answered NaN or infinite numbers. `model`: its name; None where only those of two together are."""
+
+    def __init__(self, message: str, model: str | None = None):
+        super().__init__(message)
+        self.model = model
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing.
 
