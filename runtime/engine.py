@@ -81,7 +81,7 @@ class FusionRuntime:
         """Open a bundle.
 
         `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported; `verify` hashes every
-        file.
+        file, and looks for weights that are not finite.
 
         `speculation="auto"` drafts tokens ahead where that pays on this machine. Greedy output is the same in fp32, and
         sampling keeps its distribution. Quantised models round a single token differently from several: with `exact`
@@ -116,7 +116,10 @@ class FusionRuntime:
         verified = flag("verify", verify)
         opened = Bundle.open(path("bundle", bundle))
         if verified:
+            from fusionroute.runtime.finite_weights import check_finite  # here: most bundles are opened unverified
+
             opened.verify()
+            check_finite(opened)
         return cls(opened, options)
 
     @property
