@@ -11,10 +11,12 @@ __path__ = [str(Path(__file__).parent)]
 
 from fusionroute.runtime import (
     BundleError,
+    BusyError,
     ClosedError,
     FusionError,
     FusionRuntime,
     InputError,
+    NumericalError,
     Result,
     Sampling,
     Scores,
@@ -27,10 +29,12 @@ from fusionroute.runtime import (
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "ClosedError",
     "FusionError",
     "FusionRuntime",
     "InputError",
+    "NumericalError",
     "Result",
     "Sampling",
     "Scores",

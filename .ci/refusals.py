@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/refusals.md"
-ERRORS = {"InputError", "FusionError", "BundleError", "UnavailableError", "ClosedError", "BadParameter"}
+ERRORS = {"InputError", "FusionError", "BundleError", "UnavailableError", "ClosedError", "BusyError", "NumericalError", "BadParameter"}
 AREAS = {  # heading → folders or files; the first that fits
     "Checkpoints": ("fr_export/checkpoints", "fr_export/families"),
     "Commands": ("fr_export/commands", "runtime/commands", "runtime/command_errors.py", "calibration/commands.py"),

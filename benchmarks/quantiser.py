@@ -55,7 +55,7 @@ class Nearest:
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """See `scheme.Scheme`."""
         pieces = sliced(rows, int(matrix.shape[1]))
-        attach(graph, matrix, store_blocks((nearest(piece, self.format) for piece in pieces), self.format, store))
+        attach(graph, matrix, store_blocks((nearest(piece, self.format) for piece in pieces), self.format, store, str(matrix.name)))
 
 
 class Gptq(Nearest):

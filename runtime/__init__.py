@@ -4,7 +4,7 @@ Needs no torch, transformers or onnx.
 """
 
 from fusionroute.runtime.engine import FusionRuntime
-from fusionroute.runtime.errors import BundleError, ClosedError, FusionError, InputError, UnavailableError
+from fusionroute.runtime.errors import BundleError, BusyError, ClosedError, FusionError, InputError, NumericalError, UnavailableError
 from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.scoring import Scores
 from fusionroute.runtime.session import Session
@@ -15,10 +15,12 @@ __version__ = "0.1.0"  # the package's; pyproject.toml reads it here
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "ClosedError",
     "FusionError",
     "FusionRuntime",
     "InputError",
+    "NumericalError",
     "Result",
     "Sampling",
     "Scores",

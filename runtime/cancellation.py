@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import isnan
 
+from fusionroute.runtime.arguments import real, shown
 from fusionroute.runtime.errors import InputError
 
 POLL_SECONDS = 0.002  # between two looks at the event and the clock during a long pass
@@ -25,12 +25,11 @@ class Cancellation:
     """
 
     def __init__(self, cancel: threading.Event | None = None, deadline: float | None = None):
-        """Raises InputError for a deadline that is no number."""
-        given: object = deadline
-        if given is not None and (isinstance(given, bool) or not isinstance(given, (int, float)) or isnan(given)):
-            raise InputError(f"deadline is {deadline!r}, expected a number of seconds from now, or None for no deadline.")
+        """Raises InputError for a deadline that is no number, and for a `cancel` without `is_set`."""
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise InputError(f"cancel is {shown(cancel)}, expected a threading.Event, or None.")
         self._cancel = cancel
-        self._end = None if deadline is None else time.monotonic() + float(deadline)
+        self._end = None if deadline is None else time.monotonic() + real("deadline", deadline)
         self.armed = cancel is not None or deadline is not None
 
     @property

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from operator import index
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.arguments import shown, token_ids, whole
+from fusionroute.runtime.errors import ClosedError, FusionError, InputError, NumericalError, one_line
 from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.plain_step import PlainStep
 from fusionroute.runtime.readers import Readers
@@ -20,6 +21,8 @@ from fusionroute.runtime.token_sequence import TokenSequence
 if TYPE_CHECKING:
     from fusionroute.runtime.speculation.costs import Costs
     from fusionroute.runtime.speculation.rounds import Rounds
+
+LOG = logging.getLogger("fusionroute")
 
 
 class Decoder:
@@ -43,13 +46,11 @@ class Decoder:
 
         Raises InputError for ids outside the vocabulary or beyond the context.
         """
-        try:
-            new = [index(i) for i in ids]
-        except TypeError as error:
-            raise InputError("The token ids are not all whole numbers: pass ids as `encode` gives them.") from error
+        self._system.check_process()
+        new = token_ids(ids)
         vocab, capacity = self._system.vocab_size, self._system.max_seq_len
         if wrong := next((i for i in new if not 0 <= i < vocab), None):
-            raise InputError(f"Token id {wrong} is outside the vocabulary: expected 0 to {vocab - 1}.")
+            raise InputError(f"Token id {shown(wrong)} is outside the vocabulary: expected 0 to {vocab - 1}.")
         total = len(self.sequence.ids) + len(new)
         if total > capacity:
             raise InputError(
@@ -60,10 +61,13 @@ class Decoder:
 
     def rewind(self, length: int) -> None:
         """Keep the first `length` tokens and forget the rest, in every model. Raises InputError if there are fewer."""
+        self._system.check_process()
+        length = whole("The number of tokens to keep", length)
         if not 0 <= length <= len(self.sequence.ids):
-            raise InputError(f"Cannot rewind to {length} tokens: the session holds {len(self.sequence.ids)}.")
+            raise InputError(f"Cannot rewind to {shown(length)} tokens: the session holds {len(self.sequence.ids)}.")
         self.readers.rewind(length)
         self.step.newest = None
+        self.step.failed.clear()
         if not length:
             self.step.guesses.last = None
         if self.rounds is not None:
@@ -86,7 +90,8 @@ class Decoder:
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None = None) -> Token:
         """Choose and commit the next token, see `PlainStep`.
 
-        Raises InputError for an empty text or a full context, ClosedError.
+        Raises InputError for an empty text or a full context, ClosedError, NumericalError, and FusionError where the
+        device fails: the text is as it was then.
         """
         length, capacity = len(self.sequence.ids), self._system.max_seq_len
         if not length:
@@ -94,7 +99,11 @@ class Decoder:
         if length >= capacity:
             raise InputError(f"The context of {capacity} tokens is full: rewind, or export with a larger --max-seq-len.")
         self.sequence.start_decoding()
-        return self.step.advance(sampler, coefficients, pinned)
+        try:
+            return self.step.advance(sampler, coefficients, pinned)
+        except FusionError as error:
+            self._let_router_answer(error)
+            return self.advance(sampler, coefficients, pinned)
 
     def advance_some(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
         """One step; with speculation the tokens of one round, at most `most`. Raises as `advance` does."""
@@ -102,7 +111,30 @@ class Decoder:
         if self.rounds is None or not self.sequence.ids or most < 2:
             return [self.advance(sampler, coefficients, pinned)]
         self.sequence.start_decoding()
-        return self.rounds.advance(sampler, coefficients, pinned, most)
+        try:
+            return self.rounds.advance(sampler, coefficients, pinned, most)
+        except FusionError as error:
+            self._let_router_answer(error)
+            return [self.advance(sampler, coefficients, pinned)]
+
+    def discard(self, error: NumericalError) -> int | None:
+        """Forget what the model at fault has read, which may not be finite: its number, 0 for the router; None: all."""
+        names = self._system.router_name, *self._system.expert_names
+        model = None if error.model is None else names.index(error.model)
+        self.readers.discard(model)
+        return model
+
+    def _let_router_answer(self, error: FusionError) -> None:
+        """Let the router answer for the expert that failed, until a rewind. Raises the error where it may not."""
+        self.step.newest = None
+        expert = self.readers.asked
+        if isinstance(error, NumericalError) and (model := self.discard(error)) is not None:
+            expert = model - 1 if model else None
+        allowed = self._system.router_may_answer and not isinstance(error, (ClosedError, InputError))
+        if not allowed or expert is None or expert in self.step.failed:
+            raise error
+        self.step.failed.add(expert)
+        LOG.warning("%s failed, and the router answers alone: %s", self._system.expert_names[expert], one_line(error))
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fusionroute.runtime.arguments import flag, path, shown, text, whole
+from fusionroute.runtime.arguments import token_ids as whole_ids
 from fusionroute.runtime.backends import Backend, check_device
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Cancellation
-from fusionroute.runtime.errors import FusionError, InputError
+from fusionroute.runtime.errors import FusionError, InputError, NumericalError
 from fusionroute.runtime.expert_sets import ExpertSets
-from fusionroute.runtime.generation import generate_tokens
 from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients
@@ -22,7 +23,7 @@ from fusionroute.runtime.prompt import Prompt, PromptEncoder
 from fusionroute.runtime.sampling import Sampler, SamplingOptions, sampling_of
 from fusionroute.runtime.scoring import Scores, positions_to_score, score
 from fusionroute.runtime.session import Session
-from fusionroute.runtime.stream import End, Result, Stream, StreamOptions
+from fusionroute.runtime.stream import Result, Stream, StreamOptions
 from fusionroute.runtime.text import Text, TextStream, Token
 
 if TYPE_CHECKING:
@@ -80,13 +81,14 @@ class FusionRuntime:
         expert_memory: int | None = None,
         prefix_cache: int = 1,
         share_weights: bool = False,
+        on_expert_failure: str = "raise",
         verify: bool = False,
         trusted: bool = False,
     ) -> FusionRuntime:
         """Open a bundle.
 
         `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported. At the first load on this
-        machine, and with `verify` at each, every file is hashed.
+        machine, and with `verify` at each, every file is hashed; `verify` also looks for weights that are not finite.
 
         `speculation="auto"` drafts tokens ahead where that pays on this machine. Greedy output is the same in fp32, and
         sampling keeps its distribution. Quantised models round a single token differently from several: with `exact`
@@ -106,6 +108,9 @@ class FusionRuntime:
         in memory.
 
         `trusted`, for bundles of your own: the tokenizer is not tried in another process at the first load.
+        `on_expert_failure="router_only"`: where an expert's device fails, or its answer is not finite, the router answers
+        alone until the text ends, or a session is rewound; such tokens bear the router's name. By default the error is
+        raised.
 
         Options are checked before anything is opened. Raises FusionError subclasses only: BundleError,
         UnavailableError, InputError.
@@ -113,10 +118,16 @@ class FusionRuntime:
         options = RuntimeOptions(
             precision=precision, device=device, fusion=fusion, lam=lam, catch_up=catch_up, speculation=speculation, exact=exact,
             threads=threads, expert_memory=expert_memory, prefix_cache=prefix_cache, share_weights=share_weights,
+            on_expert_failure=on_expert_failure,
         )  # fmt: skip
         check_device(options.device)
-        opened = Bundle.open(bundle)
-        with checked(opened, everything=verify, trusted=trusted) as tokenizer_is_tried:
+        opened = Bundle.open(path("bundle", bundle))
+        everything, trusted = flag("verify", verify), flag("trusted", trusted)
+        with checked(opened, everything, trusted) as tokenizer_is_tried:
+            if everything:
+                from fusionroute.runtime.finite_weights import check_finite  # here: most bundles are opened unverified
+
+                check_finite(opened)
             return cls(opened, options, tokenizer_is_tried)
 
     @property
@@ -134,8 +145,8 @@ class FusionRuntime:
         Raises InputError for another name, and for an adapter that does not fit; UnavailableError for a bundle without
         one base for all models; ClosedError.
         """
-        source = Path(folder).expanduser()
-        self._sets.add(source, source.resolve().name if name is None else name)
+        source = path("folder", folder).expanduser()
+        self._sets.add(source, source.resolve().name if name is None else text("name", name))
 
     def remove_expert(self, name: str) -> None:
         """Let sessions and streams that begin from now on do without an expert. Running ones keep it.
@@ -143,7 +154,7 @@ class FusionRuntime:
         Its row of the routing head is not scored any more. Raises InputError for a name that is no expert's and for the
         only expert, UnavailableError for a bundle without one base for all models, ClosedError.
         """
-        self._sets.remove(name)
+        self._sets.remove(text("name", name))
 
     @property
     def tokenizer(self) -> Text | None:
@@ -156,7 +167,7 @@ class FusionRuntime:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out. Raises UnavailableError without a tokenizer."""
-        return self._prompts.require_tokenizer().decode(list(ids))
+        return self._prompts.require_tokenizer().decode(whole_ids(ids))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a str (no template), a list of ids, or a list of {"role", "content"} messages (chat template).
@@ -178,6 +189,8 @@ class FusionRuntime:
         `on_token` is called in this thread with every token as it becomes certain. If it returns False the text ends
         there, as "cancelled"; what it raises is raised here.
         """
+        if on_token is not None and not callable(on_token):
+            raise InputError(f"on_token is {shown(on_token)}, expected a function of a token, or None.")
         tokens: list[Token] = []
         with closing(self.stream(prompt, max_new_tokens, **options)) as stream:
             for token in stream:
@@ -209,12 +222,10 @@ class FusionRuntime:
         asked for. Raises InputError, UnavailableError, ClosedError.
         """
         _ = self.backend  # closed runtimes say so first
-        cancellation = Cancellation(cancel, deadline)
+        cancellation, max_new_tokens = Cancellation(cancel, deadline), whole("max_new_tokens", max_new_tokens, 1)
         ids = self.prompt_ids(prompt)
         if not ids:
             raise InputError("The prompt is empty: it needs at least one token.")
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={max_new_tokens} is out of range: expected at least 1.")
         if len(ids) >= self.max_seq_len:
             raise InputError(
                 f"The prompt has {len(ids)} tokens, which leaves no room in the context of {self.max_seq_len}: "
@@ -224,22 +235,9 @@ class FusionRuntime:
         coefficients = self._coefficients(fusion, lam)
         experts = self._sets.current
         pinned = experts.index(expert)
-        text = TextStream(self.tokenizer, () if stop is None else stop)
+        output = TextStream(self.tokenizer, () if stop is None else stop)
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
-        decoder = experts.pool.take(ids, experts.decoder)
-        try:
-            decoder.restart(ids)
-        except InputError:
-            experts.give_back(decoder)
-            raise
-
-        def tokens() -> Iterator[Token | End]:
-            try:
-                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, limit, cancellation)
-            finally:
-                experts.give_back(decoder)
-
-        return Stream(tokens())
+        return experts.stream(ids, sampler, coefficients, pinned, output, limit, cancellation)
 
     def score(
         self,
@@ -257,14 +255,18 @@ class FusionRuntime:
         Raises InputError for ids outside the vocabulary, more tokens than the context, or positions outside the tokens.
         """
         _ = self.backend
-        asked = positions_to_score(len(token_ids), positions, chunk)
+        ids, chunk = whole_ids(token_ids), whole("chunk", chunk, 1)
+        asked = positions_to_score(len(ids), positions)
         coefficients = self._coefficients(fusion, lam)
         experts = self._sets.current
         decoder = experts.pool.take((), experts.decoder)
         try:
             decoder.rewind(0)
-            decoder.append(token_ids)
-            return score(decoder.readers, decoder.step.fuser, self.vocab_size, asked, chunk, coefficients)
+            decoder.append(ids)
+            return score(decoder.readers, decoder.step.fuser, decoder.step.numerics, self.vocab_size, asked, chunk, coefficients)
+        except NumericalError as error:
+            decoder.discard(error)
+            raise
         finally:
             experts.give_back(decoder)
 

@@ -21,6 +21,18 @@ class ClosedError(FusionError):
     """The runtime was closed while, or before, it was used."""
 
 
+class BusyError(FusionError):
+    """A session or a stream was used by two threads at once, or by a callback of its own."""
+
+
+class NumericalError(FusionError):
+    """A model answered NaN or infinite numbers. `model`: its name; None where only those of two together are."""
+
+    def __init__(self, message: str, model: str | None = None):
+        super().__init__(message)
+        self.model = model
+
+
 def reason(error: Exception) -> str:
     """Why something could not be read or written, on one line: without the path, which the sentence names."""
     return (error.strerror if isinstance(error, OSError) else None) or one_line(error)

@@ -7,19 +7,25 @@ removes an expert. Sessions that begin later have the new set. All sets share th
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
+from fusionroute.runtime.arguments import shown
 from fusionroute.runtime.backend import Arrays, SharedBase
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.cancellation import Cancellation
 from fusionroute.runtime.decoder import Decoder
-from fusionroute.runtime.errors import InputError, UnavailableError
+from fusionroute.runtime.errors import InputError, NumericalError, UnavailableError
+from fusionroute.runtime.generation import generate_tokens
 from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.options import RuntimeOptions
 from fusionroute.runtime.pool import Pool
+from fusionroute.runtime.sampling import Sampler
+from fusionroute.runtime.stream import End, Stream
+from fusionroute.runtime.text import TextStream, Token
 
 if TYPE_CHECKING:
     from fusionroute.runtime.speculation.costs import Costs
@@ -44,12 +50,39 @@ class ExpertSet:
         if expert is None:
             return None
         if expert not in self.names:
-            raise InputError(f"Unknown expert '{expert}': use one of {', '.join(self.names)}.")
+            raise InputError(f"Unknown expert {shown(expert)}: use one of {', '.join(self.names)}.")
         return self.names.index(expert)
 
     def decoder(self) -> Decoder:
         """A new decoder. Raises ClosedError."""
         return Decoder(self.system, self.costs, self.eos)
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        sampler: Sampler,
+        coefficients: tuple[float, float],
+        pinned: int | None,
+        text: TextStream,
+        limit: int,
+        cancellation: Cancellation,
+    ) -> Stream:
+        """At most `limit` tokens behind a prompt, see `generate_tokens`. Raises InputError as `Decoder.append` does."""
+        decoder = self.pool.take(ids, self.decoder)
+        try:
+            decoder.restart(ids)
+        except BaseException:
+            self.give_back(decoder)
+            raise
+
+        def tokens() -> Generator[Token | End, None, None]:
+            try:
+                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, limit, cancellation)
+            except NumericalError:
+                self.pool.empty()  # they may have lent, or kept, what is not finite
+                raise
+
+        return Stream(tokens(), lambda: self.give_back(decoder))
 
     def give_back(self, decoder: Decoder) -> None:
         """A text is over: its decoder waits for another one, unless the experts are others by now."""

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-Size = Annotated[int, Field(ge=0)]
+LARGEST = (1 << 63) - 1
+Size = Annotated[int, Field(ge=0, le=LARGEST)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -23,7 +24,7 @@ InsidePath = Annotated[str, AfterValidator(inside)]
 class Strict(BaseModel):
     """Unknown fields are errors: an old runtime must not misread a newer bundle."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Tensor(Strict):

@@ -9,6 +9,7 @@ from copy import copy
 from fusionroute.runtime.backends import Backend, open_backend
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import ClosedError
+from fusionroute.runtime.exclusive import FORKED
 from fusionroute.runtime.options import RuntimeOptions
 from fusionroute.runtime.prefix import PrefixCache
 
@@ -23,9 +24,11 @@ class LoadedSystem:
         self._backend, self.precision = open_backend(bundle, options)
         self.device = options.device if options.device != "auto" else f"auto ({type(self._backend).__name__})"
         self._process = os.getpid()
+        self.router_name: str = manifest.models[0].name
         self.expert_names: list[str] = manifest.experts
         self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
         self.exact = options.exact
+        self.router_may_answer = options.on_expert_failure == "router_only"
         self.background_prefill = options.catch_up == "background"
         threaded = self.background_prefill and not self._backend.async_dispatch
         self.thread = ThreadPoolExecutor(1, "fusionroute-prefill") if threaded else None  # starts with its first work
@@ -49,12 +52,16 @@ class LoadedSystem:
     @property
     def backend(self) -> Backend:
         """The loaded models. Raises ClosedError after `close`, and in another process than the one that loaded them."""
-        if self.forked:
-            raise ClosedError("The runtime was loaded before this process was forked and its threads stayed behind: load the bundle here.")
+        self.check_process()
         backend = self._backend
         if backend is None:
             raise ClosedError("The runtime was closed: load the bundle again.")
         return backend
+
+    def check_process(self) -> None:
+        """Raise ClosedError in another process than the one that loaded the models."""
+        if self.forked:
+            raise ClosedError(FORKED)
 
     @property
     def forked(self) -> bool:

@@ -3,12 +3,14 @@
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
-from fusionroute.runtime.errors import BundleError, reason
-from fusionroute.runtime.file_entry import File, InsidePath, Size, Strict
+from fusionroute.runtime.arguments import LONGEST, shown
+from fusionroute.runtime.errors import BundleError, one_line, reason
+from fusionroute.runtime.file_entry import LARGEST, File, InsidePath, Size, Strict
 from fusionroute.runtime.files import replace
 from fusionroute.runtime.regular_files import read_regular
+from fusionroute.runtime.strict_json import check_json
 
 NAME = "manifest.json"
 MOST_BYTES = 1 << 26  # of a manifest: SmolLM2's has a quarter of a megabyte
@@ -17,6 +19,14 @@ BASE, FUSION = "base", "fusion"  # names of engines that are no model's
 FORMAT: Final = 3
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]  # ONNX Runtime tells graphs of lengths with 32 bits
+
+
+def an_int(value: object) -> object:
+    """Refuse what equals an int and is none, such as true."""
+    if type(value) is not int:
+        raise ValueError("expected a whole number")
+    return value
 
 
 class Model(Strict):
@@ -26,10 +36,10 @@ class Model(Strict):
     """
 
     name: str
-    layers: Annotated[int, Field(ge=1)]
-    kv_heads: Annotated[int, Field(ge=1)]
-    head_size: Annotated[int, Field(ge=1)]
-    parameters: Annotated[int, Field(ge=1)]
+    layers: Count
+    kv_heads: Count
+    head_size: Count
+    parameters: Annotated[int, Field(ge=1, le=LARGEST)]
 
 
 class Profile(Strict):
@@ -40,12 +50,12 @@ class Profile(Strict):
     smallest are 1 (penalised: 0).
     """
 
-    tokens: Annotated[int, Field(ge=1)]
-    keys: Annotated[int, Field(ge=1)]
-    positions: Annotated[int, Field(ge=1)]
-    rows: Annotated[int, Field(ge=1)]
-    candidates: Annotated[int, Field(ge=1)]
-    penalised: Annotated[int, Field(ge=0)]
+    tokens: Count
+    keys: Count
+    positions: Count
+    rows: Count
+    candidates: Count
+    penalised: Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Engines(Strict):
@@ -149,14 +159,14 @@ class Manifest(Strict):
     rows of the routing head stand for, where some of them have no expert any more; empty: they are those of `experts`.
     """
 
-    format: Literal[1, 2, 3]
+    format: Annotated[Literal[1, 2, 3], BeforeValidator(an_int)]
     family: str
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion
     lam: Share
     lam_curve: list[tuple[Share, Share]] | None = None
-    vocab_size: Annotated[int, Field(ge=2)]
-    max_seq_len: Annotated[int, Field(ge=2)]
+    vocab_size: Annotated[int, Field(ge=2, lt=1 << 31)]
+    max_seq_len: Annotated[int, Field(ge=2, lt=1 << 31)]
     bos_token: str | None
     eos_token: str | None
     eos_token_ids: list[int]
@@ -183,6 +193,11 @@ class Manifest(Strict):
             raise ValueError("two models have the same name")
         if self.routing_rows:
             self.check_rows(names[1:])
+        if wrong := [end for end in self.eos_token_ids if not 0 <= end < self.vocab_size]:
+            raise ValueError(f"the end-of-sequence token {wrong[0]} is outside the vocabulary of {self.vocab_size}")
+        kinds = [(variant.target, variant.precision) for variant in self.variants]
+        if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
+            raise ValueError(f"there are two variants for {twice[0]} in {twice[1]}")
         for variant in self.variants:
             pair = variant.pair
             of_models, kind = (variant.graphs, "graphs") if pair is None else (pair.factors | variant.graphs, "factors or graphs")
@@ -241,13 +256,18 @@ class Manifest(Strict):
     def parse(cls, text: str | bytes, where: str) -> "Manifest":
         """A manifest from its text. Raises BundleError, which says `where` it was read."""
         try:
-            return cls.model_validate_json(text)
+            check_json(text)
+        except ValueError as error:
+            raise BundleError(f"{where} does not fit the bundle format ({one_line(error)}); export the bundle again.") from error
+        try:
+            return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
-            if first["type"] == "literal_error" and first["loc"] == ("format",):
+            if first["type"] != "missing" and first["loc"] == ("format",):
                 raise BundleError(
-                    f"{where} has the format {first['input']!r}, and this version reads 1 to {FORMAT}: update fusionroute, or "
+                    f"{where} has the format {shown(first['input'])}, and this version reads 1 to {FORMAT}: update fusionroute, or "
                     "export the bundle again."
                 ) from error
-            field = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise BundleError(f"{where} does not fit the bundle format ({field}: {first['msg']}); export the bundle again.") from error
+            field = ".".join(str(part)[:LONGEST] for part in first["loc"]) or "the file"
+            message = first["msg"].removeprefix("Value error, ")
+            raise BundleError(f"{where} does not fit the bundle format ({field}: {message}); export the bundle again.") from error

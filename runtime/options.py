@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from fusionroute.runtime.arguments import flag, shown, text
 from fusionroute.runtime.errors import InputError
 
 FUSIONS = ("weighted", "additive")
 SPECULATION_MODES = ("off", "auto")
 CATCH_UP_MODES = ("lazy", "background")
+EXPERT_FAILURES = ("raise", "router_only")
+MOST_THREADS = 1024  # more than machines have cores; each takes memory
+MOST = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -28,30 +32,37 @@ class RuntimeOptions:
     expert_memory: int | None = None  # bytes; None: no limit
     prefix_cache: int = 1  # texts; True: 1, False: 0
     share_weights: bool = False
+    on_expert_failure: str = "raise"
 
     def __post_init__(self) -> None:
+        for name in ("exact", "share_weights"):
+            flag(name, getattr(self, name))
+        if self.precision is not None:
+            text("precision", self.precision)
         object.__setattr__(self, "fusion", self.fusion or None)  # "" means None too, as in `generate`
         check_fusion(self.fusion, self.lam)
         if self.catch_up not in CATCH_UP_MODES:
-            raise InputError(f"Unknown catch_up '{self.catch_up}': use 'lazy' or 'background'.")
+            raise InputError(f"Unknown catch_up {shown(self.catch_up)}: use 'lazy' or 'background'.")
         if self.catch_up == "background" and self.expert_memory is not None:
             raise InputError("catch_up='background' would move all experts' weights in turn, which expert_memory limits: use 'lazy'.")
         if self.speculation not in SPECULATION_MODES:
-            raise InputError(f"Unknown speculation '{self.speculation}': use 'off' or 'auto'.")
+            raise InputError(f"Unknown speculation {shown(self.speculation)}: use 'off' or 'auto'.")
+        if self.on_expert_failure not in EXPERT_FAILURES:
+            raise InputError(f"Unknown on_expert_failure {shown(self.on_expert_failure)}: use 'raise' or 'router_only'.")
         if isinstance(self.prefix_cache, bool):
             object.__setattr__(self, "prefix_cache", int(self.prefix_cache))
-        self._make_whole("prefix_cache", 0, "expected the number of texts to keep, or 0 for none")
+        self._make_whole("prefix_cache", 0, MOST, "expected the number of texts to keep, or 0 for none")
         if self.threads is not None:
-            self._make_whole("threads", 1, "expected at least 1, or None for all cores")
+            self._make_whole("threads", 1, MOST_THREADS, f"expected 1 to {MOST_THREADS}, or None for all cores")
         if self.expert_memory is not None:
-            self._make_whole("expert_memory", 1, "expected a number of bytes, or None for no limit")
+            self._make_whole("expert_memory", 1, MOST, "expected a number of bytes, or None for no limit")
 
-    def _make_whole(self, name: str, least: int, expected: str) -> None:
-        """Turn an option into an int. Raises InputError unless it is a whole number from `least` on."""
+    def _make_whole(self, name: str, least: int, most: int, expected: str) -> None:
+        """Turn an option into an int. Raises InputError unless it is a whole number from `least` to `most`."""
         value = getattr(self, name)
-        whole = isinstance(value, Integral) or (isinstance(value, Real) and float(value).is_integer())
-        if isinstance(value, bool) or not whole or value < least:
-            raise InputError(f"{name}={value!r} is out of range: {expected}.")
+        whole = isinstance(value, Integral) or (isinstance(value, Real) and value % 1 == 0)
+        if isinstance(value, bool) or not whole or not least <= value <= most:
+            raise InputError(f"{name}={shown(value)} is out of range: {expected}.")
         object.__setattr__(self, name, int(value))
 
 
@@ -61,10 +72,10 @@ def check_fusion(fusion: str | None, lam: float | None) -> None:
     None stands for a value given elsewhere.
     """
     if fusion is not None and fusion not in FUSIONS:
-        raise InputError(f"Unknown fusion '{fusion}': use 'weighted' or 'additive'.")
+        raise InputError(f"Unknown fusion {shown(fusion)}: use 'weighted' or 'additive'.")
     number: object = lam  # callers without a type checker pass anything
-    if lam is not None and not (isinstance(number, Real) and 0.0 <= lam <= 1.0):
-        raise InputError(f"lam={lam!r} is out of range: expected a number from 0 (expert only) to 1 (router only).")
+    if lam is not None and not (not isinstance(number, bool) and isinstance(number, Real) and 0.0 <= lam <= 1.0):
+        raise InputError(f"lam={shown(lam)} is out of range: expected a number from 0 (expert only) to 1 (router only).")
 
 
 def fusion_coefficients(fusion: str, lam: float) -> tuple[float, float]:

@@ -9,9 +9,12 @@ import numpy as np
 from fusionroute.runtime.backend import NO_IDS, Fused, FusionInputs, Output
 from fusionroute.runtime.expert_guesses import ExpertGuesses
 from fusionroute.runtime.loaded_system import LoadedSystem
+from fusionroute.runtime.numerics import Numerics, is_finite
 from fusionroute.runtime.readers import Readers
 from fusionroute.runtime.sampling import Candidates, Sampler
 from fusionroute.runtime.text import Token
+
+ROUTER_ALONE = (1.0, 0.0)  # weights of router and expert
 
 
 class PlainStep:
@@ -22,6 +25,9 @@ class PlainStep:
         self.readers, self.expert_names, self.vocab_size = readers, system.expert_names, system.vocab_size
         self.fuser, self._async_dispatch, self._guess_limit = backend.fuser(), backend.async_dispatch, backend.guess_limit
         self._apart = backend.apart
+        self._router_name = system.router_name
+        self.numerics = Numerics((system.router_name, *system.expert_names), system.precision)
+        self.failed: set[int] = set()  # experts for which the router answers, until a rewind
         self.newest: Fused | None = None  # what the newest token was chosen from
         self.guesses = ExpertGuesses()
         self.missed = False  # whether the newest token's expert was guessed wrongly
@@ -38,7 +44,11 @@ class PlainStep:
 
         A model that has no say does not run: an expert whose logits have weight zero, and the router if neither its
         logits nor its choice count; routing is then NaN.
+
+        Raises NumericalError for answers that are not finite: nothing is committed then.
         """
+        if pinned in self.failed:
+            coefficients = ROUTER_ALONE
         readers, length = self.readers, len(self.readers.sequence.ids)
         newest = (length - 1,)
 
@@ -54,20 +64,26 @@ class PlainStep:
         # queued behind the router, which may still run
         fused = fused_with(answered) if answered is not None and self._async_dispatch else None
         routing = self.routing_of(routed)
+        if routed is not None:
+            self.numerics.check_routing(routing, length - 1)
         choice = int(routing.argmax()) if pinned is None else pinned
         if choice != guess:
             if guess is not None:  # what an expert reads, and in which passes, must not depend on guesses
                 readers.experts[guess].truncate(read)
             answered = fused = None
         self.missed = guess is not None and choice != guess
+        if choice in self.failed:
+            coefficients = ROUTER_ALONE
         if answered is None:
             answered = routed if routed is not None and not coefficients[1] else readers.read_expert(choice, newest)
         fused = fused or fused_with(answered)
+        if not is_finite(fused):
+            raise self.numerics.fault(fused, routed and routed.logits, answered.logits, choice, length - 1)
         self.guesses.saw(readers.sequence.ids[-1], choice)
         token = sampler.choose(candidates(fused), lambda: fused.rows[0])
         logprob = self.logprob(token, fused, (routed or answered).logits, answered.logits, coefficients)
         readers.commit(token)
-        return Token(token, self.expert_names[choice], logprob, routing)
+        return Token(token, self._router_name if choice in self.failed else self.expert_names[choice], logprob, routing)
 
     def routing_of(self, routed: Output | None, row: int = 0) -> np.ndarray:
         """A copy of the routing scores in a row of the router's output, float32 [n_experts]; NaN if it did not run."""
@@ -78,7 +94,8 @@ class PlainStep:
         """The expert to run before the routing is known: the likeliest that lags by no more than a guess may cost."""
         ids, experts = self.readers.sequence.ids, self.readers.experts
         likely = self.guesses.likely(ids[-1]) if self._guess_limit else ()
-        near = [each for each in likely if each not in self._apart and len(ids) - experts[each].length <= self._guess_limit]
+        barred = self._apart | self.failed
+        near = [each for each in likely if each not in barred and len(ids) - experts[each].length <= self._guess_limit]
         return next((each for each in near if experts[each].length), None)
 
     def fuse(self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int, count: int = 0) -> Fused:

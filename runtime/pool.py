@@ -33,6 +33,11 @@ class Pool:
             if self._open and len(self.idle) < max(MAX_IDLE, self._prefixes):
                 self.idle.append(decoder)
 
+    def empty(self) -> None:
+        """Forget the texts that are kept."""
+        with self._lock:
+            self.idle.clear()
+
     def close(self) -> None:
         """Keep no decoder any more."""
         with self._lock:

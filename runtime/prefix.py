@@ -38,15 +38,19 @@ class PrefixCache:
         self._lenders: WeakSet[Lender] = WeakSet()
         self._lock = threading.Lock()
 
-    def add(self, lender: Lender) -> None:
-        """Know a reader for as long as its session lives."""
-        with self._lock:
-            self._lenders.add(lender)
-
     def borrow(self, borrower: Lender, ids: Sequence[int], cache: Cache) -> None:
-        """Fill an empty cache with the longest beginning of `ids` that another reader has read."""
+        """Fill an empty cache with the longest beginning of `ids` that another reader has read.
+
+        From now on the borrower lends too, for as long as its session lives.
+        """
         with self._lock:
             lenders = [lender for lender in self._lenders if lender is not borrower]
+            self._lenders.add(borrower)
         length, best = max(((lender.offer(ids), lender) for lender in lenders), key=lambda offer: offer[0], default=(0, None))
         if best is not None and length >= MIN_SHARED_TOKENS:
             best.lend(ids, cache)
+
+    def forget(self) -> None:
+        """Lend nothing of what was read up to now: some of it may be wrong."""
+        with self._lock:
+            self._lenders.clear()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
+from fusionroute.runtime.arguments import UNORDERED_OR_TEXT, token_ids
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.chat import render
 from fusionroute.runtime.errors import InputError, UnavailableError
@@ -46,12 +45,14 @@ class PromptEncoder:
         """
         if isinstance(prompt, str):
             return self.require_tokenizer().encode(prompt)
-        items: list[Any] = list(prompt)
+        given: object = prompt
+        items: list[Any] = list(prompt) if isinstance(given, Iterable) and not isinstance(given, UNORDERED_OR_TEXT) else [None]
         if items and all(isinstance(item, dict) for item in items):
             if self._chat_template is None:
                 raise UnavailableError(f"The bundle {self._folder} has no chat_template.jinja: pass text or token ids.")
             text = render(self._chat_template, items, bos_token=self._bos, eos_token=self._eos)
             return self.require_tokenizer().encode(text, special=False)
-        if not all(isinstance(item, (int, np.integer)) for item in items):
-            raise InputError("A prompt must be a str, a list of token ids, or a list of {'role', 'content'} messages.")
-        return items
+        try:
+            return token_ids(items)
+        except InputError as error:
+            raise InputError("A prompt must be a str, a list of token ids, or a list of {'role', 'content'} messages.") from error

@@ -21,8 +21,6 @@ class Reader:
         self._cache: Cache | None = None
         self._in_pieces = expert is not None and system.background_prefill
         self._prefixes = None if system.prefixes is None else system.prefixes[expert]
-        if self._prefixes is not None:
-            self._prefixes.add(self)
 
     @property
     def cache(self) -> Cache:
@@ -96,6 +94,15 @@ class Reader:
         if self._cache is not None and self._cache.length > length:
             self._cache.length = length
 
+    def discard(self) -> None:
+        """Drop the cache, and let no session borrow what others have read: NaN in it would stay in all that follows.
+
+        Masked keys are multiplied by zero on some devices, and 0 · NaN is NaN: to truncate it is not enough.
+        """
+        self._cache = None
+        if self._prefixes is not None:
+            self._prefixes.forget()
+
     def _cache_with_prefix(self) -> Cache:
         """The cache; before its first token with what other sessions have read of the text."""
         cache = self.cache
@@ -126,6 +133,7 @@ class Readers:
         forward_both = system.backend.forward_both
         self._apart = system.backend.apart
         self._forward_both = evenly(forward_both) if forward_both is not None and system.exact else forward_both
+        self.asked: int | None = None  # the expert that was asked to read last
 
     @property
     def joint(self) -> bool:
@@ -139,6 +147,7 @@ class Readers:
 
         `positions` None: the router does not read; `expert` None: no expert does.
         """
+        self.asked = expert
         if positions is None or expert is None or self._forward_both is None or expert in self._apart:
             routed = None if positions is None else self.router.read(positions)
             return routed, None if expert is None else self.read_expert(expert, expert_positions)
@@ -156,6 +165,7 @@ class Readers:
 
     def read_expert(self, expert: int, positions: Sequence[int]) -> Output:
         """`Reader.read` of an expert, which first ends the pass that it may be in."""
+        self.asked = expert
         self._take(expert)
         return self.experts[expert].read(positions)
 
@@ -187,6 +197,12 @@ class Readers:
         self._take_over(0)
         for reader in (self.router, *self.experts):
             reader.truncate(0)
+
+    def discard(self, model: int | None) -> None:
+        """Drop the cache of a model: 0 for the router, then the experts; None: of all."""
+        self._take_over(0)
+        for reader in (self.router, *self.experts) if model is None else ((self.router, *self.experts)[model],):
+            reader.discard()
 
     def _take_over(self, length: int) -> None:
         """Nobody reads or copies what is behind the first `length` tokens any more."""

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+from fusionroute.runtime.arguments import real, shown, whole
 from fusionroute.runtime.errors import InputError
 
 DEFAULT_CANDIDATES = 256  # without a top-k: almost always enough, and still cheap to copy from a device
@@ -31,19 +31,19 @@ class Sampling:
     seed: int | None = None  # None: fresh entropy
 
     def __post_init__(self) -> None:
-        temperature = _real("temperature", self.temperature)
+        temperature = real("temperature", self.temperature)
         if not (temperature == 0 or COLDEST <= temperature < math.inf):
             raise InputError(f"temperature is {temperature}, expected 0 or at least {COLDEST}: use 0 for greedy decoding.")
-        if _whole("top_k", self.top_k) < 0:
-            raise InputError(f"top_k is {self.top_k}, expected 0 (off) or a positive number of tokens.")
-        if not 0 < _real("top_p", self.top_p) <= 1:
+        if whole("top_k", self.top_k) < 0:
+            raise InputError(f"top_k is {shown(self.top_k)}, expected 0 (off) or a positive number of tokens.")
+        if not 0 < real("top_p", self.top_p) <= 1:
             raise InputError(f"top_p is {self.top_p}, expected a share above 0 and at most 1 (off).")
-        if not 0 <= _real("min_p", self.min_p) <= 1:
+        if not 0 <= real("min_p", self.min_p) <= 1:
             raise InputError(f"min_p is {self.min_p}, expected a share from 0 (off) to 1.")
-        if not 0 < _real("repetition_penalty", self.repetition_penalty) < math.inf:
+        if not 0 < real("repetition_penalty", self.repetition_penalty) < math.inf:
             raise InputError(f"repetition_penalty is {self.repetition_penalty}, expected a positive number; 1 turns it off.")
-        if self.seed is not None and _whole("seed", self.seed) < 0:
-            raise InputError(f"seed is {self.seed}, expected a whole number from 0, or None for a fresh one.")
+        if self.seed is not None and whole("seed", self.seed) < 0:
+            raise InputError(f"seed is {shown(self.seed)}, expected a whole number from 0, or None for a fresh one.")
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -61,7 +61,7 @@ def sampling_of(options: Mapping[str, Any]) -> Sampling:
     """`Sampling` from keyword arguments. Raises InputError for an unknown name too."""
     if unknown := options.keys() - Sampling.__dataclass_fields__.keys():
         known = ", ".join(Sampling.__dataclass_fields__)
-        raise InputError(f"Unknown option {', '.join(sorted(unknown))}: expected some of {known}.")
+        raise InputError(f"Unknown option {', '.join(sorted(map(str, unknown)))}: expected some of {known}.")
     return Sampling(**options)
 
 
@@ -191,15 +191,3 @@ def _descending(row: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], np
     keys.sort()
     ids = keys & 0xFFFFFFFF
     return ids, row[ids]
-
-
-def _real(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"{name} is {value!r}, expected a number.")
-    return float(value)
-
-
-def _whole(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InputError(f"{name} is {value!r}, expected a whole number.")
-    return int(value)

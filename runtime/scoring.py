@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from fusionroute.runtime import limits
+from fusionroute.runtime.arguments import shown, whole_numbers
 from fusionroute.runtime.backend import Fuser, FusionInputs, room_for
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.numerics import Numerics
 from fusionroute.runtime.readers import Reader, Readers
 
 
@@ -27,27 +29,34 @@ class Scores:
     routing: np.ndarray
 
 
-def positions_to_score(length: int, positions: Sequence[int] | None, chunk: int) -> list[int]:
+def positions_to_score(length: int, positions: Sequence[int] | None) -> list[int]:
     """The positions, all of them for None.
 
-    Raises InputError for one outside the `length` tokens, no tokens, or a bad chunk.
+    Raises InputError for one outside the `length` tokens, and for no tokens.
     """
-    asked = list(range(length)) if positions is None else [int(position) for position in positions]
+    asked = list(range(length)) if positions is None else whole_numbers(positions, "positions")
     if not length:
         raise InputError("There is nothing to score: expected at least one token id.")
     if wrong := [position for position in asked if not 0 <= position < length]:
-        raise InputError(f"Position {wrong[0]} is outside the {length} tokens: expected 0 to {length - 1}.")
-    if chunk < 1:
-        raise InputError(f"chunk={chunk} is out of range: expected at least 1.")
+        raise InputError(f"Position {shown(wrong[0])} is outside the {length} tokens: expected 0 to {length - 1}.")
     return asked
 
 
 def score(
-    readers: Readers, fuser: Fuser, vocab_size: int, positions: Sequence[int], chunk: int, coefficients: tuple[float, float]
+    readers: Readers,
+    fuser: Fuser,
+    numerics: Numerics,
+    vocab_size: int,
+    positions: Sequence[int],
+    chunk: int,
+    coefficients: tuple[float, float],
 ) -> Scores:
-    """Fused logits at `positions`, in any order, of the committed tokens, which are read anew in chunks of `chunk`."""
+    """Fused logits at `positions`, in any order, of the committed tokens, which are read anew in chunks of `chunk`.
+
+    Raises NumericalError where one of them, or a routing score there, is not finite.
+    """
     ordered = sorted(set(positions))
-    scores = _score_sorted(readers, fuser, vocab_size, np.asarray(ordered, np.int64), chunk, coefficients)
+    scores = _score_sorted(readers, fuser, numerics, vocab_size, np.asarray(ordered, np.int64), chunk, coefficients)
     if list(positions) == ordered:
         return scores
     rows = np.searchsorted(ordered, positions)
@@ -55,7 +64,13 @@ def score(
 
 
 def _score_sorted(
-    readers: Readers, fuser: Fuser, vocab_size: int, positions: np.ndarray, chunk: int, coefficients: tuple[float, float]
+    readers: Readers,
+    fuser: Fuser,
+    numerics: Numerics,
+    vocab_size: int,
+    positions: np.ndarray,
+    chunk: int,
+    coefficients: tuple[float, float],
 ) -> Scores:
     """`score` at ascending positions, int64 [P]."""
     tokens = readers.sequence.ids
@@ -70,6 +85,7 @@ def _score_sorted(
         if not len(rows):
             continue
         assert routed.routing is not None
+        numerics.check_routings(routed.routing, positions[rows])
         routing[rows] = routed.routing
         choices = routed.routing.argmax(-1)
         for expert in np.unique(choices):
@@ -79,7 +95,9 @@ def _score_sorted(
                 answered = _read_until(readers.experts[expert], tokens, positions[rows[own]], chunk, vocab_size)
             for begin in range(0, len(own), rows_at_a_time):
                 part = own[begin : begin + rows_at_a_time]
-                fused = fuser(FusionInputs(routed.logits[part], answered[begin : begin + rows_at_a_time], coefficients))
+                router, other = routed.logits[part], answered[begin : begin + rows_at_a_time]
+                fused = fuser(FusionInputs(router, other, coefficients))
+                numerics.check_fusions(fused, router, other, int(expert), positions[rows[part]])
                 logits[rows[part]] = fused.rows
     return Scores(logits, routing.argmax(-1).astype(np.int64), routing)
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from fusionroute.runtime.arguments import whole
 from fusionroute.runtime.decoder import Decoder
-from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.exclusive import Exclusive
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.sampling import Sampler, Sampling, SamplingOptions, sampling_of
 from fusionroute.runtime.text import Text, TextStream, Token
@@ -21,7 +22,10 @@ GREEDY = Sampling()
 
 
 class Session:
-    """One text, token by token. Made by `FusionRuntime.session`; use it from one thread at a time."""
+    """One text, token by token. Made by `FusionRuntime.session`; use it from one thread at a time.
+
+    A second thread that steps, appends, rewinds or reads logits meanwhile gets a BusyError, and the text stays whole.
+    """
 
     def __init__(
         self, decoder: Decoder, expert_names: list[str], tokenizer: Text | None, fusion: str, lam: float, pinned: int | None = None
@@ -30,6 +34,7 @@ class Session:
         self._fusion, self._lam, self._pinned = fusion, lam, pinned
         self._sampler = Sampler(GREEDY)
         self._text = TextStream(tokenizer)
+        self._in_use = Exclusive("session")
 
     def __len__(self) -> int:
         """The number of committed tokens."""
@@ -65,13 +70,15 @@ class Session:
 
         Raises InputError for ids outside the vocabulary or beyond the context.
         """
-        self._decoder.append(ids)
-        self._text = TextStream(self._tokenizer)
+        with self._in_use:
+            self._decoder.append(ids)
+            self._text = TextStream(self._tokenizer)
 
     def rewind(self, n: int) -> None:
         """Keep the first n tokens and forget the rest, in every model. Raises InputError where there are fewer."""
-        self._decoder.rewind(n)
-        self._text = TextStream(self._tokenizer)
+        with self._in_use:
+            self._decoder.rewind(n)
+            self._text = TextStream(self._tokenizer)
 
     def clear(self) -> None:
         """Forget all tokens and the random stream, but keep the buffers."""
@@ -85,18 +92,19 @@ class Session:
 
         Raises InputError for an empty session or a full context, ClosedError after the runtime was closed.
         """
-        token = self._decoder.advance(*self._settings(fusion, lam, sampling), self._pinned)
-        token.text = "".join(ready.text for ready in self._text.push(token))
-        return token
+        with self._in_use:
+            token = self._decoder.advance(*self._settings(fusion, lam, sampling), self._pinned)
+            token.text = "".join(ready.text for ready in self._text.push(token))
+            return token
 
     def steps(self, most: int, *, fusion: str | None = None, lam: float | None = None, **sampling: Unpack[SamplingOptions]) -> list[Token]:
         """Like `step`, but with speculation one to `most` tokens: as many as one round gives."""
-        if most < 1:
-            raise InputError(f"most={most} is out of range: expected at least 1.")
-        tokens = self._decoder.advance_some(*self._settings(fusion, lam, sampling), self._pinned, most)
-        for token in tokens:
-            token.text = "".join(ready.text for ready in self._text.push(token))
-        return tokens
+        most = whole("most", most, 1)
+        with self._in_use:
+            tokens = self._decoder.advance_some(*self._settings(fusion, lam, sampling), self._pinned, most)
+            for token in tokens:
+                token.text = "".join(ready.text for ready in self._text.push(token))
+            return tokens
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:
@@ -105,7 +113,8 @@ class Session:
         They are handed over, not copied (a device copies them to the host once): the array is the caller's for good.
         Later steps and `close` leave it unchanged. Raises InputError unless a step came last.
         """
-        return self._decoder.logits
+        with self._in_use:
+            return self._decoder.logits
 
     def _settings(self, fusion: str | None, lam: float | None, sampling: SamplingOptions) -> tuple[Sampler, tuple[float, float]]:
         """The sampler of a step, and the weights of router and expert."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fusionroute.runtime.exclusive import Exclusive
 from fusionroute.runtime.sampling import SamplingOptions
 from fusionroute.runtime.text import Token
 
@@ -69,17 +70,40 @@ class Stream(Iterator[Token]):
     finish_reason: str | None = None
     drafted = accepted = 0
 
-    def __init__(self, tokens: Iterator[Token | End]):
-        self._tokens = tokens
+    def __init__(self, tokens: Generator[Token | End, None, None], release: Callable[[], None]):
+        """`release` is called once, when no more tokens can come: also for a stream that never began."""
+        self._tokens, self._release = tokens, release
+        self._in_use = Exclusive("stream")
 
     def __next__(self) -> Token:
-        for item in self._tokens:
-            if isinstance(item, Token):
-                return item
-            self.finish_reason, self.drafted, self.accepted = item
-        raise StopIteration
+        """Raises what generating raises, and BusyError while another thread waits for a token."""
+        with self._in_use:
+            try:
+                for item in self._tokens:
+                    if isinstance(item, Token):
+                        return item
+                    self.finish_reason, self.drafted, self.accepted = item
+            except BaseException:
+                self._end()
+                raise
+            self._end()
+            raise StopIteration
 
     def close(self) -> None:
-        """Stop generating; tokens not yet handed out are dropped."""
-        self._tokens.close()  # type: ignore[attr-defined]
-        self.finish_reason = self.finish_reason or "cancelled"
+        """Stop generating; tokens not yet handed out are dropped. Raises BusyError as the next token does."""
+        with self._in_use:
+            self._tokens.close()
+            self.finish_reason = self.finish_reason or "cancelled"
+            self._end()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_in_use"):
+            self._end()
+
+    def _end(self) -> None:
+        release, self._release = self._release, no_release
+        release()
+
+
+def no_release() -> None:
+    """What was to be released already is."""

@@ -1,7 +1,7 @@
 """Encoding, decoding, and a stream that gives each token its text: whole characters only, up to a stop string."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from fusionroute.runtime.arguments import shown
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, one_line
 
 if TYPE_CHECKING:
@@ -172,10 +173,13 @@ class TextStream:
 
         Raises InputError for an empty stop string, and for any without a tokenizer.
         """
+        given: object = stop
+        if not isinstance(given, Iterable):
+            raise InputError(f"stop is {shown(given)}, expected a str or a list of them.")
         self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
         for string in self._stops:
             if not isinstance(string, str) or not string:
-                raise InputError(f"The stop string {string!r} is not a str of at least one character: leave it out.")
+                raise InputError(f"The stop string {shown(string)} is not a str of at least one character: leave it out.")
         if self._stops and text is None:
             raise InputError(
                 "Stop strings need the bundle's tokenizer.json, which it lacks: leave them out, or add a tokenizer and export again."

@@ -41,7 +41,7 @@ def describe(
     """
     router = system.router
     tokens = {index: token for token, index in (router.vocabulary or {}).items()}
-    ends = router.end_tokens
+    ends = [end for end in router.end_tokens if 0 <= end < system.vocab_size]  # others are never chosen
     models = [
         Model(name=name, layers=graph.layers, kv_heads=graph.cache[0], head_size=graph.cache[1], parameters=graph.parameters)
         for name, graph in graphs.items()

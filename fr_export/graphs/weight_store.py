@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from fusionroute.runtime.errors import InputError
+
 FOLDER = "weights"  # below the graphs: ONNX readers refuse `..` and links in external data
 
 
@@ -48,13 +50,13 @@ class Store:
         self.blobs: dict[str, Blob] = {}
         self._numbers = count(1)  # threads may draw from it at once
 
-    def writer(self) -> "Writer":
-        """A new blob, written in pieces."""
-        return Writer(self, self.folder / f"writing-{next(self._numbers)}")
+    def writer(self, weight: str) -> "Writer":
+        """A new blob of a weight, written in pieces."""
+        return Writer(self, self.folder / f"writing-{next(self._numbers)}", weight)
 
-    def put(self, array: np.ndarray) -> Blob:
-        """A whole array at once."""
-        with self.writer() as writer:
+    def put(self, array: np.ndarray, weight: str) -> Blob:
+        """A whole array at once. Raises InputError as `Writer.write` does."""
+        with self.writer(weight) as writer:
             writer.write(array)
         return writer.blob
 
@@ -66,8 +68,8 @@ class Writer:
 
     blob: Blob
 
-    def __init__(self, store: Store, path: Path):
-        self.store, self.path = store, path
+    def __init__(self, store: Store, path: Path, weight: str):
+        self.store, self.path, self.weight = store, path, weight
         self.hash = hashlib.sha256()
         self.length = 0
 
@@ -76,7 +78,8 @@ class Writer:
         return self
 
     def write(self, array: np.ndarray) -> None:
-        """Append an array's bytes in row-major order."""
+        """Append an array's bytes in row-major order. Raises InputError where a value is not finite."""
+        check_finite(array, self.weight)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         self.hash.update(data)
         self.file.write(data)
@@ -93,3 +96,9 @@ class Writer:
         else:
             self.path.replace(self.blob.path)
             self.store.blobs[self.blob.sha256] = self.blob
+
+
+def check_finite(array: np.ndarray, weight: str) -> None:
+    """Raise InputError where values, scales or norms that a graph is to hold are not finite."""
+    if array.dtype.kind not in "iub" and not np.isfinite(array).all():
+        raise InputError(f"The weight '{weight}' would hold NaN or infinity in {array.dtype}; export another precision.")

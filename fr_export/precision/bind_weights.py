@@ -9,7 +9,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.graph import INLINE, Graph, users
 from fusionroute.fr_export.graphs.source_rows import counted, rows
-from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.graphs.weight_store import Store, check_finite
 from fusionroute.fr_export.precision.half import TYPES, rounded
 from fusionroute.fr_export.precision.scheme import Scheme
 
@@ -31,9 +31,10 @@ def bind(graph: Graph, weights: Weights, scheme: Scheme, store: Store, advance: 
         array = source.constant if source.constant is not None else np.concatenate(list(rows(source, weights)))
         array = in_type(np.asarray(array, np.float32), value)
         if array.size <= INLINE:
+            check_finite(array, name)
             value.const_value = ir.tensor(array, name=name)
         else:
-            value.const_value = store.put(array).tensor(name, value.dtype or ir.DataType.FLOAT, array.shape)
+            value.const_value = store.put(array, name).tensor(name, value.dtype or ir.DataType.FLOAT, array.shape)
     RemoveUnusedNodesPass()(graph.model)
     RemoveUnusedOpsetsPass()(graph.model)
 

@@ -141,11 +141,11 @@ def in_range(parts: Iterable[np.ndarray], fmt: Format, name: str) -> Iterator[np
         yield part
 
 
-def store_blocks(parts: Iterable[Quantised], fmt: Format, store: Store) -> Stored:
-    """Put the slices of a matrix [out, in] into the store."""
+def store_blocks(parts: Iterable[Quantised], fmt: Format, store: Store, name: str) -> Stored:
+    """Put the slices of the matrix `name` [out, in] into the store. Raises InputError for scales that are not finite."""
     with contextlib.ExitStack() as stack:
-        values, scales = (stack.enter_context(store.writer()) for _ in range(2))
-        zeros = stack.enter_context(store.writer()) if fmt.zeros else None
+        values, scales = (stack.enter_context(store.writer(name)) for _ in range(2))
+        zeros = stack.enter_context(store.writer(name)) if fmt.zeros else None
         for part in parts:
             values.write(pack(part.values ^ fmt.middle if fmt.signed else part.values, fmt.bits))
             scales.write(part.scales.astype(fmt.scale_type, copy=False))

@@ -57,7 +57,7 @@ def carry(graph: Graph, weights: Weights, like: Format, store: Store, advance: C
         if layout is None or layout.bits != like.bits or not readable(matrix, layout):
             continue
         fmt = replace(like, block=layout.block, scale_type=layout.scale_type, zeros=layout.zeros)
-        stored[name] = store_blocks(blocks_of(source, weights, advance), fmt, store)
+        stored[name] = store_blocks(blocks_of(source, weights, advance), fmt, store, name)
     return stored
 
 

@@ -18,7 +18,7 @@ class Fp32:
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Store the rows unchanged; no operator changes."""
-        with store.writer() as writer:
+        with store.writer(str(matrix.name)) as writer:
             for part in rows:
                 writer.write(part)
         matrix.const_value = writer.blob.tensor(matrix.name, ir.DataType.FLOAT, tuple(matrix.shape))

@@ -81,7 +81,7 @@ def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> di
             if key not in shared:
                 factor = factor or hessian(walk, *(other for other, _ in sharing)).factor()
                 pieces = counted(sliced(in_range(rows(source, weights), fmt, matrix), factor.channels), context.advance)
-                shared[key] = store_blocks((quantise(piece, factor, fmt, context.threads) for piece in pieces), fmt, context.store)
+                shared[key] = store_blocks((quantise(piece, factor, fmt, context.threads) for piece in pieces), fmt, context.store, matrix)
             context.shared.settle_matrix(context.number, content)
             done[matrix] = shared[key]
             if walk.position < len(walk.blocks) - 1:

@@ -34,7 +34,7 @@ def rounded(array: np.ndarray, name: str, label: str | None) -> np.ndarray[Any, 
 
 def store_half(matrix: ir.Value, rows: Iterator[np.ndarray], name: str, store: Store) -> None:
     """Make a matrix one of half precision, with values from the store. Raises InputError as `rounded` does."""
-    with store.writer() as writer:
+    with store.writer(str(matrix.name)) as writer:
         for part in rows:
             writer.write(rounded(part, name, matrix.name))
     stored = TYPES[name][1]

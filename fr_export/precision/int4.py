@@ -108,7 +108,7 @@ class Int4:
         """
         fmt = self.format_of(matrix)
         pieces = sliced(in_range(rows, fmt, str(matrix.name)), int(matrix.shape[1]))
-        attach(graph, matrix, store_blocks((nearest(piece, fmt) for piece in pieces), fmt, store))
+        attach(graph, matrix, store_blocks((nearest(piece, fmt) for piece in pieces), fmt, store, str(matrix.name)))
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """Keep what is sensitive of the others at 8 bits, then round with `round_sequentially`; see `scheme.Fitting`."""

@@ -57,7 +57,7 @@ class Int8:
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Quantise slice by slice and replace the operators that read the matrix."""
-        attach(graph, matrix, store_blocks(map(quantise, rows), FORMAT, store))
+        attach(graph, matrix, store_blocks(map(quantise, rows), FORMAT, store, str(matrix.name)))
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """Even out channels, for the activations' sake, then round with `round_sequentially`; see `scheme.Fitting`."""

@@ -34,7 +34,8 @@ class RowInt8:
         products, lookups = users(matrix)
 
         def stored(kind: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
-            return initializer(inner, f"{name}.{kind}", dtype, array.shape, store.put(array).tensor(f"{name}.{kind}", dtype, array.shape))
+            label = f"{name}.{kind}"
+            return initializer(inner, label, dtype, array.shape, store.put(array, name).tensor(label, dtype, array.shape))
 
         if products:
             turned, scale = stored("int8.turned", values.T, ir.DataType.INT8), stored("scale", scales, ir.DataType.FLOAT)

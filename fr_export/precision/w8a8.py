@@ -163,7 +163,7 @@ class PlannedW8A8:
         """Values and scales, as calibration rounded them, or else to nearest."""
         if name in self._stored:
             return self._stored[name].values, self._stored[name].scales
-        with store.writer() as values, store.writer() as scales:
+        with store.writer(name) as values, store.writer(name) as scales:
             for part in rows:
                 rounded, steps = quantise(part)
                 values.write(rounded)

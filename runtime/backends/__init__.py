@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fusionroute.runtime.arguments import shown
 from fusionroute.runtime.backend import Backend, BackendOptions
 from fusionroute.runtime.backends import ort_cpu, ort_pair
 from fusionroute.runtime.backends.mapped_factors import factors_of
@@ -101,7 +102,7 @@ def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str]
 def check_device(device: str) -> None:
     """Raise InputError for the name of a device that is not in the table."""
     if device not in KNOWN:
-        raise InputError(f"Unknown device '{device}': use one of {', '.join(KNOWN)}.")
+        raise InputError(f"Unknown device {shown(device)}: use one of {', '.join(KNOWN)}.")
 
 
 def refuse_expert_memory(options: BackendOptions) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionroute.runtime.backends import ort
+from fusionroute.runtime.backends.signature import of_fusion
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError, one_line
 from fusionroute.runtime.machine import cores
@@ -42,7 +43,9 @@ class CpuSessions:
     def fusion(self) -> Any:
         """A session of the fusion graph. Raises BundleError."""
         # one pass over a row is too short for threads
-        return self._of_bundle("the fusion graph", self._variant.fusion_graph, 1)
+        session = self._of_bundle("the fusion graph", self._variant.fusion_graph, 1)
+        ort.check(session, of_fusion(self._bundle.manifest.vocab_size), self._bundle.folder / self._variant.fusion_graph)
+        return session
 
     def run_options(self) -> Any:
         """Options of the runs of one cache, which stop when their `terminate` is set."""

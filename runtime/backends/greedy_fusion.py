@@ -26,8 +26,9 @@ class GreedyFuser:
         """See `runtime.backend.Fuser`; there is no penalty. Of equal logits the lower id wins."""
         rows, scratch = self._rows, self._scratch
         a, b = coefficients
-        np.multiply(expert, np.float32(b), out=rows)
-        if a:
+        first, weight = (expert, b) if b else (router, a)  # 0 · inf is NaN
+        np.multiply(first, np.float32(weight), out=rows)
+        if a and b:
             np.multiply(router, np.float32(a), out=scratch)
             rows += scratch
         best = int(rows.argmax())
@@ -38,7 +39,9 @@ class GreedyFuser:
         return Fused(self._id, self._logit, self._logit, self._normaliser, self._sampling, rows)
 
     def _log_sum(self, peak: np.float32, temperature: float) -> float:
-        """logsumexp of the rows / temperature. NumPy's pairwise sum keeps small terms."""
+        """logsumexp of the rows / temperature; NaN where a logit is NaN or inf. NumPy's pairwise sum keeps small terms."""
+        if not math.isfinite(peak):
+            return math.nan
         scratch = self._scratch
         np.subtract(self._rows, peak, out=scratch)
         if temperature != 1.0:

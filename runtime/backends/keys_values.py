@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusionroute.runtime.errors import FusionError, one_line
+
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model
 
@@ -42,11 +44,18 @@ class KeysValues:
 def zeros(shape: tuple[int, ...]) -> np.ndarray:
     """Float32 zeros, mapped page by page as they are written.
 
-    NumPy asks for huge pages: a few tokens of each head would take many of them.
+    NumPy asks for huge pages: a few tokens of each head would take many of them. Raises FusionError for more than fit.
     """
     if not hasattr(mmap, "MADV_NOHUGEPAGE"):
         return np.zeros(shape, np.float32)
-    region = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    size = 4 * math.prod(shape)
+    try:
+        region = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        raise FusionError(
+            f"Keys and values need {size / 1e9:,.1f} GB of address space, which this process has not ({one_line(error)}): free memory, "
+            "or export with a smaller --max-seq-len."
+        ) from error
     with suppress(OSError):  # a kernel without huge pages
         region.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(region, np.float32).reshape(shape)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from fusionroute.runtime.errors import BundleError, UnavailableError
+from fusionroute.runtime.backends.signature import FLOAT, ORT_LENGTHS, Signature, Values, of_model
+from fusionroute.runtime.errors import BundleError, UnavailableError, one_line
+from fusionroute.runtime.graph_tensors import positions
 
 if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import Model
+    from fusionroute.runtime.manifest import Manifest
 
 
 def package(extra: str) -> Any:
@@ -62,24 +64,25 @@ def settings(onnxruntime: Any, threads: int) -> Any:
     return options
 
 
-def fits(session: Any, spec: Model, result: tuple[str, int], routed: int) -> bool:
-    """Whether a graph's caches, its result (logits, and of which width) and routing scores are those of the manifest:
-    buffers are bound by address.
-    """
-    shapes = {value.name: tuple(value.shape) for value in (*session.get_inputs(), *session.get_outputs())}
-    caches = [name for name in shapes if name.startswith(("past.", "present."))]
-    return (
-        len(caches) == 4 * spec.layers
-        and all(shapes[name][1::2] == (spec.kv_heads, spec.head_size) for name in caches)
-        and shapes.get(result[0], ())[-1:] == result[1:]
-        and shapes.get("routing", (0,))[-1:] == (routed,)
-    )
+def check(session: Any, signature: Signature, path: Path, capacity: int = 0) -> None:
+    """Raise BundleError unless a graph has a signature, and its rotary tables, where it has some, that many rows."""
+    if (wrong := signature.misfit(session)) is not None:
+        raise BundleError(
+            f"The graph {path} does not have the inputs and outputs that the manifest describes ({wrong}); export the bundle again."
+        )
+    try:
+        rows = positions(path.read_bytes()) if capacity else None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
+    if rows is not None and rows < capacity:
+        raise BundleError(f"The graph {path} is for texts of {rows} tokens and the manifest says {capacity}; export the bundle again.")
 
 
-def check(sessions: Sequence[Any], specs: Sequence[Model], paths: Sequence[Path], vocab: int) -> None:
-    """Raise BundleError unless every model's graph (the router's first) fits the manifest."""
-    for number, (session, spec, path) in enumerate(zip(sessions, specs, paths, strict=True)):
-        if not fits(session, spec, ("logits", vocab), 0 if number else len(specs) - 1):
-            raise BundleError(
-                f"The graph {path} does not have the inputs and outputs that the manifest describes; export the bundle again."
-            )
+def check_models(
+    sessions: Sequence[Any], manifest: Manifest, paths: Sequence[Path], lengths: Values = ORT_LENGTHS, caches: tuple[str, ...] = FLOAT
+) -> None:
+    """`check` the graphs of all models, the router's first. lengths, caches: see `signature.of_model`."""
+    logits = "logits", manifest.vocab_size
+    for number, (session, spec, path) in enumerate(zip(sessions, manifest.models, paths, strict=True)):
+        experts = 0 if number else len(manifest.experts)
+        check(session, of_model(spec, manifest.max_seq_len, logits, experts, lengths, caches), path, manifest.max_seq_len)

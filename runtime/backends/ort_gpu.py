@@ -16,8 +16,9 @@ from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.device_buffers import Inputs, Layout, Place, Rows, aligned, start
 from fusionroute.runtime.backends.gpu_fusion import GpuFuser
 from fusionroute.runtime.backends.providers import Opener, Provider
+from fusionroute.runtime.backends.signature import ORT_LENGTHS, TENSORRT_LENGTHS, WIDTHS, Values, of_fusion
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.errors import BundleError, FusionError, one_line
+from fusionroute.runtime.errors import FusionError, one_line
 from fusionroute.runtime.limits import reach
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ TYPES: dict[str, tuple[Any, int]] = {"tensor(float)": (np.float32, 4), "tensor(f
 class PositionInputs(NamedTuple):
     """How graphs of a target learn the text's length. keyed: they read as many keys as `key_positions` is long."""
 
+    signature: Values
     lengths: Layout
     fill: Callable[[dict[str, np.ndarray], int, int], None]  # (arrays, tokens in the cache, new tokens)
     keyed: bool
@@ -47,8 +49,8 @@ def fill_tensorrt(arrays: dict[str, np.ndarray], length: int, count: int) -> Non
 
 
 POSITION_INPUTS = {
-    "ort:cuda": PositionInputs({"seqlens_k": ((1,), np.int32), "total_sequence_length": ((), np.int32)}, fill_ort, False),
-    "tensorrt": PositionInputs({"write_index": ((1,), np.int64)}, fill_tensorrt, True),
+    "ort:cuda": PositionInputs(ORT_LENGTHS, {"seqlens_k": ((1,), np.int32), "total_sequence_length": ((), np.int32)}, fill_ort, False),
+    "tensorrt": PositionInputs(TENSORRT_LENGTHS, {"write_index": ((1,), np.int64)}, fill_tensorrt, True),
 }
 
 
@@ -66,17 +68,15 @@ class OrtGpu:
         manifest = bundle.manifest
         names = [variant.graphs[model.name] for model in manifest.models]
         sessions = [opener.open(bundle, name) for name in names]
-        ort.check(sessions, manifest.models, [bundle.folder / name for name in names], manifest.vocab_size)
         position_inputs = POSITION_INPUTS[variant.target]
+        ort.check_models(sessions, manifest, [bundle.folder / name for name in names], position_inputs.signature, WIDTHS)
         models = [
             GpuModel(session, opener.place(session), model, position_inputs, manifest.max_seq_len, manifest.vocab_size)
             for session, model in zip(sessions, manifest.models, strict=True)
         ]
-        for model, name in zip(models, names, strict=True):
-            if model.cache_type not in TYPES:
-                raise BundleError(f"The caches of {bundle.folder / name} are {model.cache_type}: expected half precision or float32.")
         self.router, self.experts = models[0], models[1:]
         self._fusion = opener.open_fusion(bundle, variant.fusion_graph)
+        ort.check(self._fusion, of_fusion(manifest.vocab_size), bundle.folder / variant.fusion_graph)
         self._place = opener.place(self._fusion)
         self._vocab = manifest.vocab_size
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusionroute.runtime.backend import Arrays, Output, Segment
+from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.device_buffers import Inputs, Layout, Place, Rows, aligned, start
 from fusionroute.runtime.backends.gpu_fusion import GpuFuser
 from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_gpu import TYPES
 from fusionroute.runtime.backends.pair_binding import PairGraph
 from fusionroute.runtime.backends.providers import Opener, Provider
+from fusionroute.runtime.backends.signature import WIDTHS, of_fusion
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError, FusionError, one_line
 from fusionroute.runtime.joint_cache import JointCache, read_both
@@ -45,11 +47,9 @@ class OrtGpuPair:
         place = opener.place(session)
         self._graph = GpuPairGraph(session, place, manifest.models[0], manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
         sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models}
-        if len(sizes) > 1 or not self._graph.fits() or self._graph.cache_type not in TYPES:
-            raise BundleError(
-                f"The graph {bundle.folder / pair.graph} does not have the inputs and outputs that the manifest describes; "
-                "export the bundle again."
-            )
+        self._graph.check(bundle.folder / pair.graph, WIDTHS)
+        if len(sizes) > 1:
+            raise BundleError(f"{bundle.folder} has one graph for models of several sizes; export the bundle again.")
         factors = []
         for name, arrays in factors_of(bundle, {name: pair.factors[name] for name in manifest.experts}).items():
             if (wrong := self._graph.unfit(arrays)) is not None:
@@ -60,6 +60,7 @@ class OrtGpuPair:
         self.router = GpuPairModel(self._graph, factors[0], manifest.models[0].name, is_expert=False)
         self.experts = [GpuPairModel(self._graph, own, name, is_expert=True) for own, name in zip(factors, manifest.experts, strict=True)]
         self._fusion = opener.open_fusion(bundle, variant.fusion_graph)
+        ort.check(self._fusion, of_fusion(manifest.vocab_size), bundle.folder / variant.fusion_graph)
         self._place = opener.place(self._fusion)
         self._vocab = manifest.vocab_size
 

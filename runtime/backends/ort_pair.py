@@ -22,6 +22,7 @@ from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_cpu import OrtModel
 from fusionroute.runtime.backends.pair_binding import PairBinding, PairGraph
 from fusionroute.runtime.backends.pair_fusion import PairFuser
+from fusionroute.runtime.backends.signature import of_head, of_model
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
 from fusionroute.runtime.joint_cache import JointCache, read_both
@@ -49,15 +50,16 @@ class OrtPair:
         opened = CpuSessions(bundle, variant, threads)
         router = manifest.models[0]
         session = opened.model(router.name, pair.graph, share_weights)
-        head = None if pair.head is None else Head(opened.model(router.name, pair.head, share_weights), manifest.vocab_size)
+        head = None
+        if pair.head is not None:
+            head = Head(opened.model(router.name, pair.head, share_weights), manifest.vocab_size)
+            ort.check(head.session, of_head(head.width, manifest.vocab_size), bundle.folder / pair.head)
         result = ("logits", manifest.vocab_size) if head is None else ("hidden", head.width)
         graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, result, head, len(manifest.rows))
         sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models if each.name not in variant.graphs}
-        if len(sizes) > 1 or not graph.fits():
-            raise BundleError(
-                f"The graphs {', '.join(pair.graph_paths)} in {bundle.folder} do not have the inputs and outputs that the manifest describes; "
-                "export the bundle again."
-            )
+        graph.check(bundle.folder / pair.graph)
+        if len(sizes) > 1:
+            raise BundleError(f"{bundle.folder} has one graph for models of several sizes; export the bundle again.")
         factors = factors_of(bundle, {name: pair.factors[name] for name in manifest.experts if name in pair.factors})
         for name, arrays in factors.items():
             narrow = next((each for each, array in arrays.items() if array.dtype != np.float32), None)
@@ -105,7 +107,8 @@ def open_whole(bundle: Bundle, variant: Variant, opened: CpuSessions, share_weig
     manifest, models = bundle.manifest, {}
     for spec in (each for each in manifest.models if each.name in variant.graphs):
         session = opened.model(spec.name, variant.graphs[spec.name], share_weights)
-        ort.check([session], [spec], [bundle.folder / variant.graphs[spec.name]], manifest.vocab_size)
+        logits = "logits", manifest.vocab_size
+        ort.check(session, of_model(spec, manifest.max_seq_len, logits, 0), bundle.folder / variant.graphs[spec.name], manifest.max_seq_len)
         models[spec.name] = OrtModel(session, opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0)
     return models
 

@@ -106,7 +106,8 @@ def print_tokens(runtime: FusionRuntime, stream: Stream, show_routing: bool) -> 
     """Print each token as it comes; with `show_routing` in the colour of its expert, and a list of runs below."""
     console = Console(highlight=False)
     colours = COLOR_SYSTEMS[console.color_system] if console.color_system else None
-    styles = dict(zip(runtime.expert_names, COLOURS * len(runtime.expert_names), strict=False))
+    names = (*runtime.expert_names, runtime.bundle.manifest.models[0].name)  # the router may answer for an expert that fails
+    styles = dict(zip(names, COLOURS * len(names), strict=False))
     tokens: list[Token] = []
     for token in stream:
         tokens.append(token)

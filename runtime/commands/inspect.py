@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Json
+from fusionroute.runtime.finite_weights import check_finite
 from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.tables import tables
 from fusionroute.runtime.tensorrt.library import NAMES
@@ -17,7 +18,9 @@ from fusionroute.runtime.tensorrt.library import NAMES
 
 def inspect(
     bundle: BundleFolder,
-    verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the manifest.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every file, compare with the manifest, and look for weights that are not finite.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -25,6 +28,7 @@ def inspect(
     opened = Bundle.open(bundle)
     if verify:
         opened.verify()
+        check_finite(opened)
     manifest = opened.manifest
     if as_json:
         print(json.dumps(manifest.model_dump() | {"verified": verify}))

@@ -15,7 +15,8 @@ import numpy as np
 
 from fusionroute.runtime.backend import Fused, Output, room_for
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
-from fusionroute.runtime.plain_step import PlainStep, candidates
+from fusionroute.runtime.numerics import is_finite
+from fusionroute.runtime.plain_step import ROUTER_ALONE, PlainStep, candidates
 from fusionroute.runtime.sampling import DEFAULT_CANDIDATES, Sampler
 from fusionroute.runtime.speculation.costs import Costs
 from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
@@ -47,7 +48,7 @@ class Rounds:
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
         """Choose and commit one to `most` tokens, distributed as those of `PlainStep`; greedy ones are the same."""
         step, ids = self._step, self._sequence.ids
-        if not self._pays:
+        if not self._pays or step.failed:
             return [step.advance(sampler, coefficients, pinned)]
         start, previous = len(ids), step.guesses.last
         offered = self._lookup.propose(ids, min(most, MAX_ROUND_TOKENS) - 1)
@@ -138,6 +139,8 @@ class Rounds:
             self._readers.experts[guess].truncate(start + own[-1] if own else read)  # see `PlainStep.advance`
         tokens: list[Token] = []
         for row, choice in enumerate(choices):
+            if routed is not None and routed.routing is not None:
+                step.numerics.check_routing(routed.routing[row], start + row - 1)
             if row not in answers:
                 answers |= self._answers(choices, row, start, routed, coefficients)
             router, expert, weights = answers[row]
@@ -145,6 +148,11 @@ class Rounds:
             drawing = drafted and sampler.sampling.temperature > 0
             single = 1 if drawing and not sampler.filtered else 0  # one candidate: the full row is read anyway
             fused = step.fuse(router, expert, weights, sampler, start + row, single)
+            if not is_finite(fused):
+                if choice == guess and answered is not None:  # what was fused ahead does not tell whose fault it is
+                    expert = answered.logits[row : row + 1]
+                own_logits = None if routed is None else routed.logits[row : row + 1]
+                raise step.numerics.fault(fused, own_logits, expert, choice, start + row - 1)
             if drawing:
                 token = verify(target(sampler, fused), distributions[row], drafts[row], sampler.random)
             else:
@@ -204,13 +212,16 @@ class Rounds:
             if place == rows - 1:
                 break
             logits = self._rows[place : place + 1]
-            penalised = sampler.sampling.repetition_penalty != 1.0
-            row = step.fuse(logits, logits, (1.0, 0.0), sampler, len(ids), 1).rows[0] if penalised else step.fuser.logits(logits)[0]
+            row = step.fuser.logits(logits)[0]
+            step.numerics.check_router_logit(row[best := int(row.argmax())], len(ids) - 1)
+            if sampler.sampling.repetition_penalty != 1.0:
+                row = step.fuse(logits, logits, ROUTER_ALONE, sampler, len(ids), 1).rows[0]
+                best = int(row.argmax())
             if sampler.sampling.temperature:
-                distributions.append(proposal(sampler, row))
+                distributions.append(proposal(sampler, row, row[best]))
                 drafts.append(distributions[-1].draw(sampler.random.random()))
             else:
-                drafts.append(int(row.argmax()))
+                drafts.append(best)
             ids.append(drafts[-1])
             if drafts[-1] in self._eos:
                 break
@@ -229,13 +240,15 @@ def target(sampler: Sampler, fused: Fused) -> Distribution | Softmax:
     return Distribution(*sampler.distribution(candidates(fused), lambda: fused.rows[0]))
 
 
-def proposal(sampler: Sampler, row: np.ndarray) -> Distribution:
+def proposal(sampler: Sampler, row: np.ndarray, peak: float) -> Distribution:
     """What a draft is drawn from: what sampling would draw from if the likeliest of the router's logits [V] were all.
+
+    peak: the largest of them.
 
     Any distribution may propose. This one is as good as the router's own and needs no exponential of the whole
     vocabulary.
     """
-    ids = np.flatnonzero(row >= row.max() - np.float32(DRAFT_MARGIN * sampler.sampling.temperature))
+    ids = np.flatnonzero(row >= peak - np.float32(DRAFT_MARGIN * sampler.sampling.temperature))
     if len(ids) > DEFAULT_CANDIDATES:
         ids = np.sort(ids[np.argpartition(row[ids], -DEFAULT_CANDIDATES)[-DEFAULT_CANDIDATES:]])
     ids = ids[np.argsort(-row[ids], kind="stable")]

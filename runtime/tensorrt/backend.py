@@ -8,7 +8,7 @@ from fusionroute.runtime.backend import Fuser
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import FUSION, Variant
 from fusionroute.runtime.tensorrt.device import Device
-from fusionroute.runtime.tensorrt.fit import check
+from fusionroute.runtime.tensorrt.fit import check, check_fusion
 from fusionroute.runtime.tensorrt.fusion import DeviceFuser
 from fusionroute.runtime.tensorrt.loading import Loader
 from fusionroute.runtime.tensorrt.model import Model
@@ -55,6 +55,7 @@ class TensorRt:
         ]
         for model in (self.router, *self.experts):
             check(model.engine, model.spec, shared, model.experts, f"{bundle.folder}")
+        check_fusion(self._fusion, manifest.vocab_size, f"{bundle.folder}")
         shared.send_key_positions()
 
     def __del__(self) -> None:

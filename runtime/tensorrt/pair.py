@@ -17,7 +17,7 @@ from fusionroute.runtime.limits import DELTA
 from fusionroute.runtime.manifest import BASE, FUSION, Pair, Variant
 from fusionroute.runtime.tensorrt.device import Device
 from fusionroute.runtime.tensorrt.factors import Arrays, FactorSlots
-from fusionroute.runtime.tensorrt.fit import check
+from fusionroute.runtime.tensorrt.fit import check, check_fusion
 from fusionroute.runtime.tensorrt.fusion import DeviceFuser
 from fusionroute.runtime.tensorrt.keys_values import KeysValues, new_rows, token_bytes
 from fusionroute.runtime.tensorrt.loading import BYTES, Engine, Loader
@@ -56,6 +56,7 @@ class TensorRtPair:
         engine, self._fusion, self._profile = loader.load(BASE), loader.load(FUSION), loader.profile
         self._shared = shared = Shared.of(device, manifest, loader.profile.tokens)
         check(engine, spec, shared, len(manifest.experts), f"{bundle.folder}", PREFIXES)
+        check_fusion(self._fusion, manifest.vocab_size, f"{bundle.folder}")
         for name in manifest.experts:
             if (wrong := unfit(engine, factors[name])) is not None:
                 raise BundleError(

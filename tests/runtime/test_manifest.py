@@ -1,5 +1,6 @@
 """Manifests that do not fit their bundle, lead out of it, or are none; and how one is written."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,20 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "curve out of range": (lambda m: m.update(lam_curve=[[0.5, 1.5]]), "lam_curve.0.1: Input should be less than or equal to 1"),
     "unknown fusion": (lambda m: m.update(fusion="product"), "fusion: Input should be 'weighted' or 'additive'"),
     "hash that is none": (lambda m: next(iter(m["files"].values())).update(sha256="abc"), "sha256"),
+    "format that is no number": (lambda m: m.update(format=True), "has the format True, and this version reads 1 to 3: update"),
+    "format of another type": (lambda m: m.update(format=2.0), "has the format 2.0, and this version reads 1 to 3: update"),
+    "lambda that is a bool": (lambda m: m.update(lam=True), "lam: Input should be a valid number"),
+    "lambda that is a text": (lambda m: m.update(lam="0.4"), "lam: Input should be a valid number"),
+    "length that is a text": (lambda m: m.update(max_seq_len="64"), "max_seq_len: Input should be a valid integer"),
+    "length beyond 32 bits": (lambda m: m.update(max_seq_len=1 << 31), "max_seq_len: Input should be less than 2147483648"),
+    "size beyond 64 bits": (lambda m: weights(m).update(bytes=1 << 63), "bytes: Input should be less than or equal to 9223372036854775807"),
+    "bits that are no number": (lambda m: first(m).update(bits_per_weight=float("nan")), "(NaN is no number of JSON)"),
+    "two variants": (lambda m: m["variants"].append(first(m)), "there are two variants for ort:cpu in fp32"),
+    "end outside the vocabulary": (
+        lambda m: m.update(eos_token_ids=[1, m["vocab_size"]]),
+        "(the file: the end-of-sequence token 300 is outside the vocabulary of 300)",
+    ),
+    "end below zero": (lambda m: m.update(eos_token_ids=[-1]), "the end-of-sequence token -1 is outside the vocabulary"),
     "more layers": (lambda m: m["models"][0].update(layers=m["models"][0]["layers"] + 1), "does not have the inputs"),
     "other kv heads": (lambda m: m["models"][1].update(kv_heads=7), "does not have the inputs"),
     "other head size": (lambda m: m["models"][0].update(head_size=8), "does not have the inputs"),
@@ -102,6 +117,23 @@ def test_a_manifest_is_replaced_in_one_step(bundle: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="no space"):
         Manifest.read(bundle).write(bundle)
     assert (bundle / "manifest.json").read_bytes() == before and sorted(bundle.iterdir()) == files
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"lam":', '"lam": 0.9, "lam":', "(the key 'lam' stands twice)"),
+        ('"tokenizer.json":', '"tokenizer.json": {}, "tokenizer.json":', "(the key 'tokenizer.json' stands twice)"),
+        ('"family":', '"family": ' + "[" * 100_000 + "]" * 100_000 + ', "colour":', "(it is nested too deeply)"),
+        ('"vocab_size":', '"vocab_size": ' + "9" * 5000 + ', "colour":', "(it has a number of 5000 digits)"),
+        ('"lam":', '"lam": 1e999, "colour":', "lam: Input should be a finite number"),
+    ],
+    ids=["twice", "a file twice", "deep", "digits", "infinite"],
+)
+def test_json_that_readers_could_understand_in_two_ways(bundle: Path, old: str, new: str, words: str) -> None:
+    text = json.dumps(json.loads((bundle / "manifest.json").read_text()))
+    (bundle / "manifest.json").write_text(text.replace(old, new, 1))
+    assert words in refusal(bundle)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"format": 1}', b"\xff\xfe\x00", b"[" * 100_000])

@@ -22,7 +22,7 @@ Enter = Callable[[ir.Node], ir.Value]
 def round_to_nearest(matrix: ir.Value, rows: Iterator[np.ndarray], fmt: Format, store: Store) -> Stored:
     """A matrix without knowledge of its inputs. Raises InputError where a value is beyond what the format holds."""
     pieces = sliced(in_range(rows, fmt, str(matrix.name)), int(matrix.shape[1]))
-    return store_blocks((nearest(piece, fmt) for piece in pieces), fmt, store)
+    return store_blocks((nearest(piece, fmt) for piece in pieces), fmt, store, str(matrix.name))
 
 
 def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store, enter: Enter | None = None) -> None:
@@ -41,7 +41,7 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store, enter: 
     )
     by_row = fmt.bits == 8
     shape = (out,) if by_row else (out, blocks)
-    scales = store.put(stored.scales.read(fmt.scale_type).astype(numpy_type(matrix.dtype)))
+    scales = store.put(stored.scales.read(fmt.scale_type).astype(numpy_type(matrix.dtype)), str(matrix.name))
     scale = initializer(inner, f"{name}.scale", matrix.dtype, shape, scales.tensor(f"{name}.scale", matrix.dtype, shape))
     wide = ir.Value(name=f"{name}.wide", type=ir.TensorType(matrix.dtype), shape=matrix.shape)
     where = {"axis": 0} if by_row else {"axis": 1, "block_size": fmt.block}

@@ -3,8 +3,10 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -18,6 +20,7 @@ from fusionroute.fr_export.graphs.weight_files import LINE, PAGE, WeightFiles
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.tensorrt.build import logger
 from tests.support.exporting import ALL, export_checkpoints
@@ -29,7 +32,7 @@ def graph(path: Path, store: Store, contents: list[bytes]) -> None:
     """A graph with one initialiser per content, written as an export writes it."""
     values = []
     for number, content in enumerate(contents):
-        tensor = store.put(np.frombuffer(content, np.uint8)).tensor(f"w{number}", ir.DataType.UINT8, (len(content),))
+        tensor = store.put(np.frombuffer(content, np.uint8), f"w{number}").tensor(f"w{number}", ir.DataType.UINT8, (len(content),))
         values.append(ir.Value(name=f"w{number}", type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor))
     ir.save(ir.Model(ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 21}), ir_version=10), path)
 
@@ -47,7 +50,7 @@ def test_every_graph_reads_what_was_put_in_and_every_content_lies_once(
     contents = [[rng.integers(0, 3, size, np.uint8).tobytes() for size in model] for model in models]  # the short ones repeat
     for number, model in enumerate(contents):
         graph(folder / f"{number}.onnx", store, model)
-    unread = store.put(np.arange(5 * PAGE) % 251)
+    unread = store.put(np.arange(5 * PAGE) % 251, "unread")
     files_of = WeightFiles(store)
     planned = [files_of.plan(f"weights/{number}.bin", [folder / f"{number}.onnx"]) for number in range(len(contents))]
     files = [file.write() for file in planned]
@@ -93,6 +96,19 @@ def test_a_weight_file_that_fails_leaves_nothing_under_its_name(tmp_path: Path) 
     with pytest.raises(FileNotFoundError):
         WeightFiles(store).plan("weights/model.bin", [tmp_path / "model.onnx"]).write()
     assert not (tmp_path / "weights/model.bin").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_never_written(tmp_path: Path, dtype: Any, value: float) -> None:
+    store, values = Store(tmp_path), np.ones(100, dtype)
+    store.put(values, "norm")
+    values[70] = value
+    with pytest.raises(
+        InputError, match=rf"^The weight 'norm' would hold NaN or infinity in {np.dtype(dtype)}; export another precision\.$"
+    ):
+        store.put(values, "norm")
+    assert [path.stem for path in store.folder.iterdir()] == list(store.blobs)
 
 
 @pytest.fixture(scope="module")

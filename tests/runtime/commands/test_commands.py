@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.__main__ import main
 from fusionroute.runtime.commands import generate as generate_module
 from fusionroute.runtime.manifest import Manifest
-from fusionroute.runtime.stream import End, Stream
+from fusionroute.runtime.stream import End, Stream, no_release
 from fusionroute.runtime.text import Token
 from tests.support.commands import Command
 
@@ -85,8 +86,12 @@ def test_generate_shows_the_routing(bundles: list[Path], command: Command) -> No
 @pytest.mark.parametrize("option", [(), ("--show-routing",)])
 def test_text_is_printed_as_it_is(bundles: list[Path], command: Command, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]) -> None:
     text = "a\tb\r[bold]\u2028\nc  "
-    tokens = [Token(1, "expert0", 0.0, np.zeros(1, np.float32), text)]
-    monkeypatch.setattr(FusionRuntime, "stream", lambda *_, **__: Stream(iter([*tokens, End("stop", 0, 0)])))
+
+    def tokens() -> Generator[Token | End, None, None]:
+        yield Token(1, "expert0", 0.0, np.zeros(1, np.float32), text)
+        yield End("stop", 0, 0)
+
+    monkeypatch.setattr(FusionRuntime, "stream", lambda *_, **__: Stream(tokens(), no_release))
     assert command("generate", bundles[0], "--prompt", PROMPT, *option).out.startswith(text + "\n")
 
 

@@ -87,7 +87,7 @@ def test_verified_tokens_are_distributed_as_the_target(size: int, sparse: bool, 
 @settings(max_examples=40, deadline=None)
 def test_drafts_are_drawn_from_the_likeliest_tokens(vocab: int, temperature: float, filters: dict[str, Any]) -> None:
     row = (4 * np.random.default_rng(vocab).standard_normal(vocab)).astype(np.float32).round(1)  # with equal ones
-    drafts = proposal(Sampler(Sampling(temperature, **filters)), row)
+    drafts = proposal(Sampler(Sampling(temperature, **filters)), row, row.max())
     scaled = row.astype(np.float64) / temperature
     order = np.lexsort((np.arange(vocab), -scaled))
     near = order[scaled[order] > scaled.max() - DRAFT_MARGIN + 1e-4]

@@ -1,0 +1,35 @@
+"""JSON that says each thing once: what readers could understand in two ways is refused, and what could exhaust them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+DIGITS = 40  # of a number; 64-bit integers have 19
+
+
+def check_json(content: str | bytes) -> None:
+    """Raise ValueError for what is no JSON, for a key that stands twice in one object, NaN, numbers of many digits, and
+    for nesting that no reader follows.
+    """
+    try:
+        json.loads(content, object_pairs_hook=_distinct, parse_constant=_no_constant, parse_int=_short, parse_float=_short)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> None:
+    keys = set()
+    for key, _ in pairs:
+        if key in keys:
+            raise ValueError(f"the key {key[:DIGITS]!r} stands twice")
+        keys.add(key)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _short(digits: str) -> None:
+    if len(digits) > DIGITS:
+        raise ValueError(f"it has a number of {len(digits)} digits")
