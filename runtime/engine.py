@@ -103,11 +103,11 @@ class FusionRuntime:
         `expert_memory`, bytes: on TensorRT devices the weights of experts beyond it wait in host memory until they are
         chosen.
 
-        `share_weights`: processes that load the same bundle on the CPU share its weights in memory. They are packed
-        once, in the user's cache folder, at some 2.3 times their size. By default each process packs a copy of its own
-        in memory.
+        `share_weights`: processes that load the same bundle on the CPU share its weights in memory, packed once in the
+        user's cache folder at some 2.3 times their size. By default each process packs its own copy.
 
         `trusted`, for bundles of your own: the tokenizer is not tried in another process at the first load.
+
         `on_expert_failure="router_only"`: where an expert's device fails, or its answer is not finite, the router answers
         alone until the text ends, or a session is rewound; such tokens bear the router's name. By default the error is
         raised.

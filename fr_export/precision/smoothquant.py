@@ -114,9 +114,9 @@ def for_blocks(sources: Mapping[str, Source], weights: Weights, observed: Mappin
     steps of the others.
     """
     seen = observed[group.matrices[0]]
-    squares = sum(Columns.read(sources[name], weights).squares for name in group.matrices)
-    x, w = (np.sqrt(largest(each, group)) for each in (seen.mean_square, squares))
-    return Choice(0.5, migration(x, w, 0.5))
+    squares = np.sum([Columns.read(sources[name], weights).squares for name in group.matrices], axis=0)
+    size, weight_size = (np.sqrt(largest(each, group)) for each in (seen.mean_square, squares))
+    return Choice(0.5, migration(size, weight_size, 0.5))
 
 
 def unscaled(group: Group) -> Choice:

@@ -118,4 +118,4 @@ class _Sharing:
     def stored(self, name: str, array: np.ndarray) -> ir.Value:
         """An initialiser with values of a model's own."""
         values = np.ascontiguousarray(array, np.float32)
-        return initializer(self.inner, name, FLOAT, values.shape, self.store.put(values).tensor(name, FLOAT, values.shape))
+        return initializer(self.inner, name, FLOAT, values.shape, self.store.put(values, name).tensor(name, FLOAT, values.shape))
