@@ -112,8 +112,7 @@ class FusionRuntime:
         alone until the text ends, or a session is rewound; such tokens bear the router's name. By default the error is
         raised.
 
-        Options are checked before anything is opened. Raises FusionError subclasses only: BundleError,
-        UnavailableError, InputError.
+        Options are checked before anything is opened. Raises BundleError, UnavailableError, InputError.
         """
         options = RuntimeOptions(
             precision=precision, device=device, fusion=fusion, lam=lam, catch_up=catch_up, speculation=speculation, exact=exact,
