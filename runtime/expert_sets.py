@@ -112,10 +112,10 @@ class ExpertSets:
         """Give new sessions an expert more, or another one of that name. Raises as `FusionRuntime.add_expert`."""
         from fusionroute.runtime.adapters.expert_files import open_expert  # here: pydantic
 
-        shared(self.current.system)  # says so before the lock is taken: a thread that stayed behind a fork may hold it
+        self._shared()  # says so before the lock is taken: a thread that stayed behind a fork may hold it
         with self._lock:
             system = self.current.system
-            backend = shared(system)
+            backend = self._shared()
             pair = self._bundle.variant(backend.target, system.precision).pair
             expert = open_expert(self._bundle, name, source)
             assert pair is not None
@@ -127,9 +127,9 @@ class ExpertSets:
         """Give new sessions an expert less. Raises as `FusionRuntime.remove_expert`."""
         from fusionroute.runtime.adapters.expert_files import check_removable
 
-        shared(self.current.system)  # see `add`
+        self._shared()  # see `add`
         with self._lock:
-            backend = shared(self.current.system)
+            backend = self._shared()
             check_removable(self._bundle, name, self.current.names)
             self._exchange(backend, {other: factors for other, factors in backend.factors.items() if other != name}, name)
 
@@ -151,9 +151,13 @@ class ExpertSets:
                 system.close()
             self.current.pool.close()
 
-
-def shared(system: LoadedSystem) -> SharedBase:
-    """The backend, if its experts share one base. Raises UnavailableError where they do not, ClosedError."""
-    if not isinstance(system.backend, SharedBase):
+    def _shared(self) -> SharedBase:
+        """The backend, if its experts share one base and may be others. Raises UnavailableError where not, ClosedError."""
+        backend = self.current.system.backend
+        if isinstance(backend, SharedBase):
+            return backend
+        if any(variant.pair for variant in self._bundle.manifest.variants):
+            raise UnavailableError(
+                "A loaded engine keeps its experts: change the bundle with `fusionroute add-expert` or `remove-expert`, and load it again."
+            )
         raise UnavailableError("Experts come and go only where all models share one base: export the system with --shared-base.")
-    return system.backend

@@ -20,6 +20,22 @@ WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a value
 TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy has no bf16
 
 
+def narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 values rounded to a dtype, as arrays that `write_tensors` takes: of BF16 the bits, uint16."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # the nearest, of two the even one
+    with np.errstate(over="ignore"):
+        return values.astype(TYPES[dtype], copy=False)
+
+
+def widened(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 values of an array that `narrowed` returns; of F32 the array itself."""
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
 class Stored(NamedTuple):
     """One tensor: the dtype as safetensors names it, its shape, and its bytes."""
 
@@ -33,10 +49,7 @@ class Stored(NamedTuple):
 
     def values(self) -> np.ndarray:
         """Float32 values: of F32 the mapped ones, read-only; of the others a copy."""
-        values = self.stored()
-        if self.dtype == "BF16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32, copy=False)
+        return widened(self.stored(), self.dtype)
 
 
 class TensorFile:

@@ -11,7 +11,7 @@ from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.runtime.adapters.factor_layout import FactorLayout
-from fusionroute.runtime.adapters.unadapted import COLUMNS, PLAN, ROWS, SCALES, a_name, b_name
+from fusionroute.runtime.adapters.unadapted import COLUMNS, PLAN, ROWS, SCALES, TYPES, a_name, b_name
 from fusionroute.runtime.tensor_file import Written, write_tensors
 
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -41,11 +41,12 @@ def write_unadapted(folder: Path, delta: Delta, base: Weights, vectors: Sequence
 
 
 def write_layout(folder: Path, layout: FactorLayout) -> Written:
-    """Write how factors lie in the inputs of a graph, and the scales of its weights."""
+    """Write how factors lie in the inputs of a graph, their types, and the scales of its weights."""
     scales = {COLUMNS + name: scale for name, scale in layout.columns.items()} | {ROWS + name: scale for name, scale in layout.rows.items()}
     arrays = {name: np.asarray(scale, np.float32) for name, scale in scales.items()}
     entries = {name: ("F32", array.shape) for name, array in arrays.items()}
-    return write_tensors(folder, "layout", entries, arrays.values(), {PLAN: layout.plan.model_dump_json()})
+    metadata = {PLAN: layout.plan.model_dump_json()} | ({TYPES: json.dumps(dict(layout.types))} if layout.types else {})
+    return write_tensors(folder, "layout", entries, arrays.values(), metadata)
 
 
 def _whole(part: StoredTensor) -> torch.Tensor:

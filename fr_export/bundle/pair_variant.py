@@ -15,7 +15,7 @@ from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, LowRank, layout_of, matrix_rank, types_of
+from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, LowRank, layout_of, matrix_rank
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.passes import is_linear, shares_head, split_head
 from fusionroute.fr_export.graphs.traces import Traces
@@ -106,7 +106,7 @@ class PairVariantWriter:
                 head=head_path if head else None,
                 head_is_linear=head is not None and is_linear(head),
                 factors=files,
-                adapting=self._write_adapting(layout) if spec.pair.adapts and not self._approximated and not self._apart else None,
+                adapting=None if self._apart else self._write_adapting(layout),
             ),
         )
         return WrittenVariant(variant, ({} if about is None else {router.name: about}) | fitted)
@@ -114,7 +114,7 @@ class PairVariantWriter:
     def _arrays(self, expert: Checkpoint, graph: Graph, layout: FactorLayout, inputs: Mapping[str, str], precision: str) -> FactorArrays:
         """What the graph's inputs hold for an expert."""
         approximated = {inputs[name]: each for name, each in self._approximate(expert.name, graph, precision).items()}
-        return FactorArrays(layout, types_of(graph, layout), self._deltas[expert.name], expert.weights, approximated)
+        return FactorArrays(layout, self._deltas[expert.name], expert.weights, approximated)
 
     def _approximate(self, expert: str, graph: Graph, precision: str) -> dict[str, LowRank]:
         """The factors that bring the base, as the graph reads it, to an expert whose matrices have become others."""
@@ -151,9 +151,11 @@ class PairVariantWriter:
         self._factor_files[name] = entry
         return name
 
-    def _write_adapting(self, layout: FactorLayout) -> Adapting:
-        """Write what it takes to add experts, once where precisions agree on it."""
-        base, delta = unadapted(self._system)
+    def _write_adapting(self, layout: FactorLayout) -> Adapting | None:
+        """Write what it takes to add experts, once where precisions agree on it. None where the router is no adapter."""
+        if (base_alone := unadapted(self._system)) is None:
+            return None
+        base, delta = base_alone
         folder = self._graphs / ADAPTING
         vectors = [tensor for vector in layout.plan.vectors for tensor, _ in vector.tensors]
         written = write_unadapted(folder, delta, base.weights, vectors), write_layout(folder, layout)

@@ -57,10 +57,13 @@ def delta(system: System, expert: Checkpoint, approximate: bool) -> Delta:
     return delta_of(system.router, expert, approximate)
 
 
-def unadapted(system: System) -> tuple[Checkpoint, Delta]:
-    """The base without any adapter, and what it adds to the router's weights."""
+def unadapted(system: System) -> tuple[Checkpoint, Delta] | None:
+    """The base without any adapter, and what it adds to the router's weights; None where no factors undo the router's."""
     base = system.router.base or system.router
-    return base, delta_of(system.router, base)
+    try:
+        return base, delta_of(system.router, base)
+    except InputError:  # it has matrices of its own, which can only be approximated
+        return None
 
 
 def approximations(

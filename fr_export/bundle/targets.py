@@ -62,13 +62,12 @@ Apart = Callable[[Graph, Mapping[str, int], Collection[str]], list[Factors]]
 class Pairing:
     """How a graph for router and expert is traced, and rewritten behind `Target.prepare`.
 
-    splits_head: whether a head that they share becomes a graph of its own. adapts: whether experts can be added later.
+    splits_head: whether a head that they share becomes a graph of its own.
     """
 
     dialect: Dialect
     apart: Apart
     splits_head: bool = False
-    adapts: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def strongly_typed_primitive(graph: Graph, precision: str, family: Family) -> No
 
 
 TARGETS: dict[str, Target] = {
-    "ort:cpu": Target(ort, as_traced, pair=Pairing(ort, pair_segments, splits_head=True, adapts=True)),
+    "ort:cpu": Target(ort, as_traced, pair=Pairing(ort, pair_segments, splits_head=True)),
     "ort:cuda": Target(ort, half_activations, pair=Pairing(ort, pair_segments)),
     "portable": Target(portable, portable_activations, in_folders, beside, optimum_folder.complete),
     "tensorrt": Target(tensorrt, strongly_typed, pair=Pairing(pair.PAIR, expert_factors)),

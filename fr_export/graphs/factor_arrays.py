@@ -17,6 +17,7 @@ from fusionroute.fr_export.graphs.graph import Graph, Source
 from fusionroute.runtime.adapters.factor_layout import Factor, FactorLayout, Group, Matrix, Plan, Vector, fill
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.limits import DELTA
+from fusionroute.runtime.tensor_file import WIDTHS, narrowed, widened
 
 STORED = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}  # as safetensors calls them
 
@@ -69,13 +70,13 @@ def layout_of(graph: Graph, factors: Sequence[Factors], vectors: Sequence[str], 
     columns = {b: source.column_scale for b, source in scaled.items() if source.column_scale is not None}
     rows = {b: source.row_scale for b, source in scaled.items() if source.row_scale is not None}
     rows |= {f"{DELTA}{name}": scale for name in vectors if (scale := sources[name].row_scale) is not None}
-    return FactorLayout(Plan(groups=list(map(group, factors)), vectors=own), columns, rows)
-
-
-def types_of(graph: Graph, layout: FactorLayout) -> dict[str, ir.DataType]:
-    """The types of the inputs for an expert."""
-    types = {str(value.name): value.dtype or ir.DataType.FLOAT for value in graph.model.graph.inputs}
-    return {name: types[name] for name in layout.shapes({})}
+    plan = Plan(groups=list(map(group, factors)), vectors=own)
+    types = {
+        str(value.name): STORED[value.dtype]
+        for value in graph.model.graph.inputs
+        if str(value.name).startswith(DELTA) and value.dtype not in (None, ir.DataType.FLOAT)
+    }
+    return FactorLayout(plan, columns, rows, types)
 
 
 def matrix_rank(source: Source, delta: Delta) -> int:
@@ -84,18 +85,17 @@ def matrix_rank(source: Source, delta: Delta) -> int:
 
 
 class FactorArrays:
-    """The inputs of one expert: their `shapes` and `types` by name, and in this order `arrays`; see `FactorLayout`."""
+    """The inputs of one expert: their `shapes` by name, and in this order `arrays`; see `FactorLayout`."""
 
     def __init__(
         self,
         layout: FactorLayout,
-        types: Mapping[str, ir.DataType],
         delta: Delta,
         expert: Weights,
         approximated: Mapping[str, LowRank] = {},
     ):
         """What is `approximated`, by its input b, does not come from the delta's terms."""
-        self._layout, self.types, self._expert = layout, types, expert
+        self._layout, self._expert = layout, expert
         self._factors = {tensor: [factor_of(term, tensor) for term in terms] for tensor, terms in delta.terms.items()}
         self._whole = {b: (each.a, each.b) for b, each in approximated.items()}
         self.shapes = layout.shapes(self._factors, self._whole)
@@ -104,24 +104,21 @@ class FactorArrays:
     def bytes_read(self) -> int:
         """Of all arrays, but for an embedding's factors of other tokens."""
         tables = {group.a for group in self._layout.plan.groups if not any(matrix.tensors for matrix in group.matrices)}
-        sizes = {name: shape[-1] if name in tables else prod(shape) for name, shape in self.shapes.items()}
-        return sum(int(self.types[name].itemsize) * size for name, size in sizes.items())
+        return sum(WIDTHS[dtype] * (shape[-1] if name in tables else prod(shape)) for name, (dtype, shape) in self.entries.items())
 
     @property
     def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name → type as safetensors names it, and shape."""
-        return {name: (STORED[self.types[name]], shape) for name, shape in self.shapes.items()}
+        return {name: (self._layout.types.get(name, "F32"), shape) for name, shape in self.shapes.items()}
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """Each in its type. Raises InputError where a value is not finite in it."""
+        """Each in its type, of BF16 the bits. Raises InputError where a value is not finite in it."""
         wide = self._layout.arrays(self._factors, self._expert.read, self._whole)
-        for name, array in zip(self.shapes, wide, strict=True):
-            dtype = self.types[name]
-            with np.errstate(over="ignore"):
-                narrow = array.astype(dtype.numpy(), copy=False)
-            if not np.isfinite(narrow).all():
-                raise InputError(f"The expert's '{name}' has values beyond the range of {dtype.name.lower()}: export another precision.")
-            yield narrow
+        for (name, (dtype, _)), values in zip(self.entries.items(), wide, strict=True):
+            array = narrowed(values, dtype)
+            if not np.isfinite(widened(array, dtype)).all():
+                raise InputError(f"The expert's '{name}' has values beyond the range of {dtype.lower()}: export another precision.")
+            yield array
 
 
 def factor_of(term: Term, tensor: str) -> Factor:

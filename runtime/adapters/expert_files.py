@@ -47,12 +47,7 @@ def open_expert(bundle: Bundle, name: str, source: Path) -> NewExpert:
     Raises UnavailableError for a bundle that takes none, InputError for a name without a row of the routing head, and
     for a folder that holds no adapter with factors and norms alone.
     """
-    for variant in bundle.manifest.variants:
-        if variant.pair is None or variant.pair.adapting is None:
-            raise UnavailableError(
-                f"The bundle {bundle.folder} takes no other experts, since its models do not share one base: export adapters of one "
-                "base for ort:cpu with --shared-base."
-            )
+    check_adapting(bundle)
     if name not in bundle.manifest.rows:
         raise InputError(
             f"The routing head has no row for '{name}', only for {', '.join(bundle.manifest.rows)}: name the expert as the row that it "
@@ -105,15 +100,26 @@ def remove_expert(folder: Path, name: str) -> Manifest:
 
 def check_removable(bundle: Bundle, name: str, experts: list[str]) -> None:
     """Raise InputError or UnavailableError where an expert cannot be removed from a bundle, or from one that is loaded."""
-    if any(variant.pair is None or variant.pair.adapting is None for variant in bundle.manifest.variants):
-        raise UnavailableError(
-            f"No expert can be removed from {bundle.folder}, since its models do not share one base: export adapters of one base for "
-            "ort:cpu with --shared-base."
-        )
+    check_adapting(bundle)
     if name not in experts:
         raise InputError(f"There is no expert '{name}' to remove: use one of {', '.join(experts)}.")
     if len(experts) == 1:
         raise InputError(f"'{name}' is the only expert, and a system needs one: add another one before you remove it.")
+
+
+def check_adapting(bundle: Bundle) -> None:
+    """Raise UnavailableError for a bundle whose experts cannot be others."""
+    for variant in bundle.manifest.variants:
+        if variant.pair is None:
+            raise UnavailableError(
+                f"The experts of {bundle.folder} stay as they are, since its models do not share one base: export adapters of one base with "
+                "--shared-base."
+            )
+        if variant.pair.adapting is None:
+            reason = f"{next(iter(variant.graphs))} stands beside its base" if variant.graphs else "its router is no adapter of a base"
+            raise UnavailableError(
+                f"The experts of {bundle.folder} stay as they are, since {reason}: export the system again with the experts that it is to have."
+            )
 
 
 def pairs(manifest: Manifest) -> list[Pair]:

@@ -5,7 +5,7 @@ several tensors of the checkpoint (query, key and value): their factors stand in
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
@@ -70,12 +70,14 @@ NONE: Whole = {}
 class FactorLayout:
     """The plan, and the scales of the graph's weights, which factors must have too: float32, by what they scale.
 
-    columns: input b → [K]. rows: input b → [N], or the input of a vector → [size].
+    columns: input b → [K]. rows: input b → [N], or the input of a vector → [size]. types: of inputs that are not float32,
+    as safetensors names them.
     """
 
     plan: Plan
     columns: Mapping[str, np.ndarray]
     rows: Mapping[str, np.ndarray]
+    types: Mapping[str, str] = field(default_factory=dict)
 
     def shapes(self, factors: Factors, whole: Whole = NONE) -> dict[str, tuple[int, ...]]:
         """The inputs of an expert with such factors, by name.

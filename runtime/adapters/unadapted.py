@@ -9,19 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from fusionroute.runtime.adapters.factor_layout import Factor, FactorLayout, Factors, Plan
+from fusionroute.runtime.adapters.factor_layout import Factor, FactorLayout, Factors, Plan, rank_of
 from fusionroute.runtime.adapters.lora_adapter import LoraAdapter, finite
 from fusionroute.runtime.errors import BundleError, InputError, one_line
-from fusionroute.runtime.tensor_file import Stored, TensorFile
+from fusionroute.runtime.tensor_file import WIDTHS, Stored, TensorFile, narrowed, widened
 
-PLAN, SCALES = "plan", "scales"  # metadata
+PLAN, SCALES, TYPES = "plan", "scales", "types"  # metadata
 COLUMNS, ROWS = "columns:", "rows:"  # in front of what the scales in a layout's file belong to
 _SCALES = TypeAdapter(dict[str, list[float]])
+_TYPES = TypeAdapter(dict[str, Literal["F16", "BF16"]])
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def read_layout(source: Path | BinaryIO) -> FactorLayout:
             {name.removeprefix(kind): tensor.values() for name, tensor in file.tensors.items() if name.startswith(kind)}
             for kind in (COLUMNS, ROWS)
         )
-        return FactorLayout(plan, columns, rows)
+        return FactorLayout(plan, columns, rows, _TYPES.validate_json(file.metadata.get(TYPES, "{}")))
     except (OSError, ValueError, KeyError, ValidationError) as error:
         raise _broken(source, error) from error
 
@@ -97,21 +98,37 @@ class AdapterFactors:
         self._factors: dict[str, Sequence[Factor]] = {
             name: [*([adapter.factors[name]] if name in adapter.factors else []), *unadapted.factors.get(name, ())] for name in widths
         }
+        for group in layout.plan.groups:
+            for matrix in group.matrices:
+                rank = rank_of(matrix, self._factors, {})
+                if group.rank is not None and rank > group.rank:
+                    raise InputError(
+                        f"{adapter.where} and the router's own adapter have rank {rank} together in '{matrix.tensors[0][0]}', and the graph "
+                        f"takes {group.rank}: train an adapter of a lower rank, or export the bundle again with this one."
+                    )
         self.shapes = layout.shapes(self._factors)
 
     @property
     def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name → type as safetensors names it, and shape."""
-        return {name: ("F32", shape) for name, shape in self.shapes.items()}
+        return {name: (self._layout.types.get(name, "F32"), shape) for name, shape in self.shapes.items()}
 
     @property
     def bytes(self) -> int:
         """Of all arrays."""
-        return 4 * sum(map(prod, self.shapes.values()))
+        return sum(WIDTHS[dtype] * prod(shape) for dtype, shape in self.entries.values())
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """float32. Raises InputError where a value is not finite."""
-        return self._layout.arrays(self._factors, self._vector)
+        """Each in its type, of BF16 the bits. Raises InputError where a value is not finite in it."""
+        wide = self._layout.arrays(self._factors, self._vector)
+        for (name, (dtype, _)), values in zip(self.entries.items(), wide, strict=True):
+            array = narrowed(values, dtype)
+            if dtype != "F32" and not np.isfinite(widened(array, dtype)).all():
+                raise InputError(
+                    f"{self._adapter.where} has values in '{name}' beyond the range of {dtype}, in which the bundle's graph computes: "
+                    "export another precision."
+                )
+            yield array
 
     def _vector(self, tensor: str) -> np.ndarray:
         own = self._adapter.whole.get(tensor)

@@ -7,6 +7,7 @@ has other kernels for other numbers of rows in any case.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,24 +46,47 @@ class OrtGpuPair:
         opener, manifest = Opener(provider), bundle.manifest
         session = opener.open(bundle, pair.graph)
         place = opener.place(session)
-        self._graph = GpuPairGraph(session, place, manifest.models[0], manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
+        self.target, self._head_rows, self._router_name = variant.target, manifest.rows, manifest.models[0].name
+        graph = GpuPairGraph(session, place, manifest.models[0], manifest.max_seq_len, manifest.vocab_size, len(manifest.rows))
         sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models}
-        self._graph.check(bundle.folder / pair.graph, WIDTHS)
+        graph.check(bundle.folder / pair.graph, WIDTHS)
         if len(sizes) > 1:
             raise BundleError(f"{bundle.folder} has one graph for models of several sizes; export the bundle again.")
-        factors = []
-        for name, arrays in factors_of(bundle, {name: pair.factors[name] for name in manifest.experts}).items():
-            if (wrong := self._graph.unfit(arrays)) is not None:
+        factors = factors_of(bundle, {name: pair.factors[name] for name in manifest.experts})
+        for name, arrays in factors.items():
+            if (wrong := graph.unfit(arrays)) is not None:
                 raise BundleError(
                     f"{bundle.folder / pair.factors[name]} does not fit {pair.graph} (its input {wrong}); export the bundle again."
                 )
-            factors.append(DeviceFactors(place, self._graph.types, arrays))
-        self.router = GpuPairModel(self._graph, factors[0], manifest.models[0].name, is_expert=False)
-        self.experts = [GpuPairModel(self._graph, own, name, is_expert=True) for own, name in zip(factors, manifest.experts, strict=True)]
+        self.factors: Mapping[str, Arrays] = {}
+        self._on_device: Mapping[str, DeviceFactors] = {}
+        self._take(graph, factors)
         self._fusion = opener.open_fusion(bundle, variant.fusion_graph)
         ort.check(self._fusion, of_fusion(manifest.vocab_size), bundle.folder / variant.fusion_graph)
         self._place = opener.place(self._fusion)
         self._vocab = manifest.vocab_size
+
+    def _take(self, graph: GpuPairGraph, factors: Mapping[str, Arrays]) -> None:
+        """Let the experts be those that have factors, in the order of the routing head's rows. Factors that were there
+        stay where they are on the device.
+        """
+        names = [name for name in self._head_rows if name in factors]
+        self._on_device = {
+            name: self._on_device[name]
+            if factors[name] is self.factors.get(name)
+            else DeviceFactors(graph.place, graph.types, factors[name])
+            for name in names
+        }
+        self._graph, self.factors = graph, factors
+        graph.rows = None if names == self._head_rows else [self._head_rows.index(name) for name in names]
+        self.router = GpuPairModel(graph, self._on_device[names[0]], self._router_name, is_expert=False)
+        self.experts = [GpuPairModel(graph, self._on_device[name], name, is_expert=True) for name in names]
+
+    def with_experts(self, factors: Mapping[str, Arrays]) -> OrtGpuPair:
+        """See `runtime.backend.SharedBase.with_experts`."""
+        other = copy(self)
+        other._take(copy(self._graph), factors)
+        return other
 
     def forward_both(self, router: GpuPairCache, own: Segment, expert: GpuPairCache, other: Segment) -> tuple[Output, Output]:
         """See `runtime.backend.Backend.forward_both`."""
@@ -76,9 +100,9 @@ class OrtGpuPair:
 class GpuPairGraph(PairGraph):
     """The inference session, its sizes, and where its inputs lie. `types`: of its inputs, as ONNX Runtime calls them."""
 
-    def __init__(self, session: Any, place: Place, spec: Any, capacity: int, vocab: int, experts: int):
-        super().__init__(session, lambda: None, spec, capacity, ("logits", vocab), None, experts)
-        self.place, self.vocab, self.experts = place, vocab, experts
+    def __init__(self, session: Any, place: Place, spec: Any, capacity: int, vocab: int, head_rows: int):
+        super().__init__(session, lambda: None, spec, capacity, ("logits", vocab), None, head_rows)
+        self.place, self.vocab = place, vocab
         self.types: dict[str, str] = {value.name: value.type for value in session.get_inputs()}
         self.cache_type = self.types.get("past.0.key", "")
 
@@ -176,7 +200,7 @@ class GpuPairBinding:
         self._graph, self._texts, self._factors, self._names = graph, texts, factors, names
         value = graph.place.buffer((2, graph.vocab), np.float32)
         self._rows = Rows(value, graph.place.memory), Rows(value, graph.place.memory, 1)
-        self._routing = np.zeros((2, graph.experts), np.float32)
+        self._routing = np.zeros((2, graph.head_rows), np.float32)
         self._step: tuple[Any, Inputs] | None = None
         self._chunks: tuple[Any, Inputs, tuple[int, int]] | None = None
 
@@ -190,10 +214,10 @@ class GpuPairBinding:
         rows = len(answered[0]), len(answered[1])
         if counts == rows == (1, 1):
             binding, inputs = self._step = self._step or self._joint_step()
-            outputs = tuple(Output(logits, self._routing[:1]) for logits in self._rows)
+            outputs, routing = (Output(self._rows[0], None), Output(self._rows[1], None)), self._routing[:1]
         else:
             binding, inputs = self._chunk(sum(counts), sum(rows))
-            outputs = self._answers(binding, rows)
+            outputs, routing = self._answers(binding, rows)
         arrays = inputs.arrays
         arrays["segments"][:] = counts
         arrays["input_ids"][0, : counts[0]], arrays["input_ids"][0, counts[0] :] = segments[0].ids, segments[1].ids
@@ -207,7 +231,8 @@ class GpuPairBinding:
             self._graph.session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime has no public base class for its errors
             raise FusionError(f"ONNX Runtime failed on {sum(counts)} tokens of {self._names}: {one_line(error)}") from error
-        return outputs[0], outputs[1]._replace(routing=None)
+        scored = self._graph.rows
+        return outputs[0]._replace(routing=routing if scored is None else routing[:, scored]), outputs[1]
 
     def _binding(self) -> Any:
         """A binding with caches and factors bound."""
@@ -243,14 +268,16 @@ class GpuPairBinding:
             self._chunks = binding, inputs, (count, row_count)
         return binding, inputs
 
-    def _answers(self, binding: Any, rows: tuple[int, int]) -> tuple[Output, Output]:
-        """Bind outputs for so many rows of each: one of each stays on the device, others are arrays for the caller."""
+    def _answers(self, binding: Any, rows: tuple[int, int]) -> tuple[tuple[Output, Output], np.ndarray]:
+        """Bind outputs for so many rows of each: one of each stays on the device, others are arrays for the caller. The
+        router's scores are written beside them.
+        """
         graph, count = self._graph, sum(rows)
-        routing = np.empty((count, graph.experts), np.float32)
+        routing = np.empty((count, graph.head_rows), np.float32)
         binding.bind_output("routing", "cpu", 0, np.float32, (1, *routing.shape), routing.ctypes.data)
         if rows == (1, 1):
             binding.bind_output("logits", graph.place.memory, 0, np.float32, (1, 2, graph.vocab), self._rows[0].address)
-            return Output(self._rows[0], routing[:1]), Output(self._rows[1], None)
+            return (Output(self._rows[0], None), Output(self._rows[1], None)), routing[:1]
         logits = np.empty((count, graph.vocab), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, (1, *logits.shape), logits.ctypes.data)
-        return Output(logits[: rows[0]], routing[: rows[0]]), Output(logits[rows[0] :], None)
+        return (Output(logits[: rows[0]], None), Output(logits[rows[0] :], None)), routing[: rows[0]]

@@ -48,9 +48,10 @@ class Rows:
 class Answer:
     """One forward pass, perhaps still under way (see `runtime.backend.Output`). `routing` waits for it."""
 
-    def __init__(self, source: Pass, logits: Block, routing: Block | None):
+    def __init__(self, source: Pass, logits: Block, routing: Block | None, scored: list[int] | None = None):
+        """`scored`: of the routing head's rows those that have an expert; None: all."""
         self.logits = Rows(source, logits)
-        self._routing, self._arrived = routing, False
+        self._routing, self._scored, self._arrived = routing, scored, False
         self._source = source
 
     @property
@@ -64,7 +65,8 @@ class Answer:
                 shared.transfers.download(self._routing, self._source.done)
             shared.transfers.settle(self._routing)
             self._arrived = True
-        return self._routing.arrays["routing"]
+        scores = self._routing.arrays["routing"]
+        return scores if self._scored is None else scores[:, self._scored]
 
 
 class Known(NamedTuple):

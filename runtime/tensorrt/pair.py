@@ -55,7 +55,7 @@ class TensorRtPair:
         loader = Loader(bundle, variant, flavour, device)
         engine, self._fusion, self._profile = loader.load(BASE), loader.load(FUSION), loader.profile
         self._shared = shared = Shared.of(device, manifest, loader.profile.tokens)
-        check(engine, spec, shared, len(manifest.experts), f"{bundle.folder}", PREFIXES)
+        check(engine, spec, shared, len(manifest.rows), f"{bundle.folder}", PREFIXES)
         check_fusion(self._fusion, manifest.vocab_size, f"{bundle.folder}")
         for name in manifest.experts:
             if (wrong := unfit(engine, factors[name])) is not None:
@@ -69,11 +69,12 @@ class TensorRtPair:
             shared=shared,
             stream=stream,
             scratch=device.memory(max(engine.scratch, self._fusion.scratch)),
-            experts=len(manifest.experts),
+            head_rows=len(manifest.rows),
+            scored=None if manifest.experts == manifest.rows else [manifest.rows.index(name) for name in manifest.experts],
             factors=FactorSlots(device, stream, [factors[name] for name in manifest.experts], expert_memory),
             rows=(new_rows(engine, spec, shared), new_rows(engine, spec, shared)),
             idle=KeysValues(spec, shared, token_bytes(engine, spec)),
-            unread=Unread(device, manifest.vocab_size, len(manifest.experts)),
+            unread=Unread(device, manifest.vocab_size, len(manifest.rows)),
         )
         stream.zero(self._pair.idle.memory)
         self.router = PairModel(self._pair, None)

@@ -30,6 +30,7 @@ Outputs = dict[str, Block]  # of one model, by name; empty where it does not rea
 
 class PairEngine(NamedTuple):
     """The engine of all models, on one stream with the fusion. `rows`: memory for the new rows of router and expert.
+    scored: of the routing head's rows those that have an expert; None: all.
 
     idle: keys and values of a model that does not read, which all sessions write; unread: its answers, which nobody reads.
     """
@@ -39,7 +40,8 @@ class PairEngine(NamedTuple):
     shared: Shared
     stream: Stream
     scratch: Memory
-    experts: int
+    head_rows: int
+    scored: list[int] | None
     factors: FactorSlots
     rows: tuple[Memory | None, Memory | None]
     idle: KeysValues
@@ -86,7 +88,7 @@ class PairPass:
 
     def _buffers(self, rows: tuple[int, int]) -> list[Outputs]:
         """Output blocks for so many rows of router and expert."""
-        widths = {"logits": self.shared.vocab, "routing": self._pair.experts}
+        widths = {"logits": self.shared.vocab, "routing": self._pair.head_rows}
         return [
             {name: Block(self.shared.device, {name: ((count, widths[name]), np.float32)}) for name in names if text is not None}
             for names, text, count in zip(ROWS, self._texts, rows, strict=True)
@@ -99,7 +101,7 @@ class PairPass:
         One row of each stays on the device, and the pass may still run; for several rows of one it waits. Raises
         InputError for more tokens than the engine reads.
         """
-        shared = self.shared
+        shared, scored = self.shared, self._pair.scored
         counts = len(segments[0].ids), len(segments[1].ids)
         if max(counts) > shared.chunk:
             raise InputError(f"{max(counts)} tokens at a time are more than the engine reads: at most {shared.chunk}.")
@@ -117,13 +119,15 @@ class PairPass:
             shared.device.enter()
             self._queue(counts, rows, lengths, outputs)
             if rows == (1, 1):
-                first, second = (Answer(self, own["logits"], own.get("routing")) if own else None for own in outputs)
+                first, second = (Answer(self, own["logits"], own.get("routing"), scored) if own else None for own in outputs)
                 return first, second
             for block in blocks(outputs):
                 shared.transfers.download(block, self.done)
         for block in blocks(outputs):
             shared.transfers.settle(block)
         copies = [{name: block.arrays[name].copy() for name, block in own.items()} for own in outputs]
+        if scored is not None and "routing" in copies[0]:
+            copies[0]["routing"] = copies[0]["routing"][:, scored]
         router, expert = (Known(own["logits"], own.get("routing")) if own else None for own in copies)
         return router, expert
 

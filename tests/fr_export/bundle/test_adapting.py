@@ -10,21 +10,26 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.export import Request, export
+from fusionroute.fr_export.precision.rank_budget import RankBudget
 from fusionroute.fr_export.verify import torch_reference
+from fusionroute.runtime import FusionRuntime, InputError
 from fusionroute.runtime.adapters.expert_files import add_expert, remove_expert
 from fusionroute.runtime.adapters.lora_adapter import LoraAdapter
 from fusionroute.runtime.adapters.unadapted import AdapterFactors, Unadapted, read_layout
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
-from tests.support.adapters import TARGETS, make_adapter, peft_model
+from tests.support.adapters import TARGETS, make_adapted_system, make_adapter, peft_model
 from tests.support.exporting import export_checkpoints
 from tests.support.pairs import SharedSystem, export_shared
 from tests.support.parity import check_parity
-from tests.support.systems import Shape
+from tests.support.systems import Shape, make_model
 
 SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, tokenizer=True)
 NORMS = ["input_layernorm", "norm"]
@@ -98,6 +103,55 @@ def test_an_added_expert_is_the_exported_one(system: SharedSystem, calibration: 
         assert Manifest.read(bundle) == manifest
         after = {path.relative_to(bundle): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
         assert all(after[name] == data for name, data in expected.items() if name.name != "manifest.json") and len(after) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "precision"), [("ort:cuda", "fp16"), ("ort:cuda", "bf16"), ("tensorrt", "bf16"), ("tensorrt:10.3", "fp16")]
+)
+def test_an_expert_that_is_added_for_a_gpu_is_the_exported_one(target: str, precision: str, tmp_path: Path) -> None:
+    """In the type of the graph, and where engines fix the rank, filled up with zeros: byte for byte."""
+    system = export_shared(tmp_path, SHAPE, OPTIONS, (precision,), (target,))
+    bundle = system.bundle
+    expected = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file() and path.name != "manifest.json"}
+    manifest = Manifest.read(bundle)
+    remove_expert(bundle, "expert0")
+    assert Manifest.read(bundle).routing_rows == ["expert0", "expert1"]
+    add_expert(bundle, "expert0", Path(system.experts["expert0"]))
+    Bundle.open(bundle).verify()
+    assert Manifest.read(bundle) == manifest
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file() and path.name != "manifest.json"} == expected
+    if target.startswith("tensorrt"):  # of rank 8: the largest, 2 + 4, rounded up
+        high = make_adapter(system.base, tmp_path / "high", 5, r=7)
+        with pytest.raises(
+            InputError, match=r"have rank \d+ together in 'model\.layers\.0\..*', and the graph takes \d+: train an adapter of a lower"
+        ):
+            add_expert(bundle, "expert0", high, replace=True)
+        assert Manifest.read(bundle) == manifest
+
+
+def test_an_adapter_may_take_the_place_of_an_approximated_expert(tmp_path: Path) -> None:
+    """A full fine-tune whose factors have all ranks; then an adapter in its row, against PEFT."""
+    base, router, experts = make_adapted_system(tmp_path, SHAPE, [{"r": 2}, {"r": 4}])
+    tuned = make_model(tmp_path / "tuned", SHAPE, 11, expert=True)
+    out = tmp_path / "bundle"
+    request = Request(
+        None, router, {"tuned": str(tuned), **experts}, ("fp32",), ("ort:cpu",), out, calibration="none", compare=0, shared_base=True,
+        budget=RankBudget(rank=32), max_seq_len=64,
+    )  # fmt: skip
+    head = {"routing_head.weight": torch.randn(2, SHAPE.hidden, generator=torch.Generator().manual_seed(3))}
+    save_file(head, Path(router) / "routing_head.safetensors")
+    export(request, Stages(Console(quiet=True)))
+    new = make_adapter(base, tmp_path / "new", 20, r=3)
+    remove_expert(out, "tuned")
+    added = add_expert(out, "tuned", new)
+    assert added.experts == ["tuned", "expert0"]
+    model, ids = peft_model(base, new), np.random.default_rng(5).integers(3, 300, 30).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    with FusionRuntime.load(out, "fp32", "cpu") as rt:
+        assert rt.generate(ids, 4).experts
+        scores = rt.backend.experts[0].cache().forward(ids, range(len(ids))).logits
+    assert np.abs(np.asarray(scores) - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2"])

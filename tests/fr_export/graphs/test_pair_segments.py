@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fusionroute.fr_export.bundle.shared_base import deltas
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.graphs.dialects import ort
-from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, layout_of, types_of
+from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, layout_of
 from fusionroute.fr_export.graphs.passes import pair_segments
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.bind_weights import bind
@@ -108,7 +108,7 @@ def test_scales_of_smoothing_reach_the_factors(tmp_path: Path) -> None:
     matrices = [name for name in graph.sources if "_proj.weight" in name]
     vectors = [name for name in graph.sources if name.endswith("norm.weight")]
     layout = layout_of(graph, pair_segments(graph, matrices, vectors), vectors, weights)
-    arrays = FactorArrays(layout, types_of(graph, layout), delta, system.experts[1].weights)
+    arrays = FactorArrays(layout, delta, system.experts[1].weights)
     bind(graph, weights, Fp32(), Store(tmp_path), lambda _: None)
     ir.save(graph.model, tmp_path / "pair.onnx")
     reader = PairReader(tmp_path / "pair.onnx", dict(zip(arrays.shapes, arrays.arrays(), strict=True)))

@@ -12,6 +12,7 @@ import torch
 
 from fusionroute.fr_export.verify.half_on_cpu import compute_half_on_cpu
 from fusionroute.runtime import BundleError, FusionRuntime
+from fusionroute.runtime.adapters.expert_files import remove_expert
 from fusionroute.runtime.adapters.factor_file import write_factors
 from fusionroute.runtime.backend import Backend, BackendOptions, Segment
 from fusionroute.runtime.backends import DEVICES
@@ -134,6 +135,28 @@ def test_a_decoded_token_allocates_and_binds_nothing(shared: SharedSystem) -> No
             for _ in range(20):
                 session.step()
         assert not calls
+
+
+def test_experts_come_and_go_in_the_folder_and_at_run_time(shared: SharedSystem, tmp_path: Path) -> None:
+    """Rows of the routing head without an expert are not scored; running texts keep their experts."""
+    folder = relabelled(shared.bundle, tmp_path / "bundle")
+    with bound(folder, "fp16") as rt:
+        expected, scores = rt.generate(IDS[:20], 12), rt.score(IDS)
+        session = rt.session()
+        session.append(IDS[:20])
+        kept = rt.backend.experts[1].factors  # type: ignore[attr-defined]
+        rt.remove_expert("expert0")
+        assert rt.backend.experts[0].factors is kept, "it stays where it is on the device"  # type: ignore[attr-defined]
+        assert np.array_equal(rt.score(IDS).routing, scores.routing[:, 1:]) and rt.generate(IDS[:20], 4).experts == ["expert1"] * 4
+        assert [session.step().id for _ in range(12)] == expected.token_ids, "it began with both"
+        rt.add_expert(shared.experts["expert0"], "expert0")
+        again = rt.generate(IDS[:20], 12)
+        assert (again.token_ids, again.experts) == (expected.token_ids, expected.experts)
+        assert again.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+    remove_expert(folder, "expert1")
+    with bound(folder, "fp16") as rt:
+        assert rt.expert_names == ["expert0"]
+        assert np.array_equal(rt.score(IDS).routing, scores.routing[:, :1])
 
 
 def test_factors_of_another_graph_are_refused(shared: SharedSystem, tmp_path: Path) -> None:

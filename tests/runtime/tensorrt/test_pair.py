@@ -1,16 +1,20 @@
 """One engine for router and experts on the simulated device: tokens, orders, waits, buffers and factors that move."""
 
 import gc
+import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
-from fusionroute.runtime import BundleError, FusionRuntime, InputError
+from fusionroute.runtime import BundleError, FusionRuntime, InputError, UnavailableError
+from fusionroute.runtime.adapters.expert_files import without_factors
 from fusionroute.runtime.backend import Output, Segment
+from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.session import Session
 from fusionroute.runtime.tensorrt.device import Stream
 from fusionroute.runtime.tensorrt.factors import FactorSlots
@@ -156,6 +160,29 @@ def test_budgets_that_hold_no_expert_are_refused(pair: Path, size: int) -> None:
         FusionRuntime.load(pair, device="rtx", expert_memory=100)
     with simulated(Machine(integrated=True)), pytest.raises(InputError, match="shares the host's memory"):
         FusionRuntime.load(pair, device="rtx", expert_memory=10**6)
+
+
+def test_rows_without_an_expert_are_not_scored_and_engines_keep_their_experts(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, prompt = shutil.copytree(pair, tmp_path / "bundle"), [*PROMPT, 5]
+    monkeypatch.setattr("fusionroute.runtime.limits.CHUNK", CHUNK)
+    with simulated(Machine()), FusionRuntime.load(pair, device="rtx") as rt:
+        scores, expert = rt.score(prompt, chunk=CHUNK), rt.generate(prompt, 8, expert="expert2")
+        with pytest.raises(UnavailableError, match=r"^A loaded engine keeps its experts: .* `fusionroute add-expert` .* load it again\.$"):
+            rt.remove_expert("expert1")
+    manifest = Manifest.read(folder)
+    variants = [without_factors(variant, "expert1") for variant in manifest.variants]
+    models = [model for model in manifest.models if model.name != "expert1"]
+    manifest.model_copy(update={"models": models, "variants": variants, "routing_rows": manifest.experts}).write(folder)
+    with simulated(Machine()), FusionRuntime.load(folder, device="rtx") as rt:
+        assert rt.expert_names == ["expert0", "expert2"]
+        assert np.array_equal(rt.score(prompt, chunk=CHUNK).routing, scores.routing[:, [0, 2]])
+        assert rt.generate(prompt, 8, expert="expert2").token_ids == expert.token_ids
+        session = rt.session()
+        session.append(prompt)
+        token = session.step()
+        assert token.routing.shape == (2,) and token.expert == rt.expert_names[int(token.routing.argmax())]
 
 
 def test_factors_that_do_not_fit_are_refused(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
