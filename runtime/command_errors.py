@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import typer
 
-from fusionroute.runtime.errors import FusionError, one_line
+from fusionroute.runtime.errors import FusionError, one_line, printable
 
 MISSING = "This needs the package '{0}': install it (pip install {0})."
 
@@ -23,7 +23,7 @@ def fail(reason: Exception | str, debug: bool = False) -> NoReturn:
     """Print one sentence on one line of stderr, below the traceback if `debug`; raises typer.Exit(1)."""
     if debug:
         traceback.print_exc()
-    print(f"error: {one_line(reason) if isinstance(reason, Exception) else reason}", file=sys.stderr)
+    print(f"error: {printable(one_line(reason) if isinstance(reason, Exception) else reason)}", file=sys.stderr)
     raise typer.Exit(1)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from fusionroute.runtime.errors import BundleError, reason
 from fusionroute.runtime.file_entry import File, InsidePath, Size, Strict
@@ -19,13 +19,23 @@ Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+def shown(name: str) -> str:
+    """A name that a terminal shows as it is."""
+    if not name.isprintable():
+        raise ValueError(f"{name!r} has characters that move cursors or end lines")
+    return name
+
+
+Name = Annotated[str, AfterValidator(shown)]  # reaches terminals and logs
+
+
 class Model(Strict):
     """One language model of the system.
 
     Its KV cache is `layers` pairs of buffers [1, kv_heads, capacity, head_size].
     """
 
-    name: str
+    name: Name
     layers: Annotated[int, Field(ge=1)]
     kv_heads: Annotated[int, Field(ge=1)]
     head_size: Annotated[int, Field(ge=1)]
@@ -56,7 +66,7 @@ class Engines(Strict):
     """
 
     flavour: Annotated[str, Field(pattern="^(rtx|tensorrt)$")]
-    version: str
+    version: Name
     sms: Annotated[list[int], Field(min_length=1)]
     engines: dict[str, InsidePath]
     profile: Profile
@@ -107,11 +117,11 @@ class Variant(Strict):
     whose builder must know them.
     """
 
-    target: str
-    precision: str
+    target: Name
+    precision: Name
     graphs: dict[str, InsidePath]
     fusion_graph: InsidePath
-    bits_per_weight: float
+    bits_per_weight: Annotated[float, Field(allow_inf_nan=False)]
     weight_bytes: dict[str, Size] = Field(default_factory=dict)
     operators: list[str] = Field(default_factory=list)
     engines: list[Engines] = Field(default_factory=list)
@@ -150,7 +160,7 @@ class Manifest(Strict):
     """
 
     format: Literal[1, 2, 3]
-    family: str
+    family: Name
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion
     lam: Share
@@ -162,7 +172,7 @@ class Manifest(Strict):
     eos_token_ids: list[int]
     variants: Annotated[list[Variant], Field(min_length=1)]
     files: dict[InsidePath, File]
-    routing_rows: list[str] = Field(default_factory=list)
+    routing_rows: list[Name] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")
     def without_routing_rows(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`fusionroute inspect`: what is inside a bundle."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from fusionroute.runtime.commands.options import BundleFolder, Debug, Json
 from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.tables import tables
 from fusionroute.runtime.tensorrt.library import NAMES
+from fusionroute.runtime.terminal import Terminal, print_json
 
 
 def inspect(
@@ -27,9 +27,9 @@ def inspect(
         opened.verify()
     manifest = opened.manifest
     if as_json:
-        print(json.dumps(manifest.model_dump() | {"verified": verify}))
+        print_json(manifest.model_dump() | {"verified": verify})
         return
-    console = Console(highlight=False)
+    console = Terminal()
     for line in summary(bundle, manifest):
         console.print(line)
     console.print(*models_table(console, manifest), *precisions_table(console, manifest))
