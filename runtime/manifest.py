@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, Valid
 
 from fusionroute.runtime.errors import BundleError, reason
 from fusionroute.runtime.file_entry import File, InsidePath, Size, Strict
-from fusionroute.runtime.files import replace
+from fusionroute.runtime.files import bring_back, replace
 from fusionroute.runtime.regular_files import read_regular
 
 NAME = "manifest.json"
@@ -238,6 +238,8 @@ class Manifest(Strict):
     def read(cls, folder: Path) -> "Manifest":
         """Read and check a bundle's manifest. Raises BundleError for a folder that is no bundle of this format."""
         try:
+            if not folder.exists():
+                bring_back(folder)
             if not folder.is_dir():
                 raise BundleError(f"There is no bundle at {folder}: expected the folder that export.py wrote.")
             text = read_regular(folder, NAME, MOST_BYTES).decode()
