@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.commands.verbs import Verb
+from fusionroute.runtime.terminal import Terminal
 
 VERB = Verb("fusionroute.calibration.commands:main", "Show what a calibration recorded.", extra="export")
 
@@ -29,4 +29,4 @@ def main(
         if as_json:
             print(json.dumps(summary), flush=True)
         else:
-            show(Console(highlight=False), summary)
+            show(Terminal(), summary)

@@ -19,6 +19,7 @@ from fusionroute.runtime.errors import BundleError, FusionError, InputError
 from fusionroute.runtime.files import appearing, replacing
 from fusionroute.runtime.manifest import MOST_BYTES, NAME, Manifest
 from fusionroute.runtime.regular_files import identity
+from fusionroute.runtime.tables import size
 
 if TYPE_CHECKING:
     from fusionroute.runtime.file_entry import File
@@ -92,7 +93,7 @@ def check_room(needed: int, folder: Path) -> None:
     """Raise FusionError where the disk of `folder` has less than `needed` bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise FusionError(f"This takes {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free: make room, or name another disk.")
+        raise FusionError(f"This takes {size(needed)}, but {folder} has {size(free)} free: make room, or name another disk.")
 
 
 def stored(entry: File) -> int:

@@ -1,6 +1,6 @@
 """How every command ends: errors in one sentence on stderr, and an exit status that says whether the usage was wrong.
 
-Status 0: done. 2: wrong usage. 1: anything else, Ctrl-C included. 143: SIGTERM.
+Status 0: done. 2: wrong usage. 1: anything else, Ctrl-C included. 143: SIGTERM. 129: SIGHUP.
 """
 
 import errno
@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import typer
 
-from fusionroute.runtime.errors import FusionError, one_line
+from fusionroute.runtime.errors import FusionError, one_line, printable
 
 MISSING = "This needs the package '{0}': install it (pip install {0})."
 
@@ -23,32 +23,35 @@ def fail(reason: Exception | str, debug: bool = False) -> NoReturn:
     """Print one sentence on one line of stderr, below the traceback if `debug`; raises typer.Exit(1)."""
     if debug:
         traceback.print_exc()
-    print(f"error: {one_line(reason) if isinstance(reason, Exception) else reason}", file=sys.stderr)
+    print(f"error: {printable(one_line(reason) if isinstance(reason, Exception) else reason)}", file=sys.stderr)
     raise typer.Exit(1)
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends the block with SystemExit(143), so that half-written files are removed.
+    """SIGTERM and SIGHUP end the block with SystemExit, and Ctrl-C with KeyboardInterrupt: half-written files are removed.
 
-    Libraries turn an exit in the middle of their work into errors of their own (an extension module that is being
-    imported: ImportError).
+    Libraries turn an end in the middle of their work into errors of their own (an extension module that is being
+    imported: ImportError; torch: ValueError). A signal that is ignored, as by nohup, stays ignored.
     """
-    received = []
+    ends: list[BaseException] = []
 
-    def terminate(*_: object) -> None:
-        received.append(True)
-        sys.exit(143)
+    def end(number: int, *_: object) -> None:
+        ends.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+        raise ends[-1]
 
-    previous = signal.signal(signal.SIGTERM, terminate)
+    names = ("SIGTERM", "SIGHUP", "SIGINT")  # Windows has no SIGHUP
+    numbers = [number for name in names if (number := getattr(signal, name, None)) and signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     except Exception as error:
-        if received:
-            raise SystemExit(143) from error
+        if ends:
+            raise ends[-1] from error
         raise
     finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 @contextmanager

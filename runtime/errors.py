@@ -2,7 +2,10 @@
 
 
 class FusionError(Exception):
-    """Base of all errors raised on purpose; `str(error)` is one sentence fit to show a user."""
+    """Base of all errors raised on purpose; `str(error)` is one sentence fit to show a user, also in a terminal."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class BundleError(FusionError):
@@ -33,6 +36,13 @@ class NumericalError(FusionError):
         self.model = model
 
 
+def printable(text: str) -> str:
+    """A text with what moves cursors, ends lines or turns the direction of writing spelled out, as \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def reason(error: Exception) -> str:
     """Why something could not be read or written, on one line: without the path, which the sentence names."""
     return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
@@ -43,5 +53,5 @@ def one_line(error: BaseException) -> str:
 
     A KeyError's message is only the key, so the type's name is put in front.
     """
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     return f"{type(error).__name__} {text}".rstrip() if isinstance(error, KeyError) or not text else text

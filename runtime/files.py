@@ -112,6 +112,32 @@ def appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def exchange(first: Path, second: Path) -> bool:
+    """Let two files or folders take each other's names in one step, where the system can: `renameat2` of Linux.
+
+    Returns whether it was done. Raises nothing.
+    """
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), swap) == 0
+
+
+def bring_back(folder: Path) -> None:
+    """Give a folder its name back, where it was moved aside for another one by a process that was killed before the other
+    took its place: see `StagedBundle`. Raises nothing.
+    """
+    with suppress(OSError):
+        for old in list(folder.parent.glob(f".{folder.name}.replaced-*")):
+            lock = lock_file(old.with_name(f".{folder.name}.lock-{old.name.rpartition('-')[2]}"))
+            if lock is not None:  # without locks nobody knows whether the process goes on
+                with lock.acquire(timeout=0):
+                    if not folder.exists():
+                        old.rename(folder)
+                Path(lock.lock_file).unlink(missing_ok=True)
+
+
 def partial_name(path: Path) -> Path:
     """A new name beside `path` that tells who writes it: `.NAME.HOST-PID-RANDOM.partial`, HOST as a checksum."""
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{os.urandom(4).hex()}.partial")

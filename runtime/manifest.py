@@ -3,12 +3,20 @@
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)  # fmt: skip
 
 from fusionroute.runtime.arguments import LONGEST, shown
 from fusionroute.runtime.errors import BundleError, one_line, reason
 from fusionroute.runtime.file_entry import LARGEST, File, InsidePath, Size, Strict
-from fusionroute.runtime.files import replace
+from fusionroute.runtime.files import bring_back, replace
 from fusionroute.runtime.regular_files import read_regular
 from fusionroute.runtime.strict_json import check_json
 
@@ -29,13 +37,23 @@ def an_int(value: object) -> object:
     return value
 
 
+def visible(name: str) -> str:
+    """A name that a terminal shows as it is."""
+    if not name.isprintable():
+        raise ValueError(f"{name!r} has characters that move cursors or end lines")
+    return name
+
+
+Name = Annotated[str, AfterValidator(visible)]  # reaches terminals and logs
+
+
 class Model(Strict):
     """One language model of the system.
 
     Its KV cache is `layers` pairs of buffers [1, kv_heads, capacity, head_size].
     """
 
-    name: str
+    name: Name
     layers: Count
     kv_heads: Count
     head_size: Count
@@ -66,7 +84,7 @@ class Engines(Strict):
     """
 
     flavour: Annotated[str, Field(pattern="^(rtx|tensorrt)$")]
-    version: str
+    version: Name
     sms: Annotated[list[int], Field(min_length=1)]
     engines: dict[str, InsidePath]
     profile: Profile
@@ -117,11 +135,11 @@ class Variant(Strict):
     whose builder must know them.
     """
 
-    target: str
-    precision: str
+    target: Name
+    precision: Name
     graphs: dict[str, InsidePath]
     fusion_graph: InsidePath
-    bits_per_weight: float
+    bits_per_weight: Annotated[float, Field(allow_inf_nan=False)]
     weight_bytes: dict[str, Size] = Field(default_factory=dict)
     operators: list[str] = Field(default_factory=list)
     engines: list[Engines] = Field(default_factory=list)
@@ -160,7 +178,7 @@ class Manifest(Strict):
     """
 
     format: Annotated[Literal[1, 2, 3], BeforeValidator(an_int)]
-    family: str
+    family: Name
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion
     lam: Share
@@ -172,7 +190,7 @@ class Manifest(Strict):
     eos_token_ids: list[int]
     variants: Annotated[list[Variant], Field(min_length=1)]
     files: dict[InsidePath, File]
-    routing_rows: list[str] = Field(default_factory=list)
+    routing_rows: list[Name] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")
     def without_routing_rows(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -243,6 +261,8 @@ class Manifest(Strict):
     def read(cls, folder: Path) -> "Manifest":
         """Read and check a bundle's manifest. Raises BundleError for a folder that is no bundle of this format."""
         try:
+            if not folder.exists():
+                bring_back(folder)
             if not folder.is_dir():
                 raise BundleError(f"There is no bundle at {folder}: expected the folder that export.py wrote.")
             text = read_regular(folder, NAME, MOST_BYTES).decode()

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fusionroute.runtime.errors import printable
+
 Row = Sequence[str]
 BESIDE = 2  # columns of the terminal that a column of the table takes beside its cells
 
@@ -64,7 +66,9 @@ def part(
         table.add_column(values[number], justify="right", no_wrap=True)
     for index, row in enumerate(rows):
         cells = [*row[: len(names)], *(row[len(names) + number] for number in chosen)]
-        table.add_row(*map(Text, cells), style=styles[index] if styles else None)
+        table.add_row(
+            *(Text("\n".join(printable(line) for line in cell.split("\n"))) for cell in cells), style=styles[index] if styles else None
+        )
     return table
 
 

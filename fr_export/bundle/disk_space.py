@@ -16,6 +16,7 @@ from fusionroute.fr_export.precision.rank_budget import RankBudget
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.tables import size
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
 SAMPLED, SAMPLES = 1 << 16, 8  # tensors from this number of values on are compared, by so many rows
@@ -25,7 +26,7 @@ def check_space(needed: int, free: int, out: Path) -> None:
     """Refuse before any work where the disk of the bundle that will be `out` cannot hold it. Raises FusionError."""
     if needed > free:
         raise FusionError(
-            f"The bundle needs about {needed / 1e9:.1f} GB, but {out.absolute().parent} has {free / 1e9:.1f} GB free: "
+            f"The bundle needs about {size(needed)}, but {out.absolute().parent} has {size(free)} free: "
             "make room, export fewer precisions, or name another disk with --out."
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,19 +13,24 @@ from typing import TYPE_CHECKING
 
 from fusionroute.runtime import files
 from fusionroute.runtime.bundle import is_leftover
-from fusionroute.runtime.errors import FusionError, InputError, one_line
-from fusionroute.runtime.manifest import NAME
+from fusionroute.runtime.errors import FusionError, InputError, one_line, reason
+from fusionroute.runtime.manifest import MOST_BYTES, NAME
+from fusionroute.runtime.regular_files import read_regular
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
     from typing_extensions import Self
 
 
+LOG = logging.getLogger("fusionroute")
+
+
 class Staging:
     """Context manager: write into `.folder`. Leaving it without an error moves the folder to `out`, else removes it.
 
-    A process writes `.NAME.partial-PID` beside `out`. Once that is complete, it moves an older folder to
-    `.NAME.replaced-PID` and takes its place. It locks the file `.NAME.lock-PID` meanwhile. Thus the next start tells
+    A process writes `.NAME.partial-PID` beside `out`. Once that is complete, it changes names with an older folder, in one
+    step. Where the system cannot do that, the older folder is moved to `.NAME.replaced-PID` first; a load, or the next
+    start, brings it back where its process was killed just then. The process locks the file `.NAME.lock-PID` meanwhile. Thus the next start tells
     leftovers of a killed process, which it recovers or removes, from the work of a running one, beside which it refuses
     to start.
     Subclasses say what they replace: `mark`, `owns` and `check`.
@@ -99,7 +105,7 @@ class Staging:
             if kind is None:
                 self._replace()
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
             self._release()
 
     def _release(self) -> None:
@@ -143,6 +149,8 @@ class Staging:
     def _replace(self) -> None:
         """Let the complete folder take the place of an old one, which comes back where that fails."""
         self.check()  # something may have appeared there while we worked
+        if self.out.exists() and files.exchange(self.folder, self.out):
+            return  # the old one has our folder's name now
         old = self._beside("replaced", os.getpid())
         try:
             if self.out.exists():
@@ -151,7 +159,17 @@ class Staging:
         finally:
             if old.exists() and not self.out.exists():
                 old.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder if there is one; what cannot be removed is told in the log."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        LOG.warning("%s cannot be removed (%s): remove it by hand, or export to the same place again.", folder, reason(error))
 
 
 class StagedBundle(Staging):
@@ -181,7 +199,7 @@ class StagedBundle(Staging):
 def bundled(folder: Path) -> set[str] | None:
     """The files of a bundle of any version, as its manifest lists them. None where the folder is no bundle."""
     try:
-        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        manifest = json.loads(read_regular(folder, NAME, MOST_BYTES))
         return {NAME, *manifest["files"]} if {"format", "family", "models"} <= manifest.keys() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

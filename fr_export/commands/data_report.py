@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.terminal import Terminal
 
 if TYPE_CHECKING:
     from fusionroute.fr_export.training.check_data import FileSummary
@@ -23,7 +23,7 @@ def show_data(summaries: Sequence[FileSummary], as_json: bool) -> None:
     if as_json:
         print(json.dumps([summary.as_json() for summary in summaries]), flush=True)
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Terminal(soft_wrap=True)
         for summary in summaries:
             for line in described(summary):
                 console.print(line, markup=False)

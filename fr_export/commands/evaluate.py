@@ -5,14 +5,12 @@ Needs no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from fusionroute.fr_export.evaluation.methods import check
 from fusionroute.fr_export.evaluation.questions import Questions, read_questions
@@ -23,6 +21,7 @@ from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug, Json, names
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Fusion, Manifest
+from fusionroute.runtime.terminal import Terminal, print_json
 
 METHODS = "fused,token,router,experts,sequence,sequence-routed,collab"
 
@@ -72,7 +71,7 @@ def main(
             lam=lam,
             fusion=fusion,
         )
-        report = run(request, Console(stderr=True))
+        report = run(request, Terminal(stderr=True))
         show(report, out, as_json)
 
 
@@ -102,9 +101,9 @@ def choose_questions(source: str, split: Split, count: int, domains: str | None,
 def show(report: dict[str, Any], out: Path, as_json: bool) -> None:
     """Print the report as JSON or as tables."""
     if as_json:
-        print(json.dumps(report, ensure_ascii=False), flush=True)
+        print_json(report)
         return
-    console = Console(highlight=False)
+    console = Terminal()
     console.print(*shown(console, report["rows"]))
     for label, curve in report["lambda_curves"].items():
         console.print(f"{label}: " + ", ".join(f"λ {lam:g} {value:.1%}" for lam, value in curve))

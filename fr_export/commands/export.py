@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.fr_export.checkpoints.config_file import detect_family
@@ -32,6 +31,7 @@ from fusionroute.runtime.commands.verbs import Version
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.manifest import Fusion
 from fusionroute.runtime.precisions import RECORDS
+from fusionroute.runtime.terminal import Terminal
 
 MISSING = "The exporter needs the package '{}': install the extra 'export' (pip install 'fusionroute[export,cpu]')."
 
@@ -150,7 +150,7 @@ def main(
 
         refuse(bundle, force, calibration, experts, gpus)
         with logging_to(log, bundle) as entries:
-            stages = Stages(Console(stderr=True), entries)
+            stages = Stages(Terminal(stderr=True), entries)
             with stages.progress:
                 with stages.stage("loading torch and transformers"):
                     from fusionroute.fr_export.export import Request, check, export
@@ -201,8 +201,8 @@ def show(report: dict[str, Any], bundle: Path, as_json: bool, dry_run: bool) -> 
     elif dry_run:
         from fusionroute.fr_export.forecast.table import show_forecast
 
-        show_forecast(Console(highlight=False), report, bundle)
+        show_forecast(Terminal(), report, bundle)
     else:
         from fusionroute.fr_export.verify.report import show_report
 
-        show_report(Console(highlight=False), report, bundle)
+        show_report(Terminal(), report, bundle)

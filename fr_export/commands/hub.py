@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 from huggingface_hub.utils import disable_progress_bars
-from rich.console import Console
 
 from fusionroute.fr_export.hub import pull as pulling
 from fusionroute.fr_export.hub import push as pushing
 from fusionroute.fr_export.hub.model_card import model_card
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.commands.options import BundleFolder, Debug, NewFolder
+from fusionroute.runtime.terminal import Terminal
 
 REPORT = "report.json"
 
@@ -60,14 +60,14 @@ def push(
     opened = Bundle.open(bundle)
     report = json.loads(opened.text(REPORT) or "{}")
     card = model_card(opened.manifest, report, repository, licence, base_model or ())
-    Console(highlight=False).print(pushing.push(opened, repository, card, private, revision), soft_wrap=True)
+    Terminal().print(pushing.push(opened, repository, card, private, revision), soft_wrap=True)
 
 
 def pull(repository: Repository, folder: NewFolder, revision: Revision = None, debug: Debug = False) -> None:
     """Pull a bundle from the hub into a new folder, which appears when it is complete and every hash is right."""
     quiet_unless_watched()
     manifest = pulling.pull(repository, folder, revision)
-    Console(highlight=False).print(f"{folder}: {len(manifest.files)} files, all with the hashes of the manifest", soft_wrap=True)
+    Terminal().print(f"{folder}: {len(manifest.files)} files, all with the hashes of the manifest", soft_wrap=True)
 
 
 def quiet_unless_watched() -> None:

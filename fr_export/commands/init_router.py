@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fusionroute.fr_export.commands.options import BaseOption
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug, Json, names
+from fusionroute.runtime.terminal import Terminal
 
 
 def main(
@@ -31,7 +31,7 @@ def main(
         count = int(experts) if experts.isdecimal() else len(names(experts))
         if not count:
             raise typer.BadParameter(f"'{experts}' names no expert; expected a number from 1, or names", param_hint="--experts")
-        console = Console(stderr=True)
+        console = Terminal(stderr=True)
         with console.status("reading the model"):
             from fusionroute.fr_export.training.init_router import init_router
 
@@ -41,4 +41,4 @@ def main(
             return
         head = "zeros: the first expert is always chosen" if zeros else "untrained: " + ", ".join(f"{share:.0%}" for share in router.shares)
         where = f"; {router.linked} weight files are links to {source}" if router.linked else ""
-        Console(highlight=False, soft_wrap=True).print(f"{out}: a head of {count} x {router.hidden}, {head}{where}", markup=False)
+        Terminal(soft_wrap=True).print(f"{out}: a head of {count} x {router.hidden}, {head}{where}", markup=False)

@@ -26,6 +26,7 @@ from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.files import cache_folder
 from fusionroute.runtime.tables import tables
+from fusionroute.runtime.terminal import Terminal
 
 T = TypeVar("T", int, float)
 CACHE = cache_folder() / "scores"
@@ -107,7 +108,7 @@ def main(
             per_stage(max_steps, int, len(names), "--max-steps"),
             strict=True,
         )
-        console = Console(stderr=True)
+        console = Terminal(stderr=True)
         with console.status("loading torch and transformers"):
             import torch
             from accelerate import PartialState
@@ -182,7 +183,7 @@ def show(report: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(report)), flush=True)
         return
-    console = Console(highlight=False)
+    console = Terminal()
     console.print(*stage_tables(console, report.stages))
     skipped = f", {report.skipped} skipped as too long" if report.skipped else ""
     console.print(f"{report.out}: {report.rows} samples and {report.pairs} preferences learnt from{skipped}")

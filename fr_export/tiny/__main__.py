@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug
 from fusionroute.runtime.commands.verbs import Verb, run_verb
+from fusionroute.runtime.terminal import Terminal
 
 VERB = Verb("fusionroute.fr_export.tiny.__main__:main", "Train a shipped system from nothing.", extra="cpu,export,train")
 
@@ -34,7 +34,7 @@ def main(
         from fusionroute.fr_export.tiny.ship import ship
         from fusionroute.fr_export.tiny.workshop import ADAPTER_RANK, BUDGETS, Workshop
 
-        console = Console(stderr=True)
+        console = Terminal(stderr=True)
         kind, rank = ("-shared", ADAPTER_RANK) if shared else ("", 0)
         folder, budget = work / f"{family}-{WIDTH}{kind}", BUDGETS[family].scaled(steps_scale)
         workshop = Workshop(ARCHITECTURES[family], folder, budget=budget, lora_rank=rank)

@@ -108,7 +108,8 @@ def show_report(console: Console, report: dict[str, Any], out: Path) -> None:
     console.print(*tables(console, "", VARIANT_NAMES, VARIANT_FIGURES, [cells(entry) for entry in variants], styles))
     for entry in variants:
         if entry["missed"]:
-            console.print(f"[red]{entry['precision']} misses its bound: {'; '.join(entry['missed'])}. To mend it, {hint(entry)}.")
+            missed = f"{entry['precision']} misses its bound: {'; '.join(entry['missed'])}. To mend it, {hint(entry)}."
+            console.print(Text(missed, "red"))
     console.print(explain(report))
     stages = [(each["name"], f"{each['seconds']:.1f}", f"{each['peak_anonymous_mib']:,.0f} MiB") for each in report["stages"]]
     console.print(*tables(console, "Stages", ("stage",), ("seconds", "peak memory"), stages))

@@ -116,7 +116,7 @@ def make(folder: Path, needed: float, write: Callable[[dict[str, str], Path], An
             return
         cache.prune(incoming=needed)
         if (free := shutil.disk_usage(folder.parent).free) < needed:
-            raise OSError(f"they need some {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+            raise OSError(f"they need some {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
         partial = folder.with_name(f".{folder.name}.partial")
         partial.mkdir(0o700)
         try:

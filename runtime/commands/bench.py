@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from fusionroute.runtime.bench import bench as benchmark
@@ -14,6 +13,7 @@ from fusionroute.runtime.bench.page import write_page
 from fusionroute.runtime.bench.table import show
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, names
 from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.terminal import Terminal
 
 
 def bench(
@@ -50,7 +50,7 @@ def bench(
         rows=rows,
         sequential=sequential,
     )
-    console = Console(stderr=True, highlight=False)
+    console = Terminal(stderr=True)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("opening the bundle", total=1.0)
@@ -62,7 +62,7 @@ def bench(
     if as_json:
         print(json.dumps(result))
     else:
-        show(Console(highlight=False), result)
+        show(Terminal(), result)
 
 
 def check_writable(path: Path) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from fusionroute.runtime.bundle import Bundle
@@ -14,6 +13,7 @@ from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.tensorrt.engines import rebuild, target_for
 from fusionroute.runtime.tensorrt.library import MODULES, NAMES, capabilities, device_sm, installed_flavour, load, parse_sms
+from fusionroute.runtime.terminal import Terminal
 
 
 def build(
@@ -34,7 +34,7 @@ def build(
     precisions = names(precision) if precision else tuple(available) or ("",)
     variants = [opened.variant(target, name) for name in precisions]
     gpus = gpus_to_build_for(library, sms)
-    console = Console(stderr=True, highlight=False)
+    console = Terminal(stderr=True)
     start = time.perf_counter()
     with Progress(
         TextColumn("{task.description:<34}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console

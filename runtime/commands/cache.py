@@ -15,6 +15,7 @@ from fusionroute.runtime.cache import DAY, Entry, clear, entries
 from fusionroute.runtime.commands.options import Debug, Json
 from fusionroute.runtime.files import cache_folder
 from fusionroute.runtime.tables import tables
+from fusionroute.runtime.terminal import Terminal
 
 
 def cache(
@@ -32,7 +33,7 @@ def cache(
         ]
         print(json.dumps({"folder": str(cache_folder()), "cleared": clear_entries, "entries": rows}), flush=True)
         return
-    console = Console(highlight=False)
+    console = Terminal()
     total = sum(entry.bytes for entry in listed)
     if listed and not clear_entries:
         console.print(*kinds(console, listed))

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fusionroute.runtime.adapters import expert_files
 from fusionroute.runtime.commands.options import BundleFolder, Debug
 from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.terminal import Terminal
 
 
 def add_expert(
@@ -38,7 +38,7 @@ def show(bundle: Path, manifest: Manifest) -> None:
     size = sum(manifest.files[path].bytes for path in expert_paths(manifest))
     vacant = [row for row in manifest.rows if row not in manifest.experts]
     rest = f"; rows without an expert: {', '.join(vacant)}" if vacant else ""
-    Console(highlight=False).print(f"{bundle}: experts {', '.join(manifest.experts)}, {size / 1e6:,.1f} MB{rest}", soft_wrap=True)
+    Terminal().print(f"{bundle}: experts {', '.join(manifest.experts)}, {size / 1e6:,.1f} MB{rest}", soft_wrap=True)
 
 
 def expert_paths(manifest: Manifest) -> set[str]:

@@ -1,6 +1,6 @@
 """`fusionroute generate`: stream text from a bundle, and show which expert each token came from."""
 
-import json
+import sys
 from dataclasses import asdict
 from itertools import groupby
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from fusionroute.runtime.options import check_fusion
 from fusionroute.runtime.prompt import Prompt
 from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.stream import Stream
+from fusionroute.runtime.terminal import Terminal, print_json, streamed
 from fusionroute.runtime.text import Token
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
@@ -73,7 +74,7 @@ def generate(
     with FusionRuntime.load(bundle, precision, device, **options) as runtime:
         stream = runtime.stream(given, max_new_tokens, stop=stop or (), fusion=fusion, lam=lam, expert=expert, **asdict(sampling))
         if as_json:
-            print(json.dumps(as_object(list(stream), stream, runtime.precision), ensure_ascii=False))
+            print_json(as_object(list(stream), stream, runtime.precision))
         else:
             print_tokens(runtime, stream, show_routing)
 
@@ -104,14 +105,17 @@ def as_object(tokens: list[Token], stream: Stream, precision: str) -> dict[str, 
 
 def print_tokens(runtime: FusionRuntime, stream: Stream, show_routing: bool) -> None:
     """Print each token as it comes; with `show_routing` in the colour of its expert, and a list of runs below."""
-    console = Console(highlight=False)
+    console = Terminal()
     colours = COLOR_SYSTEMS[console.color_system] if console.color_system else None
     names = (*runtime.expert_names, runtime.bundle.manifest.models[0].name)  # the router may answer for an expert that fails
     styles = dict(zip(names, COLOURS * len(names), strict=False))
+    for_terminal = sys.stdout.isatty()  # else a program reads the text, as it is
     tokens: list[Token] = []
     for token in stream:
         tokens.append(token)
         text = token.text if runtime.tokenizer else f"{token.id} "
+        if for_terminal:
+            text = streamed(text)
         if show_routing:
             text = Style.parse(styles[token.expert]).render(text, color_system=colours)
         print(text, end="", flush=True)  # not by the console, which would expand tabs and drop carriage returns

@@ -1,6 +1,5 @@
 """`fusionroute inspect`: what is inside a bundle."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from fusionroute.runtime.finite_weights import check_finite
 from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.tables import tables
 from fusionroute.runtime.tensorrt.library import NAMES
+from fusionroute.runtime.terminal import Terminal, print_json
 
 
 def inspect(
@@ -31,9 +31,9 @@ def inspect(
         check_finite(opened)
     manifest = opened.manifest
     if as_json:
-        print(json.dumps(manifest.model_dump() | {"verified": verify}))
+        print_json(manifest.model_dump() | {"verified": verify})
         return
-    console = Console(highlight=False)
+    console = Terminal()
     for line in summary(bundle, manifest):
         console.print(line)
     console.print(*models_table(console, manifest), *precisions_table(console, manifest))

@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from fusionroute.runtime import __version__
 from fusionroute.runtime.command_errors import MISSING, one_sentence
 from fusionroute.runtime.commands.options import Debug
+from fusionroute.runtime.terminal import spell_out
 
 
 class Verb(NamedTuple):
@@ -93,6 +94,7 @@ Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=show
 
 def program(verbs: Mapping[str, Verb], help: str) -> TyperGroup:
     """The command line `PROGRAM [--debug] VERB …`; call it to run it on the process's arguments. It always exits."""
+    spell_out()
     app = typer.Typer(add_completion=False, no_args_is_help=True, help=help)
 
     @app.callback()
@@ -111,4 +113,5 @@ def program(verbs: Mapping[str, Verb], help: str) -> TyperGroup:
 
 def run_verb(name: str, verb: Verb, arguments: Sequence[str] | None = None, program_name: str | None = None) -> None:
     """Run one verb without naming it on the command line, as `python export.py` does. It always exits."""
+    spell_out()
     VerbCommand(name, verb)(args=arguments, prog_name=program_name)

@@ -70,7 +70,7 @@ def test_what_pack_refuses(bundle: Path, archive: Path, tmp_path: Path, monkeypa
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000))
     for call in (lambda: pack(opened, tmp_path / "full.tar"), lambda: unpack(archive, tmp_path / "full")):
-        with pytest.raises(FusionError, match="GB free: make room, or name another disk"):
+        with pytest.raises(FusionError, match=r"B free: make room, or name another disk"):
             call()
     assert sorted(tmp_path.iterdir()) == before
 

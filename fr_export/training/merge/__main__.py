@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fusionroute.fr_export.training.merge.formulas import SETTINGS, Method, formula
 from fusionroute.runtime.command_errors import one_sentence
 from fusionroute.runtime.commands.options import Debug
 from fusionroute.runtime.commands.verbs import Verb, run_verb
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.terminal import Terminal
 
 VERB = Verb("fusionroute.fr_export.training.merge.__main__:main", "Merge experts of one base.", extra="export")
 
@@ -45,7 +45,7 @@ def main(
         from fusionroute.fr_export.console.progress import Stages
         from fusionroute.fr_export.training.merge.models import merge
 
-        display = Stages(Console(stderr=True))
+        display = Stages(Terminal(stderr=True))
         with display.progress:
             merge(method, base, expert, out, **settings, display=display)
 

@@ -153,6 +153,7 @@ REPLACE = """
 import os, signal, sys
 from pathlib import Path
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
+from fusionroute.runtime import files
 
 rename, calls = Path.rename, []
 
@@ -163,6 +164,7 @@ def renames(self, target):
     return rename(self, target)
 
 Path.rename = renames
+files.exchange = lambda first, second: False  # as where the system has none
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with StagedBundle(Path(sys.argv[1]), True) as staging:

@@ -236,7 +236,7 @@ def raising(error: BaseException) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 TROUBLES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...]]] = {
-    "full disk": (full_disk, ("The bundle needs about", "GB free: make room, export fewer precisions, or name another disk with --out")),
+    "full disk": (full_disk, ("The bundle needs about", " free: make room, export fewer precisions, or name another disk with --out")),
     "disk that fills": (disk_that_fills, ("No space left on device", "make room, or name another disk with --out", "nothing was written")),
     "disk that breaks": (raising(OSError(errno.EIO, "Input/output error", "weights.bin")), ("weights.bin (Input/output error)",)),
     "fault": (raising(RuntimeError("one\n\n two.")), ("unexpectedly (RuntimeError: one two.)", "nothing was written", "--debug")),

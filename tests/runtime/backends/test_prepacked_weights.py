@@ -91,7 +91,7 @@ def test_refusals_are_one_sentence_and_leave_nothing(bundles: list[Path], packed
     with monkeypatch.context() as patch:
         patch.setattr("fusionroute.runtime.backends.prepacked_weights.shutil.disk_usage", lambda path: Usage(100))
         with pytest.raises(
-            UnavailableError, match=r"they need some .* GB, and 0\.0 GB are free\): make room there, .* without share_weights\.$"
+            UnavailableError, match=r"they need some .* MB, and 0\.0 MB are free\): make room there, .* without share_weights\.$"
         ):
             load(bundles[0])
     assert [path.name for path in packed.iterdir()] == ["lock"]
