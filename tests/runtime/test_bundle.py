@@ -186,7 +186,7 @@ ASKED: dict[str, tuple[dict[str, Any], type[FusionError], str]] = {
     "unknown precision": ({"precision": "int3"}, UnavailableError, "no precision 'int3' for ort:cpu, only .*--precision int3"),
     "unknown fusion": ({"fusion": "product"}, InputError, "Unknown fusion 'product'"),
     "lambda": ({"lam": -0.1}, InputError, "expected a number from 0"),
-    "threads": ({"threads": 0}, InputError, "expected at least 1"),
+    "threads": ({"threads": 0}, InputError, "expected 1 to 1024"),
 }
 
 
