@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.signature import of_fusion
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.errors import BundleError, one_line
 from fusionroute.runtime.machine import cores
 
 if TYPE_CHECKING:
@@ -63,6 +62,4 @@ class CpuSessions:
         try:
             return ort.open_session(self._ort, graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has no public base class for its errors
-            raise BundleError(
-                f"ONNX Runtime {self._ort.__version__} cannot load {name} from {graph} ({one_line(error)}); export the bundle again."
-            ) from error
+            raise ort.cannot_load(name, graph, self._ort.__version__, error) from error
