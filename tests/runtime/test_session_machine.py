@@ -17,7 +17,7 @@ from tests.support.speculation import draft_always
 TOKENS = st.lists(st.integers(5, 90), min_size=1, max_size=24)
 SAMPLING = st.sampled_from([{}, {"temperature": 1.0, "top_k": 1}, {"temperature": 0.8, "seed": 3}, {"repetition_penalty": 1.0}])
 TIE = 1e-3  # logits, and routing scores, this close may change places: passes of other lengths round differently
-LONGEST = 160  # tokens of a text
+LONGEST = 160  # tokens of a text that grows
 MODES: dict[str, dict[str, Any]] = {
     "lazy": {},
     "background": {"catch_up": "background"},
@@ -51,6 +51,16 @@ class Machine(RuleBasedStateMachine):
         kept = round(share * len(self.ids))
         self.session.rewind(kept)
         del self.ids[kept:]
+
+    @precondition(lambda self: len(self.ids) < LONGEST)
+    @rule(back=st.integers(0, 3), new=TOKENS)
+    def rewind_a_little(self, back: int, new: list[int]) -> None:
+        """And go on with other tokens: what was read of the old ones must not answer."""
+        kept = max(len(self.ids) - back, 0)
+        self.session.rewind(kept)
+        self.ids[kept:] = new
+        self.session.append(new)
+        self.explain([self.session.step()], False)
 
     @rule()
     def clear(self) -> None:
@@ -139,7 +149,7 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("number", [0, 2], ids=["models", "one base"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("programs", "rules"), [(4, 20), pytest.param(1300, 40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("programs", "rules"), [(8, 20), pytest.param(1300, 40, marks=pytest.mark.slow)])
 def test_every_program_leaves_a_text_that_scoring_explains(
     bundles: list[Path], mode: str, number: int, programs: int, rules: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
