@@ -27,7 +27,7 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
-def real(name: str, value: object) -> float:
+def real(name: str, value: object, expected: str = "a number") -> float:
     """A finite or infinite number. Raises InputError, also for NaN and for what lies beyond a float."""
     number = math.nan
     if not isinstance(value, bool) and isinstance(value, Real):
@@ -36,7 +36,7 @@ def real(name: str, value: object) -> float:
         except OverflowError:
             number = math.nan
     if math.isnan(number):
-        raise InputError(f"{name} is {shown(value)}, expected a number.")
+        raise InputError(f"{name} is {shown(value)}, expected {expected}.")
     return number
 
 

@@ -13,7 +13,7 @@ from fusionroute.runtime.arguments import flag, path, shown, text, whole
 from fusionroute.runtime.arguments import token_ids as whole_ids
 from fusionroute.runtime.backends import Backend, check_device
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.cancellation import Cancellation
+from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.errors import FusionError, InputError, NumericalError
 from fusionroute.runtime.expert_sets import ExpertSets
 from fusionroute.runtime.integrity import checked
@@ -214,7 +214,7 @@ class FusionRuntime:
         """Generate token by token. `sampling` are the fields of `Sampling` (greedy by default).
 
         `cancel`, once another thread sets it, and `deadline`, in seconds from this call, end the text within a token,
-        also while the prompt is read; `finish_reason` is then "cancelled" or "deadline", and the tokens so far stand.
+        also while the prompt is encoded and read; `finish_reason` is then "cancelled" or "deadline", and the tokens so far stand.
 
         `expert` answers every token instead of the routed one. With it and `lam=0` the router does not run, and every
         `routing` is NaN [n_experts]; with `lam=1` no expert runs. Arguments are checked here, before the first token is
@@ -222,19 +222,15 @@ class FusionRuntime:
         """
         _ = self.backend  # closed runtimes say so first
         cancellation, max_new_tokens = Cancellation(cancel, deadline), whole("max_new_tokens", max_new_tokens, 1)
-        ids = self.prompt_ids(prompt)
-        if not ids:
-            raise InputError("The prompt is empty: it needs at least one token.")
-        if len(ids) >= self.max_seq_len:
-            raise InputError(
-                f"The prompt has {len(ids)} tokens, which leaves no room in the context of {self.max_seq_len}: "
-                "shorten it or export with a larger --max-seq-len."
-            )
         sampler = Sampler(sampling_of(sampling))
         coefficients = self._coefficients(fusion, lam)
         experts = self._sets.current
         pinned = experts.index(expert)
         output = TextStream(self.tokenizer, () if stop is None else stop)
+        try:
+            ids = self._prompts.fitting_ids(prompt, cancellation)
+        except Interrupted:
+            return Stream.ended(cancellation.reason or "cancelled")
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
         return experts.stream(ids, sampler, coefficients, pinned, output, limit, cancellation)
 

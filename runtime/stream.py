@@ -75,6 +75,11 @@ class Stream(Iterator[Token]):
         self._tokens, self._release = tokens, release
         self._in_use = Exclusive("stream")
 
+    @classmethod
+    def ended(cls, reason: str) -> Stream:
+        """One that gives no token."""
+        return cls((item for item in (End(reason, 0, 0),)), no_release)
+
     def __next__(self) -> Token:
         """Raises what generating raises, and BusyError while another thread waits for a token."""
         with self._in_use:

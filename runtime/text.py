@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,13 +77,20 @@ class Text:
             failed(error)
             raise BundleError(f"{path} cannot be read as a tokenizer.json ({one_line(error)}); export the bundle again.") from error
 
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._tokenizer.get_vocab()), default=1)
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens of tokenizer.json (BOS); `special=False` for text from a chat template.
 
-        Raises InputError unless `text` is a str of whole characters, FusionError where the tokenizer fails on it.
+        Other threads run meanwhile. Raises InputError unless `text` is a str of whole characters, FusionError where the
+        tokenizer fails on it.
         """
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+            # a batch of one text, which must be no pair of texts: `encode` (0.23) holds the GIL
+            ids: list[int] = self._tokenizer.encode_batch(["" + text], add_special_tokens=special)[0].ids
         except TypeError as error:  # also for surrogates, such as undecodable bytes of a command line
             raise InputError("The text is not a str of valid Unicode characters: pass text that was decoded as UTF-8.") from error
         except BaseException as error:

@@ -73,9 +73,8 @@ class Weights:
             )
         entry = self.entries[name]
         if entry.dtype not in FLOATS:
-            raise InputError(
-                f"Tensor '{name}' in {entry.files[0]} is {entry.dtype}; expected fp32, fp16 or bf16: export the checkpoint before quantising it."
-            )
+            mend = "save the checkpoint in fp32" if entry.dtype == "F64" else "export the checkpoint before quantising it"
+            raise InputError(f"Tensor '{name}' in {entry.files[0]} is {entry.dtype}; expected fp32, fp16 or bf16: {mend}.")
         return entry
 
     def rows(self, name: str, limit: int | None = None) -> Iterator[np.ndarray]:

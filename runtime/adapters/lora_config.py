@@ -12,6 +12,7 @@ from fusionroute.runtime.errors import InputError
 Number = TypeVar("Number", int, float)
 
 CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")  # of PEFT, and of MLX
 
 # Fields that only training reads, or that the names and shapes of the stored tensors say already.
 UNREAD = {
@@ -42,7 +43,8 @@ STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 def is_adapter(folder: Path, where: str, source: str) -> bool:
     """Whether a folder holds an adapter. `source` is what the user called it.
 
-    Raises InputError for one that holds a whole model too, or that has adapters in subfolders only.
+    Raises InputError for one that holds a whole model too, that has adapters in subfolders only, or weights of one
+    without its config.
     """
     if (folder / CONFIG_FILE).is_file():
         if models := [name for name in ("model.safetensors", "model.safetensors.index.json") if (folder / name).is_file()]:
@@ -50,7 +52,11 @@ def is_adapter(folder: Path, where: str, source: str) -> bool:
                 f"{where} holds a whole model ({models[0]}) and an adapter ({CONFIG_FILE}): put one of them into a folder of its own."
             )
         return True
-    if not (folder / "config.json").is_file() and (adapters := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))):
+    if (folder / "config.json").is_file():
+        return False
+    if weights := next((name for name in WEIGHTS_FILES if (folder / name).is_file()), None):
+        raise InputError(f"{where} is an adapter ({weights}) without its {CONFIG_FILE}: save or download all of it again.")
+    if adapters := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}")):
         raise InputError(f"{where} holds several adapters ({', '.join(adapters)}): name one of them, such as {source}/{adapters[0]}.")
     return False
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.signature import of_fusion
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.errors import BundleError, one_line
 from fusionroute.runtime.machine import cores
 
 if TYPE_CHECKING:
@@ -70,6 +69,4 @@ class CpuSessions:
         try:
             return ort.open_session(self._ort, content, options, weights, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has no public base class for its errors
-            raise BundleError(
-                f"ONNX Runtime {self._ort.__version__} cannot load {name} from {path} ({one_line(error)}); export the bundle again."
-            ) from error
+            raise ort.cannot_load(name, path, self._ort.__version__, error) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -11,21 +12,50 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from fusionroute.runtime.backends.signature import FLOAT, ORT_LENGTHS, Signature, Values, of_model
-from fusionroute.runtime.errors import BundleError, UnavailableError, one_line
+from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError, one_line
 from fusionroute.runtime.graph_tensors import positions
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Manifest
 
 
+OLDEST = (1, 23)  # release of ONNX Runtime
+# what it says where memory does not suffice, and where it does not know what a newer exporter wrote
+NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate", "out of memory", "Cannot allocate memory")
+UNKNOWN = (
+    "Unsupported model IR version",
+    "under development",
+    "No Op registered for",
+    "is not a registered function/op",
+    "Could not find an implementation for",
+)
+
+
 def package(extra: str) -> Any:
-    """The module onnxruntime. Raises UnavailableError where it is missing; `extra` of this project installs it."""
+    """The module onnxruntime. Raises UnavailableError where it is missing or too old; `extra` of this project installs it."""
     try:
-        return import_module("onnxruntime")
+        onnxruntime = import_module("onnxruntime")
     except ImportError as error:
         raise UnavailableError(
             f"This backend needs onnxruntime: install the extra '{extra}' (pip install 'fusionroute[{extra}]')."
         ) from error
+    release = tuple(int(part) for part in re.findall(r"\d+", onnxruntime.__version__)[:2])
+    if release < OLDEST:
+        raise UnavailableError(
+            f"ONNX Runtime {onnxruntime.__version__} is too old: this backend needs {'.'.join(map(str, OLDEST))} or a later one; update it "
+            f"(pip install --upgrade 'fusionroute[{extra}]')."
+        )
+    return onnxruntime
+
+
+def cannot_load(name: str, graph: Path, release: str, error: Exception) -> FusionError:
+    """What to raise where a session cannot be made, and what would help."""
+    said = f"ONNX Runtime {release} cannot load {name} from {graph} ({one_line(error)})"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return UnavailableError(f"{said}; free memory, or load a smaller precision.")
+    if any(words in str(error) for words in UNKNOWN):
+        return UnavailableError(f"{said}; update ONNX Runtime, or export the bundle with the release that reads it.")
+    return BundleError(f"{said}; export the bundle again.")
 
 
 OPEN: WeakSet[Any] = WeakSet()  # every session of this process

@@ -6,10 +6,12 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fusionroute.runtime import ClosedError, FusionError, FusionRuntime
+from fusionroute.runtime import BusyError, ClosedError, FusionError, FusionRuntime
+from fusionroute.runtime.decoder import Decoder
 
 PROMPT = "12+30= and more"
 
@@ -39,6 +41,86 @@ def test_a_session_in_each_thread_gives_what_one_thread_gives(bundles: list[Path
             for worker in workers:
                 worker.join()
             assert [results[number] for number in range(4)] == expected
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_second_thread_is_told_that_a_session_is_in_use(bundles: list[Path], number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, leave = threading.Event(), threading.Event()
+    advance = Decoder.advance
+
+    def held(decoder: Decoder, *arguments: Any) -> Any:
+        inside.set()
+        assert leave.wait(60)
+        return advance(decoder, *arguments)
+
+    with FusionRuntime.load(bundles[number], threads=1) as rt:
+        session, alone = rt.session(), rt.session()
+        for each in (session, alone):
+            each.append([3, 4, 5])
+        expected = [alone.step().id for _ in range(2)]
+        session.step()
+        monkeypatch.setattr(Decoder, "advance", held)
+        tokens: list[int] = []
+        worker = threading.Thread(target=lambda: tokens.append(session.step().id))
+        worker.start()
+        assert inside.wait(60)
+        uses: list[Callable[[], object]] = [
+            session.step, lambda: session.steps(2), lambda: session.append([7]), lambda: session.rewind(1), session.clear, lambda: session.logits,
+        ]  # fmt: skip
+        for use in uses:
+            with pytest.raises(BusyError) as caught:
+                use()
+            assert str(caught.value) == "This session is in use, by another thread or by the caller: give each thread a session of its own."
+        assert len(session) == 4 and repr(session)
+        leave.set()
+        worker.join()
+        assert session.token_ids == [3, 4, 5, *expected] and tokens == expected[1:]
+
+
+def test_a_second_thread_is_told_that_a_stream_is_in_use(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, leave = threading.Event(), threading.Event()
+    advance = Decoder.advance_some
+
+    def held(decoder: Decoder, *arguments: Any) -> Any:
+        inside.set()
+        assert leave.wait(60)
+        return advance(decoder, *arguments)
+
+    with FusionRuntime.load(bundles[0], threads=1) as rt:
+        expected = rt.generate([3, 4, 5], 3)
+        monkeypatch.setattr(Decoder, "advance_some", held)
+        stream = rt.stream([3, 4, 5], 3)
+        tokens: list[int] = []
+        worker = threading.Thread(target=lambda: tokens.extend(token.id for token in stream))
+        worker.start()
+        assert inside.wait(60)
+        for use in (lambda: next(stream), stream.close):
+            with pytest.raises(BusyError) as caught:
+                use()
+            assert str(caught.value) == "This stream is in use, by another thread or by the caller: give each thread a stream of its own."
+        leave.set()
+        worker.join()
+        assert tokens == expected.token_ids and stream.finish_reason == "length"
+
+
+def test_every_stream_gives_its_decoder_back_once(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with FusionRuntime.load(bundles[0], threads=1) as rt:
+        idle = rt._sets.current.pool.idle
+        for end in ("never begun", "closed", "closed twice", "dropped", "dropped under way", "closed under way", "ended", "failed"):
+            stream = rt.stream([3, 4, 5], 3)
+            assert not idle, end
+            if "under way" in end:
+                next(stream)
+            if end == "failed":
+                monkeypatch.setattr(Decoder, "advance_some", lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    next(stream)
+            elif end == "ended":
+                assert len(list(stream)) == 3 and not list(stream)
+            for _ in range({"closed": 1, "closed twice": 2, "closed under way": 1}.get(end, 0)):
+                stream.close()
+            del stream
+            assert len(idle) == 1, end
 
 
 def until_closed(use: Callable[[], object], started: threading.Barrier, ends: list[str]) -> None:

@@ -68,6 +68,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "IA3": (config(peft_type="IA3"), "of type IA3; expected LORA"),
     "prefix": (config(peft_type="PREFIX_TUNING"), "of type PREFIX_TUNING; expected LORA"),
     "AdaLoRA": (config(peft_type="ADALORA"), "of type ADALORA; expected LORA"),
+    "weights alone": (
+        lambda folder: (folder / "adapter_config.json").unlink(),
+        "is an adapter (adapter_model.safetensors) without its adapter_config.json: save or download all of it again.",
+    ),
     "classifier": (config(task_type="SEQ_CLS"), "for the task SEQ_CLS; expected CAUSAL_LM"),
     "PiSSA": (config(init_lora_weights="pissa_niter_16"), "init_lora_weights='pissa_niter_16', which changes the base"),
     "OLoRA": (config(init_lora_weights="olora"), "init_lora_weights='olora', which changes the base"),

@@ -138,6 +138,10 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "head of another width": (head(lambda t: t[:, :31]), ("shape [2, 31]", "[2, 32]")),
     "head of no shape": (head(lambda t: torch.tensor(1.0)), ("shape []", "[2, 32]")),
     "head of integers": (head(lambda t: t.to(torch.int32)), ("I32", "routing_head.weight")),
+    "head in double precision": (
+        head(lambda t: t.to(torch.float64)),
+        ("is F64; expected fp32, fp16 or bf16: save the checkpoint in fp32.", "routing_head.weight"),
+    ),
     "head of nothing": (head(lambda t: t * float("nan")), ("routing_head", "not finite")),
     "bias of three": (head(lambda t: torch.zeros(3), "routing_head.bias"), ("bias of shape [3]", "[2]")),
     "head cut off": (cut("router/routing_head.safetensors"), ("routing_head.safetensors", "not a complete")),
