@@ -1,6 +1,5 @@
 """Graphs that read what they should not, or never end. The manifest agrees with each: its author wrote both."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 
 from fusionroute.runtime.graph_file import external_files
-from tests.support.bundles import edit, refusal
+from tests.support.bundles import edit, refusal, rehash
 
 onnx = pytest.importorskip("onnx")
 GRAPH = "graphs/router.ort-cpu.fp32.onnx"
@@ -16,8 +15,7 @@ GRAPH = "graphs/router.ort-cpu.fp32.onnx"
 
 def put(bundle: Path, content: bytes) -> None:
     (bundle / GRAPH).write_bytes(content)
-    entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    edit(bundle, lambda manifest: manifest["files"].update({GRAPH: entry}))
+    rehash(bundle, GRAPH)
     edit(bundle, lambda manifest: manifest.update(variants=[each for each in manifest["variants"] if each["precision"] == "fp32"]))
 
 

@@ -1,7 +1,6 @@
 """Tokenizers that panic, hang or take all memory. The manifest agrees with each: its author wrote both."""
 
 import base64
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import pytest
 from fusionroute.runtime import BundleError, FusionError, FusionRuntime, tokenizer_limits, tokenizer_trial
 from fusionroute.runtime.tokenizer_limits import unbounded
 from fusionroute.runtime.tokenizer_trial import try_tokenizer
-from tests.support.bundles import edit
+from tests.support.bundles import rehash
 
 Tokenizer = dict[str, Any]
 
@@ -64,10 +63,8 @@ def whole(bundles: list[Path]) -> Tokenizer:
 
 
 def put(bundle: Path, tokenizer: Tokenizer) -> None:
-    content = json.dumps(tokenizer).encode()
-    (bundle / "tokenizer.json").write_bytes(content)
-    entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    edit(bundle, lambda manifest: manifest["files"].update({"tokenizer.json": entry}))
+    (bundle / "tokenizer.json").write_bytes(json.dumps(tokenizer).encode())
+    rehash(bundle, "tokenizer.json")
 
 
 def load(bundle: Path, **options: Any) -> FusionRuntime:

@@ -1,6 +1,5 @@
 """What opening a bundle refuses, and in what words; and that a whole one works wherever it lies."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,16 +12,9 @@ import pytest
 from fusionroute.runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.files import partial_name
-from tests.support.bundles import edit, refusal
+from tests.support.bundles import edit, refusal, rehash
 
 PROMPT = [1, 5, 9]
-
-
-def rehash(bundle: Path, name: str) -> None:
-    """Let the manifest agree with a file that was changed."""
-    data = (bundle / name).read_bytes()
-    entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    edit(bundle, lambda content: content["files"].update({name: entry}))
 
 
 def named(bundle: Path, kind: str) -> str:

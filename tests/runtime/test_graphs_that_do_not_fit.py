@@ -1,6 +1,5 @@
 """Graphs with other inputs, outputs, types or sizes than the manifest says, and weights that are not finite: refused at load."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,22 +14,12 @@ from fusionroute.runtime.backends.keys_values import zeros
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.finite_weights import check_finite
 from fusionroute.runtime.graph_tensors import positions, tensors
-from tests.support.bundles import edit, refusal
+from tests.support.bundles import edit, refusal, rehash
 
 onnx: Any = pytest.importorskip("onnx")
 ROUTER, EXPERT, FUSION = "graphs/router.ort-cpu.fp32.onnx", "graphs/expert0.ort-cpu.fp32.onnx", "graphs/fusion.onnx"
 BASE = "graphs/base.ort-cpu.fp32.onnx"
 Edit = Callable[[Any], object]
-
-
-def rehash(bundle: Path, name: str) -> None:
-    """Let the manifest say what a file holds now."""
-    data = (bundle / name).read_bytes()
-
-    def change(content: dict[str, Any]) -> None:
-        content["files"][name] |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-
-    edit(bundle, change)
 
 
 def change_graph(bundle: Path, name: str, change: Edit) -> None:

@@ -20,7 +20,7 @@ from fusionroute.runtime.backends.pair_binding import PairBinding
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import BundleError, FusionError
 from fusionroute.runtime.manifest import Manifest
-from tests.support.bundles import edit, refusal
+from tests.support.bundles import edit, refusal, rehash
 from tests.support.pair_backend import pair_of
 
 IDS: list[int] = np.random.default_rng(0).integers(3, 290, 120).tolist()
@@ -247,23 +247,19 @@ def test_factor_files_that_do_not_fit(shared: Path, tmp_path: Path) -> None:
 def test_bundles_whose_factors_or_graph_do_not_fit_are_refused(shared: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shared, tmp_path / "copy"))
 
-    def rename(content: dict[str, Any]) -> None:
-        """A factor under another name; nobody hashes the file at loading, as no weights."""
-        path = copy / next(each for each in content["variants"] if each["precision"] == "int4")["pair"]["factors"]["expert0"]
-        source = path.read_bytes()
-        size = int.from_bytes(source[:8], "little")
-        header = json.loads(source[8 : 8 + size])
-        name = next(key for key in header if key.endswith(".b"))
-        header["x"] = header.pop(name)
-        rewrite(path, header, source[8 + size :])
-
-    edit(copy, rename)
+    path = factor_file(copy, "expert0")  # a factor gets another name
+    source = path.read_bytes()
+    size = int.from_bytes(source[:8], "little")
+    header = json.loads(source[8 : 8 + size])
+    header["x"] = header.pop(next(key for key in header if key.endswith(".b")))
+    rewrite(path, header, source[8 + size :])
+    rehash(copy, path.relative_to(copy).as_posix())
     assert "(its input delta." in refusal(copy)
     for number in (0, 1):
         shutil.rmtree(copy)
         shutil.copytree(shared, copy)
         edit(copy, lambda content, number=number: content["models"][number].update(kv_heads=7))  # type: ignore[misc]
-        assert "do not have the inputs and outputs that the manifest describes" in refusal(copy)
+        assert "the inputs and outputs that the manifest describes" in refusal(copy)
 
 
 def test_caches_copy_what_others_have_read(shared: Path) -> None:

@@ -20,10 +20,11 @@ from fusionroute.runtime.backends.device_buffers import Inputs, Place
 from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.backends.ort_gpu_pair import GpuPairBinding, OrtGpuPair
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.manifest import Variant
+from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.plain_step import PlainStep
 from tests.runtime.providers.conftest import CHUNK, CPU, relabelled
 from tests.support.adapters import peft_model
+from tests.support.bundles import rehash
 from tests.support.pairs import SharedSystem, export_shared
 from tests.support.systems import Shape
 
@@ -160,13 +161,14 @@ def test_experts_come_and_go_in_the_folder_and_at_run_time(shared: SharedSystem,
 
 
 def test_factors_of_another_graph_are_refused(shared: SharedSystem, tmp_path: Path) -> None:
-    bundle = Bundle.open(relabelled(shared.bundle, tmp_path / "swapped"))
-    (variant,) = bundle.manifest.variants
+    folder = relabelled(shared.bundle, tmp_path / "swapped")
+    (variant,) = Manifest.read(folder).variants
     assert variant.pair is not None
-    path = bundle.folder / variant.pair.factors["expert0"]
+    path = folder / variant.pair.factors["expert0"]
     arrays = {name: array.astype(np.float32) for name, array in map_factors(path).items()}  # the graph reads fp16
     entries = {name: ("F32", array.shape) for name, array in arrays.items()}
     other, _ = write_factors(path.parent, "other", entries, arrays.values())
     other.replace(path)
+    rehash(folder, variant.pair.factors["expert0"])
     with pytest.raises(BundleError, match=r"does not fit graphs/base.*its input delta"):
-        OrtGpuPair(bundle, variant, variant.pair, CPU)
+        OrtGpuPair(Bundle.open(folder), variant, variant.pair, CPU)

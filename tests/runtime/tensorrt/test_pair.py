@@ -189,7 +189,7 @@ def test_factors_that_do_not_fit_are_refused(pair: Path, tmp_path_factory: pytes
     deeper = write_pair_bundle(tmp_path_factory.mktemp("deeper") / "bundle", layers=3)
     with (
         simulated(Machine()),
-        patch("fusionroute.runtime.backends.map_factors", lambda path: {}),
+        patch("fusionroute.runtime.backends.factors_of", lambda bundle, paths: {expert: {} for expert in paths}),
         pytest.raises(BundleError, match=r"does not fit its engine \(the input delta\.0\.out"),
     ):
         FusionRuntime.load(deeper, device="rtx")
