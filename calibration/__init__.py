@@ -6,6 +6,7 @@
     serving_masks.py      from that: the positions that each model has to serve
     blockwise_forward.py  runs a model one decoder block at a time over all texts
     observers.py          statistics of one matrix's input, in memory that does not grow
+    short_calls.py        whose turn it is to make many short calls of numpy
     observe.py            the statistics of a whole model; an interrupted run goes on
     table.py              all texts and statistics of a system, in one file
     checksummed_file.py   safetensors files with a digest over everything they hold

@@ -98,10 +98,11 @@ class BlockwiseForward:
                 )
         self.blocks = tuple(blocks)
         self.position = 0
-        self.states: list[States] = [(embed(text),) for text in texts]
+        rows = embed(np.concatenate(texts))  # together: most ids come in several texts
+        self.states: list[States] = [(part,) for part in np.split(rows, np.cumsum([len(text) for text in texts[:-1]]), axis=1)]
         self._texts = [text.astype(np.int64) for text in texts]
         self._read, self._threads, self._weights, self._multiply = read, threads or cores(), identity, multiply
-        self._sessions: dict[bytes, Any] = {}
+        self._sessions: dict[bytes, tuple[Any, list[Any]]] = {}
         self._own: tuple[int, dict[str, np.ndarray]] = (0, {})  # weights that were read, and for the block at which position
         self._torn = False  # some states are inputs of the current block, others already its outputs
 
@@ -204,14 +205,14 @@ class BlockwiseForward:
 
         block = self.block
         inner = [name for name in names if name not in block.products]
-        session = self._session(block) if inner else None  # a block may be products alone
+        session, inputs = self._session(block) if inner else (None, [])  # a block may be products alone
         # an OrtValue on the CPU shares the array's memory and keeps it alive
         fed = {place: onnxruntime.OrtValue.ortvalue_from_numpy(self._weight(name, weights)) for place, name in block.weights.items()}
 
         def run(number: int, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             text = self._texts[number]
             try:
-                results = session.run(inner, context_feeds(session, text) | fed | given) if session else []
+                results = session.run(inner, context_feeds(inputs, text) | fed | given) if session else []
             except Exception as error:  # ONNX Runtime has no public base class for its errors
                 raise FusionError(
                     f"ONNX Runtime cannot run block {block.name} on text {number} of {len(text)} tokens ({one_line(error)}); expected weights of "
@@ -252,8 +253,8 @@ class BlockwiseForward:
             own[name] = np.ascontiguousarray(self._read(name), np.float32)
         return own[name]
 
-    def _session(self, block: Block) -> Any:
-        """The ONNX Runtime session of a block's graph; equal blocks share one."""
+    def _session(self, block: Block) -> tuple[Any, list[Any]]:
+        """The ONNX Runtime session of a block's graph, and its inputs; equal blocks share one."""
         import onnxruntime
 
         if block.graph not in self._sessions:
@@ -262,11 +263,12 @@ class BlockwiseForward:
             options.intra_op_num_threads = 1
             options.enable_cpu_mem_arena = False  # an arena keeps memory for the longest text in every session
             try:
-                self._sessions[block.graph] = onnxruntime.InferenceSession(block.graph, options, providers=["CPUExecutionProvider"])
+                session = onnxruntime.InferenceSession(block.graph, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime has no public base class for its errors
                 raise FusionError(
                     f"ONNX Runtime {onnxruntime.__version__} cannot load block {block.name} ({one_line(error)}); install a newer onnxruntime."
                 ) from error
+            self._sessions[block.graph] = session, session.get_inputs()
         return self._sessions[block.graph]
 
     def _check_whole(self) -> None:

@@ -1,12 +1,13 @@
 """What a block's graph takes beside states and weights, for a whole text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 
-def context_feeds(session: Any, text: np.ndarray) -> dict[str, np.ndarray]:
-    """The inputs of a block's graph besides states and weights, for a whole text int64 [S] and an empty cache."""
+def context_feeds(inputs: Sequence[Any], text: np.ndarray) -> dict[str, np.ndarray]:
+    """Of the `inputs` of a block's session, those besides states and weights, for a whole text int64 [S] and an empty cache."""
     length = len(text)
     available = {
         "input_ids": text[None],
@@ -15,7 +16,7 @@ def context_feeds(session: Any, text: np.ndarray) -> dict[str, np.ndarray]:
         "logit_positions": np.arange(length),
     }
     feeds: dict[str, np.ndarray] = {}
-    for graph_input in session.get_inputs():
+    for graph_input in inputs:
         if graph_input.name in available:
             feeds[graph_input.name] = available[graph_input.name]
         elif graph_input.name in ("past.key", "past.value"):
