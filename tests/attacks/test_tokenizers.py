@@ -183,7 +183,7 @@ def test_ctrl_c_is_no_error_of_the_tokenizer(bundles: list[Path], monkeypatch: p
         assert runtime.tokenizer is not None
 
         class Interrupted:
-            def encode(self, text: str, add_special_tokens: bool) -> None:
+            def encode_batch(self, texts: list[str], add_special_tokens: bool) -> None:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(runtime.tokenizer, "_tokenizer", Interrupted())
