@@ -121,12 +121,7 @@ class FusionRuntime:
         )  # fmt: skip
         check_device(options.device)
         opened = Bundle.open(path("bundle", bundle))
-        everything, trusted = flag("verify", verify), flag("trusted", trusted)
-        with checked(opened, everything, trusted) as tokenizer_is_tried:
-            if everything:
-                from fusionroute.runtime.finite_weights import check_finite  # here: most bundles are opened unverified
-
-                check_finite(opened)
+        with checked(opened, flag("verify", verify), flag("trusted", trusted)) as tokenizer_is_tried:
             return cls(opened, options, tokenizer_is_tried)
 
     @property

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fusionroute.runtime import cache, files
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.finite_weights import check_finite
 from fusionroute.runtime.machine import cores
 from fusionroute.runtime.regular_files import Identity
 from fusionroute.runtime.tokenizer_trial import try_tokenizer
@@ -30,7 +31,8 @@ def checked(bundle: Bundle, everything: bool, trusted: bool = False) -> Iterator
 
     Yields a function to call before its tokenizer is read: it waits until that was tried in another process, which is
     not done where the bundle is `trusted`. Raises BundleError, at the end, for a file that is not the manifest's, and
-    for one that was changed meanwhile; with `everything` for one that the manifest does not name, too.
+    for one that was changed meanwhile; with `everything` also for one that the manifest does not name, and for numbers
+    that are not finite.
     """
     if everything:
         bundle.check_unlisted()
@@ -56,6 +58,8 @@ def checked(bundle: Bundle, everything: bool, trusted: bool = False) -> Iterator
         yield lambda: trial.result() if trial else None
         for each in checks:
             each.result()
+        if everything:
+            check_finite(bundle)
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
