@@ -93,7 +93,10 @@ class Bundle:
             except OSError as error:
                 raise self._unreadable(name, error) from error
             self._check_unchanged(name, file)
-        if digest.hexdigest() != self.manifest.files[name].sha256:
+        self._check_hash(name, digest.hexdigest())
+
+    def _check_hash(self, name: str, sha256: str) -> None:
+        if sha256 != self.manifest.files[name].sha256:
             raise BundleError(
                 f"{self.folder / name} was changed after the export (its SHA-256 differs from the manifest); export the bundle again."
             )
@@ -105,7 +108,13 @@ class Bundle:
 
     def read(self, name: str) -> bytes:
         """The content of a file, which has the manifest's hash. Raises BundleError."""
-        return b"".join(self.pieces(name))
+        with self.open_file(name) as file:  # whole: engines are large, and pieces would stand in memory beside it
+            try:
+                content = file.read()
+            except OSError as error:
+                raise self._unreadable(name, error) from error
+        self._check_hash(name, hashlib.sha256(content).hexdigest())
+        return content
 
     def text(self, name: str) -> str | None:
         """A text file of the bundle, or None where the bundle has none of that name. Raises BundleError."""
