@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.calibration.short_calls import SHORT_CALLS
 from fusionroute.fr_export.graphs.graph import Graph, initializer, node, replace_node, users
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
 from fusionroute.runtime.errors import InputError
@@ -123,13 +122,12 @@ def widened(part: Quantised, bits: int, width: int) -> np.ndarray:
 def nearest(rows: np.ndarray, fmt: Format) -> Quantised:
     """Round fp32 rows [R, K] to the nearest values of their blocks."""
     rows = blocked(rows, fmt.block)
-    with SHORT_CALLS:
-        scales, zeros = fmt.grid(rows, None)
-        step = scales.astype(np.float32)
-        scaled = rows * np.divide(1, step, out=np.zeros_like(step), where=step > 0)[..., None]
-        np.rint(scaled, out=scaled)
-        scaled += 1 << (fmt.bits - 1) if zeros is None else zeros[..., None]
-        np.clip(scaled, 0, 2**fmt.bits - 1, out=scaled)
+    scales, zeros = fmt.grid(rows, None)
+    step = scales.astype(np.float32)
+    scaled = rows * np.divide(1, step, out=np.zeros_like(step), where=step > 0)[..., None]
+    np.rint(scaled, out=scaled)
+    scaled += 1 << (fmt.bits - 1) if zeros is None else zeros[..., None]
+    np.clip(scaled, 0, 2**fmt.bits - 1, out=scaled)
     return Quantised(scaled.astype(np.uint8), scales, zeros)
 
 

@@ -1,10 +1,9 @@
-"""GPTQ: round a matrix a few input channels at a time, and let the channels still to come make up for each rounding error.
+"""GPTQ: round a matrix one input channel at a time, and let the channels still to come make up for each rounding error.
 
 Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, with two additions of its authors' code: channels in the
 order of falling importance, and the ranges of all blocks fixed before the first channel is rounded, so that blocks stay
-as the operators read them. Computed as Babai's nearest plane, which gives the same numbers and inverts no matrix: Chen,
-Shabanzadeh, Crnčević, Hoefler, Alistarh 2025, arXiv:2507.18553. Written by hand: libraries hold a whole model in torch and
-know neither these blocks nor weights that are read in slices.
+as the operators read them. Written by hand: libraries hold a whole model in torch and know neither these blocks nor
+weights that are read in slices.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +13,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from fusionroute.calibration.short_calls import SHORT_CALLS
 from fusionroute.fr_export.precision.blockwise import Format, Quantised, blocked
 from fusionroute.runtime.machine import cores
 
 DAMPING = 0.01  # of the mean importance, added to every channel's
-GROUP = 8  # channels rounded at once, each to nearest: one by one their errors are a fiftieth smaller, in twice the time
-TOGETHER = 128  # channels whose errors reach all those behind them in one product
+INNER, TOGETHER = 16, 128  # channels whose errors reach the ones behind them in one product
 TILE = 1536  # rows rounded at a time, at most: twice as many take a tenth less time, but leave cores idle
+SMALL = 128  # channels: a triangle that is inverted at once
 PART = 384  # channels: the sum is symmetric, and what lies left of a part is known from above it
 
 
@@ -63,39 +61,40 @@ class Hessian:
         dead = importance == 0
         importance[dead] = 1.0 if dead.all() else importance[~dead].min()
         order = torch.argsort(importance, descending=True, stable=True)
-        reverse = order.flip(0)
-        total = self.sum.index_select(0, reverse).index_select(1, reverse)
+        total = self.sum[order][:, order]
         damping = DAMPING
         while True:
-            total.diagonal().copy_(importance[reverse] + damping * importance.mean())
-            lower, failed = torch.linalg.cholesky_ex(total)
+            damped = total.flip(0, 1)
+            damped.diagonal().copy_((importance[order] + damping * importance.mean()).flip(0))
+            lower, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
                 break
             damping *= 10  # too few inputs, or too alike, for single precision
-        return Factor(order, by_group(lower.T.flip(0, 1)), importance.numpy())
+        del total, damped
+        # J·L⁻¹·J is the upper factor of the inverse, where L is the lower one of the Hessian in reverse order, J·H·J
+        shares = lower_inverse(lower).flip(0, 1)
+        shares /= shares.diagonal()[:, None].clone()
+        return Factor(order, shares, importance.numpy())
 
 
-def by_group(lower: torch.Tensor) -> torch.Tensor:
-    """A lower triangular matrix [K, K], with each group of GROUP rows multiplied by the inverse of its own square on the
-    diagonal.
-    """
+def lower_inverse(lower: torch.Tensor) -> torch.Tensor:
+    """The inverse [K, K] of a lower triangular matrix, by halves: most of the work is products of matrices."""
     size = len(lower)
-    groups = -(-size // GROUP)
-    padded = torch.eye(groups * GROUP)
-    padded[:size, :size] = lower
-    squares = padded.view(groups, GROUP, groups, GROUP).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    solved = torch.linalg.solve_triangular(squares, padded.view(groups, GROUP, -1), upper=False)
-    return solved.reshape(padded.shape)[:size, :size]
+    if size <= SMALL:
+        return torch.linalg.solve_triangular(lower, torch.eye(size), upper=False)
+    half, inverse = size // 2, torch.zeros(size, size)
+    inverse[:half, :half], inverse[half:, half:] = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
+    torch.mm(inverse[half:, half:], lower[half:, :half] @ inverse[:half, :half], out=inverse[half:, :half]).neg_()
+    return inverse
 
 
 @dataclass(frozen=True)
 class Factor:
     """A Hessian made ready.
 
-    order int64 [K]: the channels by falling importance. shares float32 [K, K], in that order: how much each channel makes
-    up for the errors of those before it, below the groups on the diagonal. For a Hessian MᵀM with a lower triangular M it
-    is M, each group of rows multiplied by the inverse of its square. importance float32 [K]: the Hessian's diagonal, in
-    the matrix's own order.
+    order int64 [K]: the channels by falling importance. shares float32 [K, K], in that order: how much of a channel's
+    error each one behind it takes over, the upper Cholesky factor of the inverse of the damped Hessian with its rows
+    divided by their diagonal. importance float32 [K]: the Hessian's diagonal, in the matrix's own order.
     """
 
     order: torch.Tensor
@@ -128,37 +127,43 @@ def quantise(rows: np.ndarray, factor: Factor, fmt: Format, threads: int | None 
 def quantise_tile(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
     """`quantise` for a few rows, on one core.
 
-    The errors of GROUP channels reach the rest of their TOGETHER channels in one product, and those of TOGETHER channels
-    all others: most of the work is products of matrices.
+    A channel's error reaches the rest of its INNER channels at once, the rest of its TOGETHER channels in one product
+    per INNER, and all others in one product per TOGETHER: most of the work is products of matrices.
     """
     count, width = rows.shape
     padded = blocked(rows, fmt.block)
-    with SHORT_CALLS:
-        scales, zeros = fmt.grid(padded, blocked(factor.importance[None], fmt.block)[0])
+    scales, zeros = fmt.grid(padded, blocked(factor.importance[None], fmt.block)[0])
     step = scales.astype(np.float32).T.copy()  # [blocks, R]
     inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
     middle = np.full(scales.shape, fmt.middle, np.uint8) if zeros is None else zeros
-    low = -middle.T.astype(np.float32)
-    high = low + (2**fmt.bits - 1)
-    order, shares = factor.order.numpy(), factor.shares
+    zero = middle.T.astype(np.float32)
+    low, high = -zero, 2**fmt.bits - 1 - zero
+    # [K, R]: a channel is a row, what is still to be rounded
+    left = torch.from_numpy(rows).T[factor.order].contiguous()
+    order = factor.order.numpy()
     block = order // fmt.block
-    exact = torch.from_numpy(rows).T.contiguous().index_select(0, factor.order).numpy()  # [K, R]: a channel is a row
     levels = np.empty((padded.shape[1] * fmt.block, count), np.uint8)
     levels.reshape(padded.shape[1], fmt.block, count)[:] = middle.T[:, None]
-    goals, errors, level = torch.from_numpy(exact.copy()), torch.empty(TOGETHER, count), np.empty((GROUP, count), np.float32)
+    rounded, errors = torch.empty(2, TOGETHER, count)
+    share, exact = np.empty((INNER, count), np.float32), np.empty(count, np.float32)
+    values, level, error, weight = left.numpy(), rounded.numpy(), errors.numpy(), factor.shares.numpy()
     for begin in range(0, width, TOGETHER):
         end = min(begin + TOGETHER, width)
-        with SHORT_CALLS:
-            for start in range(begin, end, GROUP):
-                stop = min(start + GROUP, end)
-                own, error, near = level[: stop - start], errors[start - begin : stop - begin].numpy(), block[start:stop]
-                np.multiply(goals[start:stop].numpy(), inverse[near], out=own)
+        for start in range(begin, end, INNER):
+            stop = min(start + INNER, end)
+            for at in range(start, stop):
+                own, mine = level[at - begin], block[at]
+                np.multiply(values[at], inverse[mine], out=own)
                 np.rint(own, out=own)
-                np.maximum(own, low[near], out=own)
-                np.minimum(own, high[near], out=own)
-                np.multiply(own, step[near], out=error)
-                np.subtract(exact[start:stop], error, out=error)
-                levels[order[start:stop]] = own - low[near]
-                goals[stop:end].addmm_(shares[stop:end, start:stop], errors[start - begin : stop - begin])
-        goals[end:].addmm_(shares[end:, begin:end], errors[: end - begin])
+                np.maximum(own, low[mine], out=own)
+                np.minimum(own, high[mine], out=own)
+                np.multiply(own, step[mine], out=exact)
+                np.subtract(values[at], exact, out=error[at - begin])
+                if rest := stop - at - 1:
+                    np.multiply(weight[at, at + 1 : stop, None], error[at - begin], out=share[:rest])
+                    np.subtract(values[at + 1 : stop], share[:rest], out=values[at + 1 : stop])
+            left[stop:end].addmm_(factor.shares[start:stop, stop:end].T, errors[start - begin : stop - begin], alpha=-1)
+        level[: end - begin] += zero[block[begin:end]]
+        levels[order[begin:end]] = level[: end - begin]
+        left[end:].addmm_(factor.shares[begin:end, end:].T, errors[: end - begin], alpha=-1)
     return Quantised(np.ascontiguousarray(levels.T).reshape(padded.shape), scales, zeros)

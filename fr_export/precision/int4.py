@@ -7,13 +7,11 @@ Every block's range is clipped where that lowers its squared rounding error. Wit
 GPTQ, and matrices that it finds sensitive are kept at 8 bits; without, they are rounded to nearest.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph, users
@@ -31,38 +29,45 @@ BUDGET = 5.0  # bits per weight, on average over all matrices, that sensitive on
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of the block's range that are tried
 
 
-def grid(rows: np.ndarray, importance: np.ndarray | None = None, shares: Sequence[float] = CLIPS) -> tuple[np.ndarray, np.ndarray]:
-    """Per block the range of least squared error, weighted by `importance`, of those that are these `shares` of the whole
-    one: scales float16 and zeros uint8 [R, blocks].
+def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Per block the candidate range of least squared error, weighted by `importance`: scales float16 and zeros uint8
+    [R, blocks].
 
     A range [low, high] holds 0; scale = (high − low) / 15, rounded to fp16 before use, zero = round(−low / scale).
     """
     count, blocks, block = rows.shape
-    turned = torch.from_numpy(rows).permute(1, 2, 0).contiguous()  # operations have long runs of values
-    weights = torch.ones(blocks, block) if importance is None else torch.from_numpy(importance)
-    low, high = turned.amin(1).clamp_(max=0), turned.amax(1).clamp_(min=0)  # [blocks, R]
-    clips = torch.tensor(shares)[:, None, None]
-    scales = ((high - low) * (clips / TOP)).half()
-    step = scales.float()
-    inverse = torch.where(step > 0, 1 / step, 0)  # a block that vanishes in fp16 is zero
-    lowest = (low * clips * inverse).round().clamp_(-TOP, 0)
-    highest = lowest + TOP
-    scaled, off = torch.empty(2, block, count)
-    errors = torch.empty(len(shares), blocks, count)
-    for clip, at in product(range(len(shares)), range(blocks)):  # so few values stay in a core's cache
-        torch.mul(turned[at], inverse[clip, at], out=scaled)
-        torch.round(scaled, out=off)
-        torch.clamp(off, lowest[clip, at], highest[clip, at], out=off)
-        torch.mv(off.sub_(scaled).square_().T, weights[at], out=errors[clip, at])
-    errors *= step.square_()
-    errors[step == 0] = torch.inf
-    best = errors.argmin(0, keepdim=True)
-    return scales.gather(0, best)[0].T.numpy(), lowest.gather(0, best)[0].T.neg().to(torch.uint8).numpy()
+    scales, zeros = np.empty((count, blocks), np.float16), np.empty((count, blocks), np.uint8)
+    # turned, and a block of all rows at a time: operations have long runs of values, which stay in a core's cache
+    values, error = np.empty((2, block, count), np.float32)
+    for at in range(blocks):
+        values[:] = rows[:, at].T
+        scales[:, at], zeros[:, at] = block_grid(values, None if importance is None else importance[at, :, None], error)
+    return scales, zeros
 
 
-def whole_range(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """`grid` without clipping, in a fifth of the time: enough to tell which matrices are more sensitive than others."""
-    return grid(rows, shares=(1.0,))
+def block_grid(values: np.ndarray, importance: np.ndarray | None, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`grid` of one block of rows, [block, R]: scales and zeros [R]. `error` [block, R] is overwritten."""
+    low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
+    best = np.full(low.shape, np.inf, np.float32)
+    scales, zeros = np.zeros(low.shape, np.float16), np.zeros(low.shape, np.uint8)
+    for clip in CLIPS:
+        scale = ((high - low) * np.float32(clip / TOP)).astype(np.float16)
+        step = scale.astype(np.float32)
+        inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)  # a block that vanishes in fp16 is zero
+        zero = np.clip(np.rint(-low * np.float32(clip) * inverse), 0, TOP)
+        np.multiply(values, inverse, out=error)
+        np.rint(error, out=error)
+        np.maximum(error, -zero, out=error)
+        np.minimum(error, TOP - zero, out=error)
+        error *= step
+        error -= values
+        np.square(error, out=error)
+        if importance is not None:
+            error *= importance
+        squared = error.sum(0)
+        better = squared < best
+        best[better], scales[better], zeros[better] = squared[better], scale[better], zero[better]
+    return scales, zeros
 
 
 FORMAT = Format(4, BLOCK, np.dtype(np.float16), True, grid, 65_504 * TOP / 2)
@@ -110,8 +115,7 @@ class Int4:
         graph = context.graph
         carried = carry(graph, context.weights, FORMAT, context.store, context.advance)
         formats = {name: self.format_of(graph.model.graph.initializers[name]) for name in matrices(graph) if name not in carried}
-        whole = {name: replace(fmt, grid=whole_range) if fmt.grid is grid else fmt for name, fmt in formats.items()}
-        formats |= dict.fromkeys(sensitive(context, whole, SMALL, BUDGET), SMALL)
+        formats |= dict.fromkeys(sensitive(context, formats, SMALL, BUDGET), SMALL)
         return graph, carrying(FittedByGptq(self, round_sequentially(context, formats)), carried, graph)
 
 
