@@ -154,8 +154,8 @@ def refusing(family: Family) -> Iterator[None]:
             cause = cause.__cause__
         if isinstance(cause, (ImportError, OSError, MemoryError)):
             raise cause from None
-        # from the first ANSI code on, torch's text is advice to developers
-        reason = one_line(cause).partition("\x1b")[0].rstrip(" .:") or type(cause).__name__
+        # from the first ANSI code on, which `one_line` has spelled out, torch's text is advice to developers
+        reason = one_line(cause).partition("\\x1b")[0].rstrip(" .:") or type(cause).__name__
         raise FusionError(f"The family {family.name} cannot be traced: {reason}") from error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
+from fusionroute.runtime import files
 from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.files import partial_name
 from tests.support.staging import DEAD, bundle, contents, fill, notes, stage, texts
@@ -162,7 +163,9 @@ def test_a_failure_leaves_what_was_there(out: Path, tmp_path: Path, error: BaseE
 def test_a_failing_rename_brings_the_old_bundle_back(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, error: type[BaseException] | BaseException
 ) -> None:
+    """Where the system cannot exchange folders."""
     fill(out, "old")
+    monkeypatch.setattr(files, "exchange", lambda first, second: False)
     rename, calls = Path.rename, 0
 
     def fails(self: Path, target: Path) -> Path:
