@@ -14,6 +14,7 @@ from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
 from tests.support.exporting import ALL, export_system
 from tests.support.parity import check_parity
+from tests.support.sparing import sparing
 from tests.support.systems import CONFIGS, Shape
 
 ROPE = {
@@ -64,7 +65,7 @@ def random_ids(shape: Shape, count: int, seed: int = 0) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).integers(3, shape.vocab, count)]
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", sparing(SHAPES, ("olmo2-qwen3-experts",)))
 def test_shapes(name: str, tmp_path: Path) -> None:
     shape = SHAPES[name]
     bundle, system = export_system(tmp_path, shape, ALL)
