@@ -96,12 +96,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
         """Join the pieces of a block or of the output."""
-        total, kept = 0, []
+        total, texts = 0, []
         for piece in pieces:
             total += len(piece)
             within(total, MOST_TEXT, "characters of text")
-            kept.append(piece)
-        joined: str = measured("".join(kept))
+            texts.append(piece)
+        joined: str = measured("".join(texts))
         return joined
 
     def concatenated(self, values: Iterable[Any]) -> str:

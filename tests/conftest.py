@@ -1,5 +1,6 @@
 """Fixtures that every test gets."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -64,3 +65,18 @@ def bundles(all_bundles: list[Path]) -> list[Path]:
 def bundle(bundles: list[Path], tmp_path: Path) -> Path:
     """A copy to tamper with."""
     return Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """The lines that the runtime logs."""
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("fusionroute"), Lines()
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)

@@ -79,16 +79,16 @@ def whole(folder: Path) -> bool:
         return False
     try:
         written = {name: (sha256, Identity(*file)) for name, (sha256, file) in noted.items()}
-        found = {name: look(folder, name, each) for name, each in written.items()}
+        current = {name: look(folder, name, each) for name, each in written.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         LOG.warning("The packed weights in %s are written again (%s).", folder, one_line(error))
         return False
-    if {name: sha256 for name, (sha256, _) in found.items()} != {name: sha256 for name, (sha256, _) in written.items()}:
+    if {name: sha256 for name, (sha256, _) in current.items()} != {name: sha256 for name, (sha256, _) in written.items()}:
         LOG.warning("The packed weights in %s were changed: they are written again.", folder)
         return False
-    if found != written:  # touched, or on another disk now
+    if current != written:  # touched, or on another disk now
         with contextlib.suppress(OSError):
-            cache.write_checked(folder / RECORD, found)
+            cache.write_checked(folder / RECORD, current)
     return True
 
 

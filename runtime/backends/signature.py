@@ -33,10 +33,10 @@ class Signature(NamedTuple):
     def misfit(self, session: Any) -> str | None:
         """What does not fit in a session's graph, such as `the input k`; None: all fits."""
         given = {value.name: value for value in session.get_inputs()}
-        made = {value.name: value for value in session.get_outputs()}
-        for kind, expected, found in (("input", self.inputs, given), ("output", self.outputs, made)):
+        returned = {value.name: value for value in session.get_outputs()}
+        for kind, expected, actual in (("input", self.inputs, given), ("output", self.outputs, returned)):
             for name, value in expected.items():
-                if name not in found or found[name].type not in value.types or not fits(found[name].shape, value.shape):
+                if name not in actual or actual[name].type not in value.types or not fits(actual[name].shape, value.shape):
                     return f"the {kind} {name}"
         return next((f"the input {name}" for name in given if name not in self.inputs), None)
 

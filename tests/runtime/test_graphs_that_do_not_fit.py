@@ -176,8 +176,8 @@ def test_what_is_no_graph_is_refused(content: bytes) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_scales_and_norms_that_are_not_finite_are_refused_when_asked(bundle: Path, precision: str, value: float) -> None:
     name = f"graphs/router.ort-cpu.{precision}.onnx"
-    wanted = "scale" if precision == "int8" else "weight"
-    each = next(each for each in tensors((bundle / name).read_bytes()) if wanted in each.name and each.location and each.type == 1)
+    kind = "scale" if precision == "int8" else "weight"
+    each = next(each for each in tensors((bundle / name).read_bytes()) if kind in each.name and each.location and each.type == 1)
     file = bundle / "graphs" / each.location
     data = bytearray(file.read_bytes())
     data[each.offset + 4 : each.offset + 8] = np.float32(value).tobytes()

@@ -48,17 +48,17 @@ class Machine(RuleBasedStateMachine):
 
     @rule(share=st.floats(0, 1))
     def rewind(self, share: float) -> None:
-        kept = round(share * len(self.ids))
-        self.session.rewind(kept)
-        del self.ids[kept:]
+        length = round(share * len(self.ids))
+        self.session.rewind(length)
+        del self.ids[length:]
 
     @precondition(lambda self: len(self.ids) < LONGEST)
     @rule(back=st.integers(0, 3), new=TOKENS)
     def rewind_a_little(self, back: int, new: list[int]) -> None:
         """And go on with other tokens: what was read of the old ones must not answer."""
-        kept = max(len(self.ids) - back, 0)
-        self.session.rewind(kept)
-        self.ids[kept:] = new
+        length = max(len(self.ids) - back, 0)
+        self.session.rewind(length)
+        self.ids[length:] = new
         self.session.append(new)
         self.explain([self.session.step()], False)
 

@@ -184,22 +184,22 @@ def test_drafts_and_what_is_learnt_of_them_use_the_fusers_own_head(shared: Path,
     """Buffers for the head are made with a fuser: one for a row, one for several; none for a draft."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     draft_always(monkeypatch)
-    made: list[BoundHead] = []
+    heads: list[BoundHead] = []
     init = BoundHead.__init__
 
     def noted(bound: BoundHead, head: Head) -> None:
-        made.append(bound)
+        heads.append(bound)
         init(bound, head)
 
     monkeypatch.setattr(BoundHead, "__init__", noted)
     with FusionRuntime.load(shared, "int8", "cpu", speculation="auto") as rt:
-        made.clear()
+        heads.clear()
         drafted = 0
         kinds: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3}, {"repetition_penalty": 1.3}]
         for settings in kinds:
             drafted += sum(rt.generate(ids, 24, **settings).drafted for ids in prompts(6, rt.vocab_size))
     assert drafted > 100
-    assert len(made) <= 2, "one session, whose decoder the pool hands out again"
+    assert len(heads) <= 2, "one session, whose decoder the pool hands out again"
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

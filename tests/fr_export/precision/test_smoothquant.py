@@ -103,9 +103,8 @@ def observed_router(request: Any, tmp_path_factory: pytest.TempPathFactory) -> t
     return system, graph, observe(graph, system.router.weights, [IDS])
 
 
-def test_the_scales_are_those_of_the_paper(observed_router: tuple[System, Graph, dict[str, Observer]]) -> None:
-    """Against activations hooked in plain torch and weights from the checkpoint."""
-    system, graph, seen = observed_router
+def linear_layers(system: System) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What enters each linear layer of the router [S, K], hooked in plain torch, and its weight [N, K], by name."""
     model = load(system.router)
     inputs: dict[str, np.ndarray] = {}
     for name, module in model.named_modules():
@@ -114,6 +113,13 @@ def test_the_scales_are_those_of_the_paper(observed_router: tuple[System, Graph,
     with torch.no_grad():
         model(input_ids=torch.tensor([IDS]), use_cache=False)
     weight = {name: module.weight.detach().numpy() for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return inputs, weight
+
+
+def test_the_scales_are_those_of_the_paper(observed_router: tuple[System, Graph, dict[str, Observer]]) -> None:
+    """Against activations hooked in plain torch and weights from the checkpoint."""
+    system, graph, seen = observed_router
+    inputs, weight = linear_layers(system)
     smoothed, chosen = smooth(graph, system.router.weights, seen, partial(for_tensors, alphas=(0.6,)))
     assert set(chosen.values()) == {0.6}
     layer = "model.layers.0"
@@ -139,14 +145,7 @@ def test_the_scales_are_those_of_the_paper(observed_router: tuple[System, Graph,
 def test_scales_for_blocks_are_those_of_usual_tokens(observed_router: tuple[System, Graph, dict[str, Observer]]) -> None:
     """Against activations hooked in plain torch and weights from the checkpoint."""
     system, graph, seen = observed_router
-    model = load(system.router)
-    inputs: dict[str, np.ndarray] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0][0].numpy()}))
-    with torch.no_grad():
-        model(input_ids=torch.tensor([IDS]), use_cache=False)
-    weight = {name: module.weight.detach().numpy() for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    inputs, weight = linear_layers(system)
     smoothed, chosen = smooth(graph, system.router.weights, seen, for_blocks)
     assert set(chosen.values()) == {0.5}
     layer = "model.layers.0"

@@ -145,9 +145,9 @@ def test_experts_come_and_go_in_the_folder_and_at_run_time(shared: SharedSystem,
         expected, scores = rt.generate(IDS[:20], 12), rt.score(IDS)
         session = rt.session()
         session.append(IDS[:20])
-        kept = rt.backend.experts[1].factors  # type: ignore[attr-defined]
+        factors = rt.backend.experts[1].factors  # type: ignore[attr-defined]
         rt.remove_expert("expert0")
-        assert rt.backend.experts[0].factors is kept, "it stays where it is on the device"  # type: ignore[attr-defined]
+        assert rt.backend.experts[0].factors is factors, "it stays where it is on the device"  # type: ignore[attr-defined]
         assert np.array_equal(rt.score(IDS).routing, scores.routing[:, 1:]) and rt.generate(IDS[:20], 4).experts == ["expert1"] * 4
         assert [session.step().id for _ in range(12)] == expected.token_ids, "it began with both"
         rt.add_expert(shared.experts["expert0"], "expert0")

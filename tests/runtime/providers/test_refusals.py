@@ -3,9 +3,7 @@
 The packages are stand-ins: there is no GPU here.
 """
 
-import logging
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ import onnxruntime
 import pytest
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends import DEVICES, KNOWN, LOG, BackendOptions
+from fusionroute.runtime.backends import DEVICES, KNOWN, BackendOptions
 from fusionroute.runtime.backends.device_buffers import Place
 from fusionroute.runtime.backends.ort_cpu import OrtCpu
 from fusionroute.runtime.backends.ort_gpu import OrtGpu
@@ -31,21 +29,6 @@ from tests.runtime.providers.conftest import CPU, on_cpu
 from tests.support.commands import in_folder
 
 GPU = "fusionroute.runtime.backends.providers.device_sm"
-
-
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    """The lines that the runtime logs."""
-    lines: list[str] = []
-
-    class Kept(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    handler = Kept()
-    LOG.addHandler(handler)
-    yield lines
-    LOG.removeHandler(handler)
 
 
 class Opened:
