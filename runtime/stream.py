@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+from fusionroute.runtime.arguments import check_names
+from fusionroute.runtime.chat import ChatOptions
 from fusionroute.runtime.exclusive import Exclusive
 from fusionroute.runtime.sampling import SamplingOptions
 from fusionroute.runtime.text import Token
 
 
-class StreamOptions(SamplingOptions, total=False):
+class TextOptions(SamplingOptions, ChatOptions, total=False):
+    """How tokens are chosen, and what a chat template is given."""
+
+
+class StreamOptions(TextOptions, total=False):
     """The options of `FusionRuntime.stream`, which `generate` passes on."""
 
     stop: str | Sequence[str] | None
@@ -21,6 +27,14 @@ class StreamOptions(SamplingOptions, total=False):
     expert: str | None
     cancel: threading.Event | None
     deadline: float | None
+
+
+def split(options: Mapping[str, Any]) -> tuple[ChatOptions, SamplingOptions]:
+    """`TextOptions` by what they are for. Raises InputError for an unknown name."""
+    check_names(options, ("max_new_tokens", *StreamOptions.__annotations__))
+    chat = {name: value for name, value in options.items() if name in ChatOptions.__annotations__}
+    sampling = {name: value for name, value in options.items() if name not in chat}
+    return cast(ChatOptions, chat), cast(SamplingOptions, sampling)
 
 
 @dataclass(frozen=True)
