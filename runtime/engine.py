@@ -85,12 +85,16 @@ class FusionRuntime:
         share_weights: bool = False,
         on_expert_failure: str = "raise",
         verify: bool = False,
+        verify_key: str | Path | None = None,
         trusted: bool = False,
     ) -> FusionRuntime:
         """Open a bundle.
 
         `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported. At the first load on this
         machine, and with `verify` at each, every file is hashed; `verify` also looks for weights that are not finite.
+
+        `verify_key`: the file of a public key (PEM, Ed25519) whose owner must have signed the bundle, see
+        `fusionroute sign`. No file may then lie in the bundle that the signed manifest does not name.
 
         `speculation="auto"` drafts tokens ahead where that pays on this machine. Greedy output is the same in fp32, and
         sampling keeps its distribution. Quantised models round a single token differently from several: with `exact`
@@ -122,7 +126,7 @@ class FusionRuntime:
             on_expert_failure=on_expert_failure,
         )  # fmt: skip
         check_device(options.device)
-        opened = Bundle.open(path("bundle", bundle))
+        opened = Bundle.open(path("bundle", bundle), None if verify_key is None else path("verify_key", verify_key))
         with checked(opened, flag("verify", verify), flag("trusted", trusted)) as tokenizer_is_tried:
             return cls(opened, options, tokenizer_is_tried)
 

@@ -10,7 +10,7 @@ from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 from rich.text import Text as Styled
 
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust, VerifyKey
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Fusion
@@ -52,6 +52,7 @@ def generate(
     expert_memory: Annotated[
         int | None, typer.Option(min=1, help="MiB of GPU memory for the experts' weights; the others wait in host memory.")
     ] = None,
+    verify_key: VerifyKey = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -70,7 +71,13 @@ def generate(
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     budget = None if expert_memory is None else expert_memory << 20
-    options: dict[str, Any] = {"speculation": speculation, "exact": exact, "expert_memory": budget, "trusted": trust}
+    options: dict[str, Any] = {
+        "speculation": speculation,
+        "exact": exact,
+        "expert_memory": budget,
+        "verify_key": verify_key,
+        "trusted": trust,
+    }
     with FusionRuntime.load(bundle, precision, device, **options) as runtime:
         stream = runtime.stream(given, max_new_tokens, stop=stop or (), fusion=fusion, lam=lam, expert=expert, **asdict(sampling))
         if as_json:
