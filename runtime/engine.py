@@ -61,10 +61,9 @@ class FusionRuntime:
 
     def __repr__(self) -> str:
         system = self._sets.current.system
-        closed = ", closed" if system.closed else ""
         return (
             f"<FusionRuntime of {str(self.bundle.folder)!r}: {self.precision} on {system.device}, "
-            f"experts {', '.join(self.expert_names)}, fusion={self.fusion!r}, lam={self.lam:g}{closed}>"
+            f"experts {', '.join(self.expert_names)}, fusion={self.fusion!r}, lam={self.lam:g}{', closed' if system.closed else ''}>"
         )
 
     @classmethod
