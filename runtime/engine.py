@@ -14,14 +14,17 @@ from fusionroute.runtime.arguments import token_ids as whole_ids
 from fusionroute.runtime.backends import Backend, check_device
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
-from fusionroute.runtime.errors import FusionError, InputError, NumericalError
+from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.expert_sets import ExpertSets
+from fusionroute.runtime.generation import ending_tokens
+from fusionroute.runtime.grammar import Grammar
+from fusionroute.runtime.grammar_compiler import GrammarCompiler
 from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients
 from fusionroute.runtime.prompt import Prompt, PromptEncoder
-from fusionroute.runtime.sampling import Sampler, SamplingOptions, sampling_of
-from fusionroute.runtime.scoring import Scores, positions_to_score, score
+from fusionroute.runtime.sampling import SamplingOptions, sampler_of, sampling_of
+from fusionroute.runtime.scoring import Scores, positions_to_score
 from fusionroute.runtime.session import Session
 from fusionroute.runtime.stream import Result, Stream, StreamOptions
 from fusionroute.runtime.text import Text, TextStream, Token
@@ -56,6 +59,7 @@ class FusionRuntime:
             raise
         self.precision = self._sets.current.system.precision
         self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
+        self._grammars = GrammarCompiler(self._prompts.tokenizer, self.vocab_size, manifest.eos_token_ids)
 
     def __repr__(self) -> str:
         system = self._sets.current.system
@@ -199,6 +203,10 @@ class FusionRuntime:
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         *,
         stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        min_new_tokens: int = 0,
+        grammar: Grammar | None = None,
         fusion: str | None = None,
         lam: float | None = None,
         expert: str | None = None,
@@ -207,6 +215,11 @@ class FusionRuntime:
         **sampling: Unpack[SamplingOptions],
     ) -> Stream:
         """Generate token by token. `sampling` are the fields of `Sampling` (greedy by default).
+
+        The text ends before a `stop` string, at one of `stop_token_ids`, and at an end-of-sequence token unless
+        `ignore_eos`. Neither these tokens nor such ids are handed out. They are not chosen before there are
+        `min_new_tokens`; stop strings end a text at any length. `grammar`: what the text must look like, its end
+        included; a text that is cut at `max_new_tokens` may be the beginning of such a text.
 
         `cancel`, once another thread sets it, and `deadline`, in seconds from this call, end the text within a token,
         also while the prompt is encoded and read; `finish_reason` is then "cancelled" or "deadline", and the tokens so far stand.
@@ -217,7 +230,13 @@ class FusionRuntime:
         """
         _ = self.backend  # closed runtimes say so first
         cancellation, max_new_tokens = Cancellation(cancel, deadline), whole("max_new_tokens", max_new_tokens, 1)
-        sampler = Sampler(sampling_of(sampling))
+        eos = () if flag("ignore_eos", ignore_eos) else self.bundle.manifest.eos_token_ids
+        ends = ending_tokens(eos, stop_token_ids, self.vocab_size)
+        least = whole("min_new_tokens", min_new_tokens, 0)
+        if grammar is not None and ignore_eos:
+            raise InputError("A grammar ends a text with an end-of-sequence token: leave out ignore_eos or the grammar.")
+        masks = None if grammar is None else cancellation.wait_for(lambda: self._grammars.masks(grammar))
+        sampler = sampler_of(sampling_of(sampling), self.vocab_size, ends, least, masks)
         coefficients = self._coefficients(fusion, lam)
         experts = self._sets.current
         pinned = experts.index(expert)
@@ -227,7 +246,7 @@ class FusionRuntime:
         except Interrupted:
             return Stream.ended(cancellation.reason or "cancelled")
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
-        return experts.stream(ids, sampler, coefficients, pinned, output, limit, cancellation)
+        return experts.stream(ids, sampler, coefficients, pinned, output, ends, limit, cancellation)
 
     def score(
         self,
@@ -248,17 +267,7 @@ class FusionRuntime:
         ids, chunk = whole_ids(token_ids), whole("chunk", chunk, 1)
         asked = positions_to_score(len(ids), positions)
         coefficients = self._coefficients(fusion, lam)
-        experts = self._sets.current
-        decoder = experts.pool.take((), experts.decoder)
-        try:
-            decoder.rewind(0)
-            decoder.append(ids)
-            return score(decoder.readers, decoder.step.fuser, decoder.step.numerics, self.vocab_size, asked, chunk, coefficients)
-        except NumericalError as error:
-            decoder.discard(error)
-            raise
-        finally:
-            experts.give_back(decoder)
+        return self._sets.current.score(ids, asked, chunk, coefficients)
 
     def session(self, fusion: str | None = None, lam: float | None = None, expert: str | None = None) -> Session:
         """A new empty session with its own KV caches. `expert`: answers every token instead of the routed one.

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+from fusionroute.runtime.arguments import shown, whole_numbers
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.decoder import Decoder
+from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.sampling import Sampler
 from fusionroute.runtime.stream import End
 from fusionroute.runtime.text import TextStream, Token
+
+
+def ending_tokens(eos: Iterable[int], stop_token_ids: Sequence[int], vocab: int) -> frozenset[int]:
+    """The tokens that end a text. Raises InputError for ids that are outside the vocabulary."""
+    ids = whole_numbers(stop_token_ids, "stop_token_ids")
+    if wrong := [id for id in ids if not 0 <= id < vocab]:
+        raise InputError(f"Token id {shown(wrong[0])} of stop_token_ids is outside the vocabulary: expected 0 to {vocab - 1}.")
+    return frozenset((*eos, *ids))
 
 
 def generate_tokens(
@@ -19,10 +29,13 @@ def generate_tokens(
     coefficients: tuple[float, float],
     pinned: int | None,
     text: TextStream,
+    ends: frozenset[int],
     limit: int,
     cancellation: Cancellation,
 ) -> Iterator[Token | End]:
     """At most `limit` tokens behind the appended prompt, as their text becomes certain; then the reason for the end.
+
+    `ends`: tokens that end the text, and are not part of it.
 
     Raises ClosedError after the runtime was closed.
     """
@@ -33,10 +46,13 @@ def generate_tokens(
     try:
         for left in range(limit, 0, -1):
             cancellation.check()
+            if not ready and decoder.step.complete(sampler):
+                reason = "stop"
+                break
             if not ready:
                 ready.extend(decoder.advance_some(sampler, coefficients, pinned, MAX_ROUND_TOKENS if whole_rounds else left))
             token = ready.popleft()
-            if token.id in decoder.eos:
+            if token.id in ends:
                 reason = "stop"
                 break
             yield from text.push(token)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fusionroute.runtime.exclusive import Exclusive
+from fusionroute.runtime.grammar import Grammar
 from fusionroute.runtime.sampling import SamplingOptions
 from fusionroute.runtime.text import Token
 
@@ -16,6 +17,10 @@ class StreamOptions(SamplingOptions, total=False):
     """The options of `FusionRuntime.stream`, which `generate` passes on."""
 
     stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    min_new_tokens: int
+    grammar: Grammar | None
     fusion: str | None
     lam: float | None
     expert: str | None
@@ -28,7 +33,7 @@ class Result:
     """A finished generation. `token_ids` and `experts` (one name per token) exclude the end-of-sequence token.
 
     finish_reason: "stop" (end of sequence or a stop string), "length" (max_new_tokens or the context), "cancelled",
-    "deadline". drafted, accepted: tokens that speculation guessed, and how many of them held.
+    "deadline". drafted, accepted: tokens that speculation guessed, and how many of them held. top_logprobs: see `Token`.
     """
 
     text: str
@@ -38,6 +43,7 @@ class Result:
     finish_reason: str
     drafted: int = 0
     accepted: int = 0
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
     @classmethod
     def of(cls, tokens: Sequence[Token], stream: Stream) -> Result:
@@ -50,6 +56,7 @@ class Result:
             finish_reason=stream.finish_reason or "cancelled",
             drafted=stream.drafted,
             accepted=stream.accepted,
+            top_logprobs=[token.top_logprobs for token in tokens],
         )
 
 
