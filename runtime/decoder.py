@@ -15,6 +15,7 @@ from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.plain_step import PlainStep
 from fusionroute.runtime.readers import Readers
 from fusionroute.runtime.sampling import Sampler
+from fusionroute.runtime.scoring import Scores, score_last
 from fusionroute.runtime.text import Token
 from fusionroute.runtime.token_sequence import TokenSequence
 
@@ -116,6 +117,26 @@ class Decoder:
         except FusionError as error:
             self._let_router_answer(error)
             return [self.advance(sampler, coefficients, pinned)]
+
+    def score(self, ids: Iterable[int], coefficients: tuple[float, float], pinned: int | None) -> Scores:
+        """Append tokens, and judge each of them, see `score_last`.
+
+        Raises InputError as `append` does, and for an empty text; NumericalError and ClosedError: the text is as it was
+        then.
+        """
+        length = len(self.sequence.ids)
+        if not length:
+            raise InputError("The session holds no tokens: append a prompt of at least one token first.")
+        self.sequence.start_decoding()
+        self.append(ids)
+        count = len(self.sequence.ids) - length
+        try:
+            return score_last(self.readers, self.step.fuser, self.step.numerics, self.step.vocab_size, count, coefficients, pinned)
+        except BaseException as error:
+            self.rewind(length)
+            if isinstance(error, NumericalError):
+                self.discard(error)
+            raise
 
     def discard(self, error: NumericalError) -> int | None:
         """Forget what the model at fault has read, which may not be finite: its number, 0 for the router; None: all."""

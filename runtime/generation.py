@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
-from fusionroute.runtime.arguments import shown, whole_numbers
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.decoder import Decoder
-from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.sampling import Sampler
 from fusionroute.runtime.stream import End
 from fusionroute.runtime.text import TextStream, Token
-
-
-def ending_tokens(eos: Iterable[int], stop_token_ids: Sequence[int], vocab: int) -> frozenset[int]:
-    """The tokens that end a text. Raises InputError for ids that are outside the vocabulary."""
-    ids = whole_numbers(stop_token_ids, "stop_token_ids")
-    if wrong := [id for id in ids if not 0 <= id < vocab]:
-        raise InputError(f"Token id {shown(wrong[0])} of stop_token_ids is outside the vocabulary: expected 0 to {vocab - 1}.")
-    return frozenset((*eos, *ids))
 
 
 def generate_tokens(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.runtime.arguments import real, shown, whole
+from fusionroute.runtime.arguments import check_names, real, shown, whole
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.grammar_masks import GrammarMasks
 from fusionroute.runtime.logits_processor import LogitsProcessor, Penalties
@@ -96,9 +96,7 @@ def checked_bias(bias: object) -> dict[int, float]:
 
 def sampling_of(options: Mapping[str, Any]) -> Sampling:
     """`Sampling` from keyword arguments. Raises InputError for an unknown name too."""
-    if unknown := options.keys() - Sampling.__dataclass_fields__.keys():
-        known = ", ".join(Sampling.__dataclass_fields__)
-        raise InputError(f"Unknown option {', '.join(sorted(map(str, unknown)))}: expected some of {known}.")
+    check_names(options, tuple(Sampling.__dataclass_fields__))
     return Sampling(**options)
 
 

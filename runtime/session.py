@@ -13,6 +13,7 @@ from fusionroute.runtime.decoder import Decoder
 from fusionroute.runtime.exclusive import Exclusive
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.sampling import Sampler, Sampling, SamplingOptions, sampler_of, sampling_of
+from fusionroute.runtime.scoring import Scores
 from fusionroute.runtime.text import Text, TextStream, Token
 
 if TYPE_CHECKING:
@@ -106,6 +107,20 @@ class Session:
                 token.text = "".join(ready.text for ready in self._text.push(token))
             return tokens
 
+    def score(self, ids: Iterable[int], *, fusion: str | None = None, lam: float | None = None) -> Scores:
+        """Append tokens, and judge each of them: teacher-forced fused logits, one row a token.
+
+        Row t is the distribution that `ids[t]` would have been chosen from. What was read of the text before is not
+        read again, so several endings of one text cost the text once: `rewind` to its length between them. With
+        `expert` and `lam=0` the router does not run, and `routing` is NaN.
+
+        Raises InputError as `append` does and for an empty session, NumericalError, ClosedError: the text is as it was
+        then.
+        """
+        with self._in_use:
+            self._text = TextStream(self._tokenizer)
+            return self._decoder.score(ids, self._coefficients(fusion, lam), self._pinned)
+
     @property
     def logits(self) -> npt.NDArray[np.float32]:
         """Fused logits that the newest token was chosen from, float32 [V], after the penalty, before the temperature.
@@ -122,4 +137,8 @@ class Session:
             settings = sampling_of(sampling)
             if settings != self._sampler.sampling:
                 self._sampler = sampler_of(settings, self._decoder.vocab_size)
-        return self._sampler, fusion_coefficients(fusion or self._fusion, self._lam if lam is None else lam)
+        return self._sampler, self._coefficients(fusion, lam)
+
+    def _coefficients(self, fusion: str | None, lam: float | None) -> tuple[float, float]:
+        """Weights of router and expert logits, by default those of this session. Raises InputError."""
+        return fusion_coefficients(fusion or self._fusion, self._lam if lam is None else lam)

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+from fusionroute.runtime.arguments import check_names
+from fusionroute.runtime.chat import ChatOptions
 from fusionroute.runtime.exclusive import Exclusive
-from fusionroute.runtime.grammar import Grammar
 from fusionroute.runtime.sampling import SamplingOptions
 from fusionroute.runtime.text import Token
+from fusionroute.runtime.text_rules import RuleOptions, TextRules
 
 
-class StreamOptions(SamplingOptions, total=False):
+class TextOptions(SamplingOptions, RuleOptions, ChatOptions, total=False):
+    """How tokens are chosen, what the text must look like, and what a chat template is given."""
+
+
+class StreamOptions(TextOptions, total=False):
     """The options of `FusionRuntime.stream`, which `generate` passes on."""
 
     stop: str | Sequence[str] | None
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
-    min_new_tokens: int
-    grammar: Grammar | None
     fusion: str | None
     lam: float | None
     expert: str | None
     cancel: threading.Event | None
     deadline: float | None
+
+
+def split(options: Mapping[str, Any]) -> tuple[ChatOptions, TextRules, SamplingOptions]:
+    """`TextOptions` by what they are for. Raises InputError for an unknown name."""
+    check_names(options, ("max_new_tokens", *StreamOptions.__annotations__))
+    chat = {name: value for name, value in options.items() if name in ChatOptions.__annotations__}
+    rules = {name: value for name, value in options.items() if name in RuleOptions.__annotations__}
+    sampling = {name: value for name, value in options.items() if name not in chat and name not in rules}
+    return cast(ChatOptions, chat), TextRules(**rules), cast(SamplingOptions, sampling)
 
 
 @dataclass(frozen=True)

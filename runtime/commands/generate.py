@@ -12,7 +12,7 @@ from rich.style import Style
 from rich.text import Text as Styled
 
 from fusionroute.runtime.commands.grammar import JsonSchema, Lark, Regex, read_grammar
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust, VerifyKey
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Fusion
@@ -66,6 +66,7 @@ def generate(
     json_schema: JsonSchema = None,
     regex: Regex = None,
     lark: Lark = None,
+    verify_key: VerifyKey = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -89,7 +90,13 @@ def generate(
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     budget = None if expert_memory is None else expert_memory << 20
-    options: dict[str, Any] = {"speculation": speculation, "exact": exact, "expert_memory": budget, "trusted": trust}
+    options: dict[str, Any] = {
+        "speculation": speculation,
+        "exact": exact,
+        "expert_memory": budget,
+        "verify_key": verify_key,
+        "trusted": trust,
+    }
     with FusionRuntime.load(bundle, precision, device, **options) as runtime:
         stream = runtime.stream(
             given, max_new_tokens, stop=stop or (), stop_token_ids=stop_id or (), ignore_eos=ignore_eos, min_new_tokens=min_new_tokens,
