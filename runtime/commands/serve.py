@@ -1,6 +1,6 @@
 """`fusionroute serve`: a bundle behind OpenAI's protocol."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,12 +36,12 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a bundle to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /health, /metrics."""
-    settings = {
+    settings: dict[str, Any] = {
         "host": host, "port": port, "api_key": api_key or None, "insecure": insecure, "cors": tuple(cors or ()), "queue": queue,
         "body_bytes": max_body << 10, "seconds": timeout, "drain_seconds": drain,
     }  # fmt: skip
     try:
-        Settings(model="", **settings)  # says what is wrong before anything is loaded  # type: ignore[arg-type]
+        Settings(model="", **settings)  # says what is wrong before anything is loaded
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     manifest = Bundle.open(bundle).manifest
@@ -49,4 +49,4 @@ def serve(
     each = max((session_bytes(manifest, name) for name in known), default=0) if known else 0
     count = sessions or sessions_within(None if memory is None else memory << 20, max(each, 1))
     runtime = FusionRuntime.load(bundle, precision, device, speculation=speculation, threads=threads, prefix_cache=count, trusted=trust)
-    listen(runtime, Settings(model=model or bundle.resolve().name, sessions=count, **settings))  # type: ignore[arg-type]
+    listen(runtime, Settings(model=model or bundle.resolve().name, sessions=count, **settings))
