@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ class Exporter:
             reached.unlink()
         if after is not None:
             time.sleep(after)
-            os.kill(child, signal.SIGKILL)  # a zombie, if it has ended: nobody has asked for its status yet
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(child, signal.SIGKILL)
         return int(self._line()), err.read_text()
 
     def _start(self, order: dict[str, Any]) -> int:
