@@ -56,7 +56,7 @@ class Served:
 @contextmanager
 def served(runtime: FusionRuntime, **settings: Any) -> Iterator[Served]:
     """Serve a runtime, which is closed at the end."""
-    running = Served(runtime, Settings(MODEL, **settings))
+    running = Served(runtime, Settings(**{"model": MODEL} | settings))
     try:
         yield running
     finally:
