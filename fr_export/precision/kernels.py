@@ -1,37 +1,11 @@
-"""Loops over single weights, compiled by numba: numpy would pass over a matrix ten times for what each does at once, and
-would take turns with other threads between its short calls.
-
-Machine code is kept in `__pycache__`, or else in the user's cache folder.
-"""
-
-from collections.abc import Callable
-from typing import Any, TypeVar
+"""The compiled loops of rounding: each does in one pass over the weights what would take numpy ten."""
 
 import numpy as np
-from numba import float32, int64, njit, types, uint8
+from numba import float32, int64, uint8
 
-Kernel = TypeVar("Kernel", bound=Callable[..., None])
+from fusionroute.calibration.compiled import compiled, read
 
 RUN = 128  # rows that `round_channels` takes at a time: their errors stay in a core's cache
-
-
-def read(dtype: Any, dimensions: int, layout: str = "C") -> Any:
-    """The type of an array that a kernel reads."""
-    return types.Array(dtype, dimensions, layout, readonly=True)
-
-
-def compiled(*arguments: Any, fastmath: set[str]) -> Callable[[Kernel], Kernel]:
-    """Compile for arguments of these types, to run beside other threads. Sums may be in any order where `fastmath` says so."""
-
-    def compile(kernel: Kernel) -> Kernel:
-        options = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
-        try:
-            machine_code: Kernel = njit(types.void(*arguments), cache=True, **options)(kernel)
-        except RuntimeError:  # there is no folder to keep it in
-            machine_code = njit(types.void(*arguments), **options)(kernel)
-        return machine_code
-
-    return compile
 
 
 def extremes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +18,7 @@ def extremes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-@compiled(read(float32, 3), float32[:, ::1], float32[:, ::1], fastmath={"reassoc", "nnan", "nsz"})
+@compiled(read(float32, 3), float32[:, ::1], float32[:, ::1])
 def fill_extremes(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
     """See `extremes`: low, high are filled."""
     for row in range(rows.shape[0]):
@@ -57,8 +31,7 @@ def fill_extremes(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
 
 
 @compiled(
-    read(float32, 3), read(float32, 2), read(float32, 3), read(float32, 3), float32, uint8[:, ::1],
-    fastmath={"reassoc", "contract", "nnan", "nsz"},
+    read(float32, 3), read(float32, 2), read(float32, 3), read(float32, 3), float32, uint8[:, ::1], any_order=True,
 )  # fmt: skip
 def best_candidates(rows: np.ndarray, importance: np.ndarray, steps: np.ndarray, zeros: np.ndarray, top: float, best: np.ndarray) -> None:
     """For each block the first candidate whose rounding has the least squared error Σ importance·(ŵ − w)².
@@ -83,7 +56,7 @@ def best_candidates(rows: np.ndarray, importance: np.ndarray, steps: np.ndarray,
 
 @compiled(
     read(float32, 2), read(float32, 2), read(float32, 2, "A"), read(int64, 1), read(float32, 2), read(float32, 2), float32,
-    float32[:, ::1], uint8[:, ::1], fastmath={"contract"},
+    float32[:, ::1], uint8[:, ::1],
 )  # fmt: skip
 def round_channels(
     weights: np.ndarray, values: np.ndarray, shares: np.ndarray, blocks: np.ndarray, steps: np.ndarray, zeros: np.ndarray,
