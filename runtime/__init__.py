@@ -5,6 +5,7 @@ Needs no torch, transformers or onnx.
 
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.errors import BundleError, BusyError, ClosedError, FusionError, InputError, NumericalError, UnavailableError
+from fusionroute.runtime.grammar import Grammar
 from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.scoring import Scores
 from fusionroute.runtime.session import Session
@@ -19,6 +20,7 @@ __all__ = [
     "ClosedError",
     "FusionError",
     "FusionRuntime",
+    "Grammar",
     "InputError",
     "NumericalError",
     "Result",

@@ -32,7 +32,7 @@ class Decoder:
     def __init__(self, system: LoadedSystem, costs: Costs | None, eos: frozenset[int]):
         """`costs` None: without speculation. Raises ClosedError once the system is closed, and in a forked process."""
         _ = system.backend  # says so before a lock is taken: a thread that stayed behind a fork may hold it forever
-        self._system, self.eos = system, eos
+        self._system, self.eos, self.vocab_size = system, eos, system.vocab_size
         self.sequence = TokenSequence()
         self.readers = Readers(system, self.sequence)
         self.step = PlainStep(system, self.readers)
@@ -57,7 +57,7 @@ class Decoder:
             raise InputError(
                 f"{total} tokens do not fit the context of {capacity}: shorten the prompt or export with a larger --max-seq-len."
             )
-        self.sequence.ids += new
+        self.sequence.append(new)
         self.step.newest = None
 
     def rewind(self, length: int) -> None:
@@ -165,7 +165,7 @@ class Decoder:
         """
         if self.step.newest is None:
             raise InputError("There are no logits: call `step` first, and read them before `append` or `rewind`.")
-        return self.step.fuser.row(self.step.newest)
+        return self.step.newest_row()
 
     @property
     def drafted(self) -> int:

@@ -187,7 +187,7 @@ class Readers:
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens, here and in every model."""
-        del self.sequence.ids[length:]
+        self.sequence.truncate(length)
         self.router.truncate(length)
         for expert in self.experts:
             expert.truncate(length)

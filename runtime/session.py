@@ -12,7 +12,7 @@ from fusionroute.runtime.arguments import whole
 from fusionroute.runtime.decoder import Decoder
 from fusionroute.runtime.exclusive import Exclusive
 from fusionroute.runtime.options import fusion_coefficients
-from fusionroute.runtime.sampling import Sampler, Sampling, SamplingOptions, sampling_of
+from fusionroute.runtime.sampling import Sampler, Sampling, SamplingOptions, sampler_of, sampling_of
 from fusionroute.runtime.scoring import Scores
 from fusionroute.runtime.text import Text, TextStream, Token
 
@@ -136,7 +136,7 @@ class Session:
         if sampling or self._sampler.sampling != GREEDY:
             settings = sampling_of(sampling)
             if settings != self._sampler.sampling:
-                self._sampler = Sampler(settings)
+                self._sampler = sampler_of(settings, self._decoder.vocab_size)
         return self._sampler, self._coefficients(fusion, lam)
 
     def _coefficients(self, fusion: str | None, lam: float | None) -> tuple[float, float]:

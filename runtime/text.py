@@ -33,6 +33,7 @@ class Token:
     """One generated token.
 
     `logprob` is that of the fused distribution at temperature 1; `text` is what it adds to the decoded text.
+    `top_logprobs`: the likeliest ids with their log-probabilities in the same distribution, as many as were asked for.
     """
 
     id: int
@@ -40,6 +41,7 @@ class Token:
     logprob: float
     routing: npt.NDArray[np.float32] = field(compare=False)  # [n_experts]
     text: str = ""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 class Text:
@@ -81,6 +83,11 @@ class Text:
     def longest(self) -> int:
         """Characters of the longest token."""
         return max(map(len, self._tokenizer.get_vocab()), default=1)
+
+    def json(self) -> str:
+        """The tokenizer as a tokenizer.json, without truncation and padding."""
+        content: str = self._tokenizer.to_str()
+        return content
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens of tokenizer.json (BOS); `special=False` for text from a chat template.

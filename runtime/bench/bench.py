@@ -34,7 +34,8 @@ HALF = ("fp16", "bf16")
 class BenchOptions:
     """What to measure. `precisions`: None for all that the bundle has for the device. `rows`: see `workload.workloads`.
 
-    `sequential`: one precision after the other, where they do not fit in memory together.
+    `sequential`: one precision after the other, where they do not fit in memory together. `verify_key`: as of
+    `FusionRuntime.load`.
     """
 
     precisions: tuple[str, ...] | None = None
@@ -45,11 +46,12 @@ class BenchOptions:
     repeats: int = 5
     rows: str = FUSED
     sequential: bool = False
+    verify_key: Path | None = None
 
 
 def bench(folder: Path, options: BenchOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Measure a bundle; returns the object that `--json` prints. Raises FusionError subclasses."""
-    bundle = Bundle.open(folder)
+    bundle = Bundle.open(folder, options.verify_key)
     device = resolved(bundle, options.device)
     gpu = None if device == "cpu" else Device()
     names = precision_names(bundle, device, options.precisions)
@@ -130,7 +132,14 @@ def load(
         start = time.perf_counter()
         runtime = stack.enter_context(
             # every text is read from its beginning, however often it was read before
-            FusionRuntime.load(bundle.folder, name, device, speculation="auto" if DRAFTS in options.rows else "off", prefix_cache=0)
+            FusionRuntime.load(
+                bundle.folder,
+                name,
+                device,
+                speculation="auto" if DRAFTS in options.rows else "off",
+                prefix_cache=0,
+                verify_key=options.verify_key,
+            )
         )
         seconds = time.perf_counter() - start
         units = {(name, workload): unit(workload, runtime, ids, options.new_tokens) for workload in workloads(options.rows, runtime)}

@@ -11,7 +11,7 @@ from fusionroute.runtime.bench import bench as benchmark
 from fusionroute.runtime.bench.figure import library, plot
 from fusionroute.runtime.bench.page import write_page
 from fusionroute.runtime.bench.table import show
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, names
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, VerifyKey, names
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.terminal import Terminal
 
@@ -32,6 +32,7 @@ def bench(
     ] = "fused",
     sequential: Annotated[bool, typer.Option("--sequential", help="One precision at a time in memory, not in turns.")] = False,
     as_json: Json = False,
+    verify_key: VerifyKey = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write charts to this PNG file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
     debug: Debug = False,
@@ -49,6 +50,7 @@ def bench(
         repeats=repeats,
         rows=rows,
         sequential=sequential,
+        verify_key=verify_key,
     )
     console = Terminal(stderr=True)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())

@@ -1,6 +1,7 @@
 """`fusionroute generate`: stream text from a bundle, and show which expert each token came from."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Annotated, Any, Literal
@@ -10,7 +11,8 @@ from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 from rich.text import Text as Styled
 
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust
+from fusionroute.runtime.commands.grammar import JsonSchema, Lark, Regex, read_grammar
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust, VerifyKey
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Fusion
@@ -37,7 +39,16 @@ def generate(
     top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0: off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted for tokens that the answer holds; 0: off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same for each time that it holds them; 0: off.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit, -inf bars it; repeat for several.")
+    ] = None,
+    top_logprobs: Annotated[int, typer.Option(help="With --json: this many of the likeliest tokens at each place.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeat for several.")] = None,
+    stop_id: Annotated[list[int] | None, typer.Option(help="End at this token; repeat for several.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at end-of-sequence tokens.")] = False,
+    min_new_tokens: Annotated[int, typer.Option(help="Tokens before the text may end by itself.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal text.")] = None,
     fusion: Annotated[Fusion | None, typer.Option(help="Default: as exported.")] = None,
     lam: Annotated[float | None, typer.Option("--lambda", help="λ of the weighted fusion; default as exported.")] = None,
@@ -52,6 +63,10 @@ def generate(
     expert_memory: Annotated[
         int | None, typer.Option(min=1, help="MiB of GPU memory for the experts' weights; the others wait in host memory.")
     ] = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    lark: Lark = None,
+    verify_key: VerifyKey = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -65,14 +80,29 @@ def generate(
         raise typer.BadParameter(f"{max_new_tokens} is out of range; expected at least 1", param_hint="--max-new-tokens")
     try:  # wrong values end here, before anything is loaded
         given = read_prompt(prompt, prompt_ids, chat)
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        penalties = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
+        grammar = read_grammar(json_schema, regex, lark)
+        biases = read_biases(logit_bias or ())
+        sampling = Sampling(
+            temperature, top_k, top_p, min_p, repetition_penalty, seed, logit_bias=biases, top_logprobs=top_logprobs, **penalties
+        )
         check_fusion(fusion, lam)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     budget = None if expert_memory is None else expert_memory << 20
-    options: dict[str, Any] = {"speculation": speculation, "exact": exact, "expert_memory": budget, "trusted": trust}
+    options: dict[str, Any] = {
+        "speculation": speculation,
+        "exact": exact,
+        "expert_memory": budget,
+        "verify_key": verify_key,
+        "trusted": trust,
+    }
     with FusionRuntime.load(bundle, precision, device, **options) as runtime:
-        stream = runtime.stream(given, max_new_tokens, stop=stop or (), fusion=fusion, lam=lam, expert=expert, **asdict(sampling))
+        stream = runtime.stream(
+            given, max_new_tokens, stop=stop or (), stop_token_ids=stop_id or (), ignore_eos=ignore_eos, min_new_tokens=min_new_tokens,
+            grammar=grammar,
+            fusion=fusion, lam=lam, expert=expert, **asdict(sampling),
+        )  # fmt: skip
         if as_json:
             print_json(as_object(list(stream), stream, runtime.precision))
         else:
@@ -89,6 +119,14 @@ def read_prompt(prompt: str | None, prompt_ids: str | None, chat: bool) -> Promp
         raise InputError(f"--prompt-ids '{prompt_ids}' is no comma list of whole numbers, such as 2,17,5.") from error
 
 
+def read_biases(biases: Sequence[str]) -> dict[int, float] | None:
+    """What `--logit-bias` gives, None for nothing. Raises InputError for what is no ID=BIAS."""
+    try:
+        return {int(id): float(bias) for id, bias in (each.split("=", 1) for each in biases)} or None
+    except ValueError as error:
+        raise InputError("--logit-bias is no ID=BIAS of a token id and a number, such as 17=-4.5.") from error
+
+
 def as_object(tokens: list[Token], stream: Stream, precision: str) -> dict[str, Any]:
     """What --json prints of a stream that has ended."""
     return {
@@ -96,6 +134,7 @@ def as_object(tokens: list[Token], stream: Stream, precision: str) -> dict[str, 
         "token_ids": [token.id for token in tokens],
         "experts": [token.expert for token in tokens],
         "logprobs": [token.logprob for token in tokens],
+        **({"top_logprobs": [token.top_logprobs for token in tokens]} if any(token.top_logprobs for token in tokens) else {}),
         "finish_reason": stream.finish_reason,
         "precision": precision,
         "drafted": stream.drafted,

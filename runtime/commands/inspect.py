@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Json
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Json, VerifyKey
 from fusionroute.runtime.finite_weights import check_finite
 from fusionroute.runtime.manifest import Manifest, Variant
+from fusionroute.runtime.manifest_file import read_signature
 from fusionroute.runtime.tables import tables
 from fusionroute.runtime.tensorrt.library import NAMES
 from fusionroute.runtime.terminal import Terminal, print_json
@@ -21,17 +22,20 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash every file, compare with the manifest, and look for weights that are not finite.")
     ] = False,
+    verify_key: VerifyKey = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show the models, precisions and sizes of a bundle; with --verify, check every hash."""
-    opened = Bundle.open(bundle)
+    """Show the models, precisions and sizes of a bundle; with --verify or --verify-key, check every hash."""
+    opened = Bundle.open(bundle, verify_key)
+    verify = verify or verify_key is not None
+    signed = read_signature(bundle) is not None
     if verify:
         opened.verify()
         check_finite(opened)
     manifest = opened.manifest
     if as_json:
-        print_json(manifest.model_dump() | {"verified": verify})
+        print_json(manifest.model_dump() | {"verified": verify, "signed": signed})
         return
     console = Terminal()
     for line in summary(bundle, manifest):
@@ -43,6 +47,8 @@ def inspect(
         console.print(*engines_table(console, manifest))
     if verify:
         console.print(f"All {len(manifest.files)} files have the hashes of the manifest.")
+    if signed:
+        console.print("The manifest is signed" + (f" by the owner of {verify_key}." if verify_key else "; --verify-key tells by whom."))
 
 
 def summary(bundle: Path, manifest: Manifest) -> tuple[str, str]:

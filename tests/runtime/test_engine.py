@@ -131,7 +131,7 @@ def test_public_names_are_meant_to_be_used(rt: FusionRuntime) -> None:
     session.append([3, 4])
     session.step()
     assert public(session) == {
-        "append", "step", "steps", "rewind", "clear", "logits", "token_ids", "lags", "drafted", "accepted",
+        "append", "step", "steps", "score", "rewind", "clear", "logits", "token_ids", "lags", "drafted", "accepted",
     }  # fmt: skip
 
 
