@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionRuntime, InputError, Sampling, Session
 from fusionroute.runtime.chat import ChatOptions
+from fusionroute.runtime.text_rules import RuleOptions
 
 PROMPT = "A prompt must be a str, a list of token ids, or a list of {'role', 'content'} messages."
 IDS = "The token ids are not all whole numbers: pass ids as `encode` gives them."
