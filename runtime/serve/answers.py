@@ -45,7 +45,7 @@ class Answer:
         return fields | ({"fusionroute": own} if own else {})
 
     def _piece(self, id: int) -> str:
-        return str(id) if self._tokenizer is None else self._tokenizer.decode([id], skip_special_tokens=False)
+        return str(id) if self._tokenizer is None else self._tokenizer.piece(id)
 
     def _bytes(self, id: int) -> list[int]:
         byte = None if self._tokenizer is None else self._tokenizer.byte(id)
