@@ -25,6 +25,7 @@ lint: $(VENV)/test build/house
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	cd build/house && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
+	$(BIN)/python .ci/audit.py
 
 # The API reference, from docstrings: build/docs/index.html. pdoc is told to be quiet about what it cannot know: modules that
 # their packages contain too, annotations of named tuples that are strings, and commands/optimum.py, which imports Optimum.

@@ -3,6 +3,12 @@
 Needs no torch, transformers or onnx.
 """
 
+import os
+
+# From 1.32 on ONNX Runtime writes a device id and events into the user's cache folder when it is imported, unless this
+# is set before. A value that is set already, such as 0, stands.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.errors import BundleError, BusyError, ClosedError, FusionError, InputError, NumericalError, UnavailableError
 from fusionroute.runtime.grammar import Grammar

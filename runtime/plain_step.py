@@ -180,6 +180,8 @@ class PlainStep:
 
         Logits are float32 [1, V].
         """
+        if isinstance(fused, Processed):
+            return float(fused.raw[token]) - float(fused.log_normaliser[0])
         place = np.flatnonzero(fused.ids[0] == token)
         if len(place):
             logit = float(fused.unpenalised[0, place[0]])

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fusionroute.runtime.arguments import shown
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, one_line
+from fusionroute.runtime.stop_strings import begun, met
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,14 +61,14 @@ class Token:
 
 
 class Text:
-    """A bundle's tokenizer."""
+    """A bundle's tokenizer. `special`: the special tokens, id → how it is spelled."""
 
     def __init__(self, tokenizer: "Tokenizer"):
         self._tokenizer = tokenizer
         # A tokenizer.json left over from training may truncate or pad prompts without a word.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special: dict[int, str] = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._bytes: dict[int, int] = {}  # byte-fallback tokens, and the byte that each stands for
         letter = tokenizer.token_to_id("<0x41>")
         if letter is not None and self.decode([letter]) == "A":
@@ -139,7 +140,7 @@ class Text:
 
     def silent(self, id: int) -> bool:
         """Whether `decode` leaves this id out: special tokens, and ids that pad the vocabulary."""
-        return id in self._special or self._tokenizer.id_to_token(id) is None
+        return id in self.special or self._tokenizer.id_to_token(id) is None
 
     def byte(self, id: int) -> int | None:
         """The byte that a byte-fallback token stands for; None for all other tokens."""
@@ -200,7 +201,7 @@ class TextStream:
 
     A token's text is what it adds to the decoded text; a character of several tokens belongs to the last of them. The
     texts of all tokens together are `text.decode` of all ids, cut before the first stop string. `stopped`: there was
-    one.
+    one. A stop string that names special tokens is also looked for where they are spelled out, since they have no text.
     """
 
     def __init__(self, text: Text | None, stop: str | Sequence[str] = ()):
@@ -220,8 +221,10 @@ class TextStream:
                 "Stop strings need the bundle's tokenizer.json, which it lacks: leave them out, or add a tokenizer and export again."
             )
         self.stopped = False
+        special = {} if text is None else text.special
+        self._naming = tuple(string for string in self._stops if any(name in string for name in special.values()))
+        self._spelling = special if self._naming else {}
         self._detokeniser = _Detokeniser(text) if text is not None else None
-        self._longest = max(map(len, self._stops), default=0)
         self._held: list[Token] = []
         self._pieces: list[str] = []  # texts of the first held tokens
 
@@ -234,47 +237,76 @@ class TextStream:
             token.text = ""
             return [token]
         self._held.append(token)
-        self._pieces += self._detokeniser.push(token.id)
+        if self._spelling.get(token.id) in self._stops:
+            self._end_characters()
+            self._pieces.append("")
+        else:
+            self._pieces += self._detokeniser.push(token.id)
         return self._release(final=False)
 
     def finish(self) -> list[Token]:
         """The text ends here: returns the tokens that were held back."""
         if self._detokeniser is None or not self._held:
             return []
+        self._end_characters()
+        return self._release(final=True)
+
+    def _end_characters(self) -> None:
+        """No byte comes any more for characters that are not finished."""
+        assert self._detokeniser is not None
         self._pieces += self._detokeniser.finish()
         if self._detokeniser.open:
             self._pieces[-1] += UNFINISHED
             self._detokeniser.open = False
-        return self._release(final=True)
 
     def _release(self, *, final: bool) -> list[Token]:
-        text = "".join(self._pieces)
-        match, partial = self._search(text)
-        if match < len(text) and (final or match <= partial):
+        """Places are those of the text with special tokens spelled out, where a stop string names any."""
+        spelled = [self._spelling.get(token.id, piece) for token, piece in zip(self._held, self._pieces, strict=False)]
+        end_of_all = sum(map(len, spelled))
+        match, partial = self._search(spelled, end_of_all)
+        if match < end_of_all and (final or match <= partial):
             self.stopped = True
-            return self._hand_out(len(self._held), match)
+            return self._hand_out(len(self._held), self._text_before(match, spelled))
         if final:
-            return self._hand_out(len(self._held), len(text))
+            return self._hand_out(len(self._held), sum(map(len, self._pieces)))
         # Inside a character, the tokens that may belong to it wait too: at most three, even if it never ends.
         complete = len(self._pieces) - (MAX_CHARACTER_BYTES - 1 if self._detokeniser is not None and self._detokeniser.open else 0)
         count = end = 0
-        for piece in self._pieces[: max(complete, 0)]:
+        for piece in spelled[: max(complete, 0)]:
             end += len(piece)
             if end > partial:
                 break
             count += 1
-        return self._hand_out(count, partial)
+        return self._hand_out(count, self._text_before(partial, spelled))
 
-    def _search(self, text: str) -> tuple[int, int]:
-        """Where the first stop string starts, and where the text's end may begin another; len(text): nowhere.
+    def _search(self, spelled: list[str], end: int) -> tuple[int, int]:
+        """Where the first stop string starts, and where the text's end may begin another; `end`: nowhere.
 
         If one may still begin earlier, the text waits for it. So the result does not depend on how text is split into
         tokens.
         """
-        match = min((place for string in self._stops if (place := text.find(string)) >= 0), default=len(text))
-        tails = range(max(len(text) - self._longest + 1, 0), len(text)) if self._stops else range(0)
-        partial = next((place for place in tails if any(string.startswith(text[place:]) for string in self._stops)), len(text))
-        return match, partial
+        text, with_special = "".join(self._pieces), "".join(spelled)
+        matches = [self._place(match, spelled) for match in met(text, self._stops)] + met(with_special, self._naming)
+        tails = [self._place(tail, spelled) for tail in begun(text, self._stops)] + begun(with_special, self._naming)
+        return min(matches, default=end), min(tails, default=end)
+
+    def _place(self, place: int, spelled: list[str]) -> int:
+        """A place in the text, in the text with special tokens spelled out."""
+        start = 0
+        for piece, written in zip(self._pieces, spelled, strict=True):
+            if place < len(piece):
+                break
+            place -= len(piece)
+            start += len(written)
+        return start + place
+
+    def _text_before(self, place: int, spelled: list[str]) -> int:
+        """Characters of text before a place in the text with special tokens spelled out."""
+        count = 0
+        for piece, written in zip(self._pieces, spelled, strict=True):
+            count += min(len(piece), max(place, 0))
+            place -= len(written)
+        return count
 
     def _hand_out(self, count: int, end: int) -> list[Token]:
         """The first held tokens, with their texts up to the character `end` of the held text."""

@@ -65,7 +65,8 @@ class FusionRouteLM(TemplateLM):
         The harness says cuda:0, a name of torch's, where nobody named a device: that is `auto`.
         """
         device = (additional_config or {}).get("device") or TORCH_DEFAULT
-        return cls(**({} if device == TORCH_DEFAULT else {"device": device}) | arg_dict)
+        named: dict[str, Any] = {} if device == TORCH_DEFAULT else {"device": device}
+        return cls(**named | arg_dict)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> FusionRouteLM:

@@ -1,6 +1,5 @@
 """`fusionroute generate`: stream text from a bundle, and show which expert each token came from."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -8,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import COLOR_SYSTEMS, Console
-from rich.style import Style
+from rich.console import Console
 from rich.text import Text as Styled
 
 from fusionroute.runtime.commands.grammar import JsonSchema, Lark, Regex, read_grammar
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust, VerifyKey
+from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.html_page import check_folder, write_page
@@ -22,12 +21,10 @@ from fusionroute.runtime.options import check_fusion
 from fusionroute.runtime.prompt import Prompt
 from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.stream import Stream
-from fusionroute.runtime.terminal import Terminal, print_json, streamed
+from fusionroute.runtime.terminal import Terminal, print_json
 from fusionroute.runtime.text import Token
 from fusionroute.runtime.view.page import CANDIDATES, answer_of, answer_page
 from fusionroute.runtime.view.recording import Recording
-
-COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 
 
 def generate(
@@ -158,22 +155,14 @@ def as_object(tokens: list[Token], stream: Stream, precision: str) -> dict[str, 
 def print_tokens(runtime: FusionRuntime, stream: Iterable[Token], show_routing: bool) -> None:
     """Print each token as it comes; with `show_routing` in the colour of its expert, and a list of runs below."""
     console = Terminal()
-    colours = COLOR_SYSTEMS[console.color_system] if console.color_system else None
-    names = (*runtime.expert_names, runtime.bundle.manifest.models[0].name)  # the router may answer for an expert that fails
-    styles = dict(zip(names, COLOURS * len(names), strict=False))
-    for_terminal = sys.stdout.isatty()  # else a program reads the text, as it is
+    printer = TokenPrinter(runtime, console, show_routing)
     tokens: list[Token] = []
     for token in stream:
         tokens.append(token)
-        text = token.text if runtime.tokenizer else f"{token.id} "
-        if for_terminal:
-            text = streamed(text)
-        if show_routing:
-            text = Style.parse(styles[token.expert]).render(text, color_system=colours)
-        print(text, end="", flush=True)  # not by the console, which would expand tabs and drop carriage returns
+        printer.show(token)
     print()
     if show_routing:
-        print_runs(console, tokens, styles)
+        print_runs(console, tokens, printer.styles)
 
 
 def print_runs(console: Console, tokens: list[Token], styles: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """`fusionroute serve`: a bundle behind OpenAI's protocol."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
@@ -7,7 +8,7 @@ import typer
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, PrecisionName, Trust
 from fusionroute.runtime.engine import FusionRuntime
-from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.serve.server import bound
 from fusionroute.runtime.serve.server import serve as listen
 from fusionroute.runtime.serve.settings import Settings, session_bytes, sessions_within
 
@@ -36,17 +37,13 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a bundle to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /health, /metrics."""
-    settings = {
-        "host": host, "port": port, "api_key": api_key or None, "insecure": insecure, "cors": tuple(cors or ()), "queue": queue,
-        "body_bytes": max_body << 10, "seconds": timeout, "drain_seconds": drain,
-    }  # fmt: skip
-    try:
-        Settings(model="", **settings)  # says what is wrong before anything is loaded  # type: ignore[arg-type]
-    except InputError as error:
-        raise typer.BadParameter(str(error)) from error
+    settings = Settings(
+        model or bundle.resolve().name, host, port, api_key or None, insecure, tuple(cors or ()),
+        queue=queue, body_bytes=max_body << 10, seconds=timeout, drain_seconds=drain,
+    )  # fmt: skip
     manifest = Bundle.open(bundle).manifest
-    known = [precision] if precision else [variant.precision for variant in manifest.variants]
-    each = max((session_bytes(manifest, name) for name in known), default=0) if known else 0
-    count = sessions or sessions_within(None if memory is None else memory << 20, max(each, 1))
-    runtime = FusionRuntime.load(bundle, precision, device, speculation=speculation, threads=threads, prefix_cache=count, trusted=trust)
-    listen(runtime, Settings(model=model or bundle.resolve().name, sessions=count, **settings))  # type: ignore[arg-type]
+    each = max(session_bytes(manifest, variant.precision) for variant in manifest.variants)
+    count = sessions or sessions_within(None if memory is None else memory << 20, each)
+    with bound(settings) as listening:  # before the models are loaded
+        runtime = FusionRuntime.load(bundle, precision, device, speculation=speculation, threads=threads, prefix_cache=count, trusted=trust)
+        listen(runtime, replace(settings, sessions=count), listening)

@@ -21,7 +21,7 @@ from fusionroute.runtime.serve.admission import Admission
 from fusionroute.runtime.serve.answers import Answer
 from fusionroute.runtime.serve.errors import ApiError, add_handlers
 from fusionroute.runtime.serve.guard import Guard
-from fusionroute.runtime.serve.jobs import Job, Jobs, Order
+from fusionroute.runtime.serve.jobs import Jobs, Order
 from fusionroute.runtime.serve.metrics import Metrics
 from fusionroute.runtime.serve.request_log import RequestLog
 from fusionroute.runtime.serve.requests import ChatRequest, CompletionRequest, Generating, TokenizeRequest, Tool
@@ -174,6 +174,3 @@ def add_generation(app: FastAPI, server: Server) -> None:
         order = Order([encode], body.n or 1, body.max_completion_tokens or body.max_tokens, options)
         answer = Answer("chat.completion", name, runtime.tokenizer, body.extension.routing, bool(body.logprobs))
         return await server.answer(request, body, order, answer, body.tools or [] if told else [])
-
-
-__all__ = ["Job", "Server", "create_app"]

@@ -31,8 +31,8 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(runtime: FusionRuntime, settings: Settings) -> None:
-    """Serve until a signal. Raises UnavailableError where the address cannot be had."""
+def serve(runtime: FusionRuntime, settings: Settings, listening: socket.socket) -> None:
+    """Serve at a bound socket until a signal; then close the runtime."""
     app = create_app(runtime, settings)
     log = logging.getLogger("fusionroute.serve")
     log.setLevel(logging.INFO)
@@ -45,14 +45,12 @@ def serve(runtime: FusionRuntime, settings: Settings) -> None:
         app, host=settings.host, port=settings.port, log_level="warning", access_log=False, server_header=False,
         timeout_graceful_shutdown=int(settings.drain_seconds + GRACE_SECONDS) + 1, lifespan="on",
     )  # fmt: skip
-    listening = bound(settings)
     print(f"{settings.model} is served at http://{address(listening)}/v1", file=sys.stderr, flush=True)
-    with listening:
-        DrainingServer(config, app.state.server).run([listening])
+    DrainingServer(config, app.state.server).run([listening])
 
 
 def bound(settings: Settings) -> socket.socket:
-    """A listening socket. Raises UnavailableError."""
+    """A socket at the address. Raises UnavailableError where it cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:

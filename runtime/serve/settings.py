@@ -65,5 +65,5 @@ def sessions_within(budget: int | None, each: int) -> int:
     None: half of what is free now, and MOST_SESSIONS at most.
     """
     if budget is None:
-        return max(1, min(MOST_SESSIONS, psutil.virtual_memory().available // 2 // (2 * each)))
+        return max(1, min(MOST_SESSIONS, int(psutil.virtual_memory().available) // 2 // (2 * each)))
     return max(1, budget // (2 * each))

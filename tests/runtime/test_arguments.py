@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionRuntime, InputError, Sampling, Session
 from fusionroute.runtime.chat import ChatOptions
+from fusionroute.runtime.text_rules import RuleOptions
 
 PROMPT = "A prompt must be a str, a list of token ids, or a list of {'role', 'content'} messages."
 IDS = "The token ids are not all whole numbers: pass ids as `encode` gives them."
@@ -176,9 +177,9 @@ def test_anything_at_all_is_answered_or_refused(runtime: FusionRuntime, options:
 
 
 def test_an_unknown_option_is_told_all_known_ones(runtime: FusionRuntime) -> None:
-    """Those that the method declares, and those of sampling and of chat templates that it passes on."""
+    """Those that the method declares, and those of sampling, rules and chat templates that it passes on."""
     declared = {name for name in inspect.signature(FusionRuntime.stream).parameters if name not in ("self", "prompt", "options")}
-    expected = declared | set(Sampling.__dataclass_fields__) | set(ChatOptions.__annotations__)
+    expected = declared | set(Sampling.__dataclass_fields__) | set(RuleOptions.__annotations__) | set(ChatOptions.__annotations__)
     for call, more in ((runtime.stream, set()), (runtime.generate, {"on_token"})):
         with pytest.raises(InputError) as caught:
             call("x", max_tokens=5)  # type: ignore[call-arg]

@@ -117,10 +117,10 @@ def test_work_is_linear(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         work += len(ids)
         return decode(text, ids, **options)
 
-    def counted_search(stream: TextStream, text: str) -> tuple[int, int]:
+    def counted_search(stream: TextStream, spelled: list[str], end: int) -> tuple[int, int]:
         nonlocal work
-        work += len(text)
-        return search(stream, text)
+        work += len(spelled) + end
+        return search(stream, spelled, end)
 
     monkeypatch.setattr(Text, "decode", counted_decode)
     monkeypatch.setattr(TextStream, "_search", counted_search)

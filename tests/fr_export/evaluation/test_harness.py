@@ -100,7 +100,8 @@ def test_choices_are_judged_as_their_whole_texts_are(model: Any, contexts: list[
     assert answers == model._loglikelihood_tokens(requests[::-1], disable_tqdm=True)[::-1]  # bit for bit, in any order
     if model.runtime.precision == "fp32":
         for (total, greedy), (_, context, continuation) in zip(answers, requests, strict=True):
-            assert (pytest.approx(total, abs=1e-4), greedy) == expected(model, context, continuation)
+            exact, is_greedy = expected(model, context, continuation)
+            assert total == pytest.approx(exact, abs=1e-4) and greedy == is_greedy
 
 
 def test_the_greedy_answer_is_the_greedy_one(model: Any) -> None:
