@@ -13,7 +13,8 @@ def rendered(template: Path, **values: Any) -> str:
     """A Jinja template with its values, which are escaped."""
     from jinja2 import Template  # here: it takes a tenth of a second
 
-    return Template(template.read_text(encoding="utf-8"), autoescape=True).render(values)
+    page: str = Template(template.read_text(encoding="utf-8"), autoescape=True).render(values)
+    return page
 
 
 def check_folder(path: Path) -> None:

@@ -68,7 +68,7 @@ class AnswerView {
     this.begin(answer);
     for (const token of answer.tokens) this.add(token);
     this.finish(answer);
-    if (answer.tokens.length) this.select(0);
+    if (answer.tokens.length) this.select(0, false, false);
   }
 
   /** Draw an answer that has no tokens yet; `add` and `finish` do the rest. */
@@ -77,6 +77,7 @@ class AnswerView {
     this.counts = new Map();
     this.switches = 0;
     this.selected = null;
+    this.chosen = false; // whether somebody points at tokens; else the newest is explained
     this.tokens = element("div", "tokens");
     this.tokens.setAttribute("role", "listbox");
     this.tokens.setAttribute("aria-label", "Tokens of the answer; arrow keys go from one to the next");
@@ -165,7 +166,8 @@ class AnswerView {
   }
 
   /** Explain a token; with `focus` it takes the keyboard's focus too. */
-  select(place, focus = false) {
+  select(place, focus = false, chosen = true) {
+    this.chosen ||= chosen;
     const spans = this.tokens.children;
     const before = spans[this.selected];
     if (before) {
