@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,26 @@ def failed(error: BaseException) -> FusionError:
     return FusionError(f"The tokenizer fails on this text ({one_line(error)}); export the bundle again.")
 
 
+Ranked = tuple[tuple[int, float], ...]  # ids, the likeliest first, with their log-probabilities
+
+
+class Likeliest(NamedTuple):
+    """The likeliest tokens at one place, at temperature 1 and without penalties: by the router, by the expert that
+    answered, and by their fusion. Empty for a model that did not run.
+    """
+
+    router: Ranked
+    expert: Ranked
+    fused: Ranked
+
+
 @dataclass(slots=True)
 class Token:
     """One generated token.
 
     `logprob` is that of the fused distribution at temperature 1; `text` is what it adds to the decoded text.
     `top_logprobs`: the likeliest ids with their log-probabilities in the same distribution, as many as were asked for.
+    `candidates`: those of router and expert too, where they were asked for.
     """
 
     id: int
@@ -42,7 +56,8 @@ class Token:
     logprob: float
     routing: npt.NDArray[np.float32] = field(compare=False)  # [n_experts]
     text: str = ""
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    top_logprobs: Ranked = ()
+    candidates: Likeliest | None = None
 
 
 class Text:
@@ -117,6 +132,11 @@ class Text:
         except BaseException as error:
             raise failed(error) from error
         return text
+
+    def piece(self, id: int) -> str:
+        """What a token adds to a text, special tokens too; not cut at a character's end."""
+        once, twice = (self.decode([id] * count, skip_special_tokens=False) for count in (1, 2))  # a text's first loses its space
+        return twice[len(once) :]
 
     def silent(self, id: int) -> bool:
         """Whether `decode` leaves this id out: special tokens, and ids that pad the vocabulary."""

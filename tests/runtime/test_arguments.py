@@ -99,7 +99,7 @@ CALLS: dict[str, tuple[Callable[[FusionRuntime, Session], object], str]] = {
     "unknown option of a step": (
         lambda _, session: session.step(temprature=1.0),  # type: ignore[call-arg]
         "Unknown option temprature (temperature?): expected some of temperature, top_k, top_p, min_p, repetition_penalty, seed, "
-        "presence_penalty, frequency_penalty, logit_bias, top_logprobs.",
+        "presence_penalty, frequency_penalty, logit_bias, top_logprobs, candidates.",
     ),
     "tools without messages": (
         lambda rt, _: rt.generate("1", tools=[]),
@@ -161,7 +161,7 @@ VALUES = (None, True, 0, -1, 3, 10**400, 0.5, float("nan"), float("inf"), 1j, ""
 ANYTHING = st.recursive(st.sampled_from(VALUES), lambda inner: st.lists(inner, max_size=3) | st.just({"role": "user"}), max_leaves=4)
 DEFAULTS: dict[str, Any] = {"prompt": [5, 6], "max_new_tokens": 1}
 NAMES = ("prompt", "max_new_tokens", "stop", "fusion", "lam", "expert", "cancel", "deadline", "temperature", "top_k", "top_p", "min_p",
-         "repetition_penalty", "seed", "on_token", "presence_penalty", "frequency_penalty", "logit_bias", "top_logprobs",
+         "repetition_penalty", "seed", "on_token", "presence_penalty", "frequency_penalty", "logit_bias", "top_logprobs", "candidates",
          "stop_token_ids", "ignore_eos", "min_new_tokens")  # fmt: skip
 
 
