@@ -18,7 +18,7 @@ from fusionroute.fr_export.evaluation.report import shown
 from fusionroute.fr_export.evaluation.study import EvaluationRequest, expanded, run
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, Split, draw_many
 from fusionroute.runtime.command_errors import one_sentence
-from fusionroute.runtime.commands.options import Debug, Json, names
+from fusionroute.runtime.commands.options import Debug, Json, Trust, names
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Fusion, Manifest
 from fusionroute.runtime.terminal import Terminal, print_json
@@ -45,6 +45,7 @@ def main(
     sweep_lambda: Annotated[bool, typer.Option("--sweep-lambda", help="Also measure λ = 0, 0.1, …, 1 and draw the curve.")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="First choose λ on the validation split and write it into the bundle.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json and the pictures.")] = Path("evaluation"),
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -70,6 +71,7 @@ def main(
             seed=seed,
             lam=lam,
             fusion=fusion,
+            trusted=trust,
         )
         report = run(request, Terminal(stderr=True))
         show(report, out, as_json)

@@ -33,7 +33,7 @@ class EvaluationRequest:
 
     The method "experts" stands for all `expert:NAME`, the precision None for the fastest of the bundle. Where `tuning`
     questions are given, λ is chosen on them first. `source` names the questions in results.json. `lam` and `fusion` are
-    those of the method `fused`.
+    those of the method `fused`. `trusted`: see `FusionRuntime.load`.
     """
 
     bundles: tuple[Path, ...]
@@ -49,6 +49,7 @@ class EvaluationRequest:
     seed: int = 0
     lam: float | None = None
     fusion: str | None = None
+    trusted: bool = False
 
 
 def run(request: EvaluationRequest, console: Console) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def _measured(
 ) -> Results:
     return evaluate(
         bundle.folder, precision, methods, questions, jobs=request.jobs, fusion=request.fusion, lam=request.lam, chat=request.chat,
-        console=console,
+        trusted=request.trusted, console=console,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ class Job(NamedTuple):
     fusion: str | None
     lam: float | None
     chat: bool
+    trusted: bool = False
 
 
 class Piece(NamedTuple):
@@ -39,7 +40,9 @@ class Worker:
     """A loaded bundle and its methods."""
 
     def __init__(self, job: Job):
-        self._runtime = runtime = FusionRuntime.load(job.bundle, job.precision, "cpu", fusion=job.fusion, lam=job.lam, threads=1)
+        self._runtime = runtime = FusionRuntime.load(
+            job.bundle, job.precision, "cpu", fusion=job.fusion, lam=job.lam, threads=1, trusted=job.trusted
+        )
         assert runtime.tokenizer is not None  # the questions were read with it
         self._text = runtime.tokenizer
         self._chat = job.chat

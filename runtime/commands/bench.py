@@ -11,7 +11,7 @@ from fusionroute.runtime.bench import bench as benchmark
 from fusionroute.runtime.bench.figure import library, plot
 from fusionroute.runtime.bench.page import write_page
 from fusionroute.runtime.bench.table import show
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, names
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, Trust, names
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.terminal import Terminal
 
@@ -34,6 +34,7 @@ def bench(
     as_json: Json = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write charts to this PNG file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Measure a bundle: time to first token, tokens/s, memory, and the share of the memory bandwidth reached."""
@@ -49,6 +50,7 @@ def bench(
         repeats=repeats,
         rows=rows,
         sequential=sequential,
+        trusted=trust,
     )
     console = Terminal(stderr=True)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
