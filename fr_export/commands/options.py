@@ -19,7 +19,7 @@ def parse_family(name: str) -> Family:
 def parse_expert(text: str) -> tuple[str, str]:
     """`NAME=SRC` → (name, source)."""
     name, equals, source = text.partition("=")
-    if not (equals and source):
+    if not (name and equals and source):
         raise typer.BadParameter(f"'{text}' is not NAME=SRC, such as --expert math=checkpoints/math", param_hint="--expert")
     if name in TAKEN:
         raise typer.BadParameter(

@@ -79,12 +79,11 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
         (*LLAMA, "--router", "r", "--expert", "my-math=x"),
         ("the name 'my-math' is not made of letters, digits and '_' alone",),
     ),
-    "name that a graph has": (
-        (*LLAMA, "--router", "r", "--expert", "router=x"),
-        ("'router' is what the bundle calls another of its graphs",),
-    ),
     "no name": ((*LLAMA, "--router", "r", "--expert", "models/math"), ("'models/math' is not NAME=SRC, such as --expert math=",)),
-    "expert named router": ((*LLAMA, "--router", "r", "--expert", "router=x"), ("'router=x' is not NAME=SRC",)),
+    "expert named router": (
+        (*LLAMA, "--router", "r", "--expert", "router=x"),
+        ("'router' is what the bundle calls another of its graphs; give the expert another name",),
+    ),
     "two of a name": ((*LLAMA, "--router", "r", "--expert", "a=x", "--expert", "a=y"), ("--expert", "a name of its own")),
     "router alone": ((*LLAMA, "--router", "r"), ("--router and --expert go together",)),
     "experts alone": ((*LLAMA, "--expert", "a=x"), ("--router and --expert go together",)),

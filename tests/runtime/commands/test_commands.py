@@ -143,6 +143,16 @@ def test_trust_leaves_out_the_trial_of_the_tokenizer(bundles: list[Path], comman
         assert trial.call_count == 1
 
 
+def test_verify_tries_the_tokenizer_unless_it_is_trusted(bundles: list[Path], command: Command, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    (bundle / "tokenizer.json").write_text('{"model": {"type": "None"}}')
+    rehash(bundle, "tokenizer.json")
+    refused = command("inspect", bundle, "--verify")
+    assert refused.status == 1 and f"{bundle / 'tokenizer.json'} cannot be read as a tokenizer.json (" in refused.err
+    assert command("inspect", bundle, "--verify", "--trust").status == 0
+    assert command("inspect", bundle).status == 0
+
+
 @pytest.mark.parametrize("option", [(), ("--show-routing",)])
 def test_text_is_printed_as_it_is(bundles: list[Path], command: Command, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]) -> None:
     text = "a\tb\r[bold]\u2028\nc  "
