@@ -26,6 +26,7 @@ from fusionroute.fr_export.forecast.forecast import Forecast, check_memory
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.precision import SCHEMES, Scheme
 from fusionroute.fr_export.precision.evidence import evidence
+from fusionroute.fr_export.precision.kept_matrices import KeptMatrices
 from fusionroute.fr_export.precision.rank_budget import RankBudget
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.fr_export.verify.bounds import refuse_missed
@@ -103,11 +104,14 @@ def check(request: Request, stages: Stages) -> Checked:
 def export(request: Request, stages: Stages) -> dict[str, Any]:
     """Export a system into a bundle at `request.out`, which appears only when it is complete. Returns the report.
 
-    Raises FusionError for everything that the user can mend, and leaves nothing half-written behind.
+    Raises FusionError for everything that the user can mend, and leaves nothing half-written behind. What calibration and
+    rounding have finished lies in the user's cache folder until an export of the same inputs succeeds, and goes on there.
     """
+    kept = KeptMatrices()
     with StagedBundle(request.out, request.force) as staging:
         folder = staging.folder
         checked = check(request, stages)
+        kept.reserve = checked.forecast.disk_needed
         plan, system, prompts, fusion = checked.plan, checked.system, checked.prompts, checked.fusion
         notes = [prompts.note] if prompts.note else []
         for note in [*notes, *(f"{model.name}: {note}." for model in system.models for note in model.notes)]:
@@ -128,9 +132,9 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         if shared is not None:
             shared = close_enough(system, shared, approximated, request.leave_apart)
         writer = (
-            VariantWriter(system, traces, known, folder, stages)
+            VariantWriter(system, traces, known, folder, stages, kept=kept)
             if shared is None
-            else PairVariantWriter(system, shared, approximated, traces, known, folder, stages)
+            else PairVariantWriter(system, shared, approximated, traces, known, folder, stages, kept)
         )
         written = [writer.write(target, scheme) for target, scheme in plan]
         variants = [each.variant for each in written]
@@ -150,4 +154,5 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         report["stages"] = stages.report()
         write_report(folder, report)
         with_file(manifest, folder, REPORT).write(folder)
+    kept.remove()
     return report

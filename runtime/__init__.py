@@ -11,6 +11,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.errors import BundleError, BusyError, ClosedError, FusionError, InputError, NumericalError, UnavailableError
+from fusionroute.runtime.grammar import Grammar
 from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.scoring import Scores
 from fusionroute.runtime.session import Session
@@ -25,6 +26,7 @@ __all__ = [
     "ClosedError",
     "FusionError",
     "FusionRuntime",
+    "Grammar",
     "InputError",
     "NumericalError",
     "Result",

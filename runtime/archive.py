@@ -1,4 +1,4 @@
-"""A bundle in one file: a tar archive without compression, its manifest first.
+"""A bundle in one file: a tar archive without compression, its manifest first, and its signature behind that.
 
 Whoever unpacks one trusts nothing in it. The manifest is read first; after that only files that it names are taken,
 each once, with the size and the SHA-256 that it says. Headers are read one by one here: `tarfile` would follow links,
@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from fusionroute.runtime import signing
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError, FusionError, InputError
 from fusionroute.runtime.files import appearing, replacing
-from fusionroute.runtime.manifest import MOST_BYTES, NAME, Manifest
+from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.manifest_file import MOST_BYTES, NAME, SIGNATURE, SIGNATURE_BYTES, read_signature, write_signature
 from fusionroute.runtime.regular_files import identity
 from fusionroute.runtime.tables import size
 
@@ -44,7 +46,7 @@ def pack(bundle: Bundle, file: Path, advance: Advance = lambda _: None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     check_room(sum(map(stored, entries.values())), file.parent)
     with replacing(file) as partial, tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
-        for name in (NAME, *entries):
+        for name in (NAME, *([] if read_signature(bundle.folder) is None else [SIGNATURE]), *entries):
             with bundle.open_file(name) as stream:
                 content = Hashed(stream, advance)
                 archive.addfile(header(name, identity(stream).bytes), content)
@@ -52,15 +54,21 @@ def pack(bundle: Bundle, file: Path, advance: Advance = lambda _: None) -> None:
                 raise BundleError(f"{bundle.folder / name} was changed after the export; export the bundle again.")
 
 
-def unpack(file: Path, folder: Path, advance: Advance = lambda _: None) -> Manifest:
+def unpack(file: Path, folder: Path, advance: Advance = lambda _: None, verify_key: Path | None = None) -> Manifest:
     """Write the bundle in `file` into a new folder, which appears when it is complete and every hash is right.
 
+    `verify_key`: the file of a public key, whose owner must have signed the manifest; nothing is written before.
+
     Raises InputError where the folder exists, BundleError for a file that is no archive of a bundle or was changed,
-    OSError. `folder` is then as it was.
+    OSError; as `signing.public_key` and `signing.check` do. `folder` is then as it was.
     """
     check_absent(folder)
+    key = None if verify_key is None else signing.public_key(verify_key)
     with open_archive(file) as stream:
         text = read_manifest(stream, file)
+        signature = read_signature_member(stream, file)
+        if key is not None:
+            signing.check(text, signature, key, str(file))
         manifest = Manifest.parse(text, f"The manifest in {file}")
         missing = dict(manifest.files)
         if stream.tell() + sum(map(stored, missing.values())) > file.stat().st_size:
@@ -69,6 +77,8 @@ def unpack(file: Path, folder: Path, advance: Advance = lambda _: None) -> Manif
         check_room(sum(entry.bytes for entry in missing.values()), folder.parent)
         with appearing(folder) as partial:
             (partial / NAME).write_bytes(text)
+            if signature is not None:
+                write_signature(partial, signature)
             for name, size in members(stream, file):
                 entry = missing.pop(name, None)
                 if entry is None:
@@ -152,6 +162,17 @@ def read_manifest(stream: BinaryIO, file: Path) -> bytes:
         raise BundleError(f"{file} ends in the middle of its manifest: copy it again.")
     stream.seek(padded(size) - size, 1)
     return text
+
+
+def read_signature_member(stream: BinaryIO, file: Path) -> bytes | None:
+    """The content of the next member if it is a signature; else None, and the member is still to be read."""
+    start = stream.tell()
+    if next(members(stream, file), ("", 0)) != (SIGNATURE, SIGNATURE_BYTES):
+        stream.seek(start)
+        return None
+    signature = stream.read(SIGNATURE_BYTES)
+    stream.seek(padded(SIGNATURE_BYTES) - SIGNATURE_BYTES, 1)
+    return signature
 
 
 def members(stream: BinaryIO, file: Path) -> Iterator[tuple[str, int]]:

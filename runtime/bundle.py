@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 
+from fusionroute.runtime import signing
 from fusionroute.runtime.errors import BundleError, UnavailableError, one_line, reason
 from fusionroute.runtime.files import is_partial
 from fusionroute.runtime.graph_file import external_files
 from fusionroute.runtime.machine import cores
+from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_manifest, read_signature
 from fusionroute.runtime.precisions import fastest_first
 from fusionroute.runtime.regular_files import Identity, identity, open_folder, open_regular
 
@@ -39,12 +41,20 @@ class Bundle:
         self.identities: dict[str, Identity] = {}  # of all its files, when the bundle was opened
 
     @classmethod
-    def open(cls, folder: str | Path) -> Bundle:
-        """Raises BundleError where the bundle is missing, incomplete, or has links or devices for files."""
+    def open(cls, folder: str | Path, verify_key: Path | None = None) -> Bundle:
+        """With `verify_key`, the file of a public key: its owner must have signed the manifest, and it must name every file.
+
+        Raises BundleError where the bundle is missing, incomplete, or has links or devices for files; as `signing.check`,
+        `signing.public_key` and `check_unlisted` do with a key.
+        """
         from fusionroute.runtime.manifest import Manifest  # pydantic would double the time of `import runtime`
 
         path = Path(folder)
-        bundle = cls(path, Manifest.read(path))
+        key = None if verify_key is None else signing.public_key(verify_key)
+        text = read_manifest(path)
+        if key is not None:
+            signing.check(text, read_signature(path), key, str(path))
+        bundle = cls(path, Manifest.parse(text, str(path / NAME)))
         for name, entry in bundle.manifest.files.items():
             with bundle.open_file(name) as file:
                 opened = identity(file)
@@ -53,6 +63,8 @@ class Bundle:
                     f"{path / name} has {opened.bytes} bytes where the manifest says {entry.bytes}; copy or export the bundle again."
                 )
             bundle.identities[name] = opened
+        if key is not None:
+            bundle.check_unlisted()
         return bundle
 
     def open_file(self, name: str) -> BinaryIO:
@@ -174,7 +186,8 @@ class Bundle:
 
     def check_unlisted(self) -> None:
         """Raise BundleError for anything but folders that the manifest does not name: links and devices too."""
-        known = set(self.manifest.files) | {"manifest.json"}
+        known = set(self.manifest.files) | {NAME, SIGNATURE}
+        read_signature(self.folder)
         for folder, folders, names in os.walk(self.folder):
             links = [name for name in folders if (Path(folder) / name).is_symlink()]
             for path in sorted(Path(folder) / name for name in (*names, *links)):

@@ -1,8 +1,7 @@
 """What the cache folder holds, and its limits: entries that were not used for long are removed, and the least recently
 used of too many bytes.
 
-An entry is a file or folder of a kind, `fusionroute/KIND/ENTRY`. Kinds without a limit here belong to the exporter:
-only `clear` removes them.
+An entry is a file or folder of a kind, `fusionroute/KIND/ENTRY`. Kinds without a limit here are only removed by `clear`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,15 @@ from fusionroute.runtime.regular_files import read_regular
 LOG = logging.getLogger("fusionroute")
 DAY = 86_400.0  # seconds
 # kind → seconds without use after which an entry is removed
-AGES = {"costs": 30 * DAY, "locks": 30 * DAY, "packed": 30 * DAY, "providers": 30 * DAY, "verified": 30 * DAY}
+AGES = {
+    "calibration": 30 * DAY,
+    "costs": 30 * DAY,
+    "locks": 30 * DAY,
+    "packed": 30 * DAY,
+    "providers": 30 * DAY,
+    "rounded": 7 * DAY,
+    "verified": 30 * DAY,
+}
 MOST_TEXT = 1 << 26  # bytes of a file that `read_checked` reads
 MOST_BYTES = 50 * 10**9  # that all entries of these kinds may have together
 RECENT = 3_600.0  # seconds: an entry used since then is not removed to make room

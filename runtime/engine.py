@@ -15,17 +15,19 @@ from fusionroute.runtime.backends import Backend, check_device
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.chat import ChatOptions
-from fusionroute.runtime.errors import FusionError, InputError, NumericalError
+from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.expert_sets import ExpertSets
+from fusionroute.runtime.grammar_compiler import GrammarCompiler
 from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients
 from fusionroute.runtime.prompt import Prompt, PromptEncoder
-from fusionroute.runtime.sampling import Sampler, sampling_of
-from fusionroute.runtime.scoring import Scores, positions_to_score, score
+from fusionroute.runtime.sampling import sampling_of
+from fusionroute.runtime.scoring import Scores, positions_to_score
 from fusionroute.runtime.session import Session
 from fusionroute.runtime.stream import Result, Stream, StreamOptions, TextOptions, split
-from fusionroute.runtime.text import Text, TextStream, Token
+from fusionroute.runtime.text import Text, Token
+from fusionroute.runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,13 +60,13 @@ class FusionRuntime:
             raise
         self.precision = self._sets.current.system.precision
         self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
+        self._grammars = GrammarCompiler(self._prompts.tokenizer, self.vocab_size, manifest.eos_token_ids)
 
     def __repr__(self) -> str:
         system = self._sets.current.system
-        closed = ", closed" if system.closed else ""
         return (
             f"<FusionRuntime of {str(self.bundle.folder)!r}: {self.precision} on {system.device}, "
-            f"experts {', '.join(self.expert_names)}, fusion={self.fusion!r}, lam={self.lam:g}{closed}>"
+            f"experts {', '.join(self.expert_names)}, fusion={self.fusion!r}, lam={self.lam:g}{', closed' if system.closed else ''}>"
         )
 
     @classmethod
@@ -85,12 +87,16 @@ class FusionRuntime:
         share_weights: bool = False,
         on_expert_failure: str = "raise",
         verify: bool = False,
+        verify_key: str | Path | None = None,
         trusted: bool = False,
     ) -> FusionRuntime:
         """Open a bundle.
 
         `precision` defaults to the fastest it holds; `fusion` and `lam` to what was exported. At the first load on this
         machine, and with `verify` at each, every file is hashed; `verify` also looks for weights that are not finite.
+
+        `verify_key`: the file of a public key (PEM, Ed25519) whose owner must have signed the bundle, see
+        `fusionroute sign`. No file may then lie in the bundle that the signed manifest does not name.
 
         `speculation="auto"` drafts tokens ahead where that pays on this machine. Greedy output is the same in fp32, and
         sampling keeps its distribution. Quantised models round a single token differently from several: with `exact`
@@ -122,7 +128,7 @@ class FusionRuntime:
             on_expert_failure=on_expert_failure,
         )  # fmt: skip
         check_device(options.device)
-        opened = Bundle.open(path("bundle", bundle))
+        opened = Bundle.open(path("bundle", bundle), None if verify_key is None else path("verify_key", verify_key))
         with checked(opened, flag("verify", verify), flag("trusted", trusted)) as tokenizer_is_tried:
             return cls(opened, options, tokenizer_is_tried)
 
@@ -210,8 +216,8 @@ class FusionRuntime:
         deadline: float | None = None,
         **options: Unpack[TextOptions],
     ) -> Stream:
-        """Generate token by token. `options` are the fields of `Sampling` (greedy by default), and for messages those of
-        `ChatOptions`, such as `tools`.
+        """Generate token by token. `options` are the fields of `Sampling` (greedy by default), those of `TextRules`, such
+        as `grammar`, and for messages those of `ChatOptions`, such as `tools`.
 
         `cancel`, once another thread sets it, and `deadline`, in seconds from this call, end the text within a token,
         also while the prompt is encoded and read; `finish_reason` is then "cancelled" or "deadline", and the tokens so far stand.
@@ -222,18 +228,20 @@ class FusionRuntime:
         """
         _ = self.backend  # closed runtimes say so first
         cancellation, max_new_tokens = Cancellation(cancel, deadline), whole("max_new_tokens", max_new_tokens, 1)
-        chat, sampling = split(options)
-        sampler = Sampler(sampling_of(sampling))
+        chat, rules, sampling = split(options)
+        ends = rules.ends(self.bundle.manifest.eos_token_ids, self.vocab_size)
+        settings = sampling_of(sampling)
         coefficients = self._coefficients(fusion, lam)
         experts = self._sets.current
         pinned = experts.index(expert)
         output = TextStream(self.tokenizer, () if stop is None else stop)
         try:
+            sampler = rules.sampler(settings, self.vocab_size, ends, self._grammars, cancellation)
             ids = self._prompts.fitting_ids(prompt, cancellation, **chat)
         except Interrupted:
             return Stream.ended(cancellation.reason or "cancelled")
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
-        return experts.stream(ids, sampler, coefficients, pinned, output, limit, cancellation)
+        return experts.stream(ids, sampler, coefficients, pinned, output, ends, limit, cancellation)
 
     def score(
         self,
@@ -254,17 +262,7 @@ class FusionRuntime:
         ids, chunk = whole_ids(token_ids), whole("chunk", chunk, 1)
         asked = positions_to_score(len(ids), positions)
         coefficients = self._coefficients(fusion, lam)
-        experts = self._sets.current
-        decoder = experts.pool.take((), experts.decoder)
-        try:
-            decoder.rewind(0)
-            decoder.append(ids)
-            return score(decoder.readers, decoder.step.fuser, decoder.step.numerics, self.vocab_size, asked, chunk, coefficients)
-        except NumericalError as error:
-            decoder.discard(error)
-            raise
-        finally:
-            experts.give_back(decoder)
+        return self._sets.current.score(ids, asked, chunk, coefficients)
 
     def session(self, fusion: str | None = None, lam: float | None = None, expert: str | None = None) -> Session:
         """A new empty session with its own KV caches. `expert`: answers every token instead of the routed one.

@@ -14,14 +14,11 @@ from pydantic import (
 )  # fmt: skip
 
 from fusionroute.runtime.arguments import LONGEST, shown
-from fusionroute.runtime.errors import BundleError, one_line, reason
+from fusionroute.runtime.errors import BundleError, one_line
 from fusionroute.runtime.file_entry import LARGEST, File, InsidePath, Size, Strict
-from fusionroute.runtime.files import bring_back, replace
-from fusionroute.runtime.regular_files import read_regular
+from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_manifest, write_manifest
 from fusionroute.runtime.strict_json import check_json
 
-NAME = "manifest.json"
-MOST_BYTES = 1 << 26  # of a manifest: SmolLM2's has a quarter of a megabyte
 BASE, FUSION = "base", "fusion"  # names of engines that are no model's
 # what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`
 FORMAT: Final = 3
@@ -204,8 +201,8 @@ class Manifest(Strict):
         for name in self.files:
             if both := next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in self.files), None):
                 raise ValueError(f"{both} is a file and a folder")
-        if NAME in self.files:
-            raise ValueError(f"{NAME} is listed among the files that it describes")
+        if own := next((name for name in (NAME, SIGNATURE) if name in self.files), None):
+            raise ValueError(f"{own} is listed among the files that it describes")
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise ValueError("two models have the same name")
@@ -254,23 +251,13 @@ class Manifest(Strict):
         return self.routing_rows or self.experts
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into a bundle folder, in place of an older one. Raises OSError."""
-        replace(folder / NAME, (self.model_dump_json(indent=1) + "\n").encode())
+        """Write `manifest.json` into a bundle folder, in place of an older one and its signature. Raises OSError."""
+        write_manifest(folder, (self.model_dump_json(indent=1) + "\n").encode())
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """Read and check a bundle's manifest. Raises BundleError for a folder that is no bundle of this format."""
-        try:
-            if not folder.exists():
-                bring_back(folder)
-            if not folder.is_dir():
-                raise BundleError(f"There is no bundle at {folder}: expected the folder that export.py wrote.")
-            text = read_regular(folder, NAME, MOST_BYTES).decode()
-        except FileNotFoundError as error:
-            raise BundleError(f"{folder} is no bundle, since it holds no {NAME}: expected the folder that export.py wrote.") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{folder / NAME} cannot be read ({reason(error)}); copy or export the bundle again.") from error
-        return cls.parse(text, str(folder / NAME))
+        return cls.parse(read_manifest(folder), str(folder / NAME))
 
     @classmethod
     def parse(cls, text: str | bytes, where: str) -> "Manifest":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 from fusionroute.runtime.arguments import check_names
@@ -12,10 +12,11 @@ from fusionroute.runtime.chat import ChatOptions
 from fusionroute.runtime.exclusive import Exclusive
 from fusionroute.runtime.sampling import SamplingOptions
 from fusionroute.runtime.text import Token
+from fusionroute.runtime.text_rules import RuleOptions, TextRules
 
 
-class TextOptions(SamplingOptions, ChatOptions, total=False):
-    """How tokens are chosen, and what a chat template is given."""
+class TextOptions(SamplingOptions, RuleOptions, ChatOptions, total=False):
+    """How tokens are chosen, what the text must look like, and what a chat template is given."""
 
 
 class StreamOptions(TextOptions, total=False):
@@ -29,12 +30,13 @@ class StreamOptions(TextOptions, total=False):
     deadline: float | None
 
 
-def split(options: Mapping[str, Any]) -> tuple[ChatOptions, SamplingOptions]:
+def split(options: Mapping[str, Any]) -> tuple[ChatOptions, TextRules, SamplingOptions]:
     """`TextOptions` by what they are for. Raises InputError for an unknown name."""
     check_names(options, ("max_new_tokens", *StreamOptions.__annotations__))
     chat = {name: value for name, value in options.items() if name in ChatOptions.__annotations__}
-    sampling = {name: value for name, value in options.items() if name not in chat}
-    return cast(ChatOptions, chat), cast(SamplingOptions, sampling)
+    rules = {name: value for name, value in options.items() if name in RuleOptions.__annotations__}
+    sampling = {name: value for name, value in options.items() if name not in chat and name not in rules}
+    return cast(ChatOptions, chat), TextRules(**rules), cast(SamplingOptions, sampling)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Result:
     """A finished generation. `token_ids` and `experts` (one name per token) exclude the end-of-sequence token.
 
     finish_reason: "stop" (end of sequence or a stop string), "length" (max_new_tokens or the context), "cancelled",
-    "deadline". drafted, accepted: tokens that speculation guessed, and how many of them held.
+    "deadline". drafted, accepted: tokens that speculation guessed, and how many of them held. top_logprobs: see `Token`.
     """
 
     text: str
@@ -52,6 +54,7 @@ class Result:
     finish_reason: str
     drafted: int = 0
     accepted: int = 0
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
     @classmethod
     def of(cls, tokens: Sequence[Token], stream: Stream) -> Result:
@@ -64,6 +67,7 @@ class Result:
             finish_reason=stream.finish_reason or "cancelled",
             drafted=stream.drafted,
             accepted=stream.accepted,
+            top_logprobs=[token.top_logprobs for token in tokens],
         )
 
 

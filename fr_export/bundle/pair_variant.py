@@ -25,6 +25,7 @@ from fusionroute.fr_export.precision.approximation import approximate
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.evidence import Evidence, pooled
 from fusionroute.fr_export.precision.fit_model import fit_model
+from fusionroute.fr_export.precision.kept_matrices import KeptMatrices
 from fusionroute.fr_export.precision.products import coarse_products
 from fusionroute.fr_export.precision.read_back import read_back
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
@@ -46,19 +47,20 @@ class PairVariantWriter:
     """Writes a system that shares one base into a bundle folder, variant by variant.
 
     The base is the router as it is: `deltas` are what experts add to it, of which some are `approximated`. Experts without
-    a delta have graphs of their own. `evidence` as for `VariantWriter`.
+    a delta have graphs of their own. `evidence` and `kept` as for `VariantWriter`.
     """
 
     def __init__(
         self, system: System, deltas: Mapping[str, Delta], approximated: Mapping[str, Approximated], traces: Traces,
-        evidence: Mapping[str, Evidence], folder: Path, stages: Stages,
+        evidence: Mapping[str, Evidence], folder: Path, stages: Stages, kept: KeptMatrices | None = None,
     ):  # fmt: skip
+        self._kept = kept
         self._system, self._deltas, self._approximated, self._traces = system, deltas, approximated, traces
         self._folder, self._graphs, self._stages = folder, folder / GRAPHS, stages
         self._sharing = [expert for expert in system.experts if expert.name in deltas]
         self._apart = [expert for expert in system.experts if expert.name not in deltas]
         self._evidence = base_evidence(system.router, self._sharing, evidence)
-        self._whole = VariantWriter(system, traces, evidence, folder, stages, self._apart)
+        self._whole = VariantWriter(system, traces, evidence, folder, stages, self._apart, kept)
         self._store = self._whole.store(self._graphs)
         self._factor_files: dict[str, File] = {}  # by their paths in the bundle
 
@@ -74,7 +76,10 @@ class PairVariantWriter:
         total = self._traces.of(dialect)[router.name].parameters
         with self._stages.stage(f"writing {scheme.name} for {target}, one base", total) as advance, coarse_products():
             try:
-                graph, own, about = fit_model(router, dialect, scheme, self._traces, self._evidence, self._store, SharedMatrices(), advance)
+                graph, own, about = fit_model(
+                    router, dialect, scheme, self._traces, self._evidence, self._store, SharedMatrices(), advance,
+                    kept=self._kept, note=self._stages.note,
+                )  # fmt: skip
                 spec.prepare(graph, scheme.name, router.family)
                 dialect.end_with(graph, system.head)
                 layout, inputs = self._set_apart(graph, spec.pair)

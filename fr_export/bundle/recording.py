@@ -43,13 +43,17 @@ def calibration_table(
         check(table, system, traces.of())
         return table
     recording = folder / "recording"
-    try:
-        exact = {name: delta for name, delta in deltas.items() if not delta.matrices}
-        apart = {name: trace.parameters for name, trace in traces.of().items() if name not in exact}
-        scheme = recording_scheme(sum(apart.values()))
+    exact = {name: delta for name, delta in deltas.items() if not delta.matrices}
+    apart = {name: trace.parameters for name, trace in traces.of().items() if name not in exact}
+    scheme = recording_scheme(sum(apart.values()))
+
+    def bundle() -> Path:
         variant = recording_variant(system, exact, traces, scheme, recording, stages)
         write_common_files(system.router, recording)
         describe(system, fusion, traces.of(), [variant], {}, recording).write(recording)
-        return calibrate(system, traces.of(), list(prompts), recording, scheme.name, cache_folder(), stages)
+        return recording
+
+    try:
+        return calibrate(system, traces.of(), list(prompts), fusion, bundle, scheme.name, cache_folder(), stages, together=list(exact))
     finally:
         shutil.rmtree(recording, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fusionroute.runtime import files
 from fusionroute.runtime.bundle import is_leftover
 from fusionroute.runtime.errors import FusionError, InputError, one_line, reason
-from fusionroute.runtime.manifest import MOST_BYTES, NAME
+from fusionroute.runtime.manifest_file import MOST_BYTES, NAME, SIGNATURE
 from fusionroute.runtime.regular_files import read_regular
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class Staging:
     def check(self) -> None:
         """Raise InputError where `out` must not be replaced."""
         raise NotImplementedError
+
+    def tell(self) -> None:
+        """Log what is lost with the folder that is replaced."""
 
     def prepare(self) -> None:
         """Clean up after killed processes, then `refuse`."""
@@ -149,6 +152,7 @@ class Staging:
     def _replace(self) -> None:
         """Let the complete folder take the place of an old one, which comes back where that fails."""
         self.check()  # something may have appeared there while we worked
+        self.tell()
         if self.out.exists() and files.exchange(self.folder, self.out):
             return  # the old one has our folder's name now
         old = self._beside("replaced", os.getpid())
@@ -195,11 +199,16 @@ class StagedBundle(Staging):
             if not ours and not (path.is_dir() and not path.is_symlink()):
                 raise InputError(f"{path} is no part of the bundle that --force replaces: move it away, or name another folder with --out.")
 
+    def tell(self) -> None:
+        """Log that the bundle at `out` was signed, if so, since the new one is not."""
+        if (self.out / SIGNATURE).exists():
+            LOG.warning("The bundle that was at %s was signed, and this one is not: sign it with `fusionroute sign`.", self.out)
+
 
 def bundled(folder: Path) -> set[str] | None:
     """The files of a bundle of any version, as its manifest lists them. None where the folder is no bundle."""
     try:
         manifest = json.loads(read_regular(folder, NAME, MOST_BYTES))
-        return {NAME, *manifest["files"]} if {"format", "family", "models"} <= manifest.keys() else None
+        return {NAME, SIGNATURE, *manifest["files"]} if {"format", "family", "models"} <= manifest.keys() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

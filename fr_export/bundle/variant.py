@@ -24,6 +24,7 @@ from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.concurrency import Concurrency, memory_of
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_model import fit_model
+from fusionroute.fr_export.precision.kept_matrices import KeptMatrices
 from fusionroute.fr_export.precision.products import coarse_products
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
@@ -55,13 +56,14 @@ class VariantWriter:
     """Writes graphs of a system's models into one bundle folder, variant by variant. Equal weights are stored once.
 
     `evidence` holds what calibration learnt of each model's activations; without it weights are rounded to nearest.
-    `models`: those that are written; None: all.
+    `models`: those that are written; None: all. `kept`: what exports that were ended have rounded already.
     """
 
     def __init__(
         self, system: System, traces: Traces, evidence: Mapping[str, Evidence], folder: Path, stages: Stages,
-        models: Sequence[Checkpoint] | None = None,
+        models: Sequence[Checkpoint] | None = None, kept: KeptMatrices | None = None,
     ):  # fmt: skip
+        self._kept = kept
         self._system, self._traces, self._evidence, self._folder, self._stages = system, traces, evidence, folder, stages
         self._models = system.models if models is None else models
         self._stores: dict[Path, Store] = {}  # by the folder whose graphs read them
@@ -88,7 +90,7 @@ class VariantWriter:
             try:
                 graph, own, about = fit_model(
                     model, spec.dialect, scheme, self._traces, self._evidence, store, shared[store], advance,
-                    number=self._models.index(model), threads=concurrency.threads,
+                    number=self._models.index(model), threads=concurrency.threads, kept=self._kept, note=self._stages.note,
                 )  # fmt: skip
                 spec.prepare(graph, scheme.name, model.family)
                 spec.dialect.end_with(graph, head)

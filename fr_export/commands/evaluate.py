@@ -18,7 +18,7 @@ from fusionroute.fr_export.evaluation.report import shown
 from fusionroute.fr_export.evaluation.study import EvaluationRequest, expanded, run
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, Split, draw_many
 from fusionroute.runtime.command_errors import one_sentence
-from fusionroute.runtime.commands.options import Debug, Json, Trust, names
+from fusionroute.runtime.commands.options import Debug, Json, Trust, VerifyKey, names
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Fusion, Manifest
 from fusionroute.runtime.terminal import Terminal, print_json
@@ -44,6 +44,7 @@ def main(
     fusion: Annotated[Fusion | None, typer.Option(help="Of the method fused; default as exported.")] = None,
     sweep_lambda: Annotated[bool, typer.Option("--sweep-lambda", help="Also measure λ = 0, 0.1, …, 1 and draw the curve.")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="First choose λ on the validation split and write it into the bundle.")] = False,
+    verify_key: VerifyKey = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json and the pictures.")] = Path("evaluation"),
     trust: Trust = False,
     as_json: Json = False,
@@ -57,6 +58,10 @@ def main(
                 raise UnavailableError(missing.format(package))
         if tune and (fusion is not None or lam is not None):
             raise typer.BadParameter("λ cannot be both chosen and given", param_hint="--tune / --fusion / --lambda")
+        if tune and verify_key is not None:
+            raise typer.BadParameter(
+                "λ is written into the manifest, which ends its signature: tune first, then sign", param_hint="--tune / --verify-key"
+            )
         request = EvaluationRequest(
             bundles=tuple(bundle),
             precisions=names(precision) if precision else (None,),
@@ -72,6 +77,7 @@ def main(
             lam=lam,
             fusion=fusion,
             trusted=trust,
+            verify_key=verify_key,
         )
         report = run(request, Terminal(stderr=True))
         show(report, out, as_json)

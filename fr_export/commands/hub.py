@@ -12,7 +12,7 @@ from fusionroute.fr_export.hub import pull as pulling
 from fusionroute.fr_export.hub import push as pushing
 from fusionroute.fr_export.hub.model_card import model_card
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.commands.options import BundleFolder, Debug, NewFolder
+from fusionroute.runtime.commands.options import BundleFolder, Debug, NewFolder, VerifyKey
 from fusionroute.runtime.terminal import Terminal
 
 REPORT = "report.json"
@@ -53,20 +53,21 @@ def push(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
     revision: Revision = None,
+    verify_key: VerifyKey = None,
     debug: Debug = False,
 ) -> None:
-    """Push a bundle to the hub in one commit, with a model card made from its report."""
+    """Push a bundle to the hub in one commit, with its signature and a model card made from its report."""
     quiet_unless_watched()
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, verify_key)
     report = json.loads(opened.text(REPORT) or "{}")
     card = model_card(opened.manifest, report, repository, licence, base_model or ())
     Terminal().print(pushing.push(opened, repository, card, private, revision), soft_wrap=True)
 
 
-def pull(repository: Repository, folder: NewFolder, revision: Revision = None, debug: Debug = False) -> None:
+def pull(repository: Repository, folder: NewFolder, revision: Revision = None, verify_key: VerifyKey = None, debug: Debug = False) -> None:
     """Pull a bundle from the hub into a new folder, which appears when it is complete and every hash is right."""
     quiet_unless_watched()
-    manifest = pulling.pull(repository, folder, revision)
+    manifest = pulling.pull(repository, folder, revision, verify_key)
     Terminal().print(f"{folder}: {len(manifest.files)} files, all with the hashes of the manifest", soft_wrap=True)
 
 

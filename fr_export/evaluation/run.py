@@ -40,6 +40,7 @@ def evaluate(
     trusted: bool = False,
     known: Results | None = None,
     console: Console | None = None,
+    verify_key: Path | None = None,
 ) -> Results:
     """Answer every question of every domain by every method; results by method and domain, in the orders given.
 
@@ -47,12 +48,13 @@ def evaluate(
     `fused`. Sequence selection needs the outcomes of the experts (and of `fused`), which are then returned too. `known`
     results on the same questions are not computed again, such as those of experts that another bundle shares. An answer
     has at most SLACK tokens more than the domain's longest reference. `jobs` processes (one per core where None) with
-    one thread each share the questions; `console` shows a progress bar. `trusted`: see `FusionRuntime.load`.
+    one thread each share the questions; `console` shows a progress bar. `verify_key`, `trusted`: as of
+    `FusionRuntime.load`.
 
     Raises InputError for unknown methods, domains without prompts and prompts that do not fit, BundleError and
     UnavailableError as loading the bundle does.
     """
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, verify_key)
     manifest = opened.manifest
     opened.variant(TARGET, precision)
     if "tokenizer.json" not in manifest.files:
@@ -86,7 +88,8 @@ def evaluate(
             text = tokenizer_of(opened)
         assert text is not None  # `questions` needs it
         pieces = {domain: _pieces(digests[domain], own, text) for domain, own in questions.items()}
-        results |= _decode(Job(str(bundle), precision, missing, fusion, lam, chat, trusted), pieces, jobs, console)
+        job = Job(str(bundle), precision, missing, fusion, lam, chat, verify_key, trusted)
+        results |= _decode(job, pieces, jobs, console)
     if SEQUENCE in methods:
         results[SEQUENCE] = {d: most_likely([results[name][d] for name in alone]) for d in questions}
     if SEQUENCE_ROUTED in methods:

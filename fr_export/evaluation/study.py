@@ -33,7 +33,7 @@ class EvaluationRequest:
 
     The method "experts" stands for all `expert:NAME`, the precision None for the fastest of the bundle. Where `tuning`
     questions are given, λ is chosen on them first. `source` names the questions in results.json. `lam` and `fusion` are
-    those of the method `fused`. `trusted`: see `FusionRuntime.load`.
+    those of the method `fused`. `verify_key`: of those who signed the bundles, and `trusted`, as of `FusionRuntime.load`.
     """
 
     bundles: tuple[Path, ...]
@@ -49,6 +49,7 @@ class EvaluationRequest:
     seed: int = 0
     lam: float | None = None
     fusion: str | None = None
+    verify_key: Path | None = None
     trusted: bool = False
 
 
@@ -58,7 +59,7 @@ def run(request: EvaluationRequest, console: Console) -> dict[str, Any]:
     Tuning measures the first precision and writes λ and its curve into the bundle. Raises FusionError subclasses and
     OSError.
     """
-    bundles = [Bundle.open(folder) for folder in request.bundles]
+    bundles = [Bundle.open(folder, request.verify_key) for folder in request.bundles]
     for bundle in bundles:  # an error in the last one must show before the first one is evaluated
         for precision in request.precisions:
             bundle.variant(TARGET, precision)
@@ -88,7 +89,7 @@ def _measured(
 ) -> Results:
     return evaluate(
         bundle.folder, precision, methods, questions, jobs=request.jobs, fusion=request.fusion, lam=request.lam, chat=request.chat,
-        trusted=request.trusted, console=console,
+        console=console, verify_key=request.verify_key, trusted=request.trusted,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ class Job(NamedTuple):
     fusion: str | None
     lam: float | None
     chat: bool
+    verify_key: Path | None = None
     trusted: bool = False
 
 
@@ -41,7 +43,7 @@ class Worker:
 
     def __init__(self, job: Job):
         self._runtime = runtime = FusionRuntime.load(
-            job.bundle, job.precision, "cpu", fusion=job.fusion, lam=job.lam, threads=1, trusted=job.trusted
+            job.bundle, job.precision, "cpu", fusion=job.fusion, lam=job.lam, threads=1, verify_key=job.verify_key, trusted=job.trusted
         )
         assert runtime.tokenizer is not None  # the questions were read with it
         self._text = runtime.tokenizer

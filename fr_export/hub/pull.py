@@ -10,24 +10,28 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import ModelInfo
 
 from fusionroute.fr_export.hub.errors import explained
+from fusionroute.runtime import signing
 from fusionroute.runtime.archive import check_absent, check_room
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
 from fusionroute.runtime.files import appearing
-from fusionroute.runtime.manifest import NAME, Manifest
+from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_signature
 
 AT_ONCE = 4  # downloads
 PRIVATE = ".cache"  # where the hub's client keeps its notes in a folder that it downloads to
 
 
-def pull(repository: str, folder: Path, revision: str | None = None) -> Manifest:
+def pull(repository: str, folder: Path, revision: str | None = None, verify_key: Path | None = None) -> Manifest:
     """Download the bundle of `owner/name` into a new folder, which appears when it is complete and every hash is right.
 
-    `revision`: a branch, tag or commit; it is resolved once, so a push meanwhile mixes nothing. Raises InputError where
-    the folder exists, BundleError for a repository that holds no bundle or a damaged one, UnavailableError where the
-    hub cannot be reached or refuses.
+    `revision`: a branch, tag or commit; it is resolved once, so a push meanwhile mixes nothing. `verify_key`: the file
+    of a public key, whose owner must have signed the manifest; no other file is downloaded before. Raises InputError
+    where the folder exists, BundleError for a repository that holds no bundle or a damaged one, UnavailableError where
+    the hub cannot be reached or refuses; as `signing.public_key` and `signing.check` do.
     """
     check_absent(folder)
+    key = None if verify_key is None else signing.public_key(verify_key)
     with explained(repository, revision):
         api = HfApi()
         about = api.model_info(repository, revision=revision, files_metadata=True)
@@ -36,6 +40,10 @@ def pull(repository: str, folder: Path, revision: str | None = None) -> Manifest
         with appearing(folder) as partial:
             with downloads(partial):
                 text = Path(api.hf_hub_download(repository, NAME, revision=about.sha, local_dir=partial)).read_bytes()
+                if SIGNATURE in {sibling.rfilename for sibling in about.siblings or ()}:
+                    api.hf_hub_download(repository, SIGNATURE, revision=about.sha, local_dir=partial)
+                if key is not None:
+                    signing.check(text, read_signature(partial), key, repository)
                 manifest = Manifest.parse(text, f"The manifest of {repository}")
                 compare(repository, about, manifest)
                 check_room(sum(entry.bytes for entry in manifest.files.values()), partial)

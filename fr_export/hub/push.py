@@ -14,7 +14,7 @@ from fusionroute.fr_export.hub.errors import LOG_IN, explained
 from fusionroute.fr_export.hub.model_card import CARD, MARK
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError, UnavailableError
-from fusionroute.runtime.manifest import NAME
+from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_signature
 
 OTHERS = {".gitattributes", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt"}  # what a repository may hold before the first push
 
@@ -41,9 +41,12 @@ def push(bundle: Bundle, repository: str, card: str, private: bool = False, revi
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(bundle.folder / name)) for name in names
         ]
+        if (signature := read_signature(bundle.folder)) is not None:
+            names.append(SIGNATURE)
+            operations.append(CommitOperationAdd(path_in_repo=SIGNATURE, path_or_fileobj=signature))
         if CARD not in existing or MARK in text(api, repository, CARD, revision):
             operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode()))
-        stale = replaced(api, repository, revision, existing) - {*names, *OTHERS}
+        stale = (replaced(api, repository, revision, existing) | {SIGNATURE}) - {*names, *OTHERS}
         operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(stale & existing)]
         commit = api.create_commit(repository, operations, commit_message=f"A bundle of {bundle.manifest.family}", revision=revision)
     return str(commit.commit_url)

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fusionroute.calibration.serving_masks import serving_masks
 from fusionroute.calibration.side_by_side import ReadTogether, SideBySide
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
+from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.batch_dimension import batched
@@ -32,7 +33,7 @@ from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.prompt import PromptEncoder
 
-VERSION = 3  # of this computation: raising it invalidates every cached result
+VERSION = 4  # of this computation: raising it invalidates every cached result
 NEW_TOKENS = 64
 RANDOM_PROMPT = 32  # tokens of a prompt for a system without a tokenizer
 TOGETHER = 8  # texts recorded before they are saved again
@@ -49,23 +50,26 @@ def calibrate(
     system: System,
     graphs: dict[str, Graph],
     prompts: list[str],
-    bundle: Path,
+    fusion: FusionSettings,
+    bundle: Callable[[], Path],
     precision: str,
     cache: Path,
     stages: Stages,
     new_tokens: int = NEW_TOKENS,
     seed: int = 0,
+    together: Sequence[str] = (),
 ) -> Table:
     """Routing-aware statistics of every model of a system.
 
-    `graphs` are the traces by model, `bundle` a complete bundle of the same system, which generates in `precision`.
-    Texts and finished models are kept in `cache`/IDENTITY, so that an interrupted or repeated call goes on from there;
+    `graphs` are the traces by model. `bundle` writes a complete bundle of the same system, which generates in `precision`
+    and reads the texts of the experts `together` in one graph with the router's; it is not called where all texts are
+    kept. Texts and finished models are kept in `cache`/IDENTITY, so that an interrupted or repeated call goes on from there;
     files there that are broken are made again, and where nothing can be written it works without. `new_tokens` per
     prompt are cut to half of the context. Raises InputError where a model's activations are not finite, BundleError and
     UnavailableError as `FusionRuntime.load` does.
     """
     new_tokens = min(new_tokens, system.max_seq_len // 2)
-    identity = identify(system, graphs, Manifest.read(bundle), prompts, precision, new_tokens, seed)
+    identity = identify(system, graphs, fusion, prompts, precision, new_tokens, seed, together)
     cached = Cache(cache / identity, identity)
     texts = recorded(bundle, precision, asked(system, prompts, seed), new_tokens, seed, cached, stages)
     cut = {name: staged(graph) for name, graph in graphs.items()}
@@ -73,6 +77,7 @@ def calibrate(
     def observed(model: Checkpoint, advance: Advance) -> dict[str, Observer]:
         observers = cached.table(f"model-{model.name}").models.get(model.name)
         if observers is not None:
+            stages.note(f"resumed: calibration of {model.name}")
             advance(len(cut[model.name]))
             return observers
         number = system.models.index(model)
@@ -121,8 +126,9 @@ def check(table: Table, system: System, graphs: dict[str, Graph]) -> None:
 
 
 def identify(
-    system: System, graphs: dict[str, Graph], manifest: Manifest, prompts: Sequence[str], precision: str, new_tokens: int, seed: int
-) -> str:
+    system: System, graphs: dict[str, Graph], fusion: FusionSettings, prompts: Sequence[str], precision: str, new_tokens: int, seed: int,
+    together: Sequence[str] = (),
+) -> str:  # fmt: skip
     """A digest of everything that a calibration depends on; checkpoint files count by path, size and time of change."""
     models = []
     for model in system.models:
@@ -132,11 +138,11 @@ def identify(
     about: dict[str, Any] = {
         "version": VERSION, "family": system.family.name, "models": models, "vocab_size": system.vocab_size,
         "max_seq_len": system.max_seq_len, "head": hashlib.sha256(system.head.weight.tobytes() + system.head.bias.tobytes()).hexdigest(),
-        "fusion": manifest.fusion, "lam": manifest.lam, "ends": manifest.eos_token_ids, "precision": precision,
+        "fusion": fusion.fusion, "lam": fusion.lam, "ends": system.router.end_tokens, "precision": precision,
         "prompts": list(prompts), "new_tokens": new_tokens, "seed": seed,
     }  # fmt: skip
-    if together := [numbers for variant in manifest.variants for numbers in read_together(manifest, variant).values() if len(numbers) > 1]:
-        about["together"] = together  # those round otherwise
+    if together:
+        about["together"] = list(together)  # those round otherwise
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -157,21 +163,24 @@ def asked(system: System, prompts: Sequence[str], seed: int) -> list[str | list[
 
 
 def recorded(
-    folder: Path, precision: str, prompts: list[str | list[int]], new_tokens: int, seed: int, cached: "Cache", stages: Stages
+    folder: Callable[[], Path], precision: str, prompts: list[str | list[int]], new_tokens: int, seed: int, cached: "Cache", stages: Stages
 ) -> list[RecordedText]:
     """One text per prompt. Every text has its own random stream, so the texts of an interrupted call can be reused."""
     texts = cached.table("texts").texts
+    if texts:
+        stages.note(f"resumed: {len(texts)} of {len(prompts)} recorded texts")
+    if len(texts) == len(prompts):
+        return texts
+    bundle = Bundle.open(folder())
     with stages.stage("recording what the system does", len(prompts)) as advance:
         advance(len(texts))
-        if len(texts) == len(prompts):
-            return texts
-        bundle = Bundle.open(folder)
         manifest = bundle.manifest
         encoder, room = PromptEncoder(bundle), manifest.max_seq_len - new_tokens
         ids = [encoder.ids(prompt)[:room] for prompt in prompts[len(texts) :]]
         variant = next(each for each in manifest.variants if (each.target, each.precision) == (CPU, precision))
         graphs = [
-            ReadTogether(folder / path, batched(folder / path), numbers) for path, numbers in read_together(manifest, variant).items()
+            ReadTogether(bundle.folder / path, batched(bundle.folder / path), numbers)
+            for path, numbers in read_together(manifest, variant).items()
         ]
         coefficients, ends = fusion_coefficients(manifest.fusion, manifest.lam), frozenset(manifest.eos_token_ids)
         with SideBySide(graphs, max(map(len, ids)) + new_tokens, len(ids)) as models:

@@ -7,6 +7,7 @@ from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.evidence import Evidence
+from fusionroute.fr_export.precision.kept_matrices import KeptMatrices
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 
 
@@ -16,6 +17,7 @@ class FitContext:
 
     `graph` is a trace in the `ort` dialect. `shared` is handed from model to model of a variant, whose numbers count
     from 0. `advance(n)` is told of every n values done. `threads` compute (None: one per core).
+    `kept` holds what exports that were ended have rounded already; `note` is told how much of it was taken over.
     """
 
     graph: Graph
@@ -26,3 +28,5 @@ class FitContext:
     advance: Callable[[int], None]
     number: int = 0
     threads: int | None = None
+    kept: KeptMatrices | None = None
+    note: Callable[[str], None] = lambda _: None

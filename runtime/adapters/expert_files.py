@@ -20,7 +20,8 @@ from fusionroute.runtime.adapters.unadapted import AdapterFactors, Unadapted, re
 from fusionroute.runtime.bundle import FACTORS, Bundle
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, UnavailableError, one_line
 from fusionroute.runtime.file_entry import File
-from fusionroute.runtime.manifest import NAME, Manifest, Model, Pair, Variant
+from fusionroute.runtime.manifest import Manifest, Model, Pair, Variant
+from fusionroute.runtime.manifest_file import NAME
 
 Change = Callable[[Bundle], Manifest]  # writes what a new manifest names, and returns it
 
@@ -56,7 +57,7 @@ def open_expert(bundle: Bundle, name: str, source: Path) -> NewExpert:
     return NewExpert(name, LoraAdapter.open(source, name))
 
 
-def add_expert(folder: Path, name: str, source: Path, replace: bool = False) -> Manifest:
+def add_expert(folder: Path, name: str, source: Path, replace: bool = False, verify_key: Path | None = None) -> Manifest:
     """Make an adapter an expert of the bundle in a folder, in all its precisions. Returns the new manifest.
 
     Raises InputError for an expert that is there already, unless it may be replaced; as `open_expert` and
@@ -78,10 +79,10 @@ def add_expert(folder: Path, name: str, source: Path, replace: bool = False) -> 
         models[name] = manifest.models[0].model_copy(update={"name": name})
         return arranged(manifest, models, variants, entries)
 
-    return changed(folder, add)
+    return changed(folder, add, verify_key)
 
 
-def remove_expert(folder: Path, name: str) -> Manifest:
+def remove_expert(folder: Path, name: str, verify_key: Path | None = None) -> Manifest:
     """Remove an expert from the bundle in a folder; its row of the routing head stays, and is not chosen any more.
 
     Returns the new manifest. Raises InputError for a name that is no expert's and for the only expert, UnavailableError
@@ -95,7 +96,7 @@ def remove_expert(folder: Path, name: str) -> Manifest:
         models = {model.name: model for model in manifest.models if model.name != name}
         return arranged(manifest, models, variants, manifest.files)
 
-    return changed(folder, remove)
+    return changed(folder, remove, verify_key)
 
 
 def check_removable(bundle: Bundle, name: str, experts: list[str]) -> None:
@@ -164,15 +165,18 @@ def arranged(manifest: Manifest, models: Mapping[str, Model], variants: list[Var
     )
 
 
-def changed(folder: Path, change: Change) -> Manifest:
+def changed(folder: Path, change: Change, verify_key: Path | None = None) -> Manifest:
     """Let a bundle's manifest be the one that `change` returns, and remove the factors that it does not name.
 
+    `verify_key`: the file of a public key, whose owner must have signed the bundle. The changed one is not signed.
     Changes of one bundle wait for one another. Raises BundleError for a broken bundle and for one that is replaced
     meanwhile, FusionError where the folder cannot be written, what `change` raises. The bundle is then as it was.
     """
     with lock(folder):
         text = (folder / NAME).read_bytes() if (folder / NAME).is_file() else b""
-        bundle = Bundle.open(folder)
+        bundle = Bundle.open(folder, verify_key)
+        if verify_key is not None:
+            bundle.verify()
         try:
             manifest = change(bundle)
             if (folder / NAME).read_bytes() != text:

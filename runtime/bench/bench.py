@@ -35,7 +35,7 @@ HALF = ("fp16", "bf16")
 class BenchOptions:
     """What to measure. `precisions`: None for all that the bundle has for the device. `rows`: see `workload.workloads`.
 
-    `sequential`: one precision after the other, where they do not fit in memory together. `trusted`: see
+    `sequential`: one precision after the other, where they do not fit in memory together. `verify_key`, `trusted`: as of
     `FusionRuntime.load`.
     """
 
@@ -47,12 +47,13 @@ class BenchOptions:
     repeats: int = 5
     rows: str = FUSED
     sequential: bool = False
+    verify_key: Path | None = None
     trusted: bool = False
 
 
 def bench(folder: Path, options: BenchOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Measure a bundle; returns the object that `--json` prints. Raises FusionError subclasses."""
-    bundle = Bundle.open(folder)
+    bundle = Bundle.open(folder, options.verify_key)
     device = resolved(bundle, options.device)
     with advising(bundle):
         gpu = None if device == "cpu" else Device()
@@ -142,6 +143,7 @@ def load(
                 device,
                 speculation="auto" if DRAFTS in options.rows else "off",
                 prefix_cache=0,
+                verify_key=options.verify_key,
                 trusted=options.trusted,
             )
         )

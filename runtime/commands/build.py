@@ -8,7 +8,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.commands.options import BundleFolder, Debug, names, one_of
+from fusionroute.runtime.commands.options import BundleFolder, Debug, VerifyKey, names, one_of
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.tensorrt.engines import rebuild, target_for
@@ -24,10 +24,16 @@ def build(
     ] = None,
     sms: Annotated[str | None, typer.Option(help="GPUs to build for, such as sm86+sm89 (rtx only); default: this machine's.")] = None,
     workspace: Annotated[int | None, typer.Option(min=1, help="MiB of device memory for scratch space of the layers.")] = None,
+    verify_key: VerifyKey = None,
     debug: Debug = False,
 ) -> None:
-    """Build the TensorRT engines of a bundle from its graphs. Needs tensorrt or tensorrt-rtx, not torch."""
-    opened = Bundle.open(bundle)
+    """Build the TensorRT engines of a bundle from its graphs. Needs tensorrt or tensorrt-rtx, not torch.
+
+    The manifest then names the engines, so the bundle loses its signature.
+    """
+    opened = Bundle.open(bundle, verify_key)
+    if verify_key is not None:
+        opened.verify()
     library = flavour or installed_flavour() or "tensorrt"
     target = target_for(opened.manifest, library, installed_version(library))
     available = [variant.precision for variant in opened.manifest.variants if variant.target == target]

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Json, Trust
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Json, Trust, VerifyKey
 from fusionroute.runtime.finite_weights import check_finite
 from fusionroute.runtime.manifest import Manifest, Variant
+from fusionroute.runtime.manifest_file import read_signature
 from fusionroute.runtime.prompt import TOKENIZER
 from fusionroute.runtime.tables import tables
 from fusionroute.runtime.tensorrt.library import NAMES
@@ -24,12 +25,15 @@ def inspect(
         bool,
         typer.Option("--verify", help="Hash every file, look for weights that are not finite, and try the tokenizer in another process."),
     ] = False,
+    verify_key: VerifyKey = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show the models, precisions and sizes of a bundle; with --verify, check every hash and try the tokenizer."""
-    opened = Bundle.open(bundle)
+    """Show the models, precisions and sizes of a bundle; with --verify or --verify-key, check every hash and try the tokenizer."""
+    opened = Bundle.open(bundle, verify_key)
+    verify = verify or verify_key is not None
+    signed = read_signature(bundle) is not None
     if verify:
         opened.verify()
         check_finite(opened)
@@ -37,7 +41,7 @@ def inspect(
             try_tokenizer(opened.read(TOKENIZER), bundle / TOKENIZER)
     manifest = opened.manifest
     if as_json:
-        print_json(manifest.model_dump() | {"verified": verify})
+        print_json(manifest.model_dump() | {"verified": verify, "signed": signed})
         return
     console = Terminal()
     for line in summary(bundle, manifest):
@@ -49,6 +53,8 @@ def inspect(
         console.print(*engines_table(console, manifest))
     if verify:
         console.print(f"All {len(manifest.files)} files have the hashes of the manifest.")
+    if signed:
+        console.print("The manifest is signed" + (f" by the owner of {verify_key}." if verify_key else "; --verify-key tells by whom."))
 
 
 def summary(bundle: Path, manifest: Manifest) -> tuple[str, str]:

@@ -32,6 +32,12 @@ BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of 
 NewFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle; it must not exist yet, or be empty.")]
 PrecisionName = Annotated[str | None, typer.Option(help="Default: the fastest in the bundle.")]
 Device = Annotated[str, typer.Option(help=f"{', '.join(KNOWN)}.", callback=one_of("device", KNOWN))]
+VerifyKey = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Public key in PEM: refuse the bundle unless its owner signed it, and all files are those that were signed."
+    ),
+]
 Trust = Annotated[bool, typer.Option("--trust", help="A bundle of your own: do not try its tokenizer in another process first.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

@@ -11,7 +11,8 @@ from fusionroute.runtime.bundle import sha256
 from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError
 from fusionroute.runtime.file_entry import File
 from fusionroute.runtime.files import replacing
-from fusionroute.runtime.manifest import FUSION, NAME, Engines, Manifest, Variant
+from fusionroute.runtime.manifest import FUSION, Engines, Manifest, Variant
+from fusionroute.runtime.manifest_file import NAME
 from fusionroute.runtime.tensorrt.build import Advance, build, build_lock
 from fusionroute.runtime.tensorrt.library import NAMES, OLDER, TARGET, load
 from fusionroute.runtime.tensorrt.operators import number, since

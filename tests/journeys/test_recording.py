@@ -38,8 +38,11 @@ def test_recording(limit: int, recorded: set[tuple[int, int]], tmp_path: Path, m
     recorded_forms: list[set[tuple[int, int]]] = []
 
     def spied(*arguments: Any, **named: Any) -> Table:
-        recorded_forms.extend(forms(graph) for graph in sorted(arguments[3].glob("graphs/*.int?.onnx")))
-        return calibrate(*arguments, **named)
+        folder = arguments[4]()
+        recorded_forms.extend(forms(graph) for graph in sorted(folder.glob("graphs/*.int?.onnx")))
+        known = [*arguments]
+        known[4] = lambda: folder
+        return calibrate(*known, **named)
 
     monkeypatch.setattr(recording, "LARGE", limit)
     monkeypatch.setattr(recording, "calibrate", spied)
@@ -59,8 +62,11 @@ def test_a_system_with_one_base_records_with_one_graph(tmp_path: Path, monkeypat
     graphs: list[str] = []
 
     def spied(*arguments: Any, **named: Any) -> Table:
-        graphs.extend(path.name for path in arguments[3].glob("graphs/*.int8.onnx"))
-        return calibrate(*arguments, **named)
+        folder = arguments[4]()
+        graphs.extend(path.name for path in folder.glob("graphs/*.int8.onnx"))
+        known = [*arguments]
+        known[4] = lambda: folder
+        return calibrate(*known, **named)
 
     monkeypatch.setattr(recording, "calibrate", spied)
     out = export_checkpoints(tmp_path / "bundle", shape, router, experts, ("int8",), 64, calibration=str(prompts), shared_base=True)

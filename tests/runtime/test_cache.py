@@ -57,7 +57,7 @@ def test_entries_tell_size_and_last_use(folder: Path) -> None:
 def test_what_was_not_used_for_30_days_goes(folder: Path) -> None:
     old = [put(folder, "costs/old.json", 10, 31 * DAY), put(folder, "packed/old", 10, 31 * DAY), put(folder, "providers/old", 10, 31 * DAY)]
     new = [put(folder, "costs/new.json", 10, 29 * DAY), put(folder, "packed/new", 10, 29 * DAY)]
-    exporters = put(folder, "calibration/old", 10, 400 * DAY)
+    exporters = put(folder, "another kind/old", 10, 400 * DAY)
     assert {entry.path for entry in prune(clock=lambda: NOW)} == set(old)
     assert {entry.path for entry in entries()} == {*new, exporters}
     assert not list(folder.rglob("*.partial"))

@@ -31,9 +31,11 @@ class Machine(RuleBasedStateMachine):
 
     runtime: FusionRuntime
     reference: FusionRuntime  # without drafts and a prefix cache
+    begun = 0  # programs
 
     @initialize()
     def begin(self) -> None:
+        type(self).begun += 1
         self.session = self.runtime.session()
         self.ids: list[int] = []
 
@@ -85,8 +87,11 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: 0 < len(self.ids) < LONGEST)
     @rule(most=st.integers(1, 9))
     def steps(self, most: int) -> None:
-        tokens = self.session.steps(most)
-        assert 1 <= len(tokens) <= most
+        """A round of drafts gives as many as hold, which hangs on rounds before; together always as many, as programs need."""
+        tokens: list[Token] = []
+        while len(tokens) < most:
+            tokens += self.session.steps(most - len(tokens))
+        assert len(tokens) == most
         self.explain(tokens, False)
 
     def explain(self, tokens: list[Token], drawn: bool) -> None:
@@ -121,7 +126,7 @@ class Machine(RuleBasedStateMachine):
     def nan_in_what_was_read(self) -> None:
         """One step fails, and the next one is what it would have been."""
         router = self.session._decoder.readers.router
-        if router.length < 2:
+        if min(router.length, (len(self.ids) - 1) // 2 * 2) < 2:  # exact passes are even: they may read all of a short text again
             return
         cache: Any = getattr(router.cache, "cache", router.cache)
         (cache.memory if hasattr(cache, "memory") else cache._memory).buffers[...] = np.nan
@@ -159,9 +164,10 @@ def test_every_program_leaves_a_text_that_scoring_explains(
         options(bundles[number], "fp32", "cpu", threads=1, prefix_cache=2, **MODES[mode]) as runtime,
         options(bundles[number], "fp32", "cpu", threads=1, prefix_cache=0) as reference,
     ):
-        machine = type("Program", (Machine,), {"runtime": runtime, "reference": reference})
+        machine: Any = type("Program", (Machine,), {"runtime": runtime, "reference": reference})
         checks = settings(
             max_examples=programs, stateful_step_count=rules, deadline=None, derandomize=programs < 100, database=None,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         run_state_machine_as_test(machine, settings=checks)
+        assert machine.begun >= programs

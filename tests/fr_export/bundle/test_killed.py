@@ -1,152 +1,130 @@
 """Exports killed half-way: no half-written bundle, the old one survives, and the next export cleans up."""
 
 import json
-import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
+from fusionroute.fr_export.export import TABLE
+from fusionroute.fr_export.precision.kept_matrices import KIND
 from fusionroute.runtime import FusionRuntime, InputError
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.manifest import Manifest
+from tests.support.killed_exports import Exporter, exporting
 from tests.support.paths import REPOSITORY
-from tests.support.systems import Shape, make_system
-
-SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2)
-
-# Imports the exporter and traces the system once, then forks one process per line of stdin. That process runs
-# `export.py` with the arguments of the line, without the comparison. With `stop`, it creates the file `reached` and
-# waits when it writes its seventh piece of weights.
-SERVER = """
-import json, os, signal, sys, time
-import torch
-from rich.console import Console
-from fusionroute.fr_export.checkpoints.system import System
-from fusionroute.fr_export.graphs import weight_store as store
-from fusionroute.fr_export.graphs.traces import Traces
-from fusionroute.fr_export.commands.main import run
-from fusionroute.fr_export.families import FAMILIES
-from fusionroute.fr_export.console.progress import Stages
-from fusionroute.fr_export.verify import measure
-
-def stop(reached):
-    write, calls = store.Writer.write, []
-    def writes(self, array):
-        write(self, array)
-        calls.append(1)
-        if len(calls) == 7:
-            open(reached, "w").close()
-            time.sleep(10)  # pieces are written by threads, which end what they have begun
-    store.Writer.write = writes
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs, such as some CI runs, inherit it ignored
-torch.set_num_threads(1)  # threads would not survive the fork
-system = System.open(FAMILIES["llama3"], sys.argv[1], json.loads(sys.argv[2]))
-graphs = Traces(system, Stages(Console(quiet=True))).of()
-Traces.of, measure.REFERENCE_LIMIT = lambda *_: graphs, 0
-
-for line in sys.stdin:
-    order = json.loads(line)
-    child = os.fork()
-    if not child:
-        for stream in (1, 2):
-            os.dup2(os.open(order["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        sys.argv = ["export.py", *order["arguments"]]
-        if order["stop"]:
-            stop(order["stop"])
-        run("export")
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Exporter:
-    """Runs exports of one system to one place in processes of their own."""
-
-    def __init__(self, server: "subprocess.Popen[str]", flags: list[str], folder: Path):
-        self.server, self.flags, self.folder = server, flags, folder
-        self.out = folder / "dist" / "bundle"
-
-    def run(self, *flags: str, kill: signal.Signals | None = None) -> tuple[int, str]:
-        """Exit status and stderr; with `kill`, the process gets the signal while it writes weights."""
-        assert self.server.stdin and self.server.stdout
-        reached, err = self.folder / "reached", self.folder / "stderr"
-        arguments = [*self.flags, "--out", str(self.out), *flags]
-        order = {"arguments": arguments, "stop": str(reached) if kill else None, "err": str(err)}
-        self.server.stdin.write(json.dumps(order) + "\n")
-        self.server.stdin.flush()
-        child = int(self.server.stdout.readline())
-        if kill:
-            wait_for(reached)
-            reached.unlink()
-            assert any(path.name == f".bundle.partial-{child}" for path in self.out.parent.iterdir())
-            os.kill(child, kill)
-        return int(self.server.stdout.readline()), err.read_text()
-
-    def present(self) -> list[str]:
-        return sorted(path.name for path in self.out.parent.iterdir())
-
-
-def wait_for(file: Path) -> None:
-    end = time.monotonic() + 120
-    while not file.exists():
-        assert time.monotonic() < end, f"{file} was never made"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
 def exporter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exporter]:
-    folder = tmp_path_factory.mktemp("killed")
-    router, experts = make_system(folder, SHAPE)
-    flags = ["--family", "llama3", "--precision", "fp32", "--router", router]
-    flags += [part for name, path in experts.items() for part in ("--expert", f"{name}={path}")]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, router, json.dumps(experts)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-    )  # fmt: skip
-    yield Exporter(server, flags, folder)
-    server.kill()
-    server.wait()
-    for pipe in (server.stdin, server.stdout):
-        assert pipe
-        pipe.close()
+    with exporting(tmp_path_factory.mktemp("killed"), "fp32,int8") as exporter:
+        yield exporter
 
 
+FAST = ("--precision", "fp32", "--calibration", "none")
 ENDS = {signal.SIGTERM: 143, signal.SIGINT: 1, signal.SIGKILL: -signal.SIGKILL}
 
 
 def test_killed_exports_and_the_ones_after_them(exporter: Exporter) -> None:
     """First without an old bundle, then over one."""
-    for kill in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
-        status, err = exporter.run(kill=kill)
+    for kill in ENDS:
+        status, err = exporter.run(*FAST, kill=kill)
         assert status == ENDS[kill]
         assert "Traceback" not in err
         if kill == signal.SIGINT:
             assert err.splitlines()[-1] == "error: Interrupted; nothing was written."
         assert not exporter.out.exists()
         assert bool(exporter.present()) == (kill == signal.SIGKILL), "only what cannot be caught leaves something"
-    assert exporter.run()[0] == 0
+    assert exporter.run(*FAST)[0] == 0
     assert exporter.present() == ["bundle"]
     Bundle.open(exporter.out).verify()
 
     before = (exporter.out / "manifest.json").read_bytes()
     for kill in (signal.SIGTERM, signal.SIGKILL):
-        status, _ = exporter.run("--force", "--fusion", "additive", kill=kill)
+        status, _ = exporter.run("--force", *FAST, "--fusion", "additive", kill=kill)
         assert status == ENDS[kill]
         assert (exporter.out / "manifest.json").read_bytes() == before
         with FusionRuntime.load(exporter.out, verify=True) as runtime:
             assert len(runtime.generate([1, 5, 9], 2).experts) == 2
         assert (exporter.present() == ["bundle"]) == (kill != signal.SIGKILL)
-    assert exporter.run("--force", "--fusion", "additive")[0] == 0
+    assert exporter.run("--force", *FAST, "--fusion", "additive")[0] == 0
     assert exporter.present() == ["bundle"]
     assert json.loads((exporter.out / "manifest.json").read_text())["fusion"] == "additive"
     Bundle.open(exporter.out).verify()
+
+
+def written(exporter: Exporter) -> dict[str, str]:
+    """The hashes of what an export wrote, but for files with times, and with a header in any order."""
+    Bundle.open(exporter.out).verify()
+    return {name: file.sha256 for name, file in Manifest.read(exporter.out).files.items() if name not in ("report.json", TABLE)}
+
+
+def kept(exporter: Exporter) -> list[Path]:
+    return list(exporter.cache.glob(f"fusionroute/{KIND}/*/*.json"))
+
+
+def test_a_rerun_goes_on_from_what_was_finished(exporter: Exporter) -> None:
+    """From texts and models that were calibrated, and from single matrices; broken ones are rounded again."""
+    shutil.rmtree(exporter.cache, ignore_errors=True)
+    assert exporter.run("--force")[0] == 0
+    expected = written(exporter)
+    assert not kept(exporter), "they are removed when the export has succeeded"
+    status, _ = exporter.run("--force", kept=9)
+    assert status == -signal.SIGKILL and len(kept(exporter)) == 9 and written(exporter) == expected
+    broken = next(path for path in exporter.cache.glob(f"fusionroute/{KIND}/*/*.bin") if path.stat().st_size > 1000)
+    content = broken.read_bytes()
+    broken.unlink()  # it may be a link of another export's file
+    broken.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    status, err = exporter.run("--force")
+    assert status == 0 and written(exporter) == expected and not kept(exporter)
+    assert "resumed: 2 of 2 recorded texts" in err
+    for name in ("router", "expert0", "expert1"):
+        assert f"resumed: calibration of {name}" in err
+    assert "of an earlier export is rounded again (it is not what was kept)." in err
+    assert "resumed: int8 of " in err
+    assert exporter.run("--force", kept=3)[0] == -signal.SIGKILL
+    assert exporter.run("--force", "--max-seq-len", "48")[0] == 0  # another context: other texts, and nothing fits
+    assert "resumed: int8" not in (exporter.folder / "stderr").read_text() and len(kept(exporter)) == 3
+
+
+@pytest.mark.slow
+def test_kills_at_every_stage_and_at_random(exporter: Exporter, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each leaves the old bundle, and the next export is the one that nobody has killed. Prints a table."""
+    exporter.run("--force")  # the server may still be starting
+    shutil.rmtree(exporter.cache, ignore_errors=True)
+    start = time.monotonic()
+    assert exporter.run("--force")[0] == 0
+    seconds, expected = time.monotonic() - start, written(exporter)
+    stages = [stage["name"] for stage in json.loads((exporter.out / "report.json").read_text())["stages"]]
+    draw = random.Random(5)
+    kills: list[tuple[str, dict[str, Any]]] = [
+        (name, {"stage": number}) for number, name in enumerate(["loading torch and transformers", *stages], 1)
+    ]
+    kills += [("at random", {"after": draw.uniform(0, seconds)}) for _ in range(80)]
+    killed, resumed = Counter[str](), Counter[str]()
+    for name, how in kills:
+        shutil.rmtree(exporter.cache, ignore_errors=True)
+        status, _ = exporter.run("--force", **how)
+        killed[name] += status == -signal.SIGKILL
+        assert status in (0, -signal.SIGKILL) and written(exporter) == expected
+        status, err = exporter.run("--force")
+        assert status == 0 and written(exporter) == expected and exporter.present() == ["bundle"] and not kept(exporter)
+        resumed[name] += "resumed: " in err
+    with capsys.disabled():
+        print(f"\n{'killed while':40} kills  resumed")
+        for name in dict.fromkeys(name for name, _ in kills):
+            print(f"{name:40} {killed[name]:5}  {resumed[name]:7}")
+        print(f"{'together':40} {killed.total():5}  {resumed.total():7}")
+    assert killed["at random"] >= 50 and all(killed[name] for name in stages)
 
 
 REPLACE = """
@@ -194,6 +172,7 @@ def test_killed_while_a_bundle_is_replaced(tmp_path: Path, name: str, done: int)
         assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+@pytest.mark.slow
 def test_as_a_process(exporter: Exporter, tmp_path: Path) -> None:
     """`python export.py` ended by SIGTERM as soon as it has begun to write."""
     out = tmp_path / "dist" / "bundle"

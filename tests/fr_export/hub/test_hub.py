@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +14,11 @@ from huggingface_hub import ModelCard
 from fusionroute.fr_export.hub.model_card import MARK, model_card
 from fusionroute.fr_export.hub.pull import pull
 from fusionroute.fr_export.hub.push import push
+from fusionroute.runtime import signing
 from fusionroute.runtime.bundle import Bundle, sha256
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, UnavailableError
 from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.manifest_file import SIGNATURE
 from tests.support.exporting import export_checkpoints
 from tests.support.hub import TOKEN, Hub, Repository, running
 from tests.support.paths import REPOSITORY
@@ -93,6 +96,29 @@ def test_another_push_sends_what_changed_and_removes_what_is_gone(bundles: tuple
     files(hub)["README.md"] = b"my own text"
     push(bundles[0], NAME, f"{MARK} newer")
     assert files(hub)["README.md"] == b"my own text"
+
+
+def test_a_signature_travels_and_goes_with_its_bundle(bundles: tuple[Bundle, Bundle], hub: Hub, tmp_path: Path) -> None:
+    """Nothing but the manifest and the signature is fetched before they fit the key."""
+    public = signing.write_new_key(tmp_path / "key")
+    signing.write_new_key(tmp_path / "other")
+    copy = Path(shutil.copytree(bundles[0].folder, tmp_path / "signed"))
+    signature = signing.sign((copy / "manifest.json").read_bytes(), signing.private_key(tmp_path / "key"))
+    (copy / SIGNATURE).write_bytes(signature)
+    push(Bundle.open(copy, public), NAME, "card")
+    assert files(hub)[SIGNATURE] == signature
+    pull(NAME, tmp_path / "back", verify_key=public)
+    assert contents(tmp_path / "back") == contents(copy)
+    hub.requests.clear()
+    with pytest.raises(BundleError, match=f"^The signature of {NAME} is not of its manifest by the owner of that key"):
+        pull(NAME, tmp_path / "new", verify_key=tmp_path / "other.pub")
+    assert not (tmp_path / "new").exists()
+    fetched = {path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and "/resolve/" in path}
+    assert fetched == {"manifest.json", SIGNATURE}
+    push(bundles[1], NAME, "card")
+    assert SIGNATURE not in files(hub), "it is of another manifest"
+    with pytest.raises(BundleError, match=f"^{NAME} is not signed, and a key was named to verify it with"):
+        pull(NAME, tmp_path / "new", verify_key=public)
 
 
 def test_an_interrupted_push_goes_on_where_it_stopped(bundles: tuple[Bundle, Bundle], hub: Hub) -> None:

@@ -22,6 +22,7 @@ from fusionroute.calibration.observe import observe
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import NOBODY, RecordedText
 from fusionroute.calibration.table import Table
+from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.families import FAMILIES
@@ -32,7 +33,6 @@ from fusionroute.fr_export.precision import calibrate as calibrating
 from fusionroute.fr_export.precision.calibrate import cache_folder, calibrate, check, identify
 from fusionroute.fr_export.verify.torch_reference import load, reference
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.manifest import Manifest
 from tests.support.exporting import export_checkpoints
 from tests.support.layer_inputs import layers_of, linear_inputs
 from tests.support.systems import Shape, make_system
@@ -57,7 +57,15 @@ class Case:
 
     def calibrate(self, cache: Path, stages: Stages | None = None, prompts: list[str] = PROMPTS, **options: Any) -> Table:
         return calibrate(
-            self.system, self.graphs, prompts, self.bundle, "int8", cache, stages or quiet(), **({"new_tokens": NEW} | options)
+            self.system,
+            self.graphs,
+            prompts,
+            FusionSettings(),
+            lambda: self.bundle,
+            "int8",
+            cache,
+            stages or quiet(),
+            **({"new_tokens": NEW} | options),
         )
 
 
@@ -217,27 +225,28 @@ def test_broken_caches_are_made_again(case: Case, whole: Table, tmp_path: Path) 
 
 
 def test_what_the_identity_depends_on(case: Case, whole: Table) -> None:
-    manifest = Manifest.read(case.bundle)
-    known = identify(case.system, case.graphs, manifest, PROMPTS, "int8", NEW, 0)
+    fusion = FusionSettings()
+    known = identify(case.system, case.graphs, fusion, PROMPTS, "int8", NEW, 0)
     assert known == whole.identity
     file = Path(case.system.experts[1].folder) / "model.safetensors"
     times = file.stat().st_atime_ns, file.stat().st_mtime_ns
     variants: list[tuple[Any, ...]] = [
-        (case.system, manifest, PROMPTS[1:], "int8", NEW, 0),
-        (case.system, manifest, PROMPTS, "fp32", NEW, 0),
-        (case.system, manifest, PROMPTS, "int8", NEW - 1, 0),
-        (case.system, manifest, PROMPTS, "int8", NEW, 1),
-        (case.system, manifest.model_copy(update={"lam": 0.3}), PROMPTS, "int8", NEW, 0),
-        (case.system, manifest.model_copy(update={"fusion": "additive"}), PROMPTS, "int8", NEW, 0),
-        (replace(case.system, max_seq_len=47), manifest, PROMPTS, "int8", NEW, 0),
-        (replace(case.system, head=replace(case.system.head, bias=case.system.head.bias + 1)), manifest, PROMPTS, "int8", NEW, 0),
+        (case.system, fusion, PROMPTS[1:], "int8", NEW, 0),
+        (case.system, fusion, PROMPTS, "int8", NEW, 0, ["expert0"]),
+        (case.system, fusion, PROMPTS, "fp32", NEW, 0),
+        (case.system, fusion, PROMPTS, "int8", NEW - 1, 0),
+        (case.system, fusion, PROMPTS, "int8", NEW, 1),
+        (case.system, fusion.replaced(None, 0.3), PROMPTS, "int8", NEW, 0),
+        (case.system, fusion.replaced("additive", None), PROMPTS, "int8", NEW, 0),
+        (replace(case.system, max_seq_len=47), fusion, PROMPTS, "int8", NEW, 0),
+        (replace(case.system, head=replace(case.system.head, bias=case.system.head.bias + 1)), fusion, PROMPTS, "int8", NEW, 0),
     ]
     identities = [identify(system, case.graphs, *rest) for system, *rest in variants]
     os.utime(file, ns=(times[0], times[1] + 1))
-    identities.append(identify(case.system, case.graphs, manifest, PROMPTS, "int8", NEW, 0))
+    identities.append(identify(case.system, case.graphs, fusion, PROMPTS, "int8", NEW, 0))
     os.utime(file, ns=times)
     assert len({known, *identities}) == len(variants) + 2
-    assert identify(case.system, case.graphs, manifest, PROMPTS, "int8", NEW, 0) == known
+    assert identify(case.system, case.graphs, fusion, PROMPTS, "int8", NEW, 0) == known
 
 
 def test_long_texts_are_cut_to_the_context(case: Case, tmp_path: Path) -> None:

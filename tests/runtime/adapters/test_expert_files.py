@@ -17,7 +17,8 @@ from fusionroute.runtime.bundle import FACTORS, Bundle
 from fusionroute.runtime.commands import VERBS
 from fusionroute.runtime.commands.verbs import program
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, UnavailableError
-from fusionroute.runtime.manifest import NAME, Manifest
+from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.manifest_file import NAME
 from tests.support.bundles import edit
 from tests.support.commands import in_folder
 from tests.support.numpy_adapters import write_adapter
