@@ -160,3 +160,9 @@ def top_logprobs(row: npt.NDArray[np.float32], log_normaliser: float, count: int
     """The `count` likeliest tokens of a row [V], each with its log-probability."""
     ids = largest(row, count)
     return tuple((int(id), float(row[id]) - log_normaliser) for id in ids)
+
+
+def ranked(row: npt.NDArray[np.float32], count: int) -> tuple[tuple[int, float], ...]:
+    """`top_logprobs` of a row whose normaliser is not known."""
+    peak = float(row.max())
+    return top_logprobs(row, peak + math.log(np.exp(row - np.float32(peak)).sum(dtype=np.float64)), count)

@@ -10,11 +10,11 @@ import numpy.typing as npt
 from fusionroute.runtime.backend import NO_IDS, Fused, FusionInputs, Output
 from fusionroute.runtime.expert_guesses import ExpertGuesses
 from fusionroute.runtime.loaded_system import LoadedSystem
-from fusionroute.runtime.logits_processor import LogitsProcessor, Processed, top_logprobs
+from fusionroute.runtime.logits_processor import LogitsProcessor, Processed, ranked, top_logprobs
 from fusionroute.runtime.numerics import Numerics, is_finite
 from fusionroute.runtime.readers import Readers
 from fusionroute.runtime.sampling import Candidates, Sampler
-from fusionroute.runtime.text import Token
+from fusionroute.runtime.text import Likeliest, Ranked, Token
 
 ROUTER_ALONE = (1.0, 0.0)  # weights of router and expert
 
@@ -85,9 +85,11 @@ class PlainStep:
         self.guesses.saw(readers.sequence.ids[-1], choice)
         token = sampler.choose(candidates(fused), lambda: fused.rows[0])
         logprob = self.logprob(token, fused, (routed or answered).logits, answered.logits, coefficients)
+        likeliest = self.likeliest(fused, routed and routed.logits, answered.logits if coefficients[1] else None, sampler)
         readers.commit(token)
         name = self._router_name if choice in self.failed else self.expert_names[choice]
-        return Token(token, name, logprob, routing, top_logprobs=self.alternatives(fused, sampler))
+        alternatives = self.alternatives(fused, sampler.sampling.top_logprobs)
+        return Token(token, name, logprob, routing, top_logprobs=alternatives, candidates=likeliest)
 
     def routing_of(self, routed: Output | None, row: int = 0) -> np.ndarray:
         """A copy of the routing scores in a row of the router's output, float32 [n_experts]; NaN if it did not run."""
@@ -154,13 +156,24 @@ class PlainStep:
         assert self.newest is not None
         return self.newest.rows[0].copy() if isinstance(self.newest, Processed) else self.fuser.row(self.newest)
 
-    def alternatives(self, fused: Fused | Processed, sampler: Sampler) -> tuple[tuple[int, float], ...]:
-        """The `Token.top_logprobs` of a token that was chosen from a fusion."""
-        count = sampler.sampling.top_logprobs
+    def alternatives(self, fused: Fused | Processed, count: int) -> Ranked:
+        """The `count` likeliest tokens of a fusion, before it was processed."""
         if not count:
             return ()
         row = fused.raw if isinstance(fused, Processed) else np.asarray(fused.rows)[0]
         return top_logprobs(row, float(fused.log_normaliser[0]), count)
+
+    def likeliest(self, fused: Fused | Processed, router: Any, expert: Any, sampler: Sampler) -> Likeliest | None:
+        """The `Token.candidates` of a token that was chosen from a fusion.
+
+        Logits [1, V] of the router and the expert, None where one did not run.
+        """
+        count = sampler.sampling.candidates
+        if not count:
+            return None
+        of_fusion = self.alternatives(fused, count)  # first: the fuser may use its buffers again
+        alone = [() if logits is None else ranked(self.fuser.logits(logits)[0], count) for logits in (router, expert)]
+        return Likeliest(alone[0], alone[1], of_fusion)
 
     def logprob(self, token: int, fused: Fused | Processed, router: Any, expert: Any, coefficients: tuple[float, float]) -> float:
         """Log-probability of a token in the fused distribution at temperature 1, without penalty.

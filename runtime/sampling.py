@@ -40,6 +40,7 @@ class Sampling:
     frequency_penalty: float = 0.0  # 0: off; the same for each time that it holds them
     logit_bias: Mapping[int, float] | None = None  # token id → what is added to its logit; -inf bars it
     top_logprobs: int = 0  # how many of the likeliest tokens come with each token, with their log-probabilities
+    candidates: int = 0  # the same for the router, the expert and their fusion, each alone: see `Likeliest`
 
     def __post_init__(self) -> None:
         temperature = real("temperature", self.temperature)
@@ -60,8 +61,9 @@ class Sampling:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a finite number; 0 turns it off.")
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", checked_bias(self.logit_bias))
-        if not 0 <= whole("top_logprobs", self.top_logprobs) <= MOST_TOP_LOGPROBS:
-            raise InputError(f"top_logprobs is {shown(self.top_logprobs)}, expected 0 (off) to {MOST_TOP_LOGPROBS}.")
+        for name in ("top_logprobs", "candidates"):
+            if not 0 <= whole(name, getattr(self, name)) <= MOST_TOP_LOGPROBS:
+                raise InputError(f"{name} is {shown(getattr(self, name))}, expected 0 (off) to {MOST_TOP_LOGPROBS}.")
 
     @property
     def penalties(self) -> Penalties:
@@ -82,6 +84,7 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float] | None
     top_logprobs: int
+    candidates: int
 
 
 def checked_bias(bias: object) -> dict[int, float]:
@@ -109,7 +112,7 @@ def sampler_of(
     vocabulary.
     """
     penalised = sampling.presence_penalty or sampling.frequency_penalty
-    raw_rows = sampling.top_logprobs and sampling.repetition_penalty != 1  # the fusion graph's are penalised
+    raw_rows = (sampling.top_logprobs or sampling.candidates) and sampling.repetition_penalty != 1  # the fusion graph's are penalised
     if not (sampling.logit_bias or penalised or raw_rows or min_new_tokens or masks):
         return Sampler(sampling)
     return Sampler(sampling, LogitsProcessor(vocab, sampling.logit_bias, sampling.penalties, ends, min_new_tokens, masks))

@@ -19,8 +19,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from fusionroute.runtime import FusionRuntime, UnavailableError
-from fusionroute.runtime.chat import render
+from fusionroute.runtime.chat import DEFAULT
 from fusionroute.runtime.limits import FUSED, even
+from fusionroute.runtime.prompt import chat_templates_of
 
 MAX_GEN_TOKS = 256  # of tasks that name no limit, as with the harness's own models
 TORCH_DEFAULT = "cuda:0"
@@ -48,13 +49,11 @@ class FusionRouteLM(TemplateLM):
         subclasses, UnavailableError for a bundle without tokenizer.
         """
         super().__init__()
-        self.runtime = FusionRuntime.load(
-            bundle, precision, device, lam=lam, fusion=fusion, threads=threads, speculation=speculation
-        )  # fmt: skip
+        self.runtime = FusionRuntime.load(bundle, precision, device, lam=lam, fusion=fusion, threads=threads, speculation=speculation)
         if self.runtime.tokenizer is None:
             raise UnavailableError(f"The bundle {bundle} has no tokenizer.json, which tasks need: export a system with one.")
         self._text, self._manifest, self._expert = self.runtime.tokenizer, self.runtime.bundle.manifest, expert
-        self._template = self.runtime.bundle.text("chat_template.jinja")
+        self._templates = chat_templates_of(self.runtime.bundle)
         self._session = self.runtime.session(expert=expert)
         most = self.runtime.max_seq_len - 1  # the last token of a text is only predicted
         self.max_length = most if max_length is None else min(max_length, most)
@@ -158,18 +157,13 @@ class FusionRouteLM(TemplateLM):
 
         Raises InputError where the template refuses the messages, UnavailableError without a template.
         """
-        if self._template is None:
+        if self._templates is None:
             raise UnavailableError(f"The bundle {self.runtime.bundle.folder} has no chat_template.jinja: leave out --apply_chat_template.")
-        bos, eos = self._manifest.bos_token or "", self._manifest.eos_token or ""
-        text = render(self._template, chat_history, bos_token=bos, eos_token=eos, add_generation_prompt=add_generation_prompt)
-        if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+        return self._templates.render(chat_history, continue_final_message=not add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The bundle's template, which the harness records; None where none is asked for."""
-        return self._template if chat_template else None
+        return self._templates.templates.get(DEFAULT) if chat_template and self._templates else None
 
     @property
     def tokenizer_name(self) -> str:
@@ -195,9 +189,7 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import register_model
 
-    from fusionroute.fr_export.evaluation import harness  # not __main__'s copy
-
-    register_model("fusionroute")(harness.FusionRouteLM)
+    register_model("fusionroute")(FusionRouteLM)
     cli_evaluate()
 
 

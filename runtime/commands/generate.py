@@ -1,8 +1,9 @@
 """`fusionroute generate`: stream text from a bundle, and show which expert each token came from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -14,6 +15,7 @@ from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Js
 from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.html_page import check_folder, write_page
 from fusionroute.runtime.manifest import Fusion
 from fusionroute.runtime.options import check_fusion
 from fusionroute.runtime.prompt import Prompt
@@ -21,6 +23,8 @@ from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.stream import Stream
 from fusionroute.runtime.terminal import Terminal, print_json
 from fusionroute.runtime.text import Token
+from fusionroute.runtime.view.page import CANDIDATES, answer_of, answer_page
+from fusionroute.runtime.view.recording import Recording
 
 
 def generate(
@@ -57,6 +61,9 @@ def generate(
         bool, typer.Option("--exact", help="Read tokens in pairs: quantised greedy output is then the same with drafts and without.")
     ] = False,
     show_routing: Annotated[bool, typer.Option("--show-routing", help="Colour each token by its expert, and list them.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write one self-contained page to this file: who answered, and what each model proposed.")
+    ] = None,
     expert_memory: Annotated[
         int | None, typer.Option(min=1, help="MiB of GPU memory for the experts' weights; the others wait in host memory.")
     ] = None,
@@ -81,11 +88,14 @@ def generate(
         grammar = read_grammar(json_schema, regex, lark)
         biases = read_biases(logit_bias or ())
         sampling = Sampling(
-            temperature, top_k, top_p, min_p, repetition_penalty, seed, logit_bias=biases, top_logprobs=top_logprobs, **penalties
-        )
+            temperature, top_k, top_p, min_p, repetition_penalty, seed, logit_bias=biases, top_logprobs=top_logprobs,
+            candidates=0 if html is None else CANDIDATES, **penalties,
+        )  # fmt: skip
         check_fusion(fusion, lam)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
+    if html is not None:
+        check_folder(html)
     budget = None if expert_memory is None else expert_memory << 20
     options: dict[str, Any] = {
         "speculation": speculation,
@@ -100,10 +110,13 @@ def generate(
             grammar=grammar,
             fusion=fusion, lam=lam, expert=expert, **asdict(sampling),
         )  # fmt: skip
+        recording = Recording(stream)
         if as_json:
-            print_json(as_object(list(stream), stream, runtime.precision))
+            print_json(as_object(list(recording), stream, runtime.precision))
         else:
-            print_tokens(runtime, stream, show_routing)
+            print_tokens(runtime, recording, show_routing)
+        if html is not None:
+            write_page(answer_page(answer_of(runtime, prompt or prompt_ids or "", recording, fusion, lam)), html)
 
 
 def read_prompt(prompt: str | None, prompt_ids: str | None, chat: bool) -> Prompt:
@@ -139,7 +152,7 @@ def as_object(tokens: list[Token], stream: Stream, precision: str) -> dict[str, 
     }
 
 
-def print_tokens(runtime: FusionRuntime, stream: Stream, show_routing: bool) -> None:
+def print_tokens(runtime: FusionRuntime, stream: Iterable[Token], show_routing: bool) -> None:
     """Print each token as it comes; with `show_routing` in the colour of its expert, and a list of runs below."""
     console = Terminal()
     printer = TokenPrinter(runtime, console, show_routing)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from fusionroute.runtime.serve.jobs import Finish
 from fusionroute.runtime.text import Text, Token
+from fusionroute.runtime.view.details import details, number, piece
 
 REASONS = {"cancelled": "stop", "deadline": "length"}  # for which OpenAI has no word
 
@@ -34,18 +35,21 @@ class Answer:
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
-    def details(self, choice: int, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
+    def details(self, choice: int, tokens: Sequence[Token], end: Finish | None) -> dict[str, Any]:
         """`finish_reason` of a choice, `logprobs` of some of its tokens, and `fusionroute`: what OpenAI has no field for."""
+        reason = None if end is None else end.reason
         fields: dict[str, Any] = {"finish_reason": REASONS.get(reason or "", reason), "logprobs": None}
         if self._logprobs:
             fields["logprobs"] = self._chat_logprobs(tokens) if self.chat else self._logprobs_of(choice, tokens)
-        own: dict[str, Any] = {"tokens": [routing_of(token) for token in tokens]} if self._routing else {}
+        own: dict[str, Any] = {"tokens": [details(token, self._tokenizer) for token in tokens]} if self._routing else {}
+        if self._routing and end is not None:
+            own |= {"drafted": end.drafted, "accepted": end.accepted}
         if reason in REASONS:
             own["finish_reason"] = reason
         return fields | ({"fusionroute": own} if own else {})
 
     def _piece(self, id: int) -> str:
-        return str(id) if self._tokenizer is None else self._tokenizer.decode([id], skip_special_tokens=False)
+        return piece(id, self._tokenizer)
 
     def _bytes(self, id: int) -> list[int]:
         byte = None if self._tokenizer is None else self._tokenizer.byte(id)
@@ -80,13 +84,3 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
-
-
-def routing_of(token: Token) -> dict[str, Any]:
-    """Who answered, and the routing scores in the order of the bundle's experts; null where the router did not run."""
-    return {"id": token.id, "text": token.text, "expert": token.expert, "routing": [number(score) for score in token.routing.tolist()]}
-
-
-def number(value: float) -> float | None:
-    """A number as JSON has it."""
-    return value if math.isfinite(value) else None

@@ -23,6 +23,7 @@ from fusionroute.runtime.serve.errors import ApiError, add_handlers
 from fusionroute.runtime.serve.guard import Guard
 from fusionroute.runtime.serve.jobs import Jobs, Order
 from fusionroute.runtime.serve.metrics import Metrics
+from fusionroute.runtime.serve.playground import add_playground
 from fusionroute.runtime.serve.request_log import RequestLog
 from fusionroute.runtime.serve.requests import ChatRequest, CompletionRequest, Generating, TokenizeRequest, Tool
 from fusionroute.runtime.serve.settings import Settings
@@ -103,6 +104,7 @@ def create_app(runtime: FusionRuntime, settings: Settings) -> FastAPI:
     add_handlers(app)
     add_information(app, server)
     add_generation(app, server)
+    add_playground(app)
     app.add_middleware(Guard, settings=settings)
     if settings.cors:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors), allow_methods=["GET", "POST"], allow_headers=["*"])
@@ -144,7 +146,10 @@ def add_information(app: FastAPI, server: Server) -> None:
     started = int(time.time())
 
     def model() -> dict[str, Any]:
-        own = {"experts": runtime.expert_names, "precision": runtime.precision, "fusion": runtime.fusion, "lam": runtime.lam}
+        own = {
+            "experts": runtime.expert_names, "router": runtime.bundle.manifest.models[0].name, "precision": runtime.precision,
+            "fusion": runtime.fusion, "lam": runtime.lam, "speculation": runtime.options.speculation,
+        }  # fmt: skip
         context = {"max_model_len": runtime.max_seq_len}
         return {"id": settings.model, "object": "model", "created": started, "owned_by": "fusionroute", **context, "fusionroute": own}
 

@@ -9,9 +9,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fusionroute.runtime.serve.errors import ApiError, respond
+from fusionroute.runtime.serve.playground import FILES
 from fusionroute.runtime.serve.settings import Settings, is_loopback
 
-OPEN = ("/health",)  # paths without a key
+OPEN = ("/health", *FILES)  # paths without a key; the playground asks for one
 BODY_SECONDS = 30.0
 
 

@@ -26,10 +26,12 @@ class Prompt(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """A text is over."""
+    """A text is over. drafted, accepted: see `Result`."""
 
     choice: int
     reason: str
+    drafted: int
+    accepted: int
 
 
 Event = Prompt | Finish | tuple[int, Token]  # a token with the number of its choice
@@ -172,4 +174,4 @@ class Jobs:
             metrics.drafted.inc(stream.drafted)
             metrics.accepted.inc(stream.accepted)
         job.finish = stream.finish_reason or "cancelled"
-        tell(Finish(choice, job.finish))
+        tell(Finish(choice, job.finish, stream.drafted, stream.accepted))

@@ -32,13 +32,15 @@ class StreamOptions(Body):
 
 class Extension(Body):
     """What no other server has. expert: answers every token. lam, fusion: instead of the bundle's. routing: also return
-    the expert and the routing scores of each token.
+    the expert and the routing scores of each token. candidates: with them, so many of the likeliest tokens of the
+    router, the expert and their fusion.
     """
 
     expert: str | None = None
     lam: Annotated[float, Field(ge=0, le=1)] | None = None
     fusion: Literal["weighted", "additive"] | None = None
     routing: bool = False
+    candidates: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] = 0
 
 
 class SchemaFormat(Body):
@@ -116,6 +118,8 @@ class Generating(Body):
     def options(self) -> dict[str, Any]:
         """The options of `FusionRuntime.stream`. Raises InputError."""
         extension = self.extension
+        if extension.candidates and not extension.routing:
+            raise InputError("candidates needs routing: true.")
         return {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p or 1.0,
@@ -133,6 +137,7 @@ class Generating(Body):
             "expert": extension.expert,
             "lam": extension.lam,
             "fusion": extension.fusion,
+            "candidates": extension.candidates,
             "grammar": self.grammar(),
         }
 

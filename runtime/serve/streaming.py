@@ -18,19 +18,19 @@ from fusionroute.runtime.text import Token
 async def collected(job: Job, answer: Answer, tools: list[Tool]) -> dict[str, Any]:
     """The whole answer. Raises FusionError."""
     tokens: dict[int, list[Token]] = {}
-    reasons: dict[int, str] = {}
+    ends: dict[int, Finish] = {}
     async for event in job.follow():
         if isinstance(event, Prompt):
             job.prompt_tokens += event.tokens
         elif isinstance(event, Finish):
-            reasons[event.choice] = event.reason
+            ends[event.choice] = event
             tokens.setdefault(event.choice, [])
         else:
             tokens.setdefault(event[0], []).append(event[1])
     choices = []
-    for number in sorted(reasons):
+    for number in sorted(ends):
         text = "".join(token.text for token in tokens[number])
-        choice: dict[str, Any] = {"index": number, **answer.details(number, tokens[number], reasons[number])}
+        choice: dict[str, Any] = {"index": number, **answer.details(number, tokens[number], ends[number])}
         if answer.chat:
             text, calls = read_calls(text, tools)
             choice["message"] = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
@@ -49,8 +49,8 @@ async def streamed(job: Job, answer: Answer, tools: list[Tool], include_usage: b
     held: dict[int, list[Token]] = {}
     extra = {"usage": None} if include_usage else {}
 
-    def event(number: int, text: str, tokens: list[Token], reason: str | None = None, calls: Sequence[dict[str, Any]] = ()) -> bytes:
-        choice = {"index": number, **answer.details(number, tokens, reason)}
+    def event(number: int, text: str, tokens: list[Token], end: Finish | None = None, calls: Sequence[dict[str, Any]] = ()) -> bytes:
+        choice = {"index": number, **answer.details(number, tokens, end)}
         if answer.chat:
             delta: dict[str, Any] = {} if number in begun else {"role": "assistant"}
             begun.add(number)
@@ -71,7 +71,7 @@ async def streamed(job: Job, answer: Answer, tools: list[Tool], include_usage: b
             elif isinstance(each, Finish):
                 tokens = held.pop(each.choice, [])
                 text, calls = read_calls("".join(token.text for token in tokens), tools)
-                yield event(each.choice, text, tokens, each.reason, calls)
+                yield event(each.choice, text, tokens, each, calls)
             elif tools:
                 held.setdefault(each[0], []).append(each[1])
             else:

@@ -150,18 +150,20 @@ class Rounds:
             drawing = drafted and sampler.sampling.temperature > 0
             single = 1 if drawing and not sampler.filtered else 0  # one candidate: the full row is read anyway
             fused = step.fuse(router, expert, weights, sampler, start + row, single)
+            # of what was fused ahead, which does not tell whose logits they are
+            router_alone = None if routed is None else routed.logits[row : row + 1]
+            expert_alone = answered.logits[row : row + 1] if choice == guess and answered is not None else expert
             if not is_finite(fused):
-                if choice == guess and answered is not None:  # what was fused ahead does not tell whose fault it is
-                    expert = answered.logits[row : row + 1]
-                own_logits = None if routed is None else routed.logits[row : row + 1]
-                raise step.numerics.fault(fused, own_logits, expert, choice, start + row - 1)
+                raise step.numerics.fault(fused, router_alone, expert_alone, choice, start + row - 1)
             if drawing:
                 token = verify(target(sampler, fused), distributions[row], drafts[row], sampler.random)
             else:
                 token = sampler.choose(candidates(fused), lambda fused=fused: fused.rows[0])  # type: ignore[misc]
             logprob = step.logprob(token, fused, router, expert, weights)
-            routing, alternatives = step.routing_of(routed, row), step.alternatives(fused, sampler)
-            tokens.append(Token(token, step.expert_names[choice], logprob, routing, top_logprobs=alternatives))
+            likeliest = step.likeliest(fused, router_alone, expert_alone if coefficients[1] else None, sampler)
+            routing, alternatives = step.routing_of(routed, row), step.alternatives(fused, sampler.sampling.top_logprobs)
+            name = step.expert_names[choice]
+            tokens.append(Token(token, name, logprob, routing, top_logprobs=alternatives, candidates=likeliest))
             if drafted and token != drafts[row]:
                 break
         return tokens, drafts, None if routed is None else routed.logits

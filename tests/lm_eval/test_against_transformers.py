@@ -65,8 +65,8 @@ def flat(response: Any) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("tasks", "length", "options"),
-    [(NAMES, 1023, {}), (NAMES[::2], 12, {}), (NAMES[:2], 1023, {"apply_chat_template": True}), (NAMES[:2], 1023, {"num_fewshot": 2})],
-    ids=["as they are", "in windows of 12 tokens", "chat template", "two examples before each"],
+    [(NAMES, 1023, {}), (NAMES[::2], 24, {}), (NAMES[:2], 1023, {"apply_chat_template": True}), (NAMES[:1], 1023, {"num_fewshot": 2})],
+    ids=["as they are", "in windows of 24 tokens", "chat template", "two examples before each"],
 )
 def test_the_router_alone_is_judged_as_transformers_judges_it(
     bundle: Path, checkpoints: Any, tasks: list[str], length: int, options: dict[str, Any]

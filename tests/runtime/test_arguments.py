@@ -99,7 +99,7 @@ CALLS: dict[str, tuple[Callable[[FusionRuntime, Session], object], str]] = {
     "unknown option of a step": (
         lambda _, session: session.step(temprature=1.0),  # type: ignore[call-arg]
         "Unknown option temprature (temperature?): expected some of temperature, top_k, top_p, min_p, repetition_penalty, seed, "
-        "presence_penalty, frequency_penalty, logit_bias, top_logprobs.",
+        "presence_penalty, frequency_penalty, logit_bias, top_logprobs, candidates.",
     ),
     "tools without messages": (
         lambda rt, _: rt.generate("1", tools=[]),
@@ -161,7 +161,7 @@ VALUES = (None, True, 0, -1, 3, 10**400, 0.5, float("nan"), float("inf"), 1j, ""
 ANYTHING = st.recursive(st.sampled_from(VALUES), lambda inner: st.lists(inner, max_size=3) | st.just({"role": "user"}), max_leaves=4)
 DEFAULTS: dict[str, Any] = {"prompt": [5, 6], "max_new_tokens": 1}
 NAMES = ("prompt", "max_new_tokens", "stop", "fusion", "lam", "expert", "cancel", "deadline", "temperature", "top_k", "top_p", "min_p",
-         "repetition_penalty", "seed", "on_token", "presence_penalty", "frequency_penalty", "logit_bias", "top_logprobs",
+         "repetition_penalty", "seed", "on_token", "presence_penalty", "frequency_penalty", "logit_bias", "top_logprobs", "candidates",
          "stop_token_ids", "ignore_eos", "min_new_tokens")  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_anything_at_all_is_answered_or_refused(runtime: FusionRuntime, options:
 
 
 def test_an_unknown_option_is_told_all_known_ones(runtime: FusionRuntime) -> None:
-    """Those that the method declares, and those of sampling, rules and chat templates that it passes on."""
+    """Those that the method declares, and those of sampling, of a text's form and of chat templates that it passes on."""
     declared = {name for name in inspect.signature(FusionRuntime.stream).parameters if name not in ("self", "prompt", "options")}
     expected = declared | set(Sampling.__dataclass_fields__) | set(RuleOptions.__annotations__) | set(ChatOptions.__annotations__)
     for call, more in ((runtime.stream, set()), (runtime.generate, {"on_token"})):
