@@ -22,7 +22,10 @@ VIEWS: dict[str, dict[str, Any]] = {
 def picture(bundle: Path, folder: Path, questions: tuple[str, ...]) -> None:
     """Ask the questions in each view, point at the token that router and expert agree about least, and write FOLDER/VIEW.png."""
     complaints: list[str] = []
-    with served(FusionRuntime.load(bundle, speculation="auto", trusted=True)) as running, browser() as chromium:
+    with (
+        served(FusionRuntime.load(bundle, speculation="auto", trusted=True), model=bundle.resolve().name) as running,
+        browser() as chromium,
+    ):
         for name, view in VIEWS.items():
             page = opened(chromium, running.url + "/", complaints, **view)
             for question in questions:

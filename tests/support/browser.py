@@ -26,16 +26,25 @@ def opened(chromium: Any, url: str, complaints: list[str], **context: Any) -> An
     host = "/".join(url.split("/")[:3])
     page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-    page.on("request", lambda request: None if request.url.startswith((host, "data:", "blob:")) else complaints.append(request.url))
+
+    def refuse(dialog: Any) -> None:
+        complaints.append(dialog.message)
+        dialog.dismiss()
+
+    def check(request: Any) -> None:
+        if not request.url.startswith((host, "data:", "blob:")):
+            complaints.append(request.url)
+
+    page.on("dialog", refuse)
+    page.on("request", check)
     page.goto(url)
     return page
 
 
 def ask(page: Any, text: str) -> None:
     """Type a question, send it with the keyboard, and wait for the whole answer."""
+    turns = page.locator(".turn").count()
     page.fill("#prompt", text)
-    page.focus("#prompt")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#stop:not([disabled])")
+    page.press("#prompt", "Enter")
+    page.wait_for_selector(f".turn:nth-child({turns + 1})", timeout=60_000)
     page.wait_for_selector("#send:not([disabled])", timeout=180_000)

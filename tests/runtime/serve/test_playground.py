@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -44,7 +45,7 @@ def test_the_model_tells_what_the_page_shows(server: Served, rt: FusionRuntime) 
 def test_tokens_come_with_routing_and_candidates(server: Served, rt: FusionRuntime, path: str, stream: bool) -> None:
     own = {"routing": True, "candidates": 3, "lam": 0.25, "fusion": "weighted"}
     messages = [{"role": "user", "content": "12+30="}]
-    body = {"messages": messages} if "chat" in path else {"prompt": "12+30="}
+    body: dict[str, Any] = {"messages": messages} if "chat" in path else {"prompt": "12+30="}
     body |= {"model": "tiny", "max_tokens": 8, "temperature": 0, "stream": stream, "fusionroute": own}
     with httpx.stream("POST", server.url + path, json=body, timeout=60) as answer:
         if stream:
