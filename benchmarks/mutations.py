@@ -9,6 +9,7 @@ import argparse
 import ast
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -101,8 +102,14 @@ def drawn(module: str, count: int, seed: int) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder, use_db(f"{folder}/mutants.sqlite", WorkDB.Mode.create) as mutants:
         init([Path(module)], mutants, {})
         items = [item for item in mutants.work_items if not any(start <= item.mutations[0].start_pos < end for start, end in quiet)]
+        items = [item for item in items if not re.match(r"\s*def |\s*\*, ", line(module, item))]
     items.sort(key=lambda item: (item.mutations[0].start_pos, item.mutations[0].operator_name, item.mutations[0].occurrence))
     return random.Random(f"{seed} {module}").sample(items, min(count, len(items)))
+
+
+def line(module: str, item: Any) -> str:
+    """The line of a mutant."""
+    return Path(module).read_text(encoding="utf-8").splitlines()[item.mutations[0].start_pos[0] - 1]
 
 
 def annotations(text: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
