@@ -21,13 +21,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RUNTIME, PRECISION = "tests/runtime/", "tests/fr_export/precision/"
 MACHINE = RUNTIME + "test_session_machine.py"
-SPECULATION = (RUNTIME + "speculation", RUNTIME + "test_sampling.py", MACHINE)
-QUANTISERS = tuple(PRECISION + f"test_{name}.py" for name in ("rounding", "int8", "gptq", "gptq_sequential", "precision"))
+SPECULATION = (RUNTIME + "speculation", RUNTIME + "test_sampling.py")
+QUANTISERS = tuple(PRECISION + f"test_{name}.py" for name in ("rounding", "gptq", "int8", "gptq_sequential"))
 TESTS: dict[str, tuple[str, ...]] = {
     "runtime/session.py": (RUNTIME + "test_engine.py", RUNTIME + "test_arguments.py", RUNTIME + "test_threads.py", MACHINE),
-    "runtime/sampling.py": (RUNTIME + "test_sampling.py", RUNTIME + "test_engine.py", RUNTIME + "test_arguments.py"),
+    "runtime/sampling.py": (RUNTIME + "test_sampling.py", RUNTIME + "test_arguments.py", RUNTIME + "test_engine.py"),
     "runtime/plain_step.py": (RUNTIME + "test_engine.py", RUNTIME + "test_scoring.py", RUNTIME + "test_shared_base.py", MACHINE),
-    "runtime/prefix.py": (RUNTIME + "test_prefix.py", MACHINE),
+    "runtime/prefix.py": (RUNTIME + "test_prefix.py",),
     "runtime/text.py": (RUNTIME + "test_text.py", RUNTIME + "test_stop_strings.py", RUNTIME + "test_endings.py"),
     "runtime/bundle.py": (RUNTIME + "test_bundle.py", "tests/attacks/test_files.py", "tests/attacks/test_graphs.py"),
     "runtime/speculation/rejection.py": SPECULATION,
@@ -38,7 +38,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "fr_export/precision/rounding.py": QUANTISERS,
     "fr_export/precision/blockwise.py": QUANTISERS,
     "fr_export/precision/gptq.py": QUANTISERS,
-    "fr_export/precision/int4.py": QUANTISERS,
+    "fr_export/precision/int4.py": (*QUANTISERS, PRECISION + "test_precision.py"),
     "fr_export/precision/int8.py": QUANTISERS,
     "fr_export/precision/smoothquant.py": (PRECISION + "test_smoothquant.py", *QUANTISERS),
 }
