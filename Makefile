@@ -8,7 +8,7 @@ PROMPT ?= 12+30=
 # The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint docs slow test-oldest test-optimum gpu-check clean
+.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval gpu-check clean
 
 demo: $(VENV)/export
 	$(BIN)/python export.py --family $(FAMILY) --force
@@ -57,6 +57,10 @@ test-oldest: $(VENV)/test .venv-oldest/ready
 test-optimum: .venv-optimum/ready
 	.venv-optimum/bin/python -m pytest -m slow tests/optimum
 
+# Bundles in lm-evaluation-harness, beside transformers' models of the same checkpoints.
+test-lm-eval: .venv-lm-eval/ready
+	.venv-lm-eval/bin/python -m pytest -m slow tests/lm_eval
+
 # What only a GPU can tell, in one report; without one it says what it skipped. `make gpu-check BUNDLE=dist/mine` checks that bundle.
 gpu-check: $(VENV)/test
 	$(BIN)/python -m benchmarks.gpu_check $(addprefix --bundle ,$(BUNDLE))
@@ -90,5 +94,11 @@ $(VENV)/docs: $(VENV)/test
 	.venv-optimum/bin/python -m pip install --quiet "optimum-onnx[onnxruntime]==0.1.0" pytest hypothesis --editable '.[cpu,export]'
 	touch $@
 
+.venv-lm-eval/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet $(TORCH)
+	.venv-lm-eval/bin/python -m pip install --quiet "lm-eval[hf]==0.4.13" pytest hypothesis --editable '.[cpu,export]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-optimum dist
+	rm -rf $(VENV) .venv-oldest .venv-optimum .venv-lm-eval dist

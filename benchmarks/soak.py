@@ -102,6 +102,12 @@ def chat(rt: FusionRuntime, draw: random.Random) -> None:
         rt.generate([{"role": "user", "content": f"{draw.randrange(99)}+{draw.randrange(99)}="}], 6)
 
 
+def chat_and_wrong(rt: FusionRuntime, draw: random.Random) -> None:
+    """One after the other."""
+    chat(rt, draw)
+    wrong(rt, draw)
+
+
 KINDS: dict[str, Request] = {
     "greedy": lambda rt, draw: rt.generate(prompt(rt, draw), 8),
     "sampled": lambda rt, draw: rt.generate(prompt(rt, draw), 8, temperature=0.8, top_p=0.9, seed=draw.randrange(99)),
@@ -117,7 +123,7 @@ KINDS: dict[str, Request] = {
     "scored": lambda rt, draw: rt.score(prompt(rt, draw), positions=[0]),
     "rewound": rewound,
     "alike": alike,
-    "chat and wrong arguments": lambda rt, draw: (chat(rt, draw), wrong(rt, draw)),
+    "chat and wrong arguments": chat_and_wrong,
 }
 
 

@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.calibration.short_calls import SHORT_CALLS
 from fusionroute.runtime.errors import InputError
 
 BINS = 2048
 LEVELS = 127  # positive steps of symmetric 8 bit
 SMALLEST = -100  # exponent of the smallest histogram: below it float32 cannot hold the scale
-PIECE = 1 << 16  # values processed together: they stay in the L2 cache
 
 Floats = npt.NDArray[np.float32]
 
@@ -50,30 +48,27 @@ class Observer:
 
     def see(self, activations: Floats) -> None:
         """Add activations float32 [..., K]. Raises InputError where a value is not finite; nothing is added then."""
-        rows = activations.reshape(-1, len(self.channel_absmax))
+        rows = np.ascontiguousarray(activations.reshape(-1, len(self.channel_absmax)), np.float32)
         if len(rows):
-            with SHORT_CALLS:
-                self._add(rows)
+            self._add(rows)
 
     def _add(self, rows: Floats) -> None:
-        lowest, highest = rows.min(axis=0), rows.max(axis=0)
-        low, high = float(lowest.min()), float(highest.max())  # NaN propagates through both
-        if not (math.isfinite(low) and math.isfinite(high)):
+        from fusionroute.calibration.kernels import add_moments, count_magnitudes  # late: reading statistics takes no compiler
+
+        lowest, highest, squares = rows[0].copy(), rows[0].copy(), np.zeros(rows.shape[1])
+        add_moments(rows, lowest, highest, squares)
+        if not np.isfinite(squares).all():
             raise InputError(
                 f"The activations that enter {self.matrix} are not all finite: expected numbers; check the model's weights, "
                 "or run it in fp32 or bf16 where fp16 overflows."
             )
+        low, high = float(lowest.min()), float(highest.max())
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         np.maximum(self.channel_absmax, np.maximum(highest, -lowest), out=self.channel_absmax)
         self._widen(max(-low, high))
         self.rows += len(rows)
-        scale = np.float32(BINS / self.limit)  # a power of two like `limit`: the products below are exact
-        step = max(1, PIECE // rows.shape[1])
-        for start in range(0, len(rows), step):
-            magnitudes = np.abs(rows[start : start + step])
-            self.channel_sum += np.einsum("ij,ij->j", magnitudes, magnitudes, dtype=np.float64)
-            np.multiply(magnitudes, scale, out=magnitudes)
-            self.counts += np.bincount(magnitudes.astype(np.intp).ravel(), minlength=BINS)
+        self.channel_sum += squares
+        count_magnitudes(rows.ravel(), BINS / self.limit, self.counts)  # a power of two like `limit`: the products are exact
 
     def add(self, other: Observer) -> None:
         """Add what another observer of as many channels has seen."""

@@ -1,6 +1,6 @@
 """The export in order: check → trace → calibrate → write variants → describe → build engines → compare → report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         kept.reserve = checked.forecast.disk_needed
         plan, system, prompts, fusion = checked.plan, checked.system, checked.prompts, checked.fusion
         notes = [prompts.note] if prompts.note else []
-        for note in [*notes, *(f"{model.name}: {note}." for model in system.models for note in model.source.notes)]:
+        for note in [*notes, *(f"{model.name}: {note}." for model in system.models for note in model.notes)]:
             stages.note(note)
 
         traces = Traces(system, stages)
@@ -138,7 +138,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         if request.gpus:
             manifest = add_engines(manifest, request.gpus, folder, stages)
 
-        sources = {model.name: model.source for model in system.models}
+        sources = {model.name: replace(model.source, notes=model.notes) for model in system.models}
         figures, reason = measure(system, manifest, prompts.held_out, folder, stages, checked.forecast.compared_tokens)
         ranks = {name: each.ranks for name, each in approximated.items()}
         report = build_report(manifest, [each.fitted for each in written], figures, reason, notes, folder, sources, ranks)

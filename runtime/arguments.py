@@ -5,7 +5,8 @@ converted that could be meant otherwise: a bool is no number, bytes are no token
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
@@ -25,6 +26,15 @@ def shown(value: object) -> str:
     except Exception:  # such as an integer of more digits than Python writes
         text = f"<{type(value).__name__}>"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def check_names(options: Iterable[str], known: Sequence[str]) -> None:
+    """Raise InputError for keyword arguments that are not among the known ones."""
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            meant = f" ({near[0]}?)" if near else ""
+            raise InputError(f"Unknown option {name[:LONGEST]}{meant}: expected some of {', '.join(known)}.")
 
 
 def real(name: str, value: object, expected: str = "a number") -> float:

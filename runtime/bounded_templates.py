@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
@@ -39,6 +39,7 @@ FILTERS = frozenset((  # those whose results are no larger than what goes in, an
 PADDING = frozenset(("center", "encode", "expandtabs", "format_map", "ljust", "rjust", "to_bytes", "translate", "zfill"))  # methods
 WIDE = re.compile(r"[0-9]{3,}|\*|\{[^}]*\{")  # in a format: a width that pads much, or that is given elsewhere
 MADE = threading.local()  # `size`: of what the template that runs in this thread has made
+T = TypeVar("T")
 
 
 class Measuring(CodeGenerator):
@@ -238,8 +239,8 @@ def check_filter(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -
         within(lines * width, MOST_TEXT, "characters of text")
 
 
-def run(work: Callable[[], str]) -> str:
-    """What `work` renders, in so many steps and seconds. Raises SecurityError beyond them, and what `work` raises."""
+def run(work: Callable[[], T]) -> T:
+    """What `work` renders or compiles, in so many steps and seconds. Raises SecurityError beyond them, and what `work` raises."""
     steps, end, before = 0, time.monotonic() + MOST_SECONDS, sys.gettrace()
     MADE.size = 0
 

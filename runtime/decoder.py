@@ -15,6 +15,7 @@ from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.plain_step import PlainStep
 from fusionroute.runtime.readers import Readers
 from fusionroute.runtime.sampling import Sampler
+from fusionroute.runtime.scoring import Scores, score_last
 from fusionroute.runtime.text import Token
 from fusionroute.runtime.token_sequence import TokenSequence
 
@@ -31,7 +32,7 @@ class Decoder:
     def __init__(self, system: LoadedSystem, costs: Costs | None, eos: frozenset[int]):
         """`costs` None: without speculation. Raises ClosedError once the system is closed, and in a forked process."""
         _ = system.backend  # says so before a lock is taken: a thread that stayed behind a fork may hold it forever
-        self._system, self.eos = system, eos
+        self._system, self.eos, self.vocab_size = system, eos, system.vocab_size
         self.sequence = TokenSequence()
         self.readers = Readers(system, self.sequence)
         self.step = PlainStep(system, self.readers)
@@ -56,7 +57,7 @@ class Decoder:
             raise InputError(
                 f"{total} tokens do not fit the context of {capacity}: shorten the prompt or export with a larger --max-seq-len."
             )
-        self.sequence.ids += new
+        self.sequence.append(new)
         self.step.newest = None
 
     def rewind(self, length: int) -> None:
@@ -117,6 +118,26 @@ class Decoder:
             self._let_router_answer(error)
             return [self.advance(sampler, coefficients, pinned)]
 
+    def score(self, ids: Iterable[int], coefficients: tuple[float, float], pinned: int | None) -> Scores:
+        """Append tokens, and judge each of them, see `score_last`.
+
+        Raises InputError as `append` does, and for an empty text; NumericalError and ClosedError: the text is as it was
+        then.
+        """
+        length = len(self.sequence.ids)
+        if not length:
+            raise InputError("The session holds no tokens: append a prompt of at least one token first.")
+        self.sequence.start_decoding()
+        self.append(ids)
+        count = len(self.sequence.ids) - length
+        try:
+            return score_last(self.readers, self.step.fuser, self.step.numerics, self.step.vocab_size, count, coefficients, pinned)
+        except BaseException as error:
+            self.rewind(length)
+            if isinstance(error, NumericalError):
+                self.discard(error)
+            raise
+
     def discard(self, error: NumericalError) -> int | None:
         """Forget what the model at fault has read, which may not be finite: its number, 0 for the router; None: all."""
         names = self._system.router_name, *self._system.expert_names
@@ -144,7 +165,7 @@ class Decoder:
         """
         if self.step.newest is None:
             raise InputError("There are no logits: call `step` first, and read them before `append` or `rewind`.")
-        return self.step.fuser.row(self.step.newest)
+        return self.step.newest_row()
 
     @property
     def drafted(self) -> int:

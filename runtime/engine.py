@@ -9,27 +9,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fusionroute.runtime.arguments import flag, path, shown, text, whole
+from fusionroute.runtime.arguments import check_names, flag, path, shown, text, whole
 from fusionroute.runtime.arguments import token_ids as whole_ids
 from fusionroute.runtime.backends import Backend, check_device
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
-from fusionroute.runtime.errors import FusionError, InputError, NumericalError
+from fusionroute.runtime.chat import ChatOptions
+from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.expert_sets import ExpertSets
+from fusionroute.runtime.grammar_compiler import GrammarCompiler
 from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients
 from fusionroute.runtime.prompt import Prompt, PromptEncoder
-from fusionroute.runtime.sampling import Sampler, SamplingOptions, sampling_of
-from fusionroute.runtime.scoring import Scores, positions_to_score, score
+from fusionroute.runtime.sampling import sampling_of
+from fusionroute.runtime.scoring import Scores, positions_to_score
 from fusionroute.runtime.session import Session
-from fusionroute.runtime.stream import Result, Stream, StreamOptions
-from fusionroute.runtime.text import Text, TextStream, Token
+from fusionroute.runtime.stream import Result, Stream, StreamOptions, TextOptions, split
+from fusionroute.runtime.text import Text, Token
+from fusionroute.runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEFAULT_NEW_TOKENS = 128
+GENERATE_OPTIONS = ("max_new_tokens", "on_token", *StreamOptions.__annotations__)
 
 
 class FusionRuntime:
@@ -56,13 +60,13 @@ class FusionRuntime:
             raise
         self.precision = self._sets.current.system.precision
         self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
+        self._grammars = GrammarCompiler(self._prompts.tokenizer, self.vocab_size, manifest.eos_token_ids)
 
     def __repr__(self) -> str:
         system = self._sets.current.system
-        closed = ", closed" if system.closed else ""
         return (
             f"<FusionRuntime of {str(self.bundle.folder)!r}: {self.precision} on {system.device}, "
-            f"experts {', '.join(self.expert_names)}, fusion={self.fusion!r}, lam={self.lam:g}{closed}>"
+            f"experts {', '.join(self.expert_names)}, fusion={self.fusion!r}, lam={self.lam:g}{', closed' if system.closed else ''}>"
         )
 
     @classmethod
@@ -167,12 +171,13 @@ class FusionRuntime:
         """Text of token ids, special tokens left out. Raises UnavailableError without a tokenizer."""
         return self._prompts.require_tokenizer().decode(whole_ids(ids))
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
+    def prompt_ids(self, prompt: Prompt, **chat: Unpack[ChatOptions]) -> list[int]:
         """Token ids of a str (no template), a list of ids, or a list of {"role", "content"} messages (chat template).
 
         Raises InputError for anything else, UnavailableError where the bundle lacks the tokenizer or the template.
         """
-        return self._prompts.ids(prompt)
+        check_names(chat, tuple(ChatOptions.__annotations__))
+        return self._prompts.ids(prompt, **chat)
 
     def generate(
         self,
@@ -187,6 +192,7 @@ class FusionRuntime:
         `on_token` is called in this thread with every token as it becomes certain. If it returns False the text ends
         there, as "cancelled"; what it raises is raised here.
         """
+        check_names(options, GENERATE_OPTIONS)
         if on_token is not None and not callable(on_token):
             raise InputError(f"on_token is {shown(on_token)}, expected a function of a token, or None.")
         tokens: list[Token] = []
@@ -208,9 +214,10 @@ class FusionRuntime:
         expert: str | None = None,
         cancel: threading.Event | None = None,
         deadline: float | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[TextOptions],
     ) -> Stream:
-        """Generate token by token. `sampling` are the fields of `Sampling` (greedy by default).
+        """Generate token by token. `options` are the fields of `Sampling` (greedy by default), those of `TextRules`, such
+        as `grammar`, and for messages those of `ChatOptions`, such as `tools`.
 
         `cancel`, once another thread sets it, and `deadline`, in seconds from this call, end the text within a token,
         also while the prompt is encoded and read; `finish_reason` is then "cancelled" or "deadline", and the tokens so far stand.
@@ -221,17 +228,20 @@ class FusionRuntime:
         """
         _ = self.backend  # closed runtimes say so first
         cancellation, max_new_tokens = Cancellation(cancel, deadline), whole("max_new_tokens", max_new_tokens, 1)
-        sampler = Sampler(sampling_of(sampling))
+        chat, rules, sampling = split(options)
+        ends = rules.ends(self.bundle.manifest.eos_token_ids, self.vocab_size)
+        settings = sampling_of(sampling)
         coefficients = self._coefficients(fusion, lam)
         experts = self._sets.current
         pinned = experts.index(expert)
         output = TextStream(self.tokenizer, () if stop is None else stop)
         try:
-            ids = self._prompts.fitting_ids(prompt, cancellation)
+            sampler = rules.sampler(settings, self.vocab_size, ends, self._grammars, cancellation)
+            ids = self._prompts.fitting_ids(prompt, cancellation, **chat)
         except Interrupted:
             return Stream.ended(cancellation.reason or "cancelled")
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
-        return experts.stream(ids, sampler, coefficients, pinned, output, limit, cancellation)
+        return experts.stream(ids, sampler, coefficients, pinned, output, ends, limit, cancellation)
 
     def score(
         self,
@@ -252,17 +262,7 @@ class FusionRuntime:
         ids, chunk = whole_ids(token_ids), whole("chunk", chunk, 1)
         asked = positions_to_score(len(ids), positions)
         coefficients = self._coefficients(fusion, lam)
-        experts = self._sets.current
-        decoder = experts.pool.take((), experts.decoder)
-        try:
-            decoder.rewind(0)
-            decoder.append(ids)
-            return score(decoder.readers, decoder.step.fuser, decoder.step.numerics, self.vocab_size, asked, chunk, coefficients)
-        except NumericalError as error:
-            decoder.discard(error)
-            raise
-        finally:
-            experts.give_back(decoder)
+        return self._sets.current.score(ids, asked, chunk, coefficients)
 
     def session(self, fusion: str | None = None, lam: float | None = None, expert: str | None = None) -> Session:
         """A new empty session with its own KV caches. `expert`: answers every token instead of the routed one.

@@ -24,8 +24,10 @@ from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.options import RuntimeOptions
 from fusionroute.runtime.pool import Pool
 from fusionroute.runtime.sampling import Sampler
+from fusionroute.runtime.scoring import Scores, score
 from fusionroute.runtime.stream import End, Stream
-from fusionroute.runtime.text import TextStream, Token
+from fusionroute.runtime.text import Token
+from fusionroute.runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
     from fusionroute.runtime.speculation.costs import Costs
@@ -64,6 +66,7 @@ class ExpertSet:
         coefficients: tuple[float, float],
         pinned: int | None,
         text: TextStream,
+        ends: frozenset[int],
         limit: int,
         cancellation: Cancellation,
     ) -> Stream:
@@ -77,12 +80,26 @@ class ExpertSet:
 
         def tokens() -> Generator[Token | End, None, None]:
             try:
-                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, limit, cancellation)
+                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, ends, limit, cancellation)
             except NumericalError:
                 self.pool.empty()  # they may have lent, or kept, what is not finite
                 raise
 
         return Stream(tokens(), lambda: self.give_back(decoder))
+
+    def score(self, ids: Sequence[int], positions: Sequence[int], chunk: int, coefficients: tuple[float, float]) -> Scores:
+        """See `FusionRuntime.score`. Raises InputError as `Decoder.append` does, NumericalError."""
+        decoder = self.pool.take((), self.decoder)
+        try:
+            decoder.rewind(0)
+            decoder.append(ids)
+            step = decoder.step
+            return score(decoder.readers, step.fuser, step.numerics, self.system.vocab_size, positions, chunk, coefficients)
+        except NumericalError as error:
+            decoder.discard(error)
+            raise
+        finally:
+            self.give_back(decoder)
 
     def give_back(self, decoder: Decoder) -> None:
         """A text is over: its decoder waits for another one, unless the experts are others by now."""

@@ -10,7 +10,8 @@ from fusionroute.runtime.decoder import Decoder
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.sampling import Sampler
 from fusionroute.runtime.stream import End
-from fusionroute.runtime.text import TextStream, Token
+from fusionroute.runtime.text import Token
+from fusionroute.runtime.text_stream import TextStream
 
 
 def generate_tokens(
@@ -19,10 +20,13 @@ def generate_tokens(
     coefficients: tuple[float, float],
     pinned: int | None,
     text: TextStream,
+    ends: frozenset[int],
     limit: int,
     cancellation: Cancellation,
 ) -> Iterator[Token | End]:
     """At most `limit` tokens behind the appended prompt, as their text becomes certain; then the reason for the end.
+
+    `ends`: tokens that end the text, and are not part of it.
 
     Raises ClosedError after the runtime was closed.
     """
@@ -33,10 +37,13 @@ def generate_tokens(
     try:
         for left in range(limit, 0, -1):
             cancellation.check()
+            if not ready and decoder.step.complete(sampler):
+                reason = "stop"
+                break
             if not ready:
                 ready.extend(decoder.advance_some(sampler, coefficients, pinned, MAX_ROUND_TOKENS if whole_rounds else left))
             token = ready.popleft()
-            if token.id in decoder.eos:
+            if token.id in ends:
                 reason = "stop"
                 break
             yield from text.push(token)

@@ -13,6 +13,7 @@ import numpy as np
 
 from fusionroute.runtime.backend import Fused
 from fusionroute.runtime.errors import FusionError, InputError, NumericalError
+from fusionroute.runtime.logits_processor import Processed
 
 MEND = "load another precision (fp32 and bf16 hold the largest numbers), or check the bundle's files with verify=True"
 
@@ -46,12 +47,12 @@ class Numerics:
             first = slice(int(wrong[0]), int(wrong[0]) + 1)
             raise self.fault(fused, router[first], expert[first], number, int(positions[first.start]), first.start)
 
-    def fault(self, fused: Fused, router: Any, expert: Any, number: int, position: int, row: int = 0) -> FusionError:
+    def fault(self, fused: Fused | Processed, router: Any, expert: Any, number: int, position: int, row: int = 0) -> FusionError:
         """Why a row of a fusion is not finite: logits [1, V] of the router (None: it did not run) and of an expert, its
         number, and their position.
         """
         if math.isfinite(fused.log_normaliser[row]):
-            return InputError("repetition_penalty or temperature takes the logits beyond what float32 holds: use a value nearer to 1.")
+            return InputError("A penalty, logit_bias or temperature takes the logits beyond what float32 holds: use a value nearer to 1.")
         names = self._names[0], self._names[1 + number]
         for name, logits in zip(names, (router, expert), strict=True):
             if logits is not None and not np.isfinite(np.asarray(logits, np.float32).max()):  # a token that is masked with −inf is no fault
@@ -64,6 +65,6 @@ class Numerics:
         return NumericalError(f"The {whose} in {self._precision} hold NaN or infinity at position {position}: {MEND}.", model)
 
 
-def is_finite(fused: Fused) -> bool:
+def is_finite(fused: Fused | Processed) -> bool:
     """Whether the fused logits at one position are, before the penalty and the temperature and behind them."""
     return math.isfinite(fused.log_normaliser[0]) and math.isfinite(fused.sampling_normaliser[0])

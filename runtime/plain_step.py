@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fusionroute.runtime.backend import NO_IDS, Fused, FusionInputs, Output
 from fusionroute.runtime.expert_guesses import ExpertGuesses
 from fusionroute.runtime.loaded_system import LoadedSystem
+from fusionroute.runtime.logits_processor import LogitsProcessor, Processed, ranked, top_logprobs
 from fusionroute.runtime.numerics import Numerics, is_finite
 from fusionroute.runtime.readers import Readers
 from fusionroute.runtime.sampling import Candidates, Sampler
-from fusionroute.runtime.text import Token
+from fusionroute.runtime.text import Likeliest, Ranked, Token
 
 ROUTER_ALONE = (1.0, 0.0)  # weights of router and expert
 
@@ -28,7 +30,7 @@ class PlainStep:
         self._router_name = system.router_name
         self.numerics = Numerics((system.router_name, *system.expert_names), system.precision)
         self.failed: set[int] = set()  # experts for which the router answers, until a rewind
-        self.newest: Fused | None = None  # what the newest token was chosen from
+        self.newest: Fused | Processed | None = None  # what the newest token was chosen from
         self.guesses = ExpertGuesses()
         self.missed = False  # whether the newest token's expert was guessed wrongly
         self.router_logits: Any = None  # of the last step, float32 [1, V]; valid until the next pass
@@ -50,9 +52,10 @@ class PlainStep:
         if pinned in self.failed:
             coefficients = ROUTER_ALONE
         readers, length = self.readers, len(self.readers.sequence.ids)
+        self.prepare(sampler, length, length)
         newest = (length - 1,)
 
-        def fused_with(answered: Output) -> Fused:
+        def fused_with(answered: Output) -> Fused | Processed:
             router = answered if routed is None else routed  # a stand-in, of weight zero
             return self.fuse(router.logits, answered.logits, coefficients, sampler, length)
 
@@ -82,8 +85,11 @@ class PlainStep:
         self.guesses.saw(readers.sequence.ids[-1], choice)
         token = sampler.choose(candidates(fused), lambda: fused.rows[0])
         logprob = self.logprob(token, fused, (routed or answered).logits, answered.logits, coefficients)
+        likeliest = self.likeliest(fused, routed and routed.logits, answered.logits if coefficients[1] else None, sampler)
         readers.commit(token)
-        return Token(token, self._router_name if choice in self.failed else self.expert_names[choice], logprob, routing)
+        name = self._router_name if choice in self.failed else self.expert_names[choice]
+        alternatives = self.alternatives(fused, sampler.sampling.top_logprobs)
+        return Token(token, name, logprob, routing, top_logprobs=alternatives, candidates=likeliest)
 
     def routing_of(self, routed: Output | None, row: int = 0) -> np.ndarray:
         """A copy of the routing scores in a row of the router's output, float32 [n_experts]; NaN if it did not run."""
@@ -98,26 +104,84 @@ class PlainStep:
         near = [each for each in likely if each not in barred and len(ids) - experts[each].length <= self._guess_limit]
         return next((each for each in near if experts[each].length), None)
 
-    def fuse(self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int, count: int = 0) -> Fused:
-        """Fuse logits float32 [1, V] at one position, behind the first `length` tokens.
+    def fuse(
+        self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int, count: int = 0
+    ) -> Fused | Processed:
+        """Fuse logits float32 [1, V] at one position, behind the first `length` tokens, and process them.
 
         `count`: candidates; 0: as the sampler needs.
         """
-        sampling = sampler.sampling
-        penalised = NO_IDS
-        if sampling.repetition_penalty != 1.0:
-            penalised = np.unique(np.asarray(self.readers.sequence.ids[:length], np.int64))
+        sampling, processor, sequence = sampler.sampling, sampler.processor, self.readers.sequence
         count = count or sampler.candidate_count(self.vocab_size)
-        self.newest = self.fuser(
-            FusionInputs(router, expert, coefficients, count, penalised, sampling.repetition_penalty, sampling.temperature or 1.0)
-        )
+        temperature, penalised = sampling.temperature or 1.0, NO_IDS
+        if processor is not None:
+            self.prepare(sampler, length, length)
+            self.newest = processor.process(self.fuser(FusionInputs(router, expert, coefficients)), count, temperature)
+        else:
+            if sampling.repetition_penalty != 1.0:
+                penalised = sampler.repeated(sequence.ids, length, sequence.unchanged)
+                sequence.unchanged = len(sequence.ids)
+            inputs = FusionInputs(router, expert, coefficients, count, penalised, sampling.repetition_penalty, temperature)
+            self.newest = self.fuser(inputs)
         return self.newest
 
-    def logprob(self, token: int, fused: Fused, router: Any, expert: Any, coefficients: tuple[float, float]) -> float:
+    def prepare(self, sampler: Sampler, first: int, last: int) -> None:
+        """Let what may stand behind the first `first` … `last` tokens be computed while models run."""
+        sequence = self.readers.sequence
+        if (processor := self._following(sampler, first)) is not None:
+            processor.prepare(sequence.ids, sequence.answer_start, first, last)
+
+    def accepted(self, sampler: Sampler, drafts: list[int]) -> list[int]:
+        """The first of some drafts that may stand behind the text."""
+        sequence = self.readers.sequence
+        processor = self._following(sampler, len(sequence.ids))
+        return drafts if processor is None else processor.accepted(sequence.ids, sequence.answer_start, drafts)
+
+    def complete(self, sampler: Sampler) -> bool:
+        """Whether nothing may stand behind the text."""
+        sequence = self.readers.sequence
+        processor = self._following(sampler, len(sequence.ids))
+        return processor is not None and processor.complete(sequence.ids, sequence.answer_start)
+
+    def _following(self, sampler: Sampler, length: int) -> LogitsProcessor | None:
+        """The sampler's processor, told of the text up to `length`."""
+        sequence, processor = self.readers.sequence, sampler.processor
+        if processor is not None:
+            processor.follow(sequence.ids, sequence.answer_start, length, sequence.unchanged)
+            sequence.unchanged = len(sequence.ids)
+        return processor
+
+    def newest_row(self) -> npt.NDArray[np.float32]:
+        """What the newest token was chosen from, float32 [V]: an array for the caller."""
+        assert self.newest is not None
+        return self.newest.rows[0].copy() if isinstance(self.newest, Processed) else self.fuser.row(self.newest)
+
+    def alternatives(self, fused: Fused | Processed, count: int) -> Ranked:
+        """The `count` likeliest tokens of a fusion, before it was processed."""
+        if not count:
+            return ()
+        row = fused.raw if isinstance(fused, Processed) else np.asarray(fused.rows)[0]
+        return top_logprobs(row, float(fused.log_normaliser[0]), count)
+
+    def likeliest(self, fused: Fused | Processed, router: Any, expert: Any, sampler: Sampler) -> Likeliest | None:
+        """The `Token.candidates` of a token that was chosen from a fusion.
+
+        Logits [1, V] of the router and the expert, None where one did not run.
+        """
+        count = sampler.sampling.candidates
+        if not count:
+            return None
+        of_fusion = self.alternatives(fused, count)  # first: the fuser may use its buffers again
+        alone = [() if logits is None else ranked(self.fuser.logits(logits)[0], count) for logits in (router, expert)]
+        return Likeliest(alone[0], alone[1], of_fusion)
+
+    def logprob(self, token: int, fused: Fused | Processed, router: Any, expert: Any, coefficients: tuple[float, float]) -> float:
         """Log-probability of a token in the fused distribution at temperature 1, without penalty.
 
         Logits are float32 [1, V].
         """
+        if isinstance(fused, Processed):
+            return float(fused.raw[token]) - float(fused.log_normaliser[0])
         place = np.flatnonzero(fused.ids[0] == token)
         if len(place):
             logit = float(fused.unpenalised[0, place[0]])
@@ -130,6 +194,6 @@ class PlainStep:
         return logit - float(fused.log_normaliser[0])
 
 
-def candidates(fused: Fused) -> Candidates:
+def candidates(fused: Fused | Processed) -> Candidates:
     """The candidates at the only position of a fusion."""
     return Candidates(fused.ids[0], fused.logits[0], float(fused.sampling_normaliser[0]))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from fusionroute.runtime.arguments import UNORDERED_OR_TEXT, token_ids
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Cancellation
-from fusionroute.runtime.chat import render
-from fusionroute.runtime.errors import InputError, UnavailableError
+from fusionroute.runtime.chat import DEFAULT, ChatOptions, ChatTemplates
+from fusionroute.runtime.errors import BundleError, InputError, UnavailableError, one_line
+from fusionroute.runtime.strict_json import check_json
 from fusionroute.runtime.text import Text
 
-TOKENIZER = "tokenizer.json"
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"  # a file, and a folder of others
 SHORT = 4096  # characters: encoded in a few milliseconds, whatever they are
 NEVER = Cancellation()
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 def tokenizer_of(bundle: Bundle) -> Text | None:
@@ -25,6 +32,33 @@ def tokenizer_of(bundle: Bundle) -> Text | None:
     return Text.parse(bundle.read(TOKENIZER), bundle.folder / TOKENIZER)
 
 
+def chat_templates_of(bundle: Bundle) -> ChatTemplates | None:
+    """A bundle's chat templates, None where it has none. Raises BundleError for files that cannot be read."""
+    names = {CHAT_TEMPLATE: DEFAULT} | {
+        name: PurePosixPath(name).stem
+        for name in bundle.manifest.files
+        if name.startswith(f"{MORE_TEMPLATES}/") and name.endswith(".jinja")
+    }
+    templates = {name: text for file, name in names.items() if (text := bundle.text(file)) is not None}
+    return ChatTemplates(templates, special_tokens_of(bundle)) if templates else None
+
+
+def special_tokens_of(bundle: Bundle) -> dict[str, str]:
+    """Special tokens by their names in chat templates, such as eos_token. Raises BundleError for a broken tokenizer_config.json."""
+    manifest, content = bundle.manifest, bundle.text(TOKENIZER_CONFIG)
+    if content is None:  # of older versions
+        tokens = {"bos_token": manifest.bos_token, "eos_token": manifest.eos_token}
+        return {name: token for name, token in tokens.items() if token is not None}
+    try:
+        check_json(content)
+        config = json.loads(content)
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+    except ValueError as error:
+        raise BundleError(f"{bundle.folder / TOKENIZER_CONFIG} cannot be read ({one_line(error)}); export the bundle again.") from error
+    return {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, str)}
+
+
 class PromptEncoder:
     """`tokenizer` is None for a bundle without one: its prompts are token ids."""
 
@@ -32,8 +66,7 @@ class PromptEncoder:
         """Raises BundleError for a tokenizer.json that cannot be read."""
         self.tokenizer = tokenizer_of(bundle)
         self._folder, self._capacity = bundle.folder, bundle.manifest.max_seq_len
-        self._chat_template = bundle.text("chat_template.jinja")
-        self._bos, self._eos = bundle.manifest.bos_token or "", bundle.manifest.eos_token or ""
+        self._chat_templates = chat_templates_of(bundle)
 
     def require_tokenizer(self) -> Text:
         """The tokenizer. Raises UnavailableError without one."""
@@ -41,9 +74,9 @@ class PromptEncoder:
             raise UnavailableError(f"The bundle {self._folder} has no tokenizer.json: pass token ids instead of text.")
         return self.tokenizer
 
-    def fitting_ids(self, prompt: Prompt, cancellation: Cancellation) -> list[int]:
+    def fitting_ids(self, prompt: Prompt, cancellation: Cancellation, **chat: Unpack[ChatOptions]) -> list[int]:
         """`ids` of a prompt that leaves room for a token. Raises InputError for others, and Interrupted."""
-        ids = self.ids(prompt, cancellation)
+        ids = self.ids(prompt, cancellation, **chat)
         if not ids:
             raise InputError("The prompt is empty: it needs at least one token.")
         if len(ids) >= self._capacity:
@@ -65,21 +98,23 @@ class PromptEncoder:
             return tokenizer.encode(text, special=special)
         return cancellation.wait_for(lambda: tokenizer.encode(text, special=special))
 
-    def ids(self, prompt: Prompt, cancellation: Cancellation = NEVER) -> list[int]:
+    def ids(self, prompt: Prompt, cancellation: Cancellation = NEVER, **chat: Unpack[ChatOptions]) -> list[int]:
         """Token ids of a str (no template), a list of ids, or a list of {"role", "content"} messages (chat template).
 
-        Raises InputError for anything else, and for a text that cannot fit the context; UnavailableError where the
-        bundle lacks the tokenizer or the template; Interrupted, where `cancellation` ends it on the way.
+        Raises InputError for anything else, for options of `chat` without messages, and for a text that cannot fit the
+        context; UnavailableError where the bundle lacks the tokenizer or the template; Interrupted, where
+        `cancellation` ends it on the way.
         """
-        if isinstance(prompt, str):
-            return self._encode(prompt, True, cancellation)
         given: object = prompt
         items: list[Any] = list(prompt) if isinstance(given, Iterable) and not isinstance(given, UNORDERED_OR_TEXT) else [None]
-        if items and all(isinstance(item, dict) for item in items):
-            if self._chat_template is None:
-                raise UnavailableError(f"The bundle {self._folder} has no chat_template.jinja: pass text or token ids.")
-            text = render(self._chat_template, items, bos_token=self._bos, eos_token=self._eos)
-            return self._encode(text, False, cancellation)
+        if items and all(isinstance(item, Mapping) for item in items):
+            if self._chat_templates is None:
+                raise UnavailableError(f"The bundle {self._folder} has no {CHAT_TEMPLATE}: pass text or token ids.")
+            return self._encode(self._chat_templates.render(items, **chat), False, cancellation)
+        if asked := [name for name, value in chat.items() if value is not None and value is not False]:
+            raise InputError(f"{asked[0]} is for the chat template: pass the prompt as a list of {{'role', 'content'}} messages.")
+        if isinstance(prompt, str):
+            return self._encode(prompt, True, cancellation)
         try:
             return token_ids(items)
         except InputError as error:

@@ -40,6 +40,11 @@ class Reader:
         """How many tokens the model has read."""
         return 0 if self._cache is None else self._cache.length
 
+    @property
+    def chunk(self) -> int:
+        """Most tokens of a pass that answers nothing."""
+        return min(limits.CHUNK, self._system.backend.prefill_chunk)
+
     def read(self, positions: Sequence[int]) -> Output:
         """Read up to the last of some ascending positions close together; the output at each of them, see `Output`.
 
@@ -70,7 +75,7 @@ class Reader:
         if self._in_pieces:
             stop = limits.boundary(start)
             return stop if stop < first else end
-        chunk = min(limits.CHUNK, self._system.backend.prefill_chunk)
+        chunk = self.chunk
         stop = min(start + chunk, first)
         stop -= 2 * (end - stop == 1)
         return end if end - start <= chunk else max(stop - (stop - start) % 2, start + 1)
@@ -182,7 +187,7 @@ class Readers:
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens, here and in every model."""
-        del self.sequence.ids[length:]
+        self.sequence.truncate(length)
         self.router.truncate(length)
         for expert in self.experts:
             expert.truncate(length)

@@ -1,17 +1,21 @@
 """The choice of the next token: exact sampling from a few top candidates, and from the full row only if it must be."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.runtime.arguments import real, shown, whole
+from fusionroute.runtime.arguments import check_names, real, shown, whole
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.grammar_masks import GrammarMasks
+from fusionroute.runtime.logits_processor import LogitsProcessor, Penalties
+from fusionroute.runtime.occurrences import Occurrences
 
 DEFAULT_CANDIDATES = 256  # without a top-k: almost always enough, and still cheap to copy from a device
+MOST_TOP_LOGPROBS = 20  # as OpenAI's
 COLDEST = 1e-3  # below, float32 cannot hold the log-normaliser of logits / temperature to any useful precision
 
 
@@ -19,8 +23,11 @@ COLDEST = 1e-3  # below, float32 cannot hold the log-normaliser of logits / temp
 class Sampling:
     """How tokens are chosen. Raises InputError for a value out of its range.
 
-    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p within the top-k, min-p. Among equal
-    logits the lower token id comes first, so top-k keeps exactly k tokens.
+    The order is Hugging Face's: bias, repetition penalty, temperature, top-k, top-p within the top-k, min-p. Among
+    equal logits the lower token id comes first, so top-k keeps exactly k tokens.
+
+    The repetition penalty counts the tokens of prompt and answer (as Hugging Face and vLLM), presence and frequency
+    penalty those of the answer alone (as OpenAI and vLLM). They are subtracted behind the repetition penalty.
     """
 
     temperature: float = 0.0  # 0: greedy
@@ -29,6 +36,11 @@ class Sampling:
     min_p: float = 0.0  # 0: off
     repetition_penalty: float = 1.0  # 1: off
     seed: int | None = None  # None: fresh entropy
+    presence_penalty: float = 0.0  # 0: off; subtracted from the logits of tokens that the answer holds
+    frequency_penalty: float = 0.0  # 0: off; the same for each time that it holds them
+    logit_bias: Mapping[int, float] | None = None  # token id → what is added to its logit; -inf bars it
+    top_logprobs: int = 0  # how many of the likeliest tokens come with each token, with their log-probabilities
+    candidates: int = 0  # the same for the router, the expert and their fusion, each alone: see `Likeliest`
 
     def __post_init__(self) -> None:
         temperature = real("temperature", self.temperature)
@@ -44,6 +56,19 @@ class Sampling:
             raise InputError(f"repetition_penalty is {self.repetition_penalty}, expected a positive number; 1 turns it off.")
         if self.seed is not None and whole("seed", self.seed) < 0:
             raise InputError(f"seed is {shown(self.seed)}, expected a whole number from 0, or None for a fresh one.")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(real(name, getattr(self, name))):
+                raise InputError(f"{name} is {getattr(self, name)}, expected a finite number; 0 turns it off.")
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", checked_bias(self.logit_bias))
+        for name in ("top_logprobs", "candidates"):
+            if not 0 <= whole(name, getattr(self, name)) <= MOST_TOP_LOGPROBS:
+                raise InputError(f"{name} is {shown(getattr(self, name))}, expected 0 (off) to {MOST_TOP_LOGPROBS}.")
+
+    @property
+    def penalties(self) -> Penalties:
+        """The penalties together."""
+        return Penalties(self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -55,14 +80,42 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    top_logprobs: int
+    candidates: int
+
+
+def checked_bias(bias: object) -> dict[int, float]:
+    """A copy of a `logit_bias`. Raises InputError for what is none."""
+    if not isinstance(bias, Mapping):
+        raise InputError(f"logit_bias is {shown(bias)}, expected a dict of token ids and numbers.")
+    copy = {whole("A token id of logit_bias", id): real("A value of logit_bias", value) for id, value in bias.items()}
+    if math.inf in copy.values():
+        raise InputError("A value of logit_bias is inf, expected a finite number, or -inf to bar the token.")
+    return copy
 
 
 def sampling_of(options: Mapping[str, Any]) -> Sampling:
     """`Sampling` from keyword arguments. Raises InputError for an unknown name too."""
-    if unknown := options.keys() - Sampling.__dataclass_fields__.keys():
-        known = ", ".join(Sampling.__dataclass_fields__)
-        raise InputError(f"Unknown option {', '.join(sorted(map(str, unknown)))}: expected some of {known}.")
+    check_names(options, tuple(Sampling.__dataclass_fields__))
     return Sampling(**options)
+
+
+def sampler_of(
+    sampling: Sampling, vocab: int, ends: Collection[int] = (), min_new_tokens: int = 0, masks: GrammarMasks | None = None
+) -> "Sampler":
+    """A sampler for one text, with a processor where the fusion graph's penalty is not enough.
+
+    `ends`: tokens that are forbidden before the answer has `min_new_tokens`. `masks`: of a grammar. Raises InputError for a bias outside the
+    vocabulary.
+    """
+    penalised = sampling.presence_penalty or sampling.frequency_penalty
+    raw_rows = (sampling.top_logprobs or sampling.candidates) and sampling.repetition_penalty != 1  # the fusion graph's are penalised
+    if not (sampling.logit_bias or penalised or raw_rows or min_new_tokens or masks):
+        return Sampler(sampling)
+    return Sampler(sampling, LogitsProcessor(vocab, sampling.logit_bias, sampling.penalties, ends, min_new_tokens, masks))
 
 
 class Candidates(NamedTuple):
@@ -79,8 +132,10 @@ Row = Callable[[], npt.NDArray[np.float32]]  # the full fused and penalised logi
 class Sampler:
     """Chooses tokens. A seed gives the same tokens whatever the number of candidates in each step."""
 
-    def __init__(self, sampling: Sampling):
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, processor: LogitsProcessor | None = None):
+        """`processor` None: the fusion graph's penalty is all that changes logits."""
+        self.sampling, self.processor = sampling, processor
+        self._text = Occurrences()
         self.filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
         self.random = np.random.default_rng(sampling.seed)
 
@@ -89,6 +144,14 @@ class Sampler:
         if self.sampling.temperature == 0:
             return 1
         return min(self.sampling.top_k or DEFAULT_CANDIDATES, vocabulary)
+
+    def repeated(self, ids: Sequence[int], length: int, unchanged: int) -> npt.NDArray[np.int64]:
+        """The tokens that the repetition penalty touches behind the first `length` ids: int64 [n], each once.
+
+        The first `unchanged` ids are those of the last call, which overwrites what this one returns.
+        """
+        self._text.follow(ids, 0, length, unchanged)
+        return self._text.ids
 
     def choose(self, candidates: Candidates, row: Row) -> int:
         """The id of the next token; `row` is called only if the candidates do not decide."""

@@ -1,8 +1,8 @@
-"""Teacher-forced scoring: the fused distribution at many positions of a known text, which is read in chunks."""
+"""Teacher-forced scoring: the fused distribution at many positions of a known text, read in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,10 @@ def _score_sorted(
     readers.forget()
     logits = np.empty((len(positions), vocab_size), np.float32)
     routing = np.empty((len(positions), len(readers.experts)), np.float32)
-    rows_at_a_time = max(1, limits.FUSED // vocab_size)
+
+    def answer(expert: int, asked: np.ndarray) -> Any:
+        return _read_until(readers.experts[expert], tokens, asked, chunk, vocab_size)
+
     for start in range(0, int(positions[-1]) + 1 if len(positions) else 0, chunk):
         piece = tokens[start : start + chunk]
         rows = np.flatnonzero((positions >= start) & (positions < start + len(piece)))
@@ -87,19 +90,77 @@ def _score_sorted(
         assert routed.routing is not None
         numerics.check_routings(routed.routing, positions[rows])
         routing[rows] = routed.routing
-        choices = routed.routing.argmax(-1)
-        for expert in np.unique(choices):
-            own = np.flatnonzero(choices == expert)  # rows of this chunk that the expert answers
-            answered = routed.logits[own]
-            if coefficients[1]:
-                answered = _read_until(readers.experts[expert], tokens, positions[rows[own]], chunk, vocab_size)
-            for begin in range(0, len(own), rows_at_a_time):
-                part = own[begin : begin + rows_at_a_time]
-                router, other = routed.logits[part], answered[begin : begin + rows_at_a_time]
-                fused = fuser(FusionInputs(router, other, coefficients))
-                numerics.check_fusions(fused, router, other, int(expert), positions[rows[part]])
-                logits[rows[part]] = fused.rows
+        logits[rows[0] : rows[-1] + 1] = _fused(
+            routed.logits, routed.routing.argmax(-1), positions[rows], answer, fuser, numerics, coefficients, vocab_size
+        )
     return Scores(logits, routing.argmax(-1).astype(np.int64), routing)
+
+
+def score_last(
+    readers: Readers,
+    fuser: Fuser,
+    numerics: Numerics,
+    vocab_size: int,
+    count: int,
+    coefficients: tuple[float, float],
+    pinned: int | None,
+) -> Scores:
+    """The fused logits that each of the last `count` committed tokens would have been chosen from, one row a token.
+
+    Models read on from what they have read, and only those with a say run: see `PlainStep.advance`. At least one token
+    must stand before them. Raises NumericalError as `score` does.
+    """
+    end = len(readers.sequence.ids) - 1
+    logits = np.empty((count, vocab_size), np.float32)
+    routing = np.full((count, len(readers.experts)), np.nan, np.float32)
+    choices = np.full(count, 0 if pinned is None else pinned, np.int64)
+
+    def answer(expert: int, asked: np.ndarray) -> Any:
+        return readers.read_expert(expert, asked.tolist()).logits
+
+    piece = max(readers.router.chunk // 2, 1)  # a pass may begin a token before its first row, and must not be cut behind it
+    for start in range(end - count, end, piece):
+        positions = np.arange(start, min(start + piece, end))
+        rows = slice(start - end + count, int(positions[-1]) - end + count + 1)
+        routed = None
+        if pinned is None or coefficients[0]:
+            routed = readers.router.read(positions.tolist())
+            assert routed.routing is not None
+            numerics.check_routings(routed.routing, positions)
+            routing[rows] = routed.routing
+        if pinned is None:
+            choices[rows] = routing[rows].argmax(-1)
+        router_logits = None if routed is None else routed.logits
+        logits[rows] = _fused(router_logits, choices[rows], positions, answer, fuser, numerics, coefficients, vocab_size)
+    return Scores(logits, choices, routing)
+
+
+def _fused(
+    router: Any,
+    choices: np.ndarray,
+    positions: np.ndarray,
+    answer: Callable[[int, np.ndarray], Any],
+    fuser: Fuser,
+    numerics: Numerics,
+    coefficients: tuple[float, float],
+    vocab_size: int,
+) -> np.ndarray:
+    """Fused logits float32 [K, V] at positions [K] and the experts chosen there [K].
+
+    router: its logits [K, V], None where it did not run. `answer`: an expert's logits at some of the positions.
+    """
+    logits = np.empty((len(positions), vocab_size), np.float32)
+    rows_at_a_time = max(1, limits.FUSED // vocab_size)
+    for expert in np.unique(choices):
+        own = np.flatnonzero(choices == expert)
+        answered = answer(int(expert), positions[own]) if coefficients[1] else router[own]
+        routed = answered if router is None else router[own]  # a stand-in, of weight zero
+        for begin in range(0, len(own), rows_at_a_time):
+            part = slice(begin, begin + rows_at_a_time)
+            fused = fuser(FusionInputs(routed[part], answered[part], coefficients))
+            numerics.check_fusions(fused, routed[part], answered[part], int(expert), positions[own[part]])
+            logits[own[part]] = fused.rows
+    return logits
 
 
 def _read_until(expert: Reader, tokens: Sequence[int], positions: np.ndarray, chunk: int, vocab_size: int) -> Any:

@@ -12,8 +12,10 @@ from fusionroute.runtime.arguments import whole
 from fusionroute.runtime.decoder import Decoder
 from fusionroute.runtime.exclusive import Exclusive
 from fusionroute.runtime.options import fusion_coefficients
-from fusionroute.runtime.sampling import Sampler, Sampling, SamplingOptions, sampling_of
-from fusionroute.runtime.text import Text, TextStream, Token
+from fusionroute.runtime.sampling import Sampler, Sampling, SamplingOptions, sampler_of, sampling_of
+from fusionroute.runtime.scoring import Scores
+from fusionroute.runtime.text import Text, Token
+from fusionroute.runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,6 +108,20 @@ class Session:
                 token.text = "".join(ready.text for ready in self._text.push(token))
             return tokens
 
+    def score(self, ids: Iterable[int], *, fusion: str | None = None, lam: float | None = None) -> Scores:
+        """Append tokens, and judge each of them: teacher-forced fused logits, one row a token.
+
+        Row t is the distribution that `ids[t]` would have been chosen from. What was read of the text before is not
+        read again, so several endings of one text cost the text once: `rewind` to its length between them. With
+        `expert` and `lam=0` the router does not run, and `routing` is NaN.
+
+        Raises InputError as `append` does and for an empty session, NumericalError, ClosedError: the text is as it was
+        then.
+        """
+        with self._in_use:
+            self._text = TextStream(self._tokenizer)
+            return self._decoder.score(ids, self._coefficients(fusion, lam), self._pinned)
+
     @property
     def logits(self) -> npt.NDArray[np.float32]:
         """Fused logits that the newest token was chosen from, float32 [V], after the penalty, before the temperature.
@@ -121,5 +137,9 @@ class Session:
         if sampling or self._sampler.sampling != GREEDY:
             settings = sampling_of(sampling)
             if settings != self._sampler.sampling:
-                self._sampler = Sampler(settings)
-        return self._sampler, fusion_coefficients(fusion or self._fusion, self._lam if lam is None else lam)
+                self._sampler = sampler_of(settings, self._decoder.vocab_size)
+        return self._sampler, self._coefficients(fusion, lam)
+
+    def _coefficients(self, fusion: str | None, lam: float | None) -> tuple[float, float]:
+        """Weights of router and expert logits, by default those of this session. Raises InputError."""
+        return fusion_coefficients(fusion or self._fusion, self._lam if lam is None else lam)

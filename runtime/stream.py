@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 
+from fusionroute.runtime.arguments import check_names
+from fusionroute.runtime.chat import ChatOptions
 from fusionroute.runtime.exclusive import Exclusive
 from fusionroute.runtime.sampling import SamplingOptions
 from fusionroute.runtime.text import Token
+from fusionroute.runtime.text_rules import RuleOptions, TextRules
 
 
-class StreamOptions(SamplingOptions, total=False):
+class TextOptions(SamplingOptions, RuleOptions, ChatOptions, total=False):
+    """How tokens are chosen, what the text must look like, and what a chat template is given."""
+
+
+class StreamOptions(TextOptions, total=False):
     """The options of `FusionRuntime.stream`, which `generate` passes on."""
 
     stop: str | Sequence[str] | None
@@ -23,12 +30,21 @@ class StreamOptions(SamplingOptions, total=False):
     deadline: float | None
 
 
+def split(options: Mapping[str, Any]) -> tuple[ChatOptions, TextRules, SamplingOptions]:
+    """`TextOptions` by what they are for. Raises InputError for an unknown name."""
+    check_names(options, ("max_new_tokens", *StreamOptions.__annotations__))
+    chat = {name: value for name, value in options.items() if name in ChatOptions.__annotations__}
+    rules = {name: value for name, value in options.items() if name in RuleOptions.__annotations__}
+    sampling = {name: value for name, value in options.items() if name not in chat and name not in rules}
+    return cast(ChatOptions, chat), TextRules(**rules), cast(SamplingOptions, sampling)
+
+
 @dataclass(frozen=True)
 class Result:
     """A finished generation. `token_ids` and `experts` (one name per token) exclude the end-of-sequence token.
 
     finish_reason: "stop" (end of sequence or a stop string), "length" (max_new_tokens or the context), "cancelled",
-    "deadline". drafted, accepted: tokens that speculation guessed, and how many of them held.
+    "deadline". drafted, accepted: tokens that speculation guessed, and how many of them held. top_logprobs: see `Token`.
     """
 
     text: str
@@ -38,6 +54,7 @@ class Result:
     finish_reason: str
     drafted: int = 0
     accepted: int = 0
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
     @classmethod
     def of(cls, tokens: Sequence[Token], stream: Stream) -> Result:
@@ -50,6 +67,7 @@ class Result:
             finish_reason=stream.finish_reason or "cancelled",
             drafted=stream.drafted,
             accepted=stream.accepted,
+            top_logprobs=[token.top_logprobs for token in tokens],
         )
 
 

@@ -1,24 +1,18 @@
-"""Encoding, decoding, and a stream that gives each token its text: whole characters only, up to a stop string."""
+"""Tokens, and their text: encoding and decoding."""
 
-import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.runtime.arguments import shown
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoders write it for bytes that are not, or not yet, a character
-MAX_CHARACTER_BYTES = 4  # of UTF-8
 
 
 def failed(error: BaseException) -> FusionError:
@@ -28,11 +22,26 @@ def failed(error: BaseException) -> FusionError:
     return FusionError(f"The tokenizer fails on this text ({one_line(error)}); export the bundle again.")
 
 
+Ranked = tuple[tuple[int, float], ...]  # ids, the likeliest first, with their log-probabilities
+
+
+class Likeliest(NamedTuple):
+    """The likeliest tokens at one place, at temperature 1 and without penalties: by the router, by the expert that
+    answered, and by their fusion. Empty for a model that did not run.
+    """
+
+    router: Ranked
+    expert: Ranked
+    fused: Ranked
+
+
 @dataclass(slots=True)
 class Token:
     """One generated token.
 
     `logprob` is that of the fused distribution at temperature 1; `text` is what it adds to the decoded text.
+    `top_logprobs`: the likeliest ids with their log-probabilities in the same distribution, as many as were asked for.
+    `candidates`: those of router and expert too, where they were asked for.
     """
 
     id: int
@@ -40,17 +49,19 @@ class Token:
     logprob: float
     routing: npt.NDArray[np.float32] = field(compare=False)  # [n_experts]
     text: str = ""
+    top_logprobs: Ranked = ()
+    candidates: Likeliest | None = None
 
 
 class Text:
-    """A bundle's tokenizer."""
+    """A bundle's tokenizer. `special`: the special tokens, id → how it is spelled."""
 
     def __init__(self, tokenizer: "Tokenizer"):
         self._tokenizer = tokenizer
         # A tokenizer.json left over from training may truncate or pad prompts without a word.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special: dict[int, str] = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._bytes: dict[int, int] = {}  # byte-fallback tokens, and the byte that each stands for
         letter = tokenizer.token_to_id("<0x41>")
         if letter is not None and self.decode([letter]) == "A":
@@ -82,6 +93,11 @@ class Text:
         """Characters of the longest token."""
         return max(map(len, self._tokenizer.get_vocab()), default=1)
 
+    def json(self) -> str:
+        """The tokenizer as a tokenizer.json, without truncation and padding."""
+        content: str = self._tokenizer.to_str()
+        return content
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens of tokenizer.json (BOS); `special=False` for text from a chat template.
 
@@ -110,151 +126,15 @@ class Text:
             raise failed(error) from error
         return text
 
+    def piece(self, id: int) -> str:
+        """What a token adds to a text, special tokens too; not cut at a character's end."""
+        once, twice = (self.decode([id] * count, skip_special_tokens=False) for count in (1, 2))  # a text's first loses its space
+        return twice[len(once) :]
+
     def silent(self, id: int) -> bool:
         """Whether `decode` leaves this id out: special tokens, and ids that pad the vocabulary."""
-        return id in self._special or self._tokenizer.id_to_token(id) is None
+        return id in self.special or self._tokenizer.id_to_token(id) is None
 
     def byte(self, id: int) -> int | None:
         """The byte that a byte-fallback token stands for; None for all other tokens."""
         return self._bytes.get(id)
-
-
-class _Detokeniser:
-    """Decodes a few tokens at each step; all pieces together are `text.decode` of all ids.
-
-    `push` and `finish` return the pieces that have become certain, one per token in order. `open`: the last piece gets
-    an UNFINISHED if the text ends here, because its token ends inside a character.
-    """
-
-    # tokenizers' DecodeStream (0.23) drops a text's unfinished end, and raises on invalid runs of byte-fallback tokens
-
-    def __init__(self, text: Text):
-        self._text = text
-        self.open = False
-        # The last few tokens. A decoder may treat the very first token differently (no leading space), and the bytes
-        # of an unfinished character lie in at most three tokens. Tokens that decode to nothing are left out.
-        self._context: list[int] = []
-        # Byte tokens, with silent tokens among them. The decoder reads a run of bytes as a whole: either all of it is
-        # text, or every byte becomes an UNFINISHED.
-        self._run: list[int] = []
-
-    def push(self, id: int) -> list[str]:
-        silent = self._text.silent(id)
-        if self._text.byte(id) is not None or (silent and self._run):
-            self._run.append(id)
-            return []
-        return [*self.finish(), "" if silent else self._extend([id])]
-
-    def finish(self) -> list[str]:
-        """End the run of byte tokens, if there is one."""
-        if not self._run:
-            return []
-        values = [self._text.byte(id) for id in self._run]
-        whole = self._extend([id for id in self._run if self._text.byte(id) is not None], ended=True)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        pieces = [decoder.decode(b"" if value is None else bytes([value])) for value in values]
-        self._run = []
-        return pieces if "".join(pieces) == whole else [""] * (len(pieces) - 1) + [whole]
-
-    def _extend(self, ids: list[int], *, ended: bool = False) -> str:
-        """The text that these ids add, as far as it is certain: a last UNFINISHED may still become a character."""
-        before = self._text.decode(self._context)
-        if self.open:
-            before = before.removesuffix(UNFINISHED)
-        self._context += ids
-        after = self._text.decode(self._context)
-        self._context = self._context[1 - MAX_CHARACTER_BYTES :]
-        self.open = not ended and after.endswith(UNFINISHED)
-        return (after.removesuffix(UNFINISHED) if self.open else after)[len(before) :]
-
-
-class TextStream:
-    """Gives generated tokens their text, and hands each out in order once its text is certain.
-
-    A token's text is what it adds to the decoded text; a character of several tokens belongs to the last of them. The
-    texts of all tokens together are `text.decode` of all ids, cut before the first stop string. `stopped`: there was
-    one.
-    """
-
-    def __init__(self, text: Text | None, stop: str | Sequence[str] = ()):
-        """Without a tokenizer all texts are empty.
-
-        Raises InputError for an empty stop string, and for any without a tokenizer.
-        """
-        given: object = stop
-        if not isinstance(given, Iterable):
-            raise InputError(f"stop is {shown(given)}, expected a str or a list of them.")
-        self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        for string in self._stops:
-            if not isinstance(string, str) or not string:
-                raise InputError(f"The stop string {shown(string)} is not a str of at least one character: leave it out.")
-        if self._stops and text is None:
-            raise InputError(
-                "Stop strings need the bundle's tokenizer.json, which it lacks: leave them out, or add a tokenizer and export again."
-            )
-        self.stopped = False
-        self._detokeniser = _Detokeniser(text) if text is not None else None
-        self._longest = max(map(len, self._stops), default=0)
-        self._held: list[Token] = []
-        self._pieces: list[str] = []  # texts of the first held tokens
-
-    def push(self, token: Token) -> list[Token]:
-        """Add a token; returns the tokens whose text is now certain.
-
-        Once `stopped`, tokens come back at once, without text.
-        """
-        if self._detokeniser is None or self.stopped:
-            token.text = ""
-            return [token]
-        self._held.append(token)
-        self._pieces += self._detokeniser.push(token.id)
-        return self._release(final=False)
-
-    def finish(self) -> list[Token]:
-        """The text ends here: returns the tokens that were held back."""
-        if self._detokeniser is None or not self._held:
-            return []
-        self._pieces += self._detokeniser.finish()
-        if self._detokeniser.open:
-            self._pieces[-1] += UNFINISHED
-            self._detokeniser.open = False
-        return self._release(final=True)
-
-    def _release(self, *, final: bool) -> list[Token]:
-        text = "".join(self._pieces)
-        match, partial = self._search(text)
-        if match < len(text) and (final or match <= partial):
-            self.stopped = True
-            return self._hand_out(len(self._held), match)
-        if final:
-            return self._hand_out(len(self._held), len(text))
-        # Inside a character, the tokens that may belong to it wait too: at most three, even if it never ends.
-        complete = len(self._pieces) - (MAX_CHARACTER_BYTES - 1 if self._detokeniser is not None and self._detokeniser.open else 0)
-        count = end = 0
-        for piece in self._pieces[: max(complete, 0)]:
-            end += len(piece)
-            if end > partial:
-                break
-            count += 1
-        return self._hand_out(count, partial)
-
-    def _search(self, text: str) -> tuple[int, int]:
-        """Where the first stop string starts, and where the text's end may begin another; len(text): nowhere.
-
-        If one may still begin earlier, the text waits for it. So the result does not depend on how text is split into
-        tokens.
-        """
-        match = min((place for string in self._stops if (place := text.find(string)) >= 0), default=len(text))
-        tails = range(max(len(text) - self._longest + 1, 0), len(text)) if self._stops else range(0)
-        partial = next((place for place in tails if any(string.startswith(text[place:]) for string in self._stops)), len(text))
-        return match, partial
-
-    def _hand_out(self, count: int, end: int) -> list[Token]:
-        """The first held tokens, with their texts up to the character `end` of the held text."""
-        tokens = self._held[:count]
-        for token, piece in zip_longest(tokens, self._pieces[:count], fillvalue=""):
-            assert isinstance(token, Token)  # there are never more pieces than tokens
-            token.text = piece[: max(end, 0)]
-            end -= len(piece)
-        del self._held[:count], self._pieces[:count]
-        return tokens

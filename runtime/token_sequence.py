@@ -24,6 +24,8 @@ class TokenSequence:
         self.ids: list[int] = []
         self.cancellation: Cancellation | None = None
         self.prompt_length = 0  # 0 until the first step; other sessions may copy what was read of the prompt
+        self.answer_start = 0  # tokens that were appended; behind them come those that steps have chosen
+        self.unchanged = 0  # leading tokens that are the same since somebody set this to their number
         self.lending = threading.Lock()  # held while another session copies what was read, and while that is forgotten
 
     def watching(self, token_count: int, interrupt: Callable[[], None]) -> AbstractContextManager[None]:
@@ -36,6 +38,17 @@ class TokenSequence:
             return UNWATCHED
         cancellation.check()
         return cancellation.interrupting(interrupt)
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Tokens that were not chosen by a step: an answer begins behind them."""
+        self.ids += ids
+        self.answer_start = len(self.ids)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        del self.ids[length:]
+        self.unchanged = min(self.unchanged, length)
+        self.answer_start = min(self.answer_start, length)
 
     def start_decoding(self) -> None:
         """The first step comes: what is there so far is the prompt."""

@@ -1,10 +1,10 @@
 """The files beside a bundle's graphs: texts, the fusion graph, and the manifest that describes them all."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fusionroute.fr_export.bundle.targets import FUSION_GRAPH
+from fusionroute.fr_export.bundle.texts import write_texts
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
@@ -17,13 +17,10 @@ from fusionroute.runtime.manifest import Manifest, Model, Variant
 
 
 def write_common_files(router: Checkpoint, folder: Path) -> None:
-    """Write what all variants share: the fusion graph, and the router's tokenizer.json and chat template, if any."""
+    """Write what all variants share: the fusion graph, and the router's tokenizer and chat templates, if any."""
     (folder / FUSION_GRAPH).parent.mkdir(parents=True, exist_ok=True)
     write_fusion_graph(folder / FUSION_GRAPH)
-    if (tokenizer := router.file("tokenizer.json")) is not None:
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    if router.chat_template is not None:
-        (folder / "chat_template.jinja").write_text(router.chat_template, encoding="utf-8")
+    write_texts(folder, router)
 
 
 def describe(
@@ -40,8 +37,6 @@ def describe(
     while they were written.
     """
     router = system.router
-    tokens = {index: token for token, index in (router.vocabulary or {}).items()}
-    ends = [end for end in router.end_tokens if 0 <= end < system.vocab_size]  # others are never chosen
     models = [
         Model(name=name, layers=graph.layers, kv_heads=graph.cache[0], head_size=graph.cache[1], parameters=graph.parameters)
         for name, graph in graphs.items()
@@ -54,9 +49,9 @@ def describe(
         **fusion.model_dump(),
         vocab_size=system.vocab_size,
         max_seq_len=system.max_seq_len,
-        bos_token=tokens.get(router.config.bos_token_id),
-        eos_token=tokens.get(ends[0]) if ends else None,
-        eos_token_ids=ends,
+        bos_token=router.named_tokens.get("bos_token"),
+        eos_token=router.named_tokens.get("eos_token"),
+        eos_token_ids=router.end_tokens,
         variants=list(variants),
         files={name: weights.get(name) or file_entry(path) for name, path in paths.items()},
     )

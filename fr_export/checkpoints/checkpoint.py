@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fusionroute.fr_export.checkpoints.chat_template_files import chat_templates
 from fusionroute.fr_export.checkpoints.config_file import family_of
 from fusionroute.fr_export.checkpoints.hub import locate
 from fusionroute.fr_export.checkpoints.json_file import read_json
@@ -19,10 +20,13 @@ from fusionroute.fr_export.checkpoints.sources.lora import LoraAdapter
 from fusionroute.fr_export.checkpoints.sources.merge_lora import merge
 from fusionroute.fr_export.checkpoints.sources.model_folder import texts_in
 from fusionroute.fr_export.checkpoints.sources.whole import open_source
+from fusionroute.fr_export.checkpoints.tied_head import EMBEDDING, HEAD, NOTE, heads_apart
+from fusionroute.fr_export.checkpoints.tokenizer_files import NAMING, TokenizerFiles, read_tokenizer
 from fusionroute.fr_export.checkpoints.weights import Weights, tensors_of
 from fusionroute.fr_export.console.quiet import quiet
 from fusionroute.fr_export.families import Family
 from fusionroute.runtime.adapters.lora_config import CONFIG_FILE, is_adapter
+from fusionroute.runtime.chat import DEFAULT
 from fusionroute.runtime.errors import InputError, one_line
 
 HEAD_FILE = "routing_head.safetensors"
@@ -72,7 +76,7 @@ class Checkpoint:
         else:
             checkpoint = cls.open_whole(name, where, folder, family, extra)
         if head_key:
-            _ = checkpoint.end_tokens, checkpoint.chat_template  # refused here if broken, not after an hour of writing
+            _ = checkpoint.end_tokens, checkpoint.chat_templates  # refused here if broken, not after an hour of writing
         return checkpoint
 
     @classmethod
@@ -85,6 +89,8 @@ class Checkpoint:
         family.check(where, config)
         tensors = source.tensors(config, shapes)
         report = source.report(tensors)
+        if heads_apart(config, tensors):
+            shapes, report = shapes | {HEAD: shapes[EMBEDDING]}, replace(report, notes=(*report.notes, NOTE))
         for file in extra:
             if (source.folder / file).is_file():
                 beside = tensors_of(source.folder / file)
@@ -127,22 +133,37 @@ class Checkpoint:
         return self.texts.get(name)
 
     @cached_property
-    def tokenizer(self) -> Any | None:
-        """tokenizer.json as the runtime reads it. None where there is none: the bundle then accepts token ids only."""
-        file = self.file("tokenizer.json")
-        if file is None:
-            return None
-        from tokenizers import Tokenizer
+    def tokenizer_files(self) -> TokenizerFiles | None:
+        """Its tokenizer. None where there is none: the bundle then accepts token ids only. Raises InputError."""
+        return read_tokenizer(self.where, self.texts, self.config.vocab_size)
 
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises nothing more precise
-            raise InputError(
-                f"{self.where} has a broken tokenizer: {file.name} cannot be read ({one_line(error)}); write or download it again."
-            ) from error
-        if not tokenizer.get_vocab_size():
-            raise InputError(f"{self.where} has a broken tokenizer: {file.name} holds no tokens; write or download it again.")
-        return tokenizer
+    @property
+    def tokenizer(self) -> Any | None:
+        """The tokenizer as the runtime reads it, None without one."""
+        return None if self.tokenizer_files is None else self.tokenizer_files.tokenizer
+
+    @cached_property
+    def named_tokens(self) -> dict[str, str]:
+        """Special tokens by their names in chat templates, as the tokenizer's files have them.
+
+        Where no file names any: the bos_token and eos_token whose ids config.json has.
+        """
+        if self.tokenizer_files is None:
+            return {}
+        if any(name in self.texts for name in NAMING):
+            return self.tokenizer_files.named
+        token_of = {id: token for token, id in (self.vocabulary or {}).items()}
+        ids = {"bos_token": self.config.bos_token_id, "eos_token": next(iter(self.end_tokens), None)}
+        return {name: token_of[id] for name, id in ids.items() if id in token_of}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to say of it at an export, a sentence each without its end."""
+        if self.tokenizer_files is None:
+            return (*self.source.notes, "it has no tokenizer, so token ids are all that a bundle of it can read")
+        beyond = ", ".join(self.tokenizer_files.beyond)
+        more = [f"its files name the tokens {beyond}, which it does not embed: they are read as letters"] if beyond else []
+        return (*self.source.notes, *more)
 
     @cached_property
     def vocabulary(self) -> dict[str, int] | None:
@@ -170,23 +191,14 @@ class Checkpoint:
         return list(dict.fromkeys(ids))
 
     @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """Its chat templates by name. Raises InputError for a broken one."""
+        return chat_templates(self.where, self.texts)
+
+    @property
     def chat_template(self) -> str | None:
-        """The chat template from its own file or from tokenizer_config.json, where older checkpoints keep it."""
-        file = self.file("chat_template.jinja")
-        if file is not None:
-            try:
-                return file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{self.where} has a {file.name} that is no UTF-8 text ({error}); write or download it again.") from error
-        config = self.file("tokenizer_config.json")
-        template = read_json(config, f"{self.where} has a broken tokenizer").get("chat_template") if config else None
-        if isinstance(template, list):  # several named templates
-            template = next(
-                (entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None
-            )
-        if not isinstance(template, str | None):
-            raise InputError(f"{self.where} has a broken tokenizer: the chat_template in tokenizer_config.json is no text; write it again.")
-        return template
+        """The default chat template."""
+        return self.chat_templates.get(DEFAULT)
 
 
 def read_config(folder: Path, where: str) -> tuple[Any, dict[str, tuple[int, ...]]]:

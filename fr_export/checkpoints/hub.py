@@ -14,8 +14,9 @@ from fusionroute.runtime.errors import InputError, UnavailableError, one_line
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 
 PATTERNS = [
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "fusion.json", "tokenizer*",
-    "special_tokens_map.json", "chat_template*", "adapter_config.json",
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "fusion.json", "tokenizer*", "*.model", "vocab.json", "merges.txt", "tekken.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja", "processor_config.json",
+    "adapter_config.json",
 ]  # fmt: skip
 # Weights in subfolders are other models. Their adapter_config.json says what there is.
 ELSEWHERE = ["*/*.safetensors", "*/*.safetensors.index.json"]

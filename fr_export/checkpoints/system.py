@@ -62,11 +62,13 @@ class System:
         models = (router_checkpoint, *expert_checkpoints)
         if base is not None and all(model.source.kind != "adapter" for model in models):
             raise InputError(f"--base {base} is for adapters, and all models of this system are whole ones: leave --base out.")
+        vocab_size = common_vocabulary(router_checkpoint, expert_checkpoints)
+        check_ends(router_checkpoint, vocab_size)
         return cls(
             router=router_checkpoint,
             experts=expert_checkpoints,
             head=read_head(router_checkpoint, head_key, list(experts)),
-            vocab_size=common_vocabulary(router_checkpoint, expert_checkpoints),
+            vocab_size=vocab_size,
             max_seq_len=context(models, max_seq_len),
         )
 
@@ -127,6 +129,15 @@ def common_vocabulary(router: Checkpoint, experts: tuple[Checkpoint, ...]) -> in
             f"{smallest.where} embeds {min(sizes)} tokens, but its tokenizer numbers {needed}; copy the tokenizer that belongs to the model."
         )
     return int(min(sizes))
+
+
+def check_ends(router: Checkpoint, vocab_size: int) -> None:
+    """Raise InputError for a token that should end texts and that is never chosen."""
+    if wrong := [end for end in router.end_tokens if not 0 <= end < vocab_size]:
+        raise InputError(
+            f"{router.where} ends texts with token {wrong[0]}, which is outside the vocabulary of {vocab_size}: correct eos_token_id in its "
+            "config.json or generation_config.json."
+        )
 
 
 def context(models: tuple[Checkpoint, ...], max_seq_len: int | None) -> int:

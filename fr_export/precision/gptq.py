@@ -2,8 +2,9 @@
 
 Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, with two additions of its authors' code: channels in the
 order of falling importance, and the ranges of all blocks fixed before the first channel is rounded, so that blocks stay
-as the operators read them. Written by hand: libraries hold a whole model in torch and know neither these blocks nor
-weights that are read in slices.
+as the operators read them. In the form of Chee, Cai, Kuleshov, De Sa 2023, arXiv:2307.13304 (LDLQ), which takes a factor
+of the Hessian itself and gives the same result without an inverse. Written by hand: libraries hold a whole
+model in torch and know neither these blocks nor weights that are read in slices.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 
 from fusionroute.fr_export.precision.blockwise import Format, Quantised, blocked
+from fusionroute.fr_export.precision.kernels import round_channels
 from fusionroute.runtime.machine import cores
 
 DAMPING = 0.01  # of the mean importance, added to every channel's
-INNER, TOGETHER = 16, 128  # channels whose errors reach the ones behind them in one product
+TOGETHER = 128  # channels whose errors reach the ones behind them in one product
 TILE = 1536  # rows rounded at a time, at most: twice as many take a tenth less time, but leave cores idle
-SMALL = 128  # channels: a triangle that is inverted at once
 PART = 384  # channels: the sum is symmetric, and what lies left of a part is known from above it
 
 
@@ -61,31 +62,19 @@ class Hessian:
         dead = importance == 0
         importance[dead] = 1.0 if dead.all() else importance[~dead].min()
         order = torch.argsort(importance, descending=True, stable=True)
-        total = self.sum[order][:, order]
+        reverse = order.flip(0)
+        total = self.sum.index_select(0, reverse).index_select(1, reverse)
         damping = DAMPING
         while True:
-            damped = total.flip(0, 1)
-            damped.diagonal().copy_((importance[order] + damping * importance.mean()).flip(0))
-            lower, failed = torch.linalg.cholesky_ex(damped)
+            total.diagonal().copy_(importance[reverse] + damping * importance.mean())
+            lower, failed = torch.linalg.cholesky_ex(total)
             if not failed:
                 break
             damping *= 10  # too few inputs, or too alike, for single precision
-        del total, damped
-        # J·L⁻¹·J is the upper factor of the inverse, where L is the lower one of the Hessian in reverse order, J·H·J
-        shares = lower_inverse(lower).flip(0, 1)
-        shares /= shares.diagonal()[:, None].clone()
-        return Factor(order, shares, importance.numpy())
-
-
-def lower_inverse(lower: torch.Tensor) -> torch.Tensor:
-    """The inverse [K, K] of a lower triangular matrix, by halves: most of the work is products of matrices."""
-    size = len(lower)
-    if size <= SMALL:
-        return torch.linalg.solve_triangular(lower, torch.eye(size), upper=False)
-    half, inverse = size // 2, torch.zeros(size, size)
-    inverse[:half, :half], inverse[half:, half:] = lower_inverse(lower[:half, :half]), lower_inverse(lower[half:, half:])
-    torch.mm(inverse[half:, half:], lower[half:, :half] @ inverse[:half, :half], out=inverse[half:, :half]).neg_()
-    return inverse
+        del total
+        shares = lower.flip(0, 1)  # J·L·J is upper where L is the lower factor of the Hessian in reverse order, J·H·J
+        shares /= shares.diagonal().clone()
+        return Factor(order, shares.contiguous(), importance.numpy())
 
 
 @dataclass(frozen=True)
@@ -93,8 +82,8 @@ class Factor:
     """A Hessian made ready.
 
     order int64 [K]: the channels by falling importance. shares float32 [K, K], in that order: how much of a channel's
-    error each one behind it takes over, the upper Cholesky factor of the inverse of the damped Hessian with its rows
-    divided by their diagonal. importance float32 [K]: the Hessian's diagonal, in the matrix's own order.
+    error each one behind it takes over, the upper Cholesky factor of the damped Hessian with its columns divided by their
+    diagonal. importance float32 [K]: the Hessian's diagonal, in the matrix's own order.
     """
 
     order: torch.Tensor
@@ -127,43 +116,29 @@ def quantise(rows: np.ndarray, factor: Factor, fmt: Format, threads: int | None 
 def quantise_tile(rows: np.ndarray, factor: Factor, fmt: Format) -> Quantised:
     """`quantise` for a few rows, on one core.
 
-    A channel's error reaches the rest of its INNER channels at once, the rest of its TOGETHER channels in one product
-    per INNER, and all others in one product per TOGETHER: most of the work is products of matrices.
+    A channel's error reaches the rest of its TOGETHER channels in `round_channels`, and all others in one product per
+    TOGETHER: most of the work is products of matrices.
     """
     count, width = rows.shape
     padded = blocked(rows, fmt.block)
     scales, zeros = fmt.grid(padded, blocked(factor.importance[None], fmt.block)[0])
-    step = scales.astype(np.float32).T.copy()  # [blocks, R]
-    inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
     middle = np.full(scales.shape, fmt.middle, np.uint8) if zeros is None else zeros
-    zero = middle.T.astype(np.float32)
-    low, high = -zero, 2**fmt.bits - 1 - zero
-    # [K, R]: a channel is a row, what is still to be rounded
-    left = torch.from_numpy(rows).T[factor.order].contiguous()
-    order = factor.order.numpy()
+    steps, zero = (np.ascontiguousarray(each.T, np.float32) for each in (scales, middle))  # [blocks, R]
+    # [K, R]: a channel is a row. torch transposes and gathers several times faster than numpy
+    weights = torch.from_numpy(rows).T.contiguous().index_select(0, factor.order)
+    values, errors = weights.clone(), torch.empty(TOGETHER, count)  # values: with what makes up for errors
+    rounded = np.empty((TOGETHER, count), np.uint8)
+    order, shares = factor.order.numpy(), factor.shares.numpy()
     block = order // fmt.block
     levels = np.empty((padded.shape[1] * fmt.block, count), np.uint8)
     levels.reshape(padded.shape[1], fmt.block, count)[:] = middle.T[:, None]
-    rounded, errors = torch.empty(2, TOGETHER, count)
-    share, exact = np.empty((INNER, count), np.float32), np.empty(count, np.float32)
-    values, level, error, weight = left.numpy(), rounded.numpy(), errors.numpy(), factor.shares.numpy()
     for begin in range(0, width, TOGETHER):
         end = min(begin + TOGETHER, width)
-        for start in range(begin, end, INNER):
-            stop = min(start + INNER, end)
-            for at in range(start, stop):
-                own, mine = level[at - begin], block[at]
-                np.multiply(values[at], inverse[mine], out=own)
-                np.rint(own, out=own)
-                np.maximum(own, low[mine], out=own)
-                np.minimum(own, high[mine], out=own)
-                np.multiply(own, step[mine], out=exact)
-                np.subtract(values[at], exact, out=error[at - begin])
-                if rest := stop - at - 1:
-                    np.multiply(weight[at, at + 1 : stop, None], error[at - begin], out=share[:rest])
-                    np.subtract(values[at + 1 : stop], share[:rest], out=values[at + 1 : stop])
-            left[stop:end].addmm_(factor.shares[start:stop, stop:end].T, errors[start - begin : stop - begin], alpha=-1)
-        level[: end - begin] += zero[block[begin:end]]
-        levels[order[begin:end]] = level[: end - begin]
-        left[end:].addmm_(factor.shares[begin:end, end:].T, errors[: end - begin], alpha=-1)
-    return Quantised(np.ascontiguousarray(levels.T).reshape(padded.shape), scales, zeros)
+        done = end - begin
+        round_channels(
+            weights[begin:end].numpy(), values[begin:end].numpy(), shares[begin:end, begin:end], block[begin:end], steps, zero,
+            2**fmt.bits - 1, errors[:done].numpy(), rounded[:done],
+        )  # fmt: skip
+        levels[order[begin:end]] = rounded[:done]
+        values[end:].addmm_(factor.shares[begin:end, end:].T, errors[:done])
+    return Quantised(torch.from_numpy(levels).T.contiguous().numpy().reshape(padded.shape), scales, zeros)

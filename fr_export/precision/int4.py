@@ -21,6 +21,7 @@ from fusionroute.fr_export.precision.carried import carry, carrying
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
 from fusionroute.fr_export.precision.int8 import SMALL
+from fusionroute.fr_export.precision.kernels import best_candidates, extremes
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.sensitive import sensitive
 
@@ -36,38 +37,16 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
     A range [low, high] holds 0; scale = (high − low) / 15, rounded to fp16 before use, zero = round(−low / scale).
     """
     count, blocks, block = rows.shape
-    scales, zeros = np.empty((count, blocks), np.float16), np.empty((count, blocks), np.uint8)
-    # turned, and a block of all rows at a time: operations have long runs of values, which stay in a core's cache
-    values, error = np.empty((2, block, count), np.float32)
-    for at in range(blocks):
-        values[:] = rows[:, at].T
-        scales[:, at], zeros[:, at] = block_grid(values, None if importance is None else importance[at, :, None], error)
-    return scales, zeros
-
-
-def block_grid(values: np.ndarray, importance: np.ndarray | None, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`grid` of one block of rows, [block, R]: scales and zeros [R]. `error` [block, R] is overwritten."""
-    low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
-    best = np.full(low.shape, np.inf, np.float32)
-    scales, zeros = np.zeros(low.shape, np.float16), np.zeros(low.shape, np.uint8)
-    for clip in CLIPS:
-        scale = ((high - low) * np.float32(clip / TOP)).astype(np.float16)
-        step = scale.astype(np.float32)
-        inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)  # a block that vanishes in fp16 is zero
-        zero = np.clip(np.rint(-low * np.float32(clip) * inverse), 0, TOP)
-        np.multiply(values, inverse, out=error)
-        np.rint(error, out=error)
-        np.maximum(error, -zero, out=error)
-        np.minimum(error, TOP - zero, out=error)
-        error *= step
-        error -= values
-        np.square(error, out=error)
-        if importance is not None:
-            error *= importance
-        squared = error.sum(0)
-        better = squared < best
-        best[better], scales[better], zeros[better] = squared[better], scale[better], zero[better]
-    return scales, zeros
+    low, high = extremes(rows)
+    clips = np.array(CLIPS, np.float32)[:, None, None]
+    scales = ((high - low) * (clips / TOP)).astype(np.float16)
+    steps = scales.astype(np.float32)
+    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps > 0)  # a block that vanishes in fp16 is zero
+    zeros = np.clip(np.rint(-low * clips * inverse), 0, TOP)
+    best = np.empty((1, count, blocks), np.uint8)
+    weights = np.ones((blocks, block), np.float32) if importance is None else importance
+    best_candidates(np.ascontiguousarray(rows), weights, steps, zeros, TOP, best[0])
+    return np.take_along_axis(scales, best, 0)[0], np.take_along_axis(zeros, best, 0)[0].astype(np.uint8)
 
 
 FORMAT = Format(4, BLOCK, np.dtype(np.float16), True, grid, 65_504 * TOP / 2)

@@ -18,6 +18,7 @@ from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, Format, Q
 from fusionroute.fr_export.precision.carried import carry, carrying
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
+from fusionroute.fr_export.precision.kernels import extremes
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
 from fusionroute.fr_export.precision.smoothquant import for_blocks, smooth
 
@@ -28,7 +29,8 @@ def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.nda
     """Scales float32 [R, blocks] = max|block| / 127; the zero point is 128, which both operators assume where none is
     given.
     """
-    scales = np.maximum(rows.max(-1), -rows.min(-1)) / np.float32(127)
+    low, high = extremes(rows)
+    scales = np.maximum(high, -low) / np.float32(127)
     scales[scales < SMALLEST_NORMAL] = 0  # the inverse would overflow; such blocks are zero
     return scales, None
 

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
-from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.training.sample_format import PREFERENCE_FORMS, SFT_FORMS, Forms, faults
 from fusionroute.runtime.chat import render
 from fusionroute.runtime.errors import InputError, one_line
@@ -68,7 +67,6 @@ class Encoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         token_of = {id: token for token, id in checkpoint.vocabulary.items()}
-        self._bos = token_of.get(checkpoint.config.bos_token_id, "")
         self._ends = [token_of[id] for id in checkpoint.end_tokens if id in token_of]
         self._eos = self._end_of_text(checkpoint.vocabulary)
 
@@ -117,14 +115,11 @@ class Encoder:
     def _render(self, messages: list[dict[str, str]], opens: bool) -> str:
         if self._checkpoint.chat_template is None:
             raise InputError(f"{self._checkpoint.where} has no chat template for messages: add chat_template.jinja, or give texts")
-        eos = self._ends[0] if self._ends else ""
-        return render(self._checkpoint.chat_template, messages, bos_token=self._bos, eos_token=eos, add_generation_prompt=opens)
+        return render(self._checkpoint.chat_template, messages, add_generation_prompt=opens, **self._checkpoint.named_tokens)
 
     def _end_of_text(self, vocabulary: dict[str, int]) -> int:
         """The id of the tokenizer's eos_token; without one, the first that config.json names."""
-        file = self._checkpoint.file("tokenizer_config.json")
-        eos = read_json(file, f"{self._checkpoint.where} has a broken tokenizer").get("eos_token") if file else None
-        text = eos.get("content") if isinstance(eos, dict) else eos  # older files keep a dict
+        text = self._checkpoint.named_tokens.get("eos_token")
         if text in vocabulary:
             return vocabulary[text]
         if self._checkpoint.end_tokens:

@@ -28,7 +28,10 @@ HEAD_KEY = "routing_head"
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STORED: dict[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 SHARD = "5GB"  # of safetensors, as checkpoints are commonly split
-_TEXTS = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "*.model")
+_TEXTS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*", "processor_config.json",
+    "generation_config.json", "*.model",
+)  # fmt: skip
 
 
 def load_lm(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
@@ -181,4 +184,5 @@ def copy_texts(source: Checkpoint, folder: Path) -> None:
     """Copy the files beside a checkpoint's weights and config: tokenizer, chat template, generation config."""
     for name, file in source.texts.items():
         if any(fnmatch(name, pattern) for pattern in _TEXTS):
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)

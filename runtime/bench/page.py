@@ -8,16 +8,15 @@ from typing import Any
 
 from fusionroute.runtime.bench.figure import svg
 from fusionroute.runtime.bench.table import COLUMNS, SIZES, cells, heading, sizes
-from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.html_page import rendered, write_page
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
-def write_page(result: dict[str, Any], path: Path) -> None:
+def write_bench_page(result: dict[str, Any], path: Path) -> None:
     """Write the page of a result. Raises FusionError where the file cannot be written."""
-    from jinja2 import Template
-
-    page = Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True).render(
+    page = rendered(
+        TEMPLATE,
         heading=heading(result),
         charts=svg(result),
         columns=COLUMNS,
@@ -28,9 +27,4 @@ def write_page(result: dict[str, Any], path: Path) -> None:
         versions=", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         json=json.dumps(result, indent=1),
     )
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise FusionError(
-            f"The page cannot be written to {path} ({error.strerror}): name a file in a folder that you may write to."
-        ) from error
+    write_page(page, path)

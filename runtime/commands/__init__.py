@@ -16,4 +16,6 @@ VERBS = {
     "add-expert": Verb("fusionroute.runtime.commands.experts:add_expert", "Add an expert to a bundle with one base."),
     "remove-expert": Verb("fusionroute.runtime.commands.experts:remove_expert", "Remove an expert from a bundle with one base."),
     "cache": Verb("fusionroute.runtime.commands.cache:cache", "Show what the cache folder holds, or clear it."),
+    "chat": Verb("fusionroute.runtime.commands.chat:chat", "Talk with a bundle in the terminal."),
+    "serve": Verb("fusionroute.runtime.commands.serve:serve", "Serve a bundle to OpenAI's clients.", "serve"),
 }

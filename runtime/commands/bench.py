@@ -9,10 +9,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from fusionroute.runtime.bench import bench as benchmark
 from fusionroute.runtime.bench.figure import library, plot
-from fusionroute.runtime.bench.page import write_page
+from fusionroute.runtime.bench.page import write_bench_page
 from fusionroute.runtime.bench.table import show
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, VerifyKey, names
-from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.html_page import check_folder
 from fusionroute.runtime.terminal import Terminal
 
 
@@ -40,7 +40,8 @@ def bench(
     """Measure a bundle: time to first token, tokens/s, memory, and the share of the memory bandwidth reached."""
     for path in (plot_file, html):
         if path is not None:
-            check_writable(path)
+            check_folder(path)
+            library()  # says so before the measurement where charts cannot be drawn
     request = benchmark.BenchOptions(
         precisions=None if precision is None else names(precision),
         device=device,
@@ -60,16 +61,8 @@ def bench(
     if plot_file is not None:
         plot(result, plot_file)
     if html is not None:
-        write_page(result, html)
+        write_bench_page(result, html)
     if as_json:
         print(json.dumps(result))
     else:
         show(Terminal(), result)
-
-
-def check_writable(path: Path) -> None:
-    """Raise FusionError before the measurement where its charts cannot be drawn or written afterwards."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise FusionError(f"{path} cannot be written, since {folder} is no folder: make it first.")
-    library()

@@ -1,27 +1,30 @@
 """`fusionroute generate`: stream text from a bundle, and show which expert each token came from."""
 
-import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import COLOR_SYSTEMS, Console
-from rich.style import Style
+from rich.console import Console
 from rich.text import Text as Styled
 
+from fusionroute.runtime.commands.grammar import JsonSchema, Lark, Regex, read_grammar
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust, VerifyKey
+from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.html_page import check_folder, write_page
 from fusionroute.runtime.manifest import Fusion
 from fusionroute.runtime.options import check_fusion
 from fusionroute.runtime.prompt import Prompt
 from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.stream import Stream
-from fusionroute.runtime.terminal import Terminal, print_json, streamed
+from fusionroute.runtime.terminal import Terminal, print_json
 from fusionroute.runtime.text import Token
-
-COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
+from fusionroute.runtime.view.page import CANDIDATES, answer_of, answer_page
+from fusionroute.runtime.view.recording import Recording
 
 
 def generate(
@@ -37,7 +40,16 @@ def generate(
     top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0: off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted for tokens that the answer holds; 0: off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same for each time that it holds them; 0: off.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit, -inf bars it; repeat for several.")
+    ] = None,
+    top_logprobs: Annotated[int, typer.Option(help="With --json: this many of the likeliest tokens at each place.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeat for several.")] = None,
+    stop_id: Annotated[list[int] | None, typer.Option(help="End at this token; repeat for several.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at end-of-sequence tokens.")] = False,
+    min_new_tokens: Annotated[int, typer.Option(help="Tokens before the text may end by itself.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal text.")] = None,
     fusion: Annotated[Fusion | None, typer.Option(help="Default: as exported.")] = None,
     lam: Annotated[float | None, typer.Option("--lambda", help="λ of the weighted fusion; default as exported.")] = None,
@@ -49,9 +61,15 @@ def generate(
         bool, typer.Option("--exact", help="Read tokens in pairs: quantised greedy output is then the same with drafts and without.")
     ] = False,
     show_routing: Annotated[bool, typer.Option("--show-routing", help="Colour each token by its expert, and list them.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write one self-contained page to this file: who answered, and what each model proposed.")
+    ] = None,
     expert_memory: Annotated[
         int | None, typer.Option(min=1, help="MiB of GPU memory for the experts' weights; the others wait in host memory.")
     ] = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    lark: Lark = None,
     verify_key: VerifyKey = None,
     trust: Trust = False,
     as_json: Json = False,
@@ -66,10 +84,18 @@ def generate(
         raise typer.BadParameter(f"{max_new_tokens} is out of range; expected at least 1", param_hint="--max-new-tokens")
     try:  # wrong values end here, before anything is loaded
         given = read_prompt(prompt, prompt_ids, chat)
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        penalties = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
+        grammar = read_grammar(json_schema, regex, lark)
+        biases = read_biases(logit_bias or ())
+        sampling = Sampling(
+            temperature, top_k, top_p, min_p, repetition_penalty, seed, logit_bias=biases, top_logprobs=top_logprobs,
+            candidates=0 if html is None else CANDIDATES, **penalties,
+        )  # fmt: skip
         check_fusion(fusion, lam)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
+    if html is not None:
+        check_folder(html)
     budget = None if expert_memory is None else expert_memory << 20
     options: dict[str, Any] = {
         "speculation": speculation,
@@ -79,11 +105,18 @@ def generate(
         "trusted": trust,
     }
     with FusionRuntime.load(bundle, precision, device, **options) as runtime:
-        stream = runtime.stream(given, max_new_tokens, stop=stop or (), fusion=fusion, lam=lam, expert=expert, **asdict(sampling))
+        stream = runtime.stream(
+            given, max_new_tokens, stop=stop or (), stop_token_ids=stop_id or (), ignore_eos=ignore_eos, min_new_tokens=min_new_tokens,
+            grammar=grammar,
+            fusion=fusion, lam=lam, expert=expert, **asdict(sampling),
+        )  # fmt: skip
+        recording = Recording(stream)
         if as_json:
-            print_json(as_object(list(stream), stream, runtime.precision))
+            print_json(as_object(list(recording), stream, runtime.precision))
         else:
-            print_tokens(runtime, stream, show_routing)
+            print_tokens(runtime, recording, show_routing)
+        if html is not None:
+            write_page(answer_page(answer_of(runtime, prompt or prompt_ids or "", recording, fusion, lam)), html)
 
 
 def read_prompt(prompt: str | None, prompt_ids: str | None, chat: bool) -> Prompt:
@@ -96,6 +129,14 @@ def read_prompt(prompt: str | None, prompt_ids: str | None, chat: bool) -> Promp
         raise InputError(f"--prompt-ids '{prompt_ids}' is no comma list of whole numbers, such as 2,17,5.") from error
 
 
+def read_biases(biases: Sequence[str]) -> dict[int, float] | None:
+    """What `--logit-bias` gives, None for nothing. Raises InputError for what is no ID=BIAS."""
+    try:
+        return {int(id): float(bias) for id, bias in (each.split("=", 1) for each in biases)} or None
+    except ValueError as error:
+        raise InputError("--logit-bias is no ID=BIAS of a token id and a number, such as 17=-4.5.") from error
+
+
 def as_object(tokens: list[Token], stream: Stream, precision: str) -> dict[str, Any]:
     """What --json prints of a stream that has ended."""
     return {
@@ -103,6 +144,7 @@ def as_object(tokens: list[Token], stream: Stream, precision: str) -> dict[str, 
         "token_ids": [token.id for token in tokens],
         "experts": [token.expert for token in tokens],
         "logprobs": [token.logprob for token in tokens],
+        **({"top_logprobs": [token.top_logprobs for token in tokens]} if any(token.top_logprobs for token in tokens) else {}),
         "finish_reason": stream.finish_reason,
         "precision": precision,
         "drafted": stream.drafted,
@@ -110,25 +152,17 @@ def as_object(tokens: list[Token], stream: Stream, precision: str) -> dict[str, 
     }
 
 
-def print_tokens(runtime: FusionRuntime, stream: Stream, show_routing: bool) -> None:
+def print_tokens(runtime: FusionRuntime, stream: Iterable[Token], show_routing: bool) -> None:
     """Print each token as it comes; with `show_routing` in the colour of its expert, and a list of runs below."""
     console = Terminal()
-    colours = COLOR_SYSTEMS[console.color_system] if console.color_system else None
-    names = (*runtime.expert_names, runtime.bundle.manifest.models[0].name)  # the router may answer for an expert that fails
-    styles = dict(zip(names, COLOURS * len(names), strict=False))
-    for_terminal = sys.stdout.isatty()  # else a program reads the text, as it is
+    printer = TokenPrinter(runtime, console, show_routing)
     tokens: list[Token] = []
     for token in stream:
         tokens.append(token)
-        text = token.text if runtime.tokenizer else f"{token.id} "
-        if for_terminal:
-            text = streamed(text)
-        if show_routing:
-            text = Style.parse(styles[token.expert]).render(text, color_system=colours)
-        print(text, end="", flush=True)  # not by the console, which would expand tabs and drop carriage returns
+        printer.show(token)
     print()
     if show_routing:
-        print_runs(console, tokens, styles)
+        print_runs(console, tokens, printer.styles)
 
 
 def print_runs(console: Console, tokens: list[Token], styles: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from fusionroute.runtime.backend import Fused, Output, room_for
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
+from fusionroute.runtime.logits_processor import Processed
 from fusionroute.runtime.numerics import is_finite
 from fusionroute.runtime.plain_step import ROUTER_ALONE, PlainStep, candidates
 from fusionroute.runtime.sampling import DEFAULT_CANDIDATES, Sampler
@@ -51,7 +52,7 @@ class Rounds:
         if not self._pays or step.failed:
             return [step.advance(sampler, coefficients, pinned)]
         start, previous = len(ids), step.guesses.last
-        offered = self._lookup.propose(ids, min(most, MAX_ROUND_TOKENS) - 1)
+        offered = step.accepted(sampler, self._lookup.propose(ids, min(most, MAX_ROUND_TOKENS) - 1))
         likely = pinned if pinned is not None else previous or 0
         router_runs = pinned is None or bool(coefficients[0])
         plan = self.planner.plan(most, len(offered), router_runs, likely if coefficients[1] else None, start)
@@ -119,6 +120,7 @@ class Rounds:
             drafts, count = self._append_drafts(offered[: plan.rows - 1])
             distributions = [certain(draft) for draft in drafts]
             rows = range(start - 1, start - 1 + count)
+            step.prepare(sampler, start, start + count - 1)
             routed, answered = self._readers.read(rows if pinned is None or coefficients[0] else None, guess, rows)
         else:
             routed, answered, drafts, distributions = self._draft(sampler, plan.rows, guess)
@@ -148,17 +150,20 @@ class Rounds:
             drawing = drafted and sampler.sampling.temperature > 0
             single = 1 if drawing and not sampler.filtered else 0  # one candidate: the full row is read anyway
             fused = step.fuse(router, expert, weights, sampler, start + row, single)
+            # of what was fused ahead, which does not tell whose logits they are
+            router_alone = None if routed is None else routed.logits[row : row + 1]
+            expert_alone = answered.logits[row : row + 1] if choice == guess and answered is not None else expert
             if not is_finite(fused):
-                if choice == guess and answered is not None:  # what was fused ahead does not tell whose fault it is
-                    expert = answered.logits[row : row + 1]
-                own_logits = None if routed is None else routed.logits[row : row + 1]
-                raise step.numerics.fault(fused, own_logits, expert, choice, start + row - 1)
+                raise step.numerics.fault(fused, router_alone, expert_alone, choice, start + row - 1)
             if drawing:
                 token = verify(target(sampler, fused), distributions[row], drafts[row], sampler.random)
             else:
                 token = sampler.choose(candidates(fused), lambda fused=fused: fused.rows[0])  # type: ignore[misc]
             logprob = step.logprob(token, fused, router, expert, weights)
-            tokens.append(Token(token, step.expert_names[choice], logprob, step.routing_of(routed, row)))
+            likeliest = step.likeliest(fused, router_alone, expert_alone if coefficients[1] else None, sampler)
+            routing, alternatives = step.routing_of(routed, row), step.alternatives(fused, sampler.sampling.top_logprobs)
+            name = step.expert_names[choice]
+            tokens.append(Token(token, name, logprob, routing, top_logprobs=alternatives, candidates=likeliest))
             if drafted and token != drafts[row]:
                 break
         return tokens, drafts, None if routed is None else routed.logits
@@ -202,6 +207,7 @@ class Rounds:
         distributions: list[Distribution] = []
         routing = np.empty((rows, len(step.expert_names)), np.float32)
         for place in range(rows):
+            step.prepare(sampler, len(ids), len(ids))
             verifier = guess if place == rows - 1 and self._readers.joint else None
             output, answered = self._readers.read((len(ids) - 1,), verifier, range(start - 1, len(ids)))
             assert output is not None and output.routing is not None
@@ -214,7 +220,7 @@ class Rounds:
             logits = self._rows[place : place + 1]
             row = step.fuser.logits(logits)[0]
             step.numerics.check_router_logit(row[best := int(row.argmax())], len(ids) - 1)
-            if sampler.sampling.repetition_penalty != 1.0:
+            if sampler.processor is not None or sampler.sampling.repetition_penalty != 1.0:
                 row = step.fuse(logits, logits, ROUTER_ALONE, sampler, len(ids), 1).rows[0]
                 best = int(row.argmax())
             if sampler.sampling.temperature:
@@ -233,7 +239,7 @@ def agreeing(tokens: list[Token], drafts: list[int]) -> int:
     return sum(takewhile(bool, (token.id == draft for token, draft in zip(tokens, drafts, strict=False))))
 
 
-def target(sampler: Sampler, fused: Fused) -> Distribution | Softmax:
+def target(sampler: Sampler, fused: Fused | Processed) -> Distribution | Softmax:
     """What sampling draws from at the only position."""
     if not sampler.filtered:
         return Softmax(fused.rows[0], sampler.sampling.temperature, float(fused.sampling_normaliser[0]))

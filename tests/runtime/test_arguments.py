@@ -1,5 +1,6 @@
 """Arguments of a wrong type end in one sentence of an InputError, and nothing is taken for what it is not."""
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusionroute.runtime import FusionRuntime, InputError, Session
+from fusionroute.runtime import FusionRuntime, InputError, Sampling, Session
+from fusionroute.runtime.chat import ChatOptions
+from fusionroute.runtime.text_rules import RuleOptions
 
 PROMPT = "A prompt must be a str, a list of token ids, or a list of {'role', 'content'} messages."
 IDS = "The token ids are not all whole numbers: pass ids as `encode` gives them."
@@ -93,9 +96,18 @@ CALLS: dict[str, tuple[Callable[[FusionRuntime, Session], object], str]] = {
     "decode None": (lambda rt, _: rt.decode(None), IDS),  # type: ignore[arg-type]
     "decode bytes": (lambda rt, _: rt.decode(b"12"), IDS),
     "encode bytes": (lambda rt, _: rt.encode(b"12"), "The text is not a str of valid Unicode characters: pass text that was decoded as UTF-8."),  # type: ignore[arg-type]
-    "unknown option": (
-        generating(max_tokens=5),
-        "Unknown option max_tokens: expected some of temperature, top_k, top_p, min_p, repetition_penalty, seed.",
+    "unknown option of a step": (
+        lambda _, session: session.step(temprature=1.0),  # type: ignore[call-arg]
+        "Unknown option temprature (temperature?): expected some of temperature, top_k, top_p, min_p, repetition_penalty, seed, "
+        "presence_penalty, frequency_penalty, logit_bias, top_logprobs, candidates.",
+    ),
+    "tools without messages": (
+        lambda rt, _: rt.generate("1", tools=[]),
+        "tools is for the chat template: pass the prompt as a list of {'role', 'content'} messages.",
+    ),
+    "documents with ids": (
+        lambda rt, _: rt.prompt_ids([1, 2], documents=[{"text": "x"}]),
+        "documents is for the chat template: pass the prompt as a list of {'role', 'content'} messages.",
     ),
 }  # fmt: skip
 
@@ -149,7 +161,8 @@ VALUES = (None, True, 0, -1, 3, 10**400, 0.5, float("nan"), float("inf"), 1j, ""
 ANYTHING = st.recursive(st.sampled_from(VALUES), lambda inner: st.lists(inner, max_size=3) | st.just({"role": "user"}), max_leaves=4)
 DEFAULTS: dict[str, Any] = {"prompt": [5, 6], "max_new_tokens": 1}
 NAMES = ("prompt", "max_new_tokens", "stop", "fusion", "lam", "expert", "cancel", "deadline", "temperature", "top_k", "top_p", "min_p",
-         "repetition_penalty", "seed", "on_token")  # fmt: skip
+         "repetition_penalty", "seed", "on_token", "presence_penalty", "frequency_penalty", "logit_bias", "top_logprobs", "candidates",
+         "stop_token_ids", "ignore_eos", "min_new_tokens")  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)
@@ -161,3 +174,15 @@ def test_anything_at_all_is_answered_or_refused(runtime: FusionRuntime, options:
         assert "\n" not in str(error)
     else:
         assert len(result.token_ids) <= runtime.max_seq_len
+
+
+def test_an_unknown_option_is_told_all_known_ones(runtime: FusionRuntime) -> None:
+    """Those that the method declares, and those of sampling, of a text's form and of chat templates that it passes on."""
+    declared = {name for name in inspect.signature(FusionRuntime.stream).parameters if name not in ("self", "prompt", "options")}
+    expected = declared | set(Sampling.__dataclass_fields__) | set(RuleOptions.__annotations__) | set(ChatOptions.__annotations__)
+    for call, more in ((runtime.stream, set()), (runtime.generate, {"on_token"})):
+        with pytest.raises(InputError) as caught:
+            call("x", max_tokens=5)  # type: ignore[call-arg]
+        begin, _, names = str(caught.value).rstrip(".").partition(": expected some of ")
+        assert begin == "Unknown option max_tokens (max_new_tokens?)"
+        assert set(names.split(", ")) == expected | more

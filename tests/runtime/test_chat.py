@@ -1,11 +1,12 @@
 """Chat templates: what transformers renders is what the runtime renders."""
 
+import copy
 from datetime import datetime
 from typing import Any
 
 import pytest
 
-from fusionroute.runtime.chat import render
+from fusionroute.runtime.chat import ChatTemplates, broken, render
 from fusionroute.runtime.errors import InputError
 
 GEMMA2 = (
@@ -74,6 +75,13 @@ TALK = [
 ]
 
 
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def by_transformers(template: str, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     transformers: Any = pytest.importorskip("transformers")
     tokenizers: Any = pytest.importorskip("tokenizers")
@@ -114,11 +122,12 @@ def test_gemma_in_full() -> None:
         ("hello", "not a list"),
         (None, "not a list"),
         ([TALK[0], "hello"], "Message 2 is str"),
-        ([TALK[0], {"role": "user"}], 'Message 2 has no "content"'),
         ([{"content": "x"}], 'Message 1 has no "role"'),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], 'Message 1 has a "content" that is list'),
-        ([{"role": "user", "content": None}], 'Message 1 has a "content" that is NoneType'),
-        ([{"role": "user", "content": "x", "tool_calls": []}], 'Message 1 has a "tool_calls" that is list'),
+        ([{"role": None, "content": "x"}], 'Message 1 has no "role"'),
+        ([{"role": "user", "content": b"x"}], r"^Message 1\.content is b'x', expected what JSON has: a str, a number, .+ or a dict\.$"),
+        ([{"role": "user", "content": [{"type": "image", "image": object}]}], r"^Message 1\.content\[0\]\.image is <class 'object'>, "),
+        ([{"role": "user", "content": "x", 3: "x"}], r"^Message 1 has the key 3, expected a str\.$"),
+        ([{"role": "user", "content": nested(65)}], r" is nested more than 64 deep: make it flatter\.$"),
     ],
 )
 def test_the_wrong_message_is_named(messages: Any, words: str) -> None:
@@ -140,3 +149,66 @@ def test_the_wrong_message_is_named(messages: Any, words: str) -> None:
 def test_a_refusal_is_one_sentence(template: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         render(template, [{"role": "system", "content": "x"}], bos_token="<bos>", eos_token="<eos>")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tools": "f"}, "tools is 'f', expected a list of dicts, or None."),
+        ({"tools": [len]}, "tools[0] is <built-in function len>, expected a dict with a JSON schema."),
+        ({"documents": [{"text": "x"}, "y"]}, "documents[1] is 'y', expected a dict."),
+        ({"documents": {"text": "x"}}, "documents is {'text': 'x'}, expected a list of dicts, or None."),
+        ({"add_generation_prompt": "yes"}, "add_generation_prompt is 'yes', expected True or False."),
+        ({"continue_final_message": 1}, "continue_final_message is 1, expected True or False."),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message leaves the last message open, and add_generation_prompt opens another: choose one.",
+        ),
+        ({"continue_final_message": "thoughts"}, "continue_final_message names 'thoughts', which the chat template does not read."),
+        (
+            {"continue_final_message": "role_description"},
+            "continue_final_message needs a text to continue, and the last message has none in 'role_description'.",
+        ),
+    ],
+)
+def test_the_wrong_option_is_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        render("{{ messages[0].content }}{{ messages[0].role_description }}", [{"role": "user", "content": "x"}], **options)
+    assert str(caught.value) == words
+
+
+def test_a_message_that_the_template_drops_cannot_be_continued() -> None:
+    with pytest.raises(InputError) as caught:
+        render("{{ messages[0].content[:3] }}", [{"role": "assistant", "content": "hello"}], continue_final_message=True)
+    assert str(caught.value) == "The chat template leaves the last message out or changes it, so it cannot be continued."
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "documents", "add_generation_prompt", "continue_final_message"])
+def test_names_of_options_are_no_more_names(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ChatTemplates({"default": "x"}).render(TALK, chat_template_kwargs={name: 1})
+    assert (
+        str(caught.value)
+        == f"chat_template_kwargs has {name!r}, which is no name of a template's own: pass it beside chat_template_kwargs."
+    )
+
+
+def test_messages_stay_as_they_are() -> None:
+    message = {"role": "assistant", "content": [{"type": "text", "text": "x"}], "reasoning": "y", "tool_calls": None}
+    before = copy.deepcopy(message)
+    assert render("{{ messages[0].content[0].text }}", [message], continue_final_message=True) == "x"
+    assert message == before
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ bos_token }}\n{% for m in messages %}", "line 2: Unexpected end of template"),
+        ("{{ messages | nothing }}", "line 1: No filter named 'nothing'"),
+        ("{% generation %}x", "line 1: Unexpected end of template"),
+        ("x" * 262145, "it has more than 262144 characters"),
+        ("{{ messages }}", None),
+    ],
+)
+def test_why_a_template_cannot_be_compiled(template: str, reason: str | None) -> None:
+    assert (broken(template) or "").startswith(reason or "") and (broken(template) is None) == (reason is None)

@@ -132,7 +132,7 @@ def test_public_names_are_meant_to_be_used(rt: FusionRuntime) -> None:
     session.append([3, 4])
     session.step()
     assert public(session) == {
-        "append", "step", "steps", "rewind", "clear", "logits", "token_ids", "lags", "drafted", "accepted",
+        "append", "step", "steps", "score", "rewind", "clear", "logits", "token_ids", "lags", "drafted", "accepted",
     }  # fmt: skip
 
 
@@ -197,5 +197,5 @@ def test_the_log_probability_of_a_token_from_beyond_the_candidates(
         beyond = 0
         for token, row in zip(tokens, rows, strict=True):
             assert token.logprob == pytest.approx(row[token.id] - row.max() - np.log(np.exp(row - row.max()).sum()), abs=2e-4)
-            beyond += np.count_nonzero(row > row[token.id]) > 260
+            beyond += int(np.count_nonzero(row > row[token.id]) > 260)
         assert beyond > 1, "a nearly uniform draw leaves the 256 candidates now and then"

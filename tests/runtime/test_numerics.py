@@ -124,7 +124,7 @@ def test_scores_that_are_not_finite_are_refused_at_their_position(bundles: list[
 
 
 def test_a_penalty_beyond_float32_is_the_callers_fault(rt: FusionRuntime) -> None:
-    with pytest.raises(InputError, match="repetition_penalty or temperature takes the logits beyond what float32 holds"):
+    with pytest.raises(InputError, match="A penalty, logit_bias or temperature takes the logits beyond what float32 holds"):
         rt.generate(PROMPT, 4, repetition_penalty=1e-39)
 
 

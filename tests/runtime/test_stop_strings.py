@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.text import TextStream
-from tests.support.tokenizers import id_of, joined, streamed, text_of, token
+from fusionroute.runtime.text_stream import TextStream
+from tests.support.tokenizers import id_of, joined, one_byte, streamed, text_of, token
 
 
 def reference(full: str, stop: Sequence[str]) -> str:
@@ -79,3 +79,53 @@ def test_wrong_stop_strings() -> None:
         TextStream(text_of("byte level"), [7])  # type: ignore[list-item]
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         TextStream(None, ["x"])
+
+
+NAMES = ("<bos>", "<eos>")
+
+
+def special_reference(pieces: Sequence[str], stop: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first stop string, and whether there is one; stop strings with a special token see it spelled."""
+    spelled = "".join(pieces)
+    shown = [place for piece, start in starts(pieces) if piece not in NAMES for place in range(start, start + len(piece))]
+    text = "".join(spelled[place] for place in shown)
+    places = [shown[text.find(string)] for string in stop if string in text]
+    places += [spelled.find(string) for string in stop if any(name in string for name in NAMES) and string in spelled]
+    end = min(places, default=len(spelled))
+    return "".join(spelled[place] for place in shown if place < end), bool(places)
+
+
+def starts(pieces: Sequence[str]) -> list[tuple[str, int]]:
+    return [(piece, sum(map(len, pieces[:number]))) for number, piece in enumerate(pieces)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", "b", "ab", ".", *NAMES]), max_size=15),
+    st.lists(st.lists(st.sampled_from(["a", "b", ".", *NAMES]), min_size=1, max_size=3).map("".join), max_size=3),
+)
+def test_stop_strings_name_special_tokens(pieces: list[str], stop: list[str]) -> None:
+    text = text_of("byte level")
+    ids = [id for piece in pieces for id in ([id_of("byte level", piece)] if piece in NAMES else text.encode(piece, special=False))]
+    tokens, stopped = streamed(text, ids, stop)
+    assert (joined(tokens), stopped) == special_reference(pieces, stop)
+
+
+def test_a_special_token_that_is_a_stop_string_stops_at_once() -> None:
+    text, end = text_of("byte level"), id_of("byte level", "<eos>")
+    stream = TextStream(text, ["<eos>"])
+    (x,) = text.encode("x", special=False)
+    assert [each.text for each in stream.push(token(x))] == ["x"]
+    assert [each.text for each in stream.push(token(end))] == [""] and stream.stopped
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+def test_a_special_token_stops_behind_half_a_character(kind: str) -> None:
+    text, end = text_of(kind), id_of(kind, "<eos>")
+    first, second, third = (one_byte(kind, byte) for byte in "€".encode())
+    whole = streamed(text, [first, second, third, end, first], ["<eos>"])
+    assert (joined(whole[0]), whole[1], len(whole[0])) == ("€", True, 4)
+    half = streamed(text, [first, second, end, third], ["<eos>"])
+    assert (joined(half[0]), half[1], len(half[0])) == (text.decode([first, second]), True, 3)
+    other = streamed(text, [first, second, end, third], ["x<eos>"])  # is none, so the character goes on
+    assert (joined(other[0]), other[1]) == ("€", False)

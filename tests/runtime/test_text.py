@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime.errors import BundleError, InputError
-from fusionroute.runtime.text import Text, TextStream
+from fusionroute.runtime.text import Text
+from fusionroute.runtime.text_stream import TextStream
 from tests.support.tokenizers import MAKERS, SAMPLE, byte_level, id_of, joined, one_byte, streamed, text_of, token
 
 
@@ -117,10 +118,10 @@ def test_work_is_linear(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         work += len(ids)
         return decode(text, ids, **options)
 
-    def counted_search(stream: TextStream, text: str) -> tuple[int, int]:
+    def counted_search(stream: TextStream, spelled: list[str], end: int) -> tuple[int, int]:
         nonlocal work
-        work += len(text)
-        return search(stream, text)
+        work += len(spelled) + end
+        return search(stream, spelled, end)
 
     monkeypatch.setattr(Text, "decode", counted_decode)
     monkeypatch.setattr(TextStream, "_search", counted_search)

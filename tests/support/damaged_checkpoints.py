@@ -120,6 +120,7 @@ def other_special(root: Path) -> None:
     content = json.loads(file.read_text())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<eos>"]
     file.write_text(json.dumps(content))
+    (root / "expert1" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>"}))
 
 
 def without_tokenizers(root: Path, vocab: int) -> None:

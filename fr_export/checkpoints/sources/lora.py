@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fusionroute.fr_export.checkpoints.chat_template_files import FOLDER as TEMPLATES
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.checkpoints.weights import FLOATS, tensors_of
@@ -67,7 +68,7 @@ class LoraAdapter:
         tokenizer_config.json.
         """
         own = {name: file for name, file in own.items() if name != "config.json"}
-        inherited = {name: file for name, file in base.items() if not (name.startswith("chat_template") and "tokenizer_config.json" in own)}
+        inherited = {name: file for name, file in base.items() if not (is_template(name) and "tokenizer_config.json" in own)}
         return inherited | own
 
     def report(self, base: SourceReport) -> SourceReport:
@@ -81,3 +82,8 @@ class LoraAdapter:
             notes.append(f"{len(self.whole)} tensors of its adapter stand in place of the base's")
         tensors = [*self.whole.values(), *(tensor for module in self.modules.values() for tensor in module.parts.values())]
         return SourceReport.of("adapter", tensors, (*notes, *(f"of its base: {note}" for note in base.notes)))
+
+
+def is_template(name: str) -> bool:
+    """Whether a text of a checkpoint holds nothing but chat templates."""
+    return name.startswith(("chat_template", TEMPLATES))

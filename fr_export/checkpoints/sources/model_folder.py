@@ -6,10 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fusionroute.fr_export.checkpoints.chat_template_files import FOLDER as TEMPLATES
 from fusionroute.fr_export.checkpoints.json_file import read_json
 from fusionroute.fr_export.checkpoints.source_report import SourceReport
 from fusionroute.fr_export.checkpoints.sources.quantised import dequantised, method_of, note
-from fusionroute.fr_export.checkpoints.sources.slow_tokenizer import converted_tokenizer
+from fusionroute.fr_export.checkpoints.sources.slow_tokenizer import OLDER, converted_tokenizer
 from fusionroute.fr_export.checkpoints.sources.text_part import text_part
 from fusionroute.fr_export.checkpoints.tensors import StoredTensor
 from fusionroute.fr_export.checkpoints.weights import Weights
@@ -35,8 +36,8 @@ class ModelFolder:
         if quantisation:
             method_of(where, quantisation)
         texts = texts_in(path)
-        if "tokenizer.json" not in texts and "tokenizer.model" in texts:
-            texts["tokenizer.json"] = converted_tokenizer(where, path)
+        if "tokenizer.json" not in texts and (older := next((name for name in OLDER if name in texts), None)):
+            texts["tokenizer.json"] = converted_tokenizer(where, path, older)
         return cls(where, path, texts, quantisation)
 
     @cached_property
@@ -55,10 +56,13 @@ class ModelFolder:
         notes = [*left_out, *([note(self.quantisation, tensors)] if self.quantisation else [])]
         tokenizer = self.texts.get("tokenizer.json")
         if tokenizer is not None and tokenizer.parent != self.folder:
-            notes.append("tokenizer.json converted from tokenizer.model")
+            notes.append(f"tokenizer.json converted from {next(name for name in OLDER if name in self.texts)}")
         return SourceReport.of("full", stored.values(), tuple(notes))
 
 
 def texts_in(folder: Path) -> dict[str, Path]:
-    """The files in a folder by name, without weights."""
-    return {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt")}
+    """The files in a folder by name, without weights; and the chat templates in the folder that transformers keeps them in."""
+    files = {
+        file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt")
+    }
+    return files | {f"{TEMPLATES}/{file.name}": file for file in sorted((folder / TEMPLATES).glob("*.jinja")) if file.is_file()}

@@ -17,7 +17,7 @@ from tests.attacks.fuzz.seeds import SEEDS
 
 def main() -> None:
     """It exits itself."""
-    import atheris  # type: ignore[import-not-found]
+    import atheris
 
     with atheris.instrument_imports(include=["fusionroute.runtime"]):
         from tests.attacks.fuzz.targets import TARGETS

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 
 SHA = "0" * 64
 
@@ -12,8 +13,10 @@ def manifest_text() -> bytes:
     model = {"layers": 1, "kv_heads": 1, "head_size": 16, "parameters": 9}
     graphs = {"router": "graphs/r.onnx", "a": "graphs/a.onnx"}
     variant = {"target": "ort:cpu", "precision": "fp32", "graphs": graphs, "fusion_graph": "graphs/f.onnx", "bits_per_weight": 32.0}
-    files = {name: {"sha256": SHA, "bytes": 1} for name in ("graphs/r.onnx", "graphs/a.onnx", "graphs/f.onnx")}
-    files["graphs/w.bin"] = {"sha256": SHA, "bytes": 64, "tensors": [{"sha256": SHA, "offset": 0, "bytes": 64}]}  # type: ignore[dict-item]
+    files: dict[str, dict[str, object]] = {
+        name: {"sha256": SHA, "bytes": 1} for name in ("graphs/r.onnx", "graphs/a.onnx", "graphs/f.onnx")
+    }
+    files["graphs/w.bin"] = {"sha256": SHA, "bytes": 64, "tensors": [{"sha256": SHA, "offset": 0, "bytes": 64}]}
     content = {
         "format": 2, "family": "llama3", "models": [{"name": "router", **model}, {"name": "a", **model}], "fusion": "weighted", "lam": 0.5,
         "vocab_size": 300, "max_seq_len": 64, "bos_token": None, "eos_token": "<e>", "eos_token_ids": [2], "variants": [variant], "files": files,
@@ -36,7 +39,7 @@ def graph_bytes() -> bytes:
     return bytes([1 << 3, 9]) + b"".join(message(7, part) for part in (message(1, node), message(5, tensor), message(5, table)))
 
 
-def safetensors(header: dict[str, object], size: int) -> bytes:
+def safetensors(header: Mapping[str, object], size: int) -> bytes:
     """A safetensors file with so many bytes of zeros."""
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + bytes(size)

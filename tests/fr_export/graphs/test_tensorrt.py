@@ -42,6 +42,7 @@ SHAPES = {
     "phi3": Shape("phi3", experts=1),
     "gemma2, padded head, three layers": Shape("gemma2", experts=1, layers=3, head_dim=12, kv_heads=4),
 }
+UNLIKE = {"gemma2", "qwen3", "phi3", "llama3, biases, one KV head, padded"}  # norms, biases and packed matrices of all kinds
 SLOW = ("qwen2", "olmo2", "smollm3", "gemma3", "phi3")
 TOLERANCE = 1e-5  # of the largest |logit|, in fp32
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -162,7 +163,7 @@ def test_gemma2_beyond_65504_is_finite_and_right(tmp_path: Path) -> None:
             assert np.isfinite(mine).all() and np.abs(mine - exact).mean() < most * exact.std()
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", sparing(SHAPES, SHAPES.keys() - UNLIKE))
 def test_both_dialects_read_the_same_weights(name: str) -> None:
     """What is fitted on one serves the other."""
     shape = replace(SHAPES[name], layers=1)

@@ -25,7 +25,8 @@ from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
 from tests.runtime.bench.conftest import measured
-from tests.runtime.commands.test_commands import assert_one_sentence, command
+from tests.runtime.commands.conftest import command
+from tests.runtime.commands.test_commands import assert_one_sentence
 from tests.support.commands import Command
 
 __all__ = ["command"]

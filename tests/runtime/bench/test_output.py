@@ -9,7 +9,8 @@ from unittest.mock import patch
 import pytest
 
 from tests.runtime.bench.conftest import FEW, measured
-from tests.runtime.commands.test_commands import assert_one_sentence, command
+from tests.runtime.commands.conftest import command
+from tests.runtime.commands.test_commands import assert_one_sentence
 from tests.support.commands import Command
 
 __all__ = ["command"]

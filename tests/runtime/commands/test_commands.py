@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.__main__ import main
 from fusionroute.runtime.commands import generate as generate_module
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.stream import End, Stream, no_release
@@ -21,21 +20,6 @@ from fusionroute.runtime.text import Token
 from tests.support.commands import Command
 
 PROMPT = "12+30="
-
-
-def runtime_status() -> int:
-    """Run `python -m runtime`."""
-    try:
-        main()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    monkeypatch.setenv("COLUMNS", "200")
-    return Command("runtime", runtime_status, monkeypatch, capsys)
 
 
 def test_generate_streams_what_the_runtime_generates(bundles: list[Path], command: Command) -> None:
@@ -305,3 +289,38 @@ def test_cache_shows_and_clears(command: Command, tmp_path: Path, monkeypatch: p
     assert f"2 entries, 0.0 MB removed from {folder}" in command("cache", "costs", "--clear").out
     assert json.loads(command("cache", "--clear", "--json").out)["entries"][0]["kind"] == "calibration"
     assert not [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_generate_by_a_grammar_with_biases_and_ends(bundles: list[Path], command: Command, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    schema, lark = tmp_path / "schema.json", tmp_path / "choice.lark"
+    schema.write_text('{"enum": ["on", "off"]}')
+    lark.write_text('start: "yes" | "no"')
+    for option, value, texts in (
+        ("--json-schema", schema, ('"on"', '"off"')),
+        ("--lark", lark, ("yes", "no")),
+        ("--regex", "[ab]c", ("ac", "bc")),
+    ):
+        printed = json.loads(command("generate", bundles[0], "--prompt", PROMPT, option, value, "--json").out)
+        assert printed["text"] in texts and printed["finish_reason"] == "stop"
+    options = {"presence_penalty": 0.5, "frequency_penalty": 0.2, "logit_bias": {9: 2.0, 7: -np.inf}, "top_logprobs": 2, "ignore_eos": True}
+    with FusionRuntime.load(bundles[0]) as runtime:
+        expected = runtime.generate(PROMPT, 6, min_new_tokens=2, stop_token_ids=[9], **options)  # type: ignore[arg-type]
+    flags = ("--presence-penalty", 0.5, "--frequency-penalty", 0.2, "--logit-bias", "9=2", "--logit-bias", "7=-inf", "--top-logprobs", 2)
+    ends = ("--ignore-eos", "--min-new-tokens", 2, "--stop-id", 9, "--max-new-tokens", 6, "--json")
+    printed = json.loads(command("generate", bundles[0], "--prompt", PROMPT, *flags, *ends).out)
+    assert printed["token_ids"] == expected.token_ids
+    assert [[tuple(each) for each in tokens] for tokens in printed["top_logprobs"]] == [list(each) for each in expected.top_logprobs]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--logit-bias", "a=1"), "--logit-bias is no ID=BIAS of a token id and a number, such as 17=-4.5."),
+        (("--regex", "a", "--lark", "b"), "A text has one grammar: give one of --json-schema, --regex and --lark."),
+        (("--json-schema", "/nowhere"), "/nowhere cannot be read (No such file or directory): name a text file in UTF-8."),
+    ],
+)
+def test_wrong_grammars_and_biases(bundles: list[Path], command: Command, options: tuple[str, ...], sentence: str) -> None:
+    ended = command("generate", bundles[0], "--prompt", PROMPT, *options)
+    assert ended.status == 2 and sentence in " ".join(ended.err.replace("│", " ").split())

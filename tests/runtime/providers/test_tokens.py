@@ -118,6 +118,7 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.9, "seed": 4},
     {"temperature": 1.5, "top_p": 0.999, "seed": 5, "repetition_penalty": 1.2},
     {"temperature": 0.7, "top_k": 7, "min_p": 0.05, "seed": 6, "repetition_penalty": 1.1},
+    {"temperature": 0.8, "seed": 7, "presence_penalty": 0.5, "frequency_penalty": 0.3, "logit_bias": {5: 2.0}, "top_logprobs": 3},
 ]
 
 

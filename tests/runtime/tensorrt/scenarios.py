@@ -34,6 +34,7 @@ def sampled(rt: FusionRuntime, machine: Machine) -> list[Any]:
     texts.append(list(rt.stream(PROMPT, 4, temperature=30.0, seed=4)))
     with patch("fusionroute.runtime.sampling.DEFAULT_CANDIDATES", 2):  # so few that rows must be fetched
         texts.append(list(rt.stream(PROMPT, 6, temperature=5.0, seed=3)))
+    texts.append(list(rt.stream(PROMPT, 5, temperature=3.0, presence_penalty=1.0, logit_bias={3: 2.0}, top_logprobs=2, seed=5)))
     texts += [list(rt.stream(PROMPT, 4, lam=lam, expert="expert1")) for lam in (0.0, 0.5)]
     texts.append(list(rt.stream(PROMPT, 4, lam=1.0)))
     return [[(token.id, token.expert, round(token.logprob, 3)) for token in text] for text in texts]

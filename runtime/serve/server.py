@@ -1,0 +1,70 @@
+"""Listening, and an end that loses no answer: SIGTERM lets requests finish for a while, then cancels them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+
+import uvicorn
+
+from fusionroute.runtime.engine import FusionRuntime
+from fusionroute.runtime.errors import UnavailableError, reason
+from fusionroute.runtime.serve.app import Server, create_app
+from fusionroute.runtime.serve.settings import Settings
+
+GRACE_SECONDS = 5.0  # for answers that were cancelled to be sent
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, whose end is told to the jobs."""
+
+    def __init__(self, config: uvicorn.Config, server: Server):
+        super().__init__(config)
+        self._server = server
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new requests, wait for those that run, and cancel what is left."""
+        self._server.admission.draining = True
+        asyncio.get_running_loop().call_later(self._server.settings.drain_seconds, self._server.jobs.cancel_all)
+        await super().shutdown(sockets)
+
+
+def serve(runtime: FusionRuntime, settings: Settings, listening: socket.socket) -> None:
+    """Serve at a bound socket until a signal; then close the runtime."""
+    app = create_app(runtime, settings)
+    log = logging.getLogger("fusionroute.serve")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=int(settings.drain_seconds + GRACE_SECONDS) + 1, lifespan="on",
+    )  # fmt: skip
+    print(f"{settings.model} is served at http://{address(listening)}/v1", file=sys.stderr, flush=True)
+    DrainingServer(config, app.state.server).run([listening])
+
+
+def bound(settings: Settings) -> socket.socket:
+    """A socket at the address. Raises UnavailableError where it cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((settings.host, settings.port))
+    except OSError as error:
+        listening.close()
+        raise UnavailableError(
+            f"{settings.host} port {settings.port} cannot be listened at ({reason(error)}): choose another with --host and --port."
+        ) from error
+    return listening
+
+
+def address(listening: socket.socket) -> str:
+    """Host and port, which the system chose where port 0 was asked for."""
+    host, port = listening.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

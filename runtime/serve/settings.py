@@ -1,0 +1,69 @@
+"""How a server listens, and what it bounds."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+import psutil
+
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.manifest import Manifest
+
+MOST_SESSIONS = 16  # unless told otherwise
+
+
+@dataclass(frozen=True)
+class Settings:
+    """sessions: texts at once. queue: requests that wait beside them. body_bytes: of a request. seconds: a request may
+    take, waiting included. drain_seconds: requests may go on after SIGTERM. cors: origins that browsers may call from.
+
+    Raises InputError for a host beyond this machine without a key.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    insecure: bool = False
+    cors: tuple[str, ...] = ()
+    sessions: int = 1
+    queue: int = 64
+    body_bytes: int = 4 << 20
+    seconds: float = 600.0
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.loopback and not self.api_key and not self.insecure:
+            raise InputError(
+                f"{self.host} is reached from other machines: give a key with --api-key or FUSIONROUTE_API_KEY, or say --insecure."
+            )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def session_bytes(manifest: Manifest, precision: str) -> int:
+    """Keys and values of all models for one text of the full context."""
+    width = max(variant.cache_width for variant in manifest.variants if variant.precision == precision)
+    return sum(2 * model.layers * model.kv_heads * model.head_size for model in manifest.models) * width * manifest.max_seq_len
+
+
+def sessions_within(budget: int | None, each: int) -> int:
+    """How many texts at once fit a budget in bytes, beside as many finished ones that are kept; at least one.
+
+    None: half of what is free now, and MOST_SESSIONS at most.
+    """
+    if budget is None:
+        return max(1, min(MOST_SESSIONS, int(psutil.virtual_memory().available) // 2 // (2 * each)))
+    return max(1, budget // (2 * each))

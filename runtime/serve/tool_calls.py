@@ -1,0 +1,76 @@
+"""Functions that a model may call: told to it by the chat template, and read out of its answer."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.grammar import Grammar
+from fusionroute.runtime.serve.requests import ChatRequest, Tool, ToolChoice
+
+MARKED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)  # as Hermes, Qwen and SmolLM write them
+
+
+def told(body: ChatRequest) -> list[dict[str, Any]] | None:
+    """What the chat template is given."""
+    if not body.tools or body.tool_choice == "none":
+        return None
+    return [tool.model_dump(exclude_none=True) for tool in body.tools]
+
+
+def forced(body: ChatRequest) -> Grammar | None:
+    """The grammar of a call that must come; None where it may be left out. Raises InputError for an unknown function."""
+    choice = body.tool_choice
+    if choice in (None, "none", "auto"):
+        return None
+    tools = body.tools or []
+    if isinstance(choice, ToolChoice):
+        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+    if not tools:
+        raise InputError("tool_choice names no function of tools: give one of them, or leave it out.")
+    if body.grammar() is not None:
+        raise InputError("A call that must come has a grammar of its own: leave out response_format or tool_choice.")
+    return Grammar.json_schema({"anyOf": [call_schema(tool) for tool in tools]})
+
+
+def call_schema(tool: Tool) -> dict[str, Any]:
+    """The JSON of a call."""
+    return {
+        "type": "object",
+        "properties": {"name": {"const": tool.function.name}, "arguments": tool.function.parameters or {"type": "object"}},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+
+
+def read_calls(text: str, tools: Sequence[Tool]) -> tuple[str, list[dict[str, Any]]]:
+    """The text beside the calls in an answer, and the calls as OpenAI writes them."""
+    if not tools:
+        return text, []
+    names = {tool.function.name for tool in tools}
+    calls = [call for part in MARKED.findall(text) for call in parsed(part, names)]
+    if calls:
+        return MARKED.sub("", text).strip(), calls
+    calls = parsed(text, names)  # some models, and every answer that must be a call, write nothing else
+    return ("", calls) if calls else (text, [])
+
+
+def parsed(text: str, names: set[str]) -> list[dict[str, Any]]:
+    """The calls that a JSON text holds; none where it is something else."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    calls = []
+    for each in content if isinstance(content, list) else [content]:
+        if not isinstance(each, dict) or each.get("name") not in names:
+            return []
+        arguments = each.get("arguments", each.get("parameters", {}))
+        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        function = {"name": each["name"], "arguments": written}
+        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+    return calls
