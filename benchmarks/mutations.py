@@ -109,7 +109,8 @@ def drawn(module: str, count: int, seed: int) -> list[Any]:
 
 def line(module: str, item: Any) -> str:
     """The line of a mutant."""
-    return Path(module).read_text(encoding="utf-8").splitlines()[item.mutations[0].start_pos[0] - 1]
+    number: int = item.mutations[0].start_pos[0]
+    return Path(module).read_text(encoding="utf-8").splitlines()[number - 1]
 
 
 def annotations(text: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
