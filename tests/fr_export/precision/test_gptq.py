@@ -61,11 +61,11 @@ def test_it_is_optimal_brain_quantisation_in_a_fixed_order(name: str, channels: 
     inputs = correlated(4 * channels, channels, 1)
     expected = textbook(weights, inputs, fmt)
     quantised = widen(gptq.quantise(weights, known(inputs).factor(), fmt), channels)
-    # single precision rounds a few values that lie between two levels the other way, and what follows them differs
-    assert (np.abs(quantised - expected) < 1e-6 + 1e-5 * np.abs(expected)).mean() > 0.97
+    # single precision may round a value that lies between two levels the other way, and what follows it differs
+    assert (np.abs(quantised - expected) < 1e-6 + 1e-5 * np.abs(expected)).mean() > 0.99
     lost = [np.square((weights - each) @ inputs.T).sum() for each in (quantised, expected, widen(nearest(weights, fmt), channels))]
-    assert lost[0] == pytest.approx(lost[1], rel=0.02)
-    assert lost[0] < 0.6 * lost[2]
+    assert lost[0] == pytest.approx(lost[1], rel=0.002)
+    assert lost[0] < 0.3 * lost[2]
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)
