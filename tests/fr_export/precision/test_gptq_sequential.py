@@ -94,8 +94,12 @@ def test_matrices_that_were_kept_are_taken_over(tmp_path: Path, monkeypatch: pyt
     texts = [draw.integers(3, 300, length).astype(np.int32) for length in (60, 30)]
     sharing = [(system.experts[0].weights, known(texts[1:]))]
     calls: list[int] = []
-    whole = gptq_sequential.quantise
-    monkeypatch.setattr(gptq_sequential, "quantise", lambda *given: (calls.append(1), whole(*given))[1])
+
+    def counted(*given: Any) -> Any:
+        calls.append(1)
+        return quantise(*given)
+
+    monkeypatch.setattr(gptq_sequential, "quantise", counted)
 
     def run(number: int, given: list[np.ndarray] = texts, sharing: Sharing = sharing) -> tuple[list[tuple[str, str, str]], int, list[str]]:
         notes: list[str] = []
