@@ -1,7 +1,7 @@
 """Calibrated rounding of whole models: each layer for what rounded layers give it; what models share, once."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import TABLE, Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision import int4, int8
+from fusionroute.fr_export.precision import gptq_sequential, int4, int8
 from fusionroute.fr_export.precision.blockwise import Stored, widened
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_context import FitContext
 from fusionroute.fr_export.precision.gptq import Hessian, quantise
 from fusionroute.fr_export.precision.gptq_sequential import round_sequentially
+from fusionroute.fr_export.precision.kept_matrices import KeptMatrices
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.fr_export.verify.torch_reference import load
 from fusionroute.runtime import FusionRuntime
@@ -52,13 +53,21 @@ def known(texts: list[np.ndarray]) -> Evidence:
 
 
 def rounded(
-    system: System, texts: list[np.ndarray], folder: Path, shared: SharedMatrices | None = None, sharing: Sharing = ()
-) -> dict[str, Stored]:
+    system: System, texts: list[np.ndarray], folder: Path, shared: SharedMatrices | None = None, sharing: Sharing = (),
+    kept: KeptMatrices | None = None, note: Callable[[str], None] = lambda _: None,
+) -> dict[str, Stored]:  # fmt: skip
     graph = traced(system)
     formats = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
     return round_sequentially(
         FitContext(
-            graph, system.router.weights, replace(known(texts), sharing=sharing), Store(folder), shared or SharedMatrices(), lambda _: None
+            graph,
+            system.router.weights,
+            replace(known(texts), sharing=sharing),
+            Store(folder),
+            shared or SharedMatrices(),
+            lambda _: None,
+            kept=kept,
+            note=note,
         ),
         formats,
     )
@@ -75,6 +84,63 @@ def test_matrices_are_rounded_for_the_inputs_that_rounded_ones_give(family: str,
     check_rounded(done, [(load(system.router), texts)])
     head = next(name for name in done if "layers" not in name)
     assert done[head].widened(64).shape == (300, 64)
+
+
+def test_matrices_that_were_kept_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
+    """All, all but some, or none: what is rounded is the same, and only what is missing or broken is rounded again."""
+    _, router, experts = make_adapted_system(tmp_path, Shape(layers=2), [{"r": 2}, {"r": 4}])
+    system = System.open(None, router, experts)
+    draw = np.random.default_rng(0)
+    texts = [draw.integers(3, 300, length).astype(np.int32) for length in (60, 30)]
+    sharing = [(system.experts[0].weights, known(texts[1:]))]
+    calls: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        calls.append(1)
+        return quantise(*given)
+
+    monkeypatch.setattr(gptq_sequential, "quantise", counted)
+
+    def run(number: int, given: list[np.ndarray] = texts, sharing: Sharing = sharing) -> tuple[list[tuple[str, str, str]], int, list[str]]:
+        notes: list[str] = []
+        calls.clear()
+        done = rounded(system, given, tmp_path / str(number), None, sharing, KeptMatrices(), notes.append)
+        return [(name, each.values.sha256, each.scales.sha256) for name, each in done.items()], len(calls), notes
+
+    expected, first, notes = run(0)
+    count = len(expected)
+    assert first >= count and not notes, "a call for each slice"
+    assert run(1) == (expected, 0, [f"{count} of {count} matrices"])
+    (folder,) = (tmp_path / "cache" / "fusionroute" / "rounded").iterdir()
+    records = sorted(folder.glob("*.json"))
+    assert len(records) == count
+    records[0].unlink()
+    again, rounded_again, _ = run(2)
+    assert again == expected and 1 <= rounded_again < first
+    blob = max(folder.glob("*.bin"), key=lambda path: path.stat().st_size)
+    content = blob.read_bytes()
+    blob.unlink()
+    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    again, rounded_again, _ = run(3)
+    assert again == expected and rounded_again >= 1
+    assert any("is rounded again (it is not what was kept)" in line for line in log)
+    assert run(4, texts[:1])[1] == first, "other texts"
+    assert run(5, texts, [])[1] == first, "nobody shares the matrices"
+    KeptMatrices().remove()
+    assert folder.exists(), "another export's"
+    kept = KeptMatrices()
+    rounded(system, texts, tmp_path / "last", None, sharing, kept)
+    kept.remove()
+    assert not folder.exists()
+
+
+def test_nothing_is_kept_where_the_disk_has_no_room(tmp_path: Path) -> None:
+    router, experts = make_system(tmp_path, Shape(experts=1, layers=1))
+    system = System.open(None, router, experts)
+    texts = [np.arange(3, 40, dtype=np.int32)]
+    rounded(system, texts, tmp_path / "store", kept=KeptMatrices(reserve=1 << 62))
+    (folder,) = (tmp_path / "cache" / "fusionroute" / "rounded").iterdir()
+    assert not list(folder.glob("*.json")) and not list(folder.glob("*.bin"))
 
 
 def test_a_base_is_rounded_for_the_inputs_of_all_models_that_read_it(tmp_path: Path) -> None:
