@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionroute.runtime.arguments import shown
+from fusionroute.runtime.chat import ChatOptions
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.errors import InputError, reason
 from fusionroute.runtime.options import check_fusion
@@ -43,8 +44,11 @@ class Figures:
 class Conversation:
     """Messages with a loaded runtime. An answer that was stopped stays, as far as it came."""
 
-    def __init__(self, runtime: FusionRuntime, max_new_tokens: int, system: str | None = None, **options: Any):
-        """options: those of `FusionRuntime.stream` that all answers have."""
+    def __init__(
+        self, runtime: FusionRuntime, max_new_tokens: int, system: str | None = None, chat: ChatOptions | None = None, **options: Any
+    ):
+        """chat: what the chat template is given too. options: those of `FusionRuntime.stream` that all answers have."""
+        self.chat: ChatOptions = chat or {}
         self.runtime, self.max_new_tokens, self.options = runtime, max_new_tokens, dict(options)
         self._system: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self._system)
@@ -57,7 +61,7 @@ class Conversation:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         begin = time.perf_counter()
-        ids = self.runtime.prompt_ids(asked)
+        ids = self.runtime.prompt_ids(asked, **self.chat)
         stream = self.runtime.stream(ids, self.max_new_tokens, cancel=cancel, **self.options)
         figures, tokens = Figures(len(ids)), list[str]()
         try:
@@ -114,7 +118,7 @@ class Conversation:
         """Go on with saved messages. Raises InputError for a file that holds none, or none that the chat template takes."""
         messages = messages_in(path)
         if messages:
-            self.runtime.prompt_ids(messages)
+            self.runtime.prompt_ids(messages, **self.chat)
         self.messages = messages
 
 

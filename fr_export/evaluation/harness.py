@@ -43,6 +43,7 @@ class FusionRouteLM(TemplateLM):
         speculation: str = "off",
         max_length: int | None = None,
         verify_key: str | None = None,
+        trusted: bool = False,
     ):
         """Model arguments are those of `FusionRuntime.load`; `expert` answers every token instead of the routed one.
 
@@ -51,7 +52,15 @@ class FusionRouteLM(TemplateLM):
         """
         super().__init__()
         self.runtime = FusionRuntime.load(
-            bundle, precision, device, lam=lam, fusion=fusion, threads=threads, speculation=speculation, verify_key=verify_key
+            bundle,
+            precision,
+            device,
+            lam=lam,
+            fusion=fusion,
+            threads=threads,
+            speculation=speculation,
+            verify_key=verify_key,
+            trusted=trusted,
         )
         if self.runtime.tokenizer is None:
             raise UnavailableError(f"The bundle {bundle} has no tokenizer.json, which tasks need: export a system with one.")

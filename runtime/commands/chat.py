@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 from rich.text import Text as Styled
 
+from fusionroute.runtime.commands.chat_lists import DocumentsFile, ToolsFile, read_lists
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, PrecisionName, Trust, VerifyKey
 from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.conversation import Conversation
@@ -34,6 +35,8 @@ def chat(
     precision: PrecisionName = None,
     device: Device = "auto",
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    tools: ToolsFile = None,
+    documents: DocumentsFile = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
@@ -48,12 +51,13 @@ def chat(
     try:  # wrong values end here, before anything is loaded
         Sampling(temperature=temperature, top_p=top_p, seed=seed)
         check_fusion(None, lam)
+        lists = read_lists(tools, documents)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     with FusionRuntime.load(bundle, precision, device, speculation=speculation, verify_key=verify_key, trusted=trust) as runtime:
-        runtime.prompt_ids([{"role": "user", "content": "?"}])  # a bundle without a chat template says so now
+        runtime.prompt_ids([{"role": "user", "content": "?"}], **lists)  # a bundle without a chat template says so now
         options = {"temperature": temperature, "top_p": top_p, "seed": seed, "lam": lam}
-        talk(Conversation(runtime, max_new_tokens, system, **options))
+        talk(Conversation(runtime, max_new_tokens, system, lists, **options))
 
 
 def talk(conversation: Conversation) -> None:

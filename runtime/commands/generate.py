@@ -1,6 +1,5 @@
 """`fusionroute generate`: stream text from a bundle, and show which expert each token came from."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -11,19 +10,18 @@ import typer
 from rich.console import Console
 from rich.text import Text as Styled
 
-from fusionroute.runtime.chat_messages import plain_dicts
+from fusionroute.runtime.commands.chat_lists import DocumentsFile, ToolsFile, read_lists
 from fusionroute.runtime.commands.grammar import JsonSchema, Lark, Regex, read_grammar
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust, VerifyKey
 from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
-from fusionroute.runtime.errors import InputError, reason
+from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.html_page import check_folder, write_page
 from fusionroute.runtime.manifest import Fusion
 from fusionroute.runtime.options import check_fusion
 from fusionroute.runtime.prompt import Prompt
 from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.stream import Stream
-from fusionroute.runtime.strict_json import check_json
 from fusionroute.runtime.terminal import Terminal, print_json
 from fusionroute.runtime.text import Token
 from fusionroute.runtime.view.page import CANDIDATES, answer_of, answer_page
@@ -38,8 +36,8 @@ def generate(
     device: Device = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = DEFAULT_NEW_TOKENS,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template as the user's message.")] = False,
-    tools: Annotated[Path | None, typer.Option(help="With --chat: a JSON file with a list of tools, each with its JSON schema.")] = None,
-    documents: Annotated[Path | None, typer.Option(help='With --chat: a JSON file with a list of {"title", "text"}.')] = None,
+    tools: ToolsFile = None,
+    documents: DocumentsFile = None,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0: off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
@@ -99,9 +97,7 @@ def generate(
             candidates=0 if html is None else CANDIDATES, **penalties,
         )  # fmt: skip
         check_fusion(fusion, lam)
-        lists: dict[str, Any] = {
-            name: read_list(name, file) for name, file in (("tools", tools), ("documents", documents)) if file is not None
-        }
+        lists = read_lists(tools, documents)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     if html is not None:
@@ -137,17 +133,6 @@ def read_prompt(prompt: str | None, prompt_ids: str | None, chat: bool) -> Promp
         return [int(part) for part in (prompt_ids or "").split(",")]
     except ValueError as error:
         raise InputError(f"--prompt-ids '{prompt_ids}' is no comma list of whole numbers, such as 2,17,5.") from error
-
-
-def read_list(name: str, file: Path) -> list[dict[str, Any]]:
-    """The list of dicts in a JSON file. Raises InputError."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        check_json(text)
-        values = plain_dicts(name, json.loads(text))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--{name} {file} holds no JSON list of dicts ({reason(error)}).") from error
-    return values or []
 
 
 def read_biases(biases: Sequence[str]) -> dict[int, float] | None:

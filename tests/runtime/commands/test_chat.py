@@ -13,6 +13,7 @@ from fusionroute.runtime import FusionRuntime, InputError
 from fusionroute.runtime.backends.ort_cpu import OrtCache
 from fusionroute.runtime.conversation import Conversation
 from fusionroute.runtime.decoder import Decoder
+from tests.support.bundles import rehash
 from tests.support.commands import Command, Ended
 
 Talk = Callable[..., Ended]
@@ -123,6 +124,20 @@ def test_a_conversation_is_read_from_where_it_goes_on(bundles: list[Path], monke
         with pytest.raises(InputError, match="leaves no room"):
             list(conversation.ask("c " * 2000))
         assert len(conversation.messages) == 4
+
+
+def test_tools_reach_the_chat_template(command: Command, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools, file = [{"type": "function", "function": {"name": "f"}}], tmp_path / "tools.json"
+    file.write_text(json.dumps(tools))
+    (bundle / "chat_template.jinja").write_text("{{ messages[-1].content }}{{ tools | tojson }}")
+    rehash(bundle, "chat_template.jinja")
+    with FusionRuntime.load(bundle, precision="fp32") as rt:
+        expected = rt.generate([{"role": "user", "content": "12+30="}], 8, tools=tools).text
+        assert rt.generate("12+30=" + json.dumps(tools), 8).text != rt.generate("12+30=", 8).text
+    monkeypatch.setattr("sys.stdin", io.StringIO("12+30=\n"))
+    ended = command("chat", bundle, "--precision", "fp32", "--max-new-tokens", 8, "--tools", file)
+    assert ended.out.replace(" …\n", "\n") == f"{expected}\n"
+    assert command("chat", bundle, "--tools", tmp_path / "nowhere.json").status == 2
 
 
 def test_a_bundle_without_a_chat_template_says_so(command: Command, bundle: Path) -> None:
