@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, PrecisionName, Trust
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, PrecisionName, Trust, VerifyKey
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.serve.server import bound
 from fusionroute.runtime.serve.server import serve as listen
@@ -33,6 +33,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help="KiB of a request at most.")] = 4096,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that requests may go on after SIGTERM.")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; default: all cores.")] = None,
+    verify_key: VerifyKey = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -45,5 +46,7 @@ def serve(
     each = max(session_bytes(manifest, variant.precision) for variant in manifest.variants)
     count = sessions or sessions_within(None if memory is None else memory << 20, each)
     with bound(settings) as listening:  # before the models are loaded
-        runtime = FusionRuntime.load(bundle, precision, device, speculation=speculation, threads=threads, prefix_cache=count, trusted=trust)
+        runtime = FusionRuntime.load(
+            bundle, precision, device, speculation=speculation, threads=threads, prefix_cache=count, verify_key=verify_key, trusted=trust
+        )
         listen(runtime, replace(settings, sessions=count), listening)
