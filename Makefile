@@ -8,7 +8,7 @@ PROMPT ?= 12+30=
 # The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval gpu-check clean
+.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval test-browser screenshots gpu-check clean
 
 demo: $(VENV)/export
 	$(BIN)/python export.py --family $(FAMILY) --force
@@ -61,6 +61,14 @@ test-optimum: .venv-optimum/ready
 test-lm-eval: .venv-lm-eval/ready
 	.venv-lm-eval/bin/python -m pytest -m slow tests/lm_eval
 
+# The playground and pages of answers in a headless Chromium, which the system must have (Debian: chromium).
+test-browser: .venv-browser/ready
+	.venv-browser/bin/python -m pytest -m slow tests/browser
+
+# The pictures of them in the docs: `make screenshots BUNDLE=dist/mine`.
+screenshots: .venv-browser/ready
+	.venv-browser/bin/python -m tests.browser.screenshots $(BUNDLE) docs
+
 # What only a GPU can tell, in one report; without one it says what it skipped. `make gpu-check BUNDLE=dist/mine` checks that bundle.
 gpu-check: $(VENV)/test
 	$(BIN)/python -m benchmarks.gpu_check $(addprefix --bundle ,$(BUNDLE))
@@ -100,5 +108,11 @@ $(VENV)/docs: $(VENV)/test
 	.venv-lm-eval/bin/python -m pip install --quiet "lm-eval[hf]==0.4.13" pytest hypothesis --editable '.[cpu,export]'
 	touch $@
 
+.venv-browser/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/python -m pip install --quiet $(TORCH)
+	.venv-browser/bin/python -m pip install --quiet playwright httpx pytest hypothesis --editable '.[cpu,export,serve]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-optimum .venv-lm-eval dist
+	rm -rf $(VENV) .venv-oldest .venv-optimum .venv-lm-eval .venv-browser dist

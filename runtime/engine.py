@@ -212,6 +212,7 @@ class FusionRuntime:
         fusion: str | None = None,
         lam: float | None = None,
         expert: str | None = None,
+        drafts: bool = True,
         cancel: threading.Event | None = None,
         deadline: float | None = None,
         **options: Unpack[TextOptions],
@@ -224,7 +225,8 @@ class FusionRuntime:
 
         `expert` answers every token instead of the routed one. With it and `lam=0` the router does not run, and every
         `routing` is NaN [n_experts]; with `lam=1` no expert runs. Arguments are checked here, before the first token is
-        asked for. Raises InputError, UnavailableError, ClosedError.
+        asked for. `drafts=False`: nothing is drafted, whatever the runtime was loaded with. Raises InputError,
+        UnavailableError, ClosedError.
         """
         _ = self.backend  # closed runtimes say so first
         cancellation, max_new_tokens = Cancellation(cancel, deadline), whole("max_new_tokens", max_new_tokens, 1)
@@ -233,7 +235,7 @@ class FusionRuntime:
         settings = sampling_of(sampling)
         coefficients = self._coefficients(fusion, lam)
         experts = self._sets.current
-        pinned = experts.index(expert)
+        pinned, drafts = experts.index(expert), flag("drafts", drafts)
         output = TextStream(self.tokenizer, () if stop is None else stop)
         try:
             sampler = rules.sampler(settings, self.vocab_size, ends, self._grammars, cancellation)
@@ -241,7 +243,7 @@ class FusionRuntime:
         except Interrupted:
             return Stream.ended(cancellation.reason or "cancelled")
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
-        return experts.stream(ids, sampler, coefficients, pinned, output, ends, limit, cancellation)
+        return experts.stream(ids, sampler, coefficients, pinned, output, ends, limit, cancellation, drafts)
 
     def score(
         self,

@@ -69,6 +69,7 @@ class ExpertSet:
         ends: frozenset[int],
         limit: int,
         cancellation: Cancellation,
+        drafts: bool,
     ) -> Stream:
         """At most `limit` tokens behind a prompt, see `generate_tokens`. Raises InputError as `Decoder.append` does."""
         decoder = self.pool.take(ids, self.decoder)
@@ -80,7 +81,7 @@ class ExpertSet:
 
         def tokens() -> Generator[Token | End, None, None]:
             try:
-                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, ends, limit, cancellation)
+                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, ends, limit, cancellation, drafts)
             except NumericalError:
                 self.pool.empty()  # they may have lent, or kept, what is not finite
                 raise

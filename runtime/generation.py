@@ -23,10 +23,11 @@ def generate_tokens(
     ends: frozenset[int],
     limit: int,
     cancellation: Cancellation,
+    drafts: bool = True,
 ) -> Iterator[Token | End]:
     """At most `limit` tokens behind the appended prompt, as their text becomes certain; then the reason for the end.
 
-    `ends`: tokens that end the text, and are not part of it.
+    `ends`: tokens that end the text, and are not part of it. `drafts`: whether speculation may draft.
 
     Raises ClosedError after the runtime was closed.
     """
@@ -41,7 +42,8 @@ def generate_tokens(
                 reason = "stop"
                 break
             if not ready:
-                ready.extend(decoder.advance_some(sampler, coefficients, pinned, MAX_ROUND_TOKENS if whole_rounds else left))
+                most = (MAX_ROUND_TOKENS if whole_rounds else left) if drafts else 1
+                ready.extend(decoder.advance_some(sampler, coefficients, pinned, most))
             token = ready.popleft()
             if token.id in ends:
                 reason = "stop"

@@ -26,6 +26,7 @@ class StreamOptions(TextOptions, total=False):
     fusion: str | None
     lam: float | None
     expert: str | None
+    drafts: bool
     cancel: threading.Event | None
     deadline: float | None
 

@@ -42,7 +42,7 @@ def serve(
         model or bundle.resolve().name, host, port, api_key or None, insecure, tuple(cors or ()),
         queue=queue, body_bytes=max_body << 10, seconds=timeout, drain_seconds=drain,
     )  # fmt: skip
-    manifest = Bundle.open(bundle).manifest
+    manifest = Bundle.open(bundle, verify_key).manifest
     each = max(session_bytes(manifest, variant.precision) for variant in manifest.variants)
     count = sessions or sessions_within(None if memory is None else memory << 20, each)
     with bound(settings) as listening:  # before the models are loaded

@@ -33,7 +33,7 @@ class StreamOptions(Body):
 class Extension(Body):
     """What no other server has. expert: answers every token. lam, fusion: instead of the bundle's. routing: also return
     the expert and the routing scores of each token. candidates: with them, so many of the likeliest tokens of the
-    router, the expert and their fusion.
+    router, the expert and their fusion. drafts: whether tokens may be drafted, where the server does so.
     """
 
     expert: str | None = None
@@ -41,6 +41,7 @@ class Extension(Body):
     fusion: Literal["weighted", "additive"] | None = None
     routing: bool = False
     candidates: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] = 0
+    drafts: bool = True
 
 
 class SchemaFormat(Body):
@@ -138,6 +139,7 @@ class Generating(Body):
             "lam": extension.lam,
             "fusion": extension.fusion,
             "candidates": extension.candidates,
+            "drafts": extension.drafts,
             "grammar": self.grammar(),
         }
 

@@ -22,6 +22,11 @@ function percent(share) {
   return share >= 0.9995 || share < 0.0005 ? `${Math.round(100 * share)} %` : `${(100 * share).toFixed(1)} %`;
 }
 
+/** The same in short. */
+function rounded(share) {
+  return share > 0 && share < 0.005 ? "<1 %" : `${Math.round(100 * share)} %`;
+}
+
 /** Scores as probabilities; null where one is not known. */
 function softmax(scores) {
   if (scores.some((score) => score === null)) return null;
@@ -203,7 +208,7 @@ class AnswerView {
       for (const [title, key, className] of columns) {
         const rows = token.candidates[key].map(({ id, text, logprob }) => {
           const share = Math.exp(logprob ?? -Infinity);
-          return [visible(text), share, percent(share), className, id === token.id];
+          return [visible(text), share, rounded(share), className, id === token.id];
         });
         models.append(element("section", "", element("h3", "", title), rows.length ? bars(rows) : element("p", "quiet", "did not run")));
       }

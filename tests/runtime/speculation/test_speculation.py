@@ -196,3 +196,11 @@ def test_rounds_of_no_token_are_refused(bundles: list[Path]) -> None:
 def test_unknown_speculation_is_refused(bundles: list[Path]) -> None:
     with pytest.raises(InputError, match="speculation 'on'"):
         FusionRuntime.load(bundles[0], speculation="on")
+
+
+def test_one_text_may_go_without_drafts(bundles: list[Path], eager: None) -> None:
+    with FusionRuntime.load(bundles[0], "fp32", "cpu", speculation="auto") as rt:
+        drafting, plain = rt.generate([5, 6, 7, 5, 6], 24), rt.generate([5, 6, 7, 5, 6], 24, drafts=False)
+        assert drafting.drafted > 0 == plain.drafted and drafting.token_ids == plain.token_ids
+        with pytest.raises(InputError, match=r"^drafts is 'no', expected True or False\.$"):
+            rt.generate([5], 2, drafts="no")  # type: ignore[arg-type]
