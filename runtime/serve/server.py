@@ -8,21 +8,27 @@ import socket
 import sys
 
 import uvicorn
+from fastapi import FastAPI
 
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.errors import UnavailableError, reason
 from fusionroute.runtime.serve.app import Server, create_app
 from fusionroute.runtime.serve.settings import Settings
 
+KEEP_ALIVE_SECONDS = 65  # longer than clients keep idle connections, so that none sends into one that is being closed
 GRACE_SECONDS = 5.0  # for answers that were cancelled to be sent
 
 
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, whose end is told to the jobs."""
 
-    def __init__(self, config: uvicorn.Config, server: Server):
+    def __init__(self, app: FastAPI, settings: Settings):
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, lifespan="on", timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=int(settings.drain_seconds + GRACE_SECONDS) + 1,
+        )  # fmt: skip
         super().__init__(config)
-        self._server = server
+        self._server: Server = app.state.server
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse new requests, wait for those that run, and cancel what is left."""
@@ -41,12 +47,9 @@ def serve(runtime: FusionRuntime, settings: Settings, listening: socket.socket) 
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
-    config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=int(settings.drain_seconds + GRACE_SECONDS) + 1, lifespan="on",
-    )  # fmt: skip
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a client that has left
     print(f"{settings.model} is served at http://{address(listening)}/v1", file=sys.stderr, flush=True)
-    DrainingServer(config, app.state.server).run([listening])
+    DrainingServer(app, settings).run([listening])
 
 
 def bound(settings: Settings) -> socket.socket:

@@ -149,13 +149,13 @@ def test_masks_are_those_of_every_token_alone(rt: FusionRuntime, seed: int) -> N
 @pytest.mark.parametrize("grammar", [Grammar.json_schema(PERSON), Grammar.regex(NUMBER)], ids=["schema", "expression"])
 def test_drafts_change_no_greedy_token(grammar: Grammar, bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     draft_always(monkeypatch)
-    assert same(bundles[0], "fp32", 6, False, grammar=grammar, presence_penalty=0.3) > 0
+    assert same(bundles[0], "fp32", 3, False, grammar=grammar, presence_penalty=0.3) > 0
 
 
 def test_drafts_keep_the_distribution(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Chi-square of sampled texts against the masked distribution of teacher-forced logits."""
     draft_always(monkeypatch)
-    count, ids = 160, [5, 6, 7, 5, 6]
+    count, ids = 120, [5, 6, 7, 5, 6]
     with FusionRuntime.load(bundles[0], precision="fp32", speculation="auto") as rt:
         grammar = Grammar.regex("[ab]{2}")
         results = [rt.generate(ids, 4, grammar=grammar, temperature=1.5, seed=seed) for seed in range(count)]

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import httpx
-import uvicorn
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.serve.app import Server, create_app
@@ -27,8 +26,7 @@ class Served:
         self.server: Server = self.app.state.server
         listening = bound(replace(settings, port=0))
         self.url = f"http://{address(listening)}"
-        config = uvicorn.Config(self.app, log_level="critical", access_log=False, timeout_graceful_shutdown=20)
-        self.uvicorn = DrainingServer(config, self.server)
+        self.uvicorn = DrainingServer(self.app, settings)
         self.thread = threading.Thread(target=self.uvicorn.run, args=([listening],))
         self.thread.start()
         wait_until(lambda: self.uvicorn.started)

@@ -2,10 +2,12 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.decoder import Decoder
+from tests.runtime.commands.conftest import runtime_status
+from tests.support.commands import Command
 from tests.support.server import MODEL, Served, events, served, wait_until
 
 LONG: dict[str, Any] = {"prompt": "12+30=", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
@@ -42,14 +46,14 @@ def test_a_client_that_leaves_frees_its_session_within_a_token(server: Served, s
         for _ in range(3):
             next(lines)
         assert server.server.admission.running == 1
-    wait_until(lambda: server.idle, 5)
+    wait_until(lambda: server.idle)
     before = server.metric("generated_tokens_total")
     time.sleep(0.2)
-    assert server.metric("generated_tokens_total") == before < 100
-    with pytest.raises(httpx.ReadTimeout):  # not streamed
-        httpx.post(server.url + "/v1/completions", json={"model": MODEL} | LONG, timeout=0.3)
-    wait_until(lambda: server.idle, 5)
-    assert server.metric("generated_tokens_total") - before < 100
+    assert server.metric("generated_tokens_total") == before < 400
+    with sent(server, LONG):  # not streamed
+        wait_until(lambda: server.metric("generated_tokens_total") > before + 1)
+    wait_until(lambda: server.idle)
+    assert server.metric("generated_tokens_total") - before < 400
 
 
 def test_beyond_the_queue_comes_429_and_those_that_leave_it_make_room(bundles: list[Path], slow: list[float]) -> None:
@@ -57,36 +61,41 @@ def test_beyond_the_queue_comes_429_and_those_that_leave_it_make_room(bundles: l
         with stream(running) as first:
             lines = events(first.iter_lines())
             next(lines)
-            waiting = threading.Thread(target=wait_briefly, args=(running,))
-            waiting.start()
-            wait_until(lambda: running.server.admission.waiting == 1)
-            refused = running.complete("1")
-            assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
-            assert refused.json()["error"]["code"] == "queue_full"
-            waiting.join()
+            with sent(running, {"prompt": "1"}):
+                wait_until(lambda: running.server.admission.waiting == 1)
+                refused = running.complete("1")
+                assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+                assert refused.json()["error"]["code"] == "queue_full"
             wait_until(lambda: running.server.admission.waiting == 0)
-        wait_until(lambda: running.idle, 5)
+            assert running.server.admission.running == 1
+        wait_until(lambda: running.idle)
         slow[0] = 0.0
         assert running.complete("1", max_tokens=2).status_code == 200
 
 
-def wait_briefly(running: Served) -> None:
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(running.url + "/v1/completions", json={"model": MODEL, "prompt": "1"}, timeout=0.5)
+@contextmanager
+def sent(running: Served, fields: dict[str, Any]) -> Iterator[None]:
+    """A request of a client that leaves at the end without an answer."""
+    host, _, port = running.url.removeprefix("http://").partition(":")
+    body = json.dumps({"model": MODEL} | fields).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + body)
+        yield
 
 
 def test_time_is_over(bundles: list[Path], slow: list[float]) -> None:
     """The text so far is answered, and said to be cut."""
-    with served(FusionRuntime.load(bundles[0], precision="fp32"), sessions=1, seconds=0.5) as running:
+    with served(FusionRuntime.load(bundles[0], precision="fp32"), sessions=1, seconds=2.0) as running:
         answer = running.complete(**LONG).json()
         choice = answer["choices"][0]
         assert choice["finish_reason"] == "length" and choice["fusionroute"] == {"finish_reason": "deadline"}
-        assert 0 < answer["usage"]["completion_tokens"] < 30
+        assert answer["usage"]["completion_tokens"] < 900
 
 
 def test_the_end_waits_for_texts_and_then_cancels_them(bundles: list[Path], slow: list[float]) -> None:
-    with served(FusionRuntime.load(bundles[0], precision="fp32"), sessions=2, drain_seconds=0.6) as running:
-        with stream(running, max_tokens=15) as short, stream(running) as long:
+    with served(FusionRuntime.load(bundles[0], precision="fp32"), sessions=2, drain_seconds=3.0) as running:
+        with stream(running, max_tokens=5) as short, stream(running) as long:
             ends = []
             lines = [events(answer.iter_lines()) for answer in (short, long)]
             for each in lines:
@@ -133,7 +142,8 @@ def test_the_command_serves_logs_no_prompt_and_ends_at_sigterm(bundles: list[Pat
         (["--host", "203.0.113.1", "--insecure"], "error: 203.0.113.1 port 8000 cannot be listened at (Cannot assign requested address): choose another with --host and --port.\n"),
     ],
 )  # fmt: skip
-def test_the_command_refuses_in_one_sentence(bundles: list[Path], options: list[str], sentence: str) -> None:
-    command = [sys.executable, "-m", "runtime", "serve", str(bundles[0]), *options]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", sentence)
+def test_the_command_refuses_in_one_sentence(
+    bundles: list[Path], options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = Command("runtime", runtime_status, monkeypatch, capsys)("serve", bundles[0], *options)
+    assert (ended.status, ended.out, ended.err) == (1, "", sentence)

@@ -83,9 +83,9 @@ def run(server: Served, rt: FusionRuntime, count: int, requests: int | None, sec
     return clients
 
 
-def test_eight_clients(server: Served, rt: FusionRuntime) -> None:
-    clients = run(server, rt, 8, 6)
-    assert sum(clients.counts.values()) == 48 and clients.counts["full"] == 0 and min(clients.counts["whole"], clients.counts["left"]) > 0
+def test_six_clients(server: Served, rt: FusionRuntime) -> None:
+    clients = run(server, rt, 6, 4)
+    assert sum(clients.counts.values()) == 24 and clients.counts["full"] == 0 and min(clients.counts["whole"], clients.counts["left"]) > 0
 
 
 @pytest.mark.slow
