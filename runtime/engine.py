@@ -26,7 +26,8 @@ from fusionroute.runtime.sampling import sampling_of
 from fusionroute.runtime.scoring import Scores, positions_to_score
 from fusionroute.runtime.session import Session
 from fusionroute.runtime.stream import Result, Stream, StreamOptions, TextOptions, split
-from fusionroute.runtime.text import Text, TextStream, Token
+from fusionroute.runtime.text import Text, Token
+from fusionroute.runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -26,7 +26,8 @@ from fusionroute.runtime.pool import Pool
 from fusionroute.runtime.sampling import Sampler
 from fusionroute.runtime.scoring import Scores, score
 from fusionroute.runtime.stream import End, Stream
-from fusionroute.runtime.text import TextStream, Token
+from fusionroute.runtime.text import Token
+from fusionroute.runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
     from fusionroute.runtime.speculation.costs import Costs

@@ -10,7 +10,8 @@ from fusionroute.runtime.decoder import Decoder
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.sampling import Sampler
 from fusionroute.runtime.stream import End
-from fusionroute.runtime.text import TextStream, Token
+from fusionroute.runtime.text import Token
+from fusionroute.runtime.text_stream import TextStream
 
 
 def generate_tokens(

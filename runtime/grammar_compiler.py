@@ -37,19 +37,23 @@ class GrammarCompiler:
             raise InputError(f"grammar is {shown(given)}, expected a Grammar, such as Grammar.json_schema(…).")
         with self._lock:
             matcher = self._matchers.get(grammar)
-            if matcher is None:
-                matcher = self._matchers[grammar] = self._compiled(grammar)
-                if len(self._matchers) > MOST_COMPILED:
-                    self._matchers.popitem(last=False)
+            if matcher is None and self._tokenizer is None:
+                self._tokenizer = self._read_tokenizer()
+        if matcher is None:
+            matcher = self._compiled(grammar)  # this may take a second: others do not wait for it
+        with self._lock:
+            self._matchers[grammar] = matcher
             self._matchers.move_to_end(grammar)
+            if len(self._matchers) > MOST_COMPILED:
+                self._matchers.popitem(last=False)
             return GrammarMasks(matcher.deep_copy(), self._vocab)
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
-        tokenizer = self._tokenizer = self._tokenizer or self._read_tokenizer()
         from llguidance import LLMatcher, LLParserLimits
 
+        assert self._tokenizer is not None
         try:  # errors that are not verbose do not repeat the grammar
-            matcher = LLMatcher(tokenizer, _source(LLMatcher, grammar), log_level=0, limits=LLParserLimits(verbose_errors=False))
+            matcher = LLMatcher(self._tokenizer, _source(LLMatcher, grammar), log_level=0, limits=LLParserLimits(verbose_errors=False))
             fault = matcher.get_error()
         except BaseException as error:
             fault = _fault(error)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.runtime.errors import InputError, one_line
+from fusionroute.runtime.errors import InputError, printable
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 
 if TYPE_CHECKING:
@@ -111,5 +111,7 @@ class GrammarMasks:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            fault = one_line(ValueError(self._matcher.get_error())).rstrip(".")
-            raise InputError(f"The grammar cannot be followed any further ({fault}): use a simpler one.")
+            fault = self._matcher.get_error().partition("<")[0].strip().rstrip(".")  # behind it llguidance tells its state
+            if fault.startswith("NoExtension"):
+                raise InputError("The grammar allows no text, or none that goes on from here: widen it.")
+            raise InputError(f"The grammar cannot be followed any further ({printable(fault)}): use a simpler one.")

@@ -34,13 +34,13 @@ NO_PENALTIES = Penalties()
 
 
 class Processed(NamedTuple):
-    """A `backend.Fused` of one position after processing, in buffers that the next one overwrites. raw: float32 [V],
-    before it.
+    """What a `backend.Fused` of one position says after processing, in buffers that the next one overwrites.
+
+    raw: the row before it, float32 [V].
     """
 
     ids: npt.NDArray[np.int64]
     logits: npt.NDArray[np.float32]
-    unpenalised: npt.NDArray[np.float32]
     log_normaliser: npt.NDArray[np.float32]
     sampling_normaliser: npt.NDArray[np.float32]
     rows: npt.NDArray[np.float32]
@@ -116,7 +116,7 @@ class LogitsProcessor:
         if peak == -math.inf and math.isfinite(log_normaliser[0]):
             raise InputError("No token is left to choose: logit_bias or min_new_tokens bars all that may stand here.")
         sampling_normaliser[0] = self._log_sum(row, peak, temperature)
-        return Processed(ids[None], logits[None], raw[ids][None], log_normaliser, sampling_normaliser, self._rows, raw)
+        return Processed(ids[None], logits[None], log_normaliser, sampling_normaliser, self._rows, raw)
 
     def _change(self, row: npt.NDArray[np.float32]) -> None:
         repetition, presence, frequency = self._penalties

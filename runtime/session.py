@@ -14,7 +14,8 @@ from fusionroute.runtime.exclusive import Exclusive
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.sampling import Sampler, Sampling, SamplingOptions, sampler_of, sampling_of
 from fusionroute.runtime.scoring import Scores
-from fusionroute.runtime.text import Text, TextStream, Token
+from fusionroute.runtime.text import Text, Token
+from fusionroute.runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

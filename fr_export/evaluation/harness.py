@@ -189,9 +189,7 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import register_model
 
-    from fusionroute.fr_export.evaluation import harness  # not __main__'s copy
-
-    register_model("fusionroute")(harness.FusionRouteLM)
+    register_model("fusionroute")(FusionRouteLM)
     cli_evaluate()
 
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.graph import Graph, initializer, node, replace_node, users
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
+from fusionroute.fr_export.precision.kernels import round_to_nearest
 from fusionroute.runtime.errors import InputError
 
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # the inverse of a smaller scale overflows
@@ -121,14 +122,12 @@ def widened(part: Quantised, bits: int, width: int) -> np.ndarray:
 
 def nearest(rows: np.ndarray, fmt: Format) -> Quantised:
     """Round fp32 rows [R, K] to the nearest values of their blocks."""
-    rows = blocked(rows, fmt.block)
+    rows = np.ascontiguousarray(blocked(rows, fmt.block), np.float32)
     scales, zeros = fmt.grid(rows, None)
-    step = scales.astype(np.float32)
-    scaled = rows * np.divide(1, step, out=np.zeros_like(step), where=step > 0)[..., None]
-    np.rint(scaled, out=scaled)
-    scaled += 1 << (fmt.bits - 1) if zeros is None else zeros[..., None]
-    np.clip(scaled, 0, 2**fmt.bits - 1, out=scaled)
-    return Quantised(scaled.astype(np.uint8), scales, zeros)
+    middle = np.full(scales.shape, fmt.middle, np.float32) if zeros is None else zeros.astype(np.float32)
+    levels = np.empty(rows.shape, np.uint8)
+    round_to_nearest(rows, scales.astype(np.float32), middle, 2**fmt.bits - 1, levels)
+    return Quantised(levels, scales, zeros)
 
 
 def in_range(parts: Iterable[np.ndarray], fmt: Format, name: str) -> Iterator[np.ndarray]:

@@ -54,6 +54,21 @@ def best_candidates(rows: np.ndarray, importance: np.ndarray, steps: np.ndarray,
                     least, best[row, block] = error, candidate
 
 
+@compiled(read(float32, 3), read(float32, 2), read(float32, 2), float32, uint8[:, :, ::1])
+def round_to_nearest(rows: np.ndarray, steps: np.ndarray, zeros: np.ndarray, top: float, levels: np.ndarray) -> None:
+    """The nearest level of every weight, from 0 to `top`: a weight becomes (level − zero)·step.
+
+    rows float32 [R, blocks, block]; steps, zeros float32 [R, blocks]; levels uint8 [R, blocks, block] is filled.
+    """
+    for row in range(rows.shape[0]):
+        for block in range(rows.shape[1]):
+            step, zero = steps[row, block], zeros[row, block]
+            inverse = np.float32(1) / step if step > 0 else np.float32(0)
+            for at in range(rows.shape[2]):
+                level = min(max(np.rint(rows[row, block, at] * inverse) + zero, np.float32(0)), top)
+                levels[row, block, at] = np.uint8(level)
+
+
 @compiled(
     read(float32, 2), read(float32, 2), read(float32, 2, "A"), read(int64, 1), read(float32, 2), read(float32, 2), float32,
     float32[:, ::1], uint8[:, ::1],

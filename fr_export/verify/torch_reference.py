@@ -42,9 +42,9 @@ def reference(
     head, bias = torch.from_numpy(system.head.weight), torch.from_numpy(system.head.bias)
     results = []
     for ids in inputs:
-        hidden = router.model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = router(input_ids=ids, use_cache=False).logits[0, :, : system.vocab_size].numpy()
-        routing = (hidden[0] @ head.T + bias).numpy()
+        output = router(input_ids=ids, use_cache=False, output_hidden_states=True)  # the last of these is behind the norm
+        logits = output.logits[0, :, : system.vocab_size].numpy()
+        routing = (output.hidden_states[-1][0] @ head.T + bias).numpy()
         results.append(Reference(coefficients[0] * logits, routing, routing.argmax(-1)))
     del router
     advance(1)

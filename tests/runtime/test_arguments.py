@@ -177,7 +177,7 @@ def test_anything_at_all_is_answered_or_refused(runtime: FusionRuntime, options:
 
 
 def test_an_unknown_option_is_told_all_known_ones(runtime: FusionRuntime) -> None:
-    """Those that the method declares, and those of sampling, rules and chat templates that it passes on."""
+    """Those that the method declares, and those of sampling, of a text's form and of chat templates that it passes on."""
     declared = {name for name in inspect.signature(FusionRuntime.stream).parameters if name not in ("self", "prompt", "options")}
     expected = declared | set(Sampling.__dataclass_fields__) | set(RuleOptions.__annotations__) | set(ChatOptions.__annotations__)
     for call, more in ((runtime.stream, set()), (runtime.generate, {"on_token"})):

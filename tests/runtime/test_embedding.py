@@ -20,8 +20,9 @@ from fusionroute.runtime.bench.memory import resident
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.sampling import SamplingOptions
-from fusionroute.runtime.stream import StreamOptions
+from fusionroute.runtime.stream import StreamOptions, TextOptions
 from fusionroute.runtime.text import Token
+from fusionroute.runtime.text_rules import RuleOptions, TextRules
 
 PROMPT = "12+30= and more"
 
@@ -330,7 +331,8 @@ def test_the_types_of_options_are_those_of_the_options() -> None:
     assert set(SamplingOptions.__annotations__) == {field.name for field in fields(Sampling)}
     code = FusionRuntime.stream.__code__
     keywords = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
-    assert set(StreamOptions.__annotations__) - set(SamplingOptions.__annotations__) == set(keywords)
+    assert set(RuleOptions.__annotations__) == {field.name for field in fields(TextRules)}
+    assert set(StreamOptions.__annotations__) - set(TextOptions.__annotations__) == set(keywords)
     assert (Path(sys.modules["fusionroute.runtime"].__file__ or "").parent / "py.typed").exists()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fusionroute.runtime import FusionRuntime, InputError
+from tests.support.speculation import draft_always
 
 PROMPT = "12+30= and more"
 
@@ -177,3 +178,24 @@ def test_the_runtime_needs_no_exporter_packages_and_imports_little(bundles: list
     assert not packages & {"onnxruntime", "tokenizers", "jinja2", "typer", "rich", "asyncio", "multiprocessing", "matplotlib"}
     assert not [module for module in modules if module.startswith(("fusionroute.calibration", "fusionroute.fr_export"))]
     assert len(modules) < 220, "144 when this was written, of which 41 are our own"
+
+
+@pytest.mark.parametrize("options", [{}, {"speculation": "auto"}], ids=["plain", "drafts"])
+@pytest.mark.parametrize("number", [0, 2], ids=["models", "one base"])
+@pytest.mark.parametrize(("fusion", "lam"), [("weighted", 0.15), ("additive", 0.5)])
+def test_the_log_probability_of_a_token_from_beyond_the_candidates(
+    bundles: list[Path], fusion: str, lam: float, number: int, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logits are fused anew, with the weights of router and expert each in its place: here they differ by far."""
+    if options:
+        draft_always(monkeypatch)
+    with FusionRuntime.load(bundles[number], "fp32", "cpu", fusion=fusion, lam=lam, **options) as rt:  # type: ignore[arg-type]
+        prompt = rt.encode(PROMPT)
+        tokens = list(rt.stream(prompt, 60, temperature=1e3, repetition_penalty=1.3, seed=1))
+        ids = [*prompt, *(token.id for token in tokens)]
+        rows = rt.score(ids[:-1], positions=range(len(prompt) - 1, len(ids) - 1)).logits.astype(np.float64)
+        beyond = 0
+        for token, row in zip(tokens, rows, strict=True):
+            assert token.logprob == pytest.approx(row[token.id] - row.max() - np.log(np.exp(row - row.max()).sum()), abs=2e-4)
+            beyond += int(np.count_nonzero(row > row[token.id]) > 260)
+        assert beyond > 1, "a nearly uniform draw leaves the 256 candidates now and then"

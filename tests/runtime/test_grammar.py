@@ -155,7 +155,7 @@ def test_drafts_change_no_greedy_token(grammar: Grammar, bundles: list[Path], mo
 def test_drafts_keep_the_distribution(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Chi-square of sampled texts against the masked distribution of teacher-forced logits."""
     draft_always(monkeypatch)
-    count, ids = 400, [5, 6, 7, 5, 6]
+    count, ids = 160, [5, 6, 7, 5, 6]
     with FusionRuntime.load(bundles[0], precision="fp32", speculation="auto") as rt:
         grammar = Grammar.regex("[ab]{2}")
         results = [rt.generate(ids, 4, grammar=grammar, temperature=1.5, seed=seed) for seed in range(count)]
@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a list": (lambda: Grammar.json_schema("[1]"), "The JSON schema is [1], expected a dict, or a str of JSON."),
     "not a number": (
         lambda: Grammar.json_schema({"const": math.nan}),
-        "The JSON schema cannot be written as JSON (Out of range float values are not JSON compliant: nan): pass one that can.",
+        "The JSON schema cannot be written as JSON (Out of range float values are not JSON compliant",
     ),
     "look-ahead": (
         lambda: Grammar.json_schema({"type": "string", "pattern": "(?=a)b"}),
@@ -227,6 +227,21 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         'The expression is refused: at 1(8): invalid regex "([" (in regex): regex parse error: ([ error: unclosed character class.',
     ),
     "a name": (lambda: Grammar.lark("start: foo"), 'The grammar is refused: at 1(8): unknown name: "foo".'),
+    "no text at all": (lambda: Grammar.regex(r"[^\s\S]"), "The grammar allows no text, or none that goes on from here: widen it."),
+    "a reference to itself": (
+        lambda: Grammar.json_schema({"$ref": "#"}),
+        "The grammar allows no text, or none that goes on from here: widen it.",
+    ),
+    "a reference to elsewhere": (
+        lambda: Grammar.json_schema({"$ref": "http://127.0.0.1:1/x.json"}),
+        "The JSON schema is refused: Resource 'http://127.0.0.1:1/x.json' is not present in a registry and retrieving it failed: "
+        "Default retriever does not fetch resources.",
+    ),
+    "too many ways to go on": (
+        lambda: Grammar.lark("start: " + " | ".join(f'"a{n}" "b{n}"' for n in range(3000))),
+        "The grammar cannot be followed any further (Parser Error: Current row has",
+    ),
+    "a surrogate": (lambda: Grammar.regex("\ud800"), "The expression is refused: 'utf-8' codec can't encode character"),
     "no grammar": (lambda: "[0-9]", "grammar is '[0-9]', expected a Grammar, such as Grammar.json_schema(…)."),
     "too long": (lambda: Grammar.regex("a" * (1 << 20) + "b"), "The grammar has 1048577 characters, expected at most 1048576."),
 }
@@ -237,8 +252,8 @@ def test_what_is_no_grammar_is_one_sentence(name: str, rt: FusionRuntime) -> Non
     make, sentence = REFUSED[name]
     with pytest.raises(InputError) as caught:
         rt.generate("a", 5, grammar=make())
-    assert str(caught.value).startswith(sentence[:60]) and "\n" not in str(caught.value)
-    assert str(caught.value) == sentence or name == "not a number"  # Python's own words there
+    assert "\n" not in str(caught.value) and "<" not in str(caught.value)
+    assert str(caught.value) == sentence or (sentence[-1] != "." and str(caught.value).startswith(sentence))  # others' words, cut here
 
 
 def test_what_a_grammar_needs(rt: FusionRuntime, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

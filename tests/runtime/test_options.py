@@ -117,6 +117,6 @@ def test_options_take_other_spellings_of_a_value(name: str, value: Any, expected
 
 def test_the_options_of_load_stand_in_one_place() -> None:
     parameters = dict(inspect.signature(FusionRuntime.load).parameters)
-    for name in ("bundle", "verify", "trusted"):
+    for name in ("bundle", "verify", "verify_key", "trusted"):
         del parameters[name]
     assert {name: parameter.default for name, parameter in parameters.items()} == asdict(RuntimeOptions())

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.text import TextStream
+from fusionroute.runtime.text_stream import TextStream
 from tests.support.tokenizers import id_of, joined, one_byte, streamed, text_of, token
 
 

@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime.errors import BundleError, InputError
-from fusionroute.runtime.text import Text, TextStream
+from fusionroute.runtime.text import Text
+from fusionroute.runtime.text_stream import TextStream
 from tests.support.tokenizers import MAKERS, SAMPLE, byte_level, id_of, joined, one_byte, streamed, text_of, token
 
 

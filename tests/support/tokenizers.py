@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusionroute.runtime.text import Text, TextStream, Token
+from fusionroute.runtime.text import Text, Token
+from fusionroute.runtime.text_stream import TextStream
 
 tokenizers: Any = pytest.importorskip("tokenizers")
 
