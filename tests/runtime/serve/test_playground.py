@@ -74,15 +74,16 @@ def test_candidates_come_with_routing_only(server: Served) -> None:
 
 
 def test_a_request_may_name_one_of_the_precisions(bundles: list[Path]) -> None:
-    texts = {}
+    scores = {}
     for precision in ("fp32", "int8"):
         with FusionRuntime.load(bundles[0], precision) as alone:
-            texts[precision] = alone.generate("12+30=", 16).text
-    assert texts["fp32"] != texts["int8"]
+            scores[precision] = next(alone.stream("12+30=", 1)).routing.tolist()
+    assert scores["fp32"] != pytest.approx(scores["int8"], abs=1e-4)
     with served(*(FusionRuntime.load(bundles[0], precision) for precision in ("int8", "fp32"))) as running:
         for named, expected in ((None, "int8"), ("fp32", "fp32"), ("int8", "int8")):
-            answer = running.complete(max_tokens=16, temperature=0, fusionroute={"precision": named})
-            assert answer.json()["choices"][0]["text"] == texts[expected]
+            own = {"precision": named, "routing": True}
+            choice = running.complete(max_tokens=1, temperature=0, fusionroute=own).json()["choices"][0]
+            assert choice["fusionroute"]["tokens"][0]["routing"] == pytest.approx(scores[expected], abs=1e-5)
         refused = running.complete(fusionroute={"precision": "int4"})
         assert refused.status_code == 400
         assert refused.json()["error"]["message"] == (
