@@ -6,11 +6,11 @@
     serving_masks.py      from that: the positions that each model has to serve
     blockwise_forward.py  runs a model one decoder block at a time over all texts
     observers.py          statistics of one matrix's input, in memory that does not grow
-    short_calls.py        whose turn it is to make many short calls of numpy
+    kernels.py            its loops over single values, which compiled.py has numba compile
     observe.py            the statistics of a whole model; an interrupted run goes on
     table.py              all texts and statistics of a system, in one file
     checksummed_file.py   safetensors files with a digest over everything they hold
     show.py, commands.py  `python -m calibration FILE`: what a table says
 
-It needs the runtime alone, no torch and no exporter.
+It needs the runtime alone, no torch and no exporter; to observe it takes numba, which the exporter's extra installs.
 """

@@ -27,7 +27,7 @@ def compiled(*arguments: Any, any_order: bool = False) -> Callable[[Kernel], Ker
     def compile(kernel: Kernel) -> Kernel:
         try:
             machine_code: Kernel = njit(types.void(*arguments), cache=True, **options)(kernel)
-        except RuntimeError:  # there is no folder to keep it in
+        except (RuntimeError, OSError):  # there is no folder, or no room, to keep it in
             machine_code = njit(types.void(*arguments), **options)(kernel)
         return machine_code
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusionroute.runtime.errors import InputError, one_line
+from fusionroute.runtime.strict_json import why_no_json
 
 HELD_OUT_EVERY = 5  # of so many prompts one is held out of calibration
 
@@ -92,7 +93,7 @@ def prompt_of(path: Path, number: int, line: str) -> str:
         value = json.loads(line)
     except ValueError as error:
         raise InputError(
-            f"Line {number} of {path} is not JSON ({one_line(error)}); expected one JSON string or object per line."
+            f"Line {number} of {path} is not JSON, since {why_no_json(line, error)}; expected one JSON string or object per line."
         ) from error
     text = value if isinstance(value, str) else (value.get("prompt") or value.get("text")) if isinstance(value, dict) else None
     if not isinstance(text, str) or not text.strip():

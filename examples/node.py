@@ -184,8 +184,10 @@ def main(bundle: str, seconds: str = "5") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3) or not all(each.replace(".", "", 1).isdecimal() for each in sys.argv[2:]):
+        sys.exit("usage: python examples/node.py BUNDLE [SECONDS]")
     logging.basicConfig(level=logging.INFO)
     try:
-        main(*sys.argv[1:3])
+        main(*sys.argv[1:])
     except FusionError as error:
         sys.exit(f"error: {error}")

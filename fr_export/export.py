@@ -33,6 +33,8 @@ from fusionroute.fr_export.verify.bounds import refuse_missed
 from fusionroute.fr_export.verify.measure import measure
 from fusionroute.fr_export.verify.report import NAME as REPORT
 from fusionroute.fr_export.verify.report import build_report, write_report
+from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.precisions import PRECISIONS
 
 TABLE = "calibration.safetensors"
 
@@ -80,7 +82,12 @@ class Checked:
 def check(request: Request, stages: Stages) -> Checked:
     """Open everything that a request names and refuse what does not fit. Changes nothing. Raises FusionError."""
     refuse(request.out, request.force, request.calibration, request.experts, request.gpus)
-    plan = [(target, SCHEMES[target][name]) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
+    chosen = [(target, name) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
+    if request.calibration == "none" and (needy := [pair for pair in chosen if pair[0] in PRECISIONS[pair[1]].calibrated_on]):
+        raise InputError(
+            f"{needy[0][1]} for {needy[0][0]} needs the scales of calibration: leave out calibration='none', or name other precisions."
+        )
+    plan = [(target, SCHEMES[target][name]) for target, name in chosen]
     with stages.stage("checking the checkpoints"):
         system = System.open(request.family, request.router, request.experts, request.head_key, request.max_seq_len, request.base)
         shared = deltas(system, request.budget is not None, request.leave_apart) if request.shared_base else None

@@ -201,8 +201,8 @@ class Bundle:
         by_precision = {variant.precision: variant for variant in self.manifest.variants if variant.target == target}
         return [by_precision[name] for name in fastest_first(by_precision, target)]
 
-    def variant(self, target: str, precision: str | None) -> Variant:
-        """The variant for a target and a precision, by default the fastest.
+    def variant(self, target: str, precision: str | None, exported_as: str | None = None) -> Variant:
+        """The variant for a target and a precision, by default the fastest. `exported_as`: what --target calls it.
 
         Raises UnavailableError naming what the bundle has.
         """
@@ -211,7 +211,8 @@ class Bundle:
             targets = sorted({variant.target for variant in self.manifest.variants})
             known = ", ".join(f"{name} ({ELSEWHERE[name]})" if name in ELSEWHERE else name for name in targets)
             raise UnavailableError(
-                f"The bundle {self.folder} has no graphs for {target}, only for {known}: export it with --target {target}."
+                f"The bundle {self.folder} has no graphs for {exported_as or target}, only for {known}: "
+                f"export it with --target {exported_as or target}."
             )
         if precision is None:
             precision = next(iter(by_precision))

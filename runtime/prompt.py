@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"  # a file, and a folder of others
+MOST_BYTES = 1 << 22  # of a chat template or a tokenizer_config.json: common ones have 50,000
 SHORT = 4096  # characters: encoded in a few milliseconds, whatever they are
 NEVER = Cancellation()
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -39,13 +40,13 @@ def chat_templates_of(bundle: Bundle) -> ChatTemplates | None:
         for name in bundle.manifest.files
         if name.startswith(f"{MORE_TEMPLATES}/") and name.endswith(".jinja")
     }
-    templates = {name: text for file, name in names.items() if (text := bundle.text(file)) is not None}
+    templates = {name: text for file, name in names.items() if (text := small_text(bundle, file)) is not None}
     return ChatTemplates(templates, special_tokens_of(bundle)) if templates else None
 
 
 def special_tokens_of(bundle: Bundle) -> dict[str, str]:
     """Special tokens by their names in chat templates, such as eos_token. Raises BundleError for a broken tokenizer_config.json."""
-    manifest, content = bundle.manifest, bundle.text(TOKENIZER_CONFIG)
+    manifest, content = bundle.manifest, small_text(bundle, TOKENIZER_CONFIG)
     if content is None:  # of older versions
         tokens = {"bos_token": manifest.bos_token, "eos_token": manifest.eos_token}
         return {name: token for name, token in tokens.items() if token is not None}
@@ -57,6 +58,14 @@ def special_tokens_of(bundle: Bundle) -> dict[str, str]:
     except ValueError as error:
         raise BundleError(f"{bundle.folder / TOKENIZER_CONFIG} cannot be read ({one_line(error)}); export the bundle again.") from error
     return {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, str)}
+
+
+def small_text(bundle: Bundle, name: str) -> str | None:
+    """A text file of a bundle, None where it has none. Raises BundleError, also for one that no checkpoint has so large."""
+    entry = bundle.manifest.files.get(name)
+    if entry is not None and entry.bytes > MOST_BYTES:
+        raise BundleError(f"{bundle.folder / name} has {entry.bytes} bytes, expected {MOST_BYTES} at most; export the bundle again.")
+    return bundle.text(name)
 
 
 class PromptEncoder:

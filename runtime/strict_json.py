@@ -18,6 +18,16 @@ def check_json(content: str | bytes) -> None:
         raise ValueError("it is nested too deeply") from error
 
 
+def why_no_json(line: str, error: ValueError) -> str:
+    """Where a line, such as one of many in a file, is no JSON: a part of a sentence."""
+    place = error.pos if isinstance(error, json.JSONDecodeError) else 0
+    rest = line[place:].strip()
+    begin = repr(rest if len(rest) <= DIGITS else f"{rest[:DIGITS]}…")
+    if not rest:
+        return "it ends too early"
+    return f"it begins with {begin}" if not line[:place].strip() else f"it goes on with {begin} behind {place} characters"
+
+
 def _distinct(pairs: list[tuple[str, Any]]) -> None:
     keys = set()
     for key, _ in pairs:

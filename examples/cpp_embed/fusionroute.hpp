@@ -12,11 +12,13 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -34,8 +36,11 @@ namespace detail {
 
 // Throws the C++ exception for a Python error. The caller holds the GIL.
 [[noreturn]] inline void raise(const py::error_already_set& error) {
-  const py::module_ package = py::module_::import("fusionroute");
   const std::string sentence = py::str(error.value());
+  // not imported here: the error may be that the package cannot be
+  const py::dict modules = py::module_::import("sys").attr("modules");
+  if (!modules.contains("fusionroute")) throw Error(error.what());
+  const py::object package = modules["fusionroute"];
   if (error.matches(package.attr("ClosedError"))) throw ClosedError(sentence);
   if (error.matches(package.attr("InputError"))) throw InputError(sentence);
   if (error.matches(package.attr("UnavailableError"))) throw UnavailableError(sentence);
@@ -66,18 +71,32 @@ inline SharedObject share(py::object object) {
 
 }  // namespace detail
 
-// Starts Python without its signal handlers.
-// `python` is the interpreter of the environment that has fusionroute installed.
+// Starts Python without its signal handlers, and imports fusionroute.
+// `python` is the interpreter of the environment that has fusionroute installed. Throws UnavailableError for another one.
 class Interpreter {
  public:
   explicit Interpreter(const std::string& python) {
+    const std::string expected = ": name the bin/python of an environment that has fusionroute installed.";
+    std::error_code unreadable;
+    if (!std::filesystem::is_regular_file(python, unreadable)) {
+      throw UnavailableError("There is no Python at " + python + expected);
+    }
     PyConfig config;
     PyConfig_InitPythonConfig(&config);
     config.install_signal_handlers = 0;
     config.parse_argv = 0;
     PyConfig_SetBytesString(&config, &config.program_name, python.c_str());
     PyConfig_SetBytesString(&config, &config.executable, python.c_str());
-    python_ = std::make_unique<py::scoped_interpreter>(&config, 0, nullptr, false);
+    try {
+      python_ = std::make_unique<py::scoped_interpreter>(&config, 0, nullptr, false);
+    } catch (const std::exception& error) {
+      throw UnavailableError("The Python of " + python + " cannot be started (" + error.what() + ")" + expected);
+    }
+    try {
+      py::module_::import("fusionroute");
+    } catch (const py::error_already_set& error) {
+      throw UnavailableError("The Python of " + python + " cannot import fusionroute (" + std::string(py::str(error.value())) + ")" + expected);
+    }
     released_ = std::make_unique<py::gil_scoped_release>();
   }
 

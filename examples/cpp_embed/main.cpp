@@ -20,9 +20,9 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: %s PYTHON BUNDLE PROMPT [PRECISION]\n", argv[0]);
     return 2;
   }
-  const fusionroute::Interpreter python(argv[1]);
   const std::string prompt = argv[3];
   try {
+    const fusionroute::Interpreter python(argv[1]);
     const auto precision = argc > 4 ? std::optional<std::string>(argv[4]) : std::nullopt;
     fusionroute::Runtime runtime(argv[2], precision);
 
@@ -66,7 +66,12 @@ int main(int argc, char** argv) {
     options.deadline = 0.005;
     const auto start = Clock::now();
     const auto late = runtime.generate(prompt, options);
-    std::printf("deadline %s over by %.3f ms\n", late.finish_reason.c_str(), 1e3 * (seconds_since(start) - *options.deadline));
+    const double took = seconds_since(start);
+    if (late.finish_reason == "deadline") {
+      std::printf("deadline over by %.3f ms\n", 1e3 * (took - *options.deadline));
+    } else {  // the text ended by itself
+      std::printf("deadline unused, since the text ended by \"%s\" after %.3f ms\n", late.finish_reason.c_str(), 1e3 * took);
+    }
 
     // 4. One token at a time, with its logits. They are not copied and outlive the session.
     auto session = std::make_unique<fusionroute::Session>(runtime.session());

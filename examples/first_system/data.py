@@ -79,4 +79,6 @@ def write(file: Path, rows: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/first_system/data.py FOLDER")
     main(Path(sys.argv[1]))

@@ -63,7 +63,9 @@ def read_tokenizer(where: str, texts: Mapping[str, Path], vocab_size: int) -> To
     if added != known:
         content = with_tokens(content, complete.backend_tokenizer, beyond)
         tokenizer = Tokenizer.from_str(content.decode())
-    more = getattr(complete, "extra_special_tokens", None) or getattr(complete, "additional_special_tokens", None) or []
+    more = getattr(complete, "extra_special_tokens", None)
+    if not isinstance(more, list):  # transformers 4, where such a dict has names of its own
+        more = complete.additional_special_tokens
     config = config_of(naming.get(CONFIG, {}), complete.special_tokens_map, [str(token) for token in more])
     return TokenizerFiles(content, tokenizer, config, tuple(beyond.values()))
 

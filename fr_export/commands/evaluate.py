@@ -18,7 +18,7 @@ from fusionroute.fr_export.evaluation.report import shown
 from fusionroute.fr_export.evaluation.study import EvaluationRequest, expanded, run
 from fusionroute.fr_export.tasks.domains import ALL_DOMAINS, Split, draw_many
 from fusionroute.runtime.command_errors import one_sentence
-from fusionroute.runtime.commands.options import Debug, Json, VerifyKey, names
+from fusionroute.runtime.commands.options import Debug, Json, Trust, VerifyKey, names
 from fusionroute.runtime.errors import InputError, UnavailableError
 from fusionroute.runtime.manifest import Fusion, Manifest
 from fusionroute.runtime.terminal import Terminal, print_json
@@ -46,6 +46,7 @@ def main(
     tune: Annotated[bool, typer.Option("--tune", help="First choose λ on the validation split and write it into the bundle.")] = False,
     verify_key: VerifyKey = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json and the pictures.")] = Path("evaluation"),
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -75,6 +76,7 @@ def main(
             seed=seed,
             lam=lam,
             fusion=fusion,
+            trusted=trust,
             verify_key=verify_key,
         )
         report = run(request, Terminal(stderr=True))

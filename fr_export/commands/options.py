@@ -6,6 +6,8 @@ import typer
 
 from fusionroute.fr_export.families import FAMILIES, Family
 
+TAKEN = ("router", "fusion")
+
 
 def parse_family(name: str) -> Family:
     """The family of a name."""
@@ -17,9 +19,17 @@ def parse_family(name: str) -> Family:
 def parse_expert(text: str) -> tuple[str, str]:
     """`NAME=SRC` → (name, source)."""
     name, equals, source = text.partition("=")
-    if not (equals and source and name.isidentifier()) or name in ("router", "fusion"):
+    if not (name and equals and source):
+        raise typer.BadParameter(f"'{text}' is not NAME=SRC, such as --expert math=checkpoints/math", param_hint="--expert")
+    if name in TAKEN:
         raise typer.BadParameter(
-            f"'{text}' is not NAME=SRC with a plain name, such as --expert math=checkpoints/math", param_hint="--expert"
+            f"'{name}' is what the bundle calls another of its graphs; give the expert another name", param_hint="--expert"
+        )
+    if not name.isidentifier():
+        raise typer.BadParameter(
+            f"the name '{name}' is not made of letters, digits and '_' alone, a letter or '_' first; expected NAME=SRC, such as "
+            "--expert math=checkpoints/math",
+            param_hint="--expert",
         )
     return name, source
 

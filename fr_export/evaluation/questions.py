@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.strict_json import why_no_json
 
 
 class Question(Protocol):
@@ -70,7 +71,7 @@ def _parse(line: str, where: str) -> tuple[str, FileQuestion]:
     try:
         fields = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{where} is no JSON ({error}): expected one object per line.") from error
+        raise InputError(f"{where} is no JSON, since {why_no_json(line, error)}: expected one object per line.") from error
     names = ("prompt", "answer", "domain")
     if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in names):
         raise InputError(f'{where} lacks a string "prompt", "answer" or "domain": every line needs all three.')

@@ -17,6 +17,7 @@ from fusionroute.fr_export.evaluation.worker import Job, Piece
 from fusionroute.runtime import InputError, UnavailableError
 from fusionroute.runtime.backends.ort_cpu import TARGET
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.machine import cores
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.prompt import tokenizer_of
@@ -36,6 +37,7 @@ def evaluate(
     fusion: str | None = None,
     lam: float | None = None,
     chat: bool = False,
+    trusted: bool = False,
     known: Results | None = None,
     console: Console | None = None,
     verify_key: Path | None = None,
@@ -46,7 +48,7 @@ def evaluate(
     `fused`. Sequence selection needs the outcomes of the experts (and of `fused`), which are then returned too. `known`
     results on the same questions are not computed again, such as those of experts that another bundle shares. An answer
     has at most SLACK tokens more than the domain's longest reference. `jobs` processes (one per core where None) with
-    one thread each share the questions; `console` shows a progress bar. `verify_key`: as of
+    one thread each share the questions; `console` shows a progress bar. `verify_key`, `trusted`: as of
     `FusionRuntime.load`.
 
     Raises InputError for unknown methods, domains without prompts and prompts that do not fit, BundleError and
@@ -81,10 +83,13 @@ def evaluate(
 
     results: Results = {name: known[name] for name in decoded if known and reusable(name)}
     if missing := tuple(name for name in decoded if name not in results):
-        text = tokenizer_of(opened)
+        with checked(opened, False, trusted) as tokenizer_is_tried:
+            tokenizer_is_tried()
+            text = tokenizer_of(opened)
         assert text is not None  # `questions` needs it
         pieces = {domain: _pieces(digests[domain], own, text) for domain, own in questions.items()}
-        results |= _decode(Job(str(bundle), precision, missing, fusion, lam, chat, verify_key), pieces, jobs, console)
+        job = Job(str(bundle), precision, missing, fusion, lam, chat, verify_key, trusted)
+        results |= _decode(job, pieces, jobs, console)
     if SEQUENCE in methods:
         results[SEQUENCE] = {d: most_likely([results[name][d] for name in alone]) for d in questions}
     if SEQUENCE_ROUTED in methods:

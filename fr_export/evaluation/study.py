@@ -33,7 +33,7 @@ class EvaluationRequest:
 
     The method "experts" stands for all `expert:NAME`, the precision None for the fastest of the bundle. Where `tuning`
     questions are given, λ is chosen on them first. `source` names the questions in results.json. `lam` and `fusion` are
-    those of the method `fused`. `verify_key`: of those who signed the bundles, as of `FusionRuntime.load`.
+    those of the method `fused`. `verify_key`: of those who signed the bundles, and `trusted`, as of `FusionRuntime.load`.
     """
 
     bundles: tuple[Path, ...]
@@ -50,6 +50,7 @@ class EvaluationRequest:
     lam: float | None = None
     fusion: str | None = None
     verify_key: Path | None = None
+    trusted: bool = False
 
 
 def run(request: EvaluationRequest, console: Console) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def _measured(
 ) -> Results:
     return evaluate(
         bundle.folder, precision, methods, questions, jobs=request.jobs, fusion=request.fusion, lam=request.lam, chat=request.chat,
-        console=console, verify_key=request.verify_key,
+        console=console, verify_key=request.verify_key, trusted=request.trusted,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class Job(NamedTuple):
     lam: float | None
     chat: bool
     verify_key: Path | None = None
+    trusted: bool = False
 
 
 class Piece(NamedTuple):
@@ -42,7 +43,7 @@ class Worker:
 
     def __init__(self, job: Job):
         self._runtime = runtime = FusionRuntime.load(
-            job.bundle, job.precision, "cpu", fusion=job.fusion, lam=job.lam, threads=1, verify_key=job.verify_key
+            job.bundle, job.precision, "cpu", fusion=job.fusion, lam=job.lam, threads=1, verify_key=job.verify_key, trusted=job.trusted
         )
         assert runtime.tokenizer is not None  # the questions were read with it
         self._text = runtime.tokenizer

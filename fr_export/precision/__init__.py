@@ -9,6 +9,7 @@ fp32 … w8a8         the schemes
 row_int8.py         8 bits by row, for the texts that calibration records
 blockwise.py        matrices in blocks with scales, as ONNX Runtime's operators read them
 gptq.py             rounding that compensates for its own errors; gptq_sequential.py: the same for a whole model
+kernels.py          their loops over single weights, compiled by numba
 sensitive.py        which matrices need more bits
 smoothquant.py      evens out the channels of activations
 plan_w8a8.py        which products take 8-bit activations; rounding.py: what these would cost

@@ -54,7 +54,7 @@ class StaticW8A8:
 
     def bind(self, graph: Graph, matrix: ir.Value, rows: Iterator[np.ndarray], store: Store) -> None:
         """Raises InputError: there is no static scale without calibration."""
-        raise InputError("w8a8 needs the scales of calibration: export it without --calibration none.")
+        raise InputError("8-bit activations need the scales of calibration: export them without --calibration none.")
 
     def fit(self, context: FitContext) -> tuple[Graph, Fitted]:
         """Even out channels, plan, and round the weights by GPTQ; see `fit` below and `scheme.Fitting`."""

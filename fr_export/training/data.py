@@ -13,6 +13,7 @@ from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.training.sample_format import PREFERENCE_FORMS, SFT_FORMS, Forms, faults
 from fusionroute.runtime.chat import render
 from fusionroute.runtime.errors import InputError, one_line
+from fusionroute.runtime.strict_json import why_no_json
 
 T = TypeVar("T")
 
@@ -212,8 +213,7 @@ def _examine(file: Path, forms: Forms, encode: Callable[[dict[str, Any]], T]) ->
         try:
             sample = json.loads(line.decode())
         except ValueError as error:
-            what = "no UTF-8" if isinstance(error, UnicodeDecodeError) else "no JSON"
-            data.problems.append(Problem(number, "", f"{what} ({one_line(error)})"))
+            data.problems.append(Problem(number, "", no_json(line, error)))
             continue
         if wrong := [Problem(number, *fault) for fault in faults(sample, forms)]:
             data.problems.extend(wrong)
@@ -228,3 +228,10 @@ def _examine(file: Path, forms: Forms, encode: Callable[[dict[str, Any]], T]) ->
         if (earlier := first_with.setdefault(content, number)) != number:
             data.duplicates.append((number, earlier))
     return data
+
+
+def no_json(line: bytes, error: ValueError) -> str:
+    """Why a line of training data is refused."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"no UTF-8 ({one_line(error)})"
+    return f"no JSON object, since {why_no_json(line.decode(), error)}"

@@ -7,7 +7,8 @@ runtime.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fusionroute.runtime.arguments import shown
@@ -15,7 +16,7 @@ from fusionroute.runtime.backend import Backend, BackendOptions
 from fusionroute.runtime.backends import ort_cpu, ort_pair
 from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.errors import InputError, one_line
+from fusionroute.runtime.errors import InputError, UnavailableError, one_line
 from fusionroute.runtime.tensorrt.library import OLDER, TARGET, device_sm
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ DEVICES: dict[str, tuple[tuple[str, ...], Open]] = {
     "ort-tensorrt": ((TARGET,), open_provider("ort-tensorrt")),
     "ort-rtx": ((TARGET,), open_provider("ort-rtx")),
 }
+EXPORTED_AS = {"rtx": "rtx"}  # devices whose engines --target builds under another name than that of their graphs
+ON_CPU, ALSO_FOR_CPU = "use device='cpu'", "export the bundle for the CPU too (--target ort:cpu)"
 KNOWN = ("auto", *DEVICES)
 AUTOMATIC = ("tensorrt", "rtx", "cuda")  # what `auto` tries where there is a GPU, before the CPU
 
@@ -96,7 +99,19 @@ def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str]
     device = "cpu" if device == "auto" else device
     targets, open_device = DEVICES[device]
     variant = choose(bundle, targets, options.precision, device)
-    return open_device(bundle, variant, options), variant.precision
+    with advising(bundle):
+        return open_device(bundle, variant, options), variant.precision
+
+
+@contextmanager
+def advising(bundle: Bundle) -> Iterator[None]:
+    """Let no error of a device send to the CPU where the bundle has no graphs for it."""
+    try:
+        yield
+    except UnavailableError as error:
+        if bundle.variants(ort_cpu.TARGET) or ON_CPU not in str(error):
+            raise
+        raise UnavailableError(str(error).replace(ON_CPU, ALSO_FOR_CPU)) from error
 
 
 def check_device(device: str) -> None:
@@ -146,7 +161,7 @@ def choose(bundle: Bundle, targets: tuple[str, ...], precision: str | None, devi
     """
     served = [variant for variant in bundle.manifest.variants if variant.target in targets and precision in (None, variant.precision)]
     served.sort(key=lambda variant: (not any(built.flavour == device for built in variant.engines), targets.index(variant.target)))
-    return bundle.variant(served[0].target if served else targets[0], precision)
+    return bundle.variant(served[0].target if served else targets[0], precision, EXPORTED_AS.get(device))
 
 
-__all__ = ["DEVICES", "KNOWN", "Backend", "BackendOptions", "check_device", "choose", "open_backend", "resolved"]
+__all__ = ["DEVICES", "KNOWN", "Backend", "BackendOptions", "advising", "check_device", "choose", "open_backend", "resolved"]

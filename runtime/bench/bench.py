@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fusionroute.runtime import FusionRuntime
-from fusionroute.runtime.backends import DEVICES, choose, resolved
+from fusionroute.runtime.backends import DEVICES, advising, choose, resolved
 from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.bench.memory import PeakMemory, release_freed
 from fusionroute.runtime.bench.precision import LoadedPrecision, size_and_quality
@@ -21,6 +21,7 @@ from fusionroute.runtime.bench.summary import summarise, weights_read
 from fusionroute.runtime.bench.workload import DRAFTS, FUSED, Workload, workloads
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.machine import cores, installed
 from fusionroute.runtime.tensorrt.device import Device
 
@@ -34,7 +35,7 @@ HALF = ("fp16", "bf16")
 class BenchOptions:
     """What to measure. `precisions`: None for all that the bundle has for the device. `rows`: see `workload.workloads`.
 
-    `sequential`: one precision after the other, where they do not fit in memory together. `verify_key`: as of
+    `sequential`: one precision after the other, where they do not fit in memory together. `verify_key`, `trusted`: as of
     `FusionRuntime.load`.
     """
 
@@ -47,15 +48,19 @@ class BenchOptions:
     rows: str = FUSED
     sequential: bool = False
     verify_key: Path | None = None
+    trusted: bool = False
 
 
 def bench(folder: Path, options: BenchOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Measure a bundle; returns the object that `--json` prints. Raises FusionError subclasses."""
     bundle = Bundle.open(folder, options.verify_key)
     device = resolved(bundle, options.device)
-    gpu = None if device == "cpu" else Device()
+    with advising(bundle):
+        gpu = None if device == "cpu" else Device()
     names = precision_names(bundle, device, options.precisions)
-    ids = prompt_ids(bundle, options.prompt, options.prompt_tokens)
+    with checked(bundle, False, options.trusted) as tokenizer_is_tried:
+        tokenizer_is_tried()
+        ids = prompt_ids(bundle, options.prompt, options.prompt_tokens)
     manifest = bundle.manifest
     if len(ids) + options.new_tokens > manifest.max_seq_len:
         raise InputError(
@@ -139,6 +144,7 @@ def load(
                 speculation="auto" if DRAFTS in options.rows else "off",
                 prefix_cache=0,
                 verify_key=options.verify_key,
+                trusted=options.trusted,
             )
         )
         seconds = time.perf_counter() - start

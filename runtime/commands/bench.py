@@ -11,7 +11,7 @@ from fusionroute.runtime.bench import bench as benchmark
 from fusionroute.runtime.bench.figure import library, plot
 from fusionroute.runtime.bench.page import write_bench_page
 from fusionroute.runtime.bench.table import show
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, VerifyKey, names
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, Trust, VerifyKey, names
 from fusionroute.runtime.html_page import check_folder
 from fusionroute.runtime.terminal import Terminal
 
@@ -35,6 +35,7 @@ def bench(
     verify_key: VerifyKey = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write charts to this PNG file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page to this file.")] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Measure a bundle: time to first token, tokens/s, memory, and the share of the memory bandwidth reached."""
@@ -51,6 +52,7 @@ def bench(
         repeats=repeats,
         rows=rows,
         sequential=sequential,
+        trusted=trust,
         verify_key=verify_key,
     )
     console = Terminal(stderr=True)

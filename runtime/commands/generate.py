@@ -1,6 +1,7 @@
 """`fusionroute generate`: stream text from a bundle, and show which expert each token came from."""
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -10,17 +11,19 @@ import typer
 from rich.console import Console
 from rich.text import Text as Styled
 
+from fusionroute.runtime.chat_messages import plain_dicts
 from fusionroute.runtime.commands.grammar import JsonSchema, Lark, Regex, read_grammar
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust, VerifyKey
 from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
-from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.errors import InputError, reason
 from fusionroute.runtime.html_page import check_folder, write_page
 from fusionroute.runtime.manifest import Fusion
 from fusionroute.runtime.options import check_fusion
 from fusionroute.runtime.prompt import Prompt
 from fusionroute.runtime.sampling import Sampling
 from fusionroute.runtime.stream import Stream
+from fusionroute.runtime.strict_json import check_json
 from fusionroute.runtime.terminal import Terminal, print_json
 from fusionroute.runtime.text import Token
 from fusionroute.runtime.view.page import CANDIDATES, answer_of, answer_page
@@ -35,6 +38,8 @@ def generate(
     device: Device = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = DEFAULT_NEW_TOKENS,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template as the user's message.")] = False,
+    tools: Annotated[Path | None, typer.Option(help="With --chat: a JSON file with a list of tools, each with its JSON schema.")] = None,
+    documents: Annotated[Path | None, typer.Option(help='With --chat: a JSON file with a list of {"title", "text"}.')] = None,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0: off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
@@ -80,6 +85,8 @@ def generate(
         raise typer.BadParameter("give the prompt as --prompt TEXT or as --prompt-ids IDS", param_hint="--prompt")
     if chat and prompt is None:
         raise typer.BadParameter("the chat template takes text: give the prompt as --prompt TEXT", param_hint="--chat")
+    if not chat and (tools or documents):
+        raise typer.BadParameter("the chat template takes them: add --chat", param_hint="--tools / --documents")
     if max_new_tokens < 1:
         raise typer.BadParameter(f"{max_new_tokens} is out of range; expected at least 1", param_hint="--max-new-tokens")
     try:  # wrong values end here, before anything is loaded
@@ -92,6 +99,9 @@ def generate(
             candidates=0 if html is None else CANDIDATES, **penalties,
         )  # fmt: skip
         check_fusion(fusion, lam)
+        lists: dict[str, Any] = {
+            name: read_list(name, file) for name, file in (("tools", tools), ("documents", documents)) if file is not None
+        }
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     if html is not None:
@@ -108,7 +118,7 @@ def generate(
         stream = runtime.stream(
             given, max_new_tokens, stop=stop or (), stop_token_ids=stop_id or (), ignore_eos=ignore_eos, min_new_tokens=min_new_tokens,
             grammar=grammar,
-            fusion=fusion, lam=lam, expert=expert, **asdict(sampling),
+            fusion=fusion, lam=lam, expert=expert, **lists, **asdict(sampling),
         )  # fmt: skip
         recording = Recording(stream)
         if as_json:
@@ -127,6 +137,17 @@ def read_prompt(prompt: str | None, prompt_ids: str | None, chat: bool) -> Promp
         return [int(part) for part in (prompt_ids or "").split(",")]
     except ValueError as error:
         raise InputError(f"--prompt-ids '{prompt_ids}' is no comma list of whole numbers, such as 2,17,5.") from error
+
+
+def read_list(name: str, file: Path) -> list[dict[str, Any]]:
+    """The list of dicts in a JSON file. Raises InputError."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        check_json(text)
+        values = plain_dicts(name, json.loads(text))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--{name} {file} holds no JSON list of dicts ({reason(error)}).") from error
+    return values or []
 
 
 def read_biases(biases: Sequence[str]) -> dict[int, float] | None:
@@ -162,15 +183,15 @@ def print_tokens(runtime: FusionRuntime, stream: Iterable[Token], show_routing: 
         printer.show(token)
     print()
     if show_routing:
-        print_runs(console, tokens, printer.styles)
+        print_runs(console, tokens, printer.styles, runtime.tokenizer.special if runtime.tokenizer else {})
 
 
-def print_runs(console: Console, tokens: list[Token], styles: dict[str, str]) -> None:
+def print_runs(console: Console, tokens: list[Token], styles: dict[str, str], special: Mapping[int, str]) -> None:
     """Print one line per run of tokens from the same expert, so that the routing can be read without colours."""
     width = max((len(name) for name in styles), default=0)
     for expert, group in groupby(tokens, key=lambda token: token.expert):
         run = list(group)
-        pieces = " ".join(repr(token.text) if token.text else str(token.id) for token in run)
+        pieces = " ".join(repr(token.text) if token.text else f"{special.get(token.id, 'token')} (id {token.id})" for token in run)
         console.print(
             Styled.assemble((f"{expert:<{width}}", f"bold {styles[expert]}"), f" {len(run):>3} token(s)  {pieces}"), soft_wrap=True
         )

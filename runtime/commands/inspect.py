@@ -8,31 +8,37 @@ from rich.console import Console
 from rich.table import Table
 
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Json, VerifyKey
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Json, Trust, VerifyKey
 from fusionroute.runtime.finite_weights import check_finite
 from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.manifest_file import read_signature
+from fusionroute.runtime.prompt import TOKENIZER
 from fusionroute.runtime.tables import tables
 from fusionroute.runtime.tensorrt.library import NAMES
 from fusionroute.runtime.terminal import Terminal, print_json
+from fusionroute.runtime.tokenizer_trial import try_tokenizer
 
 
 def inspect(
     bundle: BundleFolder,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Hash every file, compare with the manifest, and look for weights that are not finite.")
+        bool,
+        typer.Option("--verify", help="Hash every file, look for weights that are not finite, and try the tokenizer in another process."),
     ] = False,
     verify_key: VerifyKey = None,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show the models, precisions and sizes of a bundle; with --verify or --verify-key, check every hash."""
+    """Show the models, precisions and sizes of a bundle; with --verify or --verify-key, check every hash and try the tokenizer."""
     opened = Bundle.open(bundle, verify_key)
     verify = verify or verify_key is not None
     signed = read_signature(bundle) is not None
     if verify:
         opened.verify()
         check_finite(opened)
+        if not trust and TOKENIZER in opened.manifest.files:
+            try_tokenizer(opened.read(TOKENIZER), bundle / TOKENIZER)
     manifest = opened.manifest
     if as_json:
         print_json(manifest.model_dump() | {"verified": verify, "signed": signed})

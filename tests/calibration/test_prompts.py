@@ -73,7 +73,11 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "not UTF-8": ("p.txt", b"one\n\xff\n", r"p\.txt cannot be read .*; expected a UTF-8 text file"),
     "empty": ("p.txt", b"", r"p\.txt holds no prompts: expected at least one line"),
     "blank": ("p.jsonl", b"\n \n", r"p\.jsonl holds no prompts"),
-    "not JSON": ("p.jsonl", b'"one"\n\ntwo\n', r"Line 3 of .*p\.jsonl is not JSON .*; expected one JSON string or object per line"),
+    "not JSON": (
+        "p.jsonl",
+        b'"one"\n\ntwo\n',
+        r"Line 3 of .*p\.jsonl is not JSON, since it begins with 'two'; expected one JSON string or object per line",
+    ),
     "cut off": ("p.jsonl", b'{"prompt": "on', r"Line 1 of .*p\.jsonl is not JSON"),
     "number": ("p.jsonl", b"5", r"Line 1 of .*p\.jsonl holds no prompt: expected a string, or an object with a string 'prompt' or 'text'"),
     "list": ("p.jsonl", b'["one"]', "Line 1 .* holds no prompt"),

@@ -2,15 +2,18 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
 
 from fusionroute.runtime import FusionRuntime
+from tests.support.bundles import copy_with_ends
 from tests.support.paths import REPOSITORY
 
 PROMPT = "12+30="
@@ -59,7 +62,31 @@ def test_the_example_streams_what_python_does_and_can_be_stopped(program: Path, 
         if len(free.token_ids) > 300:  # too long to end by itself
             reason, _, more, _ = printed["cancel"].split()
             assert reason == "cancelled" and int(more) <= 4, "the token under way, and up to three that waited for a character's end"
-            assert printed["deadline"].split()[0] == "deadline"
+            assert printed["deadline"].startswith("over by ")
+
+
+def test_a_wrong_interpreter_throws_and_does_not_end_the_program(program: Path, bundles: list[Path], tmp_path: Path) -> None:
+    expected = ": name the bin/python of an environment that has fusionroute installed.\n"
+    bare = tmp_path / "bare" / "bin" / "python"
+    venv.create(bare.parents[1], with_pip=False)
+    cases = {str(tmp_path / "nowhere"): "There is no Python at", str(tmp_path): "There is no Python at", str(bare): "The Python of"}
+    for python, begin in cases.items():
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        process = subprocess.run(
+            [str(program), python, str(bundles[0]), PROMPT], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 1, process.stderr
+        assert process.stderr.startswith(f"error: {begin} {python}") and process.stderr.endswith(expected), process.stderr
+        assert process.stderr.count("\n") == 1
+    assert "cannot import fusionroute (No module named 'fusionroute')" in process.stderr
+
+
+def test_a_text_that_ends_before_the_deadline_is_said_so(program: Path, bundles: list[Path], tmp_path: Path) -> None:
+    folder = copy_with_ends(bundles[0], tmp_path / "ending", list(range(300)))  # every token ends the text
+    process = run(program, str(folder), PROMPT)
+    assert process.returncode == 0, process.stderr
+    (line,) = [line for line in process.stdout.splitlines() if line.startswith("deadline")]
+    assert re.fullmatch(r'deadline unused, since the text ended by "stop" after \d+\.\d{3} ms', line), line
 
 
 def test_the_example_ends_with_the_sentence_of_what_is_wrong(program: Path, bundles: list[Path], tmp_path: Path) -> None:

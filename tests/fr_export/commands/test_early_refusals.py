@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.commands.main import run
+from fusionroute.runtime import InputError
 from tests.fr_export.commands.test_export import assert_one_sentence
 from tests.support.commands import Command, in_folder
 from tests.support.paths import REPOSITORY
@@ -189,3 +191,15 @@ def test_a_table_of_the_same_models_is_not_refused_yet(command: Command, tmp_pat
     names = ("router", "math", "code", "instruction")
     Table([], {name: {} for name in names}, "identity").save(tmp_path / "table.safetensors")
     assert "The exporter needs the package" in command(*TINY, "--calibration", "table.safetensors").err
+
+
+def test_scales_are_asked_for_before_any_work_from_python_too(tmp_path: Path) -> None:
+    from fusionroute.fr_export.console.progress import Stages
+    from fusionroute.fr_export.export import Request, check
+
+    request = Request(None, "nowhere", {"one": "nowhere"}, ("fp16", "int8"), ("tensorrt",), tmp_path / "bundle", calibration="none")
+    with pytest.raises(InputError) as caught:
+        check(request, Stages(Console(quiet=True)))
+    assert str(caught.value) == (
+        "int8 for tensorrt needs the scales of calibration: leave out calibration='none', or name other precisions."
+    )

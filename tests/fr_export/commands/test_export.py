@@ -71,8 +71,19 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "expert without source": ((*LLAMA, "--router", "r", "--expert", "math"), ("'math' is not NAME=SRC", "--expert math=checkpoints/math")),
     "expert with empty source": ((*LLAMA, "--router", "r", "--expert", "math="), ("'math=' is not NAME=SRC",)),
     "expert without name": ((*LLAMA, "--router", "r", "--expert", "=x"), ("'=x' is not NAME=SRC",)),
-    "name that is a path": ((*LLAMA, "--router", "r", "--expert", "../a=x"), ("'../a=x' is not NAME=SRC with a plain name",)),
-    "expert named router": ((*LLAMA, "--router", "r", "--expert", "router=x"), ("'router=x' is not NAME=SRC",)),
+    "name that is a path": (
+        (*LLAMA, "--router", "r", "--expert", "../a=x"),
+        ("the name '../a' is not made of letters, digits and '_' alone, a letter or '_' first; expected NAME=SRC",),
+    ),
+    "name with a dash": (
+        (*LLAMA, "--router", "r", "--expert", "my-math=x"),
+        ("the name 'my-math' is not made of letters, digits and '_' alone",),
+    ),
+    "no name": ((*LLAMA, "--router", "r", "--expert", "models/math"), ("'models/math' is not NAME=SRC, such as --expert math=",)),
+    "expert named router": (
+        (*LLAMA, "--router", "r", "--expert", "router=x"),
+        ("'router' is what the bundle calls another of its graphs; give the expert another name",),
+    ),
     "two of a name": ((*LLAMA, "--router", "r", "--expert", "a=x", "--expert", "a=y"), ("--expert", "a name of its own")),
     "router alone": ((*LLAMA, "--router", "r"), ("--router and --expert go together",)),
     "experts alone": ((*LLAMA, "--expert", "a=x"), ("--router and --expert go together",)),

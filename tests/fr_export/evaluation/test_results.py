@@ -90,7 +90,7 @@ def test_question_files(tmp_path: Path) -> None:
 
 
 BROKEN = {
-    "no JSON": ("{", "tasks.jsonl:2 is no JSON"),
+    "no JSON": ("{", "tasks.jsonl:2 is no JSON, since it ends too early: expected one object per line."),
     "no object": ("[]", 'tasks.jsonl:2 lacks a string "prompt"'),
     "no answer": ('{"prompt": "a", "domain": "b"}', "tasks.jsonl:2 lacks"),
     "a number": ('{"prompt": "a", "answer": 2, "domain": "b"}', "tasks.jsonl:2 lacks"),

@@ -94,7 +94,10 @@ def test_files_hold_texts_or_messages(encoder: Encoder, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("{", "no JSON (Expecting property name"),
+        ("{", "no JSON object, since it ends too early"),
+        ("prompt,completion", "no JSON object, since it begins with 'prompt,completion'"),
+        ('{"prompt": "a" "completion": "b"}', "no JSON object, since it goes on with '\"completion\": \"b\"}' behind 15 characters"),
+        ("1 " + "x" * 99, f"no JSON object, since it goes on with '{'x' * 40}…' behind 2 characters"),
         ("[1]", "expected a JSON object, found a list"),
         ('{"prompt": "a"}', 'expected {"messages"} or {"prompt", "completion"}, found the fields prompt'),
         ('{"prompt": 3, "completion": "b"}', "prompt is a number, completion is a text"),

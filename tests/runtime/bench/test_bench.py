@@ -196,7 +196,7 @@ FAILURES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
         ("--prompt-tokens", 1000, "--new-tokens", 30),
         ("1000 tokens of prompt and 30 new ones", "context of 1024", "--max-seq-len"),
     ),
-    "device": (("--device", "rtx"), ("cuda-bindings", "CUDA", "no graphs for tensorrt")),
+    "device": (("--device", "rtx"), ("cuda-bindings", "CUDA", "no graphs for rtx")),
     "folder": (("--plot", "nowhere/a.png"), ("nowhere", "make it first")),
 }
 USAGE: dict[str, tuple[object, ...]] = {

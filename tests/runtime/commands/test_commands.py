@@ -8,15 +8,17 @@ import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime import FusionRuntime, integrity
 from fusionroute.runtime.commands import generate as generate_module
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.stream import End, Stream, no_release
 from fusionroute.runtime.text import Token
+from tests.support.bundles import rehash
 from tests.support.commands import Command
 
 PROMPT = "12+30="
@@ -65,6 +67,74 @@ def test_generate_shows_the_routing(bundles: list[Path], command: Command) -> No
     shown = command("generate", bundles[0], "--prompt", PROMPT, "--max-new-tokens", 6, "--show-routing").out.removeprefix(expected.text)
     runs = [line.split()[:2] for line in shown.splitlines() if " token(s)  " in line]
     assert [name for name, count in runs for _ in range(int(count))] == expected.experts
+
+
+def test_routing_of_tokens_without_text(bundles: list[Path], command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens() -> Generator[Token | End, None, None]:
+        for id, text in ((5, "a"), (1, ""), (70, "")):  # a special token, and the first of a character's
+            yield Token(id, "expert0", 0.0, np.zeros(1, np.float32), text)
+        yield End("stop", 0, 0)
+
+    monkeypatch.setattr(FusionRuntime, "stream", lambda *_, **__: Stream(tokens(), no_release))
+    shown = command("generate", bundles[0], "--prompt", PROMPT, "--show-routing").out
+    assert "  3 token(s)  'a' <bos> (id 1) token (id 70)" in shown
+
+
+def test_tools_and_documents_reach_the_chat_template(bundles: list[Path], command: Command, tmp_path: Path) -> None:
+    tools, documents = [{"type": "function", "function": {"name": "f"}}], [{"title": "T", "text": "x"}]
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    (bundle / "chat_template.jinja").write_text("{{ messages[0].content }}{{ tools | tojson }}{{ documents | tojson }}")
+    rehash(bundle, "chat_template.jinja")
+    files = [tmp_path / "tools.json", tmp_path / "documents.json"]
+    for file, values in zip(files, (tools, documents), strict=True):
+        file.write_text(json.dumps(values))
+    with FusionRuntime.load(bundle) as runtime:
+        text = PROMPT + json.dumps(tools) + json.dumps(documents)
+        ids = runtime.tokenizer.encode(text, special=False)  # type: ignore[union-attr]
+        assert runtime.prompt_ids([{"role": "user", "content": PROMPT}], tools=tools, documents=documents) == ids
+        expected = runtime.generate(ids, 6).token_ids
+    options = ("--chat", "--tools", files[0], "--documents", files[1])
+    printed = json.loads(command("generate", bundle, "--prompt", PROMPT, "--max-new-tokens", 6, "--json", *options).out)
+    assert printed["token_ids"] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("[1]", "tools[0] is 1, expected a dict with a JSON schema."), ("{", "Expecting property name"), (None, "No such file or directory")],
+)
+def test_tools_that_are_no_list_of_dicts(bundles: list[Path], command: Command, tmp_path: Path, content: str | None, reason: str) -> None:
+    file = tmp_path / "tools.json"
+    if content is not None:
+        file.write_text(content)
+    ended = command("generate", bundles[0], "--prompt", PROMPT, "--chat", "--tools", file)
+    assert ended.status == 2 and "holds no JSON list of dicts" in " ".join(ended.err.replace("│", " ").split()), ended.err
+    assert reason.split()[0] in ended.err
+    assert command("generate", bundles[0], "--prompt", PROMPT, "--tools", file).status == 2
+
+
+@pytest.mark.parametrize("verb", ["generate", "bench"])
+def test_trust_leaves_out_the_trial_of_the_tokenizer(bundles: list[Path], command: Command, verb: str, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))  # never loaded before
+    fast = (
+        "--prompt",
+        PROMPT,
+        *(("--max-new-tokens", 1) if verb == "generate" else ("--new-tokens", 2, "--repeats", 1, "--precision", "fp32")),
+    )
+    with patch.object(integrity, "try_tokenizer") as trial:
+        assert command(verb, bundle, *fast, "--trust").status == 0
+        assert not trial.called
+        assert command(verb, bundle, *fast).status == 0
+        assert trial.call_count == 1
+
+
+def test_verify_tries_the_tokenizer_unless_it_is_trusted(bundles: list[Path], command: Command, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    (bundle / "tokenizer.json").write_text('{"model": {"type": "None"}}')
+    rehash(bundle, "tokenizer.json")
+    refused = command("inspect", bundle, "--verify")
+    assert refused.status == 1 and f"{bundle / 'tokenizer.json'} cannot be read as a tokenizer.json (" in refused.err
+    assert command("inspect", bundle, "--verify", "--trust").status == 0
+    assert command("inspect", bundle).status == 0
 
 
 @pytest.mark.parametrize("option", [(), ("--show-routing",)])
@@ -188,7 +258,7 @@ FAILURES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
         ("generate", "BUNDLE", "--prompt", "a", "--expert-memory", "5"),
         ("limit on device memory", "device='tensorrt' or 'rtx'"),
     ),
-    "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "rtx"), ("no graphs for tensorrt", "--target tensorrt")),
+    "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "rtx"), ("no graphs for rtx, only for ort:cpu", "--target rtx")),
     "expert": (("generate", "BUNDLE", "--prompt", "a", "--expert", "history"), ("'history'", "expert0, expert1")),
     "no such id": (("generate", "BUNDLE", "--prompt-ids", "99999999"), ("99999999", "vocabulary")),
     "negative id": (("generate", "BUNDLE", "--prompt-ids", "-3"), ("-3", "vocabulary")),

@@ -108,7 +108,10 @@ def test_a_provider_that_does_not_load_is_not_mistaken_for_the_cpu(
     package(monkeypatch, [CUDA], opens=RuntimeError("CUDA failure 35"))
     with (
         patch(GPU, return_value=86),
-        pytest.raises(UnavailableError, match=r"cannot open a model with CUDAExecutionProvider \(CUDA failure 35\): use"),
+        pytest.raises(
+            UnavailableError,
+            match=r"cannot open a model with CUDAExecutionProvider \(CUDA failure 35\): export the bundle for the CPU too \(--target ort:cpu\), or",
+        ),
     ):
         FusionRuntime.load(bundles["llama3"], device="cuda")
     assert capsys.readouterr() == ("", "")

@@ -70,7 +70,11 @@ def test_missing_packages_are_named(folder: Path, missing: str) -> None:
 
 def test_no_device_is_said(folder: Path) -> None:
     with patch.object(Cuda, "cudaGetDeviceCount", lambda cuda: (100, None)):
-        refused(folder, Machine(), UnavailableError, "No CUDA device", "simulated error 100", "device='cpu'")
+        refused(
+            folder, Machine(), UnavailableError,
+            "No CUDA device answers here (", "simulated error 100",
+            "): export the bundle for the CPU too (--target ort:cpu), or mend the driver.",
+        )  # fmt: skip
 
 
 def test_failures_of_cuda_name_the_call(folder: Path) -> None:
