@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, PrecisionName, Trust, VerifyKey
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Trust, VerifyKey, names
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.serve.server import bound
 from fusionroute.runtime.serve.server import serve as listen
@@ -21,7 +21,7 @@ def serve(
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen without a key where other machines reach it.")] = False,
     cors: Annotated[list[str] | None, typer.Option(metavar="ORIGIN", help="Let pages of this origin call; repeat for several.")] = None,
     model: Annotated[str | None, typer.Option(help="Name of the model; default: the folder's.")] = None,
-    precision: PrecisionName = None,
+    precision: Annotated[str | None, typer.Option(help="Comma list: requests may name one of them, else the first answers.")] = None,
     device: Device = "auto",
     speculation: Annotated[Literal["off", "auto"], typer.Option(help="auto: draft tokens ahead where that pays.")] = "off",
     sessions: Annotated[int | None, typer.Option(min=1, help="Texts at once; default: as many as --memory has room for.")] = None,
@@ -46,7 +46,12 @@ def serve(
     each = max(session_bytes(manifest, variant.precision) for variant in manifest.variants)
     count = sessions or sessions_within(None if memory is None else memory << 20, each)
     with bound(settings) as listening:  # before the models are loaded
-        runtime = FusionRuntime.load(
-            bundle, precision, device, speculation=speculation, threads=threads, prefix_cache=count, verify_key=verify_key, trusted=trust
-        )
-        listen(runtime, replace(settings, sessions=count), listening)
+        asked = names(precision) if precision else (None,)
+        texts = -(-count // len(asked))  # that each runtime keeps
+        runtimes = [
+            FusionRuntime.load(
+                bundle, each, device, speculation=speculation, threads=threads, prefix_cache=texts, verify_key=verify_key, trusted=trust
+            )
+            for each in asked
+        ]
+        listen(runtimes, replace(settings, sessions=count), listening)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -37,17 +37,27 @@ CLOSED_REQUEST = 499  # of nginx: the client has left
 class Server:
     """What the routes share."""
 
-    def __init__(self, runtime: FusionRuntime, settings: Settings):
+    def __init__(self, runtime: FusionRuntime, settings: Settings, more: Sequence[FusionRuntime]):
         self.runtime, self.settings = runtime, settings
+        self.runtimes = {each.precision: each for each in (runtime, *more)}
         self.admission = Admission(settings.sessions, settings.queue)
         self.metrics = Metrics(lambda: self.admission.running, lambda: self.admission.waiting)
-        self.jobs = Jobs(runtime, self.admission, self.metrics, settings.seconds)
+        self.jobs = Jobs(self.admission, self.metrics, settings.seconds)
 
     def check_model(self, model: str | None) -> None:
         """Raise ApiError for a model that is not this one."""
         if model is not None and model != self.settings.model:
             message = f"The model {model[:80]!r} is not here: use {self.settings.model!r}."
             raise ApiError(404, message, "model_not_found", "model")
+
+    def runtime_in(self, precision: str | None) -> FusionRuntime:
+        """The runtime of a precision, by default the first. Raises InputError for one that is not loaded."""
+        if precision is None:
+            return self.runtime
+        if precision not in self.runtimes:
+            known = ", ".join(self.runtimes)
+            raise InputError(f"The precision {precision[:80]!r} is not loaded: use {known}, or start the server with it in --precision.")
+        return self.runtimes[precision]
 
     async def answer(self, request: Request, body: Generating, order: Order, answer: Answer, tools: list[Tool]) -> Response:
         """Generate, and answer in one piece or in a stream. The session is free within a token once the client leaves."""
@@ -89,15 +99,19 @@ async def until_gone(request: Request) -> None:
         pass
 
 
-def create_app(runtime: FusionRuntime, settings: Settings) -> FastAPI:
-    """The application: serve it with any ASGI server, in one process. It closes the runtime when it ends."""
-    server = Server(runtime, settings)
+def create_app(runtime: FusionRuntime, settings: Settings, more: Sequence[FusionRuntime] = ()) -> FastAPI:
+    """The application: serve it with any ASGI server, in one process. It closes the runtimes when it ends.
+
+    more: the same bundle in other precisions, for requests that name one.
+    """
+    server = Server(runtime, settings, more)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.get_running_loop().run_in_executor(None, server.jobs.close)
-        runtime.close()
+        for each in server.runtimes.values():
+            each.close()
 
     app = FastAPI(title="fusionroute", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)  # their pages need a CDN
     app.state.server = server
@@ -147,7 +161,7 @@ def add_information(app: FastAPI, server: Server) -> None:
 
     def model() -> dict[str, Any]:
         own = {
-            "experts": runtime.expert_names, "router": runtime.bundle.manifest.models[0].name, "precision": runtime.precision,
+            "experts": runtime.expert_names, "router": runtime.bundle.manifest.models[0].name, "precision": runtime.precision, "precisions": [*server.runtimes],
             "fusion": runtime.fusion, "lam": runtime.lam, "speculation": runtime.options.speculation,
         }  # fmt: skip
         context = {"max_model_len": runtime.max_seq_len}
@@ -163,7 +177,7 @@ def add_generation(app: FastAPI, server: Server) -> None:
         server.check_model(body.model)
         options = body.options() | {"top_logprobs": body.logprobs or 0}
         prompts: list[Callable[[], list[int]]] = [partial(runtime.prompt_ids, prompt) for prompt in body.prompts]
-        order = Order(prompts, body.n or 1, body.max_tokens or COMPLETION_TOKENS, options)
+        order = Order(server.runtime_in(body.extension.precision), prompts, body.n or 1, body.max_tokens or COMPLETION_TOKENS, options)
         answer = Answer("text_completion", name, runtime.tokenizer, body.extension.routing, body.logprobs is not None)
         return await server.answer(request, body, order, answer, [])
 
@@ -176,6 +190,8 @@ def add_generation(app: FastAPI, server: Server) -> None:
         options["grammar"] = options["grammar"] or tool_calls.forced(body)
         told = tool_calls.told(body)
         encode = partial(server.encode_chat, body.messages, tools=told, documents=body.documents)
-        order = Order([encode], body.n or 1, body.max_completion_tokens or body.max_tokens, options)
+        order = Order(
+            server.runtime_in(body.extension.precision), [encode], body.n or 1, body.max_completion_tokens or body.max_tokens, options
+        )
         answer = Answer("chat.completion", name, runtime.tokenizer, body.extension.routing, bool(body.logprobs))
         return await server.answer(request, body, order, answer, body.tools or [] if told else [])

@@ -39,11 +39,12 @@ Event = Prompt | Finish | tuple[int, Token]  # a token with the number of its ch
 
 @dataclass
 class Order:
-    """What to generate: `count` texts for each prompt, which is encoded when it is its turn.
+    """What to generate, by which runtime: `count` texts for each prompt, which is encoded when it is its turn.
 
     options: those of `FusionRuntime.stream`. max_new_tokens None: as many as the context has room for.
     """
 
+    runtime: FusionRuntime
     prompts: Sequence[Callable[[], list[int]]]
     count: int
     max_new_tokens: int | None
@@ -76,8 +77,8 @@ class Job:
 class Jobs:
     """All jobs of a server."""
 
-    def __init__(self, runtime: FusionRuntime, admission: Admission, metrics: Metrics, seconds: float):
-        self._runtime, self._admission, self._metrics, self._seconds = runtime, admission, metrics, seconds
+    def __init__(self, admission: Admission, metrics: Metrics, seconds: float):
+        self._admission, self._metrics, self._seconds = admission, metrics, seconds
         self._threads = ThreadPoolExecutor(admission.sessions, "fusionroute-serve")
         self._running: set[Job] = set()
 
@@ -150,9 +151,9 @@ class Jobs:
         options = dict(order.options)
         if options.get("seed") is not None:
             options["seed"] += each
-        room = self._runtime.max_seq_len - len(ids)
+        room = order.runtime.max_seq_len - len(ids)
         most = room if order.max_new_tokens is None else order.max_new_tokens
-        stream = self._runtime.stream(ids, max(most, 1), cancel=job.cancel, deadline=self._left(job.arrival), **options)
+        stream = order.runtime.stream(ids, max(most, 1), cancel=job.cancel, deadline=self._left(job.arrival), **options)
         with closing(stream):
             if not each:
                 tell(Prompt(len(ids)))

@@ -34,6 +34,7 @@ class Extension(Body):
     """What no other server has. expert: answers every token. lam, fusion: instead of the bundle's. routing: also return
     the expert and the routing scores of each token. candidates: with them, so many of the likeliest tokens of the
     router, the expert and their fusion. drafts: whether tokens may be drafted, where the server does so.
+    precision: one of those that the server has loaded.
     """
 
     expert: str | None = None
@@ -42,6 +43,7 @@ class Extension(Body):
     routing: bool = False
     candidates: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] = 0
     drafts: bool = True
+    precision: str | None = None
 
 
 class SchemaFormat(Body):

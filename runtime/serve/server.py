@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import sys
+from collections.abc import Sequence
 
 import uvicorn
 from fastapi import FastAPI
@@ -37,9 +38,9 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(runtime: FusionRuntime, settings: Settings, listening: socket.socket) -> None:
-    """Serve at a bound socket until a signal; then close the runtime."""
-    app = create_app(runtime, settings)
+def serve(runtimes: Sequence[FusionRuntime], settings: Settings, listening: socket.socket) -> None:
+    """Serve a bundle, in one precision or several, at a bound socket until a signal; then close the runtimes."""
+    app = create_app(runtimes[0], settings, runtimes[1:])
     log = logging.getLogger("fusionroute.serve")
     log.setLevel(logging.INFO)
     if not log.handlers:

@@ -28,7 +28,9 @@ async function loadModel() {
   field("fusion").value = own.fusion;
   field("lam").value = own.lam;
   for (const name of own.experts) field("expert").append(new Option(`always ${name}`, name));
-  field("facts").textContent = `Loaded in ${own.precision}, with a context of ${model.max_model_len} tokens.`;
+  field("precision").append(...own.precisions.map((name) => new Option(name)));
+  field("precision").disabled = own.precisions.length < 2; // the server was started with one
+  field("facts").textContent = `A context of ${model.max_model_len} tokens.`;
   if (own.speculation === "off") {
     field("drafts").value = "off"; // as the server was started
     field("drafts").disabled = true;
@@ -47,6 +49,7 @@ function request(chat, text) {
   const own = { routing: true, candidates: Number(field("candidates").value), fusion: field("fusion").value };
   if (own.fusion === "weighted") own.lam = Number(field("lam").value);
   if (field("expert").value) own.expert = field("expert").value;
+  own.precision = field("precision").value;
   own.drafts = field("drafts").value === "on";
   const body = { model: model.id, stream: true, fusionroute: own, temperature: Number(field("temperature").value) };
   body.top_p = Number(field("top_p").value);
@@ -129,8 +132,8 @@ class Turn {
     const root = element("div");
     field("turns").append(element("section", "turn", root, this.share));
     this.view = new AnswerView(root, field("details"));
-    const { precision, experts, router } = model.fusionroute;
-    const facts = { fusion: own.fusion, ...(own.lam === undefined ? {} : { λ: own.lam }), precision, speculation: own.drafts ? "auto" : "off" };
+    const { experts, router } = model.fusionroute;
+    const facts = { fusion: own.fusion, ...(own.lam === undefined ? {} : { λ: own.lam }), precision: own.precision, speculation: own.drafts ? "auto" : "off" };
     this.view.begin({ model: model.id, prompt: text, experts, router, facts });
   }
 

@@ -32,7 +32,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     preset = FAMILIES["gemma2"].preset("tiny")
     assert preset.router is not None
     out = tmp_path_factory.mktemp("bundle") / "gemma2"
-    return export_checkpoints(out, Shape("gemma2"), preset.router, dict(preset.experts), ("fp32",))
+    return export_checkpoints(out, Shape("gemma2"), preset.router, dict(preset.experts), ("fp32", "int8"))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def rt(bundle: Path) -> Iterator[FusionRuntime]:
 def url(bundle: Path) -> Iterator[str]:
     from tests.support.server import served
 
-    with served(FusionRuntime.load(bundle, "fp32", "cpu", speculation="auto")) as running:
+    with served(*(FusionRuntime.load(bundle, precision, "cpu", speculation="auto") for precision in ("fp32", "int8"))) as running:
         yield running.url + "/"
 
 
@@ -115,7 +115,7 @@ def test_pointing_and_arrow_keys_explain_tokens(chromium: Any, url: str, rt: Fus
     assert page.locator(".token[tabindex='0']").count() == 1  # one stop for the Tab key
 
 
-def test_settings_reach_the_server(chromium: Any, url: str, rt: FusionRuntime, complaints: list[str]) -> None:
+def test_settings_reach_the_server(chromium: Any, url: str, bundle: Path, rt: FusionRuntime, complaints: list[str]) -> None:
     page = opened(chromium, url, complaints)
     page.wait_for_selector("#facts:not(:empty)")
     page.focus("#lam")
@@ -140,6 +140,11 @@ def test_settings_reach_the_server(chromium: Any, url: str, rt: FusionRuntime, c
     ask(page, "64+61=")
     assert texts(page) == expected(rt, user("64+61="), **options)
     assert "speculation off" in page.inner_text(".figures") and "drafts accepted" not in page.inner_text(".figures")
+    page.select_option("#precision", "int8")
+    page.click("#clear")
+    ask(page, "64+61=")
+    with FusionRuntime.load(bundle, "int8", "cpu") as rounded:
+        assert texts(page) == expected(rounded, user("64+61="), **options)
     page.fill("#temperature", "5")
     page.fill("#prompt", "64+61=")
     page.press("#prompt", "Enter")

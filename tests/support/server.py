@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,8 +21,8 @@ MODEL = "tiny"
 class Served:
     """A running server. `url` ends with the port."""
 
-    def __init__(self, runtime: FusionRuntime, settings: Settings):
-        self.app = create_app(runtime, settings)
+    def __init__(self, runtime: FusionRuntime, settings: Settings, more: Sequence[FusionRuntime] = ()):
+        self.app = create_app(runtime, settings, more)
         self.server: Server = self.app.state.server
         listening = bound(replace(settings, port=0))
         self.url = f"http://{address(listening)}"
@@ -52,9 +52,9 @@ class Served:
 
 
 @contextmanager
-def served(runtime: FusionRuntime, **settings: Any) -> Iterator[Served]:
-    """Serve a runtime, which is closed at the end."""
-    running = Served(runtime, Settings(**{"model": MODEL} | settings))
+def served(runtime: FusionRuntime, *more: FusionRuntime, **settings: Any) -> Iterator[Served]:
+    """Serve runtimes of one bundle, which are closed at the end."""
+    running = Served(runtime, Settings(**{"model": MODEL} | settings), more)
     try:
         yield running
     finally:

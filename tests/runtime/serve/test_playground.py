@@ -36,7 +36,8 @@ def test_the_page_needs_no_key_and_its_questions_do(bundles: list[Path]) -> None
 def test_the_model_tells_what_the_page_shows(server: Served, rt: FusionRuntime) -> None:
     (model,) = httpx.get(server.url + "/v1/models").json()["data"]
     assert model["fusionroute"] == {
-        "experts": rt.expert_names, "router": "router", "precision": "fp32", "fusion": "weighted", "lam": 0.5, "speculation": "off"
+        "experts": rt.expert_names, "router": "router", "precision": "fp32", "precisions": ["fp32"], "fusion": "weighted", "lam": 0.5,
+        "speculation": "off",
     }  # fmt: skip
 
 
@@ -70,3 +71,21 @@ def test_candidates_come_with_routing_only(server: Served) -> None:
     answer = server.complete(fusionroute={"candidates": 3})
     assert answer.status_code == 400 and answer.json()["error"]["message"] == "candidates needs routing: true."
     assert server.complete(fusionroute={"candidates": 21, "routing": True}).status_code == 400
+
+
+def test_a_request_may_name_one_of_the_precisions(bundles: list[Path]) -> None:
+    scores = {}
+    for precision in ("fp32", "int8"):
+        with FusionRuntime.load(bundles[0], precision) as alone:
+            scores[precision] = next(alone.stream("12+30=", 1)).routing.tolist()
+    assert scores["fp32"] != pytest.approx(scores["int8"], abs=1e-4)
+    with served(*(FusionRuntime.load(bundles[0], precision) for precision in ("int8", "fp32"))) as running:
+        for named, expected in ((None, "int8"), ("fp32", "fp32"), ("int8", "int8")):
+            own = {"precision": named, "routing": True}
+            choice = running.complete(max_tokens=1, temperature=0, fusionroute=own).json()["choices"][0]
+            assert choice["fusionroute"]["tokens"][0]["routing"] == pytest.approx(scores[expected], abs=1e-5)
+        refused = running.complete(fusionroute={"precision": "int4"})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"] == (
+            "The precision 'int4' is not loaded: use int8, fp32, or start the server with it in --precision."
+        )
