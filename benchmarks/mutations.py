@@ -25,7 +25,12 @@ SPECULATION, DRAFTS = RUNTIME + "speculation/", (RUNTIME + "speculation", RUNTIM
 QUANTISERS = tuple(PRECISION + f"test_{name}.py" for name in ("int8", "gptq_sequential", "precision"))
 TESTS: dict[str, tuple[str, ...]] = {  # the module's own come first; the others run where these notice nothing
     "runtime/session.py": (RUNTIME + "test_engine.py", RUNTIME + "test_arguments.py", RUNTIME + "test_threads.py", MACHINE),
-    "runtime/sampling.py": (RUNTIME + "test_sampling.py", RUNTIME + "test_arguments.py", RUNTIME + "test_engine.py"),
+    "runtime/sampling.py": (
+        RUNTIME + "test_sampling.py",
+        RUNTIME + "test_candidates.py",
+        RUNTIME + "test_arguments.py",
+        RUNTIME + "test_engine.py",
+    ),
     "runtime/plain_step.py": (RUNTIME + "test_engine.py", RUNTIME + "test_scoring.py", RUNTIME + "test_shared_base.py", MACHINE),
     "runtime/prefix.py": (RUNTIME + "test_prefix.py", MACHINE),
     "runtime/text.py": (RUNTIME + "test_text.py", RUNTIME + "test_stop_strings.py", RUNTIME + "test_endings.py"),
