@@ -72,6 +72,8 @@ class TensorFile:
 
 def stored(data: np.ndarray, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:
     """One tensor of a file whose tensors begin at byte `start`. Raises ValueError, TypeError."""
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, *data_offsets)):  # lists and texts multiply too
+        raise ValueError("a shape or an offset is no size")
     first, end = (start + offset for offset in data_offsets)
     width = WIDTHS.get(dtype, 0)
     if not width or end - first != width * math.prod(shape) or not start <= first <= end <= len(data) or first % width:

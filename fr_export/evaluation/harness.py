@@ -42,6 +42,7 @@ class FusionRouteLM(TemplateLM):
         threads: int | None = None,
         speculation: str = "off",
         max_length: int | None = None,
+        verify_key: str | None = None,
     ):
         """Model arguments are those of `FusionRuntime.load`; `expert` answers every token instead of the routed one.
 
@@ -49,7 +50,9 @@ class FusionRouteLM(TemplateLM):
         subclasses, UnavailableError for a bundle without tokenizer.
         """
         super().__init__()
-        self.runtime = FusionRuntime.load(bundle, precision, device, lam=lam, fusion=fusion, threads=threads, speculation=speculation)
+        self.runtime = FusionRuntime.load(
+            bundle, precision, device, lam=lam, fusion=fusion, threads=threads, speculation=speculation, verify_key=verify_key
+        )
         if self.runtime.tokenizer is None:
             raise UnavailableError(f"The bundle {bundle} has no tokenizer.json, which tasks need: export a system with one.")
         self._text, self._manifest, self._expert = self.runtime.tokenizer, self.runtime.bundle.manifest, expert

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Trust, names
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Trust, VerifyKey, names
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.serve.server import bound
 from fusionroute.runtime.serve.server import serve as listen
@@ -33,6 +33,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help="KiB of a request at most.")] = 4096,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that requests may go on after SIGTERM.")] = 30.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; default: all cores.")] = None,
+    verify_key: VerifyKey = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -41,14 +42,16 @@ def serve(
         model or bundle.resolve().name, host, port, api_key or None, insecure, tuple(cors or ()),
         queue=queue, body_bytes=max_body << 10, seconds=timeout, drain_seconds=drain,
     )  # fmt: skip
-    manifest = Bundle.open(bundle).manifest
+    manifest = Bundle.open(bundle, verify_key).manifest
     each = max(session_bytes(manifest, variant.precision) for variant in manifest.variants)
     count = sessions or sessions_within(None if memory is None else memory << 20, each)
     with bound(settings) as listening:  # before the models are loaded
         asked = names(precision) if precision else (None,)
         texts = -(-count // len(asked))  # that each runtime keeps
         runtimes = [
-            FusionRuntime.load(bundle, each, device, speculation=speculation, threads=threads, prefix_cache=texts, trusted=trust)
+            FusionRuntime.load(
+                bundle, each, device, speculation=speculation, threads=threads, prefix_cache=texts, verify_key=verify_key, trusted=trust
+            )
             for each in asked
         ]
         listen(runtimes, replace(settings, sessions=count), listening)

@@ -1,11 +1,14 @@
 """Each parser on inputs that keep their form and say odd things; a long run guided by coverage: `tests/attacks/fuzz`."""
 
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fusionroute.runtime.tensor_file import TensorFile
 from tests.attacks.fuzz.mutations import mutated
-from tests.attacks.fuzz.seeds import SEEDS
+from tests.attacks.fuzz.seeds import SEEDS, safetensors
 from tests.attacks.fuzz.targets import TARGETS
 
 
@@ -21,6 +24,25 @@ def test_a_parser_takes_or_refuses_any_input(name: str, inputs: int) -> None:
         TARGETS[name](content)
         if len(corpus) < 50 and draw.random() < 0.1:
             corpus.append(content)
+
+
+FOUND = {
+    "texts that are repeated": {"shape": ["/a", 2**63]},
+    "lists that are repeated": {"shape": [2**32 + 2, [0]]},
+    "true for a size": {"shape": [True, 4]},
+    "sizes below nothing": {"shape": [-2, -2]},
+    "a fraction": {"shape": [0.5, 8]},
+    "offsets of other types": {"data_offsets": [0, "16"]},
+}
+
+
+@pytest.mark.parametrize("entry", FOUND.values(), ids=list(FOUND))
+def test_sizes_in_a_tensor_file_are_numbers(entry: dict[str, Any], tmp_path: Path) -> None:
+    """What the fuzzer has found, and its kind: a header of 100 bytes that asked for gigabytes."""
+    content = safetensors({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16], **entry}}, 16)
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(ValueError):
+        TensorFile(tmp_path / "a.safetensors")
 
 
 def test_the_seeds_are_taken() -> None:

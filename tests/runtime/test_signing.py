@@ -149,6 +149,8 @@ def test_sign_and_the_commands_that_verify(bundle: Path, tmp_path: Path, command
         generate,
         ("bench", bundle),
         ("pack", bundle, "two.tar"),
+        ("chat", bundle),
+        ("serve", bundle),
         ("build", bundle),
         ("remove-expert", bundle, "a"),
     ):

@@ -38,7 +38,12 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module", params=sparing(SHAPES, ("smollm3", "gemma3", "phi3")))
+@pytest.fixture(
+    scope="module",
+    params=sparing(
+        SHAPES, ("smollm3", "gemma3", "phi3", "llama3 of one layer with padded heads", "qwen2, a window in layers but the first")
+    ),
+)
 def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[System, Graph]:
     shape = SHAPES[request.param]
     system = System.open(FAMILIES[shape.family], *make_system(tmp_path_factory.mktemp("blocks"), shape), max_seq_len=64)

@@ -51,7 +51,7 @@ def opened(folder: Path, shape: Shape) -> System:
         Shape(
             "llama3", heads=6, kv_heads=2, head_dim=20, hidden=96, config=BIASED
         ),  # padded heads, rotary outside, three products for one attention
-        Shape("llama3", heads=4, kv_heads=1, head_dim=16, config=BIASED | TIED),
+        pytest.param(Shape("llama3", heads=4, kv_heads=1, head_dim=16, config=BIASED | TIED), marks=pytest.mark.slow),
         Shape("qwen3", heads=4, kv_heads=2, config={"attention_bias": True}),
         Shape("gemma2", heads=4, kv_heads=4),
         Shape("gemma2", heads=4, kv_heads=2, head_dim=20, config=TIED | {"sliding_window": 6}),
