@@ -20,7 +20,7 @@ from fusionroute.runtime.expert_sets import ExpertSets
 from fusionroute.runtime.grammar_compiler import GrammarCompiler
 from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.limits import CHUNK
-from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients
+from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients, fusion_or
 from fusionroute.runtime.prompt import Prompt, PromptEncoder
 from fusionroute.runtime.sampling import sampling_of
 from fusionroute.runtime.scoring import Scores, positions_to_score
@@ -279,7 +279,7 @@ class FusionRuntime:
 
     def _coefficients(self, fusion: str | None, lam: float | None) -> tuple[float, float]:
         """Weights of router and expert logits, by default those of this runtime. Raises InputError."""
-        return fusion_coefficients(fusion or self.fusion, self.lam if lam is None else lam)
+        return fusion_coefficients(fusion_or(fusion, self.fusion), self.lam if lam is None else lam)
 
     @property
     def backend(self) -> Backend:

@@ -51,7 +51,7 @@ class ExpertSet:
         """The index of a named expert. Raises InputError for a name that is none."""
         if expert is None:
             return None
-        if expert not in self.names:
+        if not isinstance(expert, str) or expert not in self.names:  # an array would be compared element by element
             raise InputError(f"Unknown expert {shown(expert)}: use one of {', '.join(self.names)}.")
         return self.names.index(expert)
 

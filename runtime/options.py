@@ -66,12 +66,17 @@ class RuntimeOptions:
         object.__setattr__(self, name, int(value))
 
 
+def fusion_or(fusion: str | None, default: str) -> str:
+    """A fusion, or the default for None and "". What is none is left to `check_fusion`: an array has no truth value."""
+    return default if fusion is None or (isinstance(fusion, str) and not fusion) else fusion
+
+
 def check_fusion(fusion: str | None, lam: float | None) -> None:
     """Raise InputError for an unknown fusion, or a λ that is no number from 0 to 1.
 
     None stands for a value given elsewhere.
     """
-    if fusion is not None and fusion not in FUSIONS:
+    if fusion is not None and (not isinstance(fusion, str) or fusion not in FUSIONS):
         raise InputError(f"Unknown fusion {shown(fusion)}: use 'weighted' or 'additive'.")
     number: object = lam  # callers without a type checker pass anything
     if lam is not None and not (not isinstance(number, bool) and isinstance(number, Real) and 0.0 <= lam <= 1.0):

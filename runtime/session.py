@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fusionroute.runtime.arguments import whole
 from fusionroute.runtime.decoder import Decoder
 from fusionroute.runtime.exclusive import Exclusive
-from fusionroute.runtime.options import fusion_coefficients
+from fusionroute.runtime.options import fusion_coefficients, fusion_or
 from fusionroute.runtime.sampling import Sampler, Sampling, SamplingOptions, sampler_of, sampling_of
 from fusionroute.runtime.scoring import Scores
 from fusionroute.runtime.text import Text, Token
@@ -142,4 +142,4 @@ class Session:
 
     def _coefficients(self, fusion: str | None, lam: float | None) -> tuple[float, float]:
         """Weights of router and expert logits, by default those of this session. Raises InputError."""
-        return fusion_coefficients(fusion or self._fusion, self._lam if lam is None else lam)
+        return fusion_coefficients(fusion_or(fusion, self._fusion), self._lam if lam is None else lam)

@@ -10,7 +10,7 @@ from tests.support.server import served
 
 QUESTIONS = (
     "Tom has 17 apples and buys 25 more. How many apples does he have?",
-    "Now name three fruits, and write a function that counts them.",
+    "Write a Python function that adds two numbers.",
 )
 VIEWS: dict[str, dict[str, Any]] = {
     "playground": {"viewport": {"width": 1200, "height": 860}, "color_scheme": "light"},

@@ -63,6 +63,8 @@ CALLS: dict[str, tuple[Callable[[FusionRuntime, Session], object], str]] = {
     "lam text": (generating(lam="0.5"), "lam='0.5' is out of range: expected a number from 0 (expert only) to 1 (router only)."),
     "lam bool": (generating(lam=True), "lam=True is out of range: expected a number from 0 (expert only) to 1 (router only)."),
     "fusion 5": (generating(fusion=5), "Unknown fusion 5: use 'weighted' or 'additive'."),
+    "fusion of arrays": (generating(fusion=np.zeros(2)), "Unknown fusion array([0., 0.]): use 'weighted' or 'additive'."),
+    "expert of arrays": (generating(expert=np.zeros(2)), "Unknown expert array([0., 0.]): use one of expert0, expert1."),
     "expert 5": (generating(expert=5), "Unknown expert 5: use one of expert0, expert1."),
     "stop 5": (generating(stop=5), "stop is 5, expected a str or a list of them."),
     "stop bytes": (generating(stop=b"a"), "The stop string 97 is not a str of at least one character: leave it out."),
