@@ -39,7 +39,8 @@ class RuntimeOptions:
             flag(name, getattr(self, name))
         if self.precision is not None:
             text("precision", self.precision)
-        object.__setattr__(self, "fusion", self.fusion or None)  # "" means None too, as in `generate`
+        if isinstance(self.fusion, str) and not self.fusion:  # "" means None too, as in `generate`
+            object.__setattr__(self, "fusion", None)
         check_fusion(self.fusion, self.lam)
         if self.catch_up not in CATCH_UP_MODES:
             raise InputError(f"Unknown catch_up {shown(self.catch_up)}: use 'lazy' or 'background'.")

@@ -8,6 +8,7 @@ import typer
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Trust, VerifyKey, names
 from fusionroute.runtime.engine import FusionRuntime
+from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.serve.server import bound
 from fusionroute.runtime.serve.server import serve as listen
 from fusionroute.runtime.serve.settings import Settings, session_bytes, sessions_within
@@ -43,10 +44,15 @@ def serve(
         queue=queue, body_bytes=max_body << 10, seconds=timeout, drain_seconds=drain,
     )  # fmt: skip
     manifest = Bundle.open(bundle, verify_key).manifest
+    asked = names(precision) if precision else (None,)
+    known = dict.fromkeys(variant.precision for variant in manifest.variants)
+    if wrong := [name for name in asked if name and name not in known]:
+        raise UnavailableError(
+            f"The bundle {bundle} has no precision '{wrong[0]}', only {', '.join(known)}: export it with --precision {wrong[0]}."
+        )
     each = max(session_bytes(manifest, variant.precision) for variant in manifest.variants)
     count = sessions or sessions_within(None if memory is None else memory << 20, each)
     with bound(settings) as listening:  # before the models are loaded
-        asked = names(precision) if precision else (None,)
         texts = -(-count // len(asked))  # that each runtime keeps
         runtimes = [
             FusionRuntime.load(

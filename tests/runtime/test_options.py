@@ -74,6 +74,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "λ that is no number": {"lam": "half"},
     "λ that is not a number": {"lam": float("nan")},
     "fusion": {"fusion": "sum"},
+    "fusions": {"fusion": np.array(["weighted", "additive"])},
     "device": {"device": "nonsense"},
     "catch_up": {"catch_up": "eager"},
     "speculation": {"speculation": "on"},

@@ -140,10 +140,11 @@ def test_the_command_serves_logs_no_prompt_and_ends_at_sigterm(bundles: list[Pat
     [
         (["--host", "0.0.0.0"], "error: 0.0.0.0 is reached from other machines: give a key with --api-key or FUSIONROUTE_API_KEY, or say --insecure.\n"),
         (["--host", "203.0.113.1", "--insecure"], "error: 203.0.113.1 port 8000 cannot be listened at (Cannot assign requested address): choose another with --host and --port.\n"),
+        (["--precision", "int8,fp8"], "error: The bundle {} has no precision 'fp8', only fp32, int8: export it with --precision fp8.\n"),
     ],
 )  # fmt: skip
 def test_the_command_refuses_in_one_sentence(
     bundles: list[Path], options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = Command("runtime", runtime_status, monkeypatch, capsys)("serve", bundles[0], *options)
-    assert (ended.status, ended.out, ended.err) == (1, "", sentence)
+    assert (ended.status, ended.out, ended.err) == (1, "", sentence.format(bundles[0]))
