@@ -153,7 +153,7 @@ def check_any_shape(shape: Shape, tmp_path_factory: pytest.TempPathFactory) -> N
     check_parity(bundle, system, random_ids(shape, 150), prompt=90)
 
 
-FEW = settings(max_examples=4, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=3, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 @FEW

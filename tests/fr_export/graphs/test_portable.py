@@ -208,7 +208,7 @@ def test_the_bundle_is_whole_and_its_runtime_says_whom_it_is_for(exported: Expor
         FusionRuntime.load(exported.bundle)
 
 
-@settings(max_examples=3, deadline=None, phases=(Phase.explicit, Phase.generate))  # shrinking would trace for minutes
+@settings(max_examples=2, deadline=None, phases=(Phase.explicit, Phase.generate))  # shrinking would trace for minutes
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (2, 2)]),

@@ -18,8 +18,15 @@ from fusionroute.runtime.speculation.rounds import DRAFT_MARGIN, proposal
 RARE = 0.004  # pairs of tokens below are counted together
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1.5, "top_k": 4}, {"temperature": 0.2}], ids=["filtered", "unfiltered"])
-@pytest.mark.parametrize("source", ["router", "lookup"])
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        pytest.param("router", {"temperature": 1.5, "top_k": 4}, id="router-filtered"),
+        pytest.param("router", {"temperature": 0.2}, id="router-unfiltered"),
+        pytest.param("lookup", {"temperature": 1.5, "top_k": 4}, id="lookup-filtered"),
+        pytest.param("lookup", {"temperature": 0.2}, id="lookup-unfiltered", marks=pytest.mark.slow),
+    ],
+)
 def test_samples_have_the_distribution_of_plain_sampling(
     bundles: list[Path], monkeypatch: pytest.MonkeyPatch, source: str, options: dict[str, Any]
 ) -> None:
