@@ -20,6 +20,7 @@ from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import TABLE, Request, export
 from fusionroute.fr_export.families import FAMILIES
+from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision import gptq_sequential, int4, int8
 from fusionroute.fr_export.precision.blockwise import Stored, widened
@@ -54,9 +55,9 @@ def known(texts: list[np.ndarray]) -> Evidence:
 
 def rounded(
     system: System, texts: list[np.ndarray], folder: Path, shared: SharedMatrices | None = None, sharing: Sharing = (),
-    kept: KeptMatrices | None = None, note: Callable[[str], None] = lambda _: None,
+    kept: KeptMatrices | None = None, note: Callable[[str], None] = lambda _: None, graph: Graph | None = None,
 ) -> dict[str, Stored]:  # fmt: skip
-    graph = traced(system)
+    graph = graph.clone() if graph else traced(system)
     formats = {name: FORM for name, value in graph.model.graph.initializers.items() if len(value.shape) == 2 and "rotary" not in name}
     return round_sequentially(
         FitContext(
@@ -93,6 +94,7 @@ def test_matrices_that_were_kept_are_taken_over(tmp_path: Path, monkeypatch: pyt
     draw = np.random.default_rng(0)
     texts = [draw.integers(3, 300, length).astype(np.int32) for length in (60, 30)]
     sharing = [(system.experts[0].weights, known(texts[1:]))]
+    graph = traced(system)
     calls: list[int] = []
 
     def counted(*given: Any) -> Any:
@@ -104,7 +106,7 @@ def test_matrices_that_were_kept_are_taken_over(tmp_path: Path, monkeypatch: pyt
     def run(number: int, given: list[np.ndarray] = texts, sharing: Sharing = sharing) -> tuple[list[tuple[str, str, str]], int, list[str]]:
         notes: list[str] = []
         calls.clear()
-        done = rounded(system, given, tmp_path / str(number), None, sharing, KeptMatrices(), notes.append)
+        done = rounded(system, given, tmp_path / str(number), None, sharing, KeptMatrices(), notes.append, graph)
         return [(name, each.values.sha256, each.scales.sha256) for name, each in done.items()], len(calls), notes
 
     expected, first, notes = run(0)
