@@ -47,7 +47,9 @@ class Shared(NamedTuple):
         return EnginePairOnCpu(self.system.bundle / pair.graph, factors)
 
 
-@pytest.fixture(scope="module", params=sparing(SYSTEMS, ("llama3-padded-head-rotary-outside", "qwen3", "phi3", "qwen2", "smollm3")))
+@pytest.fixture(
+    scope="module", params=sparing(SYSTEMS, ("llama3", "llama3-padded-head-rotary-outside", "qwen3", "phi3", "qwen2", "smollm3"))
+)
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     system = export_shared(tmp_path_factory.mktemp("pairs"), *SYSTEMS[request.param], ("fp32", *HALVES), TARGETS, CAPACITY)
     yield Shared(system, [answers(system, folder) for folder in (system.router, *system.experts.values())])

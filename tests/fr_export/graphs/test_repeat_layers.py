@@ -81,6 +81,7 @@ def test_a_trace_of_few_layers_equals_one_of_all(family: str) -> None:
         assert few[part] == lines, part
 
 
+@pytest.mark.slow
 def test_layers_that_differ_in_their_number_alone_are_traced_one_by_one() -> None:
     """Nothing on such a layer tells it apart: its two traced fellows do."""
     original = LlamaDecoderLayer.forward

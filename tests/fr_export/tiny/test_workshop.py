@@ -36,6 +36,7 @@ def test_every_part_is_made_once_and_fits_together(name: str, tmp_path: Path) ->
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_adapters_of_one_base_share_it_wherever_they_are_moved_to(tmp_path: Path) -> None:
     """Experts and router as adapters: exported with one base, after a move that only relative paths survive."""
     workshop = Workshop(ARCHITECTURES["gemma2"], tmp_path / "work", width=32, budget=Budget().scaled(0.002), lora_rank=4)
