@@ -101,7 +101,7 @@ def with_tokens(content: bytes, complete: Any, beyond: Mapping[int, str]) -> byt
 
 def config_of(stored: Mapping[str, Any], named: Mapping[str, Any], more: list[str]) -> dict[str, Any]:
     """A tokenizer_config.json of what a checkpoint's own says. `more`: special tokens without a name."""
-    kept = DEFAULTS | {name: stored[name] for name in KEPT if stored.get(name) is not None}
+    settings = DEFAULTS | {name: stored[name] for name in KEPT if stored.get(name) is not None}
     tokens = {name: str(token) for name, token in named.items() if not isinstance(token, list)}
     listed = {"additional_special_tokens": more} if more else {}
-    return {"tokenizer_class": "PreTrainedTokenizerFast"} | kept | tokens | listed
+    return {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | tokens | listed

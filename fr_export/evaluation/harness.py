@@ -112,8 +112,8 @@ class FusionRouteLM(TemplateLM):
         order = sorted(range(len(requests)), key=lambda number: requests[number][1])  # texts that begin alike follow each other
         for number in tqdm(order, desc="Running loglikelihood requests", disable=disable_tqdm):
             key, context, continuation = requests[number]
-            kept = max(self.max_length + 1 - len(continuation), 1)
-            answers[number] = self._judge(context[-kept:], continuation)
+            room = max(self.max_length + 1 - len(continuation), 1)
+            answers[number] = self._judge(context[-room:], continuation)
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answers[number])
         return answers

@@ -72,8 +72,8 @@ def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> di
         return {}
     blocks = stages(context.graph)
     order = [matrix for block in blocks for matrix in block.observed if matrix in formats]
-    kept = KeptModel(None, 0) if context.kept is None else context.kept.of(dependencies(context, formats))
-    done = taken_over(context, formats, order, kept)
+    earlier = KeptModel(None, 0) if context.kept is None else context.kept.of(dependencies(context, formats))
+    done = taken_over(context, formats, order, earlier)
     if len(done) == len(order):
         return done
     (walk, read), *sharing = walks(context, blocks)
@@ -85,7 +85,7 @@ def round_sequentially(context: FitContext, formats: Mapping[str, Format]) -> di
             whole = in_range(rows(context.graph.sources[matrix], context.weights), fmt, matrix)
             pieces = counted(sliced(whole, factor().channels), context.advance)
             stored = store_blocks((quantise(piece, factor(), fmt, context.threads) for piece in pieces), fmt, context.store, matrix)
-            kept.keep(matrix, stored)
+            earlier.keep(matrix, stored)
             return stored
 
         replaced = {}

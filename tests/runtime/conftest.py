@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backends.ort_cpu import OrtCache
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,18 @@ def rt(request: pytest.FixtureRequest, bundles: list[Path]) -> Iterator[FusionRu
     """The first bundle in both precisions; one test of the engine runs all bundles."""
     with FusionRuntime.load(bundles[0], precision=request.param) as runtime:
         yield runtime
+
+
+@pytest.fixture
+def router_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens the router reads on the CPU, pass by pass."""
+    counts: list[int] = []
+    forward = OrtCache.forward
+
+    def noted(self: OrtCache, ids: Any, positions: Any) -> Any:
+        if self._model.model.name == "router":
+            counts.append(len(ids))
+        return forward(self, ids, positions)
+
+    monkeypatch.setattr(OrtCache, "forward", noted)
+    return counts

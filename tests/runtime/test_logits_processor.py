@@ -183,9 +183,9 @@ def test_sessions_count_what_steps_chose(rt: FusionRuntime) -> None:
     fresh.append(session.token_ids)
     assert [session.step(**options).id for _ in range(5)] == [fresh.step(**options).id for _ in range(5)]
     logits = session.logits
-    kept = logits.copy()
+    before = logits.copy()
     session.step(**options)
-    np.testing.assert_array_equal(logits, kept)
+    np.testing.assert_array_equal(logits, before)
 
 
 def test_ends(rt: FusionRuntime, bundles: list[Path], tmp_path: Path) -> None:

@@ -126,9 +126,9 @@ def test_without_the_package(bundle: Path, key: Path, monkeypatch: pytest.Monkey
 
 def test_sign_and_the_commands_that_verify(bundle: Path, tmp_path: Path, command: Command) -> None:
     """One command makes a key and signs; every command that reads the bundle takes the public one."""
-    made = command("sign", bundle, "--new-key", "mine")
-    assert (made.status, made.err) == (0, "")
-    assert made.out.splitlines() == [
+    new_key = command("sign", bundle, "--new-key", "mine")
+    assert (new_key.status, new_key.err) == (0, "")
+    assert new_key.out.splitlines() == [
         "mine: your private key; keep it. mine.pub: the public key; give it to who loads your bundles.",
         f"{bundle}: signed, in {SIGNATURE}",
     ]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from fusionroute.runtime import FusionRuntime, InputError
-from fusionroute.runtime.backends.ort_cpu import OrtCache
 from fusionroute.runtime.conversation import Conversation
 from fusionroute.runtime.decoder import Decoder
 from tests.support.bundles import rehash
@@ -104,23 +103,14 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(talk: Talk, bundles: list[Pa
     assert "first token after" in stats and second is not None
 
 
-def test_a_conversation_is_read_from_where_it_goes_on(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    forward = OrtCache.forward
-
-    def noted(self: OrtCache, ids: Any, positions: Any) -> Any:
-        if self._model.model.name == "router":
-            read.append(len(ids))
-        return forward(self, ids, positions)
-
-    monkeypatch.setattr(OrtCache, "forward", noted)
+def test_a_conversation_is_read_from_where_it_goes_on(bundles: list[Path], router_reads: list[int]) -> None:
     with FusionRuntime.load(bundles[0], precision="fp32") as rt:
         conversation = Conversation(rt, 4)
         list(conversation.ask("a long beginning " * 20))
-        before, figures = sum(read), conversation.figures
+        before, figures = sum(router_reads), conversation.figures
         list(conversation.ask("b"))
         assert before >= figures.prompt_tokens > 200
-        assert sum(read) - before < 60 and conversation.figures.prompt_tokens > figures.prompt_tokens
+        assert sum(router_reads) - before < 60 and conversation.figures.prompt_tokens > figures.prompt_tokens
         with pytest.raises(InputError, match="leaves no room"):
             list(conversation.ask("c " * 2000))
         assert len(conversation.messages) == 4
