@@ -17,6 +17,7 @@ from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.chat import ChatOptions
 from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.expert_sets import ExpertSets
+from fusionroute.runtime.generation import Generation
 from fusionroute.runtime.grammar_compiler import GrammarCompiler
 from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.limits import CHUNK
@@ -243,7 +244,7 @@ class FusionRuntime:
         except Interrupted:
             return Stream.ended(cancellation.reason or "cancelled")
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
-        return experts.stream(ids, sampler, coefficients, pinned, output, ends, limit, cancellation, drafts)
+        return experts.stream(ids, Generation(sampler, coefficients, pinned, output, ends, limit, cancellation, drafts))
 
     def score(
         self,
