@@ -44,17 +44,14 @@ def checked(bundle: Bundle, everything: bool, trusted: bool = False) -> Iterator
         return
     stop = threading.Event()
 
-    def check(name: str) -> None:
-        for _ in bundle.pieces(name):
-            if stop.is_set():
-                return
-
     pool = ThreadPoolExecutor(cores(), "fusionroute-verify")
     try:
         trial = (
             pool.submit(try_tokenizer, bundle.read(TOKENIZER), bundle.folder / TOKENIZER) if TOKENIZER in unknown and not trusted else None
         )
-        checks = [pool.submit(check, name) for name in sorted(unknown, key=lambda name: -bundle.manifest.files[name].bytes)]
+        checks = [
+            pool.submit(bundle.check, name, stop.is_set) for name in sorted(unknown, key=lambda name: -bundle.manifest.files[name].bytes)
+        ]
         yield lambda: trial.result() if trial else None
         for each in checks:
             each.result()

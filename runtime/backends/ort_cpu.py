@@ -41,8 +41,7 @@ class OrtCpu:
         opened = CpuSessions(bundle, variant, threads)
         with ThreadPoolExecutor(cores()) as pool:  # loading mostly packs weights, on one core per model
             sessions = list(pool.map(lambda model: opened.model(model.name, variant.graphs[model.name], share_weights), manifest.models))
-        paths = [bundle.folder / variant.graphs[model.name] for model in manifest.models]
-        ort.check_models(sessions, manifest, paths)
+        ort.check_models(sessions, bundle, [variant.graphs[model.name] for model in manifest.models])
         models = [
             OrtModel(session, opened.run_options, model, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
             for session, model in zip(sessions, manifest.models, strict=True)

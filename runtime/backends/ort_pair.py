@@ -53,11 +53,11 @@ class OrtPair:
         head = None
         if pair.head is not None:
             head = Head(opened.model(router.name, pair.head, share_weights), manifest.vocab_size)
-            ort.check(head.session, of_head(head.width, manifest.vocab_size), bundle.folder / pair.head)
+            ort.check(head.session, of_head(head.width, manifest.vocab_size), bundle, pair.head)
         result = ("logits", manifest.vocab_size) if head is None else ("hidden", head.width)
         graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, result, head, len(manifest.rows))
         sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models if each.name not in variant.graphs}
-        graph.check(bundle.folder / pair.graph)
+        graph.check(bundle, pair.graph)
         if len(sizes) > 1:
             raise BundleError(f"{bundle.folder} has one graph for models of several sizes; export the bundle again.")
         factors = factors_of(bundle, {name: pair.factors[name] for name in manifest.experts if name in pair.factors})
@@ -108,7 +108,7 @@ def open_whole(bundle: Bundle, variant: Variant, opened: CpuSessions, share_weig
     for spec in (each for each in manifest.models if each.name in variant.graphs):
         session = opened.model(spec.name, variant.graphs[spec.name], share_weights)
         logits = "logits", manifest.vocab_size
-        ort.check(session, of_model(spec, manifest.max_seq_len, logits, 0), bundle.folder / variant.graphs[spec.name], manifest.max_seq_len)
+        ort.check(session, of_model(spec, manifest.max_seq_len, logits, 0), bundle, variant.graphs[spec.name], manifest.max_seq_len)
         models[spec.name] = OrtModel(session, opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0)
     return models
 
