@@ -27,12 +27,12 @@ SEED, SECONDS = 1, 240
 OPTIONS = ["--checks", "all", "--exclude-checks", "positive_data_acceptance", "--continue-on-failure", "--no-shrink"]
 
 
-def test_every_answer_is_as_the_schema_says(bundles: list[Path]) -> None:
+def test_every_answer_is_as_the_schema_says(bundles: list[Path], tmp_path: Path) -> None:
     with served(FusionRuntime.load(bundles[0], precision="fp32", prefix_cache=2), sessions=4, seconds=1.0) as running:
         bounds = ["--seed", SEED, "--max-time", SECONDS, "--max-examples", 1000, "--generation-database", "none"]
         command = [Path(sys.executable).parent / "schemathesis", "run", f"{running.url}/openapi.json", *OPTIONS, *bounds]
         variables = os.environ | {"SCHEMATHESIS_HOOKS": "tests.openapi.hooks", "PYTHONPATH": str(REPOSITORY)}
-        ended = subprocess.run([*map(str, command)], env=variables, capture_output=True, text=True, check=False)
+        ended = subprocess.run([*map(str, command)], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
         counts = re.findall(r'requests_total{path="(/v1/.*completions)",status="200"} (.*)', httpx.get(running.url + "/metrics").text)
     print(ended.stdout, counts)
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr
