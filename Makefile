@@ -8,7 +8,7 @@ PROMPT ?= 12+30=
 # The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval test-browser screenshots gpu-check clean
+.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval test-browser test-clients fuzz-api screenshots gpu-check clean
 
 demo: $(VENV)/export
 	$(BIN)/python export.py --family $(FAMILY) --force
@@ -65,6 +65,15 @@ test-lm-eval: .venv-lm-eval/ready
 test-browser: .venv-browser/ready
 	.venv-browser/bin/python -m pytest -m slow tests/browser
 
+# OpenAI's clients for Python and Node.js against `fusionroute serve`; Node.js and npm must be there (Debian: nodejs, npm).
+test-clients: $(VENV)/test tests/clients/node_modules
+	$(BIN)/python -m pytest -m slow tests/clients
+
+# Requests drawn from the server's OpenAPI schema, and its answers held against it.
+fuzz-api: $(VENV)/test .venv-fuzz/ready
+	rm -rf dist/fuzz
+	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.support.exporting dist/fuzz 2>/dev/null) .venv-fuzz/bin/python -m pytest -m slow tests/openapi
+
 # The pictures of them in the docs: `make screenshots BUNDLE=dist/mine`.
 screenshots: .venv-browser/ready
 	.venv-browser/bin/python -m tests.browser.screenshots $(BUNDLE) docs
@@ -114,5 +123,14 @@ $(VENV)/docs: $(VENV)/test
 	.venv-browser/bin/python -m pip install --quiet playwright httpx pytest hypothesis --editable '.[cpu,export,serve]'
 	touch $@
 
+.venv-fuzz/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install --quiet schemathesis==4.32.5 httpx pytest hypothesis --editable '.[cpu,serve]'
+	touch $@
+
+tests/clients/node_modules: tests/clients/package-lock.json
+	npm ci --prefix tests/clients --ignore-scripts --no-audit --no-fund
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-optimum .venv-lm-eval .venv-browser dist
+	rm -rf $(VENV) .venv-oldest .venv-optimum .venv-lm-eval .venv-browser .venv-fuzz tests/clients/node_modules dist
