@@ -19,7 +19,7 @@ from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.expert_sets import ExpertSets
 from fusionroute.runtime.generation import Generation
 from fusionroute.runtime.grammar_compiler import GrammarCompiler
-from fusionroute.runtime.integrity import checked
+from fusionroute.runtime.integrity import begun_trial, checked
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients, fusion_or
 from fusionroute.runtime.prompt import Prompt, PromptEncoder
@@ -129,9 +129,12 @@ class FusionRuntime:
             on_expert_failure=on_expert_failure,
         )  # fmt: skip
         check_device(options.device)
-        opened = Bundle.open(path("bundle", bundle), None if verify_key is None else path("verify_key", verify_key))
-        with checked(opened, flag("verify", verify), flag("trusted", trusted)) as tokenizer_is_tried:
-            return cls(opened, options, tokenizer_is_tried)
+        folder, everything = path("bundle", bundle), flag("verify", verify)
+        key = None if verify_key is None else path("verify_key", verify_key)
+        with begun_trial(folder, everything, flag("trusted", trusted)) as trial:
+            opened = Bundle.open(folder, key)
+            with checked(opened, everything, trial) as tokenizer_is_tried:
+                return cls(opened, options, tokenizer_is_tried)
 
     @property
     def expert_names(self) -> list[str]:
