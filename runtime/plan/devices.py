@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.plan.tables import read
+from fusionroute.runtime.plan.data_files import read
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
 Kind = Literal["gpu", "cpu", "cpu with VNNI"]

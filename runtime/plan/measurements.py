@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+from fusionroute.runtime.plan.data_files import read
 from fusionroute.runtime.plan.devices import Kind, device_named
 from fusionroute.runtime.plan.shapes import shape_of
-from fusionroute.runtime.plan.tables import read
 
 KV_WIDTH = 2  # bytes; all rows keep keys and values in half precision
 WITH_VNNI: Kind = "cpu with VNNI"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fusionroute.runtime.errors import InputError
@@ -13,7 +13,9 @@ from fusionroute.runtime.plan.measurements import measurements
 from fusionroute.runtime.plan.memory import Memory, memory_of
 from fusionroute.runtime.plan.speed import Range, Text, decode_speed, prefill_speed
 from fusionroute.runtime.plan.systems import Request
-from fusionroute.runtime.precisions import PRECISIONS
+from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
+
+CUDA = "ort:cuda"
 
 # 8 bits lose next to nothing; then what loses more, and last what only costs memory: see docs/precision.md
 PREFERRED = ("int8", "int8-wo", "int4", "bf16", "fp16", "fp32")
@@ -104,6 +106,8 @@ def make_plan(request: Request, device: Device, text: Text, precisions: Sequence
     for name, share in (("--switch-rate", text.switch_rate), ("--acceptance", text.acceptance)):
         if share is not None and not 0 <= share <= 1:
             raise InputError(f"{name} {share:g} is no share of the tokens: give a number from 0 to 1.")
+    if device.target == TENSORRT and request.targets and TENSORRT not in request.targets and CUDA in request.targets:
+        device = replace(device, export=CUDA)
     known = request.precisions(device.target)
     if not known:
         raise InputError(
@@ -127,8 +131,7 @@ def choice_of(request: Request, device: Device, text: Text, precision: str) -> C
 
 def recommended(choices: Sequence[Choice]) -> Choice | None:
     """The first of `PREFERRED` that fits; else the narrowest that runs with evicting experts; else None."""
-    order = [*PREFERRED, *(name for name in PRECISIONS if name not in PREFERRED)]
-    ranked = sorted(choices, key=lambda choice: order.index(choice.precision))
+    ranked = sorted(choices, key=lambda choice: PREFERRED.index(choice.precision) if choice.precision in PREFERRED else len(PREFERRED))
     fitting = [choice for choice in ranked if choice.fits]
     return next(iter(fitting or sorted((choice for choice in choices if choice.runs), key=lambda choice: choice.memory.weights)), None)
 

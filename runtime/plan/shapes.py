@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.plan.tables import read
+from fusionroute.runtime.plan.data_files import read
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.errors import BundleError, InputError, one_line
 from fusionroute.runtime.graph_tensors import tensors
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.manifest import Manifest, Model, Variant
@@ -56,15 +56,17 @@ class System:
         return sum(self.kv_values) * self.kv_width * tokens
 
     def scratch_bytes(self, target: str) -> int:
-        """Of one pass over a prompt, and of the process: an estimate from the width of the largest model's layers."""
-        widest = max(sqrt(each.values / count) for each, count in zip(self.weights[:1], self.layers[:1], strict=True))
+        """Of one pass over a prompt, and of the process: an estimate from the width of the router's layers."""
+        widest = sqrt(self.weights[0].values / self.layers[0])
         rows = self.vocab * (2 * 4 if target == CPU else ANSWERS * 2)
         return int(PROCESS[target == CPU] + CHUNK * ALIVE * widest * 4 + rows)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. `build`: makes the system in a precision for a target; `precisions`: that it has there."""
+    """What was asked for. `build`: makes the system in a precision for a target; `precisions`: that it has there;
+    `targets`: that a bundle has graphs for, empty for what is not exported yet.
+    """
 
     family: str
     title: str
@@ -73,6 +75,7 @@ class Request:
     most_context: int
     shared: bool
     rank: int
+    targets: frozenset[str]
     precisions: Callable[[str], Sequence[str]]
     build: Callable[[str, str], System]
 
@@ -94,7 +97,7 @@ def of_shape(shape: Shape, experts: int, context: int, shared: bool, rank: int) 
 
     return Request(
         shape.family, f"{models} of {shape.name} ({shape.parameters:,} parameters){base}", names, context, shape.context, shared,
-        rank, precisions_of, build,
+        rank, frozenset(), precisions_of, build,
     )  # fmt: skip
 
 
@@ -115,7 +118,7 @@ def of_bundle(bundle: Bundle, context: int | None) -> Request:
 
     return Request(
         manifest.family, f"{bundle.folder}: {' + '.join(model.name for model in manifest.models)}", tuple(manifest.experts),
-        context or manifest.max_seq_len, manifest.max_seq_len, shared, 0, precisions, build,
+        context or manifest.max_seq_len, manifest.max_seq_len, shared, 0, frozenset(variant.target for variant in manifest.variants), precisions, build,
     )  # fmt: skip
 
 
@@ -155,17 +158,22 @@ def with_files(bundle: Bundle, variant: Variant) -> System:
 
 
 def graph_bytes(bundle: Bundle, path: str) -> int:
-    """Bytes of the weights that a graph names, each once, and of its own constants."""
+    """Bytes of the weights that a graph names, each once, and of its own constants. Raises BundleError."""
     files, folder = bundle.manifest.files, PurePosixPath(path).parent
     places: dict[tuple[str, int], int] = {}
     own = 0
-    for tensor in tensors(bundle.read(path)):
-        if tensor.data is not None:
-            own += len(tensor.data)
-            continue
-        file = files[str(folder / tensor.location)]
-        sizes = {each.offset: each.bytes for each in file.tensors}
-        places[tensor.location, tensor.offset] = sizes.get(tensor.offset, file.bytes)
+    try:
+        for tensor in tensors(bundle.read(path)):
+            if tensor.location:
+                file = files[str(folder / tensor.location)]
+                sizes = {each.offset: each.bytes for each in file.tensors}
+                places[tensor.location, tensor.offset] = sizes.get(tensor.offset, file.bytes)
+            else:
+                own += len(tensor.data or b"")
+    except (ValueError, KeyError) as error:
+        raise BundleError(
+            f"{bundle.folder / path} is no graph whose weights are in the bundle ({one_line(error)}); export it again."
+        ) from error
     return own + sum(places.values())
 
 

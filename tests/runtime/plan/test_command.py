@@ -7,6 +7,7 @@ import pytest
 
 from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.plan.devices import devices
+from fusionroute.runtime.precisions import exported_for, fastest_first
 from tests.support.commands import Command
 
 SMALL = ("--family", "llama3", "--size", "1B", "--target", "orin-nx-16gb")
@@ -17,7 +18,8 @@ def test_json_has_what_scripts_rely_on(command: Command) -> None:
     assert ended.status == 0
     result = json.loads(ended.out)
     assert result["estimate"].startswith("An estimate, not a measurement: ")
-    assert [each["precision"] for each in result["precisions"]] == ["int4", "int8", "int8-wo", "fp16", "bf16", "fp32"]
+    names = [each["precision"] for each in result["precisions"]]
+    assert names == fastest_first(exported_for("tensorrt"), "tensorrt") and {"int4", "int8", "bf16"} <= {*names}
     for each in result["precisions"]:
         low, expected, high = each["decode_tokens_per_second"]
         assert 0 < low < expected < high
@@ -25,7 +27,7 @@ def test_json_has_what_scripts_rely_on(command: Command) -> None:
         assert each["weights_bytes"] > 3 * 1e9 * 0.5 and each["kv_bytes"] == 3 * 2 * 16 * 8 * 64 * 4096 * (
             4 if each["precision"] == "fp32" else 2
         )
-    assert result["recommended"] == {"precision": "int8", "command": result["precisions"][1]["command"]}
+    assert result["recommended"] == {"precision": "int8", "command": result["precisions"][names.index("int8")]["command"]}
     assert result["recommended"]["command"] == (
         "fusionroute export --family llama3 --router router --expert expert1=experts/expert1 --expert expert2=experts/expert2 "
         "--target tensorrt --precision int8 --max-seq-len 4096"
@@ -70,7 +72,8 @@ def test_the_table_fits_80_columns_and_says_that_it_is_an_estimate(command: Comm
         ((*SMALL, "--context", "1"), "A context of 1 tokens is outside what the model takes: give --context 2 to 131072."),
         (
             (*SMALL, "--precision", "w8a8"),
-            "There is no precision 'w8a8' for Jetson Orin NX 16GB (tensorrt): use one of int4, int8, int8-wo, fp16, bf16, fp32.",
+            "There is no precision 'w8a8' for Jetson Orin NX 16GB (tensorrt): use one of "
+            f"{', '.join(fastest_first(exported_for('tensorrt'), 'tensorrt'))}.",
         ),
         ((*SMALL, "--switch-rate", "2"), "--switch-rate 2 is no share of the tokens: give a number from 0 to 1."),
         ((*SMALL, "--acceptance", "-1"), "--acceptance -1 is no share of the tokens: give a number from 0 to 1."),

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from benchmarks.plan_errors import summary
+from fusionroute.runtime.plan.data_files import read
 from fusionroute.runtime.plan.devices import devices
 from fusionroute.runtime.plan.efficiency import Efficiency, efficiency, fitted, left_out_errors
 from fusionroute.runtime.plan.measurements import measurements
 from fusionroute.runtime.plan.shapes import shapes
-from fusionroute.runtime.plan.tables import read
 
 
 def test_devices_left_out_of_the_fit_are_estimated_within_15_percent_in_the_median_and_35_at_worst() -> None:
