@@ -43,7 +43,9 @@ AREAS = {
     ),
     "sampling": Area(("runtime/sampling.py",), tuple(f"{RUNTIME}test_{name}.py" for name in ("candidates", "arguments", "engine"))),
     "prefix": Area(("runtime/prefix.py",), (MACHINE,)),
-    "text": Area(("runtime/text*.py",), tuple(f"{RUNTIME}test_{name}.py" for name in ("stop_strings", "text", "endings"))),
+    "text": Area(
+        ("runtime/text*.py",), tuple(f"{RUNTIME}test_{name}.py" for name in ("stop_strings", "text", "endings", "logits_processor"))
+    ),
     "speculation": Area(("runtime/speculation/*.py",), (RUNTIME + "speculation", RUNTIME + "test_sampling.py", MACHINE)),
     "bundle": Area(
         ("runtime/bundle.py", "runtime/manifest.py", "runtime/manifest_file.py"),

@@ -37,7 +37,7 @@ def begun_trial(folder: Path, everything: bool, trusted: bool) -> Iterator[Trial
         return
     trial = Trial()
     try:
-        if (folder / TOKENIZER).is_file() and (everything or not notes(folder)):
+        if will_be_tried(folder, everything):
             trial.begin()
         yield trial
     finally:
@@ -105,12 +105,14 @@ def note(bundle: Bundle) -> Path:
     return files.private_folder(KIND) / f"{place(bundle.folder)}-{cache.sha256(about)}.json"
 
 
-def notes(folder: Path) -> list[Path]:
-    """What is noted of bundles in a folder, or of others that have been in its place. Raises nothing."""
+def will_be_tried(folder: Path, everything: bool) -> bool:
+    """Whether a bundle's tokenizer is likely to be tried: nothing is noted of its folder. Raises nothing."""
     try:
-        return list((files.cache_folder() / KIND).glob(f"{place(folder)}-*.json"))
-    except OSError:
-        return []
+        if not (folder / TOKENIZER).is_file():
+            return False
+        return everything or not any((files.cache_folder() / KIND).glob(f"{place(folder)}-*.json"))
+    except OSError:  # opening the bundle tells
+        return False
 
 
 def place(folder: Path) -> str:
