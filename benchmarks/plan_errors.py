@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from fusionroute.runtime.bench.figure import library
-from fusionroute.runtime.plan.efficiency import efficiency, left_out_errors
+from fusionroute.runtime.plan.efficiency import fitted, left_out_errors
 from fusionroute.runtime.plan.measurements import Measurement, measurements
 from fusionroute.runtime.tables import tables
 
@@ -92,8 +92,8 @@ def errors_of_all(counted: Sequence[Measurement], unsure: Sequence[Measurement])
 
 def span(row: Measurement) -> list[float]:
     """Tokens per second for the most and the fewest bytes that a row may stand for."""
-    fit = efficiency("gpu")
-    return sorted(1 / fit.seconds(size, row.layers, row.bits, row.bandwidth, row.captured) for size in row.bytes)
+    fit = fitted([other for other in measurements() if other.sure])
+    return sorted(1 / fit.seconds(row.work._replace(read=size)) for size in row.bytes)
 
 
 def draw(counted: Sequence[Measurement], errors: list[float], unsure: Sequence[Measurement], path: Path) -> None:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 from fusionroute.runtime.bench.bench import BenchOptions, bench
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.plan.devices import Device
+from fusionroute.runtime.plan.machine import this_machine
 from fusionroute.runtime.plan.memory import memory_of
 from fusionroute.runtime.plan.plan import Plan
-from fusionroute.runtime.plan.speed import decode_speed
+from fusionroute.runtime.plan.speed import Text, decode_speed
 
 NEW_TOKENS, PROMPT_TOKENS, REPEATS = 32, 64, 3
 
 
 @dataclass(frozen=True)
 class Check:
-    """Tokens per second of a precision: estimated for the text that was written, and measured. error: of the estimate."""
+    """Tokens per second of a precision: estimated for the text that was written, and measured. bandwidth:
+    bytes/s that the estimate is made with. error: of the estimate."""
 
     precision: str
     estimated: float
     measured: float
+    bandwidth: float
     switch_rate: float
     error: float
 
@@ -31,24 +36,27 @@ class Check:
 
 def check(bundle: Bundle, plan: Plan) -> list[Check]:
     """Run every precision that was planned and fits: a prompt, and tokens behind it. The estimate takes the switches and
-    the catching up from that run, so that it is about the same work.
+    the catching up from that run, so that it is about the same work, and the median of the bandwidth for the plan,
+    before the run and after it: on a machine that others use it is never the same for long.
     """
-    here = [choice.precision for choice in plan.choices if choice.fits]
     own = {variant.precision for variant in bundle.manifest.variants if variant.target == plan.device.target}
-    names = tuple(name for name in here if name in own)
-    if not names:
-        return []
     tokens = min(PROMPT_TOKENS, bundle.manifest.max_seq_len - NEW_TOKENS)
-    options = BenchOptions(precisions=names, prompt_tokens=tokens, new_tokens=NEW_TOKENS, repeats=REPEATS, sequential=True, trusted=True)
-    rows = bench(bundle.folder, options)["rows"]
     checks = []
-    for row in rows:
-        system = plan.request.build(plan.device.target, row["precision"])
-        length = 2 * tokens + NEW_TOKENS  # of which estimates take half
-        later = NEW_TOKENS - 1
-        missed = sum(count - 1 for count in row["catch_ups"]) / later
-        text = replace(plan.text, switch_rate=row["switches"] / later, acceptance=None, missed=missed)
-        estimated = decode_speed(system, plan.device, memory_of(system, plan.device, length), length, text)[1]
-        measured = row["tokens_per_second"]
-        checks.append(Check(row["precision"], estimated, measured, text.switch_rate, estimated / measured - 1))
+    for name in [choice.precision for choice in plan.choices if choice.fits and choice.precision in own]:
+        options = BenchOptions((name,), prompt_tokens=tokens, new_tokens=NEW_TOKENS, repeats=REPEATS, trusted=True)
+        result = bench(bundle.folder, options)
+        speeds = (plan.device.bandwidth, result["machine"]["read_bandwidth"], this_machine().bandwidth)
+        checks.append(of_row(result["rows"][0], plan, replace(plan.device, bandwidth=median(speeds)), tokens))
     return checks
+
+
+def of_row(row: dict[str, Any], plan: Plan, device: Device, tokens: int) -> Check:
+    """The estimate beside a row of the benchmark, behind a prompt of so many tokens."""
+    system = plan.request.build(device.target, row["precision"])
+    length = 2 * tokens + NEW_TOKENS  # of which estimates take half
+    later = NEW_TOKENS - 1  # the first token belongs to the prompt
+    missed = sum(count - 1 for count in row["catch_ups"]) / later
+    text = Text(row["switches"] / later, None, missed)
+    estimated = decode_speed(system, device, memory_of(system, device, length), length, text)[1]
+    measured = row["tokens_per_second"]
+    return Check(row["precision"], estimated, measured, device.bandwidth, text.switch_rate, estimated / measured - 1)

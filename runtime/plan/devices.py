@@ -21,7 +21,8 @@ SHARE_RESERVED = 0.1  # of the memory of a device that nobody described
 class Device:
     """memory: bytes, of which the system takes `reserved`. bandwidth: bytes/s that its memory is specified for, or was
     measured at. unified: whether host and GPU share the memory. export: the target to export for. link: bytes/s at
-    which weights of evicted experts come back. kind: whose measurements tell how fast it is.
+    which weights of evicted experts come back. kind: whose measurements tell how fast it is. cores: of a
+    processor.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Device:
     source: str
     reserved_source: str
     kind: Kind = "gpu"
+    cores: int = 2
 
     @property
     def free(self) -> int:
@@ -49,7 +51,7 @@ class Device:
 
 def devices() -> dict[str, Device]:
     """All known devices by name."""
-    names = [field.name for field in fields(Device) if field.name != "kind"]
+    names = [field.name for field in fields(Device) if field.name not in ("kind", "cores")]
     return {entry["name"]: Device(**{name: entry[name] for name in names}) for entry in read("devices")["devices"]}
 
 

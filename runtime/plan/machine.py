@@ -10,7 +10,7 @@ from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.bench.memory import available
 from fusionroute.runtime.errors import FusionError
-from fusionroute.runtime.machine import processor
+from fusionroute.runtime.machine import cores, processor
 from fusionroute.runtime.plan.devices import THIS, Device
 from fusionroute.runtime.plan.measurements import WITH_VNNI
 from fusionroute.runtime.tensorrt import device as cuda
@@ -34,5 +34,5 @@ def this_machine() -> Device:
     has_vnni = any("vnni" in line for line in processor())
     return Device(
         THIS, "this machine's processor", total, speed, True, CPU, total - available(), FROM_DISK, "measured", "what is taken now",
-        WITH_VNNI if has_vnni else "cpu",
+        WITH_VNNI if has_vnni else "cpu", cores(),
     )  # fmt: skip

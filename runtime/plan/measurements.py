@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from fusionroute.runtime.plan.data_files import read
 from fusionroute.runtime.plan.devices import Kind, device_named
@@ -12,6 +13,20 @@ from fusionroute.runtime.plan.shapes import shape_of
 KV_WIDTH = 2  # bytes; all rows keep keys and values in half precision
 WITH_VNNI: Kind = "cpu with VNNI"
 UNSURE = 1.25  # a row whose bytes may be so many times others is not fitted to: its source does not say which
+
+
+class Pass(NamedTuple):
+    """One pass of one model: the bytes that it reads, of weights with so many bits; its layers; values that are multiplied;
+    bytes/s of the memory; whether the step is captured as one CUDA graph; cores of a processor.
+    """
+
+    read: float
+    layers: float
+    bits: float
+    values: float
+    bandwidth: float
+    captured: bool = True
+    cores: int = 2
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,11 @@ class Measurement:
     def read(self) -> float:
         """Bytes that a token reads, the middle of what is known."""
         return sum(self.bytes) / 2
+
+    @property
+    def work(self) -> Pass:
+        """What a token takes."""
+        return Pass(self.read, self.layers, self.bits, self.values, self.bandwidth, self.captured)
 
     @property
     def sure(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.plan.devices import Device
-from fusionroute.runtime.plan.efficiency import efficiency
+from fusionroute.runtime.plan.fits import fit_of
 from fusionroute.runtime.plan.measurements import measurements
 from fusionroute.runtime.plan.memory import Memory, memory_of
 from fusionroute.runtime.plan.speed import Range, Text, decode_speed, prefill_speed
@@ -60,7 +60,8 @@ class Plan:
             "context": self.request.context,
             "switch_rate": self.text.switch_rate,
             "acceptance": self.text.acceptance,
-            "device": {key: value for key, value in asdict(self.device).items() if key != "kind"} | {"target": self.device.target},
+            "device": {key: value for key, value in asdict(self.device).items() if key not in ("kind", "cores")}
+            | {"target": self.device.target},
             "precisions": [of_choice(choice) for choice in self.choices],
             "recommended": self.recommended and {"precision": self.recommended.precision, "command": self.recommended.command},
         }
@@ -68,7 +69,7 @@ class Plan:
     @property
     def basis(self) -> str:
         """That it is an estimate, and from what."""
-        fit = efficiency(self.device.kind)
+        fit = fit_of(self.device.kind)
         rows = [row for row in measurements(self.device.kind) if row.sure]
         where = {"gpu": f"published measurements on {len({row.device for row in rows})} boards and cards"}
         of = where.get(self.device.kind, "runs of this project on processors")

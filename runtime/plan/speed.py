@@ -13,9 +13,10 @@ from statistics import median
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
 from fusionroute.runtime.plan.devices import Device
-from fusionroute.runtime.plan.efficiency import Efficiency, efficiency
-from fusionroute.runtime.plan.measurements import Measurement, measurements
+from fusionroute.runtime.plan.fits import Fit, fit_of
+from fusionroute.runtime.plan.measurements import Measurement, Pass, measurements
 from fusionroute.runtime.plan.memory import Memory
+from fusionroute.runtime.plan.processors import CORES
 from fusionroute.runtime.plan.systems import System
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
@@ -40,15 +41,16 @@ class Text:
 
 def prefill_operations(device: Device, precision: str) -> Range:
     """Operations per second of reading prompts: what was measured on the device, in this precision if it was, else on
-    all devices by the bandwidth of each. NVFP4 multiplies in 4 bits, so it says nothing of other precisions.
+    all devices by the bandwidth of each, on processors by their cores. NVFP4 multiplies in 4 bits, so it says nothing of other precisions.
     """
     measured_as = MEASURED_AS.get(precision, precision)
     rows = [row for row in measurements(device.kind) if row.prefill and (row.precision != NARROW or measured_as == NARROW)]
     alike = [row for row in rows if row.precision == measured_as]
     own = [row for row in rows if row.device == device.name]
     known = [row for row in own if row.precision == measured_as] or own or alike or rows
-    rates = [operations(row) / row.bandwidth * device.bandwidth for row in known]
-    spread = efficiency(device.kind).spread
+    scales = [device.bandwidth / row.bandwidth if device.kind == "gpu" else device.cores / CORES for row in known]
+    rates = [operations(row) * scale for row, scale in zip(known, scales, strict=True)]
+    spread = fit_of(device.kind).spread
     return min(rates) / spread, median(rates), max(rates) * spread
 
 
@@ -59,7 +61,7 @@ def operations(row: Measurement) -> float:
 
 def decode_speed(system: System, device: Device, memory: Memory, context: int, text: Text) -> Range:
     """Tokens per second, behind a text that fills half of the context."""
-    fit, prefill = efficiency(device.kind), prefill_operations(device, system.precision)
+    fit, prefill = fit_of(device.kind), prefill_operations(device, system.precision)
     often = max(text.switch_rate, min(2 * text.switch_rate, MOST_SWITCHES))
     low = seconds(system, device, memory, context, replace(text, switch_rate=often), fit, prefill[0])
     expected = seconds(system, device, memory, context, text, fit, prefill[1])
@@ -76,7 +78,7 @@ def prefill_speed(system: System, device: Device) -> Range:
     return least / (2 * values), middle / (2 * values), most / (2 * values)
 
 
-def seconds(system: System, device: Device, memory: Memory, context: int, text: Text, fit: Efficiency, prefill: float) -> float:
+def seconds(system: System, device: Device, memory: Memory, context: int, text: Text, fit: Fit, prefill: float) -> float:
     """Of one token, without or with drafts."""
 
     def of_step(tokens: int) -> float:
@@ -85,14 +87,14 @@ def seconds(system: System, device: Device, memory: Memory, context: int, text: 
     return of_step(1) if text.acceptance is None else drafted(of_step, text.acceptance)
 
 
-def step(system: System, device: Device, memory: Memory, context: int, text: Text, fit: Efficiency, prefill: float, tokens: int) -> float:
+def step(system: System, device: Device, memory: Memory, context: int, text: Text, fit: Fit, prefill: float, tokens: int) -> float:
     """Of one step in which every pass reads `tokens` tokens."""
     captured = device.target in (TENSORRT, CPU)
 
     def of_pass(read: int, kv_values: int, layers: float, values: int, rows: int) -> float:
         keys = kv_values * system.kv_width * context // 2
-        memory_bound = fit.seconds(read + keys, layers, system.bits, device.bandwidth, captured)
-        return memory_bound + (rows - 1) * 2 * values / prefill
+        one = fit.seconds(Pass(read + keys, layers, system.bits, values, device.bandwidth, captured, device.cores))
+        return one + (rows - 1) * 2 * values / prefill
 
     router, layers, kv = system.weights[0], system.layers[0], system.kv_values[0]
     if len(system.weights) == 1:

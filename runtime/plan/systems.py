@@ -14,8 +14,8 @@ from fusionroute.runtime.graph_tensors import tensors
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.manifest import Manifest, Model, Variant
 from fusionroute.runtime.plan.shapes import Shape, shapes
-from fusionroute.runtime.plan.weights import Weights, factors_of, format_of, weights_of
-from fusionroute.runtime.precisions import exported_for, fastest_first
+from fusionroute.runtime.plan.weights import HALF, Weights, factors_of, format_of, weights_of
+from fusionroute.runtime.precisions import PRECISIONS, exported_for, fastest_first
 
 MOST_EXPERTS = 64
 ALIVE = 6  # activations of a token that lie in memory at once, each as wide as the widest
@@ -146,10 +146,15 @@ def with_files(bundle: Bundle, variant: Variant) -> System:
         first = manifest.models[0].name
         stored[first] = sum(graph_bytes(bundle, path) for path in variant.pair.graph_paths)
         stored |= {name: manifest.files[path].bytes for name, path in variant.pair.factors.items()}
+    record = PRECISIONS.get(variant.precision)
+    bits = max(variant.bits_per_weight, record.rank(variant.target) if record else 0)  # a CPU widens some when it loads them
+    widened = bits / variant.bits_per_weight if bits >= HALF else 1.0
     weights = [
-        Weights(stored[model.name], variant.weight_bytes.get(model.name, stored[model.name]), model.parameters) for model in manifest.models
+        Weights(
+            int(stored[model.name] * widened), int(variant.weight_bytes.get(model.name, stored[model.name]) * widened), model.parameters
+        )
+        for model in manifest.models
     ]
-    bits = format_of(variant.target, variant.precision).body if variant.bits_per_weight <= 0 else variant.bits_per_weight
     return System(
         variant.precision, bits, tuple(model.name for model in manifest.models), tuple(weights),
         tuple(model.layers for model in manifest.models), tuple(kv_values(model) for model in manifest.models),

@@ -40,11 +40,14 @@ def show_checks(console: Console, checks: Sequence[Check]) -> None:
     """Print estimates beside what was measured here."""
     if checks:
         rows = [
-            (each.precision, f"{each.estimated:.1f}", f"{each.measured:.1f}", f"{each.error:+.0%}", f"{each.switch_rate:.0%}")
+            (
+                each.precision, f"{each.estimated:.1f}", f"{each.measured:.1f}", f"{each.error:+.0%}", f"{each.switch_rate:.0%}",
+                f"{each.bandwidth / 1e9:.1f} GB/s",
+            )
             for each in checks
-        ]
-        title = "Tokens per second of a short run on this machine"
-        console.print(*tables(console, title, ("precision",), ("estimated", "measured", "error", "switches"), rows))
+        ]  # fmt: skip
+        columns = ("estimated", "measured", "error", "switches", "bandwidth")
+        console.print(*tables(console, "Tokens per second of a short run on this machine", ("precision",), columns, rows))
 
 
 def row(choice: Choice, experts: int) -> tuple[str, ...]:

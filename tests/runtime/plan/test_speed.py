@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionroute.runtime.plan.devices import device_named
-from fusionroute.runtime.plan.efficiency import efficiency
+from fusionroute.runtime.plan.efficiency import Efficiency
+from fusionroute.runtime.plan.fits import fit_of
 from fusionroute.runtime.plan.memory import memory_of
 from fusionroute.runtime.plan.shapes import shape_of
 from fusionroute.runtime.plan.speed import Range, Text, decode_speed, prefill_speed
@@ -21,7 +22,8 @@ def speed(experts: int, text: Text, device: str = "agx-orin-64gb", shared: bool 
 
 
 def test_one_model_reads_its_weights_and_half_of_its_keys_for_each_token() -> None:
-    shape, fit = shape_of("llama3", "3B"), efficiency("gpu")
+    shape, fit = shape_of("llama3", "3B"), fit_of("gpu")
+    assert isinstance(fit, Efficiency)
     read = (shape.body + shape.head) * 8.1 / 8 + 4 * shape.vectors
     keys = 2 * 28 * 8 * 128 * 2 * CONTEXT / 2
     seconds = (read + keys) / (204.8e9 * fit.share * (8.1 / 16) ** fit.slope) + fit.per_layer * 28
