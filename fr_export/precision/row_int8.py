@@ -33,7 +33,8 @@ class RowInt8:
         """Quantise slice by slice and replace the operators that read the matrix. One that is both a head and an
         embedding is stored twice, since products read it turned.
         """
-        attach(graph, matrix, *(np.concatenate(parts) for parts in zip(*map(quantise, rows), strict=True)), store)
+        values, scales = (np.concatenate(parts) for parts in zip(*map(quantise, rows), strict=True))
+        attach(graph, matrix, values, scales, store)
 
 
 def attach(graph: Graph, matrix: ir.Value, values: np.ndarray, scales: np.ndarray, store: Store) -> None:
@@ -60,9 +61,12 @@ def attached(graph: Graph, matrix: str) -> np.ndarray | None:
     """The rows float32 [R, K] that operators read since `attach`; None where it was not called."""
     initializers = graph.model.graph.initializers
     turned, scale, table, column = (stored_value(initializers.get(f"{matrix}.{kind}")) for kind in (TURNED, SCALE, TABLE, COLUMN))
+    values = None
     if turned is not None and scale is not None:
-        return turned.T * scale[:, None]
-    return None if table is None or column is None else table * column
+        values = turned.T * scale[:, None]
+    elif table is not None and column is not None:
+        values = table * column
+    return values
 
 
 def multiplied(inner: ir.Graph, product: ir.Node, turned: ir.Value, scale: ir.Value) -> ir.Value:
