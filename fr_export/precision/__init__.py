@@ -6,7 +6,7 @@ one record in runtime/precisions.py.
 scheme.py           what a scheme does
 fit_context.py      what a scheme is given to fit one model; fit_model.py: a model's graph and scheme, ready to bind
 fp32 … w8a8         the schemes
-row_int8.py         8 bits by row, for the texts that calibration records
+row_int8.py         8 bits by row: wide matrices of int8, and the texts that calibration records
 blockwise.py        matrices in blocks with scales, as ONNX Runtime's operators read them
 gptq.py             rounding that compensates for its own errors; gptq_sequential.py: the same for a whole model
 kernels.py          their loops over single weights, compiled by numba

@@ -1,8 +1,9 @@
 """int8, weight-only: blocks of 64 along the input axis, one fp32 scale each, symmetric about the zero point 128 (8.5
-bits per weight); of 128 (8.25 bits) where calibration has evened out the channels of a matrix.
+bits per weight). Where calibration has evened out the channels of a matrix, blocks of 128 (8.25 bits), or one scale per
+row (8 bits) if the matrix is wide and reads what a norm gives.
 
-ONNX Runtime's products round activations in the same blocks. On evened channels blocks of 128 lose no more than blocks
-of 64 on uneven ones, and their products are faster, most for two rows and more.
+ONNX Runtime's products round activations in the same blocks. On evened channels blocks of 128, and whole rows behind a
+norm, lose no more than blocks of 64 on uneven ones, and their products are faster, most for two rows and more.
 """
 
 from collections.abc import Iterator
@@ -14,15 +15,18 @@ import onnx_ir as ir
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import Store
-from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, Format, Quantised, attach, nearest, store_blocks
+from fusionroute.fr_export.precision import row_int8
+from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, Format, Quantised, Stored, attach, nearest, store_blocks
 from fusionroute.fr_export.precision.carried import carry, carrying
 from fusionroute.fr_export.precision.fit_context import FitContext
-from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, round_sequentially
+from fusionroute.fr_export.precision.gptq_sequential import FittedByGptq, in_blocks, round_sequentially
 from fusionroute.fr_export.precision.kernels import extremes
 from fusionroute.fr_export.precision.scheme import Fitted, Schemes
-from fusionroute.fr_export.precision.smoothquant import for_blocks, smooth
+from fusionroute.fr_export.precision.smoothquant import NORMS, for_blocks, smooth
+from fusionroute.fr_export.precision.w8a8 import by_row
 
 BLOCK, WIDE = 64, 128
+ROWS = 1024  # channels from which on a product by row is faster than one by block, its own rounding of activations included
 
 
 def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
@@ -70,9 +74,33 @@ class Int8:
                 graph, alphas = smooth(graph, context.weights, context.evidence.observed, for_blocks, taken=context.shared.scales)
             evened = {name for name, alpha in alphas.items() if alpha is not None}
         widths = {name: width for name, width in matrices(graph).items() if name not in carried}
-        # wide blocks where they divide the width: a padded one would be read for nothing
-        formats = {name: EVENED if name in evened and width % WIDE == 0 else FORMAT for name, width in widths.items()}
-        return graph, carrying(FittedByGptq(self, round_sequentially(replace(context, graph=graph), formats)), carried, graph)
+        normed = behind_norms(graph)
+        formats = {name: format_of(width, name in evened, name in normed) for name, width in widths.items()}
+        stored = round_sequentially(replace(context, graph=graph), formats)
+        return graph, carrying(FittedByGptq(self, stored, attach_stored), carried, graph)
+
+
+def format_of(width: int, evened: bool, normed: bool) -> Format:
+    """Of a matrix with so many channels, which are `evened` or not, and `normed` if a norm gives what it reads."""
+    if evened and normed and width >= ROWS:
+        return by_row(width)
+    # wide blocks where they divide the width: a padded one would be read for nothing
+    return EVENED if evened and width % WIDE == 0 else FORMAT
+
+
+def behind_norms(graph: Graph) -> set[str]:
+    """The matrices that read what a norm gives: one token's values there have about the size of another's."""
+    norms = (each for each in graph.model.graph if each.op_type in NORMS)
+    return {str(product.inputs[1].name) for norm in norms for product in norm.outputs[0].consumers() if product.op_type == "FusedMatMul"}
+
+
+def attach_stored(graph: Graph, matrix: ir.Value, stored: Stored, store: Store) -> None:
+    """Let the operators of its format read a stored matrix."""
+    if not stored.format.signed:
+        in_blocks(graph, matrix, stored, store)
+        return
+    scales = stored.scales.read(np.dtype(np.float32))
+    row_int8.attach(graph, matrix, stored.values.read(np.dtype(np.int8)).reshape(len(scales), -1), scales, store)
 
 
 SCHEMES: Schemes = {"ort:cpu": (Int8(),)}

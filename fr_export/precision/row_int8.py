@@ -1,8 +1,9 @@
-"""8 bits by row, for the texts that calibration records: the fastest products of a few dozen rows that ONNX Runtime has.
+"""8 bits by row: the fastest products of several rows that ONNX Runtime has.
 
-Each row of activations is rounded about its own largest value, each row of weights about its own. On SmolLM2 this is
-three times as fast as blocks of weights, and as far from fp32 as 4 bits are (a mean KL divergence of 0.06): good enough
-to say what a system writes, too coarse to be shipped.
+Each row of activations is rounded about its own largest value, each row of weights about its own. Where calibration has
+evened out the channels of a norm, int8 is written so. Calibration itself records its texts with all matrices as they are:
+on SmolLM2 as far from fp32 as 4 bits are (a mean KL divergence of 0.06), good enough to say what a system writes, too
+coarse to be shipped.
 """
 
 from collections.abc import Iterator
@@ -13,10 +14,13 @@ import onnx_ir as ir
 from fusionroute.calibration.observers import LEVELS
 from fusionroute.fr_export.graphs.graph import Graph, added, initializer, replace_node, users
 from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision.blockwise import stored_value
 from fusionroute.fr_export.precision.w8a8 import quantise
 
 ZERO = 128  # activations are unsigned, weights signed: only for these ONNX Runtime uses what processors have for 8 bits
 SMALLEST = 1e-30  # of a row's largest value, which is divided by
+# behind a matrix's name: what products read of it, and what look-ups read
+TURNED, SCALE, TABLE, COLUMN = "int8.turned", "scale", "int8", "scale.column"
 
 
 class RowInt8:
@@ -30,22 +34,39 @@ class RowInt8:
         embedding is stored twice, since products read it turned.
         """
         values, scales = (np.concatenate(parts) for parts in zip(*map(quantise, rows), strict=True))
-        inner, name = graph.model.graph, str(matrix.name)
-        products, lookups = users(matrix)
+        attach(graph, matrix, values, scales, store)
 
-        def stored(kind: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
-            label = f"{name}.{kind}"
-            return initializer(inner, label, dtype, array.shape, store.put(array, name).tensor(label, dtype, array.shape))
 
-        if products:
-            turned, scale = stored("int8.turned", values.T, ir.DataType.INT8), stored("scale", scales, ir.DataType.FLOAT)
-            for product in products:
-                replace_node(inner, product, multiplied(inner, product, turned, scale))
-        if lookups:
-            table, scale = stored("int8", values, ir.DataType.INT8), stored("scale.column", scales[:, None], ir.DataType.FLOAT)
-            for lookup in lookups:
-                replace_node(inner, lookup, looked_up(inner, lookup, table, scale))
-        del inner.initializers[name]
+def attach(graph: Graph, matrix: ir.Value, values: np.ndarray, scales: np.ndarray, store: Store) -> None:
+    """Replace the operators that read `matrix` [R, K] by ones that read values int8 [R, K] and scales float32 [R]."""
+    inner, name = graph.model.graph, str(matrix.name)
+    products, lookups = users(matrix)
+
+    def stored(kind: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
+        label = f"{name}.{kind}"
+        return initializer(inner, label, dtype, array.shape, store.put(array, name).tensor(label, dtype, array.shape))
+
+    if products:
+        turned, scale = stored(TURNED, values.T, ir.DataType.INT8), stored(SCALE, scales, ir.DataType.FLOAT)
+        for product in products:
+            replace_node(inner, product, multiplied(inner, product, turned, scale))
+    if lookups:
+        table, scale = stored(TABLE, values, ir.DataType.INT8), stored(COLUMN, scales[:, None], ir.DataType.FLOAT)
+        for lookup in lookups:
+            replace_node(inner, lookup, looked_up(inner, lookup, table, scale))
+    del inner.initializers[name]
+
+
+def attached(graph: Graph, matrix: str) -> np.ndarray | None:
+    """The rows float32 [R, K] that operators read since `attach`; None where it was not called."""
+    initializers = graph.model.graph.initializers
+    turned, scale, table, column = (stored_value(initializers.get(f"{matrix}.{kind}")) for kind in (TURNED, SCALE, TABLE, COLUMN))
+    values = None
+    if turned is not None and scale is not None:
+        values = turned.T * scale[:, None]
+    elif table is not None and column is not None:
+        values = table * column
+    return values
 
 
 def multiplied(inner: ir.Graph, product: ir.Node, turned: ir.Value, scale: ir.Value) -> ir.Value:

@@ -34,10 +34,13 @@ def export_shared(
     precisions: tuple[str, ...] = ("fp32",),
     targets: tuple[str, ...] = ("ort:cpu",),
     max_seq_len: int | None = None,
+    calibration: str = "none",
 ) -> SharedSystem:
     """Make a system of adapters as `make_adapted_system` does, and export it with one base to `folder/bundle`."""
     base, router, experts = make_adapted_system(folder, shape, options)
-    bundle = export_checkpoints(folder / "bundle", shape, router, experts, precisions, max_seq_len, shared_base=True, targets=targets)
+    bundle = export_checkpoints(
+        folder / "bundle", shape, router, experts, precisions, max_seq_len, calibration, shared_base=True, targets=targets
+    )
     return SharedSystem(bundle, base, router, experts)
 
 

@@ -17,6 +17,7 @@ from fusionroute.fr_export.graphs.dialects import ort
 from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, layout_of
 from fusionroute.fr_export.graphs.passes import pair_segments
 from fusionroute.fr_export.graphs.weight_store import Store
+from fusionroute.fr_export.precision import int8
 from fusionroute.fr_export.precision.bind_weights import bind
 from fusionroute.fr_export.precision.fp32 import Fp32
 from fusionroute.fr_export.precision.smoothquant import for_blocks, smooth
@@ -96,6 +97,22 @@ def test_a_quantised_segment_is_as_if_it_had_been_read_alone(precision: str, tmp
     assert np.array_equal(router, scores.logits)
     assert np.array_equal(routing, scores.routing)
     assert np.array_equal(expert, lone)
+
+
+def test_a_segment_with_products_by_row_is_as_if_it_had_been_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row has a scale of its own: what stands beside it, and how many rows there are, changes no bit."""
+    monkeypatch.setattr(int8, "ROWS", SMALL["hidden"])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one two\nthree four\nfive six\n")
+    system = export_shared(tmp_path, *SYSTEMS["llama3"], ("int8",), max_seq_len=64, calibration=str(prompts))
+    operators = {each.op_type for each in ir.load(system.bundle / "graphs/base.ort-cpu.int8.onnx").graph}
+    assert {"MatMulIntegerToFloat", "MatMulNBits"} <= operators
+    pair, first, second = (PairReader.open(system.bundle, "int8", "expert0") for _ in range(3))
+    router, expert, routing = pair.read(IDS, IDS[:20])
+    lone_router, _, lone_routing = first.read(IDS, [5, 6])
+    _, lone_expert, _ = second.read([5, 6], IDS[:20])
+    for beside, alone in ((router, lone_router), (routing, lone_routing), (expert, lone_expert)):
+        assert np.array_equal(beside, alone)
 
 
 def test_scales_of_smoothing_reach_the_factors(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fusionroute.fr_export.graphs.graph import Graph, initializer, node
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.row_int8 import RowInt8
+from fusionroute.runtime.backends import ort
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
@@ -91,3 +92,8 @@ def test_one_row_does_not_change_another(tmp_path: Path) -> None:
         (alone,) = session.run(None, {"x": x[row : row + 1], "ids": np.zeros((1, 1), np.int64)})
         assert np.array_equal(alone[0], together[row])
     assert together[0] == pytest.approx(x[0] @ weights.T, abs=0.05 * float(np.abs(x[0] @ weights.T).max()))
+
+
+def test_sums_of_8_bits_never_overflow() -> None:
+    """ONNX Runtime's default lets them, on processors with AVX2 and without VNNI."""
+    assert ort.settings(onnxruntime, 1).get_session_config_entry("session.x64quantprecision") == "1"
