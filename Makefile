@@ -8,7 +8,7 @@ PROMPT ?= 12+30=
 # The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval test-browser test-clients fuzz-api screenshots gpu-check clean
+.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval test-browser test-clients fuzz-api screenshots gpu-check gpu-kit clean
 
 demo: $(VENV)/export
 	$(BIN)/python export.py --family $(FAMILY) --force
@@ -80,7 +80,12 @@ screenshots: .venv-browser/ready
 
 # What only a GPU can tell, in one report; without one it says what it skipped. `make gpu-check BUNDLE=dist/mine` checks that bundle.
 gpu-check: $(VENV)/test
-	$(BIN)/python -m benchmarks.gpu_check $(addprefix --bundle ,$(BUNDLE))
+	$(BIN)/python -m benchmarks.gpu_check $(addprefix --bundle ,$(BUNDLE)) $(addprefix --minutes ,$(MINUTES))
+
+# The same for a machine without network: a folder with everything, and a script. `make gpu-kit OUT=kit PART=60` cuts it into parts
+# of at most 60 MB; KIT='--python 3.10 --machine aarch64' makes it for another Python and processor.
+gpu-kit: $(VENV)/test
+	$(BIN)/python -m benchmarks.gpu_kit $(OUT) $(addprefix --part ,$(PART)) $(addprefix --bundle ,$(BUNDLE)) $(KIT)
 
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)
