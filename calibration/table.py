@@ -21,7 +21,8 @@ KIND = "calibration table"
 
 @dataclass(frozen=True)
 class Table:
-    """The texts, and by model the statistics of each weight matrix, by its name in the model's graph.
+    """The texts, and by model the statistics of what enters each weight matrix, and of each cache of keys or values, by their
+    names in the model's graph.
 
     `models` has the router first, then the experts in their order. `identity` is a digest of everything that the table
     depends on. An expert that was never chosen has observers without rows.
