@@ -43,7 +43,8 @@ def text_of(rt: FusionRuntime, tokens: int) -> list[int]:
     """So many tokens of text; random ids where nothing can be encoded."""
     if "tokenizer.json" in rt.bundle.manifest.files:
         return rt.encode(language_reference())[:tokens]
-    return np.random.default_rng(0).integers(3, rt.vocab_size, tokens).tolist()
+    ids: list[int] = np.random.default_rng(0).integers(3, rt.vocab_size, tokens).tolist()
+    return ids
 
 
 @app.command()
@@ -69,7 +70,7 @@ def loss(
                 scores = runtimes[name].score(piece)
                 own.append(differences(np.asarray(scores.logits), np.asarray(scores.experts), expected, piece))
             progress.advance(task, len(piece))
-        figures = {name: summarise(own) for name, own in parts.items()}
+        figures: dict[str, Any] = {name: summarise(own) for name, own in parts.items()}
     rows = [
         (
             name, f"{own['perplexity_ratio'] - 1:+.3%} ± {own['perplexity_error']:.3%}", f"{own['kl_mean']:.1e}",

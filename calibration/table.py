@@ -17,6 +17,7 @@ from fusionroute.calibration.serving_masks import shares
 from fusionroute.runtime.errors import InputError, one_line
 
 KIND = "calibration table"
+CACHE = "present."  # what the names of caches begin with
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Table:
                 f"The calibration table is of the models {', '.join(self.models) or 'none'}, the system has {', '.join(names)}: "
                 "calibrate this system instead."
             )
+
+    @property
+    def knows_caches(self) -> bool:
+        """Whether it has statistics of keys and values: tables of older versions have none."""
+        return all(any(name.startswith(CACHE) for name in observers) for observers in self.models.values())
 
     def summary(self) -> dict[str, Any]:
         """The table as plain data: counts of texts and tokens, shares of the experts, and `figures` of every matrix."""

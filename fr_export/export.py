@@ -83,7 +83,7 @@ class Checked:
 
 def check(request: Request, stages: Stages) -> Checked:
     """Open everything that a request names and refuse what does not fit. Changes nothing. Raises FusionError."""
-    refuse(request.out, request.force, request.calibration, request.experts, request.gpus)
+    refuse(request.out, request.force, request.calibration, request.experts, request.gpus, request.kv)
     chosen = [(target, name) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
     if request.calibration == "none" and request.kv is not None and KV_PRECISIONS[request.kv].quantised:
         raise InputError(f"Keys and values in {request.kv} need the scales of calibration: leave out calibration='none', or kv.")

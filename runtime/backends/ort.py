@@ -29,6 +29,7 @@ UNKNOWN = (
     "is not a registered function/op",
     "Could not find an implementation for",
     "Unrecognized attribute",
+    "has input size",  # more inputs than its release of an operator has
 )
 
 

@@ -29,7 +29,7 @@ def steps_of(graph: Path) -> Steps:
 def rounded(model: Any, steps: Steps, bits: int) -> Iterator[None]:
     """Round keys, behind their rotary embedding, and values of a torch model with eager attention."""
     module = sys.modules[type(model).__module__]
-    eager, largest = module.eager_attention_forward, 2 ** (bits - 1) - 1  # type: ignore[attr-defined]
+    eager, largest = module.eager_attention_forward, 2 ** (bits - 1) - 1
 
     def snapped(x: torch.Tensor, name: str) -> torch.Tensor:
         step = torch.from_numpy(steps[name].copy())[..., : x.shape[-1]]
@@ -42,6 +42,23 @@ def rounded(model: Any, steps: Steps, bits: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "eager_attention_forward", attention)
         yield
+
+
+@torch.no_grad()
+def keys_and_values(model: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What each cache of a torch model with eager attention would hold of a text: name → [S, KV·D]."""
+    module = sys.modules[type(model).__module__]
+    eager, held = module.eager_attention_forward, {}
+
+    def attention(own: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        for kind, x in (("key", key), ("value", value)):
+            held[f"present.{own.layer_idx}.{kind}"] = x[0].transpose(0, 1).flatten(1).numpy().copy()
+        return eager(own, query, key, value, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "eager_attention_forward", attention)
+        model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
+    return held
 
 
 @torch.no_grad()
