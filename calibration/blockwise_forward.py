@@ -38,6 +38,8 @@ class Block:
     weights: graph input → the name of a weight in the model's graph.
     products: graph input → the matrix whose product with what is `observed` of it this input takes. Such products are
     not in the graph: they are done for many texts at once.
+    caches: cache of the model's graph, such as `present.0.key` → the output of this graph that it is
+    [1, KV, S, D]. cache_channels: KV·D.
 
     Other graph inputs have the names of the `ort` dialect. The cache is `past.key` and `past.value`
     [1, KV, capacity, D].
@@ -51,6 +53,8 @@ class Block:
     channels: Mapping[str, int]
     weights: Mapping[str, str]
     products: Mapping[str, str] = field(default_factory=dict)
+    caches: Mapping[str, str] = field(default_factory=dict)
+    cache_channels: int = 0
 
     @property
     def reads(self) -> list[str]:
@@ -150,9 +154,11 @@ class BlockwiseForward:
         self._check_whole()
         self.states, self.position = list(states), self.position + 1
 
-    def step(self, see: See, weights: Mapping[str, np.ndarray] = {}) -> None:
-        """Observe and advance in one pass. Raises as `observe`; after an error in the middle only `restore` helps."""
-        self._run(see, weights, moves=True)
+    def step(self, see: See, weights: Mapping[str, np.ndarray] = {}, see_cache: See | None = None) -> None:
+        """Observe and advance in one pass. `see_cache(cache, text, x)` gets the keys or values of each cache, float32
+        [S, KV·D]. Raises as `observe`; after an error in the middle only `restore` helps.
+        """
+        self._run(see, weights, moves=True, see_cache=see_cache)
 
     def save(self, path: Path, beside: Mapping[str, np.ndarray] = {}) -> None:
         """Write the position, the states and the arrays `beside` them to one file, in one step.
@@ -178,20 +184,28 @@ class BlockwiseForward:
         self.position, self.states, self._torn = position, states, False
         return tensors
 
-    def _run(self, see: See | None, weights: Mapping[str, np.ndarray], moves: bool, peeked: list[States] | None = None) -> None:
+    def _run(
+        self, see: See | None, weights: Mapping[str, np.ndarray], moves: bool, peeked: list[States] | None = None,
+        see_cache: See | None = None,
+    ) -> None:  # fmt: skip
         self._check_whole()
         block = self.block
         if unknown := sorted(set(weights) - set(block.reads)):
             raise InputError(f"Block {block.name} does not read '{unknown[0]}': expected some of {', '.join(block.reads)}.")
         observed = block.observed.values() if see is not None else ()
         states_out = block.states_out if moves or peeked is not None else ()
-        names = [name for name in dict.fromkeys((*observed, *states_out)) if name not in block.states_in]
+        caches = block.caches if see_cache is not None else {}
+        names = [name for name in dict.fromkeys((*observed, *states_out, *caches.values())) if name not in block.states_in]
         results = self._results(names, weights) if names else (self._states(number) for number in range(len(self._texts)))
         self._torn = moves
         for number, outputs in enumerate(results):
             if see is not None:
                 for matrix, output in block.observed.items():
                     see(matrix, number, outputs[output][0])
+            if see_cache is not None:
+                for cache, output in caches.items():
+                    rows = outputs[output][0].swapaxes(0, 1)  # [S, KV, D]
+                    see_cache(cache, number, rows.reshape(len(rows), -1))
             if peeked is not None:
                 peeked.append(tuple(outputs[output] for output in block.states_out))
             if moves:

@@ -8,6 +8,7 @@ import typer
 from fusionroute.fr_export.families import Family
 from fusionroute.runtime.commands.options import names
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.kv_precisions import CHOICES, KV_PRECISIONS, KvName
 from fusionroute.runtime.precisions import CPU, PRECISIONS, exported_for
 from fusionroute.runtime.tensorrt.library import parse_sms
 
@@ -118,6 +119,26 @@ def check_calibration(source: str, precisions: tuple[str, ...], targets: tuple[s
                     f"{precision} for {target} needs the scales of calibration; leave out --calibration none, or name other precisions",
                     param_hint="--calibration",
                 )
+
+
+def check_kv(kv: KvName | None, targets: tuple[str, ...], calibration: str) -> None:
+    """Refuse a precision of keys and values that a target does not have, or whose scales would be unknown."""
+    if kv is None:
+        return
+    hint = "--kv / --target"
+    for target in targets:
+        choices = CHOICES.get(target)
+        if choices is None:
+            raise typer.BadParameter(
+                f"{target} keeps keys and values in the type of its activations; leave out --kv, or export {target} without it",
+                param_hint=hint,
+            )
+        if kv not in choices:
+            raise typer.BadParameter(f"{target} keeps no keys and values in {kv}; name one of {', '.join(choices)}", param_hint=hint)
+    if calibration == "none" and KV_PRECISIONS[kv].quantised:
+        raise typer.BadParameter(
+            f"{kv} needs the scales of calibration; leave out --calibration none, or name fp32", param_hint="--kv / --calibration"
+        )
 
 
 def parse_compare(text: str | None) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from fusionroute.runtime.backends.signature import FLOAT, ORT_LENGTHS, Signature, Values, of_model
+from fusionroute.runtime.backends.signature import FLOATS, ORT_LENGTHS, CacheValue, Signature, Values, of_model
 from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError, one_line
 from fusionroute.runtime.graph_tensors import positions
 
@@ -28,6 +28,8 @@ UNKNOWN = (
     "No Op registered for",
     "is not a registered function/op",
     "Could not find an implementation for",
+    "Unrecognized attribute",
+    "has input size",  # more inputs than its release of an operator has
 )
 
 
@@ -115,7 +117,7 @@ def check(session: Any, signature: Signature, bundle: Bundle, name: str, capacit
 
 
 def check_models(
-    sessions: Sequence[Any], bundle: Bundle, names: Sequence[str], lengths: Values = ORT_LENGTHS, caches: tuple[str, ...] = FLOAT
+    sessions: Sequence[Any], bundle: Bundle, names: Sequence[str], lengths: Values = ORT_LENGTHS, caches: CacheValue = FLOATS
 ) -> None:
     """`check` the graphs of all models, the router's first. lengths, caches: see `signature.of_model`."""
     manifest = bundle.manifest

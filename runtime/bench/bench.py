@@ -155,7 +155,8 @@ def load(
     variant = choose(bundle, DEVICES[device][0], name, device)
     size, quality = size_and_quality(bundle, variant, device if gpu else None)
     device_memory = free - gpu.free_memory() if gpu else None
-    return LoadedPrecision(name, variant.bits_per_weight, size, quality, seconds, memory.growth, device_memory), units
+    kv = sum(map(variant.kv_bytes_per_token, bundle.manifest.models))
+    return LoadedPrecision(name, variant.bits_per_weight, kv, size, quality, seconds, memory.growth, device_memory), units
 
 
 def unit(workload: Workload, runtime: FusionRuntime, ids: Sequence[int], count: int) -> Callable[[], Run]:
