@@ -11,7 +11,7 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bench.bench import BenchOptions, bench
 from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.manifest import Manifest, Variant
-from fusionroute.runtime.options import Scores
+from fusionroute.runtime.scoring import Scores
 from fusionroute.runtime.precisions import PRECISIONS
 from fusionroute.runtime.text import Text
 

@@ -92,7 +92,7 @@ def step(system: System, device: Device, memory: Memory, context: int, text: Tex
     captured = device.target in (TENSORRT, CPU)
 
     def of_pass(read: int, kv_values: int, layers: float, values: int, rows: int) -> float:
-        keys = kv_values * system.kv_width * context // 2
+        keys = kv_values * system.kv_bits * context // 16
         one = fit.seconds(Pass(read + keys, layers, system.bits, values, device.bandwidth, captured, device.cores))
         return one + (rows - 1) * 2 * values / prefill
 

@@ -37,7 +37,7 @@ class System:
     weights: tuple[Weights, ...]
     layers: tuple[int, ...]
     kv_values: tuple[int, ...]
-    kv_width: int
+    kv_bits: int
     vocab: int
     shared: bool
 
@@ -53,7 +53,7 @@ class System:
 
     def kv_bytes(self, tokens: int) -> int:
         """Keys and values of all models for a text."""
-        return sum(self.kv_values) * self.kv_width * tokens
+        return sum(self.kv_values) * self.kv_bits * tokens // 8
 
     def scratch_bytes(self, target: str) -> int:
         """Of one pass over a prompt, and of the process: an estimate from the width of the router's layers."""
@@ -131,10 +131,10 @@ def with_shapes(models: Sequence[Shape], names: tuple[str, ...], target: str, pr
     """A system of known shapes; `rank` above 0: experts are factors of that rank."""
     fmt = format_of(target, precision)
     own = [weights_of(models[0], fmt), *(factors_of(shape, rank, target) if rank else weights_of(shape, fmt) for shape in models[1:])]
-    width = 4 if target == CPU or precision == "fp32" else 2
+    kv_bits = 32 if target == CPU or precision == "fp32" else 16
     return System(
         precision, fmt.body, names, tuple(own), tuple(shape.layers for shape in models), tuple(shape.kv_values for shape in models),
-        width, models[0].vocab, rank > 0,
+        kv_bits, models[0].vocab, rank > 0,
     )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def with_files(bundle: Bundle, variant: Variant) -> System:
     return System(
         variant.precision, bits, tuple(model.name for model in manifest.models), tuple(weights),
         tuple(model.layers for model in manifest.models), tuple(kv_values(model) for model in manifest.models),
-        variant.cache_width, manifest.vocab_size, variant.pair is not None,
+        variant.kv_bits, manifest.vocab_size, variant.pair is not None,
     )  # fmt: skip
 
 
