@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward, Multiply, multiply
+from fusionroute.calibration.block import Block
+from fusionroute.calibration.blockwise_forward import BlockwiseForward, Multiply, multiply
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import Mask

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.calibration.blockwise_forward import Block
+from fusionroute.calibration.block import Block
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.graph import INLINE, Graph, Source
 from fusionroute.fr_export.graphs.source_rows import rows

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from fusionroute.calibration.blockwise_forward import Block
+from fusionroute.calibration.block import Block
 from fusionroute.fr_export.graphs import decoder_blocks
 from fusionroute.fr_export.graphs.decoder_blocks import build, embedding, is_product
 from fusionroute.fr_export.graphs.graph import Graph
