@@ -8,7 +8,7 @@ PROMPT ?= 12+30=
 # The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval test-browser screenshots gpu-check clean
+.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval test-browser test-ray screenshots gpu-check clean
 
 demo: $(VENV)/export
 	$(BIN)/python export.py --family $(FAMILY) --force
@@ -65,6 +65,10 @@ test-lm-eval: .venv-lm-eval/ready
 test-browser: .venv-browser/ready
 	.venv-browser/bin/python -m pytest -m slow tests/browser
 
+# Replicas under Ray Serve, one of them killed; the figures are printed.
+test-ray: .venv-ray/ready
+	.venv-ray/bin/python -m pytest -m slow -s tests/ray
+
 # The pictures of them in the docs: `make screenshots BUNDLE=dist/mine`.
 screenshots: .venv-browser/ready
 	.venv-browser/bin/python -m tests.browser.screenshots $(BUNDLE) docs
@@ -114,5 +118,11 @@ $(VENV)/docs: $(VENV)/test
 	.venv-browser/bin/python -m pip install --quiet playwright httpx pytest hypothesis --editable '.[cpu,export,serve]'
 	touch $@
 
+.venv-ray/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet $(TORCH)
+	.venv-ray/bin/python -m pip install --quiet httpx pytest hypothesis --editable '.[cpu,export,ray]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-optimum .venv-lm-eval .venv-browser dist
+	rm -rf $(VENV) .venv-oldest .venv-optimum .venv-lm-eval .venv-browser .venv-ray dist
