@@ -8,7 +8,7 @@ PROMPT ?= 12+30=
 # The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval test-browser test-clients fuzz-api screenshots gpu-check gpu-kit clean
+.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval test-browser test-clients fuzz-api screenshots gpu-check gpu-kit test-ray clean
 
 demo: $(VENV)/export
 	$(BIN)/python export.py --family $(FAMILY) --force
@@ -74,6 +74,10 @@ fuzz-api: $(VENV)/test .venv-fuzz/ready
 	rm -rf dist/fuzz
 	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.support.exporting dist/fuzz 2>/dev/null) .venv-fuzz/bin/python -m pytest -m slow tests/openapi
 
+# Replicas under Ray Serve, one of them killed; the figures are printed.
+test-ray: .venv-ray/ready
+	.venv-ray/bin/python -m pytest -m slow -s tests/ray
+
 # The pictures of them in the docs: `make screenshots BUNDLE=dist/mine`.
 screenshots: .venv-browser/ready
 	.venv-browser/bin/python -m tests.browser.screenshots $(BUNDLE) docs
@@ -137,5 +141,11 @@ tests/clients/node_modules: tests/clients/package-lock.json
 	npm ci --prefix tests/clients --ignore-scripts --no-audit --no-fund
 	touch $@
 
+.venv-ray/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet $(TORCH)
+	.venv-ray/bin/python -m pip install --quiet httpx pytest hypothesis --editable '.[cpu,export,ray]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-optimum .venv-lm-eval .venv-browser .venv-fuzz tests/clients/node_modules dist
+	rm -rf $(VENV) .venv-oldest .venv-optimum .venv-lm-eval .venv-browser .venv-fuzz .venv-ray tests/clients/node_modules dist
