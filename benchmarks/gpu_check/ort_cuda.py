@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.gpu_check.outcome import Finding, Skipped
 from fusionroute.calibration.prompts import HELD_OUT
-from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime import FusionRuntime, Scores
 from fusionroute.runtime.bench.bench import BenchOptions, bench
 from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.manifest import Manifest, Variant
@@ -17,6 +17,7 @@ from fusionroute.runtime.text import Text
 
 TARGET = "ort:cuda"
 TOKENS = 512  # read by both
+VALUES = 1 << 25  # of logits on the host at most: fewer tokens of a large vocabulary
 NEW_TOKENS, REPEATS = 64, 5
 
 
@@ -72,7 +73,7 @@ def reference(folder: Path) -> tuple[list[int], Scores]:
     manifest = Manifest.read(folder)
     if not any((variant.target, variant.precision) == ("ort:cpu", "fp32") for variant in manifest.variants):
         raise Skipped("the bundle has no fp32 for the CPU to be held against: export it with --target ort and --precision fp32,…")
-    count = min(TOKENS, manifest.max_seq_len)
+    count = min(TOKENS, manifest.max_seq_len, VALUES // manifest.vocab_size)
     if "tokenizer.json" in manifest.files:
         tokenizer = Text.load(folder / "tokenizer.json")
         ids = [id for text in HELD_OUT for id in tokenizer.encode(text)][:count]

@@ -1,15 +1,17 @@
 """Large files in parts of limited size, with hashes, and whole again with `cat`."""
 
 import hashlib
+import io
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 PIECE = 1 << 20  # bytes read at a time
 SUMS = "SHA256SUMS"
 
 
-class PartWriter:
+class PartWriter(io.RawIOBase):
     """A file for `tarfile` that is written as NAME.000, NAME.001, … of at most `size` bytes each."""
 
     def __init__(self, folder: Path, name: str, size: int):
@@ -17,7 +19,11 @@ class PartWriter:
         self.paths: list[Path] = []
         self._room = 0
 
-    def write(self, content: bytes) -> int:
+    def writable(self) -> bool:
+        """Bytes are appended."""
+        return True
+
+    def write(self, content: Any) -> int:
         """Append bytes."""
         rest = memoryview(content)
         while len(rest):

@@ -74,7 +74,8 @@ class Engine:
         device.finish()
 
     def get_tensor_name(self, number: int) -> str:
-        return list(self.tensors)[number]
+        name: str = list(self.tensors)[number]
+        return name
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name][2]
@@ -189,7 +190,8 @@ def engines_on_host() -> Iterator[Library]:
     gc.collect()
     gc.disable()
     try:
-        with patch.dict(sys.modules, {"tensorrt_rtx": library, "tensorrt": library}):  # type: ignore[dict-item]
+        modules: dict[str, Any] = {"tensorrt_rtx": library, "tensorrt": library}
+        with patch.dict(sys.modules, modules):
             yield library
     finally:
         library.device.finish()
