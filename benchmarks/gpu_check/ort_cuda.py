@@ -12,7 +12,6 @@ from fusionroute.runtime.bench.bench import BenchOptions, bench
 from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.precisions import PRECISIONS
-from fusionroute.runtime.scoring import Scores
 from fusionroute.runtime.text import Text
 
 TARGET = "ort:cuda"
