@@ -20,7 +20,8 @@ NEW_TOKENS, PROMPT_TOKENS, REPEATS = 32, 64, 3
 @dataclass(frozen=True)
 class Check:
     """Tokens per second of a precision: estimated for the text that was written, and measured. bandwidth:
-    bytes/s that the estimate is made with. error: of the estimate."""
+    bytes/s that the estimate is made with. error: of the estimate.
+    """
 
     precision: str
     estimated: float
