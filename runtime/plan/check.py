@@ -20,7 +20,8 @@ NEW_TOKENS, PROMPT_TOKENS, REPEATS = 32, 64, 3
 @dataclass(frozen=True)
 class Check:
     """Tokens per second of a precision: estimated for the text that was written, and measured. bandwidth:
-    bytes/s that the estimate is made with. error: of the estimate."""
+    bytes/s that the estimate is made with. error: of the estimate.
+    """
 
     precision: str
     estimated: float
@@ -35,9 +36,10 @@ class Check:
 
 
 def check(bundle: Bundle, plan: Plan) -> list[Check]:
-    """Run every precision that was planned and fits: a prompt, and tokens behind it. The estimate takes the switches and
-    the catching up from that run, so that it is about the same work, and the median of the bandwidth for the plan,
-    before the run and after it: on a machine that others use it is never the same for long.
+    """Run every precision that was planned and fits: a prompt, and tokens behind it.
+
+    The estimate takes the switches and the catching up from that run, so that it is about the same work, and the median
+    of the bandwidth for the plan, before the run and after it: where others use the machine it is never the same long.
     """
     own = {variant.precision for variant in bundle.manifest.variants if variant.target == plan.device.target}
     tokens = min(PROMPT_TOKENS, bundle.manifest.max_seq_len - NEW_TOKENS)

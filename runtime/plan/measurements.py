@@ -16,8 +16,8 @@ UNSURE = 1.25  # a row whose bytes may be so many times others is not fitted to:
 
 
 class Pass(NamedTuple):
-    """One pass of one model: the bytes that it reads, of weights with so many bits; its layers; values that are multiplied;
-    bytes/s of the memory; whether the step is captured as one CUDA graph; cores of a processor.
+    """One pass of one model: the bytes that it reads, of weights with so many bits; its layers; values that are
+    multiplied; bytes/s of the memory; whether the step is captured as one CUDA graph; cores of a processor.
     """
 
     read: float

@@ -99,7 +99,7 @@ def of_choice(choice: Choice) -> dict[str, Any]:
 
 
 def make_plan(request: Request, device: Device, text: Text, precisions: Sequence[str] | None) -> Plan:
-    """Plan all precisions that a device has, or those named. Raises InputError for what it lacks, and for impossible texts."""
+    """Plan all precisions that a device has, or those named. Raises InputError for what it lacks."""
     if not 2 <= request.context <= request.most_context:
         raise InputError(
             f"A context of {request.context} tokens is outside what the model takes: give --context 2 to {request.most_context}."

@@ -1,4 +1,4 @@
-"""How fast a system is expected to read and to write: from bytes, bandwidth and the fitted efficiency.
+"""How fast a system is expected to read and to write, from what a pass takes by the fits.
 
 A token costs the router's pass and the expert's, or with one base the pass of both and another for each wrong guess.
 A switch of experts lets the new one read what it missed, and brings its weights back where they were evicted.
@@ -41,7 +41,8 @@ class Text:
 
 def prefill_operations(device: Device, precision: str) -> Range:
     """Operations per second of reading prompts: what was measured on the device, in this precision if it was, else on
-    all devices by the bandwidth of each, on processors by their cores. NVFP4 multiplies in 4 bits, so it says nothing of other precisions.
+    all devices by the bandwidth of each, on processors by their cores. NVFP4 multiplies in 4 bits, so it says nothing
+    of other precisions.
     """
     measured_as = MEASURED_AS.get(precision, precision)
     rows = [row for row in measurements(device.kind) if row.prefill and (row.precision != NARROW or measured_as == NARROW)]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime.bundle import Bundle
@@ -63,6 +63,7 @@ def test_an_expert_on_one_base_costs_its_factors() -> None:
     assert shared.weights[0] == whole.weights[0] and shared.weight_bytes < whole.weight_bytes / 2
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**11), st.integers(0, 8), st.integers(10**6, 10**10), st.integers(10**6, 10**10), st.integers(2, 10**5))
 def test_placements_hold_what_they_say(free: int, experts: int, router: int, expert: int, context: int) -> None:
     system = a_system(experts, router, expert)
@@ -82,6 +83,7 @@ def test_placements_hold_what_they_say(free: int, experts: int, router: int, exp
         assert worse(memory_of(system, device, memory.context + 1), memory)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**11), st.integers(0, 10**11), st.integers(0, 6))
 def test_more_memory_never_holds_less(free: int, more: int, experts: int) -> None:
     system = a_system(experts, 10**9, 2 * 10**9)

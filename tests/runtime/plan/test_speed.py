@@ -1,7 +1,7 @@
 """Tokens per second, against the arithmetic."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime.plan.devices import device_named
@@ -42,6 +42,7 @@ def test_one_base_reads_its_weights_once() -> None:
     assert speed(3, Text(0.5), shared=True)[1] < 0.75 * shared  # every second guess is wrong
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_switches_only_cost(rate: float, more: float) -> None:
     often = min(rate + more, 1.0)
