@@ -14,6 +14,7 @@ from fusionroute.calibration import checksummed_file
 from fusionroute.calibration.block import Block
 from fusionroute.calibration.context_feeds import context_feeds
 from fusionroute.calibration.in_order import in_order
+from fusionroute.calibration.text_runs import gathered
 from fusionroute.runtime.errors import FusionError, InputError, one_line
 from fusionroute.runtime.machine import cores
 
@@ -258,15 +259,3 @@ class BlockwiseForward:
         for part in (*(block.graph for block in self.blocks), *(text.tobytes() for text in self._texts)):
             digest.update(hashlib.sha256(part).digest())
         return digest.hexdigest()
-
-
-def gathered(lengths: Sequence[int], tokens: int) -> Iterator[range]:
-    """Runs of neighbouring texts that have at least so many tokens, the last one perhaps fewer."""
-    start = total = 0
-    for number, length in enumerate(lengths):
-        total += length
-        if total >= tokens:
-            yield range(start, number + 1)
-            start, total = number + 1, 0
-    if start < len(lengths):
-        yield range(start, len(lengths))

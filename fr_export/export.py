@@ -34,7 +34,7 @@ from fusionroute.fr_export.verify.measure import measure
 from fusionroute.fr_export.verify.report import NAME as REPORT
 from fusionroute.fr_export.verify.report import build_report, write_report
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName
+from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName, refusal
 from fusionroute.runtime.precisions import PRECISIONS
 
 TABLE = "calibration.safetensors"
@@ -85,6 +85,8 @@ def check(request: Request, stages: Stages) -> Checked:
     """Open everything that a request names and refuse what does not fit. Changes nothing. Raises FusionError."""
     refuse(request.out, request.force, request.calibration, request.experts, request.gpus, request.kv)
     chosen = [(target, name) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
+    if request.kv is not None and (reason := refusal(request.kv, request.targets)) is not None:
+        raise InputError(f"{reason}.")
     if request.calibration == "none" and request.kv is not None and KV_PRECISIONS[request.kv].quantised:
         raise InputError(f"Keys and values in {request.kv} need the scales of calibration: leave out calibration='none', or kv.")
     if request.calibration == "none" and (needy := [pair for pair in chosen if pair[0] in PRECISIONS[pair[1]].calibrated_on]):

@@ -1,6 +1,6 @@
 """The table of precisions of keys and values: how a cache stores them, and on which targets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 KvName = Literal["fp32", "fp16", "int8", "int4", "fp8"]
@@ -32,3 +32,13 @@ KV_PRECISIONS: dict[str, KvPrecision] = {
 # Targets whose caches can have another type than the activations. The CPU kernels of ONNX Runtime read fp16 more slowly
 # than fp32, and know no fp8.
 CHOICES: dict[str, tuple[str, ...]] = {"ort:cpu": ("fp32", "int8", "int4")}
+
+
+def refusal(kv: str, targets: Iterable[str]) -> str | None:
+    """Why targets cannot have a precision of keys and values, without a full stop; None: they can."""
+    for target in targets:
+        if target not in CHOICES:
+            return f"{target} keeps keys and values in the type of its activations; leave out --kv, or export {target} without it"
+        if kv not in CHOICES[target]:
+            return f"{target} keeps no keys and values in {kv}; name one of {', '.join(CHOICES[target])}"
+    return None

@@ -8,7 +8,7 @@ import typer
 from fusionroute.fr_export.families import Family
 from fusionroute.runtime.commands.options import names
 from fusionroute.runtime.errors import InputError
-from fusionroute.runtime.kv_precisions import CHOICES, KV_PRECISIONS, KvName
+from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName, refusal
 from fusionroute.runtime.precisions import CPU, PRECISIONS, exported_for
 from fusionroute.runtime.tensorrt.library import parse_sms
 
@@ -125,16 +125,8 @@ def check_kv(kv: KvName | None, targets: tuple[str, ...], calibration: str) -> N
     """Refuse a precision of keys and values that a target does not have, or whose scales would be unknown."""
     if kv is None:
         return
-    hint = "--kv / --target"
-    for target in targets:
-        choices = CHOICES.get(target)
-        if choices is None:
-            raise typer.BadParameter(
-                f"{target} keeps keys and values in the type of its activations; leave out --kv, or export {target} without it",
-                param_hint=hint,
-            )
-        if kv not in choices:
-            raise typer.BadParameter(f"{target} keeps no keys and values in {kv}; name one of {', '.join(choices)}", param_hint=hint)
+    if (reason := refusal(kv, targets)) is not None:
+        raise typer.BadParameter(reason, param_hint="--kv / --target")
     if calibration == "none" and KV_PRECISIONS[kv].quantised:
         raise typer.BadParameter(
             f"{kv} needs the scales of calibration; leave out --calibration none, or name fp32", param_hint="--kv / --calibration"

@@ -32,13 +32,14 @@ BITS = {"int8": 8, "int4": 4}
 
 
 def exported(
-    folder: Path, router: str, experts: dict[str, str], kv: KvName, precisions: tuple[str, ...], shared_base: bool = False
-) -> Path:
-    """A bundle that was calibrated on a few prompts."""
+    folder: Path, router: str, experts: dict[str, str], kv: KvName, precisions: tuple[str, ...], shared_base: bool = False,
+    table: Path | None = None,
+) -> Path:  # fmt: skip
+    """A bundle that was calibrated on a few prompts, or by a table."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
     request = Request(
-        None, router, experts, precisions, ("ort:cpu",), folder / kv, max_seq_len=LENGTH, calibration=str(prompts), kv=kv,
+        None, router, experts, precisions, ("ort:cpu",), folder / kv, max_seq_len=LENGTH, calibration=str(table or prompts), kv=kv,
         shared_base=shared_base,
     )  # fmt: skip
     with patch("fusionroute.fr_export.export.measure", return_value=({}, "a test compares it")):
@@ -62,10 +63,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Gemma-2 has softcaps and sliding windows of 16 tokens."""
     folder = tmp_path_factory.mktemp("kv")
     router, experts = make_system(folder, Shape(request.param, layers=2, experts=2, tokenizer=True))
-    bundles = {
-        "int8": exported(folder, router, experts, "int8", ("fp32", "int8")),
-        "int4": exported(folder, router, experts, "int4", ("fp32",)),
-    }
+    bundles = {"int8": exported(folder, router, experts, "int8", ("fp32", "int8"))}
+    bundles["int4"] = exported(folder, router, experts, "int4", ("fp32",), table=bundles["int8"] / "calibration.safetensors")
     return Case(System.open(FAMILIES[request.param], router, experts, max_seq_len=LENGTH), bundles)
 
 
