@@ -16,7 +16,9 @@ LAST_LINES = 40  # of pytest's output, for the report
 def run_tests(budget: Budget, file: str, *options: str) -> Finding:
     """Run one file of tests, slow ones too; `options` are pytest's. Raises Skipped without a GPU or its time."""
     open_device()
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", "-rs", "--tb=short", *options, f"tests/cuda/{file}"]
+    # without the fixtures of all tests, which need the exporter's packages
+    fixed = ["-p", "no:cacheprovider", "-m", "", "-rs", "--tb=short", "--confcutdir", "tests/cuda"]
+    command = [sys.executable, "-m", "pytest", *fixed, *options, f"tests/cuda/{file}"]
     try:
         ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=budget.left())
     except subprocess.TimeoutExpired as cut:

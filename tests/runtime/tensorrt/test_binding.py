@@ -21,8 +21,19 @@ def test_the_binding_converts_what_the_runtime_gives_it(tmp_path: Path) -> None:
     library = compile_library(tmp_path)
     plugins = ("no:cacheprovider", "no:xdist", "tests.support.host_cuda.plugin")
     options = [option for plugin in plugins for option in ("-p", plugin)]
-    command = [sys.executable, "-m", "pytest", *options, "-rs", "tests/cuda", "--basetemp", str(tmp_path / "tests")]
-    environment = os.environ | {"FUSIONROUTE_HOST_CUDA": str(library)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *options,
+        "-rs",
+        "tests/cuda",
+        "--confcutdir",
+        "tests/cuda",
+        "--basetemp",
+        str(tmp_path / "tests"),
+    ]
+    environment = os.environ | {"FUSIONROUTE_HOST_CUDA": str(library), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     ran = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     assert re.search(r"^\d+ passed, \d+ deselected in ", ran.stdout, re.MULTILINE), f"some were skipped: {ran.stdout[-2000:]}"
