@@ -50,7 +50,7 @@ AREAS = {
     "bundle": Area(
         ("runtime/bundle.py", "runtime/manifest.py", "runtime/manifest_file.py"),
         (
-            *(f"{RUNTIME}test_{name}.py" for name in ("bundle", "manifest", "signing", "graphs_that_do_not_fit", "bundle_texts")),
+            *(f"{RUNTIME}test_{name}.py" for name in ("bundle", "manifest", "signing", "graphs_that_do_not_fit")),
             "tests/attacks/test_files.py",
             "tests/attacks/test_graphs.py",
         ),
