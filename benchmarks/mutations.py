@@ -56,8 +56,8 @@ AREAS = {
         ),
     ),
     "quantisers": Area(
-        ("fr_export/precision/**/*.py",),
-        tuple(f"{PRECISION}test_{name}.py" for name in ("rounding", "int8", "gptq", "qdq")),
+        tuple(f"fr_export/precision/{name}.py" for name in ("rounding", "blockwise", "gptq", "int4", "int8", "kernels")),
+        tuple(f"{PRECISION}test_{name}.py" for name in ("rounding", "gptq", "int8")),
     ),
     "calibration": Area(("calibration/*.py",), ("tests/calibration",)),
 }
