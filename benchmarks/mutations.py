@@ -50,14 +50,14 @@ AREAS = {
     "bundle": Area(
         ("runtime/bundle.py", "runtime/manifest.py", "runtime/manifest_file.py"),
         (
-            *(f"{RUNTIME}test_{name}.py" for name in ("bundle", "manifest", "signing", "graphs_that_do_not_fit", "bundle_texts")),
+            *(f"{RUNTIME}test_{name}.py" for name in ("bundle", "manifest", "signing", "graphs_that_do_not_fit")),
             "tests/attacks/test_files.py",
             "tests/attacks/test_graphs.py",
         ),
     ),
     "quantisers": Area(
-        ("fr_export/precision/**/*.py",),
-        tuple(f"{PRECISION}test_{name}.py" for name in ("rounding", "int8", "gptq", "qdq")),
+        tuple(f"fr_export/precision/{name}.py" for name in ("rounding", "blockwise", "gptq", "int4", "int8", "kernels")),
+        tuple(f"{PRECISION}test_{name}.py" for name in ("rounding", "gptq", "int8")),
     ),
     "calibration": Area(("calibration/*.py",), ("tests/calibration",)),
 }

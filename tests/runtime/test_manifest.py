@@ -1,6 +1,7 @@
 """Manifests that do not fit their bundle, lead out of it, or are none; and how one is written."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,30 @@ def test_json_that_readers_could_understand_in_two_ways(bundle: Path, old: str, 
 def test_manifests_that_are_none(bundle: Path, text: bytes) -> None:
     (bundle / "manifest.json").write_bytes(text)
     assert "manifest.json" in refusal(bundle)
+
+
+CACHES = [("ort:cpu", "fp16", 4), ("ort:cpu", "fp32", 4), ("ort:cuda", "fp32", 4), ("ort:cuda", "int8", 2), ("tensorrt", "bf16", 2)]
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "width"), [*CACHES, ("portable", "int8", 4), ("portable", "fp16", 2), ("portable", "bf16", 2)]
+)
+def test_caches_are_as_wide_as_the_graphs_compute(bundle: Path, target: str, precision: str, width: int) -> None:
+    variant = Manifest.read(bundle).variants[0]
+    name = "".join(list(precision))  # as a file has it: equal, and not the same
+    assert variant.model_copy(update={"target": target, "precision": name}).cache_width == width
+
+
+def test_the_first_file_that_is_not_listed_is_named(bundle: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        first(content)["graphs"]["router"], first(content)["fusion_graph"] = "graphs/b.onnx", "graphs/a.onnx"
+
+    edit(bundle, change)
+    assert "(the file: the file graphs/a.onnx of the variant " in refusal(bundle)
+
+
+def test_a_manifest_of_more_than_64_mib_is_not_read(bundle: Path) -> None:
+    os.truncate(bundle / "manifest.json", (1 << 26) + 1)
+    assert (
+        refusal(bundle) == f"{bundle / 'manifest.json'} cannot be read (it has more than 67108864 bytes); copy or export the bundle again."
+    )
