@@ -35,3 +35,10 @@ def processor() -> list[str]:
             if line.startswith(("model name", "Hardware", "flags", "Features")):
                 lines.setdefault(line.partition(":")[0], line)
     return list(lines.values()) or [platform.processor()]
+
+
+def sums_in_32_bits() -> bool:
+    """Whether the processor is known to sum products of 8 bits in 32 bits. x86 without VNNI adds two of them in 16 bits, which
+    may overflow.
+    """
+    return any(feature in line.split() for line in processor() for feature in ("avx512_vnni", "avx_vnni"))

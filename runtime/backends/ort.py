@@ -14,6 +14,7 @@ from weakref import WeakSet
 from fusionroute.runtime.backends.signature import FLOATS, ORT_LENGTHS, CacheValue, Signature, Values, of_model
 from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError, one_line
 from fusionroute.runtime.graph_tensors import positions
+from fusionroute.runtime.machine import sums_in_32_bits
 
 if TYPE_CHECKING:
     from fusionroute.runtime.bundle import Bundle
@@ -93,8 +94,9 @@ def settings(onnxruntime: Any, threads: int) -> Any:
     options.intra_op_num_threads = threads
     # idle thread pools must not spin: router and expert take turns, and a spinning pool takes cores from the other
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # processors with AVX2 and no VNNI add two products of 8 bits in 16 bits, which overflow: these take slower kernels
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not sums_in_32_bits():
+        # x86 then takes slower, exact kernels. Always set it would take them on AMX too, which 1.32 believes to overflow
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fusionroute.fr_export.graphs.graph import Graph, initializer, node
 from fusionroute.fr_export.graphs.weight_store import Store
 from fusionroute.fr_export.precision.row_int8 import RowInt8
+from fusionroute.runtime import machine
 from fusionroute.runtime.backends import ort
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
@@ -94,6 +95,14 @@ def test_one_row_does_not_change_another(tmp_path: Path) -> None:
     assert together[0] == pytest.approx(x[0] @ weights.T, abs=0.05 * float(np.abs(x[0] @ weights.T).max()))
 
 
-def test_sums_of_8_bits_never_overflow() -> None:
-    """ONNX Runtime's default lets them, on processors with AVX2 and without VNNI."""
-    assert ort.settings(onnxruntime, 1).get_session_config_entry("session.x64quantprecision") == "1"
+@pytest.mark.parametrize(
+    ("flags", "exact"), [("avx2 avx512f avx512_vnni amx_int8", True), ("avx2 avx_vnni", True), ("avx2 avx512f", False)]
+)
+def test_sums_of_8_bits_never_overflow(flags: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime's default lets them, on processors with AVX2 and without VNNI; its slower kernels are exact there."""
+    monkeypatch.setattr(machine, "processor", lambda: ["model name : a processor", f"flags : fpu {flags}"])
+    options = ort.settings(onnxruntime, 1)
+    assert exact or options.get_session_config_entry("session.x64quantprecision") == "1"
+    if exact:
+        with pytest.raises(RuntimeError):  # not set
+            options.get_session_config_entry("session.x64quantprecision")
