@@ -23,13 +23,13 @@ PREFERRED = ("int8", "int8-wo", "int4", "bf16", "fp16", "fp32")
 
 @dataclass(frozen=True)
 class Choice:
-    """One precision: bytes, tokens/s as (low, expected, high), and the command that exports it."""
+    """One precision: bytes, tokens/s as (low, expected, high), and the command that exports it, None for a model without experts."""
 
     precision: str
     memory: Memory
     decode: Range
     prefill: Range
-    command: str
+    command: str | None
 
     @property
     def fits(self) -> bool:
@@ -137,8 +137,10 @@ def recommended(choices: Sequence[Choice]) -> Choice | None:
     return next(iter(fitting or sorted((choice for choice in choices if choice.runs), key=lambda choice: choice.memory.weights)), None)
 
 
-def export_command(request: Request, device: Device, precision: str) -> str:
-    """The command that exports it, with folders named after the models."""
+def export_command(request: Request, device: Device, precision: str) -> str | None:
+    """The command that exports it, with folders named after the models; None without experts, which is no system."""
+    if not request.experts:
+        return None
     experts = "".join(f" --expert {name}=experts/{name}" for name in request.experts)
     base = f" --base BASE --shared-base{f' --rank {request.rank}' if request.rank else ''}" if request.shared else ""
     return (

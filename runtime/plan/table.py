@@ -30,8 +30,9 @@ def show(console: Console, plan: Plan) -> None:
     if best is None:
         console.print(Styled("Nothing of it runs there: plan fewer experts, --shared-base, a shorter --context, or a larger device."))
     else:
-        console.print(Styled(f"Take {best.precision}:"))
-        console.print(*pasted(best.command, console.width - 4), sep="\n", soft_wrap=True)
+        console.print(Styled(f"Take {best.precision}{':' if best.command else ', of a router with at least one expert.'}"))
+        if best.command:
+            console.print(*pasted(best.command, console.width - 4), sep="\n", soft_wrap=True)
     drafts = "no drafts" if plan.text.acceptance is None else f"{plan.text.acceptance:.0%} of the drafts right"
     console.print(Styled(f"{plan.basis} Assumed: another expert for {plan.text.switch_rate:.0%} of the tokens, {drafts}."))
 

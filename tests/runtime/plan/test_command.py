@@ -44,6 +44,13 @@ def test_the_table_fits_80_columns_and_says_that_it_is_an_estimate(command: Comm
     assert "--shared-base --rank 16" in " ".join(commands.replace("\\\n", " ").split())
 
 
+def test_one_model_alone_is_planned_and_not_exported(command: Command) -> None:
+    alone = json.loads(command("plan", "--family", "llama3", "--size", "8B", "--experts", 0, "--target", "rtx-4090", "--json").out)
+    assert alone["recommended"] == {"precision": "int8", "command": None}
+    ended = command("plan", *SMALL, "--experts", 0)
+    assert "Take int8, of a router with at least one expert." in ended.out and "fusionroute export" not in ended.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
