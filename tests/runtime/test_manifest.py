@@ -143,16 +143,16 @@ def test_manifests_that_are_none(bundle: Path, text: bytes) -> None:
     assert "manifest.json" in refusal(bundle)
 
 
-CACHES = [("ort:cpu", "fp16", 4), ("ort:cpu", "fp32", 4), ("ort:cuda", "fp32", 4), ("ort:cuda", "int8", 2), ("tensorrt", "bf16", 2)]
+CACHES = [("ort:cpu", "fp16", 32), ("ort:cpu", "fp32", 32), ("ort:cuda", "fp32", 32), ("ort:cuda", "int8", 16), ("tensorrt", "bf16", 16)]
 
 
 @pytest.mark.parametrize(
-    ("target", "precision", "width"), [*CACHES, ("portable", "int8", 4), ("portable", "fp16", 2), ("portable", "bf16", 2)]
+    ("target", "precision", "bits"), [*CACHES, ("portable", "int8", 32), ("portable", "fp16", 16), ("portable", "bf16", 16)]
 )
-def test_caches_are_as_wide_as_the_graphs_compute(bundle: Path, target: str, precision: str, width: int) -> None:
+def test_caches_are_as_wide_as_the_graphs_compute(bundle: Path, target: str, precision: str, bits: int) -> None:
     variant = Manifest.read(bundle).variants[0]
     name = "".join(list(precision))  # as a file has it: equal, and not the same
-    assert variant.model_copy(update={"target": target, "precision": name}).cache_width == width
+    assert variant.model_copy(update={"target": target, "precision": name}).kv_bits == bits
 
 
 def test_the_first_file_that_is_not_listed_is_named(bundle: Path) -> None:
