@@ -58,7 +58,7 @@ class Case:
         return ids
 
 
-@pytest.fixture(scope="module", params=["gemma2", "llama3"])
+@pytest.fixture(scope="module", params=["gemma2", pytest.param("llama3", marks=pytest.mark.slow)])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Gemma-2 has softcaps and sliding windows of 16 tokens."""
     folder = tmp_path_factory.mktemp("kv")
