@@ -47,7 +47,8 @@ def on_host_again(device: Device) -> Callable[[Memory], Bytes]:
         device.finish()
         stream.download(target.address, memory.address, memory.size)
         device.finish()
-        return bytes_of(target).copy()
+        content: Bytes = bytes_of(target).copy()
+        return content
 
     return fetch
 
