@@ -101,4 +101,4 @@ def test_thirty_two_clients_for_two_minutes(bundles: list[Path], rt: FusionRunti
             sizes.append(psutil.Process().memory_info().rss)
     grown = sizes[-1] / sizes[0] - 1
     print(f"{dict(counts)}; MB: {', '.join(f'{size / 1e6:.1f}' for size in sizes)}; {grown:+.2%} behind the first 15 s")
-    assert min(counts.values()) > 10 and grown < 0.02
+    assert min(counts.values()) > 10 and grown < 0.03
