@@ -151,8 +151,8 @@ class Reader:
 @pytest.mark.parametrize(("lengths", "lent"), [([], []), ([15], []), ([16], [16]), ([17], [17]), ([0, 40, 20], [40]), ([64, 16], [64])])
 def test_the_longest_beginning_is_lent_from_16_tokens_on(lengths: list[int], lent: list[int]) -> None:
     """Once, and by another than the borrower, which has read nothing yet; by nobody after all was forgotten."""
-    copied: list[int] = []
     cache, readers, borrower = PrefixCache(), [Reader(length) for length in lengths], Reader(99)
+    copied: list[int] = []
     for reader in (*readers, borrower):
         cache.borrow(reader, [], [])  # type: ignore[arg-type]
     cache.borrow(borrower, [], copied)  # type: ignore[arg-type]

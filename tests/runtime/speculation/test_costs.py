@@ -2,10 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.backend import Output
 from fusionroute.runtime.cache import write_checked
 from fusionroute.runtime.speculation import costs
 from fusionroute.runtime.speculation.costs import VALID, Costs, read_costs, seconds_by_tokens
@@ -46,3 +50,33 @@ def test_costs_of_a_month_ago_and_of_other_experts_are_measured_again(tmp_path: 
     for seconds, expected in ((0.0, known), (VALID, known), (VALID + 1, None)):
         assert read_costs(file, 2, lambda seconds=seconds: 1000.0 + seconds) == expected  # type: ignore[misc]
     assert read_costs(file, 1, lambda: 1000.0) is None and read_costs(tmp_path / "none.json", 2) is None
+
+
+class Timed:
+    """A model that notes the passes that are timed: (tokens before, tokens)."""
+
+    def __init__(self) -> None:
+        self.passes: set[tuple[int, int]] = set()
+        self.length = 0
+
+    def cache(self) -> "Timed":
+        return self
+
+    def forward(self, ids: list[int], positions: Any) -> Output:
+        self.passes.add((self.length, len(ids)))
+        return Output(np.zeros((len(positions), 4), np.float32), None)
+
+
+@pytest.mark.parametrize(("capacity", "lengths"), [(4096, [32, 1024]), (200, [32, 192]), (20, [12, 12]), (8, [0, 0])])
+def test_passes_are_timed_behind_texts_that_fit_the_context(capacity: int, lengths: list[int]) -> None:
+    router, expert = Timed(), Timed()
+    models = [SimpleNamespace(parameters=number) for number in (1, 2, 2)]
+    bundle = SimpleNamespace(manifest=SimpleNamespace(models=models, max_seq_len=capacity))
+    fused = SimpleNamespace(ids=None)
+    backend = SimpleNamespace(
+        router=router, experts=[expert, Timed()], apart=frozenset(), async_dispatch=False, forward_both=None, fuser=lambda: lambda _: fused
+    )
+    measured = costs.measure(bundle, backend)  # type: ignore[arg-type]
+    expected = {(length, size) for length in lengths for size in costs.SIZES} | {(0, 1)}  # the last one is fused
+    assert router.passes == expert.passes == expected
+    assert not backend.experts[1].passes and measured.experts[0] == measured.experts[1], "equal experts are timed once"
