@@ -8,7 +8,7 @@ PROMPT ?= 12+30=
 # The release of torch that the exports are tested with; pyproject.toml allows newer ones. A CPU build is enough.
 TORCH := torch==2.13.0
 
-.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval test-browser screenshots gpu-check clean
+.PHONY: demo test lint docs slow test-oldest test-optimum test-lm-eval test-browser test-clients fuzz-api screenshots gpu-check gpu-kit test-ray clean
 
 demo: $(VENV)/export
 	$(BIN)/python export.py --family $(FAMILY) --force
@@ -65,13 +65,31 @@ test-lm-eval: .venv-lm-eval/ready
 test-browser: .venv-browser/ready
 	.venv-browser/bin/python -m pytest -m slow tests/browser
 
+# OpenAI's clients for Python and Node.js against `fusionroute serve`; Node.js and npm must be there (Debian: nodejs, npm).
+test-clients: $(VENV)/test tests/clients/node_modules
+	$(BIN)/python -m pytest -m slow tests/clients
+
+# Requests drawn from the server's OpenAPI schema, and its answers held against it.
+fuzz-api: $(VENV)/test .venv-fuzz/ready
+	rm -rf dist/fuzz
+	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.support.exporting dist/fuzz 2>/dev/null) .venv-fuzz/bin/python -m pytest -m slow tests/openapi
+
+# Replicas under Ray Serve, one of them killed; the figures are printed.
+test-ray: .venv-ray/ready
+	.venv-ray/bin/python -m pytest -m slow -s tests/ray
+
 # The pictures of them in the docs: `make screenshots BUNDLE=dist/mine`.
 screenshots: .venv-browser/ready
 	.venv-browser/bin/python -m tests.browser.screenshots $(BUNDLE) docs
 
 # What only a GPU can tell, in one report; without one it says what it skipped. `make gpu-check BUNDLE=dist/mine` checks that bundle.
 gpu-check: $(VENV)/test
-	$(BIN)/python -m benchmarks.gpu_check $(addprefix --bundle ,$(BUNDLE))
+	$(BIN)/python -m benchmarks.gpu_check $(addprefix --bundle ,$(BUNDLE)) $(addprefix --minutes ,$(MINUTES))
+
+# The same for a machine without network: a folder with everything, and a script. `make gpu-kit OUT=kit PART=60` cuts it into parts
+# of at most 60 MB; KIT='--python 3.10 --machine aarch64' makes it for another Python and processor.
+gpu-kit: $(VENV)/test
+	$(BIN)/python -m benchmarks.gpu_kit $(OUT) $(addprefix --part ,$(PART)) $(addprefix --bundle ,$(BUNDLE)) $(KIT)
 
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -114,5 +132,20 @@ $(VENV)/docs: $(VENV)/test
 	.venv-browser/bin/python -m pip install --quiet playwright httpx pytest hypothesis --editable '.[cpu,export,serve]'
 	touch $@
 
+.venv-fuzz/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install --quiet schemathesis==4.32.5 httpx pytest hypothesis --editable '.[cpu,serve]'
+	touch $@
+
+tests/clients/node_modules: tests/clients/package-lock.json
+	npm ci --prefix tests/clients --ignore-scripts --no-audit --no-fund
+	touch $@
+
+.venv-ray/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet $(TORCH)
+	.venv-ray/bin/python -m pip install --quiet httpx pytest hypothesis --editable '.[cpu,export,ray]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-optimum .venv-lm-eval .venv-browser dist
+	rm -rf $(VENV) .venv-oldest .venv-optimum .venv-lm-eval .venv-browser .venv-fuzz .venv-ray tests/clients/node_modules dist

@@ -1,8 +1,8 @@
-"""Defects put into the code one at a time, and whether the tests notice: `python -m benchmarks.mutations [--each 12] [--seed 0] [MODULE…]`.
+"""Defects put into the code one at a time, and whether the tests notice: `python -m benchmarks.mutations [--each 20] [--seed 0] [AREA…]`.
 
-Cosmic Ray makes the mutants (another operator, number, comparison, condition, or loop); so many of each module are drawn,
-and only tests of its area run, until the first that fails. Works on a copy of the last commit. Prints a line per mutant
-that survives, with its diff, and a table. Needs the package cosmic-ray beside those of the tests.
+Cosmic Ray makes the mutants (another operator, number, comparison, condition, or loop); so many of each area are drawn, and
+only tests of the area run, the module's own first, until the first that fails. Works on a copy of the last commit. Prints a
+line per mutant that survives, with its diff, and a table. Needs the package cosmic-ray beside those of the tests.
 """
 
 import argparse
@@ -10,51 +10,64 @@ import ast
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from contextlib import suppress
+from difflib import unified_diff
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 RUNTIME, PRECISION = "tests/runtime/", "tests/fr_export/precision/"
+PACKAGES = ("torch", "transformers", "onnxruntime", "onnx_ir", "tokenizers", "pydantic", "numba", "hypothesis")
 MACHINE = RUNTIME + "test_session_machine.py"
-SPECULATION, DRAFTS = RUNTIME + "speculation/", (RUNTIME + "speculation", RUNTIME + "test_sampling.py")
-QUANTISERS = tuple(PRECISION + f"test_{name}.py" for name in ("int8", "gptq_sequential", "precision"))
-TESTS: dict[str, tuple[str, ...]] = {  # the module's own come first; the others run where these notice nothing
-    "runtime/session.py": (RUNTIME + "test_engine.py", RUNTIME + "test_arguments.py", RUNTIME + "test_threads.py", MACHINE),
-    "runtime/sampling.py": (
-        RUNTIME + "test_sampling.py",
-        RUNTIME + "test_candidates.py",
-        RUNTIME + "test_arguments.py",
-        RUNTIME + "test_engine.py",
+
+
+class Area(NamedTuple):
+    """Modules, as patterns of paths, and the tests beside each module's own, `tests/…/test_NAME.py`."""
+
+    modules: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+AREAS = {
+    "session": Area(
+        ("runtime/session.py", "runtime/plain_step.py"),
+        (*(f"{RUNTIME}test_{name}.py" for name in ("engine", "arguments", "scoring", "shared_base", "threads")), MACHINE),
     ),
-    "runtime/plain_step.py": (RUNTIME + "test_engine.py", RUNTIME + "test_scoring.py", RUNTIME + "test_shared_base.py", MACHINE),
-    "runtime/prefix.py": (RUNTIME + "test_prefix.py", MACHINE),
-    "runtime/text.py": (RUNTIME + "test_text.py", RUNTIME + "test_stop_strings.py", RUNTIME + "test_endings.py"),
-    "runtime/text_stream.py": (RUNTIME + "test_stop_strings.py", RUNTIME + "test_text.py", RUNTIME + "test_endings.py"),
-    "runtime/bundle.py": (RUNTIME + "test_bundle.py", "tests/attacks/test_files.py", "tests/attacks/test_graphs.py"),
-    "runtime/speculation/rejection.py": (SPECULATION + "test_rejection.py", *DRAFTS),
-    "runtime/speculation/lookup.py": (SPECULATION + "test_lookup.py", *DRAFTS),
-    "runtime/speculation/draft_planner.py": (SPECULATION + "test_draft_planner.py", *DRAFTS),
-    "runtime/speculation/rounds.py": (SPECULATION + "test_speculation.py", MACHINE),
-    "runtime/speculation/costs.py": (SPECULATION + "test_costs.py", *DRAFTS),
-    "fr_export/precision/rounding.py": (PRECISION + "test_rounding.py", *QUANTISERS),
-    "fr_export/precision/blockwise.py": (PRECISION + "test_rounding.py", *QUANTISERS),
-    "fr_export/precision/gptq.py": (PRECISION + "test_gptq.py", *QUANTISERS),
-    "fr_export/precision/int4.py": (PRECISION + "test_rounding.py", *QUANTISERS),
-    "fr_export/precision/int8.py": (PRECISION + "test_int8.py", PRECISION + "test_rounding.py", *QUANTISERS),
-    "fr_export/precision/smoothquant.py": (PRECISION + "test_smoothquant.py", *QUANTISERS),
+    "sampling": Area(("runtime/sampling.py",), tuple(f"{RUNTIME}test_{name}.py" for name in ("candidates", "arguments", "engine"))),
+    "prefix": Area(("runtime/prefix.py",), (MACHINE,)),
+    "text": Area(
+        ("runtime/text*.py",), tuple(f"{RUNTIME}test_{name}.py" for name in ("stop_strings", "text", "endings", "logits_processor"))
+    ),
+    "speculation": Area(("runtime/speculation/*.py",), (RUNTIME + "speculation", RUNTIME + "test_sampling.py", MACHINE)),
+    "bundle": Area(
+        ("runtime/bundle.py", "runtime/manifest.py", "runtime/manifest_file.py"),
+        (
+            *(f"{RUNTIME}test_{name}.py" for name in ("bundle", "manifest", "signing", "graphs_that_do_not_fit")),
+            "tests/attacks/test_files.py",
+            "tests/attacks/test_graphs.py",
+        ),
+    ),
+    "quantisers": Area(
+        tuple(f"fr_export/precision/{name}.py" for name in ("rounding", "blockwise", "gptq", "int4", "int8", "kernels")),
+        tuple(f"{PRECISION}test_{name}.py" for name in ("rounding", "gptq", "int8")),
+    ),
+    "calibration": Area(("calibration/*.py",), ("tests/calibration",)),
 }
 
 
 def main() -> None:
     """Print what survives, and the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("modules", nargs="*", default=[*TESTS], metavar="MODULE", help="such as runtime/sampling.py; default: all")
-    parser.add_argument("--each", type=int, default=12, help="mutants of each module")
+    parser.add_argument("areas", nargs="*", default=[*AREAS], metavar="AREA", help=f"some of {', '.join(AREAS)}; default: all")
+    parser.add_argument("--each", type=int, default=20, help="mutants of each area")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bundles", help="what `python -m tests.support.exporting DIR` has printed; default: exported anew")
     given = parser.parse_args()
@@ -64,13 +77,14 @@ def main() -> None:
         bundles = given.bundles or exported(copy, Path(folder) / "bundles")
         os.environ |= {"FUSIONROUTE_BUNDLES": bundles, "XDG_CACHE_HOME": str(Path(folder) / "cache"), "OMP_NUM_THREADS": "1"}
         os.chdir(copy)
-        table = {module: survived(module, given.each, given.seed) for module in given.modules}
-    print(f"\n{'module':40} mutants  killed  survived")
-    total: Counter[str] = Counter()
-    for module, outcomes in table.items():
-        total += outcomes
-        print(f"{module:40} {outcomes.total():7}  {outcomes['killed']:6}  {outcomes['survived']:8}")
-    print(f"{'together':40} {total.total():7}  {total['killed']:6}  {total['survived']:8}")
+        sys.path[0] = str(copy)
+        for name in PACKAGES:
+            with suppress(ImportError):
+                import_module(name)
+        table = {name: tried(AREAS[name], given.each, given.seed) for name in given.areas}
+    print(f"\n{'area':12} mutants   tried  killed  survived")
+    for name, outcome in table.items():
+        print(f"{name:12} {outcome.mutants:7} {outcome.tried:7}  {outcome.tried - outcome.survived:6}  {outcome.survived:8}")
 
 
 def exported(copy: Path, folder: Path) -> str:
@@ -79,34 +93,80 @@ def exported(copy: Path, folder: Path) -> str:
     return subprocess.run(command, cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout.strip()
 
 
-def survived(module: str, count: int, seed: int) -> Counter[str]:
-    """Try so many mutants of a module; how many were killed and survived."""
-    from cosmic_ray.mutating import mutate_and_test  # type: ignore[import-not-found]
+class Outcome(NamedTuple):
+    """How many mutants an area has, how many of them were tried, and how many of those no test noticed."""
 
-    own, others = (
-        f"{sys.executable} -m pytest -q -x -p no:cacheprovider --tb=no {' '.join(tests)}"
-        for tests in (TESTS[module][:1], TESTS[module][1:])
-    )
-    start = time.monotonic()
-    sound = subprocess.run(own.split(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-    if sound.returncode:
-        sys.exit(f"the tests of {module} fail without a mutant: {own}")
-    limit = 60 + 10 * (time.monotonic() - start)
-    outcomes: Counter[str] = Counter()
-    for item in drawn(module, count, seed):
-        result = mutate_and_test(item.mutations, own, limit)
-        if result.test_outcome == "survived" and TESTS[module][1:]:
-            result = mutate_and_test(item.mutations, others, 10 * limit)
-        outcome = "survived" if result.test_outcome == "survived" else "killed"  # a test that hangs is killed
-        outcomes[outcome] += 1
-        if outcome == "survived":
-            print(f"{module}:{item.mutations[0].start_pos[0]} {item.mutations[0].operator_name}\n{result.diff}", flush=True)
-    print(f"{module}: {dict(outcomes)}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    return outcomes
+    mutants: int
+    tried: int
+    survived: int
 
 
-def drawn(module: str, count: int, seed: int) -> list[Any]:
-    """Some of the mutants of a module that change what it does: none of its annotations or decorators."""
+def tried(area: Area, count: int, seed: int) -> Outcome:
+    """Try so many mutants of an area."""
+    mutants = [(module, item) for module in modules(area) for item in mutants_of(module)]
+    start, every = time.monotonic(), dict.fromkeys(path for module in modules(area) for path in tests(module, area))
+    if not passes([*every], 3600):
+        sys.exit(f"the tests fail without a mutant: {' '.join(every)}")
+    limit = 60 + 3 * (time.monotonic() - start)
+    survived = 0
+    drawn = random.Random(f"{seed} {area.modules}").sample(mutants, min(count, len(mutants)))
+    for number, (module, item) in enumerate(drawn, start=1):
+        text, start = Path(module).read_text(encoding="utf-8"), time.monotonic()
+        mutant = changed(text, item)
+        Path(module).write_text(mutant, encoding="utf-8")
+        alive = passes(tests(module, area), limit)  # a test that hangs has noticed
+        Path(module).write_text(text, encoding="utf-8")
+        place = f"{module}:{item.mutations[0].start_pos[0]} {item.mutations[0].operator_name}"
+        if alive:
+            survived += 1
+            print(place, *unified_diff(text.splitlines(), mutant.splitlines(), n=1, lineterm=""), sep="\n", flush=True)
+        print(f"{number} of {len(drawn)}: {place}: {'survived' if alive else 'killed'}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return Outcome(len(mutants), len(drawn), survived)
+
+
+def changed(text: str, item: Any) -> str:
+    """The text of a module with a mutant in it."""
+    from cosmic_ray.mutating import mutate_code  # type: ignore[import-not-found]
+    from cosmic_ray.plugins import get_operator  # type: ignore[import-not-found]
+
+    for mutation in item.mutations:
+        text = mutate_code(text, get_operator(mutation.operator_name)(**mutation.operator_args), mutation.occurrence)
+    return text
+
+
+def passes(paths: list[str], limit: float) -> bool:
+    """Whether tests pass within so many seconds, in a fork of this process: it has imported PACKAGES, which takes long."""
+    child = os.fork()
+    if not child:
+        os.setsid()
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--tb=no", *paths])))
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status == 0
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def modules(area: Area) -> list[str]:
+    """The paths of an area's modules."""
+    return sorted({str(path) for pattern in area.modules for path in Path().glob(pattern)})
+
+
+def tests(module: str, area: Area) -> list[str]:
+    """A module's own tests, then the others of its area."""
+    own = Path("tests", module).with_name(f"test_{Path(module).name}")
+    return [*([str(own)] if own.exists() else []), *(path for path in area.tests if path != str(own))]
+
+
+def mutants_of(module: str) -> list[Any]:
+    """The mutants of a module that change what it does: none of its annotations, decorators and signatures."""
     from cosmic_ray.commands import init  # type: ignore[import-not-found]
     from cosmic_ray.work_db import WorkDB, use_db  # type: ignore[import-not-found]
 
@@ -115,8 +175,7 @@ def drawn(module: str, count: int, seed: int) -> list[Any]:
         init([Path(module)], mutants, {})
         items = [item for item in mutants.work_items if not any(start <= item.mutations[0].start_pos < end for start, end in quiet)]
         items = [item for item in items if not re.match(r"\s*def |\s*\*, ", line(module, item))]
-    items.sort(key=lambda item: (item.mutations[0].start_pos, item.mutations[0].operator_name, item.mutations[0].occurrence))
-    return random.Random(f"{seed} {module}").sample(items, min(count, len(items)))
+    return sorted(items, key=lambda item: (item.mutations[0].start_pos, item.mutations[0].operator_name, item.mutations[0].occurrence))
 
 
 def line(module: str, item: Any) -> str:

@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1500)
     parser.add_argument("--every", type=int, default=500)
     parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--trim", action="store_true", help="let malloc give back what it keeps, before each look")
     given = parser.parse_args()
     draw, warm = random.Random(0), 0.0
     if given.trace:
@@ -149,6 +150,8 @@ def main() -> None:
         for number in range(given.requests + 1):
             if number % given.every == 0 or number == given.warm_up:
                 gc.collect()
+                if given.trim:
+                    ctypes.CDLL(None).malloc_trim(0)
                 own, (small, mapped, spare), traced = resident().anonymous, malloc(), tracemalloc.get_traced_memory()[0]
                 warm = own if number == given.warm_up else warm
                 sizes = " ".join(f"{size / 1e6:8.2f}" for size in (own, small, mapped, spare))

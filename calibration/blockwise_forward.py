@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from fusionroute.calibration import checksummed_file
+from fusionroute.calibration.block import Block
 from fusionroute.calibration.context_feeds import context_feeds
 from fusionroute.calibration.in_order import in_order
+from fusionroute.calibration.text_runs import gathered
 from fusionroute.runtime.errors import FusionError, InputError, one_line
 from fusionroute.runtime.machine import cores
 
@@ -22,40 +23,6 @@ TOGETHER = 2048  # tokens of several texts that a product reads at a time: it is
 States = tuple[np.ndarray, ...]
 See = Callable[[str, int, np.ndarray], None]
 Multiply = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Block:
-    """A part of a model that runs by itself: a decoder block, a piece of one, or the final norm (`head`, without the
-    product of the LM head).
-
-    graph: serialised ONNX without weights; every weight is a graph input. Equal blocks have equal bytes.
-    states_in: the graph inputs that take the previous block's `states_out`, in order. The first block takes embedding
-    rows, float32 [1, S, H]. A state that is in both passes through and is no output of the graph.
-    observed: weight matrix of the model's graph → the state or the output of this graph that is the matrix's input
-    [1, S, K].
-    channels: weight matrix → K.
-    weights: graph input → the name of a weight in the model's graph.
-    products: graph input → the matrix whose product with what is `observed` of it this input takes. Such products are
-    not in the graph: they are done for many texts at once.
-
-    Other graph inputs have the names of the `ort` dialect. The cache is `past.key` and `past.value`
-    [1, KV, capacity, D].
-    """
-
-    name: str
-    graph: bytes
-    states_in: tuple[str, ...]
-    states_out: tuple[str, ...]
-    observed: Mapping[str, str]
-    channels: Mapping[str, int]
-    weights: Mapping[str, str]
-    products: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def reads(self) -> list[str]:
-        """The weights of the model's graph that running it takes."""
-        return [*self.weights.values(), *self.products.values()]
 
 
 def multiply(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -150,9 +117,11 @@ class BlockwiseForward:
         self._check_whole()
         self.states, self.position = list(states), self.position + 1
 
-    def step(self, see: See, weights: Mapping[str, np.ndarray] = {}) -> None:
-        """Observe and advance in one pass. Raises as `observe`; after an error in the middle only `restore` helps."""
-        self._run(see, weights, moves=True)
+    def step(self, see: See, weights: Mapping[str, np.ndarray] = {}, see_cache: See | None = None) -> None:
+        """Observe and advance in one pass. `see_cache(cache, text, x)` gets the keys or values of each cache, float32
+        [S, KV·D]. Raises as `observe`; after an error in the middle only `restore` helps.
+        """
+        self._run(see, weights, moves=True, see_cache=see_cache)
 
     def save(self, path: Path, beside: Mapping[str, np.ndarray] = {}) -> None:
         """Write the position, the states and the arrays `beside` them to one file, in one step.
@@ -178,20 +147,28 @@ class BlockwiseForward:
         self.position, self.states, self._torn = position, states, False
         return tensors
 
-    def _run(self, see: See | None, weights: Mapping[str, np.ndarray], moves: bool, peeked: list[States] | None = None) -> None:
+    def _run(
+        self, see: See | None, weights: Mapping[str, np.ndarray], moves: bool, peeked: list[States] | None = None,
+        see_cache: See | None = None,
+    ) -> None:  # fmt: skip
         self._check_whole()
         block = self.block
         if unknown := sorted(set(weights) - set(block.reads)):
             raise InputError(f"Block {block.name} does not read '{unknown[0]}': expected some of {', '.join(block.reads)}.")
         observed = block.observed.values() if see is not None else ()
         states_out = block.states_out if moves or peeked is not None else ()
-        names = [name for name in dict.fromkeys((*observed, *states_out)) if name not in block.states_in]
+        caches = block.caches if see_cache is not None else {}
+        names = [name for name in dict.fromkeys((*observed, *states_out, *caches.values())) if name not in block.states_in]
         results = self._results(names, weights) if names else (self._states(number) for number in range(len(self._texts)))
         self._torn = moves
         for number, outputs in enumerate(results):
             if see is not None:
                 for matrix, output in block.observed.items():
                     see(matrix, number, outputs[output][0])
+            if see_cache is not None:
+                for cache, output in caches.items():
+                    rows = outputs[output][0].swapaxes(0, 1)  # [S, KV, D]
+                    see_cache(cache, number, rows.reshape(len(rows), -1))
             if peeked is not None:
                 peeked.append(tuple(outputs[output] for output in block.states_out))
             if moves:
@@ -282,15 +259,3 @@ class BlockwiseForward:
         for part in (*(block.graph for block in self.blocks), *(text.tobytes() for text in self._texts)):
             digest.update(hashlib.sha256(part).digest())
         return digest.hexdigest()
-
-
-def gathered(lengths: Sequence[int], tokens: int) -> Iterator[range]:
-    """Runs of neighbouring texts that have at least so many tokens, the last one perhaps fewer."""
-    start = total = 0
-    for number, length in enumerate(lengths):
-        total += length
-        if total >= tokens:
-            yield range(start, number + 1)
-            start, total = number + 1, 0
-    if start < len(lengths):
-        yield range(start, len(lengths))

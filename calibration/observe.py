@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward, Multiply, multiply
+from fusionroute.calibration.block import Block
+from fusionroute.calibration.blockwise_forward import BlockwiseForward, Multiply, multiply
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import RecordedText
 from fusionroute.calibration.serving_masks import Mask
 from fusionroute.runtime.errors import InputError
 
 EVERY = 10.0  # seconds between two saved states
+OTHERS = 8  # texts that a model reads which serves none
 
 
 def observe(
@@ -34,9 +36,10 @@ def observe(
     threads: int | None = None,
     multiply: Multiply = multiply,
 ) -> dict[str, Observer]:
-    """Statistics of the input of every matrix that the blocks name, in their order.
+    """Statistics of the input of every matrix that the blocks name, in their order, and then of every cache.
 
-    A model that serves nothing has observers without rows. Of each text the layers read the `body` of its mask, and the
+    A model that serves nothing has observers of matrices without rows: it reads a few texts of others, for its caches
+    alone, since it may be chosen later. Of each text the layers read the `body` of its mask, and the
     LM head counts at `head`. `embed`, `read`, `threads` and `multiply` are those of `BlockwiseForward`; `advance` is called with 1
     after every block. Where a file `states` is given, the run is saved there, at most once in `every` seconds, and a
     later call with the same blocks, texts and `identity` (of the weights) goes on from there. Any other file in its
@@ -44,7 +47,11 @@ def observe(
     activations are not finite, and as `BlockwiseForward` does.
     """
     observers = {matrix: Observer(matrix, width) for block in blocks for matrix, width in block.channels.items()}
+    observers |= {cache: Observer(cache, block.cache_channels) for block in blocks for cache in block.caches}
     parts = [(text.ids[: mask.body], mask.head) for text, mask in zip(texts, masks, strict=True) if mask.body]
+    serves = bool(parts)
+    if not serves:
+        parts = [(text.ids, np.zeros(0, np.int64)) for text in texts[:OTHERS]]
     if not parts:
         advance(len(blocks))
         return observers
@@ -59,13 +66,16 @@ def observe(
     advance(walk.position)
 
     def see(matrix: str, number: int, x: np.ndarray) -> None:
-        if matrix not in twins:
+        if serves and matrix not in twins:
             observers[matrix].see(x[parts[number][1]] if walk.block.name == "head" else x)
+
+    def see_cache(cache: str, _: int, x: np.ndarray) -> None:
+        observers[cache].see(x)
 
     saved = time.monotonic()
     while not walk.done:
         twins = twins_of(walk.block)
-        walk.step(see)
+        walk.step(see, see_cache=see_cache)
         observers |= {matrix: Observer.of(matrix, observers[first].tensors()) for matrix, first in twins.items()}
         if states is not None and not walk.done and time.monotonic() - saved >= every:
             save(walk, states, observers)

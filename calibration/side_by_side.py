@@ -65,10 +65,9 @@ class SideBySide:
 
     def _open(self, file: Path, graph: bytes | None, threads: int) -> Any:
         options = ort.settings(self._onnxruntime, threads)
-        if graph is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
         try:
-            return ort.open_session(self._onnxruntime, graph or file, options, providers=["CPUExecutionProvider"])
+            content = file.read_bytes() if graph is None else graph
+            return ort.open_session(self._onnxruntime, content, options, str(file.parent), providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has no public base class for its errors
             raise FusionError(f"ONNX Runtime {self._onnxruntime.__version__} cannot load {file} ({one_line(error)}).") from error
 

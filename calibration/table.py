@@ -17,11 +17,13 @@ from fusionroute.calibration.serving_masks import shares
 from fusionroute.runtime.errors import InputError, one_line
 
 KIND = "calibration table"
+CACHE = "present."  # what the names of caches begin with
 
 
 @dataclass(frozen=True)
 class Table:
-    """The texts, and by model the statistics of each weight matrix, by its name in the model's graph.
+    """The texts, and by model the statistics of what enters each weight matrix, and of each cache of keys or values, by their
+    names in the model's graph.
 
     `models` has the router first, then the experts in their order. `identity` is a digest of everything that the table
     depends on. An expert that was never chosen has observers without rows.
@@ -71,6 +73,11 @@ class Table:
                 f"The calibration table is of the models {', '.join(self.models) or 'none'}, the system has {', '.join(names)}: "
                 "calibrate this system instead."
             )
+
+    @property
+    def knows_caches(self) -> bool:
+        """Whether it has statistics of keys and values: tables of older versions have none."""
+        return all(any(name.startswith(CACHE) for name in observers) for observers in self.models.values())
 
     def summary(self) -> dict[str, Any]:
         """The table as plain data: counts of texts and tokens, shares of the experts, and `figures` of every matrix."""

@@ -16,7 +16,7 @@ from fusionroute.fr_export.bundle.recording import calibration_table
 from fusionroute.fr_export.bundle.shared_base import approximations, close_enough, deltas
 from fusionroute.fr_export.bundle.staged_folder import StagedBundle
 from fusionroute.fr_export.bundle.targets import TARGETS
-from fusionroute.fr_export.bundle.variant import VariantWriter
+from fusionroute.fr_export.bundle.variant import VariantWriter, stored_as
 from fusionroute.fr_export.checkpoints.deltas import Delta
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
@@ -34,6 +34,7 @@ from fusionroute.fr_export.verify.measure import measure
 from fusionroute.fr_export.verify.report import NAME as REPORT
 from fusionroute.fr_export.verify.report import build_report, write_report
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName, refusal
 from fusionroute.runtime.precisions import PRECISIONS
 
 TABLE = "calibration.safetensors"
@@ -61,6 +62,7 @@ class Request:
     shared_base: bool = False  # one graph for all models: the router's, and what experts add to it
     leave_apart: bool = False  # with shared_base: experts that cannot share have graphs of their own
     budget: RankBudget | None = None  # of the factors that approximate full fine-tunes; None: these cannot share
+    kv: KvName | None = None  # the precision of keys and values; None: that of the activations
     compare: int | None = None  # tokens to compare on; 0: do not compare; None: what takes a tenth of the time
 
 
@@ -81,8 +83,12 @@ class Checked:
 
 def check(request: Request, stages: Stages) -> Checked:
     """Open everything that a request names and refuse what does not fit. Changes nothing. Raises FusionError."""
-    refuse(request.out, request.force, request.calibration, request.experts, request.gpus)
+    refuse(request.out, request.force, request.calibration, request.experts, request.gpus, request.kv)
     chosen = [(target, name) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
+    if request.kv is not None and (reason := refusal(request.kv, request.targets)) is not None:
+        raise InputError(f"{reason}.")
+    if request.calibration == "none" and request.kv is not None and KV_PRECISIONS[request.kv].quantised:
+        raise InputError(f"Keys and values in {request.kv} need the scales of calibration: leave out calibration='none', or kv.")
     if request.calibration == "none" and (needy := [pair for pair in chosen if pair[0] in PRECISIONS[pair[1]].calibrated_on]):
         raise InputError(
             f"{needy[0][1]} for {needy[0][0]} needs the scales of calibration: leave out calibration='none', or name other precisions."
@@ -123,6 +129,7 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
 
         known, shared = {}, checked.deltas
         fitted = any(isinstance(scheme, Fitting) for _, scheme in plan) or any(delta.matrices for delta in (shared or {}).values())
+        fitted = fitted or stored_as(request.kv) is not None
         if request.calibration != "none" and fitted:
             table = calibration_table(system, shared or {}, traces, fusion, request.calibration, prompts.calibration, folder, stages)
             table.save(folder / TABLE)
@@ -132,9 +139,9 @@ def export(request: Request, stages: Stages) -> dict[str, Any]:
         if shared is not None:
             shared = close_enough(system, shared, approximated, request.leave_apart)
         writer = (
-            VariantWriter(system, traces, known, folder, stages, kept=kept)
+            VariantWriter(system, traces, known, folder, stages, kept=kept, kv=request.kv)
             if shared is None
-            else PairVariantWriter(system, shared, approximated, traces, known, folder, stages, kept)
+            else PairVariantWriter(system, shared, approximated, traces, known, folder, stages, kept, request.kv)
         )
         written = [writer.write(target, scheme) for target, scheme in plan]
         variants = [each.variant for each in written]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FACTORS = "graphs/factors"  # the folder of experts that share one base
 DESCRIPTORS = "/proc/self/fd"  # on Linux, paths that lead to what a process has open
-PIECE = 1 << 22  # bytes that are read at a time
+PIECE = 1 << 20  # bytes that are read at a time, into one buffer that stays in a core's cache
 ELSEWHERE = {"portable": "for Optimum's ORTModelForCausalLM"}  # targets that no device of the runtime serves
 
 
@@ -94,29 +94,25 @@ class Bundle:
         for name in self.manifest.files:
             self.open_file(name).close()
 
-    def pieces(self, name: str) -> Iterator[bytes]:
-        """The content of a file, hashed on the way. Raises BundleError, at the end where the hash is another."""
-        digest = hashlib.sha256()
-        with self.open_file(name) as file:
-            try:
-                while piece := file.read(PIECE):
-                    digest.update(piece)
-                    yield piece
-            except OSError as error:
-                raise self._unreadable(name, error) from error
-            self._check_unchanged(name, file)
-        self._check_hash(name, digest.hexdigest())
-
     def _check_hash(self, name: str, sha256: str) -> None:
         if sha256 != self.manifest.files[name].sha256:
             raise BundleError(
                 f"{self.folder / name} was changed after the export (its SHA-256 differs from the manifest); export the bundle again."
             )
 
-    def check(self, name: str) -> None:
-        """Compare one file's hash with the manifest. Raises BundleError where they differ."""
-        for _ in self.pieces(name):
-            pass
+    def check(self, name: str, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Compare one file's hash with the manifest, unless it is `stopped` on the way. Raises BundleError where they differ."""
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+        with self.open_file(name) as file:
+            try:
+                while count := file.readinto(buffer):  # type: ignore[attr-defined]
+                    digest.update(buffer[:count])
+                    if stopped():
+                        return
+            except OSError as error:
+                raise self._unreadable(name, error) from error
+            self._check_unchanged(name, file)
+        self._check_hash(name, digest.hexdigest())
 
     def read(self, name: str) -> bytes:
         """The content of a file, which has the manifest's hash. Raises BundleError."""

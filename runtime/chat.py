@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
 from fusionroute.runtime.arguments import flag, shown
-from fusionroute.runtime.chat_messages import REASONING, plain, plain_dicts, plain_messages
+from fusionroute.runtime.chat_messages import REASONING, plain, plain_dicts, plain_messages, plain_tools
 from fusionroute.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # stands behind the text to continue while
 class ChatOptions(TypedDict, total=False):
     """What a template is given beside the messages; each is as in transformers' `apply_chat_template`.
 
-    tools: JSON schemas of functions. documents: dicts, by custom with "title" and "text". add_generation_prompt: open an
+    tools: functions, or their JSON schemas. documents: dicts, by custom with "title" and "text". add_generation_prompt: open an
     answer, which is the default unless the last message is continued. continue_final_message: leave the last message
     open, or the field of it that is named. chat_template_kwargs: more names for the template, such as enable_thinking.
     """
 
-    tools: list[dict[str, Any]] | None
+    tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None
     documents: list[dict[str, Any]] | None
     add_generation_prompt: bool | None
     continue_final_message: bool | str
@@ -82,7 +82,7 @@ def render(
     end = None if continued is None else mark_end(copies[-1], continued)
     values = names | {
         "messages": copies,
-        "tools": plain_dicts("tools", tools),
+        "tools": plain_tools(tools),
         "documents": plain_dicts("documents", documents),
         "add_generation_prompt": opens,
     }

@@ -17,8 +17,9 @@ from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.chat import ChatOptions
 from fusionroute.runtime.errors import FusionError, InputError
 from fusionroute.runtime.expert_sets import ExpertSets
+from fusionroute.runtime.generation import Generation
 from fusionroute.runtime.grammar_compiler import GrammarCompiler
-from fusionroute.runtime.integrity import checked
+from fusionroute.runtime.integrity import begun_trial, checked
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.options import RuntimeOptions, fusion_coefficients, fusion_or
 from fusionroute.runtime.prompt import Prompt, PromptEncoder
@@ -108,8 +109,7 @@ class FusionRuntime:
         `prefix_cache`: how many finished texts keep their keys and values for prompts that begin alike, beside those in
         use. 0: every prompt is read from its beginning.
 
-        `expert_memory`, bytes: on TensorRT devices the weights of experts beyond it wait in host memory until they are
-        chosen.
+        `expert_memory`, bytes: on TensorRT devices the weights of experts beyond it wait in host memory.
 
         `share_weights`: processes that load the same bundle on the CPU share its weights in memory, packed once in the
         user's cache folder at some 2.3 times their size. By default each process packs its own copy.
@@ -128,9 +128,12 @@ class FusionRuntime:
             on_expert_failure=on_expert_failure,
         )  # fmt: skip
         check_device(options.device)
-        opened = Bundle.open(path("bundle", bundle), None if verify_key is None else path("verify_key", verify_key))
-        with checked(opened, flag("verify", verify), flag("trusted", trusted)) as tokenizer_is_tried:
-            return cls(opened, options, tokenizer_is_tried)
+        folder, everything = path("bundle", bundle), flag("verify", verify)
+        key = None if verify_key is None else path("verify_key", verify_key)
+        with begun_trial(folder, everything, flag("trusted", trusted)) as trial:
+            opened = Bundle.open(folder, key)
+            with checked(opened, everything, trial) as tokenizer_is_tried:
+                return cls(opened, options, tokenizer_is_tried)
 
     @property
     def expert_names(self) -> list[str]:
@@ -243,7 +246,7 @@ class FusionRuntime:
         except Interrupted:
             return Stream.ended(cancellation.reason or "cancelled")
         limit = min(max_new_tokens, self.max_seq_len - len(ids))
-        return experts.stream(ids, sampler, coefficients, pinned, output, ends, limit, cancellation, drafts)
+        return experts.stream(ids, Generation(sampler, coefficients, pinned, output, ends, limit, cancellation, drafts))
 
     def score(
         self,

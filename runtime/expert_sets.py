@@ -16,18 +16,15 @@ from weakref import WeakSet
 from fusionroute.runtime.arguments import shown
 from fusionroute.runtime.backend import Arrays, SharedBase
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.cancellation import Cancellation
 from fusionroute.runtime.decoder import Decoder
 from fusionroute.runtime.errors import InputError, NumericalError, UnavailableError
-from fusionroute.runtime.generation import generate_tokens
+from fusionroute.runtime.generation import Generation
 from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.options import RuntimeOptions
 from fusionroute.runtime.pool import Pool
-from fusionroute.runtime.sampling import Sampler
 from fusionroute.runtime.scoring import Scores, score
 from fusionroute.runtime.stream import End, Stream
 from fusionroute.runtime.text import Token
-from fusionroute.runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
     from fusionroute.runtime.speculation.costs import Costs
@@ -59,19 +56,8 @@ class ExpertSet:
         """A new decoder. Raises ClosedError."""
         return Decoder(self.system, self.costs, self.eos)
 
-    def stream(
-        self,
-        ids: Sequence[int],
-        sampler: Sampler,
-        coefficients: tuple[float, float],
-        pinned: int | None,
-        text: TextStream,
-        ends: frozenset[int],
-        limit: int,
-        cancellation: Cancellation,
-        drafts: bool,
-    ) -> Stream:
-        """At most `limit` tokens behind a prompt, see `generate_tokens`. Raises InputError as `Decoder.append` does."""
+    def stream(self, ids: Sequence[int], generation: Generation) -> Stream:
+        """The tokens behind a prompt. Raises InputError as `Decoder.append` does."""
         decoder = self.pool.take(ids, self.decoder)
         try:
             decoder.restart(ids)
@@ -81,7 +67,7 @@ class ExpertSet:
 
         def tokens() -> Generator[Token | End, None, None]:
             try:
-                yield from generate_tokens(decoder, sampler, coefficients, pinned, text, ends, limit, cancellation, drafts)
+                yield from generation.tokens(decoder)
             except NumericalError:
                 self.pool.empty()  # they may have lent, or kept, what is not finite
                 raise

@@ -28,23 +28,26 @@ def check_finite(bundle: Bundle) -> None:
     for name in sorted(factors | graphs):
         path = bundle.folder / name
         try:
-            wrong = next(of_graph(path) if name in graphs else of_factors(path), None)
+            wrong = next(of_graph(bundle, name) if name in graphs else of_factors(path), None)
         except (OSError, ValueError) as error:
             raise BundleError(f"{path} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
         if wrong is not None:
             raise BundleError(f"The tensor '{wrong}' of {path} holds NaN or infinity; export the bundle again.")
 
 
-def of_graph(path: Path) -> Iterator[str]:
+def of_graph(bundle: Bundle, name: str) -> Iterator[str]:
     """The tensors of a graph that are not finite."""
-    for each in tensors(path.read_bytes()):
+    for each in tensors(bundle.read(name)):
         if each.type not in WIDTHS or not each.bytes:
             continue
         if each.data is not None:
             values = np.frombuffer(each.data, np.uint8)
         elif each.location:
-            file = path.parent / PurePosixPath(each.location)
-            values = np.memmap(file, np.uint8, "r", each.offset, (each.bytes,))
+            weights = str(PurePosixPath(name).parent / each.location)
+            if weights not in bundle.manifest.files:
+                raise ValueError(f"it reads {weights!r}, which the manifest does not name")
+            with bundle.open_file(weights) as file:
+                values = np.memmap(file, np.uint8, "r", each.offset, (each.bytes,))
         else:
             continue
         if not finite(values, each.type):

@@ -1,9 +1,10 @@
-"""The loop of a generation: steps until the text ends, and why it ended."""
+"""A generation: the rules of one text, and the loop of steps until it ends."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.decoder import Decoder
@@ -14,44 +15,50 @@ from fusionroute.runtime.text import Token
 from fusionroute.runtime.text_stream import TextStream
 
 
-def generate_tokens(
-    decoder: Decoder,
-    sampler: Sampler,
-    coefficients: tuple[float, float],
-    pinned: int | None,
-    text: TextStream,
-    ends: frozenset[int],
-    limit: int,
-    cancellation: Cancellation,
-    drafts: bool = True,
-) -> Iterator[Token | End]:
-    """At most `limit` tokens behind the appended prompt, as their text becomes certain; then the reason for the end.
+@dataclass(frozen=True)
+class Generation:
+    """The rules of one text.
 
-    `ends`: tokens that end the text, and are not part of it. `drafts`: whether speculation may draft.
-
-    Raises ClosedError after the runtime was closed.
+    `coefficients`: weights of router and expert logits. `pinned`: index of the expert that answers every token, None
+    for the routed one. `ends`: tokens that end the text, and are not part of it. `limit`: tokens at most. `drafts`:
+    whether speculation may draft.
     """
-    decoder.sequence.cancellation = cancellation
-    reason = "length"
-    ready: deque[Token] = deque()
-    whole_rounds = sampler.sampling.temperature > 0  # a round that the limit cuts short would draw other random numbers
-    try:
-        for left in range(limit, 0, -1):
-            cancellation.check()
-            if not ready and decoder.step.complete(sampler):
-                reason = "stop"
-                break
-            if not ready:
-                most = (MAX_ROUND_TOKENS if whole_rounds else left) if drafts else 1
-                ready.extend(decoder.advance_some(sampler, coefficients, pinned, most))
-            token = ready.popleft()
-            if token.id in ends:
-                reason = "stop"
-                break
-            yield from text.push(token)
-            if text.stopped:
-                break
-    except Interrupted:
-        reason = cancellation.reason or "cancelled"
-    yield from text.finish()
-    yield End("stop" if text.stopped else reason, decoder.drafted, decoder.accepted)
+
+    sampler: Sampler
+    coefficients: tuple[float, float]
+    pinned: int | None
+    text: TextStream
+    ends: frozenset[int]
+    limit: int
+    cancellation: Cancellation
+    drafts: bool = True
+
+    def tokens(self, decoder: Decoder) -> Iterator[Token | End]:
+        """Tokens behind the appended prompt, as their text becomes certain; then the reason for the end.
+
+        Raises ClosedError after the runtime was closed.
+        """
+        decoder.sequence.cancellation = self.cancellation
+        reason = "length"
+        ready: deque[Token] = deque()
+        whole_rounds = self.sampler.sampling.temperature > 0  # a round that the limit cuts short would draw other random numbers
+        try:
+            for left in range(self.limit, 0, -1):
+                self.cancellation.check()
+                if not ready and decoder.step.complete(self.sampler):
+                    reason = "stop"
+                    break
+                if not ready:
+                    most = (MAX_ROUND_TOKENS if whole_rounds else left) if self.drafts else 1
+                    ready.extend(decoder.advance_some(self.sampler, self.coefficients, self.pinned, most))
+                token = ready.popleft()
+                if token.id in self.ends:
+                    reason = "stop"
+                    break
+                yield from self.text.push(token)
+                if self.text.stopped:
+                    break
+        except Interrupted:
+            reason = self.cancellation.reason or "cancelled"
+        yield from self.text.finish()
+        yield End("stop" if self.text.stopped else reason, decoder.drafted, decoder.accepted)

@@ -91,6 +91,6 @@ def _fault(error: BaseException) -> str:
 
 
 def _first_sentence(fault: str) -> str:
-    """An error of llguidance without the source, which it repeats, on one line."""
-    lines = [line for line in fault.splitlines() if line.strip(" ^|") and "|" not in line]
+    """An error of llguidance without the source, which it repeats, and advice for its own callers; on one line."""
+    lines = [line for line in fault.partition(". Enable '")[0].splitlines() if line.strip(" ^|") and "|" not in line]
     return " ".join(" ".join(lines).split()).rstrip(".")

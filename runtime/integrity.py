@@ -19,18 +19,37 @@ from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.finite_weights import check_finite
 from fusionroute.runtime.machine import cores
 from fusionroute.runtime.regular_files import Identity
-from fusionroute.runtime.tokenizer_trial import try_tokenizer
+from fusionroute.runtime.tokenizer_trial import Trial
 
 KIND, TOKENIZER = "verified", "tokenizer.json"
 SETTLED = 2 * 10**9  # ns without a change after which another one has another time, on all file systems
 
 
 @contextmanager
-def checked(bundle: Bundle, everything: bool, trusted: bool = False) -> Iterator[Callable[[], None]]:
+def begun_trial(folder: Path, everything: bool, trusted: bool) -> Iterator[Trial | None]:
+    """A trial of a bundle's tokenizer, for `checked`; None where the bundle is `trusted`.
+
+    Its process takes as long to start as the bundle to be opened. So it starts here where it is likely to be needed:
+    for `everything`, and where nothing is remembered of the folder.
+    """
+    if trusted:
+        yield None
+        return
+    trial = Trial()
+    try:
+        if will_be_tried(folder, everything):
+            trial.begin()
+        yield trial
+    finally:
+        trial.end()
+
+
+@contextmanager
+def checked(bundle: Bundle, everything: bool, trial: Trial | None) -> Iterator[Callable[[], None]]:
     """While the block loads a bundle, hash the files that are not remembered, or `everything`, in other threads.
 
-    Yields a function to call before its tokenizer is read: it waits until that was tried in another process, which is
-    not done where the bundle is `trusted`. Raises BundleError, at the end, for a file that is not the manifest's, and
+    Yields a function to call before its tokenizer is read: it waits for the `trial`, which is None for a bundle that is
+    trusted. Raises BundleError, at the end, for a file that is not the manifest's, and
     for one that was changed meanwhile; with `everything` also for one that the manifest does not name, and for numbers
     that are not finite.
     """
@@ -42,20 +61,15 @@ def checked(bundle: Bundle, everything: bool, trusted: bool = False) -> Iterator
         yield lambda: None
         bundle.unchanged()
         return
-    stop = threading.Event()
-
-    def check(name: str) -> None:
-        for _ in bundle.pieces(name):
-            if stop.is_set():
-                return
-
-    pool = ThreadPoolExecutor(cores(), "fusionroute-verify")
+    stop, pool = threading.Event(), ThreadPoolExecutor(cores() + 1, "fusionroute-verify")  # one waits for the trial
     try:
-        trial = (
-            pool.submit(try_tokenizer, bundle.read(TOKENIZER), bundle.folder / TOKENIZER) if TOKENIZER in unknown and not trusted else None
-        )
-        checks = [pool.submit(check, name) for name in sorted(unknown, key=lambda name: -bundle.manifest.files[name].bytes)]
-        yield lambda: trial.result() if trial else None
+        decision = None
+        if TOKENIZER in unknown and trial is not None:
+            decision = pool.submit(trial.decide, bundle.read(TOKENIZER), bundle.folder / TOKENIZER)
+        checks = [
+            pool.submit(bundle.check, name, stop.is_set) for name in sorted(unknown, key=lambda name: -bundle.manifest.files[name].bytes)
+        ]
+        yield lambda: decision.result() if decision else None
         for each in checks:
             each.result()
         if everything:
@@ -64,7 +78,7 @@ def checked(bundle: Bundle, everything: bool, trusted: bool = False) -> Iterator
         stop.set()
         pool.shutdown(cancel_futures=True)
     bundle.unchanged()
-    if not trusted:
+    if trial is not None:
         remember(bundle)
 
 
@@ -86,7 +100,22 @@ def remember(bundle: Bundle) -> None:
 
 
 def note(bundle: Bundle) -> Path:
-    """Where it is noted: by the machine, the manifest's content and the folder itself. Raises OSError."""
-    status = bundle.folder.stat()
-    about = [platform.node(), status.st_dev, status.st_ino, bundle.manifest.model_dump_json()]
-    return files.private_folder(KIND) / f"{cache.sha256(about)}.json"
+    """Where it is noted: by the machine, the folder itself and the manifest's content. Raises OSError."""
+    about = [platform.node(), bundle.manifest.model_dump_json()]
+    return files.private_folder(KIND) / f"{place(bundle.folder)}-{cache.sha256(about)}.json"
+
+
+def will_be_tried(folder: Path, everything: bool) -> bool:
+    """Whether a bundle's tokenizer is likely to be tried: nothing is noted of its folder. Raises nothing."""
+    try:
+        if not (folder / TOKENIZER).is_file():
+            return False
+        return everything or not any((files.cache_folder() / KIND).glob(f"{place(folder)}-*.json"))
+    except OSError:  # opening the bundle tells
+        return False
+
+
+def place(folder: Path) -> str:
+    """What tells a folder from others. Raises OSError."""
+    status = folder.stat()
+    return f"{status.st_dev:x}-{status.st_ino:x}"

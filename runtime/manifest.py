@@ -16,12 +16,13 @@ from pydantic import (
 from fusionroute.runtime.arguments import LONGEST, shown
 from fusionroute.runtime.errors import BundleError, one_line
 from fusionroute.runtime.file_entry import LARGEST, File, InsidePath, Size, Strict
+from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName
 from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_manifest, write_manifest
 from fusionroute.runtime.strict_json import check_json
 
 BASE, FUSION = "base", "fusion"  # names of engines that are no model's
-# what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`
-FORMAT: Final = 3
+# what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`, 4 one with `kv`
+FORMAT: Final = 4
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]  # ONNX Runtime tells graphs of lengths with 32 bits
@@ -126,7 +127,8 @@ class Pair(Strict):
 class Variant(Strict):
     """One precision for one target: a graph per model (router first), or one for all of them; and the fusion graph.
 
-    `pair`: the one graph; `graphs` is then that of experts which it does not serve. `weight_bytes`: bytes of weights
+    `pair`: the one graph; `graphs` is then that of experts which it does not serve. `kv`: the precision of keys and
+    values, where it is not that of the activations. `weight_bytes`: bytes of weights
     that one token reads of each model, which are all but the embedding rows of other tokens (of an expert beside a
     `pair`: its factors); empty in bundles of older versions. `operators`: the ONNX operators of its graphs, for targets
     whose builder must know them.
@@ -141,12 +143,13 @@ class Variant(Strict):
     operators: list[str] = Field(default_factory=list)
     engines: list[Engines] = Field(default_factory=list)
     pair: Pair | None = None
+    kv: KvName | None = None
 
     @model_serializer(mode="wrap")
-    def without_pair(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `pair` out where there is none: older versions read such variants."""
+    def without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `pair` and `kv` out where there are none: older versions read such variants."""
         fields: dict[str, Any] = serialise(self)
-        return fields if self.pair else {name: value for name, value in fields.items() if name != "pair"}
+        return {name: value for name, value in fields.items() if value is not None or name not in ("pair", "kv")}
 
     @property
     def graph_paths(self) -> list[str]:
@@ -159,12 +162,18 @@ class Variant(Strict):
         return (self.graphs if self.pair is None else {BASE: self.pair.graph}) | {FUSION: self.fusion_graph}
 
     @property
-    def cache_width(self) -> int:
-        """Bytes of one value in the KV caches: 2 where the graphs compute in half precision, else 4."""
+    def kv_bits(self) -> int:
+        """Bits of one value in the KV caches: those of `kv`, else 16 where the graphs compute in half precision, else 32."""
+        if self.kv is not None:
+            return KV_PRECISIONS[self.kv].bits
         if self.target == "ort:cpu":  # its kernels compute in fp32, whatever the weights are
-            return 4
+            return 32
         half = self.precision in ("fp16", "bf16") if self.target == "portable" else self.precision != "fp32"
-        return 2 if half else 4
+        return 16 if half else 32
+
+    def kv_bytes_per_token(self, model: Model) -> int:
+        """Bytes of keys and values that a token takes in a model's cache."""
+        return 2 * model.layers * model.kv_heads * model.head_size * self.kv_bits // 8
 
 
 class Manifest(Strict):
@@ -174,7 +183,7 @@ class Manifest(Strict):
     rows of the routing head stand for, where some of them have no expert any more; empty: they are those of `experts`.
     """
 
-    format: Annotated[Literal[1, 2, 3], BeforeValidator(an_int)]
+    format: Annotated[Literal[1, 2, 3, 4], BeforeValidator(an_int)]
     family: Name
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion

@@ -42,9 +42,14 @@ class Precision:
         """Bits per weight that decoding a token reads. Decoding waits for memory, so the lowest is the fastest."""
         return self.cpu_bits if target == CPU and self.cpu_bits is not None else self.bits
 
-    def bounds_for(self, target: str) -> Bounds:
-        """The bounds on a target."""
-        return self.bounds_on.get(target.removesuffix(":10.3"), self.bounds)
+    def bounds_for(self, target: str, kv: Bounds | None = None) -> Bounds:
+        """The bounds on a target. `kv`: those of keys and values, where they lose something too: what both bound may lose
+        what the weaker bound allows.
+        """
+        own = self.bounds_on.get(target.removesuffix(":10.3"), self.bounds)
+        if kv is None:
+            return own
+        return {name: (min if name.endswith("agreement") else max)(bound, kv[name]) for name, bound in own.items() if name in kv}
 
 
 FP16: Bounds = {"greedy_agreement": 0.995, "routing_agreement": 0.995, "perplexity_ratio": 1.002, "kl_mean": 1e-3}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from fusionroute.runtime.arguments import UNORDERED_OR_TEXT, token_ids
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Cancellation
 from fusionroute.runtime.chat import DEFAULT, ChatOptions, ChatTemplates
+from fusionroute.runtime.chat_messages import Message, is_message
 from fusionroute.runtime.errors import BundleError, InputError, UnavailableError, one_line
 from fusionroute.runtime.strict_json import check_json
 from fusionroute.runtime.text import Text
@@ -23,7 +24,7 @@ CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_template
 MOST_BYTES = 1 << 22  # of a chat template or a tokenizer_config.json: common ones have 50,000
 SHORT = 4096  # characters: encoded in a few milliseconds, whatever they are
 NEVER = Cancellation()
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Sequence[Message]
 
 
 def tokenizer_of(bundle: Bundle) -> Text | None:
@@ -116,7 +117,7 @@ class PromptEncoder:
         """
         given: object = prompt
         items: list[Any] = list(prompt) if isinstance(given, Iterable) and not isinstance(given, UNORDERED_OR_TEXT) else [None]
-        if items and all(isinstance(item, Mapping) for item in items):
+        if items and all(map(is_message, items)):
             if self._chat_templates is None:
                 raise UnavailableError(f"The bundle {self._folder} has no {CHAT_TEMPLATE}: pass text or token ids.")
             return self._encode(self._chat_templates.render(items, **chat), False, cancellation)

@@ -1,13 +1,15 @@
 """Whether a tokenizer.json is bounded: what it makes of a text is no more than a multiple of it. Imports nothing of this package.
 
 It is run as a program too, `python tokenizer_limits.py BYTES < tokenizer.json`, in a process that may hang, and may take
-so much memory: it then reads the file with the native library, and encodes and decodes some texts.
+so much memory, and 64 bytes for each of the file: it then reads the file with the native library, and encodes and decodes
+some texts. The library is imported before the file comes.
 """
 
 import base64
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 MOST_BYTES = 1 << 28  # of a tokenizer.json: those of vocabularies of 256k tokens have 35 MB
@@ -96,8 +98,10 @@ def limit_memory(most: int) -> None:
 
 def main() -> int:
     """Print why the tokenizer.json on stdin is refused, and return 1; 0 where it is bounded and works."""
-    limit_memory(int(sys.argv[1]))
+    with suppress(ImportError):  # told below
+        import tokenizers  # noqa: F401
     content = sys.stdin.buffer.read(MOST_BYTES + 1)
+    limit_memory(int(sys.argv[1]) + 64 * len(content))
     reason = unbounded(content)
     if reason is None:
         try:

@@ -14,8 +14,13 @@ def report(machine: dict[str, Any], outcomes: list[Outcome]) -> str:
     lines = ["# GPU check", "", f"{machine['time']}, {machine['machine']}, with {gpu}; {libraries}. {count_statuses(outcomes)}.", ""]
     lines += ["| check | of | | |", "|---|---|---|---|"]
     lines += [f"| {outcome.check} | {outcome.subject} | {outcome.status} | {outcome.says.replace('|', '/')} |" for outcome in outcomes]
-    figures = json.dumps({**machine, "outcomes": [asdict(outcome) for outcome in outcomes]}, indent=1)
+    figures = as_json(machine, outcomes)
     return "\n".join([*lines, "", "<details><summary>All figures</summary>", "", "```json", figures, "```", "", "</details>", ""])
+
+
+def as_json(machine: dict[str, Any], outcomes: list[Outcome]) -> str:
+    """All figures, for programs."""
+    return json.dumps({**machine, "outcomes": [asdict(outcome) for outcome in outcomes]}, indent=1)
 
 
 def count_statuses(outcomes: list[Outcome]) -> str:

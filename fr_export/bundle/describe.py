@@ -43,7 +43,11 @@ def describe(
     ]
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return Manifest(
-        format=3 if any(variant.pair for variant in variants) else 2,  # older versions read 2
+        format=4
+        if any(variant.kv for variant in variants)
+        else 3
+        if any(variant.pair for variant in variants)
+        else 2,  # older versions read 2
         family=system.family.name,
         models=models,
         **fusion.model_dump(),

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from fusionroute.fr_export.bundle.adapting import write_layout, write_unadapted
 from fusionroute.fr_export.bundle.shared_base import Approximated, unadapted, weight_count
 from fusionroute.fr_export.bundle.targets import FUSION_GRAPH, GRAPHS, TARGETS, Pairing, named, per_model
-from fusionroute.fr_export.bundle.variant import VariantWriter, WrittenVariant
+from fusionroute.fr_export.bundle.variant import VariantWriter, WrittenVariant, store_caches, stored_as
 from fusionroute.fr_export.bundle.weight_traffic import weight_bytes
 from fusionroute.fr_export.checkpoints.checkpoint import Checkpoint
 from fusionroute.fr_export.checkpoints.deltas import Delta
@@ -34,6 +34,7 @@ from fusionroute.runtime.adapters.factor_layout import FactorLayout
 from fusionroute.runtime.bundle import FACTORS
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.file_entry import File
+from fusionroute.runtime.kv_precisions import KvName
 from fusionroute.runtime.manifest import BASE, Adapting, Pair, Variant
 from fusionroute.runtime.tensor_file import Written
 from fusionroute.runtime.tensorrt.library import OLDER
@@ -47,20 +48,21 @@ class PairVariantWriter:
     """Writes a system that shares one base into a bundle folder, variant by variant.
 
     The base is the router as it is: `deltas` are what experts add to it, of which some are `approximated`. Experts without
-    a delta have graphs of their own. `evidence` and `kept` as for `VariantWriter`.
+    a delta have graphs of their own. `evidence`, `kept` and `kv` as for `VariantWriter`; the steps of keys and values are
+    those of all models that share the base.
     """
 
     def __init__(
         self, system: System, deltas: Mapping[str, Delta], approximated: Mapping[str, Approximated], traces: Traces,
-        evidence: Mapping[str, Evidence], folder: Path, stages: Stages, kept: KeptMatrices | None = None,
+        evidence: Mapping[str, Evidence], folder: Path, stages: Stages, kept: KeptMatrices | None = None, kv: KvName | None = None,
     ):  # fmt: skip
-        self._kept = kept
+        self._kept, self._kv = kept, kv
         self._system, self._deltas, self._approximated, self._traces = system, deltas, approximated, traces
         self._folder, self._graphs, self._stages = folder, folder / GRAPHS, stages
         self._sharing = [expert for expert in system.experts if expert.name in deltas]
         self._apart = [expert for expert in system.experts if expert.name not in deltas]
         self._evidence = base_evidence(system.router, self._sharing, evidence)
-        self._whole = VariantWriter(system, traces, evidence, folder, stages, self._apart, kept)
+        self._whole = VariantWriter(system, traces, evidence, folder, stages, self._apart, kept, kv)
         self._store = self._whole.store(self._graphs)
         self._factor_files: dict[str, File] = {}  # by their paths in the bundle
 
@@ -81,6 +83,7 @@ class PairVariantWriter:
                     kept=self._kept, note=self._stages.note,
                 )  # fmt: skip
                 spec.prepare(graph, scheme.name, router.family)
+                store_caches(graph, self._kv, self._evidence.get(router.name))
                 dialect.end_with(graph, system.head)
                 layout, inputs = self._set_apart(graph, spec.pair)
                 bind(graph, router.weights, own, self._store, advance)
@@ -113,6 +116,7 @@ class PairVariantWriter:
                 factors=files,
                 adapting=None if self._apart else self._write_adapting(layout),
             ),
+            kv=stored_as(self._kv),
         )
         return WrittenVariant(variant, ({} if about is None else {router.name: about}) | fitted)
 

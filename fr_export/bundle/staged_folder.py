@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger("fusionroute")
+NO_MANIFEST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG)  # of what stands in its place
 
 
 class Staging:
@@ -183,7 +185,9 @@ class StagedBundle(Staging):
 
     def owns(self, folder: Path) -> bool:
         """Whether a folder is a bundle: other tools write a manifest.json too."""
-        return bundled(folder) is not None
+        with contextlib.suppress(InputError):
+            return bundled(folder) is not None
+        return False
 
     def check(self) -> None:
         """Raise InputError for all but an empty folder and, with `force`, a bundle without files of the user's."""
@@ -206,9 +210,18 @@ class StagedBundle(Staging):
 
 
 def bundled(folder: Path) -> set[str] | None:
-    """The files of a bundle of any version, as its manifest lists them. None where the folder is no bundle."""
+    """The files of a bundle of any version, as its manifest lists them. None where the folder is no bundle.
+
+    Raises InputError where it may be one, and cannot be read now.
+    """
     try:
         manifest = json.loads(read_regular(folder, NAME, MOST_BYTES))
         return {NAME, SIGNATURE, *manifest["files"]} if {"format", "family", "models"} <= manifest.keys() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    except OSError as error:
+        if error.errno in NO_MANIFEST:
+            return None
+        raise InputError(
+            f"{folder / NAME} cannot be read now ({reason(error)}), so {folder} is not replaced: mend that, or name another folder with --out."
+        ) from error

@@ -15,6 +15,7 @@ from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
+from fusionroute.fr_export.graphs.passes import quantise_caches
 from fusionroute.fr_export.graphs.source_rows import digest, unscaled
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_files import WeightFile, WeightFiles
@@ -25,11 +26,13 @@ from fusionroute.fr_export.precision.concurrency import Concurrency, memory_of
 from fusionroute.fr_export.precision.evidence import Evidence
 from fusionroute.fr_export.precision.fit_model import fit_model
 from fusionroute.fr_export.precision.kept_matrices import KeptMatrices
+from fusionroute.fr_export.precision.kv_scales import kv_scales
 from fusionroute.fr_export.precision.products import coarse_products
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.file_entry import File
+from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName
 from fusionroute.runtime.machine import cores
 from fusionroute.runtime.manifest import Variant
 from fusionroute.runtime.tensorrt.library import OLDER
@@ -56,14 +59,15 @@ class VariantWriter:
     """Writes graphs of a system's models into one bundle folder, variant by variant. Equal weights are stored once.
 
     `evidence` holds what calibration learnt of each model's activations; without it weights are rounded to nearest.
-    `models`: those that are written; None: all. `kept`: what exports that were ended have rounded already.
+    `models`: those that are written; None: all. `kept`: what exports that were ended have rounded already. `kv`: the
+    precision of keys and values; None: that of the activations.
     """
 
     def __init__(
         self, system: System, traces: Traces, evidence: Mapping[str, Evidence], folder: Path, stages: Stages,
-        models: Sequence[Checkpoint] | None = None, kept: KeptMatrices | None = None,
+        models: Sequence[Checkpoint] | None = None, kept: KeptMatrices | None = None, kv: KvName | None = None,
     ):  # fmt: skip
-        self._kept = kept
+        self._kept, self._kv = kept, kv
         self._system, self._traces, self._evidence, self._folder, self._stages = system, traces, evidence, folder, stages
         self._models = system.models if models is None else models
         self._stores: dict[Path, Store] = {}  # by the folder whose graphs read them
@@ -93,6 +97,7 @@ class VariantWriter:
                     number=self._models.index(model), threads=concurrency.threads, kept=self._kept, note=self._stages.note,
                 )  # fmt: skip
                 spec.prepare(graph, scheme.name, model.family)
+                store_caches(graph, self._kv, self._evidence.get(model.name))
                 spec.dialect.end_with(graph, head)
                 bind(graph, model.weights, own, store, advance)
             except InputError as error:
@@ -115,6 +120,7 @@ class VariantWriter:
             bits_per_weight=round(sum(model.bits for model in written.values()) / total, 4),
             weight_bytes={name: model.bytes for name, model in written.items()},
             operators=sorted(set().union(*(model.operators for model in written.values()))) if target in (TENSORRT, OLDER) else [],
+            kv=stored_as(self._kv),
         )
         return WrittenVariant(variant, {name: model.about for name, model in written.items() if model.about is not None})
 
@@ -153,6 +159,18 @@ class VariantWriter:
         if graphs not in self._stores:
             self._stores[graphs] = Store(graphs)
         return self._stores[graphs]
+
+
+def stored_as(kv: KvName | None) -> KvName | None:
+    """What the manifest says of the precision of keys and values: nothing where it is that of the activations."""
+    return kv if kv is not None and KV_PRECISIONS[kv].quantised else None
+
+
+def store_caches(graph: Graph, kv: KvName | None, known: Evidence | None) -> None:
+    """Let a graph store keys and values in a precision. Raises InputError where calibration has not seen them."""
+    if kv is not None and KV_PRECISIONS[kv].quantised:
+        bits = KV_PRECISIONS[kv].bits
+        quantise_caches(graph, kv_scales(graph, {} if known is None else known.observed, bits), bits)
 
 
 def matrix_digests(graph: Graph, weights: Weights) -> set[str]:

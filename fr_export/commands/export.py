@@ -13,6 +13,7 @@ from fusionroute.fr_export.commands.options import BaseOption, ExpertOptions, Fa
 from fusionroute.fr_export.commands.variants import (
     TARGET_HELP,
     check_calibration,
+    check_kv,
     check_precisions,
     check_shared_base,
     default_folder,
@@ -29,6 +30,7 @@ from fusionroute.runtime.command_errors import fail, one_sentence
 from fusionroute.runtime.commands.options import Debug, Json, names
 from fusionroute.runtime.commands.verbs import Version
 from fusionroute.runtime.errors import FusionError
+from fusionroute.runtime.kv_precisions import KvName
 from fusionroute.runtime.manifest import Fusion
 from fusionroute.runtime.precisions import RECORDS
 from fusionroute.runtime.terminal import Terminal
@@ -90,6 +92,10 @@ def main(
     target: Annotated[
         str, typer.Option(help=f"Comma list of {', '.join(f'{name} ({use})' for name, use in TARGET_HELP.items())}.")
     ] = "ort",
+    kv: Annotated[
+        KvName | None,
+        typer.Option(help="Precision of keys and values (for ort on CPU: fp32, int8 or int4); default: that of the activations."),
+    ] = None,
     fusion: Annotated[
         Fusion | None,
         typer.Option(help="weighted (λ·router + (1−λ)·expert; the default, unless the router's fusion.json says more) or additive."),
@@ -136,6 +142,7 @@ def main(
         budget = parse_budget(shared_base, rank, delta_bits)
         if shared_base:
             check_shared_base(targets, adapters_only=budget is None and not auto)
+        check_kv(kv, targets, calibration)
         tokens = parse_compare(compare)
         if strict and tokens == 0:
             raise typer.BadParameter("a precision that is not compared cannot be held to its bound", param_hint="--strict / --compare none")
@@ -148,7 +155,7 @@ def main(
         bundle = out or default_folder(family)
         from fusionroute.fr_export.bundle.early_refusals import refuse
 
-        refuse(bundle, force, calibration, experts, gpus)
+        refuse(bundle, force, calibration, experts, gpus, kv)
         with logging_to(log, bundle) as entries:
             stages = Stages(Terminal(stderr=True), entries)
             with stages.progress:
@@ -174,6 +181,7 @@ def main(
                     shared_base=shared_base,
                     leave_apart=auto is not None,
                     budget=None if budget is None else RankBudget(*budget),
+                    kv=kv,
                     compare=tokens,
                 )
                 report = asdict(check(request, stages).forecast) if dry_run else export(request, stages)

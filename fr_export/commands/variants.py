@@ -8,6 +8,7 @@ import typer
 from fusionroute.fr_export.families import Family
 from fusionroute.runtime.commands.options import names
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName, refusal
 from fusionroute.runtime.precisions import CPU, PRECISIONS, exported_for
 from fusionroute.runtime.tensorrt.library import parse_sms
 
@@ -118,6 +119,18 @@ def check_calibration(source: str, precisions: tuple[str, ...], targets: tuple[s
                     f"{precision} for {target} needs the scales of calibration; leave out --calibration none, or name other precisions",
                     param_hint="--calibration",
                 )
+
+
+def check_kv(kv: KvName | None, targets: tuple[str, ...], calibration: str) -> None:
+    """Refuse a precision of keys and values that a target does not have, or whose scales would be unknown."""
+    if kv is None:
+        return
+    if (reason := refusal(kv, targets)) is not None:
+        raise typer.BadParameter(reason, param_hint="--kv / --target")
+    if calibration == "none" and KV_PRECISIONS[kv].quantised:
+        raise typer.BadParameter(
+            f"{kv} needs the scales of calibration; leave out --calibration none, or name fp32", param_hint="--kv / --calibration"
+        )
 
 
 def parse_compare(text: str | None) -> int | None:

@@ -22,6 +22,7 @@ from fusionroute.runtime.machine import cores
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.prompt import tokenizer_of
 from fusionroute.runtime.text import Text
+from fusionroute.runtime.tokenizer_trial import Trial
 
 SLACK = 8  # tokens that an answer may be longer than the domain's longest reference: one that is longer is wrong anyway
 PIECE = 16  # questions that a process gets at a time
@@ -83,7 +84,7 @@ def evaluate(
 
     results: Results = {name: known[name] for name in decoded if known and reusable(name)}
     if missing := tuple(name for name in decoded if name not in results):
-        with checked(opened, False, trusted) as tokenizer_is_tried:
+        with checked(opened, False, None if trusted else Trial()) as tokenizer_is_tried:
             tokenizer_is_tried()
             text = tokenizer_of(opened)
         assert text is not None  # `questions` needs it

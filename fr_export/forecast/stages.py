@@ -35,12 +35,14 @@ TRACING, PER_LAYER = 2.0, 0.7  # seconds per dialect, and per layer of every arc
 FEW = 5  # layers that a trace in the `ort` dialect sees, of which the others are copies
 WRITING = 10e-9  # per value
 PER_TOKEN_LAYER, PER_TOKEN_VALUE = 0.5e-3, 25e-12  # of a generated token, for every layer and value that it passes
-OPERATION = 1 / 200e9  # while a model is walked: two operations per value and token
-RECORDING = 0.8  # times as long as calibrating
-FITTING = 33e-12  # per value and channel of the widest matrix
+OPERATION = 1 / 200e9  # while torch reads the compared texts: two operations per value and token
+COMPARING = 3  # the same in the runtime, which reads short texts
+WALKED = 1 / 370e9  # the same while a model is walked, where products may be in bf16
+RECORDING = 1.2  # times as long as calibrating
+FITTING = 17e-12  # per value and channel of the widest matrix
 SPECTRUM, VECTORS = 1e-10, 2e-10  # of a matrix's singular values, and vectors: per value and row or column, whichever are fewer
 BUILDING = 10e-9  # per value and GPU
-LOADING = 5e-9  # per value, into torch or ONNX Runtime
+LOADING = 1.6e-9  # per byte of weights, into torch or ONNX Runtime
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,14 @@ def comparing(work: Work, plan: Sequence[tuple[str, Scheme]], tokens: int) -> It
     if not variants or not tokens or work.largest_model * 4 > REFERENCE_LIMIT:
         return
     logits = LOGITS * 4 * tokens * work.vocab_size
-    seconds = LOADING * work.values + 4 * OPERATION * tokens * work.values
+    seconds = LOADING * 4 * work.values + 2 * OPERATION * tokens * work.values
     yield StageForecast("reference in torch", seconds, LOADED + 4 * work.largest_model + logits)
     per_token = max(PER_TOKEN_LAYER * work.layers, PER_TOKEN_VALUE * work.active_values)
-    reading = LOADING * work.written + 2 * OPERATION * tokens * work.values + min(tokens, DECODED) * per_token
+    reading = COMPARING * OPERATION * tokens * work.values + min(tokens, DECODED) * per_token
     for target, scheme in variants:
         bits = max(scheme.bits, PRECISIONS[scheme.name].rank("ort:cpu"))
         memory = LOADED + in_runtime(work.written, bits) + logits
-        yield StageForecast(f"comparing {scheme.name} for {target}", reading, memory)
+        yield StageForecast(f"comparing {scheme.name} for {target}", LOADING * work.written * bits / 8 + reading, memory)
 
 
 def fits(plan: Sequence[tuple[str, Scheme]], calibration: str) -> bool:
@@ -128,7 +130,7 @@ def in_runtime(values: int, bits: float) -> float:
 
 def walking(work: Work) -> float:
     """Seconds while the recorded texts pass through every model."""
-    return 2 * OPERATION * work.tokens * work.values
+    return 2 * WALKED * work.tokens * work.values
 
 
 def variant_bits(plan: Sequence[tuple[str, Scheme]], calibration: str) -> dict[tuple[str, str], float]:

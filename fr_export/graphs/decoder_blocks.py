@@ -1,12 +1,13 @@
 """Cut a traced graph into its decoder blocks, to run it with one block's weights in memory."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.calibration.blockwise_forward import Block
+from fusionroute.calibration.block import Block
 from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.graphs.graph import INLINE, Graph, Source
 from fusionroute.fr_export.graphs.source_rows import rows
@@ -133,11 +134,13 @@ def build(
     states_out: list[ir.Value],
     observed: dict[str, ir.Value],
     multiplied: Sequence[ir.Node] = (),
+    caches: Sequence[ir.Value] = (),
 ) -> Block:
     """The block that computes `states_out` and the observed values from `states_in`, and passes on those in both. Its
-    names are the same for every layer. The products `multiplied` are left out: their results are inputs.
+    names are the same for every layer. The products `multiplied` are left out: their results are inputs. `caches` are
+    results too.
     """
-    results = unique((*states_out, *observed.values()))
+    results = unique((*states_out, *observed.values(), *caches))
     copied: dict[ir.Value, ir.Value] = {}
     inputs: list[ir.Value] = []
     weights: dict[str, str] = {}
@@ -186,6 +189,8 @@ def build(
         {matrix: width for matrix, width in matrices(graph).items() if matrix in observed},
         weights,
         products,
+        {str(cache.name): copied[cache].name for cache in caches},
+        math.prod(graph.cache),
     )
 
 

@@ -5,9 +5,11 @@ A matrix's input is a state of its stage, so it can be looked at without running
 texts can be one.
 """
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
-from fusionroute.calibration.blockwise_forward import Block
+from fusionroute.calibration.block import Block
 from fusionroute.fr_export.graphs import decoder_blocks
 from fusionroute.fr_export.graphs.decoder_blocks import build, embedding, is_product
 from fusionroute.fr_export.graphs.graph import Graph
@@ -53,7 +55,7 @@ def stages(graph: Graph) -> list[Block]:
             parts[at].append(node)
     names = [*(f"stage.{at}" for at in range(last)), "head"]
     return [
-        build(graph, name, nodes, given, passed, seen, products)
+        build(graph, name, nodes, given, passed, seen, products, [value for node in nodes for value in caches_of(node)])
         for name, nodes, given, passed, seen, products in zip(
             names, [*parts, []], live, [*live[1:], [head]], observed, multiplied, strict=True
         )
@@ -68,3 +70,8 @@ def place(node: ir.Node, opening: int, look_up: ir.Node, places: dict[ir.Node, i
     came = [0 if maker is look_up else places[maker] for maker in makers]
     before = [at for at in came if at is not None]
     return max(*before, opening) if before else None
+
+
+def caches_of(node: ir.Node) -> Sequence[ir.Value]:
+    """The keys and values that a node leaves behind."""
+    return node.outputs[1:] if node.op_type == "GroupQueryAttention" else ()

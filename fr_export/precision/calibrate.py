@@ -24,6 +24,7 @@ from fusionroute.fr_export.graphs.decoder_blocks import matrices, reader
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.stages import stages as staged
 from fusionroute.fr_export.precision.concurrency import Advance, Concurrency, memory_of
+from fusionroute.fr_export.precision.kv_scales import caches
 from fusionroute.fr_export.precision.products import coarse_products, multiply
 from fusionroute.runtime import files
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
@@ -33,7 +34,7 @@ from fusionroute.runtime.manifest import Manifest, Variant
 from fusionroute.runtime.options import fusion_coefficients
 from fusionroute.runtime.prompt import PromptEncoder
 
-VERSION = 4  # of this computation: raising it invalidates every cached result
+VERSION = 5  # of this computation: raising it invalidates every cached result
 NEW_TOKENS = 64
 RANDOM_PROMPT = 32  # tokens of a prompt for a system without a tokenizer
 TOGETHER = 8  # texts recorded before they are saved again
@@ -112,6 +113,8 @@ def check(table: Table, system: System, graphs: dict[str, Graph]) -> None:
     table.check_models(names)
     for name in names:
         expected, widths = matrices(graphs[name]), {matrix: len(seen.channel_absmax) for matrix, seen in table.models[name].items()}
+        if any(cache in widths for cache in caches(graphs[name])):  # tables of older versions have none
+            expected |= caches(graphs[name])
         if different := sorted(expected.keys() ^ widths.keys()):
             whose = "lacks" if different[0] in expected else "has more than the model, such as"
             raise InputError(f"The calibration table of {name} {whose} the matrix {different[0]}: {mend}.")

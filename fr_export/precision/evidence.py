@@ -14,9 +14,10 @@ from fusionroute.fr_export.checkpoints.weights import Weights
 
 @dataclass(frozen=True)
 class Evidence:
-    """The recorded texts, the positions in each that the model serves, and matrix → statistics of its inputs there.
+    """The recorded texts, the positions in each that the model serves, and matrix → statistics of its inputs there; also
+    cache, such as `present.0.key` → statistics of its keys or values.
 
-    An expert that was never chosen has statistics without rows. sharing: of models that read the same rounded matrices and
+    An expert that was never chosen has statistics of matrices without rows. sharing: of models that read the same rounded matrices and
     add a difference of their own (the weights of each); their statistics are part of `observed`.
     """
 

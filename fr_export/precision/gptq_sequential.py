@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
+from fusionroute.calibration.block import Block
+from fusionroute.calibration.blockwise_forward import BlockwiseForward
 from fusionroute.fr_export.graphs.decoder_blocks import reader
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.source_rows import counted, digest, rows, unscaled

@@ -7,7 +7,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
+from fusionroute.calibration.block import Block
+from fusionroute.calibration.blockwise_forward import BlockwiseForward
 from fusionroute.calibration.observers import LEVELS, Observer
 from fusionroute.fr_export.graphs.decoder_blocks import reader, split
 from fusionroute.fr_export.graphs.graph import initializer, node

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fusionroute.fr_export.verify.hints import hint
+from fusionroute.fr_export.verify.hints import hint, kv_bounds
 from fusionroute.runtime.errors import FusionError
 from fusionroute.runtime.precisions import PRECISIONS
 
@@ -15,16 +15,17 @@ AT_LEAST = {
 AT_MOST = {"perplexity_ratio": "perplexity", "kl_mean": "mean KL divergence"}
 
 
-def misses(target: str, precision: str, compared: Mapping[str, Any] | None) -> list[str]:
+def misses(target: str, precision: str, compared: Mapping[str, Any] | None, kv: str | None = None) -> list[str]:
     """A phrase for every bound that a variant misses, in chunks or token by token.
 
-    `compared` is the result of `compare`; without one nothing is missed.
+    `compared` is the result of `compare`; without one nothing is missed. `kv`: the precision of keys and values, where it
+    is not that of the activations.
     """
     phrases: list[str] = []
     if compared is None:
         return phrases
     for how, manner in (("chunks", "in chunks"), ("decode", "token by token")):
-        for name, bound in PRECISIONS[precision].bounds_for(target).items():
+        for name, bound in PRECISIONS[precision].bounds_for(target, kv_bounds(kv)).items():
             value = compared[how][name]
             if value is None or (value >= bound if name in AT_LEAST else value <= bound):
                 continue

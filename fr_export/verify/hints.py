@@ -6,13 +6,16 @@ from typing import Any
 
 from fusionroute.fr_export.precision import SCHEMES
 from fusionroute.fr_export.precision.scheme import Fitting
-from fusionroute.runtime.precisions import PRECISIONS, exported_for
+from fusionroute.runtime.kv_precisions import KV_PRECISIONS
+from fusionroute.runtime.precisions import PRECISIONS, Bounds, exported_for
 
 
 def hint(entry: Mapping[str, Any]) -> str:
     """The remedy for a variant of a report that misses its bound: a part of a sentence that begins with a verb."""
     if by_chance(entry):
         return f"compare on more text (--compare {10 * entry['compared']['tokens']}), since so little text says no more than that"
+    if entry.get("kv"):
+        return f"export it without --kv {entry['kv']}"
     precision, target = entry["precision"], entry["target"]
     bits = PRECISIONS[precision].bits
     if bits >= 32:
@@ -31,8 +34,13 @@ def hint(entry: Mapping[str, Any]) -> str:
 
 def by_chance(entry: Mapping[str, Any]) -> bool:
     """Whether all that a variant misses is a perplexity within two standard errors of its bound."""
-    bound = PRECISIONS[entry["precision"]].bounds_for(entry["target"]).get("perplexity_ratio")
+    bound = PRECISIONS[entry["precision"]].bounds_for(entry["target"], kv_bounds(entry.get("kv"))).get("perplexity_ratio")
     if bound is None or not all(phrase.startswith("perplexity") for phrase in entry["missed"]):
         return False
     figures = [entry["compared"][how] for how in ("chunks", "decode")]
     return all(each["perplexity_ratio"] <= bound * math.exp(2 * (each.get("perplexity_error") or 0)) for each in figures)
+
+
+def kv_bounds(kv: str | None) -> Bounds | None:
+    """The bounds of a variant's keys and values; None where they lose nothing beside the activations."""
+    return None if kv is None else KV_PRECISIONS[kv].bounds

@@ -69,11 +69,13 @@ def describe_variant(
     return {
         "target": variant.target,
         "precision": variant.precision,
+        "kv": variant.kv,
+        "kv_bytes_per_token": {model.name: variant.kv_bytes_per_token(model) for model in manifest.models},
         "bytes": graphs + sum(stored_weights(variant, folder).values()) + sum(factors.values()),
         "factors": factors,
         "bits_per_weight": variant.bits_per_weight,
         "compared": compared,
-        "missed": misses(variant.target, variant.precision, compared),
+        "missed": misses(variant.target, variant.precision, compared, variant.kv),
         "not_compared": None if compared else obstacle(variant.target) or reason,
         "calibrated": bool(fitted),
         "fitted": dict(fitted),
@@ -154,6 +156,9 @@ def explain(report: dict[str, Any]) -> str:
             "KL is a mean in nats."
         )
     for entry in report["variants"]:
+        if entry.get("kv"):
+            taken = max(entry["kv_bytes_per_token"].values())
+            lines.append(f"{entry['precision']} keeps keys and values in {entry['kv']}, {taken:,} bytes per token of a model.")
         if carried := sum(about.get("carried", 0) for about in entry["fitted"].values()):
             lines.append(f"{entry['precision']} took over {carried} matrices of quantised checkpoints as they are.")
         for built in entry["engines"]:

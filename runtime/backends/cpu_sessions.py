@@ -43,7 +43,7 @@ class CpuSessions:
         """A session of the fusion graph. Raises BundleError."""
         # one pass over a row is too short for threads
         session = self._of_bundle("the fusion graph", self._variant.fusion_graph, 1)
-        ort.check(session, of_fusion(self._bundle.manifest.vocab_size), self._bundle.folder / self._variant.fusion_graph)
+        ort.check(session, of_fusion(self._bundle.manifest.vocab_size), self._bundle, self._variant.fusion_graph)
         return session
 
     def run_options(self) -> Any:

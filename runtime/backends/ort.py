@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from fusionroute.runtime.backends.signature import FLOAT, ORT_LENGTHS, Signature, Values, of_model
+from fusionroute.runtime.backends.signature import FLOATS, ORT_LENGTHS, CacheValue, Signature, Values, of_model
 from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError, one_line
 from fusionroute.runtime.graph_tensors import positions
 from fusionroute.runtime.machine import sums_in_32_bits
 
 if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import Manifest
+    from fusionroute.runtime.bundle import Bundle
 
 
 OLDEST = (1, 23)  # release of ONNX Runtime
@@ -29,6 +29,8 @@ UNKNOWN = (
     "No Op registered for",
     "is not a registered function/op",
     "Could not find an implementation for",
+    "Unrecognized attribute",
+    "has input size",  # more inputs than its release of an operator has
 )
 
 
@@ -62,14 +64,14 @@ def cannot_load(name: str, graph: Path, release: str, error: Exception) -> Fusio
 OPEN: WeakSet[Any] = WeakSet()  # every session of this process
 
 
-def open_session(onnxruntime: Any, graph: Path | bytes, options: Any, weights: str | None = None, **arguments: Any) -> Any:
-    """An inference session of a graph; of its content: with the folder that the locations of its weights are relative to.
+def open_session(onnxruntime: Any, content: bytes, options: Any, weights: str | None = None, **arguments: Any) -> Any:
+    """An inference session of a graph's content. weights: the folder that the locations of its weights are relative to.
 
     Raises what ONNX Runtime raises: its errors have no public base class.
     """
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights)
-    session = onnxruntime.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, **arguments)
+    session = onnxruntime.InferenceSession(content, options, **arguments)
     OPEN.add(session)
     return session
 
@@ -98,25 +100,30 @@ def settings(onnxruntime: Any, threads: int) -> Any:
     return options
 
 
-def check(session: Any, signature: Signature, path: Path, capacity: int = 0) -> None:
-    """Raise BundleError unless a graph has a signature, and its rotary tables, where it has some, that many rows."""
+def check(session: Any, signature: Signature, bundle: Bundle, name: str, capacity: int = 0) -> None:
+    """Raise BundleError unless a graph has a signature, and its rotary tables, where it has some, that many rows.
+
+    name: its path in the bundle.
+    """
+    path = bundle.folder / name
     if (wrong := signature.misfit(session)) is not None:
         raise BundleError(
             f"The graph {path} does not have the inputs and outputs that the manifest describes ({wrong}); export the bundle again."
         )
     try:
-        rows = positions(path.read_bytes()) if capacity else None
-    except (OSError, ValueError) as error:
+        rows = positions(bundle.read(name)) if capacity else None
+    except ValueError as error:
         raise BundleError(f"{path} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
     if rows is not None and rows < capacity:
         raise BundleError(f"The graph {path} is for texts of {rows} tokens and the manifest says {capacity}; export the bundle again.")
 
 
 def check_models(
-    sessions: Sequence[Any], manifest: Manifest, paths: Sequence[Path], lengths: Values = ORT_LENGTHS, caches: tuple[str, ...] = FLOAT
+    sessions: Sequence[Any], bundle: Bundle, names: Sequence[str], lengths: Values = ORT_LENGTHS, caches: CacheValue = FLOATS
 ) -> None:
     """`check` the graphs of all models, the router's first. lengths, caches: see `signature.of_model`."""
+    manifest = bundle.manifest
     logits = "logits", manifest.vocab_size
-    for number, (session, spec, path) in enumerate(zip(sessions, manifest.models, paths, strict=True)):
+    for number, (session, spec, name) in enumerate(zip(sessions, manifest.models, names, strict=True)):
         experts = 0 if number else len(manifest.experts)
-        check(session, of_model(spec, manifest.max_seq_len, logits, experts, lengths, caches), path, manifest.max_seq_len)
+        check(session, of_model(spec, manifest.max_seq_len, logits, experts, lengths, caches), bundle, name, manifest.max_seq_len)

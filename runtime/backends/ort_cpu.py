@@ -12,7 +12,7 @@ from fusionroute.runtime.backend import REUSED, Output
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
-from fusionroute.runtime.backends.keys_values import KeysValues
+from fusionroute.runtime.backends.keys_values import KeysValues, Storage, storage_of
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import FusionError, one_line
@@ -38,13 +38,14 @@ class OrtCpu:
 
     def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None, *, share_weights: bool = False):
         manifest = bundle.manifest
+        storage = storage_of(variant)
         opened = CpuSessions(bundle, variant, threads)
         with ThreadPoolExecutor(cores()) as pool:  # loading mostly packs weights, on one core per model
             sessions = list(pool.map(lambda model: opened.model(model.name, variant.graphs[model.name], share_weights), manifest.models))
-        paths = [bundle.folder / variant.graphs[model.name] for model in manifest.models]
-        ort.check_models(sessions, manifest, paths)
+        names = [variant.graphs[model.name] for model in manifest.models]
+        ort.check_models(sessions, bundle, names, caches=storage.declared)
         models = [
-            OrtModel(session, opened.run_options, model, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts))
+            OrtModel(session, opened.run_options, model, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts), storage)
             for session, model in zip(sessions, manifest.models, strict=True)
         ]
         self.router, self.experts = models[0], models[1:]
@@ -59,8 +60,10 @@ class OrtCpu:
 class OrtModel:
     """One language model's inference session."""
 
-    def __init__(self, session: Any, run_options: Callable[[], Any], model: Model, capacity: int, vocab: int, experts: int):
-        self.session = session
+    def __init__(
+        self, session: Any, run_options: Callable[[], Any], model: Model, capacity: int, vocab: int, experts: int, storage: Storage
+    ):
+        self.session, self.storage = session, storage
         self.model = model
         self.capacity = capacity
         self.vocab = vocab
@@ -82,7 +85,7 @@ class OrtCache:
         self._run = model.session.run_with_iobinding
         self._options = model.run_options()
         self._binding = binding = model.session.io_binding()
-        self._memory = KeysValues(model.model, model.capacity)
+        self._memory = KeysValues(model.model, model.capacity, model.storage)
         self._memory.bind(binding)
         self._ids = np.zeros((1, model.capacity), np.int64)
         self._bound = (0, 0)  # the (S, K) that is bound now

@@ -16,7 +16,7 @@ from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.device_buffers import Inputs, Layout, Place, Rows, aligned, start
 from fusionroute.runtime.backends.gpu_fusion import GpuFuser
 from fusionroute.runtime.backends.providers import Opener, Provider
-from fusionroute.runtime.backends.signature import ORT_LENGTHS, TENSORRT_LENGTHS, WIDTHS, Values, of_fusion
+from fusionroute.runtime.backends.signature import HALVES, ORT_LENGTHS, TENSORRT_LENGTHS, Values, of_fusion
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import FusionError, one_line
 from fusionroute.runtime.limits import reach
@@ -69,14 +69,14 @@ class OrtGpu:
         names = [variant.graphs[model.name] for model in manifest.models]
         sessions = [opener.open(bundle, name) for name in names]
         position_inputs = POSITION_INPUTS[variant.target]
-        ort.check_models(sessions, manifest, [bundle.folder / name for name in names], position_inputs.signature, WIDTHS)
+        ort.check_models(sessions, bundle, names, position_inputs.signature, HALVES)
         models = [
             GpuModel(session, opener.place(session), model, position_inputs, manifest.max_seq_len, manifest.vocab_size)
             for session, model in zip(sessions, manifest.models, strict=True)
         ]
         self.router, self.experts = models[0], models[1:]
         self._fusion = opener.open_fusion(bundle, variant.fusion_graph)
-        ort.check(self._fusion, of_fusion(manifest.vocab_size), bundle.folder / variant.fusion_graph)
+        ort.check(self._fusion, of_fusion(manifest.vocab_size), bundle, variant.fusion_graph)
         self._place = opener.place(self._fusion)
         self._vocab = manifest.vocab_size
 

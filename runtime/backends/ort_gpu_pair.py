@@ -20,7 +20,7 @@ from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_gpu import TYPES
 from fusionroute.runtime.backends.pair_binding import PairGraph
 from fusionroute.runtime.backends.providers import Opener, Provider
-from fusionroute.runtime.backends.signature import WIDTHS, of_fusion
+from fusionroute.runtime.backends.signature import HALVES, WIDTHS, of_fusion
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError, FusionError, one_line
 from fusionroute.runtime.joint_cache import JointCache, read_both
@@ -49,7 +49,7 @@ class OrtGpuPair:
         self.target, self._head_rows, self._router_name = variant.target, manifest.rows, manifest.models[0].name
         graph = GpuPairGraph(session, place, manifest.models[0], manifest.max_seq_len, manifest.vocab_size, len(manifest.rows))
         sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models}
-        graph.check(bundle.folder / pair.graph, WIDTHS)
+        graph.check(bundle, pair.graph, HALVES, WIDTHS)
         if len(sizes) > 1:
             raise BundleError(f"{bundle.folder} has one graph for models of several sizes; export the bundle again.")
         factors = factors_of(bundle, {name: pair.factors[name] for name in manifest.experts})
@@ -62,7 +62,7 @@ class OrtGpuPair:
         self._on_device: Mapping[str, DeviceFactors] = {}
         self._take(graph, factors)
         self._fusion = opener.open_fusion(bundle, variant.fusion_graph)
-        ort.check(self._fusion, of_fusion(manifest.vocab_size), bundle.folder / variant.fusion_graph)
+        ort.check(self._fusion, of_fusion(manifest.vocab_size), bundle, variant.fusion_graph)
         self._place = opener.place(self._fusion)
         self._vocab = manifest.vocab_size
 

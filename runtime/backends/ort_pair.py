@@ -17,7 +17,7 @@ from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
 from fusionroute.runtime.backends.hidden_rows import Head
-from fusionroute.runtime.backends.keys_values import KeysValues
+from fusionroute.runtime.backends.keys_values import KeysValues, Storage, storage_of
 from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_cpu import OrtModel
 from fusionroute.runtime.backends.pair_binding import PairBinding, PairGraph
@@ -47,17 +47,18 @@ class OrtPair:
     ):
         """Raises BundleError for files that are not those of a pair, UnavailableError without onnxruntime."""
         manifest = bundle.manifest
+        self._storage = storage = storage_of(variant)
         opened = CpuSessions(bundle, variant, threads)
         router = manifest.models[0]
         session = opened.model(router.name, pair.graph, share_weights)
         head = None
         if pair.head is not None:
             head = Head(opened.model(router.name, pair.head, share_weights), manifest.vocab_size)
-            ort.check(head.session, of_head(head.width, manifest.vocab_size), bundle.folder / pair.head)
+            ort.check(head.session, of_head(head.width, manifest.vocab_size), bundle, pair.head)
         result = ("logits", manifest.vocab_size) if head is None else ("hidden", head.width)
         graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, result, head, len(manifest.rows))
         sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models if each.name not in variant.graphs}
-        graph.check(bundle.folder / pair.graph)
+        graph.check(bundle, pair.graph, storage.declared)
         if len(sizes) > 1:
             raise BundleError(f"{bundle.folder} has one graph for models of several sizes; export the bundle again.")
         factors = factors_of(bundle, {name: pair.factors[name] for name in manifest.experts if name in pair.factors})
@@ -69,7 +70,7 @@ class OrtPair:
                 )
         self.target = variant.target
         self._head_rows, self._router_name = manifest.rows, router.name
-        self._whole = open_whole(bundle, variant, opened, share_weights)
+        self._whole = open_whole(bundle, variant, opened, storage, share_weights)
         self._take(graph, factors)
         self._fusion = opened.fusion()
         self._head, self._linear, self._exact = head, pair.head_is_linear, exact
@@ -80,9 +81,9 @@ class OrtPair:
         names = [name for name in self._head_rows if name in factors or name in self._whole]
         self._graph, self.factors = graph, factors
         graph.rows = None if names == self._head_rows else [self._head_rows.index(name) for name in names]
-        self.router = PairModel(graph, next(iter(factors.values())), self._router_name, is_expert=False)
+        self.router = PairModel(graph, next(iter(factors.values())), self._router_name, self._storage, is_expert=False)
         self.experts: list[Any] = [  # `PairModel`; `OrtModel` for those apart
-            self._whole.get(name) or PairModel(graph, factors[name], name, is_expert=True) for name in names
+            self._whole.get(name) or PairModel(graph, factors[name], name, self._storage, is_expert=True) for name in names
         ]
         self.apart = frozenset(number for number, name in enumerate(names) if name in self._whole)
 
@@ -102,22 +103,23 @@ class OrtPair:
         return fuser if self._head is None else PairFuser(fuser, self._head, self._linear, self._exact)
 
 
-def open_whole(bundle: Bundle, variant: Variant, opened: CpuSessions, share_weights: bool) -> dict[str, OrtModel]:
+def open_whole(bundle: Bundle, variant: Variant, opened: CpuSessions, storage: Storage, share_weights: bool) -> dict[str, OrtModel]:
     """The experts that have graphs of their own. Raises as `OrtPair`."""
     manifest, models = bundle.manifest, {}
     for spec in (each for each in manifest.models if each.name in variant.graphs):
         session = opened.model(spec.name, variant.graphs[spec.name], share_weights)
         logits = "logits", manifest.vocab_size
-        ort.check(session, of_model(spec, manifest.max_seq_len, logits, 0), bundle.folder / variant.graphs[spec.name], manifest.max_seq_len)
-        models[spec.name] = OrtModel(session, opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0)
+        signature = of_model(spec, manifest.max_seq_len, logits, 0, caches=storage.declared)
+        ort.check(session, signature, bundle, variant.graphs[spec.name], manifest.max_seq_len)
+        models[spec.name] = OrtModel(session, opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0, storage)
     return models
 
 
 class PairModel:
     """One of the models: the router, or an expert. `factors` are bound where it reads: the router's own do not matter."""
 
-    def __init__(self, graph: PairGraph, factors: Arrays, name: str, is_expert: bool):
-        self.graph, self.factors, self.name, self.is_expert = graph, factors, name, is_expert
+    def __init__(self, graph: PairGraph, factors: Arrays, name: str, storage: Storage, is_expert: bool):
+        self.graph, self.factors, self.name, self.storage, self.is_expert = graph, factors, name, storage, is_expert
 
     def cache(self) -> PairCache:
         """Buffers of the full capacity. The operating system maps their pages when they are first written."""
@@ -130,7 +132,7 @@ class PairCache(JointCache):
     def __init__(self, model: PairModel):
         super().__init__(model.is_expert)
         self._model, graph = model, model.graph
-        self.memory = KeysValues(graph.spec, graph.capacity)
+        self.memory = KeysValues(graph.spec, graph.capacity, model.storage)
         self.options = graph.run_options()
 
     def bind(self, router: PairCache | None) -> PairBinding:
@@ -139,7 +141,7 @@ class PairCache(JointCache):
         if router is not None:
             names = f"{router._model.name} and {model.name}"
             return PairBinding(model.graph, router.memory, self.memory, model.factors, router.options, names)
-        nobody = KeysValues(model.graph.spec, 2)
+        nobody = KeysValues(model.graph.spec, 2, model.storage)
         memories = (nobody, self.memory) if model.is_expert else (self.memory, nobody)
         return PairBinding(model.graph, *memories, model.factors, self.options, model.name)
 

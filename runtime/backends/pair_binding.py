@@ -8,7 +8,6 @@ differently: so an expert's answer does not depend on what the router reads besi
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,12 +16,13 @@ from fusionroute.runtime.backend import REUSED, Arrays, Output, Segment
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.hidden_rows import Head, HiddenRows
 from fusionroute.runtime.backends.keys_values import KeysValues
-from fusionroute.runtime.backends.signature import FLOAT, ORT_LENGTHS, Value, of_model, of_pair
+from fusionroute.runtime.backends.signature import FLOAT, ORT_LENGTHS, CacheValue, Value, of_model, of_pair
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import FusionError, one_line
 from fusionroute.runtime.limits import DELTA, EXPERT
 
 if TYPE_CHECKING:
+    from fusionroute.runtime.bundle import Bundle
     from fusionroute.runtime.manifest import Model
 
 
@@ -43,11 +43,11 @@ class PairGraph:
         self._shapes: dict[str, tuple[int | str, ...]] = {value.name: tuple(value.shape) for value in values}
         self.deltas = {name: shape for name, shape in self._shapes.items() if name.startswith(DELTA)}
 
-    def check(self, path: Path, widths: tuple[str, ...] = FLOAT) -> None:
-        """Raise BundleError unless its inputs and outputs are those of the manifest. widths: types of caches and factors."""
-        own = of_model(self.spec, self.capacity, self.result, self.head_rows, ORT_LENGTHS, widths)
-        factors = {name: Value(widths, (None,) * len(shape)) for name, shape in self.deltas.items()}
-        ort.check(self.session, of_pair(own, EXPERT, factors), path, self.capacity)
+    def check(self, bundle: Bundle, name: str, caches: CacheValue, factor_types: tuple[str, ...] = FLOAT) -> None:
+        """Raise BundleError unless its inputs and outputs are those of the manifest. caches: what keys and values are stored as."""
+        own = of_model(self.spec, self.capacity, self.result, self.head_rows, ORT_LENGTHS, caches)
+        factors = {delta: Value(factor_types, (None,) * len(shape)) for delta, shape in self.deltas.items()}
+        ort.check(self.session, of_pair(own, EXPERT, factors), bundle, name, self.capacity)
 
     def unfit(self, factors: Arrays) -> str | None:
         """The first input that an expert's factors do not fit; None: they fit. Names in a shape stand for any rank."""

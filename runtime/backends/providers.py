@@ -58,6 +58,7 @@ RANGES = ("min", "opt", "max")
 
 # (manifest, folder for what is worth keeping) → the provider's options
 Options = Callable[["Manifest", Path], dict[str, str]]
+Providers = list[tuple[str, dict[str, str]]]  # names and options, the first first
 
 
 def cuda_options(manifest: Manifest, cache: Path) -> dict[str, str]:
@@ -158,7 +159,7 @@ class Opener:
             with redirect_stdout(StringIO()):  # it prints what it does not find; the session tells whether that matters
                 onnxruntime.preload_dlls()  # CUDA and cuDNN where pip put them
 
-        self._session(NEGATION, [(provider.name, {}), *self._fallback()], self._devices)
+        self._session("a model", NEGATION, [(provider.name, {}), *self._fallback()], self._devices)
 
     def _missing(self) -> str:
         """The sentence for a provider that this onnxruntime does not have."""
@@ -199,8 +200,7 @@ class Opener:
         options = provider.options(manifest, folder)
         if str(folder) in options.values():
             keep(folder)
-        with bundle.graph(name):  # by its path: TensorRT's parser finds weights by that of the graph
-            return self._session(bundle.folder / name, [(provider.name, options), *self._fallback()], self._devices)
+        return self._of_bundle(bundle, name, [(provider.name, options), *self._fallback()], self._devices)
 
     def place(self, session: Any) -> Place:
         """Where a session's inputs lie."""
@@ -210,15 +210,23 @@ class Opener:
     def open_fusion(self, bundle: Bundle, name: str) -> Any:
         """A session of the fusion graph, a path in the bundle."""
         provider = self.provider
-        own: list[tuple[str, dict[str, str]]] = [] if provider.fallback else [(provider.name, {})]
-        with bundle.graph(name):
-            return self._session(bundle.folder / name, own or self._fallback(), [])
+        own: Providers = [] if provider.fallback else [(provider.name, {})]
+        return self._of_bundle(bundle, name, own or self._fallback(), [])
 
-    def _fallback(self) -> list[tuple[str, dict[str, str]]]:
+    def _fallback(self) -> Providers:
         name = self.provider.fallback
         return [(name, dict(CUDA_OPTIONS))] if name is not None and name in self._built_in else []
 
-    def _session(self, graph: Path | bytes, providers: list[tuple[str, dict[str, str]]], devices: list[Any]) -> Any:
+    def _of_bundle(self, bundle: Bundle, name: str, providers: Providers, devices: list[Any]) -> Any:
+        """A session of a bundle's graph, of the bytes that were hashed. Raises BundleError as `Bundle.graph` does.
+
+        ONNX Runtime tells providers the folder of the weights as the model's, in which TensorRT's parser looks for them
+        (LoadModel in core/session/inference_session.cc, Compile in tensorrt_execution_provider.cc).
+        """
+        with bundle.graph(name) as (content, weights):
+            return self._session(str(bundle.folder / name), content, providers, devices, weights)
+
+    def _session(self, name: str, graph: bytes, providers: Providers, devices: list[Any], weights: str | None = None) -> Any:
         onnxruntime = self._ort
         settings = ort.settings(onnxruntime, 1)  # the host only computes shapes
         settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, self.provider.level)
@@ -229,10 +237,10 @@ class Opener:
                 settings.add_provider_for_devices(devices, providers[0][1])
                 arguments = {}
             # without the fallback to other providers: it prints, and hides what is wrong
-            session = ort.open_session(onnxruntime, graph, settings, enable_fallback=0, **arguments)
+            session = ort.open_session(onnxruntime, graph, settings, weights, enable_fallback=0, **arguments)
         except Exception as error:
             raise UnavailableError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot open {'a model' if isinstance(graph, bytes) else graph} with {names[0]} "
+                f"ONNX Runtime {onnxruntime.__version__} cannot open {name} with {names[0]} "
                 f"({one_line(error)}): use device='cpu', or mend its libraries."
             ) from error
         if names[0] not in session.get_providers():

@@ -21,6 +21,13 @@ class Value(NamedTuple):
     shape: tuple[int | None, ...]
 
 
+class CacheValue(NamedTuple):
+    """What a cache holds: the element types that it may have, and how many values lie in each element."""
+
+    types: tuple[str, ...]
+    packed: int = 1
+
+
 Values = Mapping[str, Value]
 
 
@@ -47,16 +54,17 @@ def fits(shape: list[int | str | None], expected: tuple[int | None, ...]) -> boo
     return len(shape) == len(expected) and all(not isinstance(size, int) or want is None or size == want for size, want in pairs)
 
 
+FLOATS, HALVES = CacheValue(FLOAT), CacheValue(WIDTHS)
 ORT_LENGTHS = {"seqlens_k": Value(INT32, (1,)), "total_sequence_length": Value(INT32, ())}
 TENSORRT_LENGTHS = {"write_index": Value(INT64, (1,)), "key_positions": Value(INT64, (None,))}
 
 
 def of_model(
-    spec: Model, capacity: int, result: tuple[str, int], experts: int, lengths: Values = ORT_LENGTHS, caches: tuple[str, ...] = FLOAT
+    spec: Model, capacity: int, result: tuple[str, int], experts: int, lengths: Values = ORT_LENGTHS, caches: CacheValue = FLOATS
 ) -> Signature:
     """Of a language model. result: the name and width of its answer. experts: how many a router scores, else 0.
 
-    lengths: the inputs that tell how long the text is. caches: the types that keys and values may have.
+    lengths: the inputs that tell how long the text is. caches: what keys and values are stored as.
     """
     text = {"input_ids": Value(INT64, (1, None)), "logit_positions": Value(INT64, (None,))}
     past, present = (keys_values(spec, capacity, when, caches) for when in ("past", "present"))
@@ -64,9 +72,9 @@ def of_model(
     return Signature(text | dict(lengths) | past, answers | present)
 
 
-def keys_values(spec: Model, capacity: int, when: str, types: tuple[str, ...]) -> dict[str, Value]:
+def keys_values(spec: Model, capacity: int, when: str, caches: CacheValue) -> dict[str, Value]:
     """The caches of all layers."""
-    value = Value(types, (1, spec.kv_heads, capacity, spec.head_size))
+    value = Value(caches.types, (1, spec.kv_heads, capacity, spec.head_size // caches.packed))
     return {f"{when}.{layer}.{kind}": value for layer in range(spec.layers) for kind in ("key", "value")}
 
 

@@ -24,6 +24,7 @@ from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.machine import cores, installed
 from fusionroute.runtime.tensorrt.device import Device
+from fusionroute.runtime.tokenizer_trial import Trial
 
 Key = TypeVar("Key", bound=Hashable)
 Progress = Callable[[str, float], None]  # (what is done now, share of the whole that it added)
@@ -58,7 +59,7 @@ def bench(folder: Path, options: BenchOptions, progress: Progress = lambda *_: N
     with advising(bundle):
         gpu = None if device == "cpu" else Device()
     names = precision_names(bundle, device, options.precisions)
-    with checked(bundle, False, options.trusted) as tokenizer_is_tried:
+    with checked(bundle, False, None if options.trusted else Trial()) as tokenizer_is_tried:
         tokenizer_is_tried()
         ids = prompt_ids(bundle, options.prompt, options.prompt_tokens)
     manifest = bundle.manifest
@@ -154,7 +155,8 @@ def load(
     variant = choose(bundle, DEVICES[device][0], name, device)
     size, quality = size_and_quality(bundle, variant, device if gpu else None)
     device_memory = free - gpu.free_memory() if gpu else None
-    return LoadedPrecision(name, variant.bits_per_weight, size, quality, seconds, memory.growth, device_memory), units
+    kv = sum(map(variant.kv_bytes_per_token, bundle.manifest.models))
+    return LoadedPrecision(name, variant.bits_per_weight, kv, size, quality, seconds, memory.growth, device_memory), units
 
 
 def unit(workload: Workload, runtime: FusionRuntime, ids: Sequence[int], count: int) -> Callable[[], Run]:

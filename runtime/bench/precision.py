@@ -16,12 +16,14 @@ QUALITY = ("perplexity_ratio", "kl_mean", "greedy_agreement", "routing_agreement
 class LoadedPrecision:
     """Bytes on disk of graphs and weights, or of engines; `quality` as in the bundle's report. None: not known.
 
+    kv_bytes_per_token: of keys and values in the caches of all models.
     memory: the largest growth of this process while it was loaded and generated once. device_memory: bytes of the GPU's
     memory that it took.
     """
 
     name: str
     bits_per_weight: float
+    kv_bytes_per_token: int
     bytes: int | None
     quality: dict[str, float | None] | None
     load_seconds: float

@@ -47,7 +47,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
     console.print(*result["notes"], sep="\n")
 
 
-SIZES = ("precision", "bits", "bundle MB", "own memory MB", "mapped MB", "GPU MB", "loading s", "perplexity", "top-1")
+SIZES = ("precision", "bits", "KV bytes/token", "bundle MB", "own memory MB", "mapped MB", "GPU MB", "loading s", "perplexity", "top-1")
 
 
 def sizes(each: dict[str, Any]) -> tuple[str, ...]:
@@ -57,6 +57,7 @@ def sizes(each: dict[str, Any]) -> tuple[str, ...]:
     return (
         each["name"],
         f"{each['bits_per_weight']:.2f}",
+        f"{each['kv_bytes_per_token']:,}",
         megabytes(each["bytes"]),
         megabytes(each["memory"]["anonymous"]),
         megabytes(each["memory"]["mapped"]),

@@ -8,6 +8,7 @@ from fusionroute.runtime.commands.verbs import Verb
 VERBS = {
     "generate": Verb("fusionroute.runtime.commands.generate:generate", "Generate text from a bundle."),
     "bench": Verb("fusionroute.runtime.commands.bench:bench", "Measure the speed and the memory of a bundle."),
+    "plan": Verb("fusionroute.runtime.commands.plan:plan", "Say what fits a device, how fast it would be, and what to export."),
     "inspect": Verb("fusionroute.runtime.commands.inspect:inspect", "Show what is inside a bundle, and check its hashes."),
     "pack": Verb("fusionroute.runtime.commands.archive:pack", "Write a bundle into one file."),
     "unpack": Verb("fusionroute.runtime.commands.archive:unpack", "Write the bundle in such a file into a folder."),

@@ -10,7 +10,7 @@ from rich.table import Table
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.commands.options import BundleFolder, Debug, Json, Trust, VerifyKey
 from fusionroute.runtime.finite_weights import check_finite
-from fusionroute.runtime.manifest import Manifest, Variant
+from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.manifest_file import read_signature
 from fusionroute.runtime.prompt import TOKENIZER
 from fusionroute.runtime.tables import tables
@@ -86,15 +86,10 @@ def precisions_table(console: Console, manifest: Manifest) -> list[Table]:
     """One row per variant."""
     rows = []
     for variant in manifest.variants:
-        kv = kv_bytes_per_token(manifest, variant)
+        kv = {model.name: variant.kv_bytes_per_token(model) for model in manifest.models}
         sizes = [f"{next(iter(kv.values())):,}"] if len(set(kv.values())) == 1 else [f"{name} {size:,}" for name, size in kv.items()]
-        rows.append((variant.target, variant.precision, f"{variant.bits_per_weight:.2f}", "\n".join(sizes)))
-    return tables(console, "Precisions", ("target", "precision"), ("bits/weight", "KV bytes per token of a model"), rows)
-
-
-def kv_bytes_per_token(manifest: Manifest, variant: Variant) -> dict[str, int]:
-    """Bytes of keys and values that a token takes in each model's cache."""
-    return {model.name: 2 * model.layers * model.kv_heads * model.head_size * variant.cache_width for model in manifest.models}
+        rows.append((variant.target, variant.precision, f"{variant.bits_per_weight:.2f}", str(variant.kv_bits), "\n".join(sizes)))
+    return tables(console, "Precisions", ("target", "precision"), ("bits/weight", "KV bits", "KV bytes per token of a model"), rows)
 
 
 def engines_table(console: Console, manifest: Manifest) -> list[Table]:

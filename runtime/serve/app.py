@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 
 from fusionroute.runtime import __version__
@@ -24,6 +24,7 @@ from fusionroute.runtime.serve.guard import Guard
 from fusionroute.runtime.serve.jobs import Jobs, Order
 from fusionroute.runtime.serve.metrics import Metrics
 from fusionroute.runtime.serve.playground import add_playground
+from fusionroute.runtime.serve.replies import EVENTS, REFUSED, ChatCompletion, Completion, Health, Model, Models, Tokens
 from fusionroute.runtime.serve.request_log import RequestLog
 from fusionroute.runtime.serve.requests import ChatRequest, CompletionRequest, Generating, TokenizeRequest, Tool
 from fusionroute.runtime.serve.settings import Settings
@@ -113,7 +114,8 @@ def create_app(runtime: FusionRuntime, settings: Settings, more: Sequence[Fusion
         for each in server.runtimes.values():
             each.close()
 
-    app = FastAPI(title="fusionroute", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)  # their pages need a CDN
+    pages: dict[str, Any] = {"docs_url": None, "redoc_url": None}  # they need a CDN
+    app = FastAPI(title="fusionroute", version=__version__, lifespan=lifespan, responses=REFUSED, **pages)
     app.state.server = server
     add_handlers(app)
     add_information(app, server)
@@ -130,25 +132,25 @@ def add_information(app: FastAPI, server: Server) -> None:
     """The routes that generate nothing."""
     runtime, settings = server.runtime, server.settings
 
-    @app.get("/health")
+    @app.get("/health", response_model=Health)
     async def health() -> JSONResponse:
         draining = server.admission.draining
         return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=Models)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model()]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name}", response_model=Model)
     async def one_model(name: str) -> dict[str, Any]:
         server.check_model(name)
         return model()
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=Tokens)
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         server.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
@@ -172,7 +174,7 @@ def add_generation(app: FastAPI, server: Server) -> None:
     """The routes that generate."""
     runtime, name = server.runtime, server.settings.model
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_model=Completion, responses={200: {"content": EVENTS}})
     async def completions(request: Request, body: CompletionRequest) -> Response:
         server.check_model(body.model)
         options = body.options() | {"top_logprobs": body.logprobs or 0}
@@ -181,7 +183,7 @@ def add_generation(app: FastAPI, server: Server) -> None:
         answer = Answer("text_completion", name, runtime.tokenizer, body.extension.routing, body.logprobs is not None)
         return await server.answer(request, body, order, answer, [])
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: {"content": EVENTS}})
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         server.check_model(body.model)
         if body.top_logprobs and not body.logprobs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -29,7 +30,9 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Beside those of every answer."""
+        """Beside those of every answer, as HTTP asks for."""
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
@@ -49,9 +52,9 @@ def of_validation(error: RequestValidationError) -> ApiError:
     return ApiError(400, message, "unknown_parameter" if unknown else "invalid_value", place or None)
 
 
-def respond(error: ApiError) -> JSONResponse:
-    """The answer."""
-    return JSONResponse(error.content, error.status, error.headers)
+def respond(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The answer. headers: more than the error's own."""
+    return JSONResponse(error.content, error.status, {**error.headers, **(headers or {})})
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -71,7 +74,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def wrong_path(_: Request, error: HTTPException) -> JSONResponse:
-        return respond(ApiError(error.status_code, f"{str(error.detail).rstrip('.')}."))
+        return respond(ApiError(error.status_code, f"{str(error.detail).rstrip('.')}."), error.headers)  # which methods there are
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:

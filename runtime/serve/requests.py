@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.grammar import Grammar
@@ -14,6 +14,9 @@ MOST_CHOICES = 16
 MOST_PROMPTS = 16
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+ROLE = {"type": "object", "properties": {"role": {"type": "string"}}, "required": ["role"]}  # the runtime says what is wrong
+Messages = Annotated[list[Annotated[dict[str, Any], WithJsonSchema(ROLE)]], Field(min_length=1)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
@@ -97,7 +100,7 @@ class Generating(Body):
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
     repetition_penalty: Annotated[float, Field(gt=0)] | None = 1.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, Bias] | None = Field(None, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,11}$"}})
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     stop_token_ids: TokenIds | None = None
@@ -209,7 +212,7 @@ class Tool(Body):
 class ChatRequest(Generating):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
@@ -225,7 +228,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    messages: Messages | None = None
 
 
 def biases(bias: dict[str, float] | None) -> dict[int, float] | None:

@@ -55,8 +55,8 @@ def is_loopback(host: str) -> bool:
 
 def session_bytes(manifest: Manifest, precision: str) -> int:
     """Keys and values of all models for one text of the full context."""
-    width = max(variant.cache_width for variant in manifest.variants if variant.precision == precision)
-    return sum(2 * model.layers * model.kv_heads * model.head_size for model in manifest.models) * width * manifest.max_seq_len
+    variants = [variant for variant in manifest.variants if variant.precision == precision]
+    return max(sum(map(variant.kv_bytes_per_token, manifest.models)) for variant in variants) * manifest.max_seq_len
 
 
 def sessions_within(budget: int | None, each: int) -> int:

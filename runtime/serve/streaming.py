@@ -11,7 +11,7 @@ from fusionroute.runtime.serve.answers import Answer, usage
 from fusionroute.runtime.serve.errors import ApiError, of_runtime
 from fusionroute.runtime.serve.jobs import Finish, Job, Prompt
 from fusionroute.runtime.serve.requests import Tool
-from fusionroute.runtime.serve.tool_calls import read_calls
+from fusionroute.runtime.serve.tool_calls import StreamedCalls, read_calls
 from fusionroute.runtime.text import Token
 
 
@@ -44,9 +44,9 @@ async def collected(job: Job, answer: Answer, tools: list[Tool]) -> dict[str, An
 
 
 async def streamed(job: Job, answer: Answer, tools: list[Tool], include_usage: bool) -> AsyncIterator[bytes]:
-    """Server-sent events. With tools a choice is held back until it is known whether it is a call."""
+    """Server-sent events. With tools, text is held back while it may be a call."""
     begun: set[int] = set()
-    held: dict[int, list[Token]] = {}
+    choices: dict[int, StreamedCalls] = {}
     extra = {"usage": None} if include_usage else {}
 
     def event(number: int, text: str, tokens: list[Token], end: Finish | None = None, calls: Sequence[dict[str, Any]] = ()) -> bytes:
@@ -69,11 +69,11 @@ async def streamed(job: Job, answer: Answer, tools: list[Tool], include_usage: b
             if isinstance(each, Prompt):
                 job.prompt_tokens += each.tokens
             elif isinstance(each, Finish):
-                tokens = held.pop(each.choice, [])
-                text, calls = read_calls("".join(token.text for token in tokens), tools)
+                text, tokens, calls = choices.pop(each.choice, StreamedCalls(tools)).finish()
                 yield event(each.choice, text, tokens, each, calls)
             elif tools:
-                held.setdefault(each[0], []).append(each[1])
+                for token in choices.setdefault(each[0], StreamedCalls(tools)).add(each[1]):
+                    yield event(each[0], token.text, [token])
             else:
                 yield event(each[0], each[1].text, [each[1]])
         if include_usage:

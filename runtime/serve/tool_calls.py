@@ -11,8 +11,10 @@ from typing import Any
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.grammar import Grammar
 from fusionroute.runtime.serve.requests import ChatRequest, Tool, ToolChoice
+from fusionroute.runtime.text import Token
 
-MARKED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)  # as Hermes, Qwen and SmolLM write them
+MARK = "<tool_call>"  # as Hermes, Qwen and SmolLM write them
+MARKED = re.compile(rf"\s*{MARK}\s*(.*?)\s*(?:</tool_call>\s*|$)", re.DOTALL)
 
 
 def told(body: ChatRequest) -> list[dict[str, Any]] | None:
@@ -54,9 +56,44 @@ def read_calls(text: str, tools: Sequence[Tool]) -> tuple[str, list[dict[str, An
     names = {tool.function.name for tool in tools}
     calls = [call for part in MARKED.findall(text) for call in parsed(part, names)]
     if calls:
-        return MARKED.sub("", text).strip(), calls
+        return MARKED.sub("", text), calls
     calls = parsed(text, names)  # some models, and every answer that must be a call, write nothing else
     return ("", calls) if calls else (text, [])
+
+
+class StreamedCalls:
+    """A choice as it comes: its tokens are passed on as soon as they cannot belong to a call any more."""
+
+    def __init__(self, tools: Sequence[Tool]):
+        self._tools, self._text, self._passed = tools, "", 0  # the last counts characters
+        self._held: list[Token] = []
+
+    def add(self, token: Token) -> list[Token]:
+        """The next token; returns those to pass on."""
+        self._held.append(token)
+        self._text += token.text
+        certain, count = certain_length(self._text), 0
+        while count < len(self._held) and self._passed + len(self._held[count].text) <= certain:
+            self._passed += len(self._held[count].text)
+            count += 1
+        ready, self._held = self._held[:count], self._held[count:]
+        return ready
+
+    def finish(self) -> tuple[str, list[Token], list[dict[str, Any]]]:
+        """The rest of the text, the tokens that were not passed on, and the calls."""
+        text, calls = read_calls(self._text, self._tools)
+        return text[self._passed :], self._held, calls
+
+
+def certain_length(text: str) -> int:
+    """How many leading characters of an unfinished answer `read_calls` leaves as they are, whatever comes behind it."""
+    if text.lstrip()[:1] in ("", "{", "["):  # it may be nothing but the JSON of a call
+        return 0
+    mark = text.find(MARK)
+    if mark < 0:
+        last = range(max(len(text) - len(MARK) + 1, 0), len(text))
+        mark = next((place for place in last if MARK.startswith(text[place:])), len(text))
+    return len(text[:mark].rstrip())
 
 
 def parsed(text: str, names: set[str]) -> list[dict[str, Any]]:

@@ -115,10 +115,15 @@ class Event:
 
     def wait(self) -> None:
         """Block the calling thread until the work recorded is done."""
-        self._device.call("cudaEventSynchronize", self.handle)
+        if self.handle is None:  # the collector has ended it before those who wait for it
+            self._device.finish()
+        else:
+            self._device.call("cudaEventSynchronize", self.handle)
 
     def __del__(self) -> None:
-        destroy(self._device, "cudaEventDestroy", self.handle)
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            destroy(self._device, "cudaEventDestroy", handle)
 
 
 class Stream:

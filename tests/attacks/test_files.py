@@ -5,6 +5,7 @@ import random
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from fusionroute.runtime import BundleError, FusionRuntime, cache, files
 from fusionroute.runtime.backends import ort
+from fusionroute.runtime.backends.providers import NEGATION, PROVIDERS, Opener, no_options
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.integrity import note
 from fusionroute.runtime.manifest import Manifest
@@ -107,20 +109,30 @@ def test_weights_that_are_swapped_while_they_load(bundle: Path, monkeypatch: pyt
     }
 
 
-def test_a_graph_that_is_swapped_after_its_check(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def open_on_provider(bundle: Path) -> Any:
+    """As a GPU's provider is given a graph; the CPU's stands in for it."""
+    provider = replace(PROVIDERS["ort-tensorrt"], name="CPUExecutionProvider", extra="cpu", options=no_options, memory="cpu", fallback=None)
+    return Opener(provider).open(Bundle.open(bundle), "graphs/router.ort-cpu.fp32.onnx")
+
+
+@pytest.mark.parametrize("open_graph", [load, open_on_provider])
+def test_a_graph_that_is_swapped_after_its_check(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, open_graph: Callable[[Path], object]
+) -> None:
     """What is loaded are the bytes that were hashed; and the swap is told."""
     graph = bundle / "graphs" / "router.ort-cpu.fp32.onnx"
     opened, contents = ort.open_session, []
 
     def swapping(onnxruntime: Any, content: Any, *arguments: Any, **options: Any) -> Any:
         contents.append(content)
-        graph.write_bytes(b"evil")
+        if content != NEGATION:  # with which providers are tried
+            graph.write_bytes(b"evil")
         return opened(onnxruntime, content, *arguments, **options)
 
     good = graph.read_bytes()
     monkeypatch.setattr(ort, "open_session", swapping)
     with pytest.raises(BundleError, match=r"was changed since the bundle was opened; load the bundle again\.$"):
-        load(bundle)
+        open_graph(bundle)
     assert good in contents and b"evil" not in contents
 
 
@@ -155,13 +167,13 @@ def test_a_file_is_hashed_once_until_it_is_another(bundle: Path, monkeypatch: py
     weights = router_weights(bundle)
     monkeypatch.setattr("fusionroute.runtime.integrity.SETTLED", 0)
     hashed: list[str] = []
-    pieces = Bundle.pieces
+    check = Bundle.check
 
-    def noting(self: Bundle, name: str) -> Any:
+    def noting(self: Bundle, name: str, *arguments: Any) -> None:
         hashed.append(name)
-        return pieces(self, name)
+        check(self, name, *arguments)
 
-    monkeypatch.setattr(Bundle, "pieces", noting)
+    monkeypatch.setattr(Bundle, "check", noting)
     load(bundle).close()
     assert set(hashed) == set(Manifest.read(bundle).files)
     hashed.clear()

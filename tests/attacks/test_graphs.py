@@ -1,11 +1,14 @@
 """Graphs that read what they should not, or never end. The manifest agrees with each: its author wrote both."""
 
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 
+from fusionroute.runtime import BundleError
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.finite_weights import check_finite
 from fusionroute.runtime.graph_file import external_files
 from tests.support.bundles import edit, refusal, rehash
 
@@ -63,6 +66,17 @@ def test_weights_are_read_from_listed_files_only(bundle: Path, location: str) ->
 def test_weights_are_looked_for_everywhere(bundle: Path, holder: str) -> None:
     changed(bundle, lambda model: HOLDERS[holder](model, external("weights/unlisted.bin")))
     assert "reads 'graphs/weights/unlisted.bin', which the manifest does not name" in refusal(bundle)
+
+
+@pytest.mark.parametrize("location", ["weights/unlisted.bin", "/etc/passwd", "../../outside.bin"])
+def test_a_look_for_nan_opens_listed_files_only(bundle: Path, location: str) -> None:
+    """As `inspect --verify` looks at graphs that no device has opened."""
+    changed(bundle, lambda model: HOLDERS["initialiser"](model, external(location)))
+    with pytest.raises(BundleError) as caught:
+        check_finite(Bundle.open(bundle))
+    path = str(PurePosixPath("graphs") / location)
+    expected = f"cannot be read (it reads {path!r}, which the manifest does not name); copy or export the bundle again."
+    assert str(caught.value) == f"{bundle / GRAPH} {expected}"
 
 
 def bomb(model: Any) -> None:

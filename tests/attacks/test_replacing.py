@@ -1,5 +1,6 @@
 """Replacing a bundle: at no moment is there none, whatever ends the process; and what stands in its way is refused."""
 
+import errno
 import logging
 import os
 import resource
@@ -122,6 +123,24 @@ def test_an_old_manifest_that_is_none(tmp_path: Path, change: object) -> None:
     with pytest.raises(InputError) as caught:
         stage(out, force=True)
     assert str(caught.value) == f"{out} exists and is no bundle, so it is not replaced: name another folder with --out."
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
+def test_an_old_manifest_that_cannot_be_read_now_is_not_called_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    out = tmp_path / "bundle"
+    stage(out)
+
+    def fails(folder: Path, name: str, most: int) -> bytes:
+        raise OSError(number, os.strerror(number), str(folder / name))
+
+    monkeypatch.setattr("fusionroute.fr_export.bundle.staged_folder.read_regular", fails)
+    with pytest.raises(InputError) as caught:
+        stage(out, force=True)
+    assert str(caught.value) == (
+        f"{out / 'manifest.json'} cannot be read now ({os.strerror(number)}), so {out} is not replaced: "
+        "mend that, or name another folder with --out."
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

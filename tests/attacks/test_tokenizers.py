@@ -124,7 +124,7 @@ def test_programs_that_embed_python_are_not_started_again(monkeypatch: pytest.Mo
 def test_a_tokenizer_is_tried_once_unless_it_is_trusted(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Path] = []
     monkeypatch.setattr("fusionroute.runtime.integrity.SETTLED", 0)
-    monkeypatch.setattr("fusionroute.runtime.integrity.try_tokenizer", lambda content, path: tried.append(path))
+    monkeypatch.setattr(tokenizer_trial.Trial, "decide", lambda trial, content, path: tried.append(path))
     load(bundle, trusted=True).close()
     assert tried == []
     for _ in range(2):

@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 
-from fusionroute.fr_export.families import FAMILIES
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.view.page import answer_page
 from tests.support.browser import CHROMIUM, ask, browser, opened
-from tests.support.exporting import export_checkpoints
+from tests.support.exporting import export_shipped
 from tests.support.pages import answer_in
-from tests.support.systems import Shape
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("playwright", reason="the browser has an environment of its own: make test-browser")
@@ -29,10 +27,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touc
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    preset = FAMILIES["gemma2"].preset("tiny")
-    assert preset.router is not None
-    out = tmp_path_factory.mktemp("bundle") / "gemma2"
-    return export_checkpoints(out, Shape("gemma2"), preset.router, dict(preset.experts), ("fp32", "int8"))
+    return export_shipped(tmp_path_factory.mktemp("bundle") / "gemma2", "gemma2", ("fp32", "int8"))
 
 
 @pytest.fixture(scope="module")

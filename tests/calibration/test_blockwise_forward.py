@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward, gathered
+from fusionroute.calibration.block import Block
+from fusionroute.calibration.blockwise_forward import BlockwiseForward
+from fusionroute.calibration.text_runs import gathered
 from fusionroute.runtime.errors import FusionError, InputError
 from tests.support.small_blocks import LAYERS, RNG, TABLE, TEXTS, WEIGHTS, H, blocks, expected
 

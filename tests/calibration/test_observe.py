@@ -91,10 +91,10 @@ def test_killed_and_taken_up_again(tmp_path: Path, after: int, monkeypatch: pyte
     steps = 0
     original = BlockwiseForward.step
 
-    def counted(self: BlockwiseForward, see: See) -> None:
+    def counted(self: BlockwiseForward, see: See, **options: Any) -> None:
         nonlocal steps
         steps += 1
-        original(self, see)
+        original(self, see, **options)
 
     monkeypatch.setattr(BlockwiseForward, "step", counted)
     same(observed(masks, states=states, every=0.0, advance=lambda amount: done.append(amount)), whole)

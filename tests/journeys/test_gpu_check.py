@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import cpu_reference, engines, speed, texts
+from benchmarks.gpu_check import cpu_reference, cuda_tests, engines, facts, speed, texts
+from benchmarks.gpu_check.outcome import Finding
 from benchmarks.gpu_check.setup import Setup, same_variant
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.export import Request, export
@@ -74,6 +75,9 @@ def short() -> Iterator[None]:
         patch.multiple(speed, NEW_TOKENS=8, REPEATS=2),
         patch.dict(PRECISIONS, {name: replace(PRECISIONS[name], bounds_on={"tensorrt": {"kl_mean": 0.05}}) for name in ("bf16", "int8")}),
         patch.object(bandwidth, "of_host", return_value=bandwidth.Bandwidth(1e10, 1)),
+        # these run tests/cuda in a process of their own, and copy from memory that the simulated device does not know
+        patch.object(cuda_tests, "run_tests", return_value=Finding(True, "not here", {})),
+        patch.object(facts, "copies", return_value=Finding(True, "not here", {})),
     ):
         yield
 
@@ -97,6 +101,9 @@ def test_on_a_simulated_gpu(bundle: Path, tmp_path: Path) -> None:
     with simulated(Machine(3, "random")):
         checked = check(bundle, tmp_path / "out", 89)
     assert checked.status == 0, checked.report
+    assert checked.statuses("device", "the GPU") == {"passed"} and "compute capability 8.9" in checked.report
+    assert checked.statuses("parity, speed", "ONNX Runtime on CUDA") == {"skipped"}, "the bundle has nothing for it"
+    assert json.loads((tmp_path / "out" / command.FIGURES).read_text())["outcomes"]
     for precision in ("fp32", "bf16", "int8"):
         for name in ("graphs", "build", "parity", "graph replay", "eviction"):
             assert checked.statuses(name, precision) == {"passed"}, (name, precision)

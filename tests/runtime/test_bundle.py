@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fusionroute.runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
-from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.bundle import Bundle, is_leftover
 from fusionroute.runtime.files import partial_name
 from tests.support.bundles import edit, refusal, rehash
 
@@ -41,6 +41,29 @@ def test_what_a_killed_write_has_left_is_no_part_of_the_bundle(bundle: Path) -> 
     left.rename(bundle / ".manifest.json.partial")
     with pytest.raises(BundleError, match="does not belong to the bundle"):
         Bundle.open(bundle).verify()
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("graphs/factors/new.safetensors", True),
+        ("graphs/factors/new.bin", False),
+        ("graphs/factors/deeper/new.safetensors", False),
+        ("graphs/new.safetensors", False),
+        ("new.safetensors", False),
+    ],
+)
+def test_factors_of_an_expert_that_was_being_added_are_left_over(tmp_path: Path, name: str, left: bool) -> None:
+    assert is_leftover(tmp_path / name, tmp_path) == left
+
+
+def test_weights_are_found_by_the_folders_path_where_no_system_has_descriptors_as_paths(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusionroute.runtime.bundle.DESCRIPTORS", "/nowhere")
+    opened = Bundle.open(bundle)
+    with opened.graph("graphs/router.ort-cpu.fp32.onnx") as (content, weights):
+        assert weights == str(bundle / "graphs") and content == (bundle / "graphs/router.ort-cpu.fp32.onnx").read_bytes()
 
 
 def test_folders_that_are_no_bundle(tmp_path: Path) -> None:

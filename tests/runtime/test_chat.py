@@ -155,7 +155,7 @@ def test_a_refusal_is_one_sentence(template: str, words: str) -> None:
     ("options", "words"),
     [
         ({"tools": "f"}, "tools is 'f', expected a list of dicts, or None."),
-        ({"tools": [len]}, "tools[0] is <built-in function len>, expected a dict with a JSON schema."),
+        ({"tools": [len]}, "tools[0] is <built-in function len>, expected a dict with a JSON schema, or a function with type hints."),
         ({"documents": [{"text": "x"}, "y"]}, "documents[1] is 'y', expected a dict."),
         ({"documents": {"text": "x"}}, "documents is {'text': 'x'}, expected a list of dicts, or None."),
         ({"add_generation_prompt": "yes"}, "add_generation_prompt is 'yes', expected True or False."),

@@ -1,12 +1,15 @@
 """Templates with the constructs of common families, over conversations of any kind: the same text, or refused, as in transformers."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from fusionroute.runtime.chat import ChatTemplates, broken, render
 from fusionroute.runtime.errors import InputError
@@ -63,7 +66,7 @@ documents = st.none() | st.lists(st.fixed_dictionaries({"title": texts, "text": 
 names = st.fixed_dictionaries({}, optional={"enable_thinking": st.booleans(), "tools_in_user_message": st.booleans(), "date_string": texts})
 
 
-def by_transformers(templates: str | dict[str, str], messages: list[dict[str, Any]], **options: Any) -> str | None:
+def by_transformers(templates: str | dict[str, str], messages: Sequence[Any], **options: Any) -> str | None:
     """The text that transformers makes, None where it refuses."""
     transformers: Any = pytest.importorskip("transformers", minversion="5.24")
     tokenizers: Any = pytest.importorskip("tokenizers")
@@ -76,7 +79,7 @@ def by_transformers(templates: str | dict[str, str], messages: list[dict[str, An
     return text
 
 
-def by_runtime(templates: str | dict[str, str], messages: list[dict[str, Any]], **options: Any) -> str | None:
+def by_runtime(templates: str | dict[str, str], messages: Sequence[Any], **options: Any) -> str | None:
     """The text that the runtime makes, None where it refuses."""
     known = ("tools", "documents", "add_generation_prompt", "continue_final_message")
     options["chat_template_kwargs"] = {name: options.pop(name) for name in list(options) if name not in known}
@@ -118,6 +121,61 @@ def test_an_ordinary_conversation_is_rendered(family: str) -> None:
 def test_named_templates_are_chosen_as_transformers_does(templates: dict[str, str], tools: Any) -> None:
     messages = [{"role": "user", "content": "x"}]
     assert by_runtime(templates, messages, tools=tools) == by_transformers(templates, messages, tools=tools) is not None
+
+
+def sum_of(numbers: list[float]) -> float:
+    """Add numbers.
+
+    Args:
+        numbers: What to add.
+    """
+    return sum(numbers)
+
+
+class Call(BaseModel):
+    type: str = "function"
+    function: dict[str, Any]
+
+
+class Message(BaseModel):
+    """As OpenAI's client gives one."""
+
+    role: str
+    content: str | None = None
+    tool_calls: list[Call] | None = None
+
+
+@dataclass
+class Turn:
+    role: str
+    content: str | list[Message]
+    name: str | None = None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_functions_models_and_dataclasses_are_what_transformers_makes_of_them(family: str) -> None:
+    """Tools that are functions, and messages that are no dicts, with objects in them."""
+    asked, called = (
+        Turn("user", "1+2="),
+        Message(role="assistant", tool_calls=[Call(function={"name": "sum_of", "arguments": {"numbers": [1, 2]}})]),
+    )
+    told = {"role": "tool", "content": "3", "tool_call_id": "call00001"}
+    for messages in ([asked], [asked, Message(role="assistant", content="3"), asked], [asked, called, told]):
+        expected = by_transformers(FAMILIES[family], messages, tools=[sum_of], add_generation_prompt=True)
+        assert by_runtime(FAMILIES[family], messages, tools=[sum_of]) == expected
+        assert messages[1:] or expected is not None
+
+
+def test_a_model_that_cannot_be_read_is_named() -> None:
+    class Broken(Message):
+        def model_dump(self, **options: Any) -> dict[str, Any]:
+            raise RuntimeError("no")
+
+    with pytest.raises(InputError) as caught:
+        render("{{ messages }}", [Broken(role="user")])
+    assert str(caught.value) == "Broken cannot be read by its model_dump (no): pass a dict."
+    with pytest.raises(InputError, match=r"^Message 1 is ModelMetaclass, expected "):
+        render("{{ messages }}", [Message])
 
 
 def test_without_a_default_template() -> None:

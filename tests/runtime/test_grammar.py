@@ -218,6 +218,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Grammar.json_schema({"const": math.nan}),
         "The JSON schema cannot be written as JSON (Out of range float values are not JSON compliant",
     ),
+    "exactly one": (
+        lambda: Grammar.json_schema({"oneOf": [{"type": "integer"}, {"minimum": 2}]}),
+        "The JSON schema is refused: oneOf constraints are not supported.",
+    ),
     "look-ahead": (
         lambda: Grammar.json_schema({"type": "string", "pattern": "(?=a)b"}),
         "The JSON schema is refused: regex parse error: (?=a)b error: look-around, including look-ahead and look-behind, is not supported.",

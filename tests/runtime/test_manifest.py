@@ -1,6 +1,7 @@
 """Manifests that do not fit their bundle, lead out of it, or are none; and how one is written."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def other_graph(content: dict[str, Any]) -> None:
 
 
 MANIFESTS: dict[str, tuple[Change, str]] = {
-    "unknown format": (lambda m: m.update(format=4), "has the format 4, and this version reads 1 to 3: update fusionroute"),
+    "unknown format": (lambda m: m.update(format=5), "has the format 5, and this version reads 1 to 4: update fusionroute"),
     "overlapping tensors": (lambda m: weights(m)["tensors"][1].update(offset=1), "inside the one before it"),
     "tensors beyond the file": (lambda m: weights(m)["tensors"][-1].update(bytes=10**9), "its tensors end at byte"),
     "unknown field": (lambda m: m.update(colour="red"), "colour: Extra inputs are not permitted"),
@@ -69,8 +70,8 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "curve out of range": (lambda m: m.update(lam_curve=[[0.5, 1.5]]), "lam_curve.0.1: Input should be less than or equal to 1"),
     "unknown fusion": (lambda m: m.update(fusion="product"), "fusion: Input should be 'weighted' or 'additive'"),
     "hash that is none": (lambda m: next(iter(m["files"].values())).update(sha256="abc"), "sha256"),
-    "format that is no number": (lambda m: m.update(format=True), "has the format True, and this version reads 1 to 3: update"),
-    "format of another type": (lambda m: m.update(format=2.0), "has the format 2.0, and this version reads 1 to 3: update"),
+    "format that is no number": (lambda m: m.update(format=True), "has the format True, and this version reads 1 to 4: update"),
+    "format of another type": (lambda m: m.update(format=2.0), "has the format 2.0, and this version reads 1 to 4: update"),
     "lambda that is a bool": (lambda m: m.update(lam=True), "lam: Input should be a valid number"),
     "lambda that is a text": (lambda m: m.update(lam="0.4"), "lam: Input should be a valid number"),
     "length that is a text": (lambda m: m.update(max_seq_len="64"), "max_seq_len: Input should be a valid integer"),
@@ -140,3 +141,30 @@ def test_json_that_readers_could_understand_in_two_ways(bundle: Path, old: str, 
 def test_manifests_that_are_none(bundle: Path, text: bytes) -> None:
     (bundle / "manifest.json").write_bytes(text)
     assert "manifest.json" in refusal(bundle)
+
+
+CACHES = [("ort:cpu", "fp16", 32), ("ort:cpu", "fp32", 32), ("ort:cuda", "fp32", 32), ("ort:cuda", "int8", 16), ("tensorrt", "bf16", 16)]
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "bits"), [*CACHES, ("portable", "int8", 32), ("portable", "fp16", 16), ("portable", "bf16", 16)]
+)
+def test_caches_are_as_wide_as_the_graphs_compute(bundle: Path, target: str, precision: str, bits: int) -> None:
+    variant = Manifest.read(bundle).variants[0]
+    name = "".join(list(precision))  # as a file has it: equal, and not the same
+    assert variant.model_copy(update={"target": target, "precision": name}).kv_bits == bits
+
+
+def test_the_first_file_that_is_not_listed_is_named(bundle: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        first(content)["graphs"]["router"], first(content)["fusion_graph"] = "graphs/b.onnx", "graphs/a.onnx"
+
+    edit(bundle, change)
+    assert "(the file: the file graphs/a.onnx of the variant " in refusal(bundle)
+
+
+def test_a_manifest_of_more_than_64_mib_is_not_read(bundle: Path) -> None:
+    os.truncate(bundle / "manifest.json", (1 << 26) + 1)
+    assert (
+        refusal(bundle) == f"{bundle / 'manifest.json'} cannot be read (it has more than 67108864 bytes); copy or export the bundle again."
+    )

@@ -1,7 +1,7 @@
 """The prefix cache: what was read of a prompt is not read again, and nothing else changes."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backends.ort_cpu import OrtCache
+from fusionroute.runtime.prefix import PrefixCache
 
 SYSTEM = list(range(5, 65))
 
@@ -132,3 +133,32 @@ def test_lenders_may_go_on_and_forget_meanwhile(runtimes: tuple[FusionRuntime, F
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+class Reader:
+    """A model's reader that has read so many of any tokens."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def offer(self, ids: Sequence[int]) -> int:
+        return self.length
+
+    def lend(self, ids: Sequence[int], cache: Any) -> None:
+        cache.append(self.length)
+
+
+@pytest.mark.parametrize(("lengths", "lent"), [([], []), ([15], []), ([16], [16]), ([17], [17]), ([0, 40, 20], [40]), ([64, 16], [64])])
+def test_the_longest_beginning_is_lent_from_16_tokens_on(lengths: list[int], lent: list[int]) -> None:
+    """Once, and by another than the borrower, which has read nothing yet; by nobody after all was forgotten."""
+    copied: list[int] = []
+    cache, readers, borrower = PrefixCache(), [Reader(length) for length in lengths], Reader(99)
+    for reader in (*readers, borrower):
+        cache.borrow(reader, [], [])  # type: ignore[arg-type]
+    cache.borrow(borrower, [], copied)  # type: ignore[arg-type]
+    assert copied == lent
+    cache.borrow(Reader(0), [], copied)  # type: ignore[arg-type]
+    assert copied == [*lent, 99], "the borrower lends too"
+    cache.forget()
+    cache.borrow(Reader(0), [], copied)  # type: ignore[arg-type]
+    assert copied == [*lent, 99]

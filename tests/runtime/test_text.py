@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fusionroute.runtime.errors import BundleError, InputError
-from fusionroute.runtime.text import Text
+from fusionroute.runtime.text import Text, failed
 from fusionroute.runtime.text_stream import TextStream
 from tests.support.tokenizers import MAKERS, SAMPLE, byte_level, id_of, joined, one_byte, streamed, text_of, token
 
@@ -154,6 +154,24 @@ def test_encode_and_decode_are_the_tokenizers(tmp_path: Path) -> None:
     assert text.decode(ids) == "Grüße, 😀"
     assert text.decode(ids, skip_special_tokens=False) == "<bos>Grüße, 😀"
     assert text.decode(np.array(ids)) == "Grüße, 😀"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "space"), [("byte level", ""), ("byte fallback", ""), ("byte fallback, strip", " "), ("metaspace", " ")])
+def test_pieces_are_what_tokens_add(kind: str, space: str) -> None:
+    """Spaces included, and special tokens as they are spelled. Some vocabularies write a space before the first word."""
+    text, sample = text_of(kind), SAMPLE[0]
+    pieces = [text.piece(id) for id in text.encode(space + sample, special=False)]
+    assert "".join(pieces) in (space + sample, " " + sample) and len(pieces) > 5
+    assert text.piece(id_of(kind, "<bos>")) == "<bos>"
+
+
+def test_panics_are_errors_of_a_text_and_other_ends_are_not() -> None:
+    panic = type("".join(("Panic", "Exception")), (BaseException,), {})
+    for error in (panic("index 5"), ValueError("index 5")):
+        assert str(failed(error)) == "The tokenizer fails on this text (index 5); export the bundle again."
+    for end in (KeyboardInterrupt(), SystemExit()):
+        with pytest.raises(type(end)):
+            failed(end)
 
 
 def test_bad_input_is_said_in_one_sentence(tmp_path: Path) -> None:

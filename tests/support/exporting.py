@@ -51,6 +51,13 @@ def export_checkpoints(
     return out
 
 
+def export_shipped(out: Path, family: str, precisions: tuple[str, ...]) -> Path:
+    """Export the small trained system of a family that ships here to `out`."""
+    preset = FAMILIES[family].preset("tiny")
+    assert preset.router is not None
+    return export_checkpoints(out, Shape(family), preset.router, dict(preset.experts), precisions)
+
+
 def export_runtime_bundles(root: Path) -> list[Path]:
     """The bundles of tests/runtime: random weights, which do not end their texts by themselves.
 

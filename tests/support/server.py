@@ -19,13 +19,13 @@ MODEL = "tiny"
 
 
 class Served:
-    """A running server. `url` ends with the port."""
+    """A running server. `url` ends with the port. `key`: what clients send."""
 
     def __init__(self, runtime: FusionRuntime, settings: Settings, more: Sequence[FusionRuntime] = ()):
         self.app = create_app(runtime, settings, more)
         self.server: Server = self.app.state.server
         listening = bound(replace(settings, port=0))
-        self.url = f"http://{address(listening)}"
+        self.url, self.key = f"http://{address(listening)}", settings.api_key or "none"
         self.uvicorn = DrainingServer(self.app, settings)
         self.thread = threading.Thread(target=self.uvicorn.run, args=([listening],))
         self.thread.start()

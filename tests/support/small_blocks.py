@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from fusionroute.calibration.blockwise_forward import Block
+from fusionroute.calibration.block import Block
 
 H, V, LAYERS = 8, 20, 3
 RNG = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Graph rewrites, one per file; each leaves the function of the graph as it was, `to_half` up to rounding.
+"""Graph rewrites, one per file; each leaves the function of the graph as it was, `to_half` and `quantise_caches` up to rounding.
 
 `pair_segments` makes a graph for two models at once, `expert_factors` ends one, `models_in_batch` makes one for many texts
 of several models, `split_head` makes two graphs of one.
@@ -11,6 +11,7 @@ from fusionroute.fr_export.graphs.passes.fuse_skip_norm import fuse_skip_norm
 from fusionroute.fr_export.graphs.passes.models_in_batch import models_in_batch
 from fusionroute.fr_export.graphs.passes.pack_qkv import pack_qkv, split_qkv
 from fusionroute.fr_export.graphs.passes.pair_segments import pair_segments
+from fusionroute.fr_export.graphs.passes.quantise_caches import quantise_caches
 from fusionroute.fr_export.graphs.passes.remove_redundant_views import remove_redundant_views
 from fusionroute.fr_export.graphs.passes.slices_to_split import slices_to_split
 from fusionroute.fr_export.graphs.passes.split_head import is_linear, shares_head, split_head
@@ -25,6 +26,7 @@ __all__ = [
     "models_in_batch",
     "pack_qkv",
     "pair_segments",
+    "quantise_caches",
     "remove_redundant_views",
     "shares_head",
     "slices_to_split",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.table import Table
 from fusionroute.fr_export.commands.main import run
 from fusionroute.runtime import InputError
@@ -54,6 +55,11 @@ def table_of_others(out: Path) -> None:
     Table([], {"router": {}, "physics": {}}, "identity").save(out.parent / "table.safetensors")
 
 
+def table_of_an_older_version(out: Path) -> None:
+    models: dict[str, dict[str, Observer]] = {name: {} for name in ("router", "math", "code", "instruction")}
+    Table([], models, "identity").save(out.parent / "table.safetensors")
+
+
 def no_line(out: Path) -> None:
     (out.parent / "prompts.jsonl").write_text('"a prompt"\n{"answer": 3}\n')
 
@@ -74,6 +80,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], tuple[object, ...], tuple[str, 
         table_of_others,
         ("--calibration", "table.safetensors"),
         ("of the models router, physics", "the system has router, math, code, instruction", "calibrate this system"),
+    ),
+    "a table without keys and values": (
+        table_of_an_older_version,
+        ("--calibration", "table.safetensors", "--kv", "int8"),
+        ("table.safetensors is of a version that did not look at keys and values", "calibrate again, or leave out --kv int8"),
     ),
     "a GPU that no engine is built for": (nothing, ("--target", "rtx:sm10"), ("does not build for sm10", "sm86")),
     "a log in the bundle": (nothing, ("--log", "bundle/log"), ("would lie in the folder", "--log")),

@@ -63,6 +63,27 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "unknown precision of such a preset": ((*LLAMA, "--preset", "paper", "--precision", "int3"), ("--precision", "'int3'")),
     "unknown precision": ((*LLAMA, "--precision", "fp32,int3"), ("--precision", "'int3'", "fp32, fp16, bf16, int8, int4")),
     "no precision": ((*LLAMA, "--precision", ""), ("--precision", "fp32, fp16, bf16, int8, int4")),
+    "unknown precision of keys and values": ((*LLAMA, "--kv", "int2"), ("--kv", "'int2'", "fp32", "int8", "int4")),
+    "keys and values in fp16 on a CPU": (
+        (*LLAMA, "--kv", "fp16"),
+        ("--kv / --target", "ort:cpu keeps no keys and values in fp16; name one of fp32, int8, int4"),
+    ),
+    "keys and values in fp8 on a CPU": (
+        (*LLAMA, "--kv", "fp8"),
+        ("--kv / --target", "ort:cpu keeps no keys and values in fp8; name one of fp32, int8, int4"),
+    ),
+    "keys and values of another target": (
+        (*LLAMA, "--target", "ort,portable", "--kv", "int8"),
+        ("portable keeps keys and values in the type of its activations; leave out --kv, or export portable without it",),
+    ),
+    "keys and values of engines": (
+        (*LLAMA, "--target", "rtx", "--kv", "int8"),
+        ("tensorrt keeps keys and values in the type of its activations; leave out --kv, or export tensorrt without it",),
+    ),
+    "keys and values without scales": (
+        (*LLAMA, "--calibration", "none", "--kv", "int8"),
+        ("--kv / --calibration", "int8 needs the scales of calibration; leave out --calibration none, or name fp32"),
+    ),
     "unknown fusion": ((*LLAMA, "--fusion", "product"), ("--fusion", "'product'", "weighted", "additive")),
     "large lambda": ((*LLAMA, "--lambda", "1.5"), ("--lambda",)),
     "lambda that is none": ((*LLAMA, "--lambda", "nan"), ("--lambda",)),

@@ -10,7 +10,6 @@ import onnx
 import pytest
 
 from fusionroute.fr_export.commands.main import VERBS, run
-from fusionroute.runtime.commands.inspect import kv_bytes_per_token
 from fusionroute.runtime.manifest import Manifest
 from tests.support.paths import REPOSITORY
 from tests.support.systems import Shape, make_system
@@ -91,4 +90,4 @@ def test_inspect_counts_the_bytes_that_the_caches_of_the_graphs_have(tmp_path: P
         past = next(value.type.tensor_type for value in graph.input if value.name.startswith("past"))
         item_size = onnx.helper.tensor_dtype_to_np_dtype(past.elem_type).itemsize
         expected = 2 * item_size * model.layers * model.kv_heads * model.head_size
-        assert kv_bytes_per_token(manifest, variant)["router"] == expected, (variant.target, variant.precision)
+        assert variant.kv_bytes_per_token(manifest.models[0]) == expected, (variant.target, variant.precision)

@@ -33,7 +33,7 @@ def benchmark(console: Console) -> None:
         "bytes_per_second": 23.45e9, "bandwidth_share": 0.87, "acceptance_rate": 0.66,
     }  # fmt: skip
     precision = {
-        "name": "int8-wo", "bits_per_weight": 8.51, "bytes": 5_678_900_000, "memory": {"anonymous": 9_876_500_000, "mapped": 1_234_500_000},
+        "name": "int8-wo", "bits_per_weight": 8.51, "kv_bytes_per_token": 184_320, "bytes": 5_678_900_000, "memory": {"anonymous": 9_876_500_000, "mapped": 1_234_500_000},
         "device_memory": None, "load_seconds": 31.4, "quality": {"perplexity_ratio": 1.0123, "greedy_agreement": 0.9876},
     }  # fmt: skip
     machine = {"cores": 2, "read_bandwidth": 20e9}

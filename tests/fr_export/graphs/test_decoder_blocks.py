@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fusionroute.calibration import blockwise_forward
-from fusionroute.calibration.blockwise_forward import Block, BlockwiseForward
+from fusionroute.calibration.block import Block
+from fusionroute.calibration.blockwise_forward import BlockwiseForward
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.decoder_blocks import embedding, matrices, reader, split

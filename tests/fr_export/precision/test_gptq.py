@@ -110,6 +110,20 @@ def test_inputs_all_alike_are_damped_until_they_factor() -> None:
     assert torch.isfinite(factor.shares).all()
 
 
+@pytest.mark.parametrize("channels", [5, 150])
+def test_the_root_of_a_sum_is_of_the_damped_sum(channels: int) -> None:
+    inputs = correlated(4 * channels, channels, 3)
+    root = known(inputs).root().double().numpy()
+    total = inputs.T.astype(np.float64) @ inputs
+    damped = total + gptq.DAMPING * np.diag(total).mean() * np.eye(channels)
+    np.testing.assert_allclose(root @ root.T, damped, rtol=1e-4, atol=1e-5 * damped.max())
+    assert np.array_equal(root, np.tril(root))
+    nothing = gptq.Hessian(channels).root().numpy()
+    np.testing.assert_allclose(
+        nothing, np.sqrt(gptq.DAMPING) * np.eye(channels), rtol=1e-6, err_msg="without inputs all channels count alike"
+    )
+
+
 def test_ranges_are_clipped_where_important_channels_want_it() -> None:
     row = np.full((1, 32), 0.1, np.float32)
     row[0, :16], row[0, 31] = -0.1, 3.0

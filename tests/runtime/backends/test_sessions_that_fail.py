@@ -27,6 +27,16 @@ CAUSES: dict[str, tuple[Exception, type[FusionError], str]] = {
         UnavailableError,
         "; update ONNX Runtime, or export the bundle with the release that reads it.",
     ),
+    "an attribute that it does not know": (
+        RuntimeError("Unrecognized attribute: k_quant_type for operator GroupQueryAttention"),
+        UnavailableError,
+        "; update ONNX Runtime, or export the bundle with the release that reads it.",
+    ),
+    "more inputs than it knows": (
+        RuntimeError("Error Node(n) with schema(com.microsoft::GroupQueryAttention:1) has input size 14 not in range [min=7, max=12]."),
+        UnavailableError,
+        "; update ONNX Runtime, or export the bundle with the release that reads it.",
+    ),
     "a broken graph": (RuntimeError("Protobuf parsing failed."), BundleError, "(Protobuf parsing failed.); export the bundle again."),
 }
 

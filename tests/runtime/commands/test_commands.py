@@ -13,12 +13,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from fusionroute.runtime import FusionRuntime, integrity
+from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.commands import generate as generate_module
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.stream import End, Stream, no_release
 from fusionroute.runtime.text import Token
+from fusionroute.runtime.tokenizer_trial import Trial
 from tests.support.bundles import rehash
 from tests.support.commands import Command
 
@@ -122,7 +123,7 @@ def test_trust_leaves_out_the_trial_of_the_tokenizer(bundles: list[Path], comman
         *(("--max-new-tokens", 1) if verb == "generate" else ("--new-tokens", 2, "--repeats", 1, "--precision", "fp32")),
     )
     known = bandwidth.Bandwidth(20e9, 1 << 28)
-    with patch.object(integrity, "try_tokenizer") as trial, patch.object(bandwidth, "of_host", return_value=known):
+    with patch.object(Trial, "decide") as trial, patch.object(bandwidth, "of_host", return_value=known):
         assert command(verb, bundle, *fast, "--trust").status == 0
         assert not trial.called
         assert command(verb, bundle, *fast).status == 0

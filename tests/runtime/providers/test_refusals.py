@@ -19,7 +19,7 @@ from fusionroute.runtime.backends import DEVICES, KNOWN, BackendOptions
 from fusionroute.runtime.backends.device_buffers import Place
 from fusionroute.runtime.backends.ort_cpu import OrtCpu
 from fusionroute.runtime.backends.ort_gpu import OrtGpu
-from fusionroute.runtime.backends.providers import CUDA, PROVIDERS, Opener, keep
+from fusionroute.runtime.backends.providers import CUDA, NEGATION, PROVIDERS, Opener, keep
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cache import USER
 from fusionroute.runtime.errors import InputError, UnavailableError
@@ -42,9 +42,9 @@ def package(monkeypatch: pytest.MonkeyPatch, available: list[str], opens: Any = 
     """A stand-in for onnxruntime with some providers; returns what its sessions were opened with."""
     opened: list[Any] = []
 
-    def session(path: str | bytes, settings: Any, **arguments: Any) -> Any:
-        opened.append((path, arguments, settings)) if isinstance(path, str) else None
-        assert isinstance(path, bytes) or not opens, "a graph is opened on a provider that does not load"
+    def session(content: bytes, settings: Any, **arguments: Any) -> Any:
+        opened.append((content, arguments, settings)) if content != NEGATION else None
+        assert content == NEGATION or not opens, "a graph is opened on a provider that does not load"
         if isinstance(opens, Exception):
             raise opens
         names = [name for name, _ in arguments.get("providers", ())] or [device.ep_name for device in settings.devices]
@@ -134,9 +134,9 @@ def test_options_name_every_free_input_and_a_folder_for_each_graph(monkeypatch: 
     folders = [Path(each[0][1]["trt_engine_cache_path"]) for each in (first, second)]
     assert folders[0] != folders[1] and all(folder.is_dir() and cache_folder() in folder.parents for folder in folders)
     assert all(arguments["enable_fallback"] == 0 for _, arguments, _ in opened)
-    graph = onnxruntime.InferenceSession(
-        str(bundles["llama3"] / "graphs/router.tensorrt.fp32.onnx"), opened[0][2], providers=["CPUExecutionProvider"]
-    )
+    contents = [(bundles["llama3"] / name).read_bytes() for name in (*names, "graphs/fusion.onnx")]
+    assert [content for content, _, _ in opened] == contents, "the bytes that were hashed"
+    graph = onnxruntime.InferenceSession(str(bundles["llama3"] / names[0]), providers=["CPUExecutionProvider"])
     free = {value.name for value in graph.get_inputs() if any(isinstance(size, str) for size in value.shape)}
     assert {part.split(":")[0] for part in options["trt_profile_opt_shapes"].split(",")} == free
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def test_each_call_is_answered(named: Served, command: str) -> None:
             assert content["choices"][0]["fusionroute"]["tokens"]
         if "json_schema" in command:
             assert set(json.loads(content["choices"][0]["message"]["content"])) == {"sum"}
+
+
+def test_the_program_of_the_page_prints_an_answer(named: Served) -> None:
+    pytest.importorskip("openai")
+    [program] = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    command = [sys.executable, "-c", program.replace("http://127.0.0.1:8000", named.url)]
+    printed = subprocess.run(command, capture_output=True, check=True).stdout.decode()
+    beginning = named.server.runtime.generate([{"role": "user", "content": "12+30="}], 8).text.rstrip("\ufffd")
+    assert beginning and printed.startswith(beginning)
 
 
 def test_there_is_a_call_of_every_path() -> None:

@@ -2,14 +2,16 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 
 from fusionroute.runtime import FusionRuntime, Grammar
-from tests.support.server import MODEL, Served
+from tests.support.server import MODEL, Served, served, wait_until
 
 openai = pytest.importorskip("openai")
 
@@ -30,8 +32,13 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def client(server: Served) -> Iterator[Any]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as connected:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key=server.key, max_retries=0) as connected:
         yield connected
+
+
+def short_object(rt: FusionRuntime) -> dict[int, float]:
+    """A bias under which the text of a JSON object is soon over."""
+    return {rt.encode('"')[-1]: 40.0, rt.encode("}")[-1]: 20.0}
 
 
 def own(options: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +128,12 @@ def test_logprobs(client: Any, rt: FusionRuntime) -> None:
     assert len(logprobs.top_logprobs) == len(logprobs.text_offset) == 5
 
 
+def test_options_of_vllm(client: Any, rt: FusionRuntime) -> None:
+    options: dict[str, Any] = {"top_k": 8, "min_p": 0.02, "repetition_penalty": 1.1}
+    answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=12, temperature=0.9, seed=3, extra_body=options)
+    assert answer.choices[0].text == rt.generate(PROMPT, 12, temperature=0.9, seed=3, **options).text
+
+
 def test_json_and_grammars(client: Any, rt: FusionRuntime) -> None:
     format: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
     options: Any = {"model": MODEL, "messages": MESSAGES, "temperature": 0.8, "seed": 1}
@@ -128,6 +141,12 @@ def test_json_and_grammars(client: Any, rt: FusionRuntime) -> None:
     jsonschema.validate(json.loads(answer.choices[0].message.content), SCHEMA)
     expected = rt.generate(MESSAGES, rt.max_seq_len, temperature=0.8, seed=1, grammar=Grammar.json_schema(SCHEMA))
     assert answer.choices[0].message.content == expected.text
+    bias = short_object(rt)
+    answer = client.chat.completions.create(
+        response_format={"type": "json_object"}, logit_bias={str(id): value for id, value in bias.items()}, **options
+    )
+    expected = rt.generate(MESSAGES, rt.max_seq_len, temperature=0.8, seed=1, grammar=Grammar.json_object(), logit_bias=bias)
+    assert answer.choices[0].message.content == expected.text and isinstance(json.loads(expected.text), dict)
     for outputs, text in (({"regex": "[0-9]{4}"}, None), ({"grammar": 'start: "yes"'}, "yes"), ({"json": {"const": 5}}, "5")):
         answer = client.chat.completions.create(extra_body={"structured_outputs": outputs}, **options)
         content = answer.choices[0].message.content
@@ -147,6 +166,9 @@ def test_tools(client: Any, rt: FusionRuntime) -> None:
         streamed = [each for piece in pieces for each in piece.choices[0].delta.tool_calls or ()]
         assert [(each.index, each.function.name, each.function.arguments) for each in streamed] == [(0, "add", call.function.arguments)]
         assert pieces[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_calls_and_what_they_returned_reach_the_template(client: Any, rt: FusionRuntime) -> None:
     messages: Any = [
         *MESSAGES,
         {
@@ -182,3 +204,30 @@ def test_errors_are_the_clients_own(client: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="The model 'gpt' is not here: use 'tiny'") as missing:
         client.chat.completions.create(model="gpt", messages=MESSAGES)
     assert missing.value.code == "model_not_found"
+
+
+def test_a_wrong_key_is_the_clients_own_error(rt: FusionRuntime) -> None:
+    with served(FusionRuntime.load(rt.bundle.folder, precision="fp32"), api_key="secret") as running:
+        for key, right in (("secret", True), ("wrong", False)):
+            with openai.OpenAI(base_url=running.url + "/v1", api_key=key, max_retries=0) as connected:
+                if right:
+                    assert connected.models.list().data
+                    continue
+                with pytest.raises(openai.AuthenticationError) as caught:
+                    connected.models.list()
+                assert caught.value.code == "invalid_api_key"
+
+
+def test_a_stream_that_is_closed_in_the_middle(client: Any, server: Served) -> None:
+    with client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=900, stream=True, temperature=0, extra_body={"ignore_eos": True}
+    ) as stream:
+        for _ in range(5):
+            next(stream)
+    wait_until(lambda: running_requests(server) == 0)
+
+
+def running_requests(server: Served) -> int:
+    """As /metrics tells, which a server in another process does too."""
+    text = httpx.get(server.url + "/metrics", headers={"authorization": f"Bearer {server.key}"}).text
+    return int(float(re.findall(r"^fusionroute_requests_running (\S+)$", text, re.MULTILINE)[0]))

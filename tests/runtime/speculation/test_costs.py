@@ -1,12 +1,14 @@
 """Costs of passes are measured once; with `exact`, a plain step costs two tokens."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from fusionroute.runtime import FusionRuntime
+from fusionroute.runtime.cache import write_checked
 from fusionroute.runtime.speculation import costs
-from fusionroute.runtime.speculation.costs import seconds_by_tokens
+from fusionroute.runtime.speculation.costs import VALID, Costs, read_costs, seconds_by_tokens
 from tests.support.speculation import ONE
 
 
@@ -35,3 +37,12 @@ def test_passes_of_both_are_measured_once(shared: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(costs, "measure", None)
         with FusionRuntime.load(shared, "fp32", "cpu", speculation="auto") as second:
             assert second._sets.current.costs == first._sets.current.costs
+
+
+def test_costs_of_a_month_ago_and_of_other_experts_are_measured_again(tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    known = Costs(ONE, (ONE, ONE), 0.5, True, (ONE, ONE))
+    write_checked(file, asdict(known) | {"measured": 1000.0})
+    for seconds, expected in ((0.0, known), (VALID, known), (VALID + 1, None)):
+        assert read_costs(file, 2, lambda seconds=seconds: 1000.0 + seconds) == expected  # type: ignore[misc]
+    assert read_costs(file, 1, lambda: 1000.0) is None and read_costs(tmp_path / "none.json", 2) is None

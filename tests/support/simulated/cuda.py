@@ -60,6 +60,9 @@ class Cuda:
     def cudaSetDevice(self, device: int) -> tuple[int]:
         return (0,)
 
+    def cudaDriverGetVersion(self) -> tuple[int, int]:
+        return 0, 13000
+
     def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
         return 0, f"simulated error {error}".encode()
 

@@ -27,6 +27,15 @@ def plan(onnx_graph: Path) -> bytes:
     return json.dumps({"kind": MAGIC, "graph": str(onnx_graph)}).encode()
 
 
+def read_plan(content: bytes) -> Path | None:
+    """The graph that such bytes name; None for others."""
+    try:
+        described = json.loads(content)
+        return Path(described["graph"]) if described["kind"] == MAGIC else None
+    except (ValueError, KeyError):
+        return None
+
+
 class Location(Enum):
     """TensorLocation."""
 
@@ -60,13 +69,11 @@ class TensorRt:
 
     def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
         """An engine, or None with a reason in the log."""
-        try:
-            described = json.loads(content)
-            assert described["kind"] == MAGIC
-        except (ValueError, KeyError, AssertionError):
+        path = read_plan(content)
+        if path is None:
             self._logger.log(ILogger.Severity.ERROR, "Serialization assertion magicTag failed.")
             return None
-        engine = Engine(self._cuda, Path(described["graph"]), self._logger)
+        engine = Engine(self._cuda, path, self._logger)
         self.engines.append(engine)
         return engine
 
