@@ -38,7 +38,7 @@ def processor() -> list[str]:
 
 
 def sums_in_32_bits() -> bool:
-    """Whether the processor is known to sum products of 8 bits in 32 bits. x86 without VNNI adds two of them in 16 bits, which
-    may overflow.
+    """Whether the processor is known to sum products of 8 bits in 32 bits. x86 without VNNI adds two of them in 16 bits,
+    which may overflow.
     """
     return any(feature in line.split() for line in processor() for feature in ("avx512_vnni", "avx_vnni"))

@@ -1,6 +1,6 @@
 """int8, weight-only: blocks of 64 along the input axis, one fp32 scale each, symmetric about the zero point 128 (8.5
 bits per weight). Where calibration has evened out the channels of a matrix, blocks of 128 (8.25 bits), or one scale per
-row (8 bits) if the matrix is wide and reads what a norm gives.
+row (8 bits) if the matrix is wide and one of gate and up, behind a norm.
 
 ONNX Runtime's products round activations in the same blocks. On evened channels blocks of 128, and whole rows behind a
 norm, lose no more than blocks of 64 on uneven ones, and their products are faster, most for two rows and more.
@@ -26,7 +26,8 @@ from fusionroute.fr_export.precision.smoothquant import NORMS, for_blocks, smoot
 from fusionroute.fr_export.precision.w8a8 import by_row
 
 BLOCK, WIDE = 64, 128
-ROWS = 1024  # channels from which on a product by row is faster than one by block, its own rounding of activations included
+ATTENTION = "self_attn"  # in the names of its matrices
+ROWS = 1024  # channels from which on a product by row is faster, with its own rounding of activations, than one by block
 
 
 def grid(rows: np.ndarray, importance: np.ndarray | None = None) -> tuple[np.ndarray, None]:
@@ -89,9 +90,12 @@ def format_of(width: int, evened: bool, normed: bool) -> Format:
 
 
 def behind_norms(graph: Graph) -> set[str]:
-    """The matrices that read what a norm gives: one token's values there have about the size of another's."""
+    """The matrices beside attention that read what a norm gives: gate and up. One token's values have about the size of
+    another's there. Query, key and value read such too, but lose more by row, and gain less.
+    """
     norms = (each for each in graph.model.graph if each.op_type in NORMS)
-    return {str(product.inputs[1].name) for norm in norms for product in norm.outputs[0].consumers() if product.op_type == "FusedMatMul"}
+    products = (each for norm in norms for each in norm.outputs[0].consumers() if each.op_type == "FusedMatMul")
+    return {name for product in products if ATTENTION not in (name := str(product.inputs[1].name))}
 
 
 def attach_stored(graph: Graph, matrix: ir.Value, stored: Stored, store: Store) -> None:
