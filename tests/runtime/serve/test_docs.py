@@ -56,8 +56,10 @@ def test_there_is_a_call_of_every_path() -> None:
 
 
 def test_every_flag_of_the_page_exists() -> None:
+    from benchmarks import serving
     from fusionroute.runtime.commands.serve import serve
 
-    names = {name.replace("_", "-") for name in serve.__annotations__}
+    benchmark = re.findall(r'"--([a-z-]+)"', Path(serving.__file__).read_text())
+    names = {name.replace("_", "-") for name in serve.__annotations__} | {*benchmark}
     for flag in re.findall(r"`--([a-z-]+)", PAGE):
         assert flag in names or flag == "insecure", flag
