@@ -57,15 +57,15 @@ def plan(
     opened = None if bundle is None else Bundle.open(bundle)
     request = requested(opened, family, size, experts, context, shared_base, rank)
     device = chosen(target, device_memory, bandwidth)
-    made = make_plan(request, device, Text(switch_rate, acceptance), None if precision is None else names(precision))
-    checks = check(opened, made) if opened is not None and device.name == THIS else []
+    planned = make_plan(request, device, Text(switch_rate, acceptance), None if precision is None else names(precision))
+    checks = check(opened, planned) if opened is not None and device.name == THIS else []
     if picture is not None:
-        draw(made, picture)
+        draw(planned, picture)
     if as_json:
-        result: dict[str, Any] = made.as_json()
+        result: dict[str, Any] = planned.as_json()
         print_json(result | ({"checks": [each.as_json() for each in checks]} if checks else {}))
     else:
-        show(console := Terminal(), made)
+        show(console := Terminal(), planned)
         show_checks(console, checks)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from ctypes import CDLL
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +16,7 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.tensorrt.device import Device, Event, Stream
 from tests.runtime.tensorrt.scenarios import SCENARIOS, greedy, play
 from tests.support.engines_on_host import engines_on_host
+from tests.support.in_threads import generated_together
 from tests.support.simulated.bundles import CHUNK, add_engines, write_pair_bundle
 from tests.support.simulated.machine import Machine
 from tests.support.simulated.plain import in_turn
@@ -93,20 +93,8 @@ def test_nearly_all_steps_are_captured_graphs(folder: Path) -> None:
 
 def test_threads_get_what_one_thread_gets(folder: Path) -> None:
     prompts = [[3 + number, 7, 20 - number] for number in range(4)]
-    texts: dict[int, list[int]] = {}
-
-    def together(rt: FusionRuntime, _: Any) -> None:
-        def work(number: int) -> None:
-            texts[number] = rt.generate(prompts[number], 12).token_ids
-
-        workers = [Thread(target=work, args=(number,)) for number in range(len(prompts))]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-
-    run(together, folder)
-    assert [texts[number] for number in range(len(prompts))] == [in_turn(folder, prompt, 12, CHUNK)[0] for prompt in prompts]
+    texts = run(lambda rt, _: generated_together(rt, prompts, 12), folder)
+    assert texts == [in_turn(folder, prompt, 12, CHUNK)[0] for prompt in prompts]
 
 
 def test_a_missing_wait_is_noticed(folder: Path, on_host: CDLL | None) -> None:

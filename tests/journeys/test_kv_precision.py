@@ -110,9 +110,9 @@ def test_rewinds_and_prefixes_answer_as_a_fresh_read_does(case: Case) -> None:
         session, random = rt.session(), np.random.default_rng(1)
         ids: list[int] = []
         for number in range(20):
-            kept = int(random.integers(0, len(ids) + 1))
-            session.rewind(kept)
-            ids = ids[:kept] + case.text(int(random.integers(1, 9)), number)
+            length = int(random.integers(0, len(ids) + 1))
+            session.rewind(length)
+            ids = ids[:length] + case.text(int(random.integers(1, 9)), number)
             ids = ids[: LENGTH - 2]
             session.rewind(min(len(session), len(ids)))
             session.append(ids[len(session) :])

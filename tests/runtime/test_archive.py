@@ -144,7 +144,10 @@ HOSTILE: dict[str, tuple[Callable[[list[Member]], list[Member]], str]] = {
     "manifest that is not first": (lambda m: [*m[1:], m[0]], "does not begin with the manifest"),
     "nothing": (lambda m: [], "does not begin with the manifest"),
     "manifest that is none": (lambda m: [member("manifest.json", b"{"), *m[1:]], "does not fit the bundle format"),
-    "manifest of a newer format": (lambda m: edited(m, lambda content: content.update({"format": FORMAT + 1})), f"has the format {FORMAT + 1}"),
+    "manifest of a newer format": (
+        lambda m: edited(m, lambda content: content.update({"format": FORMAT + 1})),
+        f"has the format {FORMAT + 1}",
+    ),
     "manifest with a path that leads out": (listed("../evil"), "is not a path inside the bundle"),
     "manifest with an absolute path": (listed("/evil"), "is not a path inside the bundle"),
     "manifest with another spelling": (listed("./manifest.json"), "is not a path inside the bundle"),

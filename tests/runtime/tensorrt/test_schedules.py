@@ -10,6 +10,7 @@ import pytest
 from fusionroute.runtime import ClosedError, FusionRuntime
 from fusionroute.runtime.limits import reach
 from tests.runtime.tensorrt.scenarios import PROMPT, SCENARIOS, greedy, play
+from tests.support.in_threads import generated_together
 from tests.support.simulated.bundles import CHUNK
 from tests.support.simulated.install import simulated
 from tests.support.simulated.machine import POLICIES, Machine
@@ -46,7 +47,6 @@ def test_long_texts_cross_the_lengths_that_graphs_are_captured_for(folder: Path)
 @pytest.mark.parametrize("experts", [None, 1])
 def test_threads_get_what_one_thread_gets(folder: Path, experts: int | None) -> None:
     prompts = [[3 + number, 7, 20 - number] for number in range(6)]
-    texts: dict[int, list[int]] = {}
     machine = Machine(3, "random")
     budget = None if experts is None else experts * WEIGHTS
     with (
@@ -54,17 +54,9 @@ def test_threads_get_what_one_thread_gets(folder: Path, experts: int | None) -> 
         simulated(machine),
         FusionRuntime.load(folder, device="rtx", expert_memory=budget) as rt,
     ):
-
-        def work(number: int) -> None:
-            texts[number] = rt.generate(prompts[number], 12).token_ids
-
-        workers = [Thread(target=work, args=(number,)) for number in range(len(prompts))]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        texts = generated_together(rt, prompts, 12)
     machine.run_out()
-    assert [texts[number] for number in range(len(prompts))] == [in_turn(folder, prompt, 12, CHUNK)[0] for prompt in prompts]
+    assert texts == [in_turn(folder, prompt, 12, CHUNK)[0] for prompt in prompts]
 
 
 def test_lengths_are_powers_of_two() -> None:

@@ -20,10 +20,10 @@ def compiler() -> str | None:
 
 def compile_library(folder: Path) -> Path:
     """The library, in a folder. Raises CalledProcessError where it does not compile."""
-    library, found = folder / NAME, compiler()
-    assert found is not None
+    library, program = folder / NAME, compiler()
+    assert program is not None
     options = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread", f"-Wl,-soname,{NAME}"]
-    subprocess.run([found, *options, "-o", library, *SOURCES], check=True)
+    subprocess.run([program, *options, "-o", library, *SOURCES], check=True)
     return library
 
 
