@@ -101,7 +101,7 @@ def test_the_page_on_chats(clone: Path) -> None:
 
 def test_the_readme(clone: Path) -> None:
     commands = [line for block in blocks("README.md", "sh") for line in block if line.startswith("python -m runtime")]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         assert run(clone, command)
     assert "42" in run(clone, "python -", "\n".join(blocks("README.md", "python")[0]))
