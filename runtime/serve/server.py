@@ -49,6 +49,7 @@ def serve(runtimes: Sequence[FusionRuntime], settings: Settings, listening: sock
         log.addHandler(handler)
         log.propagate = False
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a client that has left
+    listening.listen()  # before anybody is told: who comes now waits until the app has started
     print(f"{settings.model} is served at http://{address(listening)}/v1", file=sys.stderr, flush=True)
     DrainingServer(app, settings).run([listening])
 
