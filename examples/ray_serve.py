@@ -12,6 +12,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,13 @@ def main(bundle: Path, replicas: int, port: int = 8000) -> None:
     """Serve at http://127.0.0.1:8000 until a signal."""
     settings = Settings(bundle.resolve().name, port=port, api_key=os.environ.get("FUSIONROUTE_API_KEY"), sessions=4)
     serve.start(http_options={"host": settings.host, "port": settings.port})
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # behind Ray's own, which ends the process at once
-    serve.run(build(bundle, settings, replicas), name="fusionroute", blocking=True)
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())  # in place of Ray's own, which ends the process at once
+    serve.run(build(bundle, settings, replicas), name="fusionroute")
+    stopped.wait()
+    serve.delete("fusionroute")  # the proxy stays until requests that run have ended
+    serve.shutdown()
 
 
 if __name__ == "__main__":
