@@ -21,7 +21,7 @@ SHAPE = Shape(heads=2, kv_heads=1, head_dim=16, hidden=32, layers=1, experts=2, 
 # its Nth stage, `kept` N when it has kept N matrices. With `stop`, it creates that file when it writes its seventh piece
 # of weights, and waits until somebody removes it.
 SERVER = """
-import json, os, signal, sys, time
+import json, os, signal, sys, threading, time
 import torch
 from rich.console import Console
 from fusionroute.fr_export.checkpoints.system import System
@@ -39,6 +39,17 @@ def before(owner, name, do):
         calls.append(1)
         do(len(calls))
         return method(self, *arguments)
+    setattr(owner, name, wrapped)
+
+def after(owner, name, do):
+    # one at a time: of several threads' calls, as many have ended as are counted
+    calls, method, lock = [], getattr(owner, name), threading.Lock()
+    def wrapped(self, *arguments):
+        with lock:
+            result = method(self, *arguments)
+            calls.append(1)
+            do(len(calls))
+        return result
     setattr(owner, name, wrapped)
 
 def die_at(number):
@@ -73,7 +84,7 @@ for line in sys.stdin:
         if order.get("stage"):
             before(Stages, "stage", die_at(order["stage"]))
         if order.get("kept"):
-            before(KeptModel, "keep", die_at(order["kept"] + 1))
+            after(KeptModel, "keep", die_at(order["kept"]))
         run("export")
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
