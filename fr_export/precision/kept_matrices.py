@@ -27,7 +27,7 @@ from fusionroute.fr_export.precision.blockwise import Format, Stored
 from fusionroute.runtime import __version__, cache, files
 
 KIND = "rounded"
-VERSION = 1  # of how matrices are rounded: raising it lets go of all that was kept
+VERSION = 2  # of how matrices are rounded: raising it lets go of all that was kept
 PIECE = 1 << 22  # bytes copied at once
 PACKAGES = ("torch", "transformers", "numpy", "numba", "onnx-ir", "onnxscript")  # other releases may round otherwise
 
