@@ -25,9 +25,7 @@ def test_nothing_is_written_but_the_own_cache(bundles: list[Path], tmp_path: Pat
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
     environment |= {} if asked is None else {"ORT_DISABLE_TELEMETRY": asked}
-    process = subprocess.run(
-        [sys.executable, "-c", CODE, bundles[0]], env=environment, check=True, capture_output=True, text=True
-    )
+    process = subprocess.run([sys.executable, "-c", CODE, bundles[0]], env=environment, check=True, capture_output=True, text=True)
     assert process.stdout == f"{'1' if asked is None else asked}\n"
     others = [path for path in tmp_path.rglob("*") if path.is_file() and "fusionroute" not in path.parts]
     assert asked is not None or not others, others
