@@ -94,6 +94,8 @@ class Cache(Protocol):
         ...
 
 
+# (caches of the router or of experts, and their segments, in the order of the routing head's rows) → their outputs
+ForwardTogether = Callable[[Sequence[tuple[Any, Segment]]], list[Output]]
 # (router's cache, its segment, expert's cache, its segment) → the outputs of both; otherwise as `Cache.forward`
 JointForward = Callable[[Any, Segment, Any, Segment], tuple[Output, Output]]
 
@@ -186,6 +188,13 @@ class Backend(Protocol):
     def forward_both(self) -> JointForward | None:
         """One pass in which the router and an expert read, each its own segment; `interrupt` of the router's cache ends
         it. None: every model has passes of its own.
+        """
+        ...
+
+    @property
+    def forward_together(self) -> ForwardTogether | None:
+        """One pass in which the router and any experts read, each its own segment; `interrupt` of the first one's cache
+        ends it. None: no more than one expert reads beside the router.
         """
         ...
 

@@ -22,7 +22,7 @@ from fusionroute.runtime.strict_json import check_json
 
 BASE, FUSION = "base", "fusion"  # names of engines that are no model's
 # what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`, 4 one with `kv`
-FORMAT: Final = 4
+FORMAT: Final = 5
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]  # ONNX Runtime tells graphs of lengths with 32 bits
@@ -101,16 +101,24 @@ class Adapting(Strict):
 class Pair(Strict):
     """One graph that router and expert pass through together, and the factors that make an expert of it.
 
+    every_expert: whether `graph` has a segment for each row of the routing head, else one for whichever expert reads.
     head: the graph that makes logits of the hidden states that `graph` gives, None where it gives logits itself;
     `head_is_linear`: whether the head may run on fused hidden states. factors: expert → a safetensors file with the
     values of the graph's inputs `delta.…`, under their names. Where `adapting` is None, no expert can be added.
     """
 
     graph: InsidePath
+    every_expert: bool = False
     head: InsidePath | None = None
     head_is_linear: bool = False
     factors: dict[str, InsidePath]
     adapting: Adapting | None = None
+
+    @model_serializer(mode="wrap")
+    def without_segments(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `every_expert` out where it is false: older versions read such pairs."""
+        fields: dict[str, Any] = serialise(self)
+        return fields if self.every_expert else {name: value for name, value in fields.items() if name != "every_expert"}
 
     @property
     def files(self) -> set[str]:
@@ -183,7 +191,7 @@ class Manifest(Strict):
     rows of the routing head stand for, where some of them have no expert any more; empty: they are those of `experts`.
     """
 
-    format: Annotated[Literal[1, 2, 3, 4], BeforeValidator(an_int)]
+    format: Annotated[Literal[1, 2, 3, 4, 5], BeforeValidator(an_int)]
     family: Name
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion

@@ -35,6 +35,7 @@ class OrtCpu:
     guess_limit = 0
     apart: frozenset[int] = frozenset()
     forward_both = None
+    forward_together = None
 
     def __init__(self, bundle: Bundle, variant: Variant, threads: int | None = None, *, share_weights: bool = False):
         manifest = bundle.manifest

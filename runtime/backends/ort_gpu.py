@@ -62,6 +62,7 @@ class OrtGpu:
     guess_limit = 0
     apart: frozenset[int] = frozenset()
     forward_both = None
+    forward_together = None
 
     def __init__(self, bundle: Bundle, variant: Variant, provider: Provider):
         opener = Opener(provider)
