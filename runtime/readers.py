@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fusionroute.runtime import limits
 from fusionroute.runtime.backend import Cache, Output, Segment
 from fusionroute.runtime.background_prefill import BackgroundPrefill
-from fusionroute.runtime.even_cache import EvenCache, evenly
+from fusionroute.runtime.even_cache import EvenCache, evenly, evenly_together
 from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.token_sequence import TokenSequence
 
@@ -138,6 +138,8 @@ class Readers:
         forward_both = system.backend.forward_both
         self._apart = system.backend.apart
         self._forward_both = evenly(forward_both) if forward_both is not None and system.exact else forward_both
+        together = system.backend.forward_together
+        self._forward_together = evenly_together(together) if together is not None and system.exact else together
         self.asked: int | None = None  # the expert that was asked to read last
 
     @property
@@ -167,6 +169,26 @@ class Readers:
             with self.sequence.watching(len(ahead.ids) + len(behind.ids), caches[0].interrupt):
                 outputs = self._forward_both(caches[0], ahead, caches[1], behind)
         return outputs
+
+    def read_together(self, positions: Sequence[int], guess: int, along: Sequence[int]) -> tuple[Output, dict[int, Output]]:
+        """`Reader.read` of the router, the guessed expert and others in one pass. The outputs of experts by their numbers.
+
+        Each expert lags by no more than one pass reads.
+        """
+        assert self._forward_together is not None
+        self.asked = guess
+        experts = sorted((guess, *along))
+        for expert in experts:
+            self._take(expert)
+        parts = []
+        for reader in (self.router, *(self.experts[expert] for expert in experts)):
+            *leading, last = reader.passes(positions)
+            for segment in leading:
+                reader.forward(*segment)
+            parts.append((reader.cache, last))
+        with self.sequence.watching(sum(len(segment.ids) for _, segment in parts), parts[0][0].interrupt):
+            routed, *answers = self._forward_together(parts)
+        return routed, dict(zip(experts, answers, strict=True))
 
     def read_expert(self, expert: int, positions: Sequence[int]) -> Output:
         """`Reader.read` of an expert, which first ends the pass that it may be in."""

@@ -29,11 +29,10 @@ class ExpertSegments(PairGraph):
     k − 1. `factors`: by the rows that have an expert.
     """
 
-    factors: dict[int, Arrays] = {}
-
     def __init__(self, *arguments: Any):
         """As `PairGraph`."""
         super().__init__(*arguments)
+        self.factors: dict[int, Arrays] = {}
         first = numbered(0, DELTA)
         self.deltas = {name.removeprefix(numbered(0, "")): shape for name, shape in self._shapes.items() if name.startswith(first)}
 

@@ -59,7 +59,7 @@ class _Segments:
         elif each.op_type == "Concat":
             self.join(each)
         elif each.op_type == "ScatterND":
-            whole, places, delta = each.inputs
+            delta = each.inputs[2]
             deltas = added(self.inner, each, "Concat", list(self.own[delta]), f"{delta.name}.joined", dtype=delta.dtype or FLOAT, axis=1)
             each.replace_input_with(2, deltas)
             return False
