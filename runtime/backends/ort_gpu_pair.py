@@ -18,7 +18,7 @@ from fusionroute.runtime.backends.device_buffers import Inputs, Layout, Place, R
 from fusionroute.runtime.backends.gpu_fusion import GpuFuser
 from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_gpu import TYPES
-from fusionroute.runtime.backends.pair_binding import PairGraph
+from fusionroute.runtime.backends.pair_graph import PairGraph
 from fusionroute.runtime.backends.providers import Opener, Provider
 from fusionroute.runtime.backends.signature import HALVES, WIDTHS, of_fusion
 from fusionroute.runtime.bundle import Bundle

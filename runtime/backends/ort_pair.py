@@ -21,8 +21,9 @@ from fusionroute.runtime.backends.hidden_rows import Head
 from fusionroute.runtime.backends.keys_values import KeysValues, Storage, storage_of
 from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_cpu import OrtModel
-from fusionroute.runtime.backends.pair_binding import PairBinding, PairGraph
+from fusionroute.runtime.backends.pair_binding import PairBinding
 from fusionroute.runtime.backends.pair_fusion import PairFuser
+from fusionroute.runtime.backends.pair_graph import PairGraph
 from fusionroute.runtime.backends.signature import of_head, of_model
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
