@@ -228,6 +228,13 @@ def test_it_pays_where_guesses_would_often_be_wrong() -> None:
         along.spared.hits, along.spared.trials = share * 100, 100
         assert along.readers(near) == (sorted(near) if pays else [])
         assert along.readers({0}) == [] and ReadAlong(None, along.spared, answered={0, 1, 2}).readers(near) == []
+    along = ReadAlong(PassPrices(60, 60, 60, 3))
+    for expert in (0, 1, 0, 1):
+        along.saw(5, expert, {0, 1, 2})
+    assert along.readers({0, 1, 2}) == [0, 1], "who has read in another text alone does not count"
+    share = along.spared.mean
+    along.saw(5, 2, {0, 1, 2})
+    assert along.spared.mean < share, "nor would it have read along"
     along = ReadAlong(PassPrices(60, 80, 60, 3))
     for number in range(100):  # an expert after the other, behind tokens that stand there once
         along.saw(number, number % 3, {0, 1, 2})
