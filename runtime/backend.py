@@ -96,6 +96,17 @@ class Cache(Protocol):
 
 # (caches of the router or of experts, and their segments, in the order of the routing head's rows) → their outputs
 ForwardTogether = Callable[[Sequence[tuple[Any, Segment]]], list[Output]]
+class HostCache(Cache, Protocol):
+    """A cache in the host's memory."""
+
+    def keys_values(self, length: int) -> np.ndarray:
+        """Keys and values of the first `length` tokens, to read or to fill: [2 · layers, kv_heads, length, values of a head].
+
+        A view: each head's part is contiguous.
+        """
+        ...
+
+
 # (router's cache, its segment, expert's cache, its segment) → the outputs of both; otherwise as `Cache.forward`
 JointForward = Callable[[Any, Segment, Any, Segment], tuple[Output, Output]]
 
@@ -180,6 +191,11 @@ class Backend(Protocol):
 
     guess_limit: int
     """Most tokens that an expert should read before it is known whether it answers. 0: it is never guessed."""
+
+    on_host: bool
+    """Whether keys and values lie in the host's memory, and take it as they are written: its caches are `HostCache`s then.
+    Else they take a device's memory, for the full context from the beginning.
+    """
 
     apart: frozenset[int]
     """Experts that never read in a pass of the router's, nor before it is known that they answer."""

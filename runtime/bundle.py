@@ -38,6 +38,7 @@ class Bundle:
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
         self.manifest = manifest
+        self.sha256 = ""  # of the manifest, which names that of every other file
         self.identities: dict[str, Identity] = {}  # of all its files, when the bundle was opened
 
     @classmethod
@@ -55,6 +56,7 @@ class Bundle:
         if key is not None:
             signing.check(text, read_signature(path), key, str(path))
         bundle = cls(path, Manifest.parse(text, str(path / NAME)))
+        bundle.sha256 = hashlib.sha256(text).hexdigest()
         for name, entry in bundle.manifest.files.items():
             with bundle.open_file(name) as file:
                 opened = identity(file)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
 
 from fusionroute.runtime import limits
-from fusionroute.runtime.backend import Cache, Output, Segment
+from fusionroute.runtime.backend import Cache, HostCache, Output, Segment
 from fusionroute.runtime.background_prefill import BackgroundPrefill
+from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.even_cache import EvenCache, evenly, evenly_together
 from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.token_sequence import TokenSequence
@@ -21,6 +25,8 @@ class Reader:
         self._cache: Cache | None = None
         self._in_pieces = expert is not None and system.background_prefill
         self._prefixes = None if system.prefixes is None else system.prefixes[expert]
+        self._room = 0  # tokens that the cache may hold of what it has taken, see `KvMemory`
+        self.kv_bytes = 0
 
     @property
     def cache(self) -> Cache:
@@ -58,9 +64,10 @@ class Reader:
 
     def passes(self, positions: Sequence[int]) -> list[Segment]:
         """The segments that `read` reads, one a pass; the last one answers. The cache forgets what is read again."""
+        end = positions[-1] + 1
+        self.take_room(end)
         cache, ids = self._cache_with_prefix(), self._sequence.ids
         start = cache.length = min(cache.length, positions[0])
-        end = positions[-1] + 1
         segments = []
         while (stop := self._pass_end(start, positions[0], end)) < end:
             segments.append(Segment(ids[start:stop], (stop - start - 1,)))
@@ -80,19 +87,41 @@ class Reader:
         stop -= 2 * (end - stop == 1)
         return end if end - start <= chunk else max(stop - (stop - start) % 2, start + 1)
 
-    def read_piece(self, limit: int) -> None:
-        """Read one piece of the tokens before `limit`, if a whole one is due: see `BackgroundPrefill`."""
+    def read_piece(self, limit: int) -> bool:
+        """See `background_prefill.PieceReader.read_piece`."""
+        if limits.boundary(self.length) > limit:
+            return False
+        try:
+            self.take_room(limit)
+        except UnavailableError:  # it is raised where the expert is chosen, if there is no room then either
+            return False
         cache = self._cache_with_prefix()
         if (stop := limits.boundary(cache.length)) <= limit:
             cache.forward(self._sequence.ids[cache.length : stop], (stop - cache.length - 1,))
+        return True
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
         """One pass over the next tokens; the output at some positions, counted within `ids`.
 
         Cancellation interrupts a long pass on its way: what it has written lies beyond the cache's length.
         """
+        self.take_room(self.length + len(ids))
         with self._sequence.watching(len(ids), self.cache.interrupt):
             return self.cache.forward(ids, positions)
+
+    def take_room(self, length: int) -> None:
+        """Let the cache grow to so many tokens, by PIECE at a time. Raises UnavailableError beyond `kv_memory`."""
+        capacity = self._system.max_seq_len
+        length = min(length + 2, capacity)  # exact passes, and those of one base, write dummy tokens behind the last
+        if length > self._room:
+            room = min(-(-length // limits.PIECE) * limits.PIECE, capacity)
+            self._system.kv_memory.grow(self, self._system.kv_bytes(self._expert, room))
+            self._room = room
+
+    def keys_values(self, length: int) -> np.ndarray:
+        """Those of the first `length` tokens, to read or to fill, see `HostCache`. Raises UnavailableError, as `take_room`."""
+        self.take_room(length)
+        return cast(HostCache, self.cache).keys_values(length)
 
     def truncate(self, length: int) -> None:
         """Forget what was read behind the first `length` tokens."""
@@ -105,6 +134,7 @@ class Reader:
         Masked keys are multiplied by zero on some devices, and 0 · NaN is NaN: to truncate it is not enough.
         """
         self._cache = None
+        self._room = self.kv_bytes = 0
         if self._prefixes is not None:
             self._prefixes.forget()
 
@@ -114,6 +144,11 @@ class Reader:
         if self._prefixes is not None and not cache.length:
             self._prefixes.borrow(self, self._sequence.ids, cache)
         return cache
+
+    def start_lending(self) -> None:
+        """Let other sessions copy what was read of the prompt."""
+        if self._prefixes is not None and self.length:
+            self._prefixes.enrol(self)
 
     def offer(self, ids: Sequence[int]) -> int:
         """See `Lender.offer`."""
@@ -233,9 +268,32 @@ class Readers:
 
     def _take_over(self, length: int) -> None:
         """Nobody reads or copies what is behind the first `length` tokens any more."""
+        self.settle()
+        self.sequence.limit_prompt(length)
+
+    def read_ahead(self, experts: Sequence[int]) -> None:
+        """Let the router and some experts read the text, but for the tokens that belong to the pass that answers behind it.
+
+        As of a lent prefix, an even number is read. Raises as `Reader.read`.
+        """
+        self.settle()
+        self.sequence.start_decoding()
+        end = limits.even(max(len(self.sequence.ids) - 2, 0))
+        behind = [number for number in experts if end - self.experts[number].length > 1]  # a single token is never read alone
+        if end - self.router.length > 1:
+            self.read((end - 1,), behind.pop(0) if behind and self.joint else None, (end - 1,))
+        for number in behind:
+            self.read_expert(number, (end - 1,))
+
+    def settle(self) -> None:
+        """Wait for what is read in the background."""
         if self._background is not None:
             self._background.settle()
-        self.sequence.limit_prompt(length)
+
+    def start_lending(self) -> None:
+        """Let other sessions copy what was read of the prompt, by other means than passes."""
+        for reader in (self.router, *self.experts):
+            reader.start_lending()
 
     def pause(self) -> None:
         """Read nothing more in the background until the next token is committed."""

@@ -81,8 +81,8 @@ KNOWN = ("auto", *DEVICES)
 AUTOMATIC = ("tensorrt", "rtx", "cuda")  # what `auto` tries where there is a GPU, before the CPU
 
 
-def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str]:
-    """Load a bundle's models on a device; returns the backend and the name of the precision that was opened.
+def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, Variant]:
+    """Load a bundle's models on a device; returns the backend and the variant that was opened.
 
     `auto` takes the first that works: engines of the bundle that fit this machine, ONNX Runtime on CUDA, the CPU.
     Devices that fail are logged. Raises InputError for an unknown device or options that it does not take,
@@ -100,7 +100,7 @@ def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str]
     targets, open_device = DEVICES[device]
     variant = choose(bundle, targets, options.precision, device)
     with advising(bundle):
-        return open_device(bundle, variant, options), variant.precision
+        return open_device(bundle, variant, options), variant
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def resolved(bundle: Bundle, device: str) -> str:
     return next((name for name in gpu_devices if any(bundle.variants(target) for target in DEVICES[name][0])), "cpu")
 
 
-def open_on_gpu(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str] | None:
+def open_on_gpu(bundle: Bundle, options: BackendOptions) -> tuple[Backend, Variant] | None:
     """The first GPU backend that opens a variant of the bundle, the fastest precision first; None without one.
 
     Raises nothing.
@@ -148,7 +148,7 @@ def open_on_gpu(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str] 
         for variant in (variant for target in targets for variant in bundle.variants(target)):
             if options.precision in (None, variant.precision):
                 try:
-                    return open_device(bundle, variant, options), variant.precision
+                    return open_device(bundle, variant, options), variant
                 except Exception as error:  # a broken driver or library must not keep the CPU from working
                     LOG.warning("device='auto' passes %s in %s over: %s", device, variant.precision, one_line(error))
     return None

@@ -31,6 +31,7 @@ class OrtCpu:
     """
 
     prefill_chunk = 256  # activations of 512 tokens spill out of the L2 cache between operators: about 10 % slower
+    on_host = True
     async_dispatch = False
     guess_limit = 0
     apart: frozenset[int] = frozenset()
@@ -133,6 +134,10 @@ class OrtCache:
         """See `runtime.backend.Cache.copy_prefix`."""
         self._memory.copy(other._memory, length)
         self.length = length
+
+    def keys_values(self, length: int) -> np.ndarray:
+        """See `runtime.backend.HostCache.keys_values`."""
+        return self._memory.view(length)
 
     def interrupt(self) -> None:
         """See `runtime.backend.Cache.interrupt`. ONNX Runtime checks between two operators."""

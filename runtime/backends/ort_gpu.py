@@ -58,6 +58,7 @@ class OrtGpu:
     """All models of one variant, each in its own inference session on one provider."""
 
     prefill_chunk = 512
+    on_host = False
     async_dispatch = False
     guess_limit = 0
     apart: frozenset[int] = frozenset()

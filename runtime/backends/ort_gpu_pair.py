@@ -37,6 +37,7 @@ class OrtGpuPair:
     """The models of one variant with a `pair`, all in one inference session on one provider."""
 
     prefill_chunk = 512
+    on_host = False
     async_dispatch = False
     forward_together = None
     guess_limit = 8  # tokens that are read beside the router's nearly for free, since a pass waits for the weights

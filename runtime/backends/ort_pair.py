@@ -40,6 +40,7 @@ class OrtPair:
     """
 
     prefill_chunk = 256  # see `OrtCpu`
+    on_host = True
     async_dispatch = False
     guess_limit = 8  # tokens that are read beside the router's nearly for free; more cost as much as a pass of their own
 
@@ -164,6 +165,10 @@ class PairCache(JointCache):
         """See `runtime.backend.Cache.copy_prefix`."""
         self.memory.copy(other.memory, length)
         self.length = length
+
+    def keys_values(self, length: int) -> np.ndarray:
+        """See `runtime.backend.HostCache.keys_values`."""
+        return self.memory.view(length)
 
     def interrupt(self) -> None:
         """See `runtime.backend.Cache.interrupt`. ONNX Runtime checks between two operators."""
