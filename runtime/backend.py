@@ -94,8 +94,6 @@ class Cache(Protocol):
         ...
 
 
-# (caches of the router or of experts, and their segments, in the order of the routing head's rows) → their outputs
-ForwardTogether = Callable[[Sequence[tuple[Any, Segment]]], list[Output]]
 class HostCache(Cache, Protocol):
     """A cache in the host's memory."""
 
@@ -109,6 +107,8 @@ class HostCache(Cache, Protocol):
 
 # (router's cache, its segment, expert's cache, its segment) → the outputs of both; otherwise as `Cache.forward`
 JointForward = Callable[[Any, Segment, Any, Segment], tuple[Output, Output]]
+# (caches of the router or of experts, and their segments, in the order of the routing head's rows) → their outputs
+ForwardTogether = Callable[[Sequence[tuple[Any, Segment]]], list[Output]]
 
 
 class LanguageModel(Protocol):
