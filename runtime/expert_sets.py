@@ -118,7 +118,7 @@ class ExpertSets:
 
             costs = costs_of(bundle, system.backend, system.precision, options.threads)
         prices = None
-        if system.backend.forward_together is not None:
+        if system.backend.forward_together is not None and not system.background_prefill:  # else experts are near anyway
             from fusionroute.runtime.speculation.pass_prices import prices_of  # here: see above
 
             prices = prices_of(bundle, system.backend, system.precision, options.threads, options.exact)

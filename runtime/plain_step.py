@@ -70,13 +70,12 @@ class PlainStep:
         read = 0 if guess is None else min(readers.experts[guess].length, length - 1)
         router_reads = pinned is None or coefficients[0]
         near = self._near() if pinned is None and coefficients[1] else set()
-        along = sorted(near - {guess}) if guess in near and self.along.pays(len(near)) else []
         answers: dict[int, Output] = {}
         routed: Output | None
         answered: Output | None
-        if guess is not None and along:
-            routed, answers = readers.read_together(newest, guess, along)
-            answered = answers[guess]
+        if together := self.along.readers(near):
+            routed, answers = readers.read_together(newest, together)
+            answered = None
         else:
             routed, answered = readers.read(newest if router_reads else None, guess if coefficients[1] else None, newest)
         self.router_logits = None if routed is None else routed.logits
@@ -87,9 +86,10 @@ class PlainStep:
             self.numerics.check_routing(routing, length - 1)
         choice = int(routing.argmax()) if pinned is None else pinned
         if choice != guess:
-            if guess is not None and not along:  # what an expert reads, and in which passes, must not depend on guesses
+            if guess is not None and not together:  # what an expert reads, and in which passes, must not depend on guesses
                 readers.experts[guess].truncate(read)
-            answered, fused = answers.get(choice), None
+            answered = fused = None
+        answered = answers.get(choice, answered)
         self.missed = guess is not None and choice != guess
         if choice in self.failed:
             coefficients = ROUTER_ALONE
@@ -130,7 +130,7 @@ class PlainStep:
     def seconds(self, pinned: int | None) -> float | None:
         """Of a step's passes, where all near experts read along; None where a wrong guess costs a pass more."""
         prices = self._prices
-        return prices.every if pinned is None and prices is not None and self.along.pays(len(self._near())) else None
+        return prices.every if pinned is None and prices is not None and self.along.readers(self._near()) else None
 
     def fuse(
         self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int, count: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from fusionroute.runtime.expert_guesses import ExpertGuesses
@@ -26,23 +26,26 @@ class ReadAlong:
     """The choice for one text, from what passes cost and from how often reading along would have spared a second pass.
 
     Costs are measured at load, and all else depends on this text's tokens alone. So the choice, and with it the length of
-    every pass, depends neither on the clock nor on earlier texts: guesses that learned from those do not count here.
+    every pass, depends neither on the clock nor on other texts: guesses that learned from those do not count here, nor do
+    experts that have read in those alone. prices: None where no more than one expert reads beside the router.
     """
 
     prices: PassPrices | None
     spared: Rate = field(default_factory=lambda: Rate(0.0, 4.0))
     guesses: ExpertGuesses = field(default_factory=ExpertGuesses)
+    answered: set[int] = field(default_factory=set)
 
-    def pays(self, readers: int) -> bool:
-        """Whether it is cheaper to let so many experts read than only the guessed one."""
-        prices = self.prices
-        if prices is None or readers < 2:
-            return False
-        more = (prices.every - prices.pair) * (readers - 1) / (prices.experts - 1)
-        return self.spared.mean * prices.alone > more
+    def readers(self, near: Set[int]) -> list[int]:
+        """Who reads beside the router, of those `near` enough to: none where only a guessed expert should."""
+        prices, own = self.prices, sorted(near & self.answered)
+        if prices is None or len(own) < 2:
+            return []
+        more = (prices.every - prices.pair) * (len(own) - 1) / (prices.experts - 1)
+        return own if self.spared.mean * prices.alone > more else []
 
-    def saw(self, token: int, expert: int, near: Collection[int]) -> None:
-        """An expert answered behind a token; those `near` could have read along."""
+    def saw(self, token: int, expert: int, near: Set[int]) -> None:
+        """An expert answered behind a token, and those `near` could have read along."""
         guess = next(iter(self.guesses.likely(token)), None)
-        self.spared.saw(guess is not None and guess != expert and expert in near, 1)
+        self.spared.saw(guess is not None and guess != expert and expert in near & self.answered, 1)
         self.guesses.saw(token, expert)
+        self.answered.add(expert)

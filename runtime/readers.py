@@ -205,16 +205,10 @@ class Readers:
                 outputs = self._forward_both(caches[0], ahead, caches[1], behind)
         return outputs
 
-    def read_together(self, positions: Sequence[int], guess: int, along: Sequence[int]) -> tuple[Output, dict[int, Output]]:
-        """`Reader.read` of the router, the guessed expert and others in one pass. The outputs of experts by their numbers.
-
-        Each expert lags by no more than one pass reads.
-        """
+    def read_together(self, positions: Sequence[int], experts: Sequence[int]) -> tuple[Output, dict[int, Output]]:
+        """`Reader.read` of the router and some experts, in ascending order. The outputs of experts by their numbers."""
         assert self._forward_together is not None
-        self.asked = guess
-        experts = sorted((guess, *along))
-        for expert in experts:
-            self._take(expert)
+        self.asked = None
         parts = []
         for reader in (self.router, *(self.experts[expert] for expert in experts)):
             *leading, last = reader.passes(positions)
