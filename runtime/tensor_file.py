@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from fusionroute.runtime.digests import Digest
 from fusionroute.runtime.files import partial_name
 
 PREFIX = 8  # bytes that tell how long the header is
@@ -82,11 +82,10 @@ def stored(data: np.ndarray, start: int, dtype: str, shape: list[int], data_offs
 
 
 class Written(NamedTuple):
-    """A file that was written, its SHA-256 and its size."""
+    """A file that was written, and the digest of its content."""
 
     path: Path
-    sha256: str
-    bytes: int
+    digest: Digest
 
 
 def write_tensors(
@@ -103,7 +102,7 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(PREFIX + len(text)) % LINE)
     folder.mkdir(parents=True, exist_ok=True)
-    partial, digest = partial_name(folder / f"{stem}.safetensors"), hashlib.sha256()
+    partial, digest = partial_name(folder / f"{stem}.safetensors"), Digest()
     try:
         with partial.open("wb") as file:
             for piece in (len(text).to_bytes(PREFIX, "little"), text):
@@ -114,7 +113,7 @@ def write_tensors(
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
                 digest.update(data)
                 file.write(data)
-        named = partial.replace(folder / f"{stem}-{digest.hexdigest()[:8]}.safetensors")
+        named = partial.replace(folder / f"{stem}-{digest.hexdigests['sha256'][:8]}.safetensors")
     finally:
         partial.unlink(missing_ok=True)
-    return Written(named, digest.hexdigest(), named.stat().st_size)
+    return Written(named, digest)
