@@ -59,8 +59,8 @@ def bench(folder: Path, options: BenchOptions, progress: Progress = lambda *_: N
     with advising(bundle):
         gpu = None if device == "cpu" else Device()
     names = precision_names(bundle, device, options.precisions)
-    with checked(bundle, False, None if options.trusted else Trial()) as tokenizer_is_tried:
-        tokenizer_is_tried()
+    with checked(bundle, False, None if options.trusted else Trial()) as models_are_loaded:
+        models_are_loaded()
         ids = prompt_ids(bundle, options.prompt, options.prompt_tokens)
     manifest = bundle.manifest
     if len(ids) + options.new_tokens > manifest.max_seq_len:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from fusionroute.runtime.bundle import sha256
+from fusionroute.runtime.digests import digest_of
 from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError
 from fusionroute.runtime.file_entry import File
 from fusionroute.runtime.files import replacing
@@ -140,7 +140,7 @@ def add_engines(
     used = {path for each in variants for engines in each.engines for path in engines.engines.values()}
     files = {path: file for path, file in manifest.files.items() if not path.startswith(f"{FOLDER}/") or path in used}
     for path in built.engines.values():
-        files[path] = File(sha256=sha256(folder / path), bytes=(folder / path).stat().st_size)
+        files[path] = File.of(digest_of(folder / path))
     new = manifest.model_copy(update={"variants": variants, "files": files})
     new.write(folder)
     for path in manifest.files.keys() - files.keys():
