@@ -39,6 +39,7 @@ class OrtGpuPair:
     prefill_chunk = 512
     async_dispatch = False
     guess_limit = 8  # tokens that are read beside the router's nearly for free, since a pass waits for the weights
+    expect = None
     apart: frozenset[int] = frozenset()
 
     def __init__(self, bundle: Bundle, variant: Variant, pair: Pair, provider: Provider):
