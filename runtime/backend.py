@@ -166,7 +166,7 @@ class BackendOptions(Protocol):
 
     @property
     def expert_memory(self) -> int | None:
-        """Bytes of device memory for experts' weights; None: no limit."""
+        """Bytes for experts' weights, where the models run; None: no limit."""
         ...
 
     @property
@@ -199,6 +199,13 @@ class Backend(Protocol):
 
     apart: frozenset[int]
     """Experts that never read in a pass of the router's, nor before it is known that they answer."""
+
+    @property
+    def expect(self) -> Callable[[int], None] | None:
+        """Told the number of the expert that will probably answer next, before it is known: its weights may come meanwhile.
+        None: they are always there, or nothing else can run beside it.
+        """
+        ...
 
     @property
     def forward_both(self) -> JointForward | None:

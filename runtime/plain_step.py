@@ -27,7 +27,7 @@ class PlainStep:
         backend = system.backend
         self.readers, self.expert_names, self.vocab_size = readers, system.expert_names, system.vocab_size
         self.fuser, self._async_dispatch, self._guess_limit = backend.fuser(), backend.async_dispatch, backend.guess_limit
-        self._apart = backend.apart
+        self._apart, self._expect = backend.apart, backend.expect
         self._router_name = system.router_name
         self.numerics = Numerics((system.router_name, *system.expert_names), system.precision)
         self.failed: set[int] = set()  # experts for which the router answers, until a rewind
@@ -66,6 +66,9 @@ class PlainStep:
             router = answered if routed is None else routed  # a stand-in, of weight zero
             return self.fuse(router.logits, answered.logits, coefficients, sampler, length)
 
+        if self._expect is not None and coefficients[1]:
+            for expert in self.guesses.likely(readers.sequence.ids[-1])[:1] if pinned is None else (pinned,):
+                self._expect(expert)
         guess = self.guess_expert() if pinned is None and coefficients[1] else pinned
         read = 0 if guess is None else min(readers.experts[guess].length, length - 1)
         router_reads = pinned is None or coefficients[0]

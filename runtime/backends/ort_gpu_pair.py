@@ -41,6 +41,7 @@ class OrtGpuPair:
     async_dispatch = False
     forward_together = None
     guess_limit = 8  # tokens that are read beside the router's nearly for free, since a pass waits for the weights
+    expect = None
     apart: frozenset[int] = frozenset()
 
     def __init__(self, bundle: Bundle, variant: Variant, pair: Pair, provider: Provider):

@@ -23,6 +23,7 @@ from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_cpu import OrtModel
 from fusionroute.runtime.backends.pair_binding import PairBinding, PairGraph
 from fusionroute.runtime.backends.pair_fusion import PairFuser
+from fusionroute.runtime.backends.residency import OpenedModel, always
 from fusionroute.runtime.backends.signature import of_head, of_model
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
@@ -43,6 +44,7 @@ class OrtPair:
     on_host = True
     async_dispatch = False
     guess_limit = 8  # tokens that are read beside the router's nearly for free; more cost as much as a pass of their own
+    expect = None
 
     def __init__(
         self, bundle: Bundle, variant: Variant, pair: Pair, threads: int | None = None, *, share_weights: bool = False, exact: bool = False
@@ -127,7 +129,9 @@ def open_whole(bundle: Bundle, variant: Variant, opened: CpuSessions, storage: S
         logits = "logits", manifest.vocab_size
         signature = of_model(spec, manifest.max_seq_len, logits, 0, caches=storage.declared)
         ort.check(session, signature, bundle, variant.graphs[spec.name], manifest.max_seq_len)
-        models[spec.name] = OrtModel(session, opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0, storage)
+        models[spec.name] = OrtModel(
+            always(OpenedModel(session)), opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0, storage
+        )
     return models
 
 

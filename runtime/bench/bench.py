@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backends import DEVICES, advising, choose, resolved
 from fusionroute.runtime.bench import bandwidth
-from fusionroute.runtime.bench.memory import PeakMemory, release_freed
+from fusionroute.runtime.bench.memory import PeakMemory
 from fusionroute.runtime.bench.precision import LoadedPrecision, size_and_quality
 from fusionroute.runtime.bench.prompt import prompt_ids
 from fusionroute.runtime.bench.run import Run, generate
@@ -23,6 +23,7 @@ from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.machine import cores, installed
+from fusionroute.runtime.process_memory import release_freed
 from fusionroute.runtime.tensorrt.device import Device
 from fusionroute.runtime.tokenizer_trial import Trial
 

@@ -36,6 +36,7 @@ class TensorRtPair:
     on_host = False
     async_dispatch = True  # a forward pass is queued, and runs while the host goes on
     guess_limit = 8  # tokens that are read beside the router's nearly for free, since a pass waits for the weights
+    expect = None
     apart: frozenset[int] = frozenset()
 
     def __init__(
