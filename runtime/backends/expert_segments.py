@@ -131,7 +131,8 @@ class SegmentPasses:
         *names, last = [cache.model.name for cache, _ in parts]
         who = f"{', '.join(names)} and {last}" if names else last
         run(self._graph.session, self._binding, self._options, f"{sum(counts) + padding} tokens of {who}")
-        return self._rows.answers(segments)
+        outputs = self._rows.answers(segments)
+        return [Output(each.logits, None if cache.model.place else each.routing) for each, (cache, _) in zip(outputs, parts, strict=True)]
 
 
 def prefix(place: int) -> str:
