@@ -10,6 +10,7 @@ import numpy as np
 from fusionroute.runtime import limits
 from fusionroute.runtime.backend import Cache, HostCache, Output, Segment
 from fusionroute.runtime.background_prefill import BackgroundPrefill
+from fusionroute.runtime.cancellation import UNWATCHED_TOKENS
 from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.even_cache import EvenCache, evenly
 from fusionroute.runtime.loaded_system import LoadedSystem
@@ -57,6 +58,10 @@ class Reader:
         What was read behind the first of them is read again. Raises ClosedError, and Interrupted for a cancelled
         generation.
         """
+        position, cache = positions[0], self._cache
+        if cache is not None and cache.length == position == positions[-1]:  # the next token, as of most passes
+            _ = self._system.backend  # a closed runtime says so
+            return self.forward(self._sequence.ids[position : position + 1], (0,))
         *leading, last = self.passes(positions)
         for segment in leading:
             self.forward(*segment)
@@ -105,9 +110,12 @@ class Reader:
 
         Cancellation interrupts a long pass on its way: what it has written lies beyond the cache's length.
         """
-        self.take_room(self.length + len(ids))
-        with self._sequence.watching(len(ids), self.cache.interrupt):
-            return self.cache.forward(ids, positions)
+        cache = self._cache or self.cache
+        self.take_room(cache.length + len(ids))
+        if len(ids) <= UNWATCHED_TOKENS:
+            return cache.forward(ids, positions)
+        with self._sequence.watching(len(ids), cache.interrupt):
+            return cache.forward(ids, positions)
 
     def take_room(self, length: int) -> None:
         """Let the cache grow to so many tokens, by PIECE at a time. Raises UnavailableError beyond `kv_memory`."""

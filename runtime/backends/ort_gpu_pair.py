@@ -38,6 +38,7 @@ class OrtGpuPair:
 
     prefill_chunk = 512
     on_host = False
+    model_seconds = None
     async_dispatch = False
     guess_limit = 8  # tokens that are read beside the router's nearly for free, since a pass waits for the weights
     apart: frozenset[int] = frozenset()

@@ -94,6 +94,12 @@ class OrtPair:
         other._take(copy(self._graph), factors)
         return other
 
+    @property
+    def model_seconds(self) -> float:
+        """See `runtime.backend.Backend.model_seconds`; those of the head too."""
+        head = 0.0 if self._head is None else self._head.seconds
+        return self._graph.seconds + head + sum(model.seconds for model in self._whole.values())
+
     def forward_both(self, router: PairCache, own: Segment, expert: PairCache, other: Segment) -> tuple[Output, Output]:
         """See `runtime.backend.Backend.forward_both`."""
         return read_both(router, own, expert, other)

@@ -8,6 +8,7 @@ differently: so an expert's answer does not depend on what the router reads besi
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class PairGraph:
         self.session, self.run_options, self.spec = session, run_options, spec
         self.capacity, self.result, self.head, self.head_rows = capacity, result, head, head_rows
         self.rows: list[int] | None = None
+        self.seconds = 0.0  # that its runs have taken
         values = (*session.get_inputs(), *session.get_outputs())
         self._shapes: dict[str, tuple[int | str, ...]] = {value.name: tuple(value.shape) for value in values}
         self.deltas = {name: shape for name, shape in self._shapes.items() if name.startswith(DELTA)}
@@ -108,12 +110,14 @@ class PairBinding:
         for memory, length, count in zip(self._memories, lengths, counts, strict=True):
             memory.set_total(length + count)
         self._options.terminate = False
+        begun = perf_counter()
         try:
             self._run(self._binding, self._options)
         except Exception as error:
             if self._options.terminate:
                 raise Interrupted from error
             raise FusionError(f"ONNX Runtime failed on {read} tokens of {self._names}: {one_line(error)}") from error
+        self._graph.seconds += perf_counter() - begun
         answers, routing = self._rows
         if fresh:  # those arrays now belong to the caller
             self._bound, self._rows = (0, 0), self._reused
