@@ -231,6 +231,11 @@ class Backend(Protocol):
         """The experts in the order of the routing head's rows."""
         ...
 
+    @property
+    def model_seconds(self) -> float | None:
+        """What runs of its models have taken so far; None where they run on a device, beside the host."""
+        ...
+
     def fuser(self) -> Fuser:
         """A fuser for one session."""
         ...

@@ -115,12 +115,6 @@ class Pair(Strict):
     factors: dict[str, InsidePath]
     adapting: Adapting | None = None
 
-    @model_serializer(mode="wrap")
-    def without_segments(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `every_expert` out where it is false: older versions read such pairs."""
-        fields: dict[str, Any] = serialise(self)
-        return fields if self.every_expert else {name: value for name, value in fields.items() if name != "every_expert"}
-
     @property
     def files(self) -> set[str]:
         """All files that it names."""
@@ -210,12 +204,14 @@ class Manifest(Strict):
     @model_serializer(mode="wrap")
     def of_its_format(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what versions that read its format do not know: `blake3` of files that were added to an older bundle,
-        and `routing_rows` where they are the experts.
+        `every_expert` of its pairs, and `routing_rows` where they are the experts.
         """
         fields: dict[str, Any] = serialise(self)
         if self.format < 5:
             for entry in fields["files"].values():
                 entry.pop("blake3", None)
+            for pair in (variant["pair"] for variant in fields["variants"] if "pair" in variant):
+                del pair["every_expert"]
         return fields if self.routing_rows else {name: value for name, value in fields.items() if name != "routing_rows"}
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from fusionroute.runtime.options import fusion_coefficients, fusion_or
 from fusionroute.runtime.sampling import Sampler, Sampling, SamplingOptions, sampler_of, sampling_of
 from fusionroute.runtime.scoring import Scores
 from fusionroute.runtime.text import Text, Token
-from fusionroute.runtime.text_stream import TextStream
+from fusionroute.runtime.text_stream import LateTexts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,9 +48,10 @@ class Session:
         """`make`: a new decoder; `give_back`: for one whose text is over."""
         self._make, self._give_back, self._expert_names, self._tokenizer = make, give_back, expert_names, tokenizer
         self._fusion, self._lam, self._pinned = fusion, lam, pinned
+        self._usual = fusion_coefficients(fusion, lam)
         self._opened: Decoder | None = make()
         self._sampler = Sampler(GREEDY)
-        self._text = TextStream(tokenizer)
+        self._texts = LateTexts(tokenizer)
         self._in_use = Exclusive("session")
 
     @property
@@ -96,13 +97,13 @@ class Session:
         """
         with self._in_use:
             self._decoder.append(ids)
-            self._text = TextStream(self._tokenizer)
+            self._texts = LateTexts(self._tokenizer)
 
     def rewind(self, n: int) -> None:
         """Keep the first n tokens and forget the rest, in every model. Raises InputError where there are fewer."""
         with self._in_use:
             self._decoder.rewind(n)
-            self._text = TextStream(self._tokenizer)
+            self._texts = LateTexts(self._tokenizer)
 
     def clear(self) -> None:
         """Forget all tokens and the random stream, but keep the buffers."""
@@ -142,7 +143,7 @@ class Session:
             _ = self._decoder  # a closed session says so
             source, decoder = path("file", file), self._make()
             saved_text.load(decoder, source)
-            self._opened, self._sampler, self._text = decoder, Sampler(GREEDY), TextStream(self._tokenizer)
+            self._opened, self._sampler, self._texts = decoder, Sampler(GREEDY), LateTexts(self._tokenizer)
 
     def close(self) -> None:
         """End the session. Its text is kept for prompts that begin alike as one is that was generated, see `prefix_cache`."""
@@ -166,7 +167,7 @@ class Session:
         """
         with self._in_use:
             token = self._decoder.advance(*self._settings(fusion, lam, sampling), self._pinned)
-            token.text = "".join(ready.text for ready in self._text.push(token))
+            token.text = self._texts.text_of(token.id)
             return token
 
     def steps(self, most: int, *, fusion: str | None = None, lam: float | None = None, **sampling: Unpack[SamplingOptions]) -> list[Token]:
@@ -175,7 +176,7 @@ class Session:
         with self._in_use:
             tokens = self._decoder.advance_some(*self._settings(fusion, lam, sampling), self._pinned, most)
             for token in tokens:
-                token.text = "".join(ready.text for ready in self._text.push(token))
+                token.text = self._texts.text_of(token.id)
             return tokens
 
     def score(self, ids: Iterable[int], *, fusion: str | None = None, lam: float | None = None) -> Scores:
@@ -189,7 +190,7 @@ class Session:
         then.
         """
         with self._in_use:
-            self._text = TextStream(self._tokenizer)
+            self._texts = LateTexts(self._tokenizer)
             return self._decoder.score(ids, self._coefficients(fusion, lam), self._pinned)
 
     @property
@@ -212,4 +213,6 @@ class Session:
 
     def _coefficients(self, fusion: str | None, lam: float | None) -> tuple[float, float]:
         """Weights of router and expert logits, by default those of this session. Raises InputError."""
+        if fusion is None and lam is None:
+            return self._usual
         return fusion_coefficients(fusion_or(fusion, self._fusion), self._lam if lam is None else lam)

@@ -11,7 +11,7 @@ from fusionroute.runtime.backend import REUSED, Output, Segment
 from fusionroute.runtime.backends.hidden_rows import HiddenRows
 
 if TYPE_CHECKING:
-    from fusionroute.runtime.backends.pair_binding import PairGraph
+    from fusionroute.runtime.backends.pair_graph import PairGraph
 
 
 class BoundRows:

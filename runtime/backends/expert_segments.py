@@ -16,7 +16,8 @@ from fusionroute.runtime.backend import Arrays, Output, Segment
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.bound_rows import BoundRows
 from fusionroute.runtime.backends.keys_values import KeysValues, Storage
-from fusionroute.runtime.backends.pair_binding import PairGraph, run
+from fusionroute.runtime.backends.pair_binding import run
+from fusionroute.runtime.backends.pair_graph import PairGraph
 from fusionroute.runtime.backends.signature import FLOAT, ORT_LENGTHS, CacheValue, Value, of_experts, of_model
 from fusionroute.runtime.limits import DELTA, EXPERT, numbered
 
@@ -90,6 +91,10 @@ class SegmentCache:
         self.memory.copy(other.memory, length)
         self.length = length
 
+    def keys_values(self, length: int) -> np.ndarray:
+        """See `runtime.backend.HostCache.keys_values`."""
+        return self.memory.view(length)
+
     def interrupt(self) -> None:
         """See `runtime.backend.Cache.interrupt`. ONNX Runtime checks between two operators."""
         self.options.terminate = True
@@ -130,7 +135,7 @@ class SegmentPasses:
         self._rows.put(segments, counts, padding)
         *names, last = [cache.model.name for cache, _ in parts]
         who = f"{', '.join(names)} and {last}" if names else last
-        run(self._graph.session, self._binding, self._options, f"{sum(counts) + padding} tokens of {who}")
+        run(self._graph, self._binding, self._options, f"{sum(counts) + padding} tokens of {who}")
         outputs = self._rows.answers(segments)
         return [Output(each.logits, None if cache.model.place else each.routing) for each, (cache, _) in zip(outputs, parts, strict=True)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,6 +90,11 @@ class OrtCpu:
         self._fusion = sessions.fusion()
         self._vocab = manifest.vocab_size
 
+    @property
+    def model_seconds(self) -> float:
+        """See `runtime.backend.Backend.model_seconds`."""
+        return self.router.seconds + sum(expert.seconds for expert in self.experts)
+
     def fuser(self) -> OrtFuser:
         """A fuser with buffers of its own."""
         return OrtFuser(self._fusion, self._vocab)
@@ -111,6 +117,7 @@ class OrtModel:
         self, lease: Lease, run_options: Callable[[], Any], model: Model, capacity: int, vocab: int, experts: int, storage: Storage
     ):
         self.lease, self.storage = lease, storage
+        self.seconds = 0.0  # that its runs have taken
         self.model = model
         self.capacity = capacity
         self.vocab = vocab
@@ -171,15 +178,20 @@ class OrtCache:
             opened.bindings[self] = bound
         if bound.shape != (count, row_count):
             self._bind(bound, count, row_count)
-        self._ids[0, :count] = ids
-        self._positions[:] = positions
+        if count == 1:  # its position is the zero that was bound
+            self._ids[0, 0] = ids[0]
+        else:
+            self._ids[0, :count] = ids
+            self._positions[:] = positions
         self._memory.set_total(self.length + count)
+        begun = perf_counter()
         try:
             opened.session.run_with_iobinding(bound.binding, self._options)
         except Exception as error:
             if self._options.terminate:
                 raise Interrupted from error
             raise FusionError(f"ONNX Runtime failed on {count} tokens of {self._model.model.name}: {one_line(error)}") from error
+        self._model.seconds += perf_counter() - begun
         self.length += count
         output = Output(self._logits, self._routing)
         if row_count > REUSED:  # those arrays now belong to the caller

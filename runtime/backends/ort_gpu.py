@@ -63,6 +63,7 @@ class OrtGpu:
 
     prefill_chunk = 512
     on_host = False
+    model_seconds = None
     async_dispatch = False
     guess_limit = 0
     apart: frozenset[int] = frozenset()

@@ -21,8 +21,9 @@ from fusionroute.runtime.backends.hidden_rows import Head
 from fusionroute.runtime.backends.keys_values import KeysValues, Storage, storage_of
 from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_cpu import OrtModel
-from fusionroute.runtime.backends.pair_binding import PairBinding, PairGraph
+from fusionroute.runtime.backends.pair_binding import PairBinding
 from fusionroute.runtime.backends.pair_fusion import PairFuser
+from fusionroute.runtime.backends.pair_graph import PairGraph
 from fusionroute.runtime.backends.residency import OpenedModel, always
 from fusionroute.runtime.backends.signature import of_head, of_model
 from fusionroute.runtime.bundle import Bundle
@@ -102,6 +103,12 @@ class OrtPair:
         other = copy(self)
         other._take(copy(self._graph), factors)
         return other
+
+    @property
+    def model_seconds(self) -> float:
+        """See `runtime.backend.Backend.model_seconds`; those of the head too."""
+        head = 0.0 if self._head is None else self._head.seconds
+        return self._graph.seconds + head + sum(model.seconds for model in self._whole.values())
 
     def forward_both(self, router: Any, own: Segment, expert: Any, other: Segment) -> tuple[Output, Output]:
         """See `runtime.backend.Backend.forward_both`."""

@@ -7,56 +7,21 @@ differently: so an expert's answer does not depend on what the router reads besi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusionroute.runtime.backend import Arrays, Output, Segment
-from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.bound_rows import BoundRows
-from fusionroute.runtime.backends.hidden_rows import Head
 from fusionroute.runtime.backends.keys_values import KeysValues
-from fusionroute.runtime.backends.signature import FLOAT, ORT_LENGTHS, CacheValue, Value, of_model, of_pair
+from fusionroute.runtime.backends.pair_graph import PairGraph
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import FusionError, one_line
-from fusionroute.runtime.limits import DELTA, EXPERT
+from fusionroute.runtime.limits import EXPERT
 
 if TYPE_CHECKING:
-    from fusionroute.runtime.bundle import Bundle
-    from fusionroute.runtime.manifest import Model
-
-
-class PairGraph:
-    """The inference session and its sizes. rows: those of the routing head that have an expert; None: all of them."""
-
-    def __init__(
-        self, session: Any, run_options: Callable[[], Any], spec: Model, capacity: int, result: tuple[str, int], head: Head | None,
-        head_rows: int,
-    ):  # fmt: skip
-        """result: the name and width of the output that a model answers with. head: what makes logits of it, None where
-        it is logits.
-        """
-        self.session, self.run_options, self.spec = session, run_options, spec
-        self.capacity, self.result, self.head, self.head_rows = capacity, result, head, head_rows
-        self.rows: list[int] | None = None
-        values = (*session.get_inputs(), *session.get_outputs())
-        self._shapes: dict[str, tuple[int | str, ...]] = {value.name: tuple(value.shape) for value in values}
-        self.deltas = {name: shape for name, shape in self._shapes.items() if name.startswith(DELTA)}
-
-    def check(self, bundle: Bundle, name: str, caches: CacheValue, factor_types: tuple[str, ...] = FLOAT) -> None:
-        """Raise BundleError unless its inputs and outputs are those of the manifest. caches: what keys and values are stored as."""
-        own = of_model(self.spec, self.capacity, self.result, self.head_rows, ORT_LENGTHS, caches)
-        factors = {delta: Value(factor_types, (None,) * len(shape)) for delta, shape in self.deltas.items()}
-        ort.check(self.session, of_pair(own, EXPERT, factors), bundle, name, self.capacity)
-
-    def unfit(self, factors: Arrays) -> str | None:
-        """The first input that an expert's factors do not fit; None: they fit. Names in a shape stand for any rank."""
-        for name, shape in self.deltas.items():
-            given = factors[name].shape if name in factors else ()
-            if len(given) != len(shape) or any(isinstance(size, int) and size != other for size, other in zip(shape, given, strict=True)):
-                return name
-        return None
+    pass
 
 
 class PairBinding:
@@ -90,7 +55,7 @@ class PairBinding:
         self._counts[:] = counts
         for memory, length, count in zip(self._memories, lengths, counts, strict=True):
             memory.set_total(length + count)
-        run(self._graph.session, self._binding, self._options, f"{sum(counts)} tokens of {self._names}")
+        run(self._graph, self._binding, self._options, f"{sum(counts)} tokens of {self._names}")
         routed, answered = self._rows.answers(segments)
         return routed, answered
 
@@ -109,12 +74,14 @@ class PairBinding:
         return counts
 
 
-def run(session: Any, binding: Any, options: Any, what: str) -> None:
+def run(graph: PairGraph, binding: Any, options: Any, what: str) -> None:
     """One pass over what is bound. Raises Interrupted once `terminate` is set in the options, and FusionError."""
     options.terminate = False
+    begun = perf_counter()
     try:
-        session.run_with_iobinding(binding, options)
+        graph.session.run_with_iobinding(binding, options)
     except Exception as error:
         if options.terminate:
             raise Interrupted from error
         raise FusionError(f"ONNX Runtime failed on {what}: {one_line(error)}") from error
+    graph.seconds += perf_counter() - begun

@@ -163,7 +163,8 @@ def load(
 def unit(workload: Workload, runtime: FusionRuntime, ids: Sequence[int], count: int) -> Callable[[], Run]:
     """The function that is measured again and again: it generates one text, in the same buffers each time."""
     session = workload.session(runtime)
-    return lambda: generate(session, ids, count, workload.drafts)
+    backend = runtime.backend
+    return lambda: generate(session, ids, count, workload.drafts, models=lambda: backend.model_seconds)
 
 
 def with_progress(precision: str, workload: Workload, share: float, measure: Callable[[], Run], progress: Progress) -> Callable[[], Run]:

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fusionroute.runtime.backends.expert_segments import SegmentCache, SegmentPa
 from fusionroute.runtime.plain_step import PlainStep
 from fusionroute.runtime.read_along import PassPrices, ReadAlong
 from fusionroute.runtime.speculation import pass_prices
+from fusionroute.runtime.speculation.costs import VALID
 from fusionroute.runtime.speculation.draft_planner import DraftPlanner
 from fusionroute.runtime.speculation.pass_prices import read_prices
 from tests.runtime.test_shared_base import ACTIONS, TOLERANCE
@@ -257,8 +259,8 @@ def test_prices_are_measured_once_and_again_after_a_month(segments: Path, monkey
             prices = rt._sets.current.prices
             assert prices is not None and prices.experts == 3 and min(prices.pair, prices.every, prices.alone) > 0
     assert measured == [1, 2]
-    month = pass_prices.time.time() + pass_prices.VALID + 60
-    monkeypatch.setattr(pass_prices.time, "time", lambda: month)
+    later = time.time() + VALID + 60
+    monkeypatch.setattr(time, "time", lambda: later)
     with FusionRuntime.load(segments, "fp32", "cpu"):
         assert measured == [1, 2, 1]
     assert read_prices(tmp_path / "none.json") is None
@@ -284,7 +286,7 @@ def test_caches_copy_what_others_have_read(segments: Path) -> None:
     with FusionRuntime.load(segments, "int8", "cpu") as rt:
         for model in (rt.backend.router, rt.backend.experts[2]):
             lender, borrower = model.cache(), model.cache()
-            assert isinstance(borrower, SegmentCache)
+            assert isinstance(lender, SegmentCache) and isinstance(borrower, SegmentCache)
             lender.forward(ids[:40], (39,))
             borrower.copy_prefix(lender, 30)
             ours, whole = borrower.forward(ids[30:], (29,)), model.cache().forward(ids, (59,))
