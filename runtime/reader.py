@@ -9,10 +9,11 @@ import numpy as np
 
 from fusionroute.runtime import limits
 from fusionroute.runtime.backend import Cache, HostCache, Output, Segment
+from fusionroute.runtime.cancellation import UNWATCHED_TOKENS
 from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.even_cache import EvenCache
 from fusionroute.runtime.loaded_system import LoadedSystem
-from fusionroute.runtime.token_sequence import UNWATCHED_TOKENS, TokenSequence
+from fusionroute.runtime.token_sequence import TokenSequence
 
 
 class Reader:
