@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fusionroute.runtime.backend import REUSED, Output, Segment
 from fusionroute.runtime.backends.hidden_rows import HiddenRows
-
-if TYPE_CHECKING:
-    from fusionroute.runtime.backends.pair_graph import PairGraph
+from fusionroute.runtime.backends.pair_graph import PairGraph
 
 
 class BoundRows:

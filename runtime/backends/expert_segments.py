@@ -135,7 +135,7 @@ class SegmentPasses:
         self._rows.put(segments, counts, padding)
         *names, last = [cache.model.name for cache, _ in parts]
         who = f"{', '.join(names)} and {last}" if names else last
-        run(self._graph, self._binding, self._options, f"{sum(counts) + padding} tokens of {who}")
+        run(self._graph, self._binding, self._options, sum(counts) + padding, who)
         outputs = self._rows.answers(segments)
         return [Output(each.logits, None if cache.model.place else each.routing) for each, (cache, _) in zip(outputs, parts, strict=True)]
 

@@ -1,4 +1,4 @@
-"""A graph that reads two segments of one sequence, and everything that is bound to it by address.
+"""Everything that is bound by address to a graph that reads two segments of one sequence.
 
 Neither segment may be empty: where one model reads alone, a dummy token stands for the other one. A dummy token also
 makes an odd number of tokens even. Products take rows by twos, and a single row has another kernel, which rounds
@@ -8,7 +8,7 @@ differently: so an expert's answer does not depend on what the router reads besi
 from __future__ import annotations
 
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +19,6 @@ from fusionroute.runtime.backends.pair_graph import PairGraph
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import FusionError, one_line
 from fusionroute.runtime.limits import EXPERT
-
-if TYPE_CHECKING:
-    pass
 
 
 class PairBinding:
@@ -55,7 +52,7 @@ class PairBinding:
         self._counts[:] = counts
         for memory, length, count in zip(self._memories, lengths, counts, strict=True):
             memory.set_total(length + count)
-        run(self._graph, self._binding, self._options, f"{sum(counts)} tokens of {self._names}")
+        run(self._graph, self._binding, self._options, sum(counts), self._names)
         routed, answered = self._rows.answers(segments)
         return routed, answered
 
@@ -74,8 +71,11 @@ class PairBinding:
         return counts
 
 
-def run(graph: PairGraph, binding: Any, options: Any, what: str) -> None:
-    """One pass over what is bound. Raises Interrupted once `terminate` is set in the options, and FusionError."""
+def run(graph: PairGraph, binding: Any, options: Any, tokens: int, names: str) -> None:
+    """One pass over what is bound: so many tokens, of models with these names.
+
+    Raises Interrupted once `terminate` is set in the options, and FusionError.
+    """
     options.terminate = False
     begun = perf_counter()
     try:
@@ -83,5 +83,5 @@ def run(graph: PairGraph, binding: Any, options: Any, what: str) -> None:
     except Exception as error:
         if options.terminate:
             raise Interrupted from error
-        raise FusionError(f"ONNX Runtime failed on {what}: {one_line(error)}") from error
+        raise FusionError(f"ONNX Runtime failed on {tokens} tokens of {names}: {one_line(error)}") from error
     graph.seconds += perf_counter() - begun

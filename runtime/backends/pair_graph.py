@@ -1,4 +1,4 @@
-"""The inference session of a graph that several models share, and its sizes."""
+"""A graph that reads two segments of one sequence: its inference session, its sizes, and what fits its inputs."""
 
 from __future__ import annotations
 
