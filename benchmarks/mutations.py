@@ -59,6 +59,24 @@ AREAS = {
         tuple(f"fr_export/precision/{name}.py" for name in ("rounding", "blockwise", "gptq", "int4", "int8", "kernels")),
         tuple(f"{PRECISION}test_{name}.py" for name in ("rounding", "gptq", "int8")),
     ),
+    "precisions": Area(
+        tuple(
+            f"fr_export/precision/{name}.py"
+            for name in (
+                "approximation",
+                "carried",
+                "gptq_sequential",
+                "kv_scales",
+                "plan_w8a8",
+                "rank_budget",
+                "row_int8",
+                "sensitive",
+                "smoothquant",
+                "w8a8",
+            )
+        ),  # fmt: skip
+        (),
+    ),
     "calibration": Area(("calibration/*.py",), ("tests/calibration",)),
 }
 
