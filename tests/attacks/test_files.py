@@ -16,7 +16,8 @@ import pytest
 from fusionroute.runtime import BundleError, FusionRuntime, cache, files
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.providers import NEGATION, PROVIDERS, Opener, no_options
-from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.bundle import FACTORS, Bundle
+from fusionroute.runtime.finite_weights import check_finite
 from fusionroute.runtime.integrity import checked, note
 from fusionroute.runtime.manifest import Manifest
 from tests.support.bundles import refusal
@@ -41,6 +42,16 @@ def test_a_link_is_not_followed(bundle: Path, tmp_path: Path, name: str) -> None
     (bundle / name).symlink_to(tmp_path / "outside")
     sentence = refusal(bundle)
     assert sentence.startswith(f"{bundle / name}") and sentence.endswith(f" cannot be read ({LINK}); {AGAIN}")
+
+
+def test_factors_are_not_read_through_a_link_that_came_later(all_bundles: list[Path], tmp_path: Path) -> None:
+    opened = Bundle.open(shutil.copytree(all_bundles[2], tmp_path / "bundle"))
+    name = next(name for name in opened.manifest.files if name.startswith(FACTORS))
+    (opened.folder / name).rename(tmp_path / "elsewhere")
+    (opened.folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError) as caught:
+        check_finite(opened)
+    assert str(caught.value) == f"{opened.folder / name} cannot be read ({LINK}); {AGAIN}"
 
 
 def test_a_link_to_a_device_is_not_read(bundle: Path) -> None:
