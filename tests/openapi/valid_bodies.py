@@ -62,7 +62,7 @@ OPTIONAL: dict[str, Any] = {
     "min_p": st.floats(0, 1),
     "presence_penalty": PENALTIES,
     "frequency_penalty": PENALTIES,
-    "repetition_penalty": st.one_of(st.floats(0.1, 3), st.sampled_from([1e-38, 1e-20, 1e20, 1e300])),
+    "repetition_penalty": st.one_of(st.floats(0.1, 3), st.sampled_from([1e-30, 1e-20, 1e20, 1e300])),
     "logit_bias": st.dictionaries(IDS.map(str), st.floats(-99, 100), max_size=4),
     "seed": st.integers(),
     "stop": st.one_of(SHORT, st.lists(SHORT, max_size=4), st.none()),
