@@ -109,7 +109,7 @@ class FusionRuntime:
         `prefix_cache`: how many finished texts keep their keys and values for prompts that begin alike, beside those in
         use. 0: every prompt is read from its beginning.
 
-        `expert_memory`, bytes: on TensorRT devices the weights of experts beyond it wait in host memory.
+        `expert_memory`, bytes for experts' weights: they come when they are chosen, and the least recently used leave.
 
         `share_weights`: processes that load the same bundle on the CPU share its weights in memory, packed once in the
         user's cache folder at some 2.3 times their size. By default each process packs its own copy.

@@ -12,7 +12,7 @@ import typer
 from rich.text import Text as Styled
 
 from fusionroute.runtime.commands.chat_lists import DocumentsFile, ToolsFile, read_lists
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, PrecisionName, Trust, VerifyKey
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, ExpertMemory, PrecisionName, Trust, VerifyKey, in_bytes
 from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.conversation import Conversation
 from fusionroute.runtime.engine import FusionRuntime
@@ -43,6 +43,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal answers.")] = None,
     lam: Annotated[float | None, typer.Option("--lambda", help="λ of the weighted fusion; default as exported.")] = None,
     speculation: Annotated[Literal["off", "auto"], typer.Option(help="auto: draft tokens ahead where that pays.")] = "off",
+    expert_memory: ExpertMemory = None,
     verify_key: VerifyKey = None,
     trust: Trust = False,
     debug: Debug = False,
@@ -54,7 +55,10 @@ def chat(
         lists = read_lists(tools, documents)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
-    with FusionRuntime.load(bundle, precision, device, speculation=speculation, verify_key=verify_key, trusted=trust) as runtime:
+    budget = in_bytes(expert_memory)
+    with FusionRuntime.load(
+        bundle, precision, device, speculation=speculation, expert_memory=budget, verify_key=verify_key, trusted=trust
+    ) as runtime:
         runtime.prompt_ids([{"role": "user", "content": "?"}], **lists)  # a bundle without a chat template says so now
         options = {"temperature": temperature, "top_p": top_p, "seed": seed, "lam": lam}
         talk(Conversation(runtime, max_new_tokens, system, lists, **options))

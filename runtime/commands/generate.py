@@ -12,7 +12,7 @@ from rich.text import Text as Styled
 
 from fusionroute.runtime.commands.chat_lists import DocumentsFile, ToolsFile, read_lists
 from fusionroute.runtime.commands.grammar import JsonSchema, Lark, Regex, read_grammar
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust, VerifyKey
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, ExpertMemory, Json, PrecisionName, Trust, VerifyKey, in_bytes
 from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
@@ -67,9 +67,7 @@ def generate(
     html: Annotated[
         Path | None, typer.Option(help="Also write one self-contained page to this file: who answered, and what each model proposed.")
     ] = None,
-    expert_memory: Annotated[
-        int | None, typer.Option(min=1, help="MiB of GPU memory for the experts' weights; the others wait in host memory.")
-    ] = None,
+    expert_memory: ExpertMemory = None,
     json_schema: JsonSchema = None,
     regex: Regex = None,
     lark: Lark = None,
@@ -102,11 +100,10 @@ def generate(
         raise typer.BadParameter(str(error)) from error
     if html is not None:
         check_folder(html)
-    budget = None if expert_memory is None else expert_memory << 20
     options: dict[str, Any] = {
         "speculation": speculation,
         "exact": exact,
-        "expert_memory": budget,
+        "expert_memory": in_bytes(expert_memory),
         "verify_key": verify_key,
         "trusted": trust,
     }

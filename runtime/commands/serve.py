@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Trust, VerifyKey, names
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, ExpertMemory, Trust, VerifyKey, in_bytes, names
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.serve.server import bound
@@ -29,6 +29,7 @@ def serve(
     memory: Annotated[
         int | None, typer.Option(min=1, help="MiB for keys and values; default: half of what is free, for 16 texts at most.")
     ] = None,
+    expert_memory: ExpertMemory = None,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; others get status 429.")] = 64,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
     max_body: Annotated[int, typer.Option(min=1, help="KiB of a request at most.")] = 4096,
@@ -56,7 +57,15 @@ def serve(
         texts = -(-count // len(asked))  # that each runtime keeps
         runtimes = [
             FusionRuntime.load(
-                bundle, each, device, speculation=speculation, threads=threads, prefix_cache=texts, verify_key=verify_key, trusted=trust
+                bundle,
+                each,
+                device,
+                speculation=speculation,
+                threads=threads,
+                prefix_cache=texts,
+                expert_memory=in_bytes(expert_memory),
+                verify_key=verify_key,
+                trusted=trust,
             )
             for each in asked
         ]
