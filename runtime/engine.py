@@ -111,8 +111,8 @@ class FusionRuntime:
         use. 0: every prompt is read from its beginning.
 
         `kv_memory`, bytes: all texts' keys and values. Finished texts make room, the oldest first; where that does not
-        do, the pass that needs more ends in an UnavailableError. `expert_memory`, bytes: on TensorRT devices the weights
-        of experts beyond it wait in host memory.
+        do, the pass that needs more ends in an UnavailableError. `expert_memory`, bytes for experts' weights: they come
+        when they are chosen, and the least recently used leave.
 
         `share_weights`: processes that load the same bundle on the CPU share its weights in memory, packed once in the
         user's cache folder at some 2.3 times their size. By default each process packs its own copy. `trusted`, for

@@ -120,11 +120,9 @@ def check_device(device: str) -> None:
 
 
 def refuse_expert_memory(options: BackendOptions) -> None:
-    """Raise InputError for a limit on experts' memory: called where ONNX Runtime runs experts that are factors of one base."""
+    """Raise InputError for a limit on experts' memory: called where they all stay, as factors of one base do."""
     if options.expert_memory is not None:
-        raise InputError(
-            "expert_memory is for experts with all of their weights, and those of this bundle are small changes of one base: leave it out."
-        )
+        raise InputError("expert_memory is for experts that can leave, and this device keeps all experts of this bundle: leave it out.")
 
 
 def resolved(bundle: Bundle, device: str) -> str:

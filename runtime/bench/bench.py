@@ -37,8 +37,8 @@ HALF = ("fp16", "bf16")
 class BenchOptions:
     """What to measure. `precisions`: None for all that the bundle has for the device. `rows`: see `workload.workloads`.
 
-    `sequential`: one precision after the other, where they do not fit in memory together. `verify_key`, `trusted`: as of
-    `FusionRuntime.load`.
+    `sequential`: one precision after the other, where they do not fit in memory together. `expert_memory`,
+    `verify_key`, `trusted`: as of `FusionRuntime.load`.
     """
 
     precisions: tuple[str, ...] | None = None
@@ -49,6 +49,7 @@ class BenchOptions:
     repeats: int = 5
     rows: str = FUSED
     sequential: bool = False
+    expert_memory: int | None = None
     verify_key: Path | None = None
     trusted: bool = False
 
@@ -145,6 +146,7 @@ def load(
                 device,
                 speculation="auto" if DRAFTS in options.rows else "off",
                 prefix_cache=0,
+                expert_memory=options.expert_memory,
                 verify_key=options.verify_key,
                 trusted=options.trusted,
             )

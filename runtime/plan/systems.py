@@ -149,7 +149,9 @@ def with_files(bundle: Bundle, variant: Variant) -> System:
     widened = bits / variant.bits_per_weight if bits >= HALF else 1.0
     weights = [
         Weights(
-            int(stored[model.name] * widened), int(variant.weight_bytes.get(model.name, stored[model.name]) * widened), model.parameters
+            int(stored[model.name] * widened),
+            int(variant.weight_bytes.get(model.name, stored[model.name]) * widened),
+            model.parameters,
         )
         for model in manifest.models
     ]

@@ -234,7 +234,7 @@ def test_budgets_that_hold_no_expert_are_refused(merged: Path, shared: Path) -> 
     with pytest.raises(InputError) as caught:
         FusionRuntime.load(merged, "int8", "cpu", expert_memory=size - 1)
     assert str(caught.value) == f"expert_memory={size - 1} does not hold the {size} bytes of one expert: allow at least as much, or none."
-    with pytest.raises(InputError, match=r"^expert_memory is for experts with all of their weights, .* leave it out\.$"):
+    with pytest.raises(InputError, match="expert_memory is for experts that can leave"):
         FusionRuntime.load(shared, "int8", "cpu", expert_memory=1 << 40)
 
 
