@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
-from fusionroute.runtime.backend import Cache, ForwardTogether, JointForward, Output, Segment
+import numpy as np
+
+from fusionroute.runtime.backend import Cache, ForwardTogether, HostCache, JointForward, Output, Segment
 
 
 class EvenCache:
@@ -57,6 +60,10 @@ class EvenCache:
     def copy_prefix(self, other: EvenCache, length: int) -> None:
         """See `Cache.copy_prefix`."""
         self.cache.copy_prefix(other.cache, length)
+
+    def keys_values(self, length: int) -> np.ndarray:
+        """See `HostCache.keys_values`; of a cache that is one."""
+        return cast(HostCache, self.cache).keys_values(length)
 
     def interrupt(self) -> None:
         """See `Cache.interrupt`."""

@@ -21,7 +21,8 @@ from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_manifest, wr
 from fusionroute.runtime.strict_json import check_json
 
 BASE, FUSION = "base", "fusion"  # names of engines that are no model's
-# what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`, 4 one with `kv`
+# what this version reads at most, and writes. Format 1 has no `tensors`: each weight was a file; from 3 on a variant may have a `pair`,
+# from 4 on `kv`; from 5 on files have their `blake3`, and a pair may have `every_expert`
 FORMAT: Final = 5
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -114,12 +115,6 @@ class Pair(Strict):
     factors: dict[str, InsidePath]
     adapting: Adapting | None = None
 
-    @model_serializer(mode="wrap")
-    def without_segments(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `every_expert` out where it is false: older versions read such pairs."""
-        fields: dict[str, Any] = serialise(self)
-        return fields if self.every_expert else {name: value for name, value in fields.items() if name != "every_expert"}
-
     @property
     def files(self) -> set[str]:
         """All files that it names."""
@@ -207,9 +202,16 @@ class Manifest(Strict):
     routing_rows: list[Name] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")
-    def without_routing_rows(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `routing_rows` out where they are the experts: older versions read such manifests."""
+    def of_its_format(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what versions that read its format do not know: `blake3` of files that were added to an older bundle,
+        `every_expert` of its pairs, and `routing_rows` where they are the experts.
+        """
         fields: dict[str, Any] = serialise(self)
+        if self.format < 5:
+            for entry in fields["files"].values():
+                entry.pop("blake3", None)
+            for pair in (variant["pair"] for variant in fields["variants"] if "pair" in variant):
+                del pair["every_expert"]
         return fields if self.routing_rows else {name: value for name, value in fields.items() if name != "routing_rows"}
 
     @model_validator(mode="after")

@@ -181,7 +181,7 @@ class PairVariantWriter:
     def _listed(self, written: Written) -> str:
         """The path of a file in the bundle, whose entry is noted for the manifest."""
         name = written.path.relative_to(self._folder).as_posix()
-        self._factor_files[name] = File(sha256=written.sha256, bytes=written.bytes)
+        self._factor_files[name] = File.of(written.digest)
         return name
 
     def gather_weights(self, variants: Sequence[Variant]) -> dict[str, File]:

@@ -91,6 +91,10 @@ class SegmentCache:
         self.memory.copy(other.memory, length)
         self.length = length
 
+    def keys_values(self, length: int) -> np.ndarray:
+        """See `runtime.backend.HostCache.keys_values`."""
+        return self.memory.view(length)
+
     def interrupt(self) -> None:
         """See `runtime.backend.Cache.interrupt`. ONNX Runtime checks between two operators."""
         self.options.terminate = True
@@ -131,7 +135,7 @@ class SegmentPasses:
         self._rows.put(segments, counts, padding)
         *names, last = [cache.model.name for cache, _ in parts]
         who = f"{', '.join(names)} and {last}" if names else last
-        run(self._graph.session, self._binding, self._options, sum(counts) + padding, who)
+        run(self._graph, self._binding, self._options, sum(counts) + padding, who)
         outputs = self._rows.answers(segments)
         return [Output(each.logits, None if cache.model.place else each.routing) for each, (cache, _) in zip(outputs, parts, strict=True)]
 

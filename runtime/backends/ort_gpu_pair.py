@@ -37,9 +37,12 @@ class OrtGpuPair:
     """The models of one variant with a `pair`, all in one inference session on one provider."""
 
     prefill_chunk = 512
+    on_host = False
+    model_seconds = None
     async_dispatch = False
     forward_together = None
     guess_limit = 8  # tokens that are read beside the router's nearly for free, since a pass waits for the weights
+    expect = None
     apart: frozenset[int] = frozenset()
 
     def __init__(self, bundle: Bundle, variant: Variant, pair: Pair, provider: Provider):

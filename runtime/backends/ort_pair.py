@@ -24,6 +24,7 @@ from fusionroute.runtime.backends.ort_cpu import OrtModel
 from fusionroute.runtime.backends.pair_binding import PairBinding
 from fusionroute.runtime.backends.pair_fusion import PairFuser
 from fusionroute.runtime.backends.pair_graph import PairGraph
+from fusionroute.runtime.backends.residency import OpenedModel, always
 from fusionroute.runtime.backends.signature import of_head, of_model
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
@@ -41,8 +42,10 @@ class OrtPair:
     """
 
     prefill_chunk = 256  # see `OrtCpu`
+    on_host = True
     async_dispatch = False
     guess_limit = 8  # tokens that are read beside the router's nearly for free; more cost as much as a pass of their own
+    expect = None
 
     def __init__(
         self, bundle: Bundle, variant: Variant, pair: Pair, threads: int | None = None, *, share_weights: bool = False, exact: bool = False
@@ -101,6 +104,12 @@ class OrtPair:
         other._take(copy(self._graph), factors)
         return other
 
+    @property
+    def model_seconds(self) -> float:
+        """See `runtime.backend.Backend.model_seconds`; those of the head too."""
+        head = 0.0 if self._head is None else self._head.seconds
+        return self._graph.seconds + head + sum(model.seconds for model in self._whole.values())
+
     def forward_both(self, router: Any, own: Segment, expert: Any, other: Segment) -> tuple[Output, Output]:
         """See `runtime.backend.Backend.forward_both`."""
         if self.forward_together is None:
@@ -127,7 +136,9 @@ def open_whole(bundle: Bundle, variant: Variant, opened: CpuSessions, storage: S
         logits = "logits", manifest.vocab_size
         signature = of_model(spec, manifest.max_seq_len, logits, 0, caches=storage.declared)
         ort.check(session, signature, bundle, variant.graphs[spec.name], manifest.max_seq_len)
-        models[spec.name] = OrtModel(session, opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0, storage)
+        models[spec.name] = OrtModel(
+            always(OpenedModel(session)), opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0, storage
+        )
     return models
 
 
@@ -165,6 +176,10 @@ class PairCache(JointCache):
         """See `runtime.backend.Cache.copy_prefix`."""
         self.memory.copy(other.memory, length)
         self.length = length
+
+    def keys_values(self, length: int) -> np.ndarray:
+        """See `runtime.backend.HostCache.keys_values`."""
+        return self.memory.view(length)
 
     def interrupt(self) -> None:
         """See `runtime.backend.Cache.interrupt`. ONNX Runtime checks between two operators."""

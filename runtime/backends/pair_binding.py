@@ -7,6 +7,7 @@ differently: so an expert's answer does not depend on what the router reads besi
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class PairBinding:
         self._counts[:] = counts
         for memory, length, count in zip(self._memories, lengths, counts, strict=True):
             memory.set_total(length + count)
-        run(self._graph.session, self._binding, self._options, sum(counts), self._names)
+        run(self._graph, self._binding, self._options, sum(counts), self._names)
         routed, answered = self._rows.answers(segments)
         return routed, answered
 
@@ -70,12 +71,17 @@ class PairBinding:
         return counts
 
 
-def run(session: Any, binding: Any, options: Any, tokens: int, names: str) -> None:
-    """One pass over what is bound: so many tokens, of models with these names. Raises Interrupted once `terminate` is set in the options, and FusionError."""
+def run(graph: PairGraph, binding: Any, options: Any, tokens: int, names: str) -> None:
+    """One pass over what is bound: so many tokens, of models with these names.
+
+    Raises Interrupted once `terminate` is set in the options, and FusionError.
+    """
     options.terminate = False
+    begun = perf_counter()
     try:
-        session.run_with_iobinding(binding, options)
+        graph.session.run_with_iobinding(binding, options)
     except Exception as error:
         if options.terminate:
             raise Interrupted from error
         raise FusionError(f"ONNX Runtime failed on {tokens} tokens of {names}: {one_line(error)}") from error
+    graph.seconds += perf_counter() - begun

@@ -29,6 +29,7 @@ class PairGraph:
         self.session, self.run_options, self.spec = session, run_options, spec
         self.capacity, self.result, self.head, self.head_rows = capacity, result, head, head_rows
         self.rows: list[int] | None = None
+        self.seconds = 0.0  # that its runs have taken
         values = (*session.get_inputs(), *session.get_outputs())
         self._shapes: dict[str, tuple[int | str, ...]] = {value.name: tuple(value.shape) for value in values}
         self.deltas = {name: shape for name, shape in self._shapes.items() if name.startswith(DELTA)}

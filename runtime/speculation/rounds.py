@@ -142,7 +142,7 @@ class Rounds:
         tokens: list[Token] = []
         for row, choice in enumerate(choices):
             if routed is not None and routed.routing is not None:
-                step.numerics.check_routing(routed.routing[row], start + row - 1)
+                step.numerics.check_routing(step.routing_of(routed, row), start + row - 1)
             if row not in answers:
                 answers |= self._answers(choices, row, start, routed, coefficients)
             router, expert, weights = answers[row]

@@ -55,10 +55,9 @@ def test_bits_do_not_depend_on_who_reads_beside_a_model(rt: FusionRuntime, data:
         for place, part, output in zip(readers, own, outputs, strict=True):
             expected = alone[place].forward(*part)
             assert np.array_equal(output.logits.states, expected.logits.states)
-            if output.routing is None or expected.routing is None:
-                assert place and output.routing is expected.routing is None
-            else:
-                assert not place and np.array_equal(output.routing, expected.routing)
+            assert (output.routing is None) == bool(place)
+            if not place:
+                assert output.routing is not None and np.array_equal(output.routing, expected.routing)
             assert beside[place].length == alone[place].length
         for place, buffers in idle.items():
             assert np.array_equal(beside[place].memory.buffers, buffers)
