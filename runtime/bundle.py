@@ -36,9 +36,12 @@ class Bundle:
     file must stay the one that it was.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest):
+    def __init__(self, folder: Path, manifest: Manifest, written: bytes = b""):
+        """written: the manifest's text."""
         self.folder = folder
         self.manifest = manifest
+        self.manifest_digest = Digest()
+        self.manifest_digest.update(written)
         self.identities: dict[str, Identity] = {}  # of all its files, when the bundle was opened
 
     @classmethod
@@ -55,7 +58,7 @@ class Bundle:
         text = read_manifest(path)
         if key is not None:
             signing.check(text, read_signature(path), key, str(path))
-        bundle = cls(path, Manifest.parse(text, str(path / NAME)))
+        bundle = cls(path, Manifest.parse(text, str(path / NAME)), text)
         for name, entry in bundle.manifest.files.items():
             with bundle.open_file(name) as file:
                 opened = identity(file)
