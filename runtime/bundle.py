@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from fusionroute.runtime.digests import TITLES, Digest
 from fusionroute.runtime.errors import BundleError, UnavailableError, one_line, reason
 from fusionroute.runtime.files import is_partial
 from fusionroute.runtime.graph_file import external_files
+from fusionroute.runtime.graph_tensors import tensors
 from fusionroute.runtime.machine import cores
 from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_manifest, read_signature
 from fusionroute.runtime.precisions import fastest_first
@@ -36,12 +38,10 @@ class Bundle:
     file must stay the one that it was.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, written: bytes = b""):
-        """written: the manifest's text."""
+    def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
         self.manifest = manifest
-        self.manifest_digest = Digest()
-        self.manifest_digest.update(written)
+        self.sha256 = ""  # of the manifest, which names that of every other file
         self.identities: dict[str, Identity] = {}  # of all its files, when the bundle was opened
 
     @classmethod
@@ -58,7 +58,8 @@ class Bundle:
         text = read_manifest(path)
         if key is not None:
             signing.check(text, read_signature(path), key, str(path))
-        bundle = cls(path, Manifest.parse(text, str(path / NAME)), text)
+        bundle = cls(path, Manifest.parse(text, str(path / NAME)))
+        bundle.sha256 = hashlib.sha256(text).hexdigest()
         for name, entry in bundle.manifest.files.items():
             with bundle.open_file(name) as file:
                 opened = identity(file)
@@ -178,6 +179,25 @@ class Bundle:
             raise self._unreadable(str(parent), error) from error
         for each in (name, *weights):
             self.open_file(each).close()
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of the weights that a graph names, each once, and of its own constants. Raises BundleError."""
+        files, folder = self.manifest.files, PurePosixPath(name).parent
+        places: dict[tuple[str, int], int] = {}
+        own = 0
+        try:
+            for tensor in tensors(self.read(name)):
+                if tensor.location:
+                    file = files[str(folder / tensor.location)]
+                    sizes = {each.offset: each.bytes for each in file.tensors}
+                    places[tensor.location, tensor.offset] = sizes.get(tensor.offset, file.bytes)
+                else:
+                    own += len(tensor.data or b"")
+        except (ValueError, KeyError) as error:
+            raise BundleError(
+                f"{self.folder / name} is no graph whose weights are in the bundle ({one_line(error)}); export it again."
+            ) from error
+        return own + sum(places.values())
 
     def _folders(self, names: set[str]) -> list[tuple[int, ...]]:
         """What tells the folders of files from others, and from themselves with other entries."""

@@ -112,7 +112,7 @@ def remember(bundle: Bundle) -> None:
 
 def note(bundle: Bundle) -> Path:
     """Where it is noted: by the machine, the folder itself and the manifest's content. Raises OSError."""
-    about = [platform.node(), bundle.manifest_digest.hexdigests]
+    about = [platform.node(), bundle.sha256]
     return files.private_folder(KIND) / f"{place(bundle.folder)}-{cache.sha256(about)}.json"
 
 

@@ -22,7 +22,7 @@ from fusionroute.runtime.strict_json import check_json
 
 BASE, FUSION = "base", "fusion"  # names of engines that are no model's
 # what this version reads at most, and writes. Format 1 has no `tensors`: each weight was a file; from 3 on a variant may have a `pair`,
-# from 4 on `kv`; from 5 on files have their `blake3`
+# from 4 on `kv`; from 5 on files have their `blake3`, and a pair may have `every_expert`
 FORMAT: Final = 5
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -102,12 +102,14 @@ class Adapting(Strict):
 class Pair(Strict):
     """One graph that router and expert pass through together, and the factors that make an expert of it.
 
+    every_expert: whether `graph` has a segment for each row of the routing head, else one for whichever expert reads.
     head: the graph that makes logits of the hidden states that `graph` gives, None where it gives logits itself;
     `head_is_linear`: whether the head may run on fused hidden states. factors: expert → a safetensors file with the
     values of the graph's inputs `delta.…`, under their names. Where `adapting` is None, no expert can be added.
     """
 
     graph: InsidePath
+    every_expert: bool = False
     head: InsidePath | None = None
     head_is_linear: bool = False
     factors: dict[str, InsidePath]
@@ -202,12 +204,14 @@ class Manifest(Strict):
     @model_serializer(mode="wrap")
     def of_its_format(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what versions that read its format do not know: `blake3` of files that were added to an older bundle,
-        and `routing_rows` where they are the experts.
+        `every_expert` of its pairs, and `routing_rows` where they are the experts.
         """
         fields: dict[str, Any] = serialise(self)
         if self.format < 5:
             for entry in fields["files"].values():
                 entry.pop("blake3", None)
+            for pair in (variant["pair"] for variant in fields["variants"] if "pair" in variant):
+                del pair["every_expert"]
         return fields if self.routing_rows else {name: value for name, value in fields.items() if name != "routing_rows"}
 
     @model_validator(mode="after")

@@ -81,6 +81,17 @@ def stored(data: np.ndarray, start: int, dtype: str, shape: list[int], data_offs
     return Stored(dtype, tuple(shape), data[first:end])
 
 
+def header(entries: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """How a file begins: its tensors' dtypes as safetensors names them, their shapes and bytes, in their order."""
+    end, fields = 0, dict[str, object]({METADATA: dict(metadata)} if metadata else {})
+    for name, (dtype, shape, size) in entries.items():
+        start, end = end, end + size
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-(PREFIX + len(text)) % LINE)
+    return len(text).to_bytes(PREFIX, "little") + text
+
+
 class Written(NamedTuple):
     """A file that was written, and the digest of its content."""
 
@@ -95,19 +106,14 @@ def write_tensors(
 
     entries: name → dtype as safetensors names it, and shape. arrays: in this order, of items as wide as their dtype.
     """
-    end, header = 0, dict[str, object]({METADATA: dict(metadata)} if metadata else {})
-    for name, (dtype, shape) in entries.items():
-        start, end = end, end + WIDTHS[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(PREFIX + len(text)) % LINE)
+    sizes = {name: (dtype, shape, WIDTHS[dtype] * math.prod(shape)) for name, (dtype, shape) in entries.items()}
     folder.mkdir(parents=True, exist_ok=True)
     partial, digest = partial_name(folder / f"{stem}.safetensors"), Digest()
     try:
         with partial.open("wb") as file:
-            for piece in (len(text).to_bytes(PREFIX, "little"), text):
-                digest.update(piece)
-                file.write(piece)
+            beginning = header(sizes, metadata)
+            digest.update(beginning)
+            file.write(beginning)
             for array, (dtype, shape) in zip(arrays, entries.values(), strict=True):
                 assert array.shape == shape and array.itemsize == WIDTHS[dtype]
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
