@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic.dataclasses import dataclass
 
 from fusionroute.runtime.digests import Digest
 
@@ -30,8 +31,9 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Tensor(Strict):
-    """The bytes of one weight in a weight file."""
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class Tensor:
+    """The bytes of one weight in a weight file. There are thousands: one object each, and no more for the collector to visit."""
 
     sha256: Hash
     offset: Size

@@ -51,7 +51,7 @@ def checked(bundle: Bundle, everything: bool, trial: Trial | None) -> Iterator[C
 
     Yields a function to call when the models are loaded, before the tokenizer is read: it waits for the `trial`, which is
     None for a bundle that is trusted. Hashing takes the cores that loading leaves: until then those beyond one for each
-    model, from then on all but one, and at the end all.
+    model, and from then on all.
 
     Raises BundleError, at the end, for a file that is not the manifest's, and for one that was changed meanwhile; with
     `everything` also for one that the manifest does not name, and for numbers that are not finite.
@@ -65,14 +65,14 @@ def checked(bundle: Bundle, everything: bool, trial: Trial | None) -> Iterator[C
         bundle.unchanged()
         return
     names = iter(sorted(unknown, key=lambda name: -bundle.manifest.files[name].bytes))
-    stop, pool = threading.Event(), ThreadPoolExecutor(max(cores() - 1, 1), "fusionroute-verify")
+    stop, pool = threading.Event(), ThreadPoolExecutor(cores(), "fusionroute-verify")
 
     def hash_files() -> None:
         for name in names:  # threads take from the same iterator
             bundle.check(name, stop.is_set, everything)
 
     def models_are_loaded() -> None:
-        checks.extend(pool.submit(hash_files) for _ in range(max(cores() - 1 - spare, 1)))
+        checks.extend(pool.submit(hash_files) for _ in range(cores() - spare))
         if TOKENIZER in unknown and trial is not None:
             trial.decide(bundle.read(TOKENIZER), bundle.folder / TOKENIZER, bundle.identities[TOKENIZER])
 
@@ -112,7 +112,7 @@ def remember(bundle: Bundle) -> None:
 
 def note(bundle: Bundle) -> Path:
     """Where it is noted: by the machine, the folder itself and the manifest's content. Raises OSError."""
-    about = [platform.node(), bundle.manifest.model_dump_json()]
+    about = [platform.node(), bundle.sha256]
     return files.private_folder(KIND) / f"{place(bundle.folder)}-{cache.sha256(about)}.json"
 
 

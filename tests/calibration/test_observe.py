@@ -69,6 +69,18 @@ def test_an_expert_that_serves_nothing(tmp_path: Path) -> None:
     assert sum(done) == LAYERS + 1 and not list(tmp_path.iterdir())
 
 
+def test_a_model_that_serves_nothing_reads_the_first_eight_texts() -> None:
+    recorded, embedded = texts(count=10), list[list[int]]()
+
+    def embed(ids: np.ndarray) -> np.ndarray:
+        embedded.append(ids.tolist())
+        rows: np.ndarray = TABLE[ids][None]
+        return rows
+
+    observe(blocks(), recorded, serving_masks(recorded, 2), embed, WEIGHTS.__getitem__, threads=1)
+    assert embedded == [np.concatenate([text.ids for text in recorded[:8]]).tolist()]
+
+
 class Killed(BaseException):
     """The process ends here."""
 

@@ -122,6 +122,20 @@ def test_mse_is_as_good_as_the_best_range_on_the_raw_values(kind: str, seed: int
         assert best < 0.9 * error(x, observer.absmax()), "else the test would not tell the two apart"
 
 
+@pytest.mark.parametrize("kind", ["even", "heavy", "outliers"])
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_the_expected_error_of_a_range(kind: str, share: float) -> None:
+    x = values(kind, 4000, 14)
+    observer = seen(x)
+    limit = share * observer.absmax()
+    assert observer.error(limit) == pytest.approx(error(x, limit) / x.size, rel=0.03)
+
+
+def test_the_expected_error_of_one_value_is_that_of_many_equal_ones() -> None:
+    one, many = (seen(np.full((count, 1), 0.3, np.float32)).error(0.2) for count in (1, 50))
+    assert one == pytest.approx(many) == pytest.approx(0.1**2, rel=0.02)
+
+
 def migacz(counts: np.ndarray) -> int:
     """The number of bins with the smallest divergence, as the slides of GTC 2017 describe it, bin by bin."""
     divergences = {}

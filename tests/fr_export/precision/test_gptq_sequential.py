@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -282,3 +283,25 @@ def test_weights_beyond_the_range_are_refused_by_name(tmp_path: Path) -> None:
     save_file(tensors, router / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"router.* cannot be exported as int4: The weight '.*up_proj.weight' holds values beyond"):
         export(export_request, Stages(Console(quiet=True)))
+
+
+def test_inputs_wait_for_one_another_but_not_for_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    random, tokens, sizes = np.random.default_rng(0), gptq_sequential.TOKENS, list[int]()
+    inputs = [random.standard_normal((rows, 4)).astype(np.float32) for rows in (tokens - 1, 5, 3, tokens + 2, 7)]
+    see = Hessian.see
+
+    def noted(self: Hessian, x: np.ndarray) -> None:
+        sizes.append(len(x))
+        see(self, x)
+
+    def observe(told: Callable[[str, int, np.ndarray], None]) -> None:
+        for number, x in enumerate(inputs):
+            told("first", number, x)
+            told("second", number, np.full((9, 4), np.nan, np.float32))  # reads the same value
+
+    monkeypatch.setattr(Hessian, "see", noted)
+    block = SimpleNamespace(observed={"first": "value", "second": "value"}, channels={"first": 4, "second": 4})
+    total: Any = gptq_sequential.hessian(SimpleNamespace(block=block, observe=observe))  # type: ignore[arg-type]
+    assert sizes == [tokens + 4, tokens + 5, 7]
+    x = np.concatenate(inputs).astype(np.float64)
+    np.testing.assert_allclose(total.sum.numpy(), x.T @ x, rtol=1e-4, atol=1e-2)

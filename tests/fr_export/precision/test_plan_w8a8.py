@@ -38,6 +38,15 @@ def test_what_calibration_never_saw_stays_at_16_bit_activations(planned_router: 
         )
 
 
+def test_what_calibration_saw_as_zeros_alone_is_rounded_in_steps_of_one(planned_router: PlannedRouter) -> None:
+    """A step of zero would make NaN of them."""
+    weights, name = planned_router.system.router.weights, "model.model.layers.0.mlp.down_proj.weight"
+    zeros = Observer(name, len(planned_router.seen[name].channel_absmax))
+    zeros.see(np.zeros((3, len(zeros.channel_absmax)), np.float32))
+    plan = choose(planned_router.graph, weights, planned_router.seen | {name: zeros}, planned_router.noise, share=1)
+    assert plan.scales[name] == 1.0
+
+
 def test_the_noise_of_logits_is_that_of_rounded_inputs() -> None:
     random = np.random.default_rng(1)
     x = (random.standard_normal((4000, 48)) * np.exp(random.standard_normal(48))).astype(np.float32)
