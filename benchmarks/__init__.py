@@ -11,6 +11,7 @@ Run from the root of a checkout, after `pip install -e '.[cpu,export,train,bench
 | `half` | what half precision loses in all operators, as on a GPU, without a GPU | docs/precision.md |
 | `quantiser` | what each step of the quantisers gains, and what bits buy | docs/precision.md |
 | `speculation` | speed with drafts and without, over many texts | docs/speculation.md |
+| `saved_texts` | a long prompt that is read, and one that is loaded | docs/length.md |
 | `length` | what long texts cost: time per token, memory, catching up | docs/length.md |
 | `embedding` | what a host process pays: loading, memory, the GIL, cancellation | docs/embedding.md |
 | `real_size` | time and memory of exporting and running Gemma-2-2B shapes | docs/real-size.md |

@@ -94,8 +94,21 @@ class Cache(Protocol):
         ...
 
 
+class HostCache(Cache, Protocol):
+    """A cache in the host's memory."""
+
+    def keys_values(self, length: int) -> np.ndarray:
+        """Keys and values of the first `length` tokens, to read or to fill: [2 · layers, kv_heads, length, values of a head].
+
+        A view: each head's part is contiguous.
+        """
+        ...
+
+
 # (router's cache, its segment, expert's cache, its segment) → the outputs of both; otherwise as `Cache.forward`
 JointForward = Callable[[Any, Segment, Any, Segment], tuple[Output, Output]]
+# (caches of the router or of experts, and their segments, in the order of the routing head's rows) → their outputs
+ForwardTogether = Callable[[Sequence[tuple[Any, Segment]]], list[Output]]
 
 
 class LanguageModel(Protocol):
@@ -153,7 +166,7 @@ class BackendOptions(Protocol):
 
     @property
     def expert_memory(self) -> int | None:
-        """Bytes of device memory for experts' weights; None: no limit."""
+        """Bytes for experts' weights, where the models run; None: no limit."""
         ...
 
     @property
@@ -179,13 +192,32 @@ class Backend(Protocol):
     guess_limit: int
     """Most tokens that an expert should read before it is known whether it answers. 0: it is never guessed."""
 
+    on_host: bool
+    """Whether keys and values lie in the host's memory, and take it as they are written: its caches are `HostCache`s then.
+    Else they take a device's memory, for the full context from the beginning.
+    """
+
     apart: frozenset[int]
     """Experts that never read in a pass of the router's, nor before it is known that they answer."""
+
+    @property
+    def expect(self) -> Callable[[int], None] | None:
+        """Told the number of the expert that will probably answer next, before it is known: its weights may come meanwhile.
+        None: they are always there, or nothing else can run beside it.
+        """
+        ...
 
     @property
     def forward_both(self) -> JointForward | None:
         """One pass in which the router and an expert read, each its own segment; `interrupt` of the router's cache ends
         it. None: every model has passes of its own.
+        """
+        ...
+
+    @property
+    def forward_together(self) -> ForwardTogether | None:
+        """One pass in which the router and any experts read, each its own segment; `interrupt` of the first one's cache
+        ends it. None: no more than one expert reads beside the router.
         """
         ...
 
@@ -197,6 +229,11 @@ class Backend(Protocol):
     @property
     def experts(self) -> Sequence[LanguageModel]:
         """The experts in the order of the routing head's rows."""
+        ...
+
+    @property
+    def model_seconds(self) -> float | None:
+        """What runs of its models have taken so far; None where they run on a device, beside the host."""
         ...
 
     def fuser(self) -> Fuser:

@@ -24,8 +24,8 @@ class PieceReader(Protocol):
         """How many tokens it has read."""
         ...
 
-    def read_piece(self, limit: int) -> None:
-        """Read one piece of the tokens before `limit`, if a whole one is due."""
+    def read_piece(self, limit: int) -> bool:
+        """Read one piece of the tokens before `limit`, if a whole one is due and there is room for it; whether there was."""
         ...
 
 
@@ -62,9 +62,9 @@ class BackgroundPrefill:
                 self._passes[number] = self._thread.submit(self._read, number)
 
     def _read(self, number: int) -> None:
-        self._experts[number].read_piece(self._limit)
+        more = self._experts[number].read_piece(self._limit)
         with self._lock:
-            if self._passes.pop(number, None) is not None:  # else somebody waits for this expert
+            if self._passes.pop(number, None) is not None and more:  # else somebody waits for this expert
                 self._submit(number)
 
     def pause(self) -> None:

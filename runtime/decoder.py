@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusionroute.runtime.arguments import shown, token_ids, whole
-from fusionroute.runtime.errors import ClosedError, FusionError, InputError, NumericalError, one_line
+from fusionroute.runtime.errors import ClosedError, FusionError, InputError, NumericalError, UnavailableError, one_line
 from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.plain_step import PlainStep
 from fusionroute.runtime.readers import Readers
@@ -20,6 +20,7 @@ from fusionroute.runtime.text import Token
 from fusionroute.runtime.token_sequence import TokenSequence
 
 if TYPE_CHECKING:
+    from fusionroute.runtime.read_along import PassPrices
     from fusionroute.runtime.speculation.costs import Costs
     from fusionroute.runtime.speculation.rounds import Rounds
 
@@ -29,13 +30,13 @@ LOG = logging.getLogger("fusionroute")
 class Decoder:
     """What a session and a stream drive. Its buffers serve one text after another."""
 
-    def __init__(self, system: LoadedSystem, costs: Costs | None, eos: frozenset[int]):
-        """`costs` None: without speculation. Raises ClosedError once the system is closed, and in a forked process."""
+    def __init__(self, system: LoadedSystem, costs: Costs | None, eos: frozenset[int], prices: PassPrices | None = None):
+        """`costs` None: without speculation. `prices`: see `ReadAlong`. Raises ClosedError once the system is closed, and in a forked process."""
         _ = system.backend  # says so before a lock is taken: a thread that stayed behind a fork may hold it forever
-        self._system, self.eos, self.vocab_size = system, eos, system.vocab_size
+        self.system, self.eos, self.vocab_size = system, eos, system.vocab_size
         self.sequence = TokenSequence()
         self.readers = Readers(system, self.sequence)
-        self.step = PlainStep(system, self.readers)
+        self.step = PlainStep(system, self.readers, prices)
         self.rounds: Rounds | None = None
         if costs is not None:
             from fusionroute.runtime.speculation.rounds import Rounds  # here: see `FusionRuntime._speculation_costs`
@@ -47,9 +48,9 @@ class Decoder:
 
         Raises InputError for ids outside the vocabulary or beyond the context.
         """
-        self._system.check_process()
+        self.system.check_process()
         new = token_ids(ids)
-        vocab, capacity = self._system.vocab_size, self._system.max_seq_len
+        vocab, capacity = self.system.vocab_size, self.system.max_seq_len
         if wrong := next((i for i in new if not 0 <= i < vocab), None):
             raise InputError(f"Token id {shown(wrong)} is outside the vocabulary: expected 0 to {vocab - 1}.")
         total = len(self.sequence.ids) + len(new)
@@ -62,11 +63,12 @@ class Decoder:
 
     def rewind(self, length: int) -> None:
         """Keep the first `length` tokens and forget the rest, in every model. Raises InputError if there are fewer."""
-        self._system.check_process()
+        self.system.check_process()
         length = whole("The number of tokens to keep", length)
         if not 0 <= length <= len(self.sequence.ids):
             raise InputError(f"Cannot rewind to {shown(length)} tokens: the session holds {len(self.sequence.ids)}.")
         self.readers.rewind(length)
+        self.step.restart()
         self.step.newest = None
         self.step.failed.clear()
         if not length:
@@ -74,12 +76,18 @@ class Decoder:
         if self.rounds is not None:
             self.rounds.clear()
 
+    def read_ahead(self, experts: Sequence[int]) -> None:
+        """Let the router and experts read the text, see `Readers.read_ahead`. Raises as `advance`, but for no text."""
+        self.system.check_process()
+        self.step.newest = None
+        self.readers.read_ahead(experts)
+
     def restart(self, ids: Sequence[int]) -> None:
         """Begin another text, keeping what was read of a prompt that begins alike.
 
         Raises InputError as `append` does.
         """
-        shared = self.shared_prefix(ids) if self._system.prefixes is not None else 0
+        shared = self.shared_prefix(ids) if self.system.prefixes is not None else 0
         self.rewind(shared)
         self.step.guesses.last, self.sequence.prompt_length = None, 0
         self.append(ids[shared:])
@@ -94,7 +102,7 @@ class Decoder:
         Raises InputError for an empty text or a full context, ClosedError, NumericalError, and FusionError where the
         device fails: the text is as it was then.
         """
-        length, capacity = len(self.sequence.ids), self._system.max_seq_len
+        length, capacity = len(self.sequence.ids), self.system.max_seq_len
         if not length:
             raise InputError("The session holds no tokens: append a prompt of at least one token first.")
         if length >= capacity:
@@ -108,7 +116,7 @@ class Decoder:
 
     def advance_some(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None, most: int) -> list[Token]:
         """One step; with speculation the tokens of one round, at most `most`. Raises as `advance` does."""
-        most = min(most, self._system.max_seq_len - len(self.sequence.ids))
+        most = min(most, self.system.max_seq_len - len(self.sequence.ids))
         if self.rounds is None or not self.sequence.ids or most < 2:
             return [self.advance(sampler, coefficients, pinned)]
         self.sequence.start_decoding()
@@ -140,7 +148,7 @@ class Decoder:
 
     def discard(self, error: NumericalError) -> int | None:
         """Forget what the model at fault has read, which may not be finite: its number, 0 for the router; None: all."""
-        names = self._system.router_name, *self._system.expert_names
+        names = self.system.router_name, *self.system.expert_names
         model = None if error.model is None else names.index(error.model)
         self.readers.discard(model)
         return model
@@ -151,11 +159,11 @@ class Decoder:
         expert = self.readers.asked
         if isinstance(error, NumericalError) and (model := self.discard(error)) is not None:
             expert = model - 1 if model else None
-        allowed = self._system.router_may_answer and not isinstance(error, (ClosedError, InputError))
+        allowed = self.system.router_may_answer and not isinstance(error, (ClosedError, InputError, UnavailableError))
         if not allowed or expert is None or expert in self.step.failed:
             raise error
         self.step.failed.add(expert)
-        LOG.warning("%s failed, and the router answers alone: %s", self._system.expert_names[expert], one_line(error))
+        LOG.warning("%s failed, and the router answers alone: %s", self.system.expert_names[expert], one_line(error))
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:

@@ -46,7 +46,7 @@ class FusionRuntime:
     say what was loaded; `tokenizer` is None for a bundle without one.
     """
 
-    def __init__(self, bundle: Bundle, options: RuntimeOptions, tokenizer_is_tried: Callable[[], None] = lambda: None):
+    def __init__(self, bundle: Bundle, options: RuntimeOptions, models_are_loaded: Callable[[], None] = lambda: None):
         """Use `load`."""
         self.bundle, self.options = bundle, options
         manifest = bundle.manifest
@@ -54,7 +54,7 @@ class FusionRuntime:
         self.lam: float = manifest.lam if options.lam is None else options.lam
         self._sets = ExpertSets(bundle, options)
         try:
-            tokenizer_is_tried()
+            models_are_loaded()
             self._prompts = PromptEncoder(bundle)
         except FusionError:
             self._sets.close()
@@ -84,6 +84,7 @@ class FusionRuntime:
         exact: bool = False,
         threads: int | None = None,
         expert_memory: int | None = None,
+        kv_memory: int | None = None,
         prefix_cache: int = 1,
         share_weights: bool = False,
         on_expert_failure: str = "raise",
@@ -109,12 +110,13 @@ class FusionRuntime:
         `prefix_cache`: how many finished texts keep their keys and values for prompts that begin alike, beside those in
         use. 0: every prompt is read from its beginning.
 
-        `expert_memory`, bytes: on TensorRT devices the weights of experts beyond it wait in host memory.
+        `kv_memory`, bytes: all texts' keys and values. Finished texts make room, the oldest first; where that does not
+        do, the pass that needs more ends in an UnavailableError. `expert_memory`, bytes for experts' weights: they come
+        when they are chosen, and the least recently used leave.
 
         `share_weights`: processes that load the same bundle on the CPU share its weights in memory, packed once in the
-        user's cache folder at some 2.3 times their size. By default each process packs its own copy.
-
-        `trusted`, for bundles of your own: the tokenizer is not tried in another process at the first load.
+        user's cache folder at some 2.3 times their size. By default each process packs its own copy. `trusted`, for
+        bundles of your own: the tokenizer is not tried in another process at the first load.
 
         `on_expert_failure="router_only"`: where an expert's device fails, or its answer is not finite, the router answers
         alone until the text ends, or a session is rewound; such tokens bear the router's name. By default the error is
@@ -124,7 +126,7 @@ class FusionRuntime:
         """
         options = RuntimeOptions(
             precision=precision, device=device, fusion=fusion, lam=lam, catch_up=catch_up, speculation=speculation, exact=exact,
-            threads=threads, expert_memory=expert_memory, prefix_cache=prefix_cache, share_weights=share_weights,
+            threads=threads, expert_memory=expert_memory, kv_memory=kv_memory, prefix_cache=prefix_cache, share_weights=share_weights,
             on_expert_failure=on_expert_failure,
         )  # fmt: skip
         check_device(options.device)
@@ -132,8 +134,8 @@ class FusionRuntime:
         key = None if verify_key is None else path("verify_key", verify_key)
         with begun_trial(folder, everything, flag("trusted", trusted)) as trial:
             opened = Bundle.open(folder, key)
-            with checked(opened, everything, trial) as tokenizer_is_tried:
-                return cls(opened, options, tokenizer_is_tried)
+            with checked(opened, everything, trial) as models_are_loaded:
+                return cls(opened, options, models_are_loaded)
 
     @property
     def expert_names(self) -> list[str]:
@@ -276,9 +278,7 @@ class FusionRuntime:
         """
         _ = self.backend
         self._coefficients(fusion, lam)
-        experts = self._sets.current
-        weight = self.lam if lam is None else lam
-        return Session(experts.decoder(), experts.names, self.tokenizer, fusion or self.fusion, weight, experts.index(expert))
+        return self._sets.current.session(self.tokenizer, fusion or self.fusion, self.lam if lam is None else lam, expert)
 
     def _coefficients(self, fusion: str | None, lam: float | None) -> tuple[float, float]:
         """Weights of router and expert logits, by default those of this runtime. Raises InputError."""

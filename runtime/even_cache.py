@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
-from fusionroute.runtime.backend import Cache, JointForward, Output, Segment
+import numpy as np
+
+from fusionroute.runtime.backend import Cache, ForwardTogether, HostCache, JointForward, Output, Segment
 
 
 class EvenCache:
@@ -58,6 +61,10 @@ class EvenCache:
         """See `Cache.copy_prefix`."""
         self.cache.copy_prefix(other.cache, length)
 
+    def keys_values(self, length: int) -> np.ndarray:
+        """See `HostCache.keys_values`; of a cache that is one."""
+        return cast(HostCache, self.cache).keys_values(length)
+
     def interrupt(self) -> None:
         """See `Cache.interrupt`."""
         self.cache.interrupt()
@@ -70,5 +77,16 @@ def evenly(forward_both: JointForward) -> JointForward:
         (own, taken), (other, other_taken) = router.even(own), expert.even(other)
         routed, answered = forward_both(router.cache, own, expert.cache, other)
         return taken(routed), other_taken(answered)
+
+    return forward
+
+
+def evenly_together(forward_together: ForwardTogether) -> ForwardTogether:
+    """`evenly` for any number of EvenCaches."""
+
+    def forward(parts: Sequence[tuple[EvenCache, Segment]]) -> list[Output]:
+        even = [(cache.cache, *cache.even(segment)) for cache, segment in parts]
+        outputs = forward_together([(cache, segment) for cache, segment, _ in even])
+        return [taken(output) for (_, _, taken), output in zip(even, outputs, strict=True)]
 
     return forward

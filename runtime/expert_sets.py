@@ -23,21 +23,27 @@ from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.options import RuntimeOptions
 from fusionroute.runtime.pool import Pool
 from fusionroute.runtime.scoring import Scores, score
+from fusionroute.runtime.session import Session
 from fusionroute.runtime.stream import End, Stream
-from fusionroute.runtime.text import Token
+from fusionroute.runtime.text import Text, Token
 
 if TYPE_CHECKING:
+    from fusionroute.runtime.read_along import PassPrices
     from fusionroute.runtime.speculation.costs import Costs
 
 
 @dataclass(frozen=True)
 class ExpertSet:
-    """A system with some experts, the idle decoders of its texts, and what its passes cost (None: no speculation)."""
+    """A system with some experts, the idle decoders of its texts, and what its passes cost.
+
+    `costs` None: no speculation. `prices` None: no more than one expert reads beside the router.
+    """
 
     system: LoadedSystem
     pool: Pool
     costs: Costs | None
     eos: frozenset[int]
+    prices: PassPrices | None
 
     @property
     def names(self) -> list[str]:
@@ -54,7 +60,11 @@ class ExpertSet:
 
     def decoder(self) -> Decoder:
         """A new decoder. Raises ClosedError."""
-        return Decoder(self.system, self.costs, self.eos)
+        return Decoder(self.system, self.costs, self.eos, self.prices)
+
+    def session(self, tokenizer: Text | None, fusion: str, lam: float, expert: str | None) -> Session:
+        """A new session, see `FusionRuntime.session`. Raises InputError for an unknown expert, ClosedError."""
+        return Session(self.decoder, self.give_back, self.names, tokenizer, fusion, lam, self.index(expert))
 
     def stream(self, ids: Sequence[int], generation: Generation) -> Stream:
         """The tokens behind a prompt. Raises InputError as `Decoder.append` does."""
@@ -107,10 +117,15 @@ class ExpertSets:
             from fusionroute.runtime.speculation.costs import costs_of  # here: a tenth of the time of `import fusionroute`
 
             costs = costs_of(bundle, system.backend, system.precision, options.threads)
+        prices = None
+        if system.backend.forward_together is not None and not system.background_prefill:  # else experts are near anyway
+            from fusionroute.runtime.speculation.pass_prices import prices_of  # here: see above
+
+            prices = prices_of(bundle, system.backend, system.precision, options.threads, options.exact)
         self._bundle, self._prefixes = bundle, options.prefix_cache
         self._lock = threading.Lock()  # of those who change or close
         self._systems = WeakSet([system])  # of all sets that a session still has
-        self.current = ExpertSet(system, Pool(options.prefix_cache), costs, frozenset(bundle.manifest.eos_token_ids))
+        self.current = ExpertSet(system, self._pool(system), costs, frozenset(bundle.manifest.eos_token_ids), prices)
 
     def add(self, source: Path, name: str) -> None:
         """Give new sessions an expert more, or another one of that name. Raises as `FusionRuntime.add_expert`."""
@@ -143,8 +158,14 @@ class ExpertSets:
         system = old.system.with_experts(backend.with_experts(factors), names, changed)
         costs = old.costs and replace(old.costs, experts=old.costs.experts[:1] * len(names))  # one size: one cost
         self._systems.add(system)
-        self.current = ExpertSet(system, Pool(self._prefixes), costs, old.eos)
+        self.current = ExpertSet(system, self._pool(system), costs, old.eos, old.prices)
         old.pool.close()
+
+    def _pool(self, system: LoadedSystem) -> Pool:
+        """Room for finished texts, which go where others need their memory."""
+        pool = Pool(self._prefixes)
+        system.kv_memory.give_back_from(pool)
+        return pool
 
     def close(self) -> None:
         """Release the models; sessions still in use end with ClosedError at their next step."""

@@ -10,6 +10,7 @@ from fusionroute.runtime.backends import Backend, open_backend
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import ClosedError
 from fusionroute.runtime.exclusive import FORKED
+from fusionroute.runtime.kv_memory import KvMemory
 from fusionroute.runtime.options import RuntimeOptions
 from fusionroute.runtime.prefix import PrefixCache
 
@@ -21,11 +22,15 @@ class LoadedSystem:
         """Raises FusionError subclasses only: BundleError, UnavailableError, InputError."""
         manifest = bundle.manifest
         self._backend: Backend | None
-        self._backend, self.precision = open_backend(bundle, options)
+        self._backend, self.variant = open_backend(bundle, options)
+        self.precision = self.variant.precision
         self.device = options.device if options.device != "auto" else f"auto ({type(self._backend).__name__})"
         self._process = os.getpid()
         self.router_name: str = manifest.models[0].name
         self.expert_names: list[str] = manifest.experts
+        self.bundle = bundle
+        self.exchanged: frozenset[str] = frozenset()  # experts that are others than the bundle's
+        self.kv_memory = KvMemory(options.kv_memory)
         self.vocab_size, self.max_seq_len = manifest.vocab_size, manifest.max_seq_len
         self.exact = options.exact
         self.router_may_answer = options.on_expert_failure == "router_only"
@@ -43,11 +48,19 @@ class LoadedSystem:
         """
         other = copy(self)
         other._backend, other.expert_names = backend, names
+        other.exchanged = self.exchanged | {changed}
         if self.prefixes is not None:
             prefixes = {name: self.prefixes[number] for number, name in enumerate(self.expert_names) if name != changed}
             experts = {number: prefixes[name] if name in prefixes else PrefixCache() for number, name in enumerate(names)}
             other.prefixes = {None: self.prefixes[None], **experts}
         return other
+
+    def kv_bytes(self, expert: int | None, length: int) -> int:
+        """What a cache of the router (None) or of an expert takes for `length` tokens, as `Variant.kv_bytes_per_token` counts."""
+        name = self.router_name if expert is None else self.expert_names[expert]
+        models = self.bundle.manifest.models
+        spec = next((model for model in models if model.name == name), models[0])  # an expert that was added: one size for all
+        return self.variant.kv_bytes_per_token(spec) * (length if self.backend.on_host else self.max_seq_len)
 
     @property
     def backend(self) -> Backend:

@@ -21,8 +21,9 @@ from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_manifest, wr
 from fusionroute.runtime.strict_json import check_json
 
 BASE, FUSION = "base", "fusion"  # names of engines that are no model's
-# what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`, 4 one with `kv`
-FORMAT: Final = 4
+# what this version reads at most, and writes. Format 1 has no `tensors`: each weight was a file; from 3 on a variant may have a `pair`,
+# from 4 on `kv`; from 5 on files have their `blake3`, and a pair may have `every_expert`
+FORMAT: Final = 5
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]  # ONNX Runtime tells graphs of lengths with 32 bits
@@ -101,12 +102,14 @@ class Adapting(Strict):
 class Pair(Strict):
     """One graph that router and expert pass through together, and the factors that make an expert of it.
 
+    every_expert: whether `graph` has a segment for each row of the routing head, else one for whichever expert reads.
     head: the graph that makes logits of the hidden states that `graph` gives, None where it gives logits itself;
     `head_is_linear`: whether the head may run on fused hidden states. factors: expert → a safetensors file with the
     values of the graph's inputs `delta.…`, under their names. Where `adapting` is None, no expert can be added.
     """
 
     graph: InsidePath
+    every_expert: bool = False
     head: InsidePath | None = None
     head_is_linear: bool = False
     factors: dict[str, InsidePath]
@@ -183,7 +186,7 @@ class Manifest(Strict):
     rows of the routing head stand for, where some of them have no expert any more; empty: they are those of `experts`.
     """
 
-    format: Annotated[Literal[1, 2, 3, 4], BeforeValidator(an_int)]
+    format: Annotated[Literal[1, 2, 3, 4, 5], BeforeValidator(an_int)]
     family: Name
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion
@@ -199,9 +202,16 @@ class Manifest(Strict):
     routing_rows: list[Name] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")
-    def without_routing_rows(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `routing_rows` out where they are the experts: older versions read such manifests."""
+    def of_its_format(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what versions that read its format do not know: `blake3` of files that were added to an older bundle,
+        `every_expert` of its pairs, and `routing_rows` where they are the experts.
+        """
         fields: dict[str, Any] = serialise(self)
+        if self.format < 5:
+            for entry in fields["files"].values():
+                entry.pop("blake3", None)
+            for pair in (variant["pair"] for variant in fields["variants"] if "pair" in variant):
+                del pair["every_expert"]
         return fields if self.routing_rows else {name: value for name, value in fields.items() if name != "routing_rows"}
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusionroute.runtime.backend import Fused
+from fusionroute.runtime.backends.greedy_fusion import GreedyFused
 from fusionroute.runtime.errors import FusionError, InputError, NumericalError
 from fusionroute.runtime.logits_processor import Processed
 
@@ -24,16 +25,16 @@ class Numerics:
     def __init__(self, names: Sequence[str], precision: str):
         self._names, self._precision = names, precision
 
-    def check_routing(self, scores: np.ndarray, position: int) -> None:
-        """Raise NumericalError unless the router's scores float32 [n_experts] at a position are finite."""
-        if not math.isfinite(sum(scores.tolist())):
+    def check_routing(self, scores: Sequence[float], position: int) -> None:
+        """Raise NumericalError unless the router's scores for each expert at a position are finite."""
+        if not math.isfinite(sum(scores)):
             raise self.error(self._names[0], "routing scores", position)
 
     def check_routings(self, scores: np.ndarray, positions: np.ndarray) -> None:
         """`check_routing` of float32 [K, n_experts] at positions [K]."""
         if not np.isfinite(scores).all():
             for row, position in zip(scores, positions.tolist(), strict=True):
-                self.check_routing(row, position)
+                self.check_routing(row.tolist(), position)
 
     def check_router_logit(self, logit: float, position: int) -> None:
         """Raise NumericalError unless the largest of the router's logits at a position is finite."""
@@ -65,6 +66,8 @@ class Numerics:
         return NumericalError(f"The {whose} in {self._precision} hold NaN or infinity at position {position}: {MEND}.", model)
 
 
-def is_finite(fused: Fused | Processed) -> bool:
+def is_finite(fused: Fused | GreedyFused | Processed) -> bool:
     """Whether the fused logits at one position are, before the penalty and the temperature and behind them."""
+    if isinstance(fused, GreedyFused):
+        return fused.finite
     return math.isfinite(fused.log_normaliser[0]) and math.isfinite(fused.sampling_normaliser[0])

@@ -30,6 +30,7 @@ class RuntimeOptions:
     exact: bool = False
     threads: int | None = None  # None: all cores; here and below a whole float such as 2.0 is taken as an int
     expert_memory: int | None = None  # bytes; None: no limit
+    kv_memory: int | None = None  # bytes; None: no limit
     prefix_cache: int = 1  # texts; True: 1, False: 0
     share_weights: bool = False
     on_expert_failure: str = "raise"
@@ -55,8 +56,9 @@ class RuntimeOptions:
         self._make_whole("prefix_cache", 0, MOST, "expected the number of texts to keep, or 0 for none")
         if self.threads is not None:
             self._make_whole("threads", 1, MOST_THREADS, f"expected 1 to {MOST_THREADS}, or None for all cores")
-        if self.expert_memory is not None:
-            self._make_whole("expert_memory", 1, MOST, "expected a number of bytes, or None for no limit")
+        for name in ("expert_memory", "kv_memory"):
+            if getattr(self, name) is not None:
+                self._make_whole(name, 1, MOST, "expected a number of bytes, or None for no limit")
 
     def _make_whole(self, name: str, least: int, most: int, expected: str) -> None:
         """Turn an option into an int. Raises InputError unless it is a whole number from `least` to `most`."""

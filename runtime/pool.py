@@ -33,6 +33,12 @@ class Pool:
             if self._open and len(self.idle) < max(MAX_IDLE, self._prefixes):
                 self.idle.append(decoder)
 
+    def drop_oldest(self) -> bool:
+        """Forget the text that has been idle for longest; whether there was one."""
+        with self._lock:
+            oldest = self.idle.pop(0) if self.idle else None
+        return oldest is not None  # its buffers go when this returns, outside the lock
+
     def empty(self) -> None:
         """Forget the texts that are kept."""
         with self._lock:

@@ -45,10 +45,15 @@ class PrefixCache:
         """
         with self._lock:
             lenders = [lender for lender in self._lenders if lender is not borrower]
-            self._lenders.add(borrower)
+        self.enrol(borrower)
         length, best = max(((lender.offer(ids), lender) for lender in lenders), key=lambda offer: offer[0], default=(0, None))
         if best is not None and length >= MIN_SHARED_TOKENS:
             best.lend(ids, cache)
+
+    def enrol(self, lender: Lender) -> None:
+        """Let a reader lend what it has read and will read."""
+        with self._lock:
+            self._lenders.add(lender)
 
     def forget(self) -> None:
         """Lend nothing of what was read up to now: some of it may be wrong."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from fusionroute.runtime.arguments import whole
+from fusionroute.runtime import saved_text
+from fusionroute.runtime.arguments import path, shown, whole
 from fusionroute.runtime.decoder import Decoder
+from fusionroute.runtime.errors import ClosedError, InputError
 from fusionroute.runtime.exclusive import Exclusive
 from fusionroute.runtime.options import fusion_coefficients, fusion_or
 from fusionroute.runtime.sampling import Sampler, Sampling, SamplingOptions, sampler_of, sampling_of
 from fusionroute.runtime.scoring import Scores
 from fusionroute.runtime.text import Text, Token
-from fusionroute.runtime.text_stream import TextStream
+from fusionroute.runtime.text_stream import LateTexts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,16 +31,34 @@ class Session:
     """One text, token by token. Made by `FusionRuntime.session`; use it from one thread at a time.
 
     A second thread that steps, appends, rewinds or reads logits meanwhile gets a BusyError, and the text stays whole.
+
+    As a context manager it is closed at the end. One that is dropped keeps nothing for other texts.
     """
 
     def __init__(
-        self, decoder: Decoder, expert_names: list[str], tokenizer: Text | None, fusion: str, lam: float, pinned: int | None = None
+        self,
+        make: Callable[[], Decoder],
+        give_back: Callable[[Decoder], None],
+        expert_names: list[str],
+        tokenizer: Text | None,
+        fusion: str,
+        lam: float,
+        pinned: int | None = None,
     ):
-        self._decoder, self._expert_names, self._tokenizer = decoder, expert_names, tokenizer
+        """`make`: a new decoder; `give_back`: for one whose text is over."""
+        self._make, self._give_back, self._expert_names, self._tokenizer = make, give_back, expert_names, tokenizer
         self._fusion, self._lam, self._pinned = fusion, lam, pinned
+        self._usual = fusion_coefficients(fusion, lam)
+        self._opened: Decoder | None = make()
         self._sampler = Sampler(GREEDY)
-        self._text = TextStream(tokenizer)
+        self._texts = LateTexts(tokenizer)
         self._in_use = Exclusive("session")
+
+    @property
+    def _decoder(self) -> Decoder:
+        if self._opened is None:
+            raise ClosedError("The session was closed: begin another with `session`.")
+        return self._opened
 
     def __len__(self) -> int:
         """The number of committed tokens."""
@@ -44,7 +66,8 @@ class Session:
 
     def __repr__(self) -> str:
         pinned = "" if self._pinned is None else f", expert={self._expert_names[self._pinned]!r}"
-        return f"<Session of {len(self)} tokens, fusion={self._fusion!r}, lam={self._lam:g}{pinned}>"
+        length = "closed" if self._opened is None else f"{len(self)} tokens"
+        return f"<Session of {length}, fusion={self._fusion!r}, lam={self._lam:g}{pinned}>"
 
     @property
     def token_ids(self) -> list[int]:
@@ -74,18 +97,66 @@ class Session:
         """
         with self._in_use:
             self._decoder.append(ids)
-            self._text = TextStream(self._tokenizer)
+            self._texts = LateTexts(self._tokenizer)
 
     def rewind(self, n: int) -> None:
         """Keep the first n tokens and forget the rest, in every model. Raises InputError where there are fewer."""
         with self._in_use:
             self._decoder.rewind(n)
-            self._text = TextStream(self._tokenizer)
+            self._texts = LateTexts(self._tokenizer)
 
     def clear(self) -> None:
         """Forget all tokens and the random stream, but keep the buffers."""
         self.rewind(0)
         self._sampler = Sampler(GREEDY)
+
+    def read(self, experts: Iterable[str] | None = None) -> None:
+        """Let the router and some experts read the text now, as steps would when they need it; None: all experts.
+
+        The newest two or three tokens are left to the step that answers behind them. Raises InputError for a name that
+        is no expert's, UnavailableError, ClosedError, NumericalError.
+        """
+        with self._in_use:
+            names = self._expert_names if experts is None else list(experts)
+            if wrong := next((name for name in names if name not in self._expert_names), None):
+                raise InputError(f"Unknown expert {shown(wrong)}: use one of {', '.join(self._expert_names)}.")
+            self._decoder.read_ahead([self._expert_names.index(name) for name in names])
+
+    def save(self, file: str | Path) -> None:
+        """Write the text, and what router and experts keep of what they have read of it, in place of an older file.
+
+        The file appears whole, and belongs to the bundle, the precision and `exact`. Of experts that were added to the
+        runtime it keeps nothing, and of the random stream. Raises InputError where it cannot be written,
+        UnavailableError for a device that keeps keys and values in its own memory.
+        """
+        with self._in_use:
+            saved_text.save(self._decoder, path("file", file))
+
+    def load(self, file: str | Path) -> None:
+        """Take the place of this text with one that `save` wrote: nothing that was read before is read again.
+
+        Tokens are then those of a session that was never saved. Other sessions and streams whose texts begin alike
+        share what was read, as ever. Raises InputError for a file of another bundle, precision or `exact`, and for one
+        that is none or was damaged; UnavailableError as `save` and beyond `kv_memory`: the text is as it was then.
+        """
+        with self._in_use:
+            _ = self._decoder  # a closed session says so
+            source, decoder = path("file", file), self._make()
+            saved_text.load(decoder, source)
+            self._opened, self._sampler, self._texts = decoder, Sampler(GREEDY), LateTexts(self._tokenizer)
+
+    def close(self) -> None:
+        """End the session. Its text is kept for prompts that begin alike as one is that was generated, see `prefix_cache`."""
+        with self._in_use:
+            if self._opened is not None:
+                self._give_back(self._opened)
+                self._opened = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     def step(self, *, fusion: str | None = None, lam: float | None = None, **sampling: Unpack[SamplingOptions]) -> Token:
         """Choose, append and return the next token.
@@ -96,7 +167,7 @@ class Session:
         """
         with self._in_use:
             token = self._decoder.advance(*self._settings(fusion, lam, sampling), self._pinned)
-            token.text = "".join(ready.text for ready in self._text.push(token))
+            token.text = self._texts.text_of(token.id)
             return token
 
     def steps(self, most: int, *, fusion: str | None = None, lam: float | None = None, **sampling: Unpack[SamplingOptions]) -> list[Token]:
@@ -105,7 +176,7 @@ class Session:
         with self._in_use:
             tokens = self._decoder.advance_some(*self._settings(fusion, lam, sampling), self._pinned, most)
             for token in tokens:
-                token.text = "".join(ready.text for ready in self._text.push(token))
+                token.text = self._texts.text_of(token.id)
             return tokens
 
     def score(self, ids: Iterable[int], *, fusion: str | None = None, lam: float | None = None) -> Scores:
@@ -119,7 +190,7 @@ class Session:
         then.
         """
         with self._in_use:
-            self._text = TextStream(self._tokenizer)
+            self._texts = LateTexts(self._tokenizer)
             return self._decoder.score(ids, self._coefficients(fusion, lam), self._pinned)
 
     @property
@@ -142,4 +213,6 @@ class Session:
 
     def _coefficients(self, fusion: str | None, lam: float | None) -> tuple[float, float]:
         """Weights of router and expert logits, by default those of this session. Raises InputError."""
+        if fusion is None and lam is None:
+            return self._usual
         return fusion_coefficients(fusion_or(fusion, self._fusion), self._lam if lam is None else lam)

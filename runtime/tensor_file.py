@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from fusionroute.runtime.digests import Digest
 from fusionroute.runtime.files import partial_name
 
 PREFIX = 8  # bytes that tell how long the header is
@@ -81,12 +81,22 @@ def stored(data: np.ndarray, start: int, dtype: str, shape: list[int], data_offs
     return Stored(dtype, tuple(shape), data[first:end])
 
 
+def header(entries: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """How a file begins: its tensors' dtypes as safetensors names them, their shapes and bytes, in their order."""
+    end, fields = 0, dict[str, object]({METADATA: dict(metadata)} if metadata else {})
+    for name, (dtype, shape, size) in entries.items():
+        start, end = end, end + size
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-(PREFIX + len(text)) % LINE)
+    return len(text).to_bytes(PREFIX, "little") + text
+
+
 class Written(NamedTuple):
-    """A file that was written, its SHA-256 and its size."""
+    """A file that was written, and the digest of its content."""
 
     path: Path
-    sha256: str
-    bytes: int
+    digest: Digest
 
 
 def write_tensors(
@@ -96,25 +106,20 @@ def write_tensors(
 
     entries: name → dtype as safetensors names it, and shape. arrays: in this order, of items as wide as their dtype.
     """
-    end, header = 0, dict[str, object]({METADATA: dict(metadata)} if metadata else {})
-    for name, (dtype, shape) in entries.items():
-        start, end = end, end + WIDTHS[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(PREFIX + len(text)) % LINE)
+    sizes = {name: (dtype, shape, WIDTHS[dtype] * math.prod(shape)) for name, (dtype, shape) in entries.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    partial, digest = partial_name(folder / f"{stem}.safetensors"), hashlib.sha256()
+    partial, digest = partial_name(folder / f"{stem}.safetensors"), Digest()
     try:
         with partial.open("wb") as file:
-            for piece in (len(text).to_bytes(PREFIX, "little"), text):
-                digest.update(piece)
-                file.write(piece)
+            beginning = header(sizes, metadata)
+            digest.update(beginning)
+            file.write(beginning)
             for array, (dtype, shape) in zip(arrays, entries.values(), strict=True):
                 assert array.shape == shape and array.itemsize == WIDTHS[dtype]
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
                 digest.update(data)
                 file.write(data)
-        named = partial.replace(folder / f"{stem}-{digest.hexdigest()[:8]}.safetensors")
+        named = partial.replace(folder / f"{stem}-{digest.hexdigests['sha256'][:8]}.safetensors")
     finally:
         partial.unlink(missing_ok=True)
-    return Written(named, digest.hexdigest(), named.stat().st_size)
+    return Written(named, digest)

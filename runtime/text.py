@@ -1,7 +1,8 @@
 """Tokens, and their text: encoding and decoding."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,28 +36,77 @@ class Likeliest(NamedTuple):
     fused: Ranked
 
 
-@dataclass(slots=True)
 class Token:
     """One generated token.
 
-    `logprob` is that of the fused distribution at temperature 1; `text` is what it adds to the decoded text.
-    `top_logprobs`: the likeliest ids with their log-probabilities in the same distribution, as many as were asked for.
-    `candidates`: those of router and expert too, where they were asked for.
+    `logprob` is that of the fused distribution at temperature 1; `text` is what it adds to the decoded text. `routing`:
+    the router's scores, float32 [n_experts]. `top_logprobs`: the likeliest ids with their log-probabilities in the same
+    distribution, as many as were asked for. `candidates`: those of router and expert too, where they were asked for.
+
+    What nobody asks for is not computed: log-probability and text may be functions until then, and scores a list.
     """
 
-    id: int
-    expert: str
-    logprob: float
-    routing: npt.NDArray[np.float32] = field(compare=False)  # [n_experts]
-    text: str = ""
-    top_logprobs: Ranked = ()
-    candidates: Likeliest | None = None
+    __slots__ = ("__weakref__", "_logprob", "_routing", "_text", "candidates", "expert", "id", "top_logprobs")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        id: int,
+        expert: str,
+        logprob: float | Callable[[], float],
+        routing: npt.NDArray[np.float32] | list[float],
+        text: str | Callable[[], str] = "",
+        top_logprobs: Ranked = (),
+        candidates: Likeliest | None = None,
+    ):
+        self.id, self.expert, self.top_logprobs, self.candidates = id, expert, top_logprobs, candidates
+        self._logprob, self._routing, self._text = logprob, routing, text
+
+    @property
+    def logprob(self) -> float:
+        """At temperature 1, without penalty."""
+        if callable(self._logprob):
+            self._logprob = self._logprob()
+        return self._logprob
+
+    @property
+    def routing(self) -> npt.NDArray[np.float32]:
+        """Float32 [n_experts]; NaN where the router did not run."""
+        if isinstance(self._routing, list):
+            self._routing = np.array(self._routing, np.float32)
+        return self._routing
+
+    @property
+    def text(self) -> str:
+        """Whole characters: one of several tokens belongs to the last of them. Raises FusionError where decoding fails."""
+        if callable(self._text):
+            self._text = self._text()
+        return self._text
+
+    @text.setter
+    def text(self, text: str | Callable[[], str]) -> None:
+        self._text = text
+
+    def _compared(self) -> tuple[object, ...]:
+        return self.id, self.expert, self.logprob, self.text, self.top_logprobs, self.candidates
+
+    def __eq__(self, other: object) -> bool:
+        return self._compared() == other._compared() if isinstance(other, Token) else NotImplemented
+
+    def __repr__(self) -> str:
+        return (
+            f"Token(id={self.id}, expert={self.expert!r}, logprob={self.logprob}, routing={self.routing}, text={self.text!r}, "
+            f"top_logprobs={self.top_logprobs}, candidates={self.candidates})"
+        )
+
+    def __reduce__(self) -> tuple[type[Token], tuple[object, ...]]:
+        return Token, (self.id, self.expert, self.logprob, self.routing, self.text, self.top_logprobs, self.candidates)
 
 
 class Text:
     """A bundle's tokenizer. `special`: the special tokens, id → how it is spelled."""
 
-    def __init__(self, tokenizer: "Tokenizer"):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         # A tokenizer.json left over from training may truncate or pad prompts without a word.
         tokenizer.no_truncation()
@@ -69,7 +119,7 @@ class Text:
             self._bytes = {id: byte for byte, id in ids.items() if id is not None}
 
     @classmethod
-    def load(cls, path: str | Path) -> "Text":
+    def load(cls, path: str | Path) -> Text:
         """Read a `tokenizer.json`. Raises BundleError for a file that is missing or is not a tokenizer."""
         try:
             content = Path(path).read_bytes()
@@ -78,7 +128,7 @@ class Text:
         return cls.parse(content, path)
 
     @classmethod
-    def parse(cls, content: bytes, path: str | Path) -> "Text":
+    def parse(cls, content: bytes, path: str | Path) -> Text:
         """A tokenizer from the content of its file; `path` tells where it was. Raises BundleError where it is none."""
         from tokenizers import Tokenizer
 

@@ -1,7 +1,8 @@
 """A stream that gives each token its text: whole characters only, up to a stop string."""
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import zip_longest
 
 from fusionroute.runtime.arguments import shown
@@ -183,3 +184,27 @@ class TextStream:
             end -= len(piece)
         del self._held[:count], self._pieces[:count]
         return tokens
+
+
+class LateTexts:
+    """The texts of a session's tokens, which are decoded when somebody asks for one of them or of a later one."""
+
+    def __init__(self, text: Text | None):
+        """Without a tokenizer all texts are empty."""
+        self._stream = None if text is None else TextStream(text)
+        self._ids: list[int] = []
+        self._texts: list[str] = []  # of the first of them
+
+    def text_of(self, id: int) -> str | Callable[[], str]:
+        """What becomes certain with the next token; a function that decodes it."""
+        if self._stream is None:
+            return ""
+        self._ids.append(id)
+        return partial(self._text, len(self._ids) - 1)
+
+    def _text(self, number: int) -> str:
+        assert self._stream is not None
+        while len(self._texts) <= number:
+            token = Token(self._ids[len(self._texts)], "", 0.0, [])
+            self._texts.append("".join(ready.text for ready in self._stream.push(token)))
+        return self._texts[number]

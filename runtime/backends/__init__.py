@@ -28,10 +28,10 @@ LOG = logging.getLogger("fusionroute")
 
 def open_cpu(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
     """ONNX Runtime on the CPU: a graph per model, or one for all of them."""
-    refuse_expert_memory(options)
     if variant.pair is not None:
+        refuse_expert_memory(options)
         return ort_pair.OrtPair(bundle, variant, variant.pair, options.threads, share_weights=options.share_weights, exact=options.exact)
-    return ort_cpu.OrtCpu(bundle, variant, options.threads, share_weights=options.share_weights)
+    return ort_cpu.OrtCpu(bundle, variant, options.threads, share_weights=options.share_weights, expert_memory=options.expert_memory)
 
 
 def open_engines(flavour: str) -> Open:
@@ -57,10 +57,10 @@ def open_provider(name: str) -> Open:
         from fusionroute.runtime.backends.ort_gpu_pair import OrtGpuPair
         from fusionroute.runtime.backends.providers import PROVIDERS
 
-        refuse_expert_memory(options)
         if variant.pair is not None:
+            refuse_expert_memory(options)
             return OrtGpuPair(bundle, variant, variant.pair, PROVIDERS[name])
-        return OrtGpu(bundle, variant, PROVIDERS[name])
+        return OrtGpu(bundle, variant, PROVIDERS[name], options.expert_memory)
 
     return open_named
 
@@ -81,8 +81,8 @@ KNOWN = ("auto", *DEVICES)
 AUTOMATIC = ("tensorrt", "rtx", "cuda")  # what `auto` tries where there is a GPU, before the CPU
 
 
-def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str]:
-    """Load a bundle's models on a device; returns the backend and the name of the precision that was opened.
+def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, Variant]:
+    """Load a bundle's models on a device; returns the backend and the variant that was opened.
 
     `auto` takes the first that works: engines of the bundle that fit this machine, ONNX Runtime on CUDA, the CPU.
     Devices that fail are logged. Raises InputError for an unknown device or options that it does not take,
@@ -91,7 +91,6 @@ def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str]
     device = options.device
     check_device(device)
     if options.share_weights:
-        refuse_expert_memory(options)
         if device not in ("auto", "cpu"):
             raise InputError(f"share_weights=True is for the host's memory: use it with device='cpu', not '{device}'.")
     elif device == "auto" and (opened := open_on_gpu(bundle, options)) is not None:
@@ -100,7 +99,7 @@ def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str]
     targets, open_device = DEVICES[device]
     variant = choose(bundle, targets, options.precision, device)
     with advising(bundle):
-        return open_device(bundle, variant, options), variant.precision
+        return open_device(bundle, variant, options), variant
 
 
 @contextmanager
@@ -121,9 +120,9 @@ def check_device(device: str) -> None:
 
 
 def refuse_expert_memory(options: BackendOptions) -> None:
-    """Raise InputError for a limit on experts' memory: called for devices whose weights cannot be evicted."""
+    """Raise InputError for a limit on experts' memory: called where they all stay, as factors of one base do."""
     if options.expert_memory is not None:
-        raise InputError("expert_memory is a limit on device memory: use it with device='tensorrt' or 'rtx'.")
+        raise InputError("expert_memory is for experts that can leave, and this device keeps all experts of this bundle: leave it out.")
 
 
 def resolved(bundle: Bundle, device: str) -> str:
@@ -138,7 +137,7 @@ def resolved(bundle: Bundle, device: str) -> str:
     return next((name for name in gpu_devices if any(bundle.variants(target) for target in DEVICES[name][0])), "cpu")
 
 
-def open_on_gpu(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str] | None:
+def open_on_gpu(bundle: Bundle, options: BackendOptions) -> tuple[Backend, Variant] | None:
     """The first GPU backend that opens a variant of the bundle, the fastest precision first; None without one.
 
     Raises nothing.
@@ -148,7 +147,7 @@ def open_on_gpu(bundle: Bundle, options: BackendOptions) -> tuple[Backend, str] 
         for variant in (variant for target in targets for variant in bundle.variants(target)):
             if options.precision in (None, variant.precision):
                 try:
-                    return open_device(bundle, variant, options), variant.precision
+                    return open_device(bundle, variant, options), variant
                 except Exception as error:  # a broken driver or library must not keep the CPU from working
                     LOG.warning("device='auto' passes %s in %s over: %s", device, variant.precision, one_line(error))
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,18 @@ class Head:
 
     def __init__(self, session: Any, vocab: int):
         self.session, self.vocab = session, vocab
+        self.seconds = 0.0  # that its runs have taken
         shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
         self.width = shapes["hidden"][2] if shapes.keys() == {"hidden", "logits"} and shapes["logits"][2] == vocab else 0
 
     def run(self, binding: Any) -> None:
         """One pass over what is bound. Raises FusionError where it fails."""
+        begun = perf_counter()
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:
             raise FusionError(f"ONNX Runtime failed on the head: {one_line(error)}") from error
+        self.seconds += perf_counter() - begun
 
 
 class BoundHead:

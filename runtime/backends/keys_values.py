@@ -66,6 +66,10 @@ class KeysValues:
         """How many tokens the buffers hold at the end of the next pass."""
         self.last[0], self.total[()] = total - 1, total
 
+    def view(self, length: int) -> np.ndarray:
+        """See `runtime.backend.HostCache.keys_values`."""
+        return self.buffers[:, 0, :, :length]
+
     def copy(self, other: KeysValues, length: int) -> None:
         """Take over the first `length` tokens of the same model's buffers."""
         self.buffers[..., :length, :] = other.buffers[..., :length, :]

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fusionroute.runtime.limits import DELTA, numbered
+
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model
 
@@ -84,6 +86,14 @@ def of_pair(own: Signature, prefix: str, factors: Values) -> Signature:
     inputs = {prefix + name: value for name, value in own.inputs.items() if name not in shared}
     outputs = {prefix + name: value for name, value in own.outputs.items() if name.startswith("present.")}
     return Signature({**own.inputs, **inputs, "segments": Value(INT64, (2,)), **factors}, {**own.outputs, **outputs})
+
+
+def of_experts(own: Signature, prefix: str, factors: Values, experts: int) -> Signature:
+    """Of a graph with a segment for each of several experts, and one of padding; see `numbered`."""
+    pair = of_pair(own, prefix, factors)
+    inputs, outputs = ({name: value for name, value in kind.items() if name.startswith((prefix, DELTA))} for kind in pair)
+    each = [{numbered(number, name): value for number in range(experts) for name, value in kind.items()} for kind in (inputs, outputs)]
+    return Signature({**own.inputs, "segments": Value(INT64, (experts + 2,)), **each[0]}, {**own.outputs, **each[1]})
 
 
 def of_head(width: int, vocab: int) -> Signature:

@@ -24,6 +24,8 @@ class Row:
     With drafts models read several tokens at once: bytes per token and catch-ups are then left out. acceptance_rate:
     None without drafts.
 
+    own: the median over all tokens of what one takes beyond the runs of its models; None where they run on a device.
+
     seconds_per_token: median over the texts of a text's mean, catch-ups included; p50, p95, p99 over all tokens; first
     tokens are apart. times_first: speed in multiples of the first row's, the median over the rounds. catch_ups: tokens
     that an expert read at once.
@@ -45,6 +47,7 @@ class Row:
     bytes_per_second: float | None
     bandwidth_share: float | None
     acceptance_rate: float | None
+    own: float | None
     runs: list[dict[str, Any]]
 
 
@@ -83,8 +86,15 @@ def summarise(
         bytes_per_second=rate,
         bandwidth_share=None if rate is None else rate / bandwidth,
         acceptance_rate=sum(run.accepted for run in runs) / max(drafted, 1) if workload.drafts else None,
+        own=own_share(runs),
         runs=[asdict(run) for run in runs],
     )
+
+
+def own_share(runs: Sequence[Run]) -> float | None:
+    """The median over all tokens; None where it is not known."""
+    own = [seconds for run in runs for seconds in run.own or ()]
+    return float(np.median(own)) if own else None
 
 
 class Weights(NamedTuple):

@@ -9,7 +9,7 @@ from rich.console import Console
 from fusionroute.runtime.tables import tables
 
 COLUMNS = (
-    "precision", "row", "first token ms", "tokens/s", "× first", "p50 ms", "p95 ms", "p99 ms", "switches", "catch-ups", "longest", "MB/token",
+    "precision", "row", "first token ms", "tokens/s", "× first", "p50 ms", "p95 ms", "p99 ms", "own ms", "switches", "catch-ups", "longest", "MB/token",
     "GB/s", "of memory", "accepted",
 )  # fmt: skip
 
@@ -24,6 +24,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['tokens_per_second']:,.1f}",
         f"{row['times_first']:.2f}",
         *(f"{row[name] * 1e3:,.2f}" for name in ("p50", "p95", "p99")),
+        "–" if row["own"] is None else f"{row['own'] * 1e3:.2f}",
         str(row["switches"]),
         str(len(lengths)),
         str(max(lengths, default=0)),

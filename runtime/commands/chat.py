@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.text import Text as Styled
 
 from fusionroute.runtime.commands.chat_lists import DocumentsFile, ToolsFile, read_lists
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, PrecisionName, Trust, VerifyKey
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, ExpertMemory, PrecisionName, Trust, VerifyKey, in_bytes
+from fusionroute.runtime.commands.saved_texts import KvMemory, LoadText, check_save, load_text, save_text
 from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.conversation import Conversation
 from fusionroute.runtime.engine import FusionRuntime
@@ -43,6 +44,12 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal answers.")] = None,
     lam: Annotated[float | None, typer.Option("--lambda", help="λ of the weighted fusion; default as exported.")] = None,
     speculation: Annotated[Literal["off", "auto"], typer.Option(help="auto: draft tokens ahead where that pays.")] = "off",
+    kv_memory: KvMemory = None,
+    load: LoadText = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="At the end let all experts read the conversation, and write what they keep of it.")
+    ] = None,
+    expert_memory: ExpertMemory = None,
     verify_key: VerifyKey = None,
     trust: Trust = False,
     debug: Debug = False,
@@ -54,10 +61,23 @@ def chat(
         lists = read_lists(tools, documents)
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
-    with FusionRuntime.load(bundle, precision, device, speculation=speculation, verify_key=verify_key, trusted=trust) as runtime:
+    check_save(save)
+    given: dict[str, Any] = {
+        "speculation": speculation,
+        "expert_memory": in_bytes(expert_memory),
+        "kv_memory": in_bytes(kv_memory),
+        "verify_key": verify_key,
+        "trusted": trust,
+    }
+    with FusionRuntime.load(bundle, precision, device, **given) as runtime:
         runtime.prompt_ids([{"role": "user", "content": "?"}], **lists)  # a bundle without a chat template says so now
         options = {"temperature": temperature, "top_p": top_p, "seed": seed, "lam": lam}
-        talk(Conversation(runtime, max_new_tokens, system, lists, **options))
+        load_text(runtime, load)
+        conversation = Conversation(runtime, max_new_tokens, system, lists, **options)
+        talk(conversation)
+        if save is not None and conversation.messages:
+            lists["add_generation_prompt"] = False
+            save_text(runtime, runtime.prompt_ids(conversation.messages, **lists), None, save)
 
 
 def talk(conversation: Conversation) -> None:

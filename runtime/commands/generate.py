@@ -12,7 +12,8 @@ from rich.text import Text as Styled
 
 from fusionroute.runtime.commands.chat_lists import DocumentsFile, ToolsFile, read_lists
 from fusionroute.runtime.commands.grammar import JsonSchema, Lark, Regex, read_grammar
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust, VerifyKey
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, ExpertMemory, Json, PrecisionName, Trust, VerifyKey, in_bytes
+from fusionroute.runtime.commands.saved_texts import KvMemory, LoadText, SaveText, check_save, load_text, save_text
 from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
@@ -67,9 +68,10 @@ def generate(
     html: Annotated[
         Path | None, typer.Option(help="Also write one self-contained page to this file: who answered, and what each model proposed.")
     ] = None,
-    expert_memory: Annotated[
-        int | None, typer.Option(min=1, help="MiB of GPU memory for the experts' weights; the others wait in host memory.")
-    ] = None,
+    expert_memory: ExpertMemory = None,
+    kv_memory: KvMemory = None,
+    load: LoadText = None,
+    save: SaveText = None,
     json_schema: JsonSchema = None,
     regex: Regex = None,
     lark: Lark = None,
@@ -102,15 +104,19 @@ def generate(
         raise typer.BadParameter(str(error)) from error
     if html is not None:
         check_folder(html)
-    budget = None if expert_memory is None else expert_memory << 20
+    check_save(save)
     options: dict[str, Any] = {
         "speculation": speculation,
         "exact": exact,
-        "expert_memory": budget,
+        "expert_memory": in_bytes(expert_memory),
+        "kv_memory": in_bytes(kv_memory),
         "verify_key": verify_key,
         "trusted": trust,
     }
     with FusionRuntime.load(bundle, precision, device, **options) as runtime:
+        load_text(runtime, load)
+        if save is not None:
+            save_text(runtime, runtime.prompt_ids(given, **lists), expert, save)
         stream = runtime.stream(
             given, max_new_tokens, stop=stop or (), stop_token_ids=stop_id or (), ignore_eos=ignore_eos, min_new_tokens=min_new_tokens,
             grammar=grammar,

@@ -59,11 +59,15 @@ def session_bytes(manifest: Manifest, precision: str) -> int:
     return max(sum(map(variant.kv_bytes_per_token, manifest.models)) for variant in variants) * manifest.max_seq_len
 
 
-def sessions_within(budget: int | None, each: int) -> int:
-    """How many texts at once fit a budget in bytes, beside as many finished ones that are kept; at least one.
+def kv_budget(given: int | None, sessions: int | None) -> int | None:
+    """Bytes of keys and values that texts take at most, see `kv_memory` of `FusionRuntime.load`.
 
-    None: half of what is free now, and MOST_SESSIONS at most.
+    By default half of what is free now; None, no bound, where only the number of texts was given.
     """
-    if budget is None:
-        return max(1, min(MOST_SESSIONS, int(psutil.virtual_memory().available) // 2 // (2 * each)))
-    return max(1, budget // (2 * each))
+    return given if given or sessions else int(psutil.virtual_memory().available) // 2
+
+
+def sessions_within(budget: int | None, each: int, most: int | None = None) -> int:
+    """How many texts at once fit a budget in bytes, at least one: finished ones that are kept make room for them."""
+    count = 1 if budget is None else max(1, budget // each)
+    return count if most is None else min(most, count)

@@ -55,7 +55,7 @@ class Rounds:
         offered = step.accepted(sampler, self._lookup.propose(ids, min(most, MAX_ROUND_TOKENS) - 1))
         likely = pinned if pinned is not None else previous or 0
         router_runs = pinned is None or bool(coefficients[0])
-        plan = self.planner.plan(most, len(offered), router_runs, likely if coefficients[1] else None, start)
+        plan = self.planner.plan(most, len(offered), router_runs, likely if coefficients[1] else None, start, step.seconds(pinned))
         if plan.rows == 1:
             tokens = [step.advance(sampler, coefficients, pinned)]
             router_rows = step.router_logits
@@ -142,7 +142,7 @@ class Rounds:
         tokens: list[Token] = []
         for row, choice in enumerate(choices):
             if routed is not None and routed.routing is not None:
-                step.numerics.check_routing(routed.routing[row], start + row - 1)
+                step.numerics.check_routing(step.routing_of(routed, row), start + row - 1)
             if row not in answers:
                 answers |= self._answers(choices, row, start, routed, coefficients)
             router, expert, weights = answers[row]

@@ -24,9 +24,13 @@ class TensorRt:
     """
 
     prefill_chunk = 512  # the largest of the engines' profile: see `profile`
+    on_host = False
+    model_seconds = None
     async_dispatch = True  # a forward pass is queued, and runs while the host goes on
     guess_limit = 1  # the token that the router reads at the same time
     forward_both = None
+    forward_together = None
+    expect = None
     apart: frozenset[int] = frozenset()
 
     def __init__(self, bundle: Bundle, variant: Variant, flavour: str, expert_memory: int | None = None):

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -17,7 +18,7 @@ from fusionroute.fr_export.export import Request, export
 from fusionroute.fr_export.families import FAMILIES
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backends.keys_values import KeysValues, storage_of
-from fusionroute.runtime.errors import BundleError, UnavailableError
+from fusionroute.runtime.errors import BundleError, InputError, UnavailableError
 from fusionroute.runtime.kv_precisions import KvName
 from fusionroute.runtime.manifest import Manifest
 from tests.support.adapters import make_adapted_system
@@ -87,7 +88,7 @@ def test_logits_are_those_of_torch_with_rounded_keys_and_values(case: Case, kv: 
 def test_what_is_stored_takes_what_the_manifest_says(case: Case) -> None:
     for kv, bundle in case.bundles.items():
         manifest = Manifest.read(bundle)
-        assert manifest.format == 4, "an older runtime would not know `kv`"
+        assert manifest.format >= 4, "an older runtime would not know `kv`"
         for variant in manifest.variants:
             assert (variant.kv, variant.kv_bits) == (kv, BITS[kv])
             for model in manifest.models:
@@ -124,6 +125,34 @@ def test_rewinds_and_prefixes_answer_as_a_fresh_read_does(case: Case) -> None:
         for tail in ([7, 8], [9]):  # the second takes over what the first one has read
             prompt = [*case.text(40), *tail]
             assert rt.generate(prompt, 8).token_ids == anew.generate(prompt, 8).token_ids
+
+
+@pytest.mark.parametrize(("kv", "precision"), [("int8", "int8"), ("int4", "fp32")])
+def test_a_saved_text_goes_on_as_a_fresh_one(case: Case, kv: str, precision: str, tmp_path: Path) -> None:
+    """And the file takes as many bytes for a token as the buffers."""
+    ids = case.text(50)
+    options: dict[str, Any] = {"exact": True, "prefix_cache": 0}
+    with FusionRuntime.load(case.bundles[kv], precision, "cpu", **options) as rt:
+        session = rt.session()
+        session.append(ids)
+        session.read(rt.expert_names[:1])
+        session.save(tmp_path / "text")
+    manifest = Manifest.read(case.bundles[kv])
+    variant = next(each for each in manifest.variants if each.precision == precision)
+    values = 48 * sum(variant.kv_bytes_per_token(model) for model in manifest.models[:2])
+    assert 0 < (tmp_path / "text").stat().st_size - values - 4 * 50 - 32 < 1000, "beside them a header"
+    with FusionRuntime.load(case.bundles[kv], precision, "cpu", **options) as rt:
+        loaded, fresh = rt.session(), rt.session()
+        loaded.load(tmp_path / "text")
+        assert loaded.lags == {rt.expert_names[0]: 2, rt.expert_names[1]: 50}
+        fresh.append(ids)
+        for _ in range(8):
+            token, expected = loaded.step(), fresh.step()
+            assert (token.id, token.expert, token.logprob) == (expected.id, expected.expert, expected.logprob)
+    other = "int4" if kv == "int8" else "int8"
+    refused = pytest.raises(InputError, match=r"text was saved with another bundle: load it there, or read its text again\.$")
+    with FusionRuntime.load(case.bundles[other], "fp32", "cpu", **options) as rt, refused:
+        rt.session().load(tmp_path / "text")
 
 
 def test_one_base_stores_keys_and_values_in_steps_that_fit_all_its_models(tmp_path: Path) -> None:

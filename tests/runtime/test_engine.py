@@ -132,7 +132,8 @@ def test_public_names_are_meant_to_be_used(rt: FusionRuntime) -> None:
     session.append([3, 4])
     session.step()
     assert public(session) == {
-        "append", "step", "steps", "score", "rewind", "clear", "logits", "token_ids", "lags", "drafted", "accepted",
+        "append", "read", "step", "steps", "score", "rewind", "clear", "save", "load", "close", "logits", "token_ids", "lags", "drafted",
+            "accepted",
     }  # fmt: skip
 
 

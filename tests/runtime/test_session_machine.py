@@ -31,6 +31,7 @@ class Machine(RuleBasedStateMachine):
 
     runtime: FusionRuntime
     reference: FusionRuntime  # without drafts and a prefix cache
+    file: Path  # where texts are saved
     begun = 0  # programs
 
     @initialize()
@@ -107,6 +108,26 @@ class Machine(RuleBasedStateMachine):
                 assert drawn or row[token.id] >= row.max() - TIE
                 assert token.logprob == pytest.approx(row[token.id] - row.max() - np.log(np.exp(row - row.max()).sum()), abs=TIE)
 
+    @rule(experts=st.sets(st.integers(0, 1)))
+    def read(self, experts: set[int]) -> None:
+        """Nothing else is seen of it: the next steps are what they would have been."""
+        self.session.read([self.runtime.expert_names[number] for number in experts])
+
+    @rule(into=st.sampled_from(["itself", "another", "another after it was closed"]))
+    def save_and_load(self, into: str) -> None:
+        """The text goes on in another session, with the lags that models had."""
+        lags = self.session.lags
+        self.session.save(self.file)
+        if into != "itself":
+            closed = self.session
+            self.session = self.runtime.session()
+            if into == "another":
+                self.session.append([7, 8])
+            else:
+                closed.close()
+        self.session.load(self.file)
+        assert self.session.lags == lags
+
     @precondition(lambda self: len(self.ids) > 1)
     @rule(new=TOKENS, how=st.sampled_from(["generate", "cancelled", "late", "dropped", "never begun"]))
     def another_text(self, new: list[int], how: str) -> None:
@@ -156,7 +177,7 @@ class Machine(RuleBasedStateMachine):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("programs", "rules"), [(8, 20), pytest.param(1300, 40, marks=pytest.mark.slow)])
 def test_every_program_leaves_a_text_that_scoring_explains(
-    bundles: list[Path], mode: str, number: int, programs: int, rules: int, monkeypatch: pytest.MonkeyPatch
+    bundles: list[Path], mode: str, number: int, programs: int, rules: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft_always(monkeypatch)
     options: Callable[..., FusionRuntime] = FusionRuntime.load
@@ -164,7 +185,7 @@ def test_every_program_leaves_a_text_that_scoring_explains(
         options(bundles[number], "fp32", "cpu", threads=1, prefix_cache=2, **MODES[mode]) as runtime,
         options(bundles[number], "fp32", "cpu", threads=1, prefix_cache=0) as reference,
     ):
-        machine: Any = type("Program", (Machine,), {"runtime": runtime, "reference": reference})
+        machine: Any = type("Program", (Machine,), {"runtime": runtime, "reference": reference, "file": tmp_path / "text"})
         checks = settings(
             max_examples=programs, stateful_step_count=rules, deadline=None, derandomize=programs < 100, database=None,
             suppress_health_check=list(HealthCheck),

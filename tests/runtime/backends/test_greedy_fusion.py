@@ -50,7 +50,8 @@ def test_the_graph_says_the_same(rt: FusionRuntime, seed: int, coefficients: tup
     """Rows bit for bit: speculation compares tokens that came through either."""
     router, expert = 9 * np.random.default_rng(seed).standard_normal((2, 1, rt.vocab_size)).astype(np.float32)
     fuse = rt.backend.fuser()
-    quick = [np.copy(value) for value in fuse(FusionInputs(router, expert, coefficients, temperature=temperature))]
+    fused = fuse(FusionInputs(router, expert, coefficients, temperature=temperature))
+    quick = [np.copy(getattr(fused, name)) for name in Fused._fields]
     # two candidates: it has to sort
     graph = fuse(FusionInputs(router, expert, coefficients, 2, temperature=temperature))
     assert np.array_equal(quick[5], graph.rows)

@@ -17,12 +17,13 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.bench.bench import BenchOptions, bench, take_turns
 from fusionroute.runtime.bench.counters import catch_ups, switches
-from fusionroute.runtime.bench.memory import INTERVAL, PeakMemory, release_freed, resident
+from fusionroute.runtime.bench.memory import INTERVAL, PeakMemory
 from fusionroute.runtime.bench.run import Run, generate
 from fusionroute.runtime.bench.summary import Weights, summarise
 from fusionroute.runtime.bench.workload import Workload
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.process_memory import release_freed, resident
 from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
 from tests.runtime.bench.conftest import measured
 from tests.runtime.commands.conftest import command
@@ -51,6 +52,8 @@ def test_figures_follow_from_the_runs(bundles: list[Path], command: Command) -> 
             ratios = sorted(a / np.mean(run["seconds"]) for a, run in zip(first, runs, strict=True))
             assert row["times_first"] == pytest.approx(ratios[1])
             tokens = sorted(second for run in runs for second in run["seconds"])
+            assert all(0 < own < second for run in runs for own, second in zip(run["own"], run["seconds"], strict=True))
+            assert row["own"] == sorted(second for run in runs for second in run["own"])[16]
             assert row["p50"] == tokens[16] and row["p50"] <= row["p95"] <= row["p99"] <= tokens[-1]
             variant = variants[row["precision"]]
             read, base = variant.weight_bytes, variant.weight_bytes["router"] if variant.pair else 0
@@ -106,7 +109,12 @@ def test_a_run_by_the_clock(bundles: list[Path]) -> None:
         first = generate(session, [5, 6, 7], 4, clock=lambda: float(next(ticks) ** 2))
         assert first.first == 1 and first.seconds == [3, 5, 7] and len(first.experts) == 4
         assert len(session) == 7
-        assert generate(session, [5, 6, 7], 4).experts == first.experts
+        again = generate(session, [5, 6, 7], 4)
+        assert again.experts == first.experts and again.own is None, "nobody told what models take"
+        ticks, busy = count(), count()
+        timed = generate(session, [5, 6, 7], 4, clock=lambda: float(next(ticks) ** 2), models=lambda: next(busy) * 0.5)
+        assert timed.seconds == [3, 5, 7] and timed.own == [2.5, 4.5, 6.5]
+        assert generate(session, [5, 6, 7], 4, drafts=True, models=lambda: 0.0).own is None
 
 
 def test_units_take_turns() -> None:

@@ -2,11 +2,12 @@
 
 import asyncio
 
+import psutil
 import pytest
 
 from fusionroute.runtime.serve.admission import Admission
 from fusionroute.runtime.serve.errors import ApiError
-from fusionroute.runtime.serve.settings import sessions_within
+from fusionroute.runtime.serve.settings import kv_budget, sessions_within
 
 
 def test_turns_come_in_order_and_the_queue_is_bounded() -> None:
@@ -70,6 +71,14 @@ def test_the_end_refuses_those_that_wait_and_those_that_come() -> None:
     asyncio.run(run())
 
 
-def test_sessions_fit_the_budget_beside_as_many_kept_texts() -> None:
-    assert [sessions_within(budget, 100) for budget in (1, 200, 399, 400, 100_000)] == [1, 1, 1, 2, 500]
-    assert sessions_within(None, 1) == 16 and sessions_within(None, 1 << 60) == 1
+def test_sessions_fit_the_budget() -> None:
+    """Finished texts that are kept make room for them."""
+    assert [sessions_within(budget, 100) for budget in (1, 199, 200, 399, 100_000)] == [1, 1, 2, 3, 1000]
+    assert sessions_within(100_000, 100, 16) == 16 and sessions_within(1, 100, 16) == 1
+
+
+def test_the_budget_is_what_was_given_or_half_of_what_is_free() -> None:
+    assert kv_budget(5, None) == kv_budget(5, 3) == 5
+    assert kv_budget(None, 3) is None, "who says how many texts there are bounds them so"
+    half = kv_budget(None, None)
+    assert half is not None and half == pytest.approx(psutil.virtual_memory().available / 2, rel=0.2)
