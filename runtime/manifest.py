@@ -21,8 +21,9 @@ from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_manifest, wr
 from fusionroute.runtime.strict_json import check_json
 
 BASE, FUSION = "base", "fusion"  # names of engines that are no model's
-# what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`, 4 one with `kv`
-FORMAT: Final = 4
+# what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`, 4 one with `kv`,
+# 5 one with `windows`
+FORMAT: Final = 5
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]  # ONNX Runtime tells graphs of lengths with 32 bits
@@ -124,11 +125,21 @@ class Pair(Strict):
         return [self.graph] if self.head is None else [self.graph, self.head]
 
 
+class Window(Strict):
+    """Layers of a model whose tokens see the newest `tokens` ones at most. Their graph takes how much of the text it is
+    given by inputs of their own, see `limits.WINDOW`.
+    """
+
+    tokens: Count
+    layers: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
+
+
 class Variant(Strict):
     """One precision for one target: a graph per model (router first), or one for all of them; and the fusion graph.
 
     `pair`: the one graph; `graphs` is then that of experts which it does not serve. `kv`: the precision of keys and
-    values, where it is not that of the activations. `weight_bytes`: bytes of weights
+    values, where it is not that of the activations. `windows`: by model, where its graph can do with the end of a text in
+    some layers. `weight_bytes`: bytes of weights
     that one token reads of each model, which are all but the embedding rows of other tokens (of an expert beside a
     `pair`: its factors); empty in bundles of older versions. `operators`: the ONNX operators of its graphs, for targets
     whose builder must know them.
@@ -144,12 +155,13 @@ class Variant(Strict):
     engines: list[Engines] = Field(default_factory=list)
     pair: Pair | None = None
     kv: KvName | None = None
+    windows: dict[str, Window] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
     def without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `pair` and `kv` out where there are none: older versions read such variants."""
+        """Leave `pair`, `kv` and `windows` out where there are none: older versions read such variants."""
         fields: dict[str, Any] = serialise(self)
-        return {name: value for name, value in fields.items() if value is not None or name not in ("pair", "kv")}
+        return {name: value for name, value in fields.items() if value or name not in ("pair", "kv", "windows")}
 
     @property
     def graph_paths(self) -> list[str]:
@@ -183,7 +195,7 @@ class Manifest(Strict):
     rows of the routing head stand for, where some of them have no expert any more; empty: they are those of `experts`.
     """
 
-    format: Annotated[Literal[1, 2, 3, 4], BeforeValidator(an_int)]
+    format: Annotated[Literal[1, 2, 3, 4, 5], BeforeValidator(an_int)]
     family: Name
     models: Annotated[list[Model], Field(min_length=2)]
     fusion: Fusion
@@ -233,6 +245,9 @@ class Manifest(Strict):
             paths = {*of_models.values(), variant.fusion_graph} | (pair.files if pair else set())
             if unknown := sorted(paths - self.files.keys()):
                 raise ValueError(f"the file {unknown[0]} of the variant {variant.precision} is not among the files")
+            layers = {model.name: model.layers for model in self.models if model.name in variant.graphs}
+            if without := [name for name, own in variant.windows.items() if max(own.layers) >= layers.get(name, 0)]:
+                raise ValueError(f"the variant {variant.precision} has windows in layers that {without[0]} has not")
             for built in variant.engines:
                 if built.engines.keys() != variant.engine_graphs.keys():
                     raise ValueError(

@@ -43,7 +43,9 @@ def describe(
     ]
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return Manifest(
-        format=4
+        format=5
+        if any(variant.windows for variant in variants)
+        else 4
         if any(variant.kv for variant in variants)
         else 3
         if any(variant.pair for variant in variants)

@@ -20,7 +20,7 @@ from fusionroute.runtime.errors import FusionError, one_line
 from fusionroute.runtime.machine import cores
 
 if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import Model, Variant
+    from fusionroute.runtime.manifest import Model, Variant, Window
 
 TARGET = "ort:cpu"
 
@@ -45,9 +45,18 @@ class OrtCpu:
         with ThreadPoolExecutor(cores()) as pool:  # loading mostly packs weights, on one core per model
             sessions = list(pool.map(lambda model: opened.model(model.name, variant.graphs[model.name], share_weights), manifest.models))
         names = [variant.graphs[model.name] for model in manifest.models]
-        ort.check_models(sessions, bundle, names, caches=storage.declared)
+        ort.check_models(sessions, bundle, names, caches=storage.declared, windows=variant.windows)
         models = [
-            OrtModel(session, opened.run_options, model, manifest.max_seq_len, manifest.vocab_size, len(manifest.experts), storage)
+            OrtModel(
+                session,
+                opened.run_options,
+                model,
+                manifest.max_seq_len,
+                manifest.vocab_size,
+                len(manifest.experts),
+                storage,
+                variant.windows.get(model.name),
+            )
             for session, model in zip(sessions, manifest.models, strict=True)
         ]
         self.router, self.experts = models[0], models[1:]
@@ -68,9 +77,10 @@ class OrtModel:
     """One language model's inference session."""
 
     def __init__(
-        self, session: Any, run_options: Callable[[], Any], model: Model, capacity: int, vocab: int, experts: int, storage: Storage
-    ):
-        self.session, self.storage = session, storage
+        self, session: Any, run_options: Callable[[], Any], model: Model, capacity: int, vocab: int, experts: int, storage: Storage,
+        window: Window | None = None,
+    ):  # fmt: skip
+        self.session, self.storage, self.window = session, storage, window
         self.seconds = 0.0  # that its runs have taken
         self.model = model
         self.capacity = capacity
@@ -93,7 +103,7 @@ class OrtCache:
         self._run = model.session.run_with_iobinding
         self._options = model.run_options()
         self._binding = binding = model.session.io_binding()
-        self._memory = KeysValues(model.model, model.capacity, model.storage)
+        self._memory = KeysValues(model.model, model.capacity, model.storage, model.window)
         self._memory.bind(binding)
         self._ids = np.zeros((1, model.capacity), np.int64)
         self._bound = (0, 0)  # the (S, K) that is bound now
@@ -124,7 +134,7 @@ class OrtCache:
         else:
             self._ids[0, :count] = ids
             self._positions[:] = positions
-        self._memory.set_total(self.length + count)
+        self._memory.begin_pass(self.length, count)
         self._options.terminate = False
         begun = perf_counter()
         try:

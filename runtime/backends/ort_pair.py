@@ -22,7 +22,7 @@ from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_cpu import OrtModel
 from fusionroute.runtime.backends.pair_binding import PairBinding, PairGraph
 from fusionroute.runtime.backends.pair_fusion import PairFuser
-from fusionroute.runtime.backends.signature import of_head, of_model
+from fusionroute.runtime.backends.signature import ORT_LENGTHS, WINDOW_LENGTHS, of_head, of_model
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
 from fusionroute.runtime.joint_cache import JointCache, read_both
@@ -116,9 +116,11 @@ def open_whole(bundle: Bundle, variant: Variant, opened: CpuSessions, storage: S
     for spec in (each for each in manifest.models if each.name in variant.graphs):
         session = opened.model(spec.name, variant.graphs[spec.name], share_weights)
         logits = "logits", manifest.vocab_size
-        signature = of_model(spec, manifest.max_seq_len, logits, 0, caches=storage.declared)
+        window = variant.windows.get(spec.name)
+        lengths = ORT_LENGTHS if window is None else {**ORT_LENGTHS, **WINDOW_LENGTHS}
+        signature = of_model(spec, manifest.max_seq_len, logits, 0, lengths, storage.declared)
         ort.check(session, signature, bundle, variant.graphs[spec.name], manifest.max_seq_len)
-        models[spec.name] = OrtModel(session, opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0, storage)
+        models[spec.name] = OrtModel(session, opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0, storage, window)
     return models
 
 

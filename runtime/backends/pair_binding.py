@@ -108,7 +108,7 @@ class PairBinding:
         positions[first:row_count] += counts[0]
         positions[row_count:] = positions[row_count - 1]
         for memory, length, count in zip(self._memories, lengths, counts, strict=True):
-            memory.set_total(length + count)
+            memory.begin_pass(length, count)
         self._options.terminate = False
         begun = perf_counter()
         try:

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fusionroute.runtime.limits import WINDOW
+
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model
 
@@ -56,6 +58,7 @@ def fits(shape: list[int | str | None], expected: tuple[int | None, ...]) -> boo
 
 FLOATS, HALVES = CacheValue(FLOAT), CacheValue(WIDTHS)
 ORT_LENGTHS = {"seqlens_k": Value(INT32, (1,)), "total_sequence_length": Value(INT32, ())}
+WINDOW_LENGTHS = {f"{WINDOW}{name}": value for name, value in ORT_LENGTHS.items()}
 TENSORRT_LENGTHS = {"write_index": Value(INT64, (1,)), "key_positions": Value(INT64, (None,))}
 
 

@@ -55,7 +55,7 @@ def other_graph(content: dict[str, Any]) -> None:
 
 
 MANIFESTS: dict[str, tuple[Change, str]] = {
-    "unknown format": (lambda m: m.update(format=5), "has the format 5, and this version reads 1 to 4: update fusionroute"),
+    "unknown format": (lambda m: m.update(format=6), "has the format 6, and this version reads 1 to 5: update fusionroute"),
     "overlapping tensors": (lambda m: weights(m)["tensors"][1].update(offset=1), "inside the one before it"),
     "tensors beyond the file": (lambda m: weights(m)["tensors"][-1].update(bytes=10**9), "its tensors end at byte"),
     "unknown field": (lambda m: m.update(colour="red"), "colour: Extra inputs are not permitted"),
@@ -70,8 +70,8 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "curve out of range": (lambda m: m.update(lam_curve=[[0.5, 1.5]]), "lam_curve.0.1: Input should be less than or equal to 1"),
     "unknown fusion": (lambda m: m.update(fusion="product"), "fusion: Input should be 'weighted' or 'additive'"),
     "hash that is none": (lambda m: next(iter(m["files"].values())).update(sha256="abc"), "sha256"),
-    "format that is no number": (lambda m: m.update(format=True), "has the format True, and this version reads 1 to 4: update"),
-    "format of another type": (lambda m: m.update(format=2.0), "has the format 2.0, and this version reads 1 to 4: update"),
+    "format that is no number": (lambda m: m.update(format=True), "has the format True, and this version reads 1 to 5: update"),
+    "format of another type": (lambda m: m.update(format=2.0), "has the format 2.0, and this version reads 1 to 5: update"),
     "lambda that is a bool": (lambda m: m.update(lam=True), "lam: Input should be a valid number"),
     "lambda that is a text": (lambda m: m.update(lam="0.4"), "lam: Input should be a valid number"),
     "length that is a text": (lambda m: m.update(max_seq_len="64"), "max_seq_len: Input should be a valid integer"),
