@@ -19,6 +19,7 @@ from fusionroute.runtime.file_entry import LARGEST, File, InsidePath, Size, Stri
 from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName
 from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_manifest, write_manifest
 from fusionroute.runtime.strict_json import check_json
+from fusionroute.runtime.window import Window
 
 BASE, FUSION = "base", "fusion"  # names of engines that are no model's
 # what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`, 4 one with `kv`,
@@ -125,24 +126,14 @@ class Pair(Strict):
         return [self.graph] if self.head is None else [self.graph, self.head]
 
 
-class Window(Strict):
-    """Layers of a model whose tokens see the newest `tokens` ones at most. Their graph takes how much of the text it is
-    given by inputs of their own, see `limits.WINDOW`.
-    """
-
-    tokens: Count
-    layers: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
-
-
 class Variant(Strict):
     """One precision for one target: a graph per model (router first), or one for all of them; and the fusion graph.
 
     `pair`: the one graph; `graphs` is then that of experts which it does not serve. `kv`: the precision of keys and
-    values, where it is not that of the activations. `windows`: by model, where its graph can do with the end of a text in
-    some layers. `weight_bytes`: bytes of weights
-    that one token reads of each model, which are all but the embedding rows of other tokens (of an expert beside a
-    `pair`: its factors); empty in bundles of older versions. `operators`: the ONNX operators of its graphs, for targets
-    whose builder must know them.
+    values, where it is not that of the activations. `windows`: by model, where some layers do with the end of a text.
+    `weight_bytes`: bytes of weights that one token reads of each model, which are all but the embedding rows of other
+    tokens (of an expert beside a `pair`: its factors); empty in bundles of older versions. `operators`: the ONNX operators
+    of its graphs, for targets whose builder must know them.
     """
 
     target: Name

@@ -35,9 +35,10 @@ from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.file_entry import File
 from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName
 from fusionroute.runtime.machine import cores
-from fusionroute.runtime.manifest import Variant, Window
+from fusionroute.runtime.manifest import Variant
 from fusionroute.runtime.tensorrt.library import OLDER
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
+from fusionroute.runtime.window import Window
 
 
 class WrittenVariant(NamedTuple):

@@ -16,7 +16,8 @@ from fusionroute.runtime.limits import WINDOW
 from fusionroute.runtime.machine import second_level_cache
 
 if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import Model, Variant, Window
+    from fusionroute.runtime.manifest import Model, Variant
+    from fusionroute.runtime.window import Window
 
 
 class Storage(NamedTuple):

@@ -20,7 +20,8 @@ from fusionroute.runtime.errors import FusionError, one_line
 from fusionroute.runtime.machine import cores
 
 if TYPE_CHECKING:
-    from fusionroute.runtime.manifest import Model, Variant, Window
+    from fusionroute.runtime.manifest import Model, Variant
+    from fusionroute.runtime.window import Window
 
 TARGET = "ort:cpu"
 

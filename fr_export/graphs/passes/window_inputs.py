@@ -4,7 +4,7 @@ import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.graph import Graph, added, initializer
 from fusionroute.runtime.limits import WINDOW
-from fusionroute.runtime.manifest import Window
+from fusionroute.runtime.window import Window
 
 PAST, LENGTHS, POSITIONS = 3, (5, 6), 9  # inputs of GroupQueryAttention
 INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
