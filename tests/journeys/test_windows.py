@@ -135,6 +135,30 @@ def test_a_manifest_that_says_otherwise_is_refused(bundle: Path, tmp_path: Path)
     assert "has windows in layers that router has not" in refusal(lambda content: content["variants"][0]["windows"].update(router=window))
 
 
+def test_heads_that_are_turned_outside_the_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the graph knows positions anyway, and views may begin anywhere, but for the last bits."""
+    shape = Shape("gemma2", heads=2, kv_heads=1, head_dim=24, layers=2, experts=1)
+    bundle, _ = export_system(tmp_path, shape, ("fp32",), max_seq_len=200)
+    scores = []
+    for step in (32, 1024):
+        monkeypatch.setattr(keys_values, "view_step", lambda _, step=step: step)
+        with FusionRuntime.load(bundle, "fp32", "cpu", threads=1) as rt:
+            scores.append(rt.score(text(4)[:200], chunk=9).logits)
+            session = rt.session()
+            session.append(text(4)[:150])
+            session.step()
+            session.step()  # behind 150 tokens; the first one began with the text
+            assert session._decoder.readers.router.cache._memory._start == (128 if step == 32 else 0)  # type: ignore[attr-defined]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5 * np.abs(scores[0]).max())
+
+
+@pytest.mark.parametrize(("family", "length"), [("gemma2", 16), pytest.param("llama3", 64, marks=pytest.mark.slow)])
+def test_graphs_without_shorter_windows_stay_as_they_are(tmp_path: Path, family: str, length: int) -> None:
+    bundle, _ = export_system(tmp_path, Shape(family, layers=1, experts=1), ("fp32",), max_seq_len=length)
+    manifest = Manifest.read(bundle)
+    assert manifest.format == 2 and not manifest.variants[0].windows and "windows" not in (bundle / "manifest.json").read_text()
+
+
 @pytest.mark.parametrize(("cache", "head", "step"), [(2 << 20, 256, 256), (2 << 20, 64, 1024), (1310720, 256, 640), (0, 64, 128)])
 def test_views_begin_with_blocks(cache: int, head: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys_values, "second_level_cache", lambda: cache)
