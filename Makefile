@@ -75,8 +75,9 @@ fuzz-api: $(VENV)/test .venv-fuzz/ready
 	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.support.exporting dist/fuzz 2>/dev/null) .venv-fuzz/bin/python -m pytest -m slow tests/openapi
 
 # Replicas under Ray Serve, one of them killed; the figures are printed.
-test-ray: .venv-ray/ready
-	.venv-ray/bin/python -m pytest -m slow -s tests/ray
+test-ray: $(VENV)/test .venv-ray/ready
+	rm -rf dist/ray
+	FUSIONROUTE_BUNDLES=$$($(BIN)/python -m tests.support.exporting dist/ray 2>/dev/null) .venv-ray/bin/python -m pytest -m slow -s tests/ray
 
 # The pictures of them in the docs: `make screenshots BUNDLE=dist/mine`.
 screenshots: .venv-browser/ready
@@ -143,8 +144,7 @@ tests/clients/node_modules: tests/clients/package-lock.json
 
 .venv-ray/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/python -m pip install --quiet $(TORCH)
-	.venv-ray/bin/python -m pip install --quiet httpx pytest hypothesis --editable '.[cpu,export,ray]'
+	.venv-ray/bin/python -m pip install --quiet httpx pytest hypothesis --editable '.[cpu,ray]'
 	touch $@
 
 clean:

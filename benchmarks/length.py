@@ -25,7 +25,7 @@ from benchmarks.router_outputs import router_outputs
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backend import Output
 from fusionroute.runtime.bench.bandwidth import of_host
-from fusionroute.runtime.bench.memory import resident
+from fusionroute.runtime.process_memory import resident
 
 LENGTHS = (256, 1024, 4096, 8192)
 MEMORY_LENGTHS = (512, 1536)

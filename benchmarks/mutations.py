@@ -28,6 +28,9 @@ RUNTIME, PRECISION = "tests/runtime/", "tests/fr_export/precision/"
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnx_ir", "tokenizers", "pydantic", "numba", "hypothesis")
 MACHINE = RUNTIME + "test_session_machine.py"
 
+ROUNDED = ("carried", "gptq_sequential", "row_int8", "smoothquant", "w8a8")
+PLANNED = ("approximation", "kv_scales", "plan_w8a8", "rank_budget", "sensitive")
+
 
 class Area(NamedTuple):
     """Modules, as patterns of paths, and the tests beside each module's own, `tests/…/test_NAME.py`."""
@@ -59,6 +62,7 @@ AREAS = {
         tuple(f"fr_export/precision/{name}.py" for name in ("rounding", "blockwise", "gptq", "int4", "int8", "kernels")),
         tuple(f"{PRECISION}test_{name}.py" for name in ("rounding", "gptq", "int8")),
     ),
+    "precisions": Area(tuple(f"fr_export/precision/{name}.py" for name in (*ROUNDED, *PLANNED)), ()),
     "calibration": Area(("calibration/*.py",), ("tests/calibration",)),
 }
 

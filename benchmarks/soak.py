@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fusionroute.runtime import FusionError, FusionRuntime
-from fusionroute.runtime.bench.memory import resident
+from fusionroute.runtime.process_memory import resident
 
 Request = Callable[[FusionRuntime, random.Random], object]
 

@@ -7,7 +7,6 @@ sparse maps and long headers of any size before it could be asked to refuse them
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from fusionroute.runtime import signing
 from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.digests import Digest
 from fusionroute.runtime.errors import BundleError, FusionError, InputError
 from fusionroute.runtime.files import appearing, replacing
 from fusionroute.runtime.manifest import Manifest
@@ -50,7 +50,7 @@ def pack(bundle: Bundle, file: Path, advance: Advance = lambda _: None) -> None:
             with bundle.open_file(name) as stream:
                 content = Hashed(stream, advance)
                 archive.addfile(header(name, identity(stream).bytes), content)
-            if name in entries and content.digest() != entries[name].sha256:
+            if name in entries and not content.is_of(entries[name]):
                 raise BundleError(f"{bundle.folder / name} was changed after the export; export the bundle again.")
 
 
@@ -131,18 +131,18 @@ class Hashed:
     """A file that is hashed while it is read."""
 
     def __init__(self, stream: BinaryIO, advance: Advance):
-        self._stream, self._advance, self._hash = stream, advance, hashlib.sha256()
+        self._stream, self._advance, self._digest = stream, advance, Digest()
 
     def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes."""
         piece = self._stream.read(size)
-        self._hash.update(piece)
+        self._digest.update(piece)
         self._advance(len(piece))
         return piece
 
-    def digest(self) -> str:
-        """SHA-256 of what was read."""
-        return self._hash.hexdigest()
+    def is_of(self, entry: File) -> bool:
+        """Whether what was read has the hashes that the manifest has."""
+        return entry.hashes.items() <= self._digest.hexdigests.items()
 
 
 def open_archive(file: Path) -> BinaryIO:
@@ -202,6 +202,6 @@ def take(stream: BinaryIO, folder: Path, name: str, entry: File, advance: Advanc
         while left and (piece := content.read(min(left, PIECE))):
             target.write(piece)
             left -= len(piece)
-    if left or content.digest() != entry.sha256:
-        raise BundleError(f"{name} in {stream.name} was changed or is cut off (its SHA-256 differs from the manifest): copy it again.")
+    if left or not content.is_of(entry):
+        raise BundleError(f"{name} in {stream.name} was changed or is cut off (its hashes differ from the manifest): copy it again.")
     stream.seek(padded(entry.bytes) - entry.bytes, 1)

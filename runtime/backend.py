@@ -107,6 +107,8 @@ class HostCache(Cache, Protocol):
 
 # (router's cache, its segment, expert's cache, its segment) → the outputs of both; otherwise as `Cache.forward`
 JointForward = Callable[[Any, Segment, Any, Segment], tuple[Output, Output]]
+# (caches of the router or of experts, and their segments, in the order of the routing head's rows) → their outputs
+ForwardTogether = Callable[[Sequence[tuple[Any, Segment]]], list[Output]]
 
 
 class LanguageModel(Protocol):
@@ -164,7 +166,7 @@ class BackendOptions(Protocol):
 
     @property
     def expert_memory(self) -> int | None:
-        """Bytes of device memory for experts' weights; None: no limit."""
+        """Bytes for experts' weights, where the models run; None: no limit."""
         ...
 
     @property
@@ -199,9 +201,23 @@ class Backend(Protocol):
     """Experts that never read in a pass of the router's, nor before it is known that they answer."""
 
     @property
+    def expect(self) -> Callable[[int], None] | None:
+        """Told the number of the expert that will probably answer next, before it is known: its weights may come meanwhile.
+        None: they are always there, or nothing else can run beside it.
+        """
+        ...
+
+    @property
     def forward_both(self) -> JointForward | None:
         """One pass in which the router and an expert read, each its own segment; `interrupt` of the router's cache ends
         it. None: every model has passes of its own.
+        """
+        ...
+
+    @property
+    def forward_together(self) -> ForwardTogether | None:
+        """One pass in which the router and any experts read, each its own segment; `interrupt` of the first one's cache
+        ends it. None: no more than one expert reads beside the router.
         """
         ...
 

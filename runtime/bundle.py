@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,9 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 
 from fusionroute.runtime import signing
+from fusionroute.runtime.digests import TITLES, Digest
 from fusionroute.runtime.errors import BundleError, UnavailableError, one_line, reason
 from fusionroute.runtime.files import is_partial
 from fusionroute.runtime.graph_file import external_files
+from fusionroute.runtime.graph_tensors import tensors
 from fusionroute.runtime.machine import cores
 from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_manifest, read_signature
 from fusionroute.runtime.precisions import fastest_first
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 FACTORS = "graphs/factors"  # the folder of experts that share one base
 DESCRIPTORS = "/proc/self/fd"  # on Linux, paths that lead to what a process has open
-PIECE = 1 << 20  # bytes that are read at a time, into one buffer that stays in a core's cache
+WINDOW = 1 << 28  # bytes of a file that are mapped and hashed together, without the interpreter: others read JSON meanwhile
 ELSEWHERE = {"portable": "for Optimum's ORTModelForCausalLM"}  # targets that no device of the runtime serves
 
 
@@ -96,34 +99,47 @@ class Bundle:
         for name in self.manifest.files:
             self.open_file(name).close()
 
-    def _check_hash(self, name: str, sha256: str) -> None:
-        if sha256 != self.manifest.files[name].sha256:
-            raise BundleError(
-                f"{self.folder / name} was changed after the export (its SHA-256 differs from the manifest); export the bundle again."
-            )
+    def _digest(self, name: str, every: bool) -> Digest:
+        """Of every hash that the manifest has of a file, or of the one that is checked most quickly."""
+        names = list(self.manifest.files[name].hashes)
+        return Digest(names if every else names[-1:])
 
-    def check(self, name: str, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Compare one file's hash with the manifest, unless it is `stopped` on the way. Raises BundleError where they differ."""
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+    def _check_hashes(self, name: str, digest: Digest) -> None:
+        expected = self.manifest.files[name].hashes
+        for kind, actual in digest.hexdigests.items():
+            if actual != expected[kind]:
+                raise BundleError(
+                    f"{self.folder / name} was changed after the export (its {TITLES[kind]} differs from the manifest); export the bundle again."
+                )
+
+    def check(self, name: str, stopped: Callable[[], bool] = lambda: False, every: bool = True) -> None:
+        """Compare a file's hashes with the manifest's, `every` one or the quickest, unless it is `stopped` on the way.
+
+        Raises BundleError where they differ.
+        """
+        digest, size = self._digest(name, every), self.manifest.files[name].bytes
         with self.open_file(name) as file:
             try:
-                while count := file.readinto(buffer):  # type: ignore[attr-defined]
-                    digest.update(buffer[:count])
+                for start in range(0, size, WINDOW):
+                    with mmap.mmap(file.fileno(), min(WINDOW, size - start), access=mmap.ACCESS_READ, offset=start) as window:
+                        digest.update(window)
                     if stopped():
                         return
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: the file ends before its window
                 raise self._unreadable(name, error) from error
             self._check_unchanged(name, file)
-        self._check_hash(name, digest.hexdigest())
+        self._check_hashes(name, digest)
 
     def read(self, name: str) -> bytes:
-        """The content of a file, which has the manifest's hash. Raises BundleError."""
+        """The content of a file, which has the manifest's hash, the one that is checked most quickly. Raises BundleError."""
         with self.open_file(name) as file:  # whole: engines are large, and pieces would stand in memory beside it
             try:
                 content = file.read()
             except OSError as error:
                 raise self._unreadable(name, error) from error
-        self._check_hash(name, hashlib.sha256(content).hexdigest())
+        digest = self._digest(name, every=False)
+        digest.update(content)
+        self._check_hashes(name, digest)
         return content
 
     def text(self, name: str) -> str | None:
@@ -163,6 +179,25 @@ class Bundle:
             raise self._unreadable(str(parent), error) from error
         for each in (name, *weights):
             self.open_file(each).close()
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of the weights that a graph names, each once, and of its own constants. Raises BundleError."""
+        files, folder = self.manifest.files, PurePosixPath(name).parent
+        places: dict[tuple[str, int], int] = {}
+        own = 0
+        try:
+            for tensor in tensors(self.read(name)):
+                if tensor.location:
+                    file = files[str(folder / tensor.location)]
+                    sizes = {each.offset: each.bytes for each in file.tensors}
+                    places[tensor.location, tensor.offset] = sizes.get(tensor.offset, file.bytes)
+                else:
+                    own += len(tensor.data or b"")
+        except (ValueError, KeyError) as error:
+            raise BundleError(
+                f"{self.folder / name} is no graph whose weights are in the bundle ({one_line(error)}); export it again."
+            ) from error
+        return own + sum(places.values())
 
     def _folders(self, names: set[str]) -> list[tuple[int, ...]]:
         """What tells the folders of files from others, and from themselves with other entries."""
@@ -224,12 +259,3 @@ class Bundle:
 def is_leftover(path: Path, folder: Path) -> bool:
     """Whether a file in a bundle's folder that the manifest does not name is what a killed process has left there."""
     return is_partial(path) or (path.parent == folder / FACTORS and path.suffix == ".safetensors")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()

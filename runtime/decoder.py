@@ -20,6 +20,7 @@ from fusionroute.runtime.text import Token
 from fusionroute.runtime.token_sequence import TokenSequence
 
 if TYPE_CHECKING:
+    from fusionroute.runtime.read_along import PassPrices
     from fusionroute.runtime.speculation.costs import Costs
     from fusionroute.runtime.speculation.rounds import Rounds
 
@@ -29,13 +30,13 @@ LOG = logging.getLogger("fusionroute")
 class Decoder:
     """What a session and a stream drive. Its buffers serve one text after another."""
 
-    def __init__(self, system: LoadedSystem, costs: Costs | None, eos: frozenset[int]):
-        """`costs` None: without speculation. Raises ClosedError once the system is closed, and in a forked process."""
+    def __init__(self, system: LoadedSystem, costs: Costs | None, eos: frozenset[int], prices: PassPrices | None = None):
+        """`costs` None: without speculation. `prices`: see `ReadAlong`. Raises ClosedError once the system is closed, and in a forked process."""
         _ = system.backend  # says so before a lock is taken: a thread that stayed behind a fork may hold it forever
         self.system, self.eos, self.vocab_size = system, eos, system.vocab_size
         self.sequence = TokenSequence()
         self.readers = Readers(system, self.sequence)
-        self.step = PlainStep(system, self.readers)
+        self.step = PlainStep(system, self.readers, prices)
         self.rounds: Rounds | None = None
         if costs is not None:
             from fusionroute.runtime.speculation.rounds import Rounds  # here: see `FusionRuntime._speculation_costs`
@@ -67,6 +68,7 @@ class Decoder:
         if not 0 <= length <= len(self.sequence.ids):
             raise InputError(f"Cannot rewind to {shown(length)} tokens: the session holds {len(self.sequence.ids)}.")
         self.readers.rewind(length)
+        self.step.restart()
         self.step.newest = None
         self.step.failed.clear()
         if not length:

@@ -46,7 +46,7 @@ class FusionRuntime:
     say what was loaded; `tokenizer` is None for a bundle without one.
     """
 
-    def __init__(self, bundle: Bundle, options: RuntimeOptions, tokenizer_is_tried: Callable[[], None] = lambda: None):
+    def __init__(self, bundle: Bundle, options: RuntimeOptions, models_are_loaded: Callable[[], None] = lambda: None):
         """Use `load`."""
         self.bundle, self.options = bundle, options
         manifest = bundle.manifest
@@ -54,7 +54,7 @@ class FusionRuntime:
         self.lam: float = manifest.lam if options.lam is None else options.lam
         self._sets = ExpertSets(bundle, options)
         try:
-            tokenizer_is_tried()
+            models_are_loaded()
             self._prompts = PromptEncoder(bundle)
         except FusionError:
             self._sets.close()
@@ -111,8 +111,8 @@ class FusionRuntime:
         use. 0: every prompt is read from its beginning.
 
         `kv_memory`, bytes: all texts' keys and values. Finished texts make room, the oldest first; where that does not
-        do, the pass that needs more ends in an UnavailableError. `expert_memory`, bytes: on TensorRT devices the weights
-        of experts beyond it wait in host memory.
+        do, the pass that needs more ends in an UnavailableError. `expert_memory`, bytes for experts' weights: they come
+        when they are chosen, and the least recently used leave.
 
         `share_weights`: processes that load the same bundle on the CPU share its weights in memory, packed once in the
         user's cache folder at some 2.3 times their size. By default each process packs its own copy. `trusted`, for
@@ -134,8 +134,8 @@ class FusionRuntime:
         key = None if verify_key is None else path("verify_key", verify_key)
         with begun_trial(folder, everything, flag("trusted", trusted)) as trial:
             opened = Bundle.open(folder, key)
-            with checked(opened, everything, trial) as tokenizer_is_tried:
-                return cls(opened, options, tokenizer_is_tried)
+            with checked(opened, everything, trial) as models_are_loaded:
+                return cls(opened, options, models_are_loaded)
 
     @property
     def expert_names(self) -> list[str]:

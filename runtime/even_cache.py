@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from fusionroute.runtime.backend import Cache, HostCache, JointForward, Output, Segment
+from fusionroute.runtime.backend import Cache, ForwardTogether, HostCache, JointForward, Output, Segment
 
 
 class EvenCache:
@@ -77,5 +77,16 @@ def evenly(forward_both: JointForward) -> JointForward:
         (own, taken), (other, other_taken) = router.even(own), expert.even(other)
         routed, answered = forward_both(router.cache, own, expert.cache, other)
         return taken(routed), other_taken(answered)
+
+    return forward
+
+
+def evenly_together(forward_together: ForwardTogether) -> ForwardTogether:
+    """`evenly` for any number of EvenCaches."""
+
+    def forward(parts: Sequence[tuple[EvenCache, Segment]]) -> list[Output]:
+        even = [(cache.cache, *cache.even(segment)) for cache, segment in parts]
+        outputs = forward_together([(cache, segment) for cache, segment, _ in even])
+        return [taken(output) for (_, _, taken), output in zip(even, outputs, strict=True)]
 
     return forward

@@ -28,17 +28,22 @@ from fusionroute.runtime.stream import End, Stream
 from fusionroute.runtime.text import Text, Token
 
 if TYPE_CHECKING:
+    from fusionroute.runtime.read_along import PassPrices
     from fusionroute.runtime.speculation.costs import Costs
 
 
 @dataclass(frozen=True)
 class ExpertSet:
-    """A system with some experts, the idle decoders of its texts, and what its passes cost (None: no speculation)."""
+    """A system with some experts, the idle decoders of its texts, and what its passes cost.
+
+    `costs` None: no speculation. `prices` None: no more than one expert reads beside the router.
+    """
 
     system: LoadedSystem
     pool: Pool
     costs: Costs | None
     eos: frozenset[int]
+    prices: PassPrices | None
 
     @property
     def names(self) -> list[str]:
@@ -55,7 +60,7 @@ class ExpertSet:
 
     def decoder(self) -> Decoder:
         """A new decoder. Raises ClosedError."""
-        return Decoder(self.system, self.costs, self.eos)
+        return Decoder(self.system, self.costs, self.eos, self.prices)
 
     def session(self, tokenizer: Text | None, fusion: str, lam: float, expert: str | None) -> Session:
         """A new session, see `FusionRuntime.session`. Raises InputError for an unknown expert, ClosedError."""
@@ -112,10 +117,15 @@ class ExpertSets:
             from fusionroute.runtime.speculation.costs import costs_of  # here: a tenth of the time of `import fusionroute`
 
             costs = costs_of(bundle, system.backend, system.precision, options.threads)
+        prices = None
+        if system.backend.forward_together is not None and not system.background_prefill:  # else experts are near anyway
+            from fusionroute.runtime.speculation.pass_prices import prices_of  # here: see above
+
+            prices = prices_of(bundle, system.backend, system.precision, options.threads, options.exact)
         self._bundle, self._prefixes = bundle, options.prefix_cache
         self._lock = threading.Lock()  # of those who change or close
         self._systems = WeakSet([system])  # of all sets that a session still has
-        self.current = ExpertSet(system, self._pool(system), costs, frozenset(bundle.manifest.eos_token_ids))
+        self.current = ExpertSet(system, self._pool(system), costs, frozenset(bundle.manifest.eos_token_ids), prices)
 
     def add(self, source: Path, name: str) -> None:
         """Give new sessions an expert more, or another one of that name. Raises as `FusionRuntime.add_expert`."""
@@ -148,7 +158,7 @@ class ExpertSets:
         system = old.system.with_experts(backend.with_experts(factors), names, changed)
         costs = old.costs and replace(old.costs, experts=old.costs.experts[:1] * len(names))  # one size: one cost
         self._systems.add(system)
-        self.current = ExpertSet(system, self._pool(system), costs, old.eos)
+        self.current = ExpertSet(system, self._pool(system), costs, old.eos, old.prices)
         old.pool.close()
 
     def _pool(self, system: LoadedSystem) -> Pool:

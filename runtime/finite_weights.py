@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def check_finite(bundle: Bundle) -> None:
     for name in sorted(factors | graphs):
         path = bundle.folder / name
         try:
-            wrong = next(of_graph(bundle, name) if name in graphs else of_factors(path), None)
+            wrong = next(of_graph(bundle, name) if name in graphs else of_factors(bundle, name), None)
         except (OSError, ValueError) as error:
             raise BundleError(f"{path} cannot be read ({one_line(error)}); copy or export the bundle again.") from error
         if wrong is not None:
@@ -54,9 +54,11 @@ def of_graph(bundle: Bundle, name: str) -> Iterator[str]:
             yield each.name
 
 
-def of_factors(path: Path) -> Iterator[str]:
+def of_factors(bundle: Bundle, name: str) -> Iterator[str]:
     """The tensors of a safetensors file that are not finite."""
-    return (name for name, each in TensorFile(path).tensors.items() if not finite(each.data, ONNX_TYPES[each.dtype]))
+    with bundle.open_file(name) as file:
+        tensors = TensorFile(file).tensors
+    return (tensor for tensor, each in tensors.items() if not finite(each.data, ONNX_TYPES[each.dtype]))
 
 
 def finite(data: np.ndarray, kind: int) -> bool:

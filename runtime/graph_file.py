@@ -1,7 +1,8 @@
 """What a graph file may hold, read from its bytes without the package onnx: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
 
-The exporter writes flat graphs. Anything else could make loading, or a single step, endless: functions that call each
-other double the graph at each level, and loops run as often as a number in the file says.
+The exporter writes flat graphs, in which a condition may choose between flat branches. Anything else could make loading, or
+a single step, endless: functions that call each other double the graph at each level, and loops run as often as a number
+in the file says.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ ORT_FORMAT = b"ORTM"  # at byte 4 of files in ONNX Runtime's own format, which i
 FOREIGN_OPERATORS = {b"EPContext"}  # nodes that name files of native code
 
 GRAPH, TRAINING, FUNCTIONS = 7, 20, 25  # of ModelProto
+BRANCHING = b"If"  # the operator whose subgraphs run once at most
 NODE, INITIALIZER, SPARSE_INITIALIZER = 1, 5, 15  # of GraphProto
 OPERATOR, ATTRIBUTE = 4, 5  # of NodeProto
 TENSOR, SUBGRAPH, TENSORS, SUBGRAPHS, SPARSE, SPARSES = 5, 6, 10, 11, 22, 23  # of AttributeProto
@@ -30,23 +32,31 @@ def external_files(content: bytes) -> set[str]:
         if field in (FUNCTIONS, TRAINING):
             raise ValueError("it has local functions, which may make loading it endless")
         if field == GRAPH:
-            for part in fields(content, start, end):
-                if part[0] == NODE:
-                    _node(content, part, locations)
-                elif part[0] == INITIALIZER:
-                    _tensor(content, part, locations)
-                elif part[0] == SPARSE_INITIALIZER:
-                    _sparse(content, part, locations)
+            _graph(content, start, end, locations, may_branch=True)
     return locations
 
 
-def _node(content: bytes, node: Field, locations: set[str]) -> None:
-    for field, start, end in fields(content, *node[1:]):
-        if field == OPERATOR and content[start:end] in FOREIGN_OPERATORS:
-            raise ValueError("it has nodes of native code")
+def _graph(content: bytes, start: int, end: int, locations: set[str], may_branch: bool) -> None:
+    for part in fields(content, start, end):
+        if part[0] == NODE:
+            _node(content, part, locations, may_branch)
+        elif part[0] == INITIALIZER:
+            _tensor(content, part, locations)
+        elif part[0] == SPARSE_INITIALIZER:
+            _sparse(content, part, locations)
+
+
+def _node(content: bytes, node: Field, locations: set[str], may_branch: bool) -> None:
+    parts = list(fields(content, *node[1:]))
+    operators = {content[start:end] for field, start, end in parts if field == OPERATOR and end != NUMBER}
+    if operators & FOREIGN_OPERATORS:
+        raise ValueError("it has nodes of native code")
+    for field, start, end in parts:
         if field == ATTRIBUTE:
             for part in fields(content, start, end):
-                if part[0] in (SUBGRAPH, SUBGRAPHS):
+                if part[0] == SUBGRAPH and may_branch and operators == {BRANCHING}:
+                    _graph(content, *part[1:], locations, may_branch=False)
+                elif part[0] in (SUBGRAPH, SUBGRAPHS):
                     raise ValueError("it has subgraphs, such as those of loops, which may make a step endless")
                 if part[0] in (TENSOR, TENSORS):
                     _tensor(content, part, locations)

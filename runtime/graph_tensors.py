@@ -14,7 +14,7 @@ from fusionroute.runtime.wire import NUMBER, Field, fields, numbers
 GRAPH = 7  # of ModelProto
 NODE, INITIALIZER = 1, 5  # of GraphProto
 INPUT, OPERATOR, ATTRIBUTE = 1, 4, 5  # of NodeProto
-ATTRIBUTE_TENSOR = 5  # of AttributeProto
+ATTRIBUTE_TENSOR, ATTRIBUTE_GRAPH = 5, 6  # of AttributeProto
 DIMS, TYPE, NAME, RAW, EXTERNAL = 1, 2, 8, 9, 13  # of TensorProto
 KEY, VALUE = 1, 2  # of StringStringEntryProto
 WIDTHS = {1: 4, 10: 2, 16: 2}  # ONNX's numbers of float32, float16 and bfloat16 → bytes of a value
@@ -67,9 +67,15 @@ def positions(content: bytes) -> int | None:
 
 
 def graph(content: bytes) -> Iterator[Field]:
-    """The messages of a file's graph."""
-    for own in inside(content, (0, 0, len(content)), GRAPH):
-        yield from (part for part in fields(content, *own[1:]) if part[2] != NUMBER)
+    """The messages of a file's graph, and of the branches in it."""
+    graphs = inside(content, (0, 0, len(content)), GRAPH)
+    while graphs:
+        for part in fields(content, *graphs.pop()[1:]):
+            if part[2] == NUMBER:
+                continue
+            yield part
+            if part[0] == NODE:
+                graphs += [each for own in inside(content, part, ATTRIBUTE) for each in inside(content, own, ATTRIBUTE_GRAPH)]
 
 
 def inside(content: bytes, message: Field, number: int) -> list[Field]:

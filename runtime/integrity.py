@@ -18,7 +18,7 @@ from fusionroute.runtime import cache, files
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.finite_weights import check_finite
 from fusionroute.runtime.machine import cores
-from fusionroute.runtime.regular_files import Identity
+from fusionroute.runtime.regular_files import Identity, open_regular
 from fusionroute.runtime.tokenizer_trial import Trial
 
 KIND, TOKENIZER = "verified", "tokenizer.json"
@@ -29,16 +29,17 @@ SETTLED = 2 * 10**9  # ns without a change after which another one has another t
 def begun_trial(folder: Path, everything: bool, trusted: bool) -> Iterator[Trial | None]:
     """A trial of a bundle's tokenizer, for `checked`; None where the bundle is `trusted`.
 
-    Its process takes as long to start as the bundle to be opened. So it starts here where it is likely to be needed:
-    for `everything`, and where nothing is remembered of the folder.
+    Its process runs while this one imports what it needs, so it starts here where it is likely to be needed: for
+    `everything`, and where nothing is remembered of the folder.
     """
     if trusted:
         yield None
         return
     trial = Trial()
     try:
-        if will_be_tried(folder, everything):
-            trial.begin()
+        if everything or not is_known(folder):
+            with suppress(OSError), open_regular(folder, TOKENIZER) as file:  # opening the bundle tells
+                trial.begin(file)
         yield trial
     finally:
         trial.end()
@@ -48,10 +49,12 @@ def begun_trial(folder: Path, everything: bool, trusted: bool) -> Iterator[Trial
 def checked(bundle: Bundle, everything: bool, trial: Trial | None) -> Iterator[Callable[[], None]]:
     """While the block loads a bundle, hash the files that are not remembered, or `everything`, in other threads.
 
-    Yields a function to call before its tokenizer is read: it waits for the `trial`, which is None for a bundle that is
-    trusted. Raises BundleError, at the end, for a file that is not the manifest's, and
-    for one that was changed meanwhile; with `everything` also for one that the manifest does not name, and for numbers
-    that are not finite.
+    Yields a function to call when the models are loaded, before the tokenizer is read: it waits for the `trial`, which is
+    None for a bundle that is trusted. Hashing takes the cores that loading leaves: until then those beyond one for each
+    model, from then on all but one, and at the end all.
+
+    Raises BundleError, at the end, for a file that is not the manifest's, and for one that was changed meanwhile; with
+    `everything` also for one that the manifest does not name, and for numbers that are not finite.
     """
     if everything:
         bundle.check_unlisted()
@@ -61,15 +64,23 @@ def checked(bundle: Bundle, everything: bool, trial: Trial | None) -> Iterator[C
         yield lambda: None
         bundle.unchanged()
         return
-    stop, pool = threading.Event(), ThreadPoolExecutor(cores() + 1, "fusionroute-verify")  # one waits for the trial
-    try:
-        decision = None
+    names = iter(sorted(unknown, key=lambda name: -bundle.manifest.files[name].bytes))
+    stop, pool = threading.Event(), ThreadPoolExecutor(max(cores() - 1, 1), "fusionroute-verify")
+
+    def hash_files() -> None:
+        for name in names:  # threads take from the same iterator
+            bundle.check(name, stop.is_set, everything)
+
+    def models_are_loaded() -> None:
+        checks.extend(pool.submit(hash_files) for _ in range(max(cores() - 1 - spare, 1)))
         if TOKENIZER in unknown and trial is not None:
-            decision = pool.submit(trial.decide, bundle.read(TOKENIZER), bundle.folder / TOKENIZER)
-        checks = [
-            pool.submit(bundle.check, name, stop.is_set) for name in sorted(unknown, key=lambda name: -bundle.manifest.files[name].bytes)
-        ]
-        yield lambda: decision.result() if decision else None
+            trial.decide(bundle.read(TOKENIZER), bundle.folder / TOKENIZER, bundle.identities[TOKENIZER])
+
+    try:
+        spare = max(cores() - len(bundle.manifest.models), 0)
+        checks = [pool.submit(hash_files) for _ in range(spare)]
+        yield models_are_loaded
+        hash_files()
         for each in checks:
             each.result()
         if everything:
@@ -105,13 +116,11 @@ def note(bundle: Bundle) -> Path:
     return files.private_folder(KIND) / f"{place(bundle.folder)}-{cache.sha256(about)}.json"
 
 
-def will_be_tried(folder: Path, everything: bool) -> bool:
-    """Whether a bundle's tokenizer is likely to be tried: nothing is noted of its folder. Raises nothing."""
+def is_known(folder: Path) -> bool:
+    """Whether something is noted of a folder. Raises nothing: there may be none."""
     try:
-        if not (folder / TOKENIZER).is_file():
-            return False
-        return everything or not any((files.cache_folder() / KIND).glob(f"{place(folder)}-*.json"))
-    except OSError:  # opening the bundle tells
+        return any((files.cache_folder() / KIND).glob(f"{place(folder)}-*.json"))
+    except OSError:
         return False
 
 

@@ -9,6 +9,11 @@ MAX_ROUND_TOKENS = 8  # tokens that one round of speculation produces at most
 SHORTEST_REACH = 128  # keys that attention reads at least; from here on powers of two, so that few graphs are captured
 
 
+def numbered(number: int, name: str) -> str:
+    """What an input or output of the expert's is called for one of several experts."""
+    return f"{number}.{name}"
+
+
 def boundary(start: int) -> int:
     """Where a background pass from `start` on ends: the next multiple of PIECE that leaves it two tokens or more."""
     return ((start + 1) // PIECE + 1) * PIECE

@@ -109,7 +109,8 @@ class LogitsProcessor:
         row, (log_normaliser, sampling_normaliser) = self._rows[0], self._normalisers
         row[:] = raw
         log_normaliser[0] = fused.log_normaliser[0]
-        self._change(row)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # what is not finite any more is refused later
+            self._change(row)
         ids = largest(row, count)
         logits = row[ids]
         peak = float(logits[0])

@@ -4,7 +4,6 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
@@ -15,15 +14,15 @@ from pydantic import (
 
 from fusionroute.runtime.arguments import LONGEST, shown
 from fusionroute.runtime.errors import BundleError, one_line
-from fusionroute.runtime.file_entry import LARGEST, File, InsidePath, Size, Strict
+from fusionroute.runtime.file_entry import LARGEST, File, InsidePath, Name, Size, Strict
 from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName
 from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_manifest, write_manifest
 from fusionroute.runtime.strict_json import check_json
 from fusionroute.runtime.window import Window
 
 BASE, FUSION = "base", "fusion"  # names of engines that are no model's
-# what this version reads at most. Format 1 has no `tensors`: each weight was a file; 3 has a variant with a `pair`, 4 one with `kv`,
-# 5 one with `windows`
+# what this version reads at most, and writes. Format 1 has no `tensors`: each weight was a file; from 3 on a variant may have a `pair`,
+# from 4 on `kv`; from 5 on files have their `blake3`, a pair may have `every_expert`, and a variant `windows`
 FORMAT: Final = 5
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -35,16 +34,6 @@ def an_int(value: object) -> object:
     if type(value) is not int:
         raise ValueError("expected a whole number")
     return value
-
-
-def visible(name: str) -> str:
-    """A name that a terminal shows as it is."""
-    if not name.isprintable():
-        raise ValueError(f"{name!r} has characters that move cursors or end lines")
-    return name
-
-
-Name = Annotated[str, AfterValidator(visible)]  # reaches terminals and logs
 
 
 class Model(Strict):
@@ -103,12 +92,14 @@ class Adapting(Strict):
 class Pair(Strict):
     """One graph that router and expert pass through together, and the factors that make an expert of it.
 
+    every_expert: whether `graph` has a segment for each row of the routing head, else one for whichever expert reads.
     head: the graph that makes logits of the hidden states that `graph` gives, None where it gives logits itself;
     `head_is_linear`: whether the head may run on fused hidden states. factors: expert → a safetensors file with the
     values of the graph's inputs `delta.…`, under their names. Where `adapting` is None, no expert can be added.
     """
 
     graph: InsidePath
+    every_expert: bool = False
     head: InsidePath | None = None
     head_is_linear: bool = False
     factors: dict[str, InsidePath]
@@ -202,9 +193,16 @@ class Manifest(Strict):
     routing_rows: list[Name] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")
-    def without_routing_rows(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `routing_rows` out where they are the experts: older versions read such manifests."""
+    def of_its_format(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what versions that read its format do not know: `blake3` of files that were added to an older bundle,
+        `every_expert` of its pairs, and `routing_rows` where they are the experts.
+        """
         fields: dict[str, Any] = serialise(self)
+        if self.format < 5:
+            for entry in fields["files"].values():
+                entry.pop("blake3", None)
+            for pair in (variant["pair"] for variant in fields["variants"] if "pair" in variant):
+                del pair["every_expert"]
         return fields if self.routing_rows else {name: value for name, value in fields.items() if name != "routing_rows"}
 
     @model_validator(mode="after")

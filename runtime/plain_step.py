@@ -15,6 +15,7 @@ from fusionroute.runtime.expert_guesses import ExpertGuesses
 from fusionroute.runtime.loaded_system import LoadedSystem
 from fusionroute.runtime.logits_processor import LogitsProcessor, Processed, ranked, top_logprobs
 from fusionroute.runtime.numerics import Numerics, is_finite
+from fusionroute.runtime.read_along import PassPrices, ReadAlong
 from fusionroute.runtime.readers import Readers
 from fusionroute.runtime.sampling import Candidates, Sampler
 from fusionroute.runtime.text import Likeliest, Ranked, Token
@@ -25,19 +26,25 @@ ROUTER_ALONE = (1.0, 0.0)  # weights of router and expert
 class PlainStep:
     """The steps of one session, and what the newest one leaves for the next."""
 
-    def __init__(self, system: LoadedSystem, readers: Readers):
+    def __init__(self, system: LoadedSystem, readers: Readers, prices: PassPrices | None = None):
         backend = system.backend
         self.readers, self.expert_names, self.vocab_size = readers, system.expert_names, system.vocab_size
         self.fuser, self._async_dispatch, self._guess_limit = backend.fuser(), backend.async_dispatch, backend.guess_limit
-        self._apart = backend.apart
+        self._apart, self._expect = backend.apart, backend.expect
         self._router_name = system.router_name
         self.numerics = Numerics((system.router_name, *system.expert_names), system.precision)
         self.failed: set[int] = set()  # experts for which the router answers, until a rewind
         self.newest: Fused | Processed | None = None  # what the newest token was chosen from
         self.guesses = ExpertGuesses()
+        self._prices = prices
+        self.restart()
         self.missed = False  # whether the newest token's expert was guessed wrongly
         self.router_logits: Any = None  # of the last step, float32 [1, V]; valid until the next pass
         self._no_routing = [math.nan] * len(self.expert_names)
+
+    def restart(self) -> None:
+        """Another text begins, or this one goes on elsewhere."""
+        self.along = ReadAlong(self._prices)
 
     def advance(self, sampler: Sampler, coefficients: tuple[float, float], pinned: int | None = None) -> Token:
         """Choose and commit the next token. `Token.text` is left empty.
@@ -63,10 +70,21 @@ class PlainStep:
             router = answered if routed is None else routed  # a stand-in, of weight zero
             return self.fuse(router.logits, answered.logits, coefficients, sampler, length)
 
+        if self._expect is not None and coefficients[1]:
+            for expert in self.guesses.likely(readers.sequence.ids[-1])[:1] if pinned is None else (pinned,):
+                self._expect(expert)
         guess = self.guess_expert() if pinned is None and coefficients[1] else pinned
         read = 0 if guess is None else min(readers.experts[guess].length, length - 1)
         router_reads = pinned is None or coefficients[0]
-        routed, answered = readers.read(newest if router_reads else None, guess if coefficients[1] else None, newest)
+        near = self._near() if pinned is None and coefficients[1] else set()
+        answers: dict[int, Output] = {}
+        routed: Output | None
+        answered: Output | None
+        if together := self.along.readers(near):
+            routed, answers = readers.read_together(newest, together)
+            answered = None
+        else:
+            routed, answered = readers.read(newest if router_reads else None, guess if coefficients[1] else None, newest)
         self.router_logits = None if routed is None else routed.logits
         # queued behind the router, which may still run
         fused = fused_with(answered) if answered is not None and self._async_dispatch else None
@@ -75,9 +93,10 @@ class PlainStep:
             self.numerics.check_routing(scores, length - 1)
         choice = scores.index(max(scores)) if pinned is None else pinned
         if choice != guess:
-            if guess is not None:  # what an expert reads, and in which passes, must not depend on guesses
+            if guess is not None and not together:  # what an expert reads, and in which passes, must not depend on guesses
                 readers.experts[guess].truncate(read)
             answered = fused = None
+        answered = answers.get(choice, answered)
         self.missed = guess is not None and choice != guess
         if choice in self.failed:
             coefficients = ROUTER_ALONE
@@ -87,6 +106,7 @@ class PlainStep:
         if not is_finite(fused):
             raise self.numerics.fault(fused, routed and routed.logits, answered.logits, choice, length - 1)
         self.guesses.saw(readers.sequence.ids[-1], choice)
+        self.along.saw(readers.sequence.ids[-1], choice, near)
         logprob: float | Callable[[], float]
         if not sampler.sampling.temperature and (greedy := as_greedy(fused)) is not None:
             token, logprob = greedy.best, greedy.logprob
@@ -105,13 +125,22 @@ class PlainStep:
 
     def guess_expert(self) -> int | None:
         """The expert to run before the routing is known: the likeliest that lags by no more than a guess may cost."""
+        near = self._near()
+        likely = self.guesses.likely(self.readers.sequence.ids[-1])
+        return next((each for each in likely if each in near), None)
+
+    def _near(self) -> set[int]:
+        """The experts that may read before the routing is known: they lag by no more than a guess may cost."""
         if not self._guess_limit:
-            return None
-        ids, experts = self.readers.sequence.ids, self.readers.experts
-        likely = self.guesses.likely(ids[-1])
-        barred = self._apart | self.failed
-        near = [each for each in likely if each not in barred and len(ids) - experts[each].length <= self._guess_limit]
-        return next((each for each in near if experts[each].length), None)
+            return set()
+        length, barred = len(self.readers.sequence.ids), self._apart | self.failed
+        lags = {number: length - reader.length for number, reader in enumerate(self.readers.experts) if reader.length}
+        return {number for number, lag in lags.items() if lag <= self._guess_limit} - barred
+
+    def seconds(self, pinned: int | None) -> float | None:
+        """Of a step's passes, where all near experts read along; None where a wrong guess costs a pass more."""
+        prices = self._prices
+        return prices.every if pinned is None and prices is not None and self.along.readers(self._near()) else None
 
     def fuse(
         self, router: Any, expert: Any, coefficients: tuple[float, float], sampler: Sampler, length: int, count: int = 0

@@ -17,6 +17,7 @@ from fusionroute.runtime.occurrences import Occurrences
 DEFAULT_CANDIDATES = 256  # without a top-k: almost always enough, and still cheap to copy from a device
 MOST_TOP_LOGPROBS = 20  # as OpenAI's
 COLDEST = 1e-3  # below, float32 cannot hold the log-normaliser of logits / temperature to any useful precision
+PRECISE = 1e6  # float32 holds log-normalisers up to it within 0.03; strong penalties and biases take them beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,8 @@ class Sampler:
     def _filtered_count(self, logits: npt.NDArray[np.float32], log_normaliser: float, *, whole: bool) -> int | None:
         """How many of these descending logits the filters keep; None if that is more than there are here."""
         scaled, mass, first = self._scaled(logits)
-        return self._filter_prefix(scaled, mass, math.exp(min(log_normaliser - first, 700.0)), whole=whole)
+        total = _total(mass, first, log_normaliser, whole=whole)
+        return None if total is None else self._filter_prefix(scaled, mass, total, whole=whole)
 
     def _scaled(self, logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
         """Descending logits / temperature relative to the first, their weights' cumulative sum, and the first."""
@@ -207,15 +209,18 @@ class Sampler:
         for any number of candidates. Weights are relative to the first token's.
         """
         scaled, mass, first = self._scaled(logits)
+        total = _total(mass, first, log_normaliser, whole=whole)
+        if total is None:
+            return None
         if self.filtered:
-            count = self._filter_prefix(scaled, mass, math.exp(min(log_normaliser - first, 700.0)), whole=whole)
+            count = self._filter_prefix(scaled, mass, total, whole=whole)
             if count is None:
                 return None
             target = draw * mass[count - 1]
         else:
             # The normaliser comes in float32. Here it is a little too large, and the excess is shared out over all
             # tokens, which keeps the distribution exact. Too small, it would cut the tail off.
-            total = math.exp(min(log_normaliser - first, 700.0) + 1e-6 * max(10.0, abs(log_normaliser)))
+            total *= math.exp(1e-6 * max(10.0, abs(log_normaliser))) if abs(log_normaliser) <= PRECISE else 1.0
             count = len(mass)
             target = draw * total
             if target >= mass[-1]:
@@ -242,6 +247,13 @@ class Sampler:
         if whole:
             return min(count, available)
         return count if count <= available else None
+
+
+def _total(mass: npt.NDArray[np.float64], first: float, log_normaliser: float, *, whole: bool) -> float | None:
+    """The sum of all weights relative to the first token's; None where only the whole row tells it."""
+    if abs(log_normaliser) <= PRECISE:
+        return math.exp(min(log_normaliser - first, 700.0))
+    return float(mass[-1]) if whole else None
 
 
 def _descending(row: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:

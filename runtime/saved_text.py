@@ -21,7 +21,7 @@ from fusionroute.runtime.decoder import Decoder
 from fusionroute.runtime.errors import InputError, UnavailableError, reason
 from fusionroute.runtime.files import replacing
 from fusionroute.runtime.loaded_system import LoadedSystem
-from fusionroute.runtime.readers import Reader
+from fusionroute.runtime.reader import Reader
 from fusionroute.runtime.regular_files import open_regular
 from fusionroute.runtime.tensor_file import METADATA, PREFIX, header
 

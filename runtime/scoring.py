@@ -13,7 +13,8 @@ from fusionroute.runtime.arguments import shown, whole_numbers
 from fusionroute.runtime.backend import Fuser, FusionInputs, room_for
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.numerics import Numerics
-from fusionroute.runtime.readers import Reader, Readers
+from fusionroute.runtime.reader import Reader
+from fusionroute.runtime.readers import Readers
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from fusionroute.runtime.digests import Digest
 from fusionroute.runtime.files import partial_name
 
 PREFIX = 8  # bytes that tell how long the header is
@@ -93,11 +93,10 @@ def header(entries: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Ma
 
 
 class Written(NamedTuple):
-    """A file that was written, its SHA-256 and its size."""
+    """A file that was written, and the digest of its content."""
 
     path: Path
-    sha256: str
-    bytes: int
+    digest: Digest
 
 
 def write_tensors(
@@ -109,7 +108,7 @@ def write_tensors(
     """
     sizes = {name: (dtype, shape, WIDTHS[dtype] * math.prod(shape)) for name, (dtype, shape) in entries.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    partial, digest = partial_name(folder / f"{stem}.safetensors"), hashlib.sha256()
+    partial, digest = partial_name(folder / f"{stem}.safetensors"), Digest()
     try:
         with partial.open("wb") as file:
             beginning = header(sizes, metadata)
@@ -120,7 +119,7 @@ def write_tensors(
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
                 digest.update(data)
                 file.write(data)
-        named = partial.replace(folder / f"{stem}-{digest.hexdigest()[:8]}.safetensors")
+        named = partial.replace(folder / f"{stem}-{digest.hexdigests['sha256'][:8]}.safetensors")
     finally:
         partial.unlink(missing_ok=True)
-    return Written(named, digest.hexdigest(), named.stat().st_size)
+    return Written(named, digest)

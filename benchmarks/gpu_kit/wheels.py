@@ -10,7 +10,7 @@ MACHINES = ("x86_64", "aarch64")
 GLIBC = (39, 35, 34, 31, 28, 27, 24, 17)  # minor versions that wheels name, the newest first: pip takes only equal ones
 
 # The check without torch, CUDA, cuDNN, cuBLAS and cuda-bindings, which the machine has, or the checks that need them skip.
-RUNTIME = ("filelock", "jinja2", "numpy", "platformdirs", "psutil", "pydantic", "rich", "tokenizers", "typer")
+RUNTIME = ("blake3", "filelock", "jinja2", "numpy", "platformdirs", "psutil", "pydantic", "rich", "tokenizers", "typer")
 CHECKS = ("onnx", "onnx-ir", "ml-dtypes", "pytest")
 ON_GPU = {"x86_64": "onnxruntime-gpu", "aarch64": "onnxruntime"}  # PyPI has no onnxruntime-gpu for aarch64: see the README
 

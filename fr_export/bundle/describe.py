@@ -11,9 +11,9 @@ from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.graphs.fusion_graph import write_fusion_graph
 from fusionroute.fr_export.graphs.graph import Graph
 from fusionroute.fr_export.graphs.weight_store import FOLDER
-from fusionroute.runtime.bundle import sha256
+from fusionroute.runtime.digests import digest_of
 from fusionroute.runtime.file_entry import File
-from fusionroute.runtime.manifest import Manifest, Model, Variant
+from fusionroute.runtime.manifest import FORMAT, Manifest, Model, Variant
 
 
 def write_common_files(router: Checkpoint, folder: Path) -> None:
@@ -43,13 +43,7 @@ def describe(
     ]
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return Manifest(
-        format=5
-        if any(variant.windows for variant in variants)
-        else 4
-        if any(variant.kv for variant in variants)
-        else 3
-        if any(variant.pair for variant in variants)
-        else 2,  # older versions read 2
+        format=FORMAT,
         family=system.family.name,
         models=models,
         **fusion.model_dump(),
@@ -69,6 +63,5 @@ def with_file(manifest: Manifest, folder: Path, name: str) -> Manifest:
 
 
 def file_entry(path: Path) -> File:
-    """Size and SHA-256 of a file. Weights in files of their own are named by their hash, so they are not read again."""
-    digest = path.stem if path.parent.name == FOLDER else sha256(path)
-    return File(sha256=digest, bytes=path.stat().st_size)
+    """Size and hashes of a file. Weights in files of their own are named by their SHA-256, so they are not read again."""
+    return File(sha256=path.stem, bytes=path.stat().st_size) if path.parent.name == FOLDER else File.of(digest_of(path))

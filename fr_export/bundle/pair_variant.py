@@ -17,7 +17,7 @@ from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.factor_arrays import FactorArrays, LowRank, layout_of, matrix_rank
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import is_linear, shares_head, split_head
+from fusionroute.fr_export.graphs.passes import is_linear, segment_per_expert, shares_head, split_head
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_files import WeightFiles
 from fusionroute.fr_export.precision import Scheme
@@ -90,6 +90,9 @@ class PairVariantWriter:
             except InputError as error:
                 raise InputError(f"{router.where} cannot be exported as {scheme.name}: {error}") from error
             head = split_head(graph.model) if spec.pair.splits_head and shares_head(graph.model) else None
+            every_expert = spec.pair.every_expert and self._every_expert(layout, head)
+            if every_expert:
+                segment_per_expert(graph.model, len(self._sharing))
             graph.model.graph.name = BASE
             ir.save(graph.model, self._folder / path)
             if head is not None:
@@ -111,6 +114,7 @@ class PairVariantWriter:
             operators=sorted({node.op_type for node in graph.model.graph}) if target in (TENSORRT, OLDER) else [],
             pair=Pair(
                 graph=path,
+                every_expert=every_expert,
                 head=head_path if head else None,
                 head_is_linear=head is not None and is_linear(head),
                 factors=files,
@@ -154,6 +158,10 @@ class PairVariantWriter:
         inputs = {name: b for each in factors for name, b in each.b.items()}
         return layout_of(graph, factors, vectors, self._system.router.weights), inputs
 
+    def _every_expert(self, layout: FactorLayout, head: ir.Model | None) -> bool:
+        """Whether all experts may read in one pass: each is low-rank factors of what stands before the head."""
+        return head is not None and not self._apart and not self._approximated and not layout.plan.vectors and len(self._sharing) > 1
+
     def _write_factors(self, expert: str, arrays: FactorArrays) -> str:
         """Write an expert's factors, once where precisions agree on them. Returns the path in the bundle."""
         path, entry = write_factors(self._folder / FACTORS, expert, arrays.entries, arrays.arrays())
@@ -174,7 +182,7 @@ class PairVariantWriter:
     def _listed(self, written: Written) -> str:
         """The path of a file in the bundle, whose entry is noted for the manifest."""
         name = written.path.relative_to(self._folder).as_posix()
-        self._factor_files[name] = File(sha256=written.sha256, bytes=written.bytes)
+        self._factor_files[name] = File.of(written.digest)
         return name
 
     def gather_weights(self, variants: Sequence[Variant]) -> dict[str, File]:

@@ -62,12 +62,14 @@ Apart = Callable[[Graph, Mapping[str, int], Collection[str]], list[Factors]]
 class Pairing:
     """How a graph for router and expert is traced, and rewritten behind `Target.prepare`.
 
-    splits_head: whether a head that they share becomes a graph of its own.
+    splits_head: whether a head that they share becomes a graph of its own. every_expert: whether experts get a segment
+    each, see `segment_per_expert`.
     """
 
     dialect: Dialect
     apart: Apart
     splits_head: bool = False
+    every_expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def strongly_typed_primitive(graph: Graph, precision: str, family: Family) -> No
 
 
 TARGETS: dict[str, Target] = {
-    "ort:cpu": Target(ort, as_traced, pair=Pairing(ort, pair_segments, splits_head=True)),
+    "ort:cpu": Target(ort, as_traced, pair=Pairing(ort, pair_segments, splits_head=True, every_expert=True)),
     "ort:cuda": Target(ort, half_activations, pair=Pairing(ort, pair_segments)),
     "portable": Target(portable, portable_activations, in_folders, beside, optimum_folder.complete),
     "tensorrt": Target(tensorrt, strongly_typed, pair=Pairing(pair.PAIR, expert_factors)),

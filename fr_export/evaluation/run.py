@@ -84,8 +84,8 @@ def evaluate(
 
     results: Results = {name: known[name] for name in decoded if known and reusable(name)}
     if missing := tuple(name for name in decoded if name not in results):
-        with checked(opened, False, None if trusted else Trial()) as tokenizer_is_tried:
-            tokenizer_is_tried()
+        with checked(opened, False, None if trusted else Trial()) as models_are_loaded:
+            models_are_loaded()
             text = tokenizer_of(opened)
         assert text is not None  # `questions` needs it
         pieces = {domain: _pieces(digests[domain], own, text) for domain, own in questions.items()}

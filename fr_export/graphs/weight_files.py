@@ -4,13 +4,13 @@ While graphs are written, every blob is a file of its own (`weight_store.py`): o
 are read, and by whom. They then move into weight files one by one, so that the disk holds at most one of them twice.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
 from fusionroute.fr_export.graphs.weight_store import Blob, Store
+from fusionroute.runtime.digests import Digest
 from fusionroute.runtime.file_entry import File, Tensor
 from fusionroute.runtime.files import replacing
 
@@ -78,15 +78,15 @@ class WeightFile:
         """
         if not self._blobs:
             return None
-        sha256 = hashlib.sha256()
+        digest = Digest()
         with replacing(self._path) as partial, partial.open("xb") as stream:
             for offset, blob in self._blobs:
                 for piece in (bytes(offset - stream.tell()), *pieces(blob.path)):
-                    sha256.update(piece)
+                    digest.update(piece)
                     stream.write(piece)
                 blob.path.unlink()
         tensors = [Tensor(sha256=blob.sha256, offset=offset, bytes=blob.length) for offset, blob in self._blobs]
-        return File(sha256=sha256.hexdigest(), bytes=self._size, tensors=tensors)
+        return File.of(digest, tensors)
 
 
 def pieces(path: Path) -> Iterator[bytes]:

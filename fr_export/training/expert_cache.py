@@ -21,7 +21,7 @@ from fusionroute.fr_export.training.batches import Samples, by_length
 from fusionroute.fr_export.training.data import Row
 from fusionroute.fr_export.training.losses import label_log_probs
 from fusionroute.fr_export.training.router import DTYPES, final_hidden, lm_logits, load_lm
-from fusionroute.runtime.bundle import sha256
+from fusionroute.runtime.digests import digest_of
 from fusionroute.runtime.files import replacing
 
 _FORMAT = "fusionroute scores 1"
@@ -95,7 +95,7 @@ def model_digest(checkpoint: Checkpoint) -> str:
 @cache
 def _file_digest(file: Path, size: int, changed: int) -> str:
     """SHA-256 of a file of this size and time of change. The base of several adapters is hashed once."""
-    return sha256(file)
+    return digest_of(file, ["sha256"]).hexdigests["sha256"]
 
 
 def cache_key(model: str, data: str, vocab: int, precision: str) -> str:

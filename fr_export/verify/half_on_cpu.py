@@ -17,7 +17,7 @@ import onnx_ir as ir
 from fusionroute.fr_export.graphs.graph import initializer, node
 from fusionroute.runtime.adapters.factor_file import write_factors
 from fusionroute.runtime.backends.mapped_factors import map_factors
-from fusionroute.runtime.bundle import sha256
+from fusionroute.runtime.digests import digest_of
 from fusionroute.runtime.file_entry import File
 from fusionroute.runtime.manifest import Manifest, Pair
 
@@ -34,7 +34,7 @@ def compute_half_on_cpu(bundle: Path) -> None:
         emulated = {name: name.replace("ort-cuda", "emulated") for name in variant.graph_paths}
         for name, copy in emulated.items():
             ir.save(in_fp32(ir.load(bundle / name)), bundle / copy)
-            files[copy] = File(sha256=sha256(bundle / copy), bytes=(bundle / copy).stat().st_size)
+            files[copy] = File.of(digest_of(bundle / copy))
         changes: dict[str, Any] = {"target": "ort:cpu", "graphs": {model: emulated[name] for model, name in variant.graphs.items()}}
         if variant.pair is not None:
             factors = {}

@@ -21,7 +21,7 @@ from fusionroute.runtime.bundle import FACTORS, Bundle
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, UnavailableError, one_line
 from fusionroute.runtime.file_entry import File
 from fusionroute.runtime.manifest import Manifest, Model, Pair, Variant
-from fusionroute.runtime.manifest_file import NAME
+from fusionroute.runtime.manifest_file import read_manifest
 
 Change = Callable[[Bundle], Manifest]  # writes what a new manifest names, and returns it
 
@@ -173,13 +173,13 @@ def changed(folder: Path, change: Change, verify_key: Path | None = None) -> Man
     meanwhile, FusionError where the folder cannot be written, what `change` raises. The bundle is then as it was.
     """
     with lock(folder):
-        text = (folder / NAME).read_bytes() if (folder / NAME).is_file() else b""
+        text = read_manifest(folder)
         bundle = Bundle.open(folder, verify_key)
         if verify_key is not None:
             bundle.verify()
         try:
             manifest = change(bundle)
-            if (folder / NAME).read_bytes() != text:
+            if read_manifest(folder) != text:
                 raise BundleError(f"The bundle {folder} was replaced meanwhile: try again.")
             manifest.write(folder)
         except OSError as error:

@@ -16,5 +16,5 @@ def write_factors(
 
     Returns its path, and what the manifest says of it.
     """
-    path, sha256, size = write_tensors(folder, expert, entries, arrays, {})
-    return path, File(sha256=sha256, bytes=size)
+    path, digest = write_tensors(folder, expert, entries, arrays, {})
+    return path, File.of(digest)

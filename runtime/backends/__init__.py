@@ -28,10 +28,10 @@ LOG = logging.getLogger("fusionroute")
 
 def open_cpu(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
     """ONNX Runtime on the CPU: a graph per model, or one for all of them."""
-    refuse_expert_memory(options)
     if variant.pair is not None:
+        refuse_expert_memory(options)
         return ort_pair.OrtPair(bundle, variant, variant.pair, options.threads, share_weights=options.share_weights, exact=options.exact)
-    return ort_cpu.OrtCpu(bundle, variant, options.threads, share_weights=options.share_weights)
+    return ort_cpu.OrtCpu(bundle, variant, options.threads, share_weights=options.share_weights, expert_memory=options.expert_memory)
 
 
 def open_engines(flavour: str) -> Open:
@@ -57,10 +57,10 @@ def open_provider(name: str) -> Open:
         from fusionroute.runtime.backends.ort_gpu_pair import OrtGpuPair
         from fusionroute.runtime.backends.providers import PROVIDERS
 
-        refuse_expert_memory(options)
         if variant.pair is not None:
+            refuse_expert_memory(options)
             return OrtGpuPair(bundle, variant, variant.pair, PROVIDERS[name])
-        return OrtGpu(bundle, variant, PROVIDERS[name])
+        return OrtGpu(bundle, variant, PROVIDERS[name], options.expert_memory)
 
     return open_named
 
@@ -91,7 +91,6 @@ def open_backend(bundle: Bundle, options: BackendOptions) -> tuple[Backend, Vari
     device = options.device
     check_device(device)
     if options.share_weights:
-        refuse_expert_memory(options)
         if device not in ("auto", "cpu"):
             raise InputError(f"share_weights=True is for the host's memory: use it with device='cpu', not '{device}'.")
     elif device == "auto" and (opened := open_on_gpu(bundle, options)) is not None:
@@ -121,9 +120,9 @@ def check_device(device: str) -> None:
 
 
 def refuse_expert_memory(options: BackendOptions) -> None:
-    """Raise InputError for a limit on experts' memory: called for devices whose weights cannot be evicted."""
+    """Raise InputError for a limit on experts' memory: called where they all stay, as factors of one base do."""
     if options.expert_memory is not None:
-        raise InputError("expert_memory is a limit on device memory: use it with device='tensorrt' or 'rtx'.")
+        raise InputError("expert_memory is for experts that can leave, and this device keeps all experts of this bundle: leave it out.")
 
 
 def resolved(bundle: Bundle, device: str) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from fusionroute.runtime.backends.signature import FLOATS, ORT_LENGTHS, WINDOW_LENGTHS, CacheValue, Signature, Values, of_model
+from fusionroute.runtime.backends.signature import FLOATS, ORT_LENGTHS, CacheValue, Signature, Values, of_model
 from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError, one_line
 from fusionroute.runtime.graph_tensors import positions
 from fusionroute.runtime.machine import sums_in_32_bits
@@ -118,16 +117,10 @@ def check(session: Any, signature: Signature, bundle: Bundle, name: str, capacit
         raise BundleError(f"The graph {path} is for texts of {rows} tokens and the manifest says {capacity}; export the bundle again.")
 
 
-def check_models(
-    sessions: Sequence[Any], bundle: Bundle, names: Sequence[str], lengths: Values = ORT_LENGTHS, caches: CacheValue = FLOATS,
-    windows: Collection[str] = (),
-) -> None:  # fmt: skip
-    """`check` the graphs of all models, the router's first. lengths, caches: see `signature.of_model`; windows: the models
-    that have some.
-    """
+def check_model(session: Any, bundle: Bundle, number: int, name: str, lengths: Values = ORT_LENGTHS, caches: CacheValue = FLOATS) -> None:
+    """`check` the graph of the manifest's model of that number; 0 is the router. lengths, caches: see `signature.of_model`."""
     manifest = bundle.manifest
-    logits = "logits", manifest.vocab_size
-    for number, (session, spec, name) in enumerate(zip(sessions, manifest.models, names, strict=True)):
-        experts = 0 if number else len(manifest.experts)
-        taken = {**lengths, **WINDOW_LENGTHS} if spec.name in windows else lengths
-        check(session, of_model(spec, manifest.max_seq_len, logits, experts, taken, caches), bundle, name, manifest.max_seq_len)
+    experts = 0 if number else len(manifest.experts)
+    answer = "logits", manifest.vocab_size
+    signature = of_model(manifest.models[number], manifest.max_seq_len, answer, experts, lengths, caches)
+    check(session, signature, bundle, name, manifest.max_seq_len)

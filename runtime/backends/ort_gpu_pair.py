@@ -18,7 +18,7 @@ from fusionroute.runtime.backends.device_buffers import Inputs, Layout, Place, R
 from fusionroute.runtime.backends.gpu_fusion import GpuFuser
 from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_gpu import TYPES
-from fusionroute.runtime.backends.pair_binding import PairGraph
+from fusionroute.runtime.backends.pair_graph import PairGraph
 from fusionroute.runtime.backends.providers import Opener, Provider
 from fusionroute.runtime.backends.signature import HALVES, WIDTHS, of_fusion
 from fusionroute.runtime.bundle import Bundle
@@ -40,7 +40,9 @@ class OrtGpuPair:
     on_host = False
     model_seconds = None
     async_dispatch = False
+    forward_together = None
     guess_limit = 8  # tokens that are read beside the router's nearly for free, since a pass waits for the weights
+    expect = None
     apart: frozenset[int] = frozenset()
 
     def __init__(self, bundle: Bundle, variant: Variant, pair: Pair, provider: Provider):

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusionroute.runtime.backend import Arrays, Fuser, Output, Segment
+from fusionroute.runtime.backend import Arrays, ForwardTogether, Fuser, Output, Segment
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
+from fusionroute.runtime.backends.expert_segments import ExpertSegments, SegmentModel, read_together
 from fusionroute.runtime.backends.hidden_rows import Head
 from fusionroute.runtime.backends.keys_values import KeysValues, Storage, storage_of
 from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_cpu import OrtModel
-from fusionroute.runtime.backends.pair_binding import PairBinding, PairGraph
+from fusionroute.runtime.backends.pair_binding import PairBinding
 from fusionroute.runtime.backends.pair_fusion import PairFuser
-from fusionroute.runtime.backends.signature import ORT_LENGTHS, WINDOW_LENGTHS, of_head, of_model
+from fusionroute.runtime.backends.pair_graph import PairGraph
+from fusionroute.runtime.backends.residency import OpenedModel, always
+from fusionroute.runtime.backends.signature import lengths_of, of_head, of_model
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
 from fusionroute.runtime.joint_cache import JointCache, read_both
@@ -42,6 +45,7 @@ class OrtPair:
     on_host = True
     async_dispatch = False
     guess_limit = 8  # tokens that are read beside the router's nearly for free; more cost as much as a pass of their own
+    expect = None
 
     def __init__(
         self, bundle: Bundle, variant: Variant, pair: Pair, threads: int | None = None, *, share_weights: bool = False, exact: bool = False
@@ -57,7 +61,8 @@ class OrtPair:
             head = Head(opened.model(router.name, pair.head, share_weights), manifest.vocab_size)
             ort.check(head.session, of_head(head.width, manifest.vocab_size), bundle, pair.head)
         result = ("logits", manifest.vocab_size) if head is None else ("hidden", head.width)
-        graph = PairGraph(session, opened.run_options, router, manifest.max_seq_len, result, head, len(manifest.rows))
+        kind = ExpertSegments if pair.every_expert else PairGraph
+        graph = kind(session, opened.run_options, router, manifest.max_seq_len, result, head, len(manifest.rows))
         sizes = {(each.layers, each.kv_heads, each.head_size) for each in manifest.models if each.name not in variant.graphs}
         graph.check(bundle, pair.graph, storage.declared)
         if len(sizes) > 1:
@@ -82,10 +87,15 @@ class OrtPair:
         names = [name for name in self._head_rows if name in factors or name in self._whole]
         self._graph, self.factors = graph, factors
         graph.rows = None if names == self._head_rows else [self._head_rows.index(name) for name in names]
-        self.router = PairModel(graph, next(iter(factors.values())), self._router_name, self._storage, is_expert=False)
-        self.experts: list[Any] = [  # `PairModel`; `OrtModel` for those apart
-            self._whole.get(name) or PairModel(graph, factors[name], name, self._storage, is_expert=True) for name in names
-        ]
+        self.router: Any  # `SegmentModel` or `PairModel`
+        self.experts: list[Any]  # like it, and `OrtModel` for those apart
+        if isinstance(graph, ExpertSegments):
+            graph = graph.with_factors({self._head_rows.index(name): factors[name] for name in names})
+            self.router = SegmentModel(graph, 0, self._router_name, self._storage)
+            self.experts = [SegmentModel(graph, self._head_rows.index(name) + 1, name, self._storage) for name in names]
+        else:
+            self.router = PairModel(graph, next(iter(factors.values())), self._router_name, self._storage, is_expert=False)
+            self.experts = [self._whole.get(name) or PairModel(graph, factors[name], name, self._storage, is_expert=True) for name in names]
         self.apart = frozenset(number for number, name in enumerate(names) if name in self._whole)
 
     def with_experts(self, factors: Mapping[str, Arrays]) -> OrtPair:
@@ -100,9 +110,17 @@ class OrtPair:
         head = 0.0 if self._head is None else self._head.seconds
         return self._graph.seconds + head + sum(model.seconds for model in self._whole.values())
 
-    def forward_both(self, router: PairCache, own: Segment, expert: PairCache, other: Segment) -> tuple[Output, Output]:
+    def forward_both(self, router: Any, own: Segment, expert: Any, other: Segment) -> tuple[Output, Output]:
         """See `runtime.backend.Backend.forward_both`."""
-        return read_both(router, own, expert, other)
+        if self.forward_together is None:
+            return read_both(router, own, expert, other)
+        routed, answered = read_together([(router, own), (expert, other)])
+        return routed, answered
+
+    @property
+    def forward_together(self) -> ForwardTogether | None:
+        """See `runtime.backend.Backend.forward_together`."""
+        return read_together if isinstance(self._graph, ExpertSegments) else None
 
     def fuser(self) -> Fuser:
         """A fuser with buffers of its own."""
@@ -117,10 +135,11 @@ def open_whole(bundle: Bundle, variant: Variant, opened: CpuSessions, storage: S
         session = opened.model(spec.name, variant.graphs[spec.name], share_weights)
         logits = "logits", manifest.vocab_size
         window = variant.windows.get(spec.name)
-        lengths = ORT_LENGTHS if window is None else {**ORT_LENGTHS, **WINDOW_LENGTHS}
-        signature = of_model(spec, manifest.max_seq_len, logits, 0, lengths, storage.declared)
+        signature = of_model(spec, manifest.max_seq_len, logits, 0, lengths_of(window), storage.declared)
         ort.check(session, signature, bundle, variant.graphs[spec.name], manifest.max_seq_len)
-        models[spec.name] = OrtModel(session, opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0, storage, window)
+        models[spec.name] = OrtModel(
+            always(OpenedModel(session)), opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0, storage, window
+        )
     return models
 
 

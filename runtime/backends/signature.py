@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fusionroute.runtime.limits import WINDOW
+from fusionroute.runtime.limits import DELTA, WINDOW, numbered
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model
+    from fusionroute.runtime.window import Window
 
 FLOAT, INT32, INT64 = ("tensor(float)",), ("tensor(int32)",), ("tensor(int64)",)
 WIDTHS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")  # of caches and factors
@@ -75,6 +76,11 @@ def of_model(
     return Signature(text | dict(lengths) | past, answers | present)
 
 
+def lengths_of(window: Window | None) -> Values:
+    """The inputs that tell how long a text is, of a model on the CPU and of its layers with a sliding window."""
+    return ORT_LENGTHS if window is None else {**ORT_LENGTHS, **WINDOW_LENGTHS}
+
+
 def keys_values(spec: Model, capacity: int, when: str, caches: CacheValue) -> dict[str, Value]:
     """The caches of all layers."""
     value = Value(caches.types, (1, spec.kv_heads, capacity, spec.head_size // caches.packed))
@@ -87,6 +93,14 @@ def of_pair(own: Signature, prefix: str, factors: Values) -> Signature:
     inputs = {prefix + name: value for name, value in own.inputs.items() if name not in shared}
     outputs = {prefix + name: value for name, value in own.outputs.items() if name.startswith("present.")}
     return Signature({**own.inputs, **inputs, "segments": Value(INT64, (2,)), **factors}, {**own.outputs, **outputs})
+
+
+def of_experts(own: Signature, prefix: str, factors: Values, experts: int) -> Signature:
+    """Of a graph with a segment for each of several experts, and one of padding; see `numbered`."""
+    pair = of_pair(own, prefix, factors)
+    inputs, outputs = ({name: value for name, value in kind.items() if name.startswith((prefix, DELTA))} for kind in pair)
+    each = [{numbered(number, name): value for number in range(experts) for name, value in kind.items()} for kind in (inputs, outputs)]
+    return Signature({**own.inputs, "segments": Value(INT64, (experts + 2,)), **each[0]}, {**own.outputs, **each[1]})
 
 
 def of_head(width: int, vocab: int) -> Signature:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backends import DEVICES, advising, choose, resolved
 from fusionroute.runtime.bench import bandwidth
-from fusionroute.runtime.bench.memory import PeakMemory, release_freed
+from fusionroute.runtime.bench.memory import PeakMemory
 from fusionroute.runtime.bench.precision import LoadedPrecision, size_and_quality
 from fusionroute.runtime.bench.prompt import prompt_ids
 from fusionroute.runtime.bench.run import Run, generate
@@ -23,6 +23,7 @@ from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.machine import cores, installed
+from fusionroute.runtime.process_memory import release_freed
 from fusionroute.runtime.tensorrt.device import Device
 from fusionroute.runtime.tokenizer_trial import Trial
 
@@ -36,8 +37,8 @@ HALF = ("fp16", "bf16")
 class BenchOptions:
     """What to measure. `precisions`: None for all that the bundle has for the device. `rows`: see `workload.workloads`.
 
-    `sequential`: one precision after the other, where they do not fit in memory together. `verify_key`, `trusted`: as of
-    `FusionRuntime.load`.
+    `sequential`: one precision after the other, where they do not fit in memory together. `expert_memory`,
+    `verify_key`, `trusted`: as of `FusionRuntime.load`.
     """
 
     precisions: tuple[str, ...] | None = None
@@ -48,6 +49,7 @@ class BenchOptions:
     repeats: int = 5
     rows: str = FUSED
     sequential: bool = False
+    expert_memory: int | None = None
     verify_key: Path | None = None
     trusted: bool = False
 
@@ -59,8 +61,8 @@ def bench(folder: Path, options: BenchOptions, progress: Progress = lambda *_: N
     with advising(bundle):
         gpu = None if device == "cpu" else Device()
     names = precision_names(bundle, device, options.precisions)
-    with checked(bundle, False, None if options.trusted else Trial()) as tokenizer_is_tried:
-        tokenizer_is_tried()
+    with checked(bundle, False, None if options.trusted else Trial()) as models_are_loaded:
+        models_are_loaded()
         ids = prompt_ids(bundle, options.prompt, options.prompt_tokens)
     manifest = bundle.manifest
     if len(ids) + options.new_tokens > manifest.max_seq_len:
@@ -144,6 +146,7 @@ def load(
                 device,
                 speculation="auto" if DRAFTS in options.rows else "off",
                 prefix_cache=0,
+                expert_memory=options.expert_memory,
                 verify_key=options.verify_key,
                 trusted=options.trusted,
             )

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import threading
-from typing import NamedTuple
 
 import psutil
 
+from fusionroute.runtime.process_memory import Resident, resident
+
 INTERVAL = 0.01  # seconds between samples
-
-
-class Resident(NamedTuple):
-    """Bytes of this process in memory: its own, and pages of files that are mapped."""
-
-    anonymous: int
-    mapped: int
-
-
-def resident() -> Resident:
-    """Now. Where the system does not tell mapped pages from others (macOS, Windows), all count as the process's own."""
-    memory = psutil.Process().memory_info()
-    mapped = getattr(memory, "shared", 0)
-    return Resident(memory.rss - mapped, mapped)
 
 
 def available() -> int:
     """Bytes that new work may take without swapping."""
     return int(psutil.virtual_memory().available)
-
-
-def release_freed() -> None:
-    """Give memory that was freed before back to the system (glibc): it would hide what is taken now."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class PeakMemory:

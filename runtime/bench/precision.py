@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from fusionroute.runtime.bench.memory import Resident
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Variant
+from fusionroute.runtime.process_memory import Resident
 
 QUALITY = ("perplexity_ratio", "kl_mean", "greedy_agreement", "routing_agreement")  # of report.json, token by token
 

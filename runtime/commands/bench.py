@@ -11,7 +11,7 @@ from fusionroute.runtime.bench import bench as benchmark
 from fusionroute.runtime.bench.figure import library, plot
 from fusionroute.runtime.bench.page import write_bench_page
 from fusionroute.runtime.bench.table import show
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, Trust, VerifyKey, names
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, ExpertMemory, Json, Trust, VerifyKey, in_bytes, names
 from fusionroute.runtime.html_page import check_folder
 from fusionroute.runtime.terminal import Terminal
 
@@ -31,6 +31,7 @@ def bench(
         ),
     ] = "fused",
     sequential: Annotated[bool, typer.Option("--sequential", help="One precision at a time in memory, not in turns.")] = False,
+    expert_memory: ExpertMemory = None,
     as_json: Json = False,
     verify_key: VerifyKey = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write charts to this PNG file.")] = None,
@@ -52,6 +53,7 @@ def bench(
         repeats=repeats,
         rows=rows,
         sequential=sequential,
+        expert_memory=in_bytes(expert_memory),
         trusted=trust,
         verify_key=verify_key,
     )

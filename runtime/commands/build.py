@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.commands.options import BundleFolder, Debug, VerifyKey, names, one_of
 from fusionroute.runtime.errors import InputError, UnavailableError
+from fusionroute.runtime.integrity import checked
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.tensorrt.engines import rebuild, target_for
 from fusionroute.runtime.tensorrt.library import MODULES, NAMES, capabilities, device_sm, installed_flavour, load, parse_sms
@@ -34,6 +35,9 @@ def build(
     opened = Bundle.open(bundle, verify_key)
     if verify_key is not None:
         opened.verify()
+    else:
+        with checked(opened, False, None) as models_are_loaded:  # weights too, which the library reads by their path
+            models_are_loaded()
     library = flavour or installed_flavour() or "tensorrt"
     target = target_for(opened.manifest, library, installed_version(library))
     available = [variant.precision for variant in opened.manifest.variants if variant.target == target]

@@ -12,8 +12,8 @@ import typer
 from rich.text import Text as Styled
 
 from fusionroute.runtime.commands.chat_lists import DocumentsFile, ToolsFile, read_lists
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, PrecisionName, Trust, VerifyKey
-from fusionroute.runtime.commands.saved_texts import KvMemory, LoadText, check_save, load_text, mebibytes, save_text
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, ExpertMemory, PrecisionName, Trust, VerifyKey, in_bytes
+from fusionroute.runtime.commands.saved_texts import KvMemory, LoadText, check_save, load_text, save_text
 from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.conversation import Conversation
 from fusionroute.runtime.engine import FusionRuntime
@@ -49,6 +49,7 @@ def chat(
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="At the end let all experts read the conversation, and write what they keep of it.")
     ] = None,
+    expert_memory: ExpertMemory = None,
     verify_key: VerifyKey = None,
     trust: Trust = False,
     debug: Debug = False,
@@ -61,7 +62,13 @@ def chat(
     except InputError as error:
         raise typer.BadParameter(str(error)) from error
     check_save(save)
-    given: dict[str, Any] = {"speculation": speculation, "kv_memory": mebibytes(kv_memory), "verify_key": verify_key, "trusted": trust}
+    given: dict[str, Any] = {
+        "speculation": speculation,
+        "expert_memory": in_bytes(expert_memory),
+        "kv_memory": in_bytes(kv_memory),
+        "verify_key": verify_key,
+        "trusted": trust,
+    }
     with FusionRuntime.load(bundle, precision, device, **given) as runtime:
         runtime.prompt_ids([{"role": "user", "content": "?"}], **lists)  # a bundle without a chat template says so now
         options = {"temperature": temperature, "top_p": top_p, "seed": seed, "lam": lam}

@@ -12,8 +12,8 @@ from rich.text import Text as Styled
 
 from fusionroute.runtime.commands.chat_lists import DocumentsFile, ToolsFile, read_lists
 from fusionroute.runtime.commands.grammar import JsonSchema, Lark, Regex, read_grammar
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Json, PrecisionName, Trust, VerifyKey
-from fusionroute.runtime.commands.saved_texts import KvMemory, LoadText, SaveText, check_save, load_text, mebibytes, save_text
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, ExpertMemory, Json, PrecisionName, Trust, VerifyKey, in_bytes
+from fusionroute.runtime.commands.saved_texts import KvMemory, LoadText, SaveText, check_save, load_text, save_text
 from fusionroute.runtime.commands.token_printer import TokenPrinter
 from fusionroute.runtime.engine import DEFAULT_NEW_TOKENS, FusionRuntime
 from fusionroute.runtime.errors import InputError
@@ -68,9 +68,7 @@ def generate(
     html: Annotated[
         Path | None, typer.Option(help="Also write one self-contained page to this file: who answered, and what each model proposed.")
     ] = None,
-    expert_memory: Annotated[
-        int | None, typer.Option(min=1, help="MiB of GPU memory for the experts' weights; the others wait in host memory.")
-    ] = None,
+    expert_memory: ExpertMemory = None,
     kv_memory: KvMemory = None,
     load: LoadText = None,
     save: SaveText = None,
@@ -110,8 +108,8 @@ def generate(
     options: dict[str, Any] = {
         "speculation": speculation,
         "exact": exact,
-        "expert_memory": mebibytes(expert_memory),
-        "kv_memory": mebibytes(kv_memory),
+        "expert_memory": in_bytes(expert_memory),
+        "kv_memory": in_bytes(kv_memory),
         "verify_key": verify_key,
         "trusted": trust,
     }

@@ -23,6 +23,11 @@ def one_of(what: str, choices: Iterable[str]) -> Callable[[str | None], str | No
     return check
 
 
+def in_bytes(mebibytes: int | None) -> int | None:
+    """What an option in MiB is in bytes."""
+    return None if mebibytes is None else mebibytes << 20
+
+
 def names(text: str) -> tuple[str, ...]:
     """The names in a comma list, each once, in order."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
@@ -39,5 +44,8 @@ VerifyKey = Annotated[
     ),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="A bundle of your own: do not try its tokenizer in another process first.")]
+ExpertMemory = Annotated[
+    int | None, typer.Option(min=1, help="MiB for the experts' weights where they run: the least recently used make room.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

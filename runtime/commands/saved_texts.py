@@ -20,11 +20,6 @@ SaveText = Annotated[
 ]
 
 
-def mebibytes(count: int | None) -> int | None:
-    """Bytes; None stays None."""
-    return None if count is None else count << 20
-
-
 def check_save(file: Path | None) -> None:
     """Raise FusionError, before anything is loaded, where a text could not be saved."""
     if file is not None:

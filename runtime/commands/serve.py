@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, Trust, VerifyKey, names
-from fusionroute.runtime.commands.saved_texts import mebibytes
+from fusionroute.runtime.commands.options import BundleFolder, Debug, Device, ExpertMemory, Trust, VerifyKey, in_bytes, names
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.errors import UnavailableError
 from fusionroute.runtime.serve.server import bound
@@ -41,6 +40,7 @@ def serve(
         list[Path] | None,
         typer.Option(metavar="FILE", help="A text that was saved: prompts that begin alike share it; repeat for several."),
     ] = None,
+    expert_memory: ExpertMemory = None,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; others get status 429.")] = 64,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
     max_body: Annotated[int, typer.Option(min=1, help="KiB of a request at most.")] = 4096,
@@ -63,18 +63,26 @@ def serve(
             f"The bundle {bundle} has no precision '{wrong[0]}', only {', '.join(known)}: export it with --precision {wrong[0]}."
         )
     each = max(session_bytes(manifest, variant.precision) for variant in manifest.variants)
-    budget = kv_budget(mebibytes(kv_memory), sessions)
+    budget = kv_budget(in_bytes(kv_memory), sessions)
     share = None if budget is None else max(1, budget // len(asked))  # of each runtime: all texts may be in one precision
     count = sessions or sessions_within(share, each, MOST_SESSIONS if kv_memory is None else None)
     with bound(settings) as listening:  # before the models are loaded
         texts = -(-count // len(asked))  # that each runtime keeps
         runtimes = [
             FusionRuntime.load(
-                bundle, name, device, speculation=speculation, threads=threads, prefix_cache=texts, kv_memory=share, verify_key=verify_key,
+                bundle,
+                name,
+                device,
+                speculation=speculation,
+                threads=threads,
+                prefix_cache=texts,
+                expert_memory=in_bytes(expert_memory),
+                kv_memory=share,
+                verify_key=verify_key,
                 trusted=trust,
             )
             for name in asked
-        ]  # fmt: skip
+        ]
         loaded = [runtimes[0].session() for _ in load or ()]  # they lend to others for as long as they are here
         for session, file in zip(loaded, load or (), strict=True):
             session.load(file)

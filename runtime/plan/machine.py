@@ -15,7 +15,9 @@ from fusionroute.runtime.plan.devices import THIS, Device
 from fusionroute.runtime.plan.measurements import WITH_VNNI
 from fusionroute.runtime.tensorrt import device as cuda
 
-FROM_DISK, FROM_HOST = 1e9, 12e9  # bytes/s at which evicted experts come back: assumptions
+# bytes/s at which evicted experts come back: a processor packs them again, which was measured (docs/runtime.md); the link of
+# a GPU is an assumption
+PACKING, FROM_HOST = 0.7e9, 12e9
 
 
 def this_machine() -> Device:
@@ -33,6 +35,6 @@ def this_machine() -> Device:
     speed = bandwidth.of_host().bytes_per_second
     has_vnni = any("vnni" in line for line in processor())
     return Device(
-        THIS, "this machine's processor", total, speed, True, CPU, total - available(), FROM_DISK, "measured", "what is taken now",
+        THIS, "this machine's processor", total, speed, True, CPU, total - available(), PACKING, "measured", "what is taken now",
         WITH_VNNI if has_vnni else "cpu", cores(),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fusionroute.runtime.plan.devices import Device
 from fusionroute.runtime.plan.systems import System
+from fusionroute.runtime.plan.weights import packing
 
 Placement = Literal["fits", "fits with evicting experts", "does not fit"]
 
@@ -15,7 +16,8 @@ Placement = Literal["fits", "fits with evicting experts", "does not fit"]
 class Memory:
     """Bytes of a system on a device, for one session with a text of the whole context.
 
-    experts: how many of them lie in memory at once. context: tokens of the longest text for which the placement holds.
+    experts: how many of them lie in memory at once; expert_memory: bytes that these take, the budget to run with where not
+    all fit. context: tokens of the longest text for which the placement holds.
     """
 
     weights: int
@@ -24,14 +26,19 @@ class Memory:
     reserved: int
     placement: Placement
     experts: int
+    expert_memory: int
     context: int
 
 
 def memory_of(system: System, device: Device, context: int) -> Memory:
     """Place a system: all of it; else the router and as many experts as have room; else nothing."""
     kv, scratch = system.kv_bytes(context), system.scratch_bytes(device.target)
-    room = device.free - kv - scratch - system.weights[0].resident
-    sizes = sorted((each.resident for each in system.weights[1:]), reverse=True)
+    packed = packing(device.target, system.precision)
+    router, *experts = (int(each.resident * packed) for each in system.weights)
+    if system.shared:  # factors are not packed
+        experts = [each.resident for each in system.weights[1:]]
+    room = device.free - kv - scratch - router
+    sizes = sorted(experts, reverse=True)
     placement: Placement = "does not fit"
     count, taken = 0, 0
     if room >= sum(sizes):
@@ -40,4 +47,4 @@ def memory_of(system: System, device: Device, context: int) -> Memory:
         placement, count = "fits with evicting experts", room // sizes[0]
         taken = count * sizes[0]
     longest = max(room - taken + kv, 0) // max(system.kv_bytes(1), 1) if placement != "does not fit" else 0
-    return Memory(system.weight_bytes, kv, scratch, device.reserved, placement, count, longest)
+    return Memory(router + sum(experts), kv, scratch, device.reserved, placement, count, taken, longest)

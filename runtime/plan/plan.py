@@ -87,6 +87,7 @@ def of_choice(choice: Choice) -> dict[str, Any]:
         "fits": choice.fits,
         "placement": memory.placement,
         "experts_in_memory": memory.experts,
+        "expert_memory_bytes": memory.expert_memory,
         "weights_bytes": memory.weights,
         "kv_bytes": memory.kv,
         "scratch_bytes": memory.scratch,

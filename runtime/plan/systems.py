@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from pathlib import PurePosixPath
 
 from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.errors import BundleError, InputError, one_line
-from fusionroute.runtime.graph_tensors import tensors
+from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.limits import CHUNK
 from fusionroute.runtime.manifest import Manifest, Model, Variant
 from fusionroute.runtime.plan.shapes import Shape, shapes
@@ -141,17 +139,19 @@ def with_shapes(models: Sequence[Shape], names: tuple[str, ...], target: str, pr
 def with_files(bundle: Bundle, variant: Variant) -> System:
     """A system from a bundle's files: the weights that its graphs name."""
     manifest = bundle.manifest
-    stored = {name: graph_bytes(bundle, path) for name, path in variant.graphs.items()}
+    stored = {name: bundle.stored_bytes(path) for name, path in variant.graphs.items()}
     if variant.pair is not None:
         first = manifest.models[0].name
-        stored[first] = sum(graph_bytes(bundle, path) for path in variant.pair.graph_paths)
+        stored[first] = sum(bundle.stored_bytes(path) for path in variant.pair.graph_paths)
         stored |= {name: manifest.files[path].bytes for name, path in variant.pair.factors.items()}
     record = PRECISIONS.get(variant.precision)
     bits = max(variant.bits_per_weight, record.rank(variant.target) if record else 0)  # a CPU widens some when it loads them
     widened = bits / variant.bits_per_weight if bits >= HALF else 1.0
     weights = [
         Weights(
-            int(stored[model.name] * widened), int(variant.weight_bytes.get(model.name, stored[model.name]) * widened), model.parameters
+            int(stored[model.name] * widened),
+            int(variant.weight_bytes.get(model.name, stored[model.name]) * widened),
+            model.parameters,
         )
         for model in manifest.models
     ]
@@ -160,26 +160,6 @@ def with_files(bundle: Bundle, variant: Variant) -> System:
         tuple(model.layers for model in manifest.models), tuple(kv_values(model) for model in manifest.models),
         variant.kv_bits, manifest.vocab_size, variant.pair is not None,
     )  # fmt: skip
-
-
-def graph_bytes(bundle: Bundle, path: str) -> int:
-    """Bytes of the weights that a graph names, each once, and of its own constants. Raises BundleError."""
-    files, folder = bundle.manifest.files, PurePosixPath(path).parent
-    places: dict[tuple[str, int], int] = {}
-    own = 0
-    try:
-        for tensor in tensors(bundle.read(path)):
-            if tensor.location:
-                file = files[str(folder / tensor.location)]
-                sizes = {each.offset: each.bytes for each in file.tensors}
-                places[tensor.location, tensor.offset] = sizes.get(tensor.offset, file.bytes)
-            else:
-                own += len(tensor.data or b"")
-    except (ValueError, KeyError) as error:
-        raise BundleError(
-            f"{bundle.folder / path} is no graph whose weights are in the bundle ({one_line(error)}); export it again."
-        ) from error
-    return own + sum(places.values())
 
 
 def kv_values(model: Model) -> int:

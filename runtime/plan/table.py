@@ -11,6 +11,7 @@ from fusionroute.runtime.plan.check import Check
 from fusionroute.runtime.plan.plan import Choice, Plan
 from fusionroute.runtime.plan.speed import Range
 from fusionroute.runtime.tables import size, tables
+from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
 
 def show(console: Console, plan: Plan) -> None:
@@ -33,6 +34,8 @@ def show(console: Console, plan: Plan) -> None:
         console.print(Styled(f"Take {best.precision}{':' if best.command else ', of a router with at least one expert.'}"))
         if best.command:
             console.print(*pasted(best.command, console.width - 4), sep="\n", soft_wrap=True)
+            if not best.fits and not (device.unified and device.target == TENSORRT):  # where host and GPU share, it is refused
+                console.print(Styled(f"and run it with --expert-memory {best.memory.expert_memory >> 20}"))
     drafts = "no drafts" if plan.text.acceptance is None else f"{plan.text.acceptance:.0%} of the drafts right"
     console.print(Styled(f"{plan.basis} Assumed: another expert for {plan.text.switch_rate:.0%} of the tokens, {drafts}."))
 

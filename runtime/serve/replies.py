@@ -215,4 +215,6 @@ REFUSED: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorReply, "description": "The request is refused: the sentence says why."},
     "5XX": {"model": ErrorReply, "description": "The server shuts down, has no time left, or failed."},
 }
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: chunks of OpenAI's form, then [DONE]."}}}
+DATA = {"type": "string", "description": "A chunk of OpenAI's form as JSON; an error, where the text breaks off; at the end [DONE]."}
+EVENT = {"type": "object", "properties": {"data": DATA}, "required": ["data"], "description": "With stream: one of the events."}
+EVENTS = {"text/event-stream": {"schema": EVENT}}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fusionroute.runtime.engine import FusionRuntime
 from fusionroute.runtime.errors import UnavailableError, reason
@@ -20,12 +21,22 @@ KEEP_ALIVE_SECONDS = 65  # longer than clients keep idle connections, so that no
 GRACE_SECONDS = 5.0  # for answers that were cancelled to be sent
 
 
+class Connection(H11Protocol):
+    """uvicorn's, forgotten when it is lost: after a reset its timer would hold it, and its last request, for KEEP_ALIVE_SECONDS."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio."""
+        super().connection_lost(exc)
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, whose end is told to the jobs."""
 
     def __init__(self, app: FastAPI, settings: Settings):
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, lifespan="on", timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            app, http=Connection, log_level="warning", access_log=False, server_header=False, lifespan="on", timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=int(settings.drain_seconds + GRACE_SECONDS) + 1,
         )  # fmt: skip
         super().__init__(config)

@@ -100,14 +100,18 @@ def parsed(text: str, names: set[str]) -> list[dict[str, Any]]:
     """The calls that a JSON text holds; none where it is something else."""
     try:
         content = json.loads(text)
+        calls = [call(each, names) for each in (content if isinstance(content, list) else [content])]
     except (ValueError, RecursionError):
         return []
-    calls = []
-    for each in content if isinstance(content, list) else [content]:
-        if not isinstance(each, dict) or each.get("name") not in names:
-            return []
-        arguments = each.get("arguments", each.get("parameters", {}))
-        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        function = {"name": each["name"], "arguments": written}
-        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
     return calls
+
+
+def call(content: Any, names: set[str]) -> dict[str, Any]:
+    """A call as OpenAI writes it. Raises ValueError for JSON that is none, and for numbers that JSON does not have."""
+    name = content.get("name") if isinstance(content, dict) else None
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(name)
+    arguments = content.get("arguments", content.get("parameters", {}))
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    written = written.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON may escape halves of a pair
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": written}}

@@ -61,22 +61,34 @@ def costs_of(bundle: Bundle, backend: Backend, precision: str, threads: int | No
     A measurement is used for 30 days. While it is, a seed gives the same text again; where the cache folder cannot be
     written, it may not.
     """
-    setting = [
-        bundle.manifest.model_dump_json(), precision, type(backend).__module__, threads or cores(), platform.machine(),
-        processor(), {name: installed(name) for name in PACKAGES}, SIZES, LENGTHS, MAX_ROUND_TOKENS,
-    ]  # fmt: skip
-    try:
-        path = files.private_folder("costs") / f"{sha256(setting)}.json"
-    except OSError as error:
-        LOG.warning("Costs are measured at each load (%s).", one_line(error))
+    path = costs_file(bundle, backend, precision, threads, (SIZES, LENGTHS, MAX_ROUND_TOKENS))
+    if path is None:
         return measure(bundle, backend)
     if (known := read_costs(path, len(bundle.manifest.experts))) is not None:
         return known
     measured = measure(bundle, backend)
-    with contextlib.suppress(OSError):  # no place to write: measured again next time
-        write_checked(path, asdict(measured) | {"measured": time.time()})
-        prune()
+    keep(path, asdict(measured))
     return read_costs(path, len(bundle.manifest.experts)) or measured
+
+
+def costs_file(bundle: Bundle, backend: Backend, precision: str, threads: int | None, what: tuple[Any, ...]) -> Path | None:
+    """Where a measurement of this bundle, machine and setting is kept; None where the cache folder cannot be written."""
+    setting = [
+        bundle.manifest.model_dump_json(), precision, type(backend).__module__, threads or cores(), platform.machine(),
+        processor(), {name: installed(name) for name in PACKAGES}, *what,
+    ]  # fmt: skip
+    try:
+        return files.private_folder("costs") / f"{sha256(setting)}.json"
+    except OSError as error:
+        LOG.warning("Costs are measured at each load (%s).", one_line(error))
+        return None
+
+
+def keep(path: Path, measured: dict[str, Any]) -> None:
+    """Write a measurement, with the time. Where there is no place to write it is made again next time."""
+    with contextlib.suppress(OSError):
+        write_checked(path, measured | {"measured": time.time()})
+        prune()
 
 
 def read_costs(path: Path, experts: int, clock: Clock = time.time) -> Costs | None:

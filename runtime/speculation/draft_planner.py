@@ -8,32 +8,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fusionroute.runtime.limits import MAX_ROUND_TOKENS
+from fusionroute.runtime.rate import Rate
 from fusionroute.runtime.speculation.costs import Costs, seconds_by_tokens
 
-MEMORY = 0.97  # of the weight of earlier drafts that each verified draft leaves
 PRIORS = {"router": (0.5, 1.0), "lookup": (0.5, 2.0)}  # acceptance rate at first, and how many drafts that is worth
 MIN_SPEEDUP = 1.1  # over plain decoding, or no drafts: costs are not known much better than that
 MIN_STEP_SECONDS = 1e-3  # a faster plain step is never drafted for: planning and learning would take a tenth of it
 LENGTH_STEP = 128  # tokens after which costs are looked up for the new length
 FREE = [0.0] * (MAX_ROUND_TOKENS + 1)  # seconds of a model that does not run
-
-
-@dataclass
-class Rate:
-    """A running share of hits that forgets old trials."""
-
-    hits: float
-    trials: float
-
-    @property
-    def mean(self) -> float:
-        """Between 0 and 1."""
-        return self.hits / self.trials
-
-    def saw(self, hits: float, trials: int) -> None:
-        """`hits` of `trials` drafts were accepted, or would have been."""
-        weight = MEMORY**trials
-        self.hits, self.trials = self.hits * weight + hits, self.trials * weight + trials
 
 
 class Prices(NamedTuple):
@@ -79,15 +61,16 @@ class DraftPlanner:
         # with concurrent models the measured pass of a single token is only queued: its time says nothing
         return self.costs.concurrent or self.costs.router[0][0] + expert >= MIN_STEP_SECONDS
 
-    def plan(self, most: int, looked_up: int, router: bool, expert: int | None, length: int) -> DraftPlan:
+    def plan(self, most: int, looked_up: int, router: bool, expert: int | None, length: int, plain: float | None = None) -> DraftPlan:
         """The fastest way to produce up to `most` tokens behind `length` others, if the text offers `looked_up` drafts.
 
         `router`: whether the router runs. `expert`: the expert that is likely to answer (None: none runs; the router's
-        own drafts then verify nothing).
+        own drafts then verify nothing). `plain`: seconds of a plain step, where it is one pass whoever answers.
         """
         prices, fusion = self._prices_of(length, router, expert), self.costs.fusion
         switching, missing = self.switches.mean * prices.switch, self.misses.mean * prices.miss
-        best, fastest = DraftPlan("router", 1), (prices.plain + missing + fusion) / MIN_SPEEDUP
+        step = prices.plain + missing if plain is None else plain
+        best, fastest = DraftPlan("router", 1), (step + fusion) / MIN_SPEEDUP
         rows_offered = {
             "lookup": min(looked_up + 1, most, MAX_ROUND_TOKENS),
             "router": min(most, MAX_ROUND_TOKENS) if router and expert is not None else 1,

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fusionroute.runtime.sampling import PRECISE
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -43,6 +45,8 @@ class Softmax:
 
     def probabilities_of(self, ids: npt.NDArray[np.int64]) -> Floats:
         """Probabilities of `ids`."""
+        if abs(self._log_normaliser) > PRECISE:
+            return self._all()[ids]
         probabilities: Floats = np.exp(self._logits[ids].astype(np.float64) / self._temperature - self._log_normaliser)
         return probabilities
 

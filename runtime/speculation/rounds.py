@@ -55,7 +55,7 @@ class Rounds:
         offered = step.accepted(sampler, self._lookup.propose(ids, min(most, MAX_ROUND_TOKENS) - 1))
         likely = pinned if pinned is not None else previous or 0
         router_runs = pinned is None or bool(coefficients[0])
-        plan = self.planner.plan(most, len(offered), router_runs, likely if coefficients[1] else None, start)
+        plan = self.planner.plan(most, len(offered), router_runs, likely if coefficients[1] else None, start, step.seconds(pinned))
         if plan.rows == 1:
             tokens = [step.advance(sampler, coefficients, pinned)]
             router_rows = step.router_logits

@@ -29,6 +29,8 @@ class TensorRt:
     async_dispatch = True  # a forward pass is queued, and runs while the host goes on
     guess_limit = 1  # the token that the router reads at the same time
     forward_both = None
+    forward_together = None
+    expect = None
     apart: frozenset[int] = frozenset()
 
     def __init__(self, bundle: Bundle, variant: Variant, flavour: str, expert_memory: int | None = None):

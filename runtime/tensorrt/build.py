@@ -20,6 +20,7 @@ LAYER = re.compile(r"\[(?:NODE|ONNX Layer): ?([^\]]+)\]|\{ForeignNode\[([^\]]+)\
 
 def build(
     graph: Path,
+    content: bytes,
     engine: Path,
     flavour: str,
     profile: Mapping[str, Shapes],
@@ -28,7 +29,7 @@ def build(
     workspace: int | None = None,
     advance: Advance = lambda _: None,
 ) -> None:
-    """Write `engine` from the ONNX file `graph`, whose weights may lie beside it.
+    """Write `engine` from the content of an ONNX file. `graph`: its path, beside which its weights may lie.
 
     `profile` gives the shapes of every input that has a free dimension (of a shape input, its values). `sms` are the
     compute capabilities (86 for SM86) that TensorRT-RTX builds for; TensorRT builds for the GPU it runs on. `operators`
@@ -44,7 +45,7 @@ def build(
     network = builder.create_network(0 if flags is None else 1 << int(flags))
     parser = library.OnnxParser(network, log)
     check(operators, parser, flavour, library.__version__)
-    if not parser.parse_from_file(str(graph)):
+    if not parser.parse(content, str(graph)):
         raise FusionError(
             f"{NAMES[flavour]} {library.__version__} cannot read {graph.name} ({unread(parser) or log.last}); export it again."
         )

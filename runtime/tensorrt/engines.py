@@ -7,7 +7,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from fusionroute.runtime.bundle import sha256
+from fusionroute.runtime.bundle import Bundle
+from fusionroute.runtime.digests import digest_of
 from fusionroute.runtime.errors import BundleError, FusionError, UnavailableError
 from fusionroute.runtime.file_entry import File
 from fusionroute.runtime.files import replacing
@@ -45,13 +46,13 @@ def build_engines(
 ) -> Engines:
     """Build every engine of a variant into the bundle at `folder`; its manifest is left as it is.
 
-    `begin` is called with an engine's name before it is built. Raises FusionError subclasses as `build` does, and
-    OSError; the bundle is then as it was: engines appear, in place of older ones, when the last of them is built.
+    `begin` is called with an engine's name before it is built. Raises BundleError for a graph that is not the manifest's,
+    FusionError subclasses as `build` does, and OSError; the bundle is then as it was: engines appear, in place of older ones, when the last of them is built.
     """
     version = load(flavour).__version__
     profile = profile_of(manifest)
     dimensions = shapes(profile, manifest.vocab_size)
-    graphs = variant.engine_graphs
+    bundle, graphs = Bundle(folder, manifest), variant.engine_graphs
     gpus = "+".join(f"sm{sm}" for sm in sms)
     library = flavour + variant.target.removeprefix(TARGET).replace(":", "-")
     paths = {name: f"{FOLDER}/{name}.{library}.{variant.precision}.{gpus}.engine" for name in graphs}
@@ -62,7 +63,8 @@ def build_engines(
         partial = {name: stack.enter_context(replacing(folder / path)) for name, path in paths.items()}
         for name, graph in graphs.items():
             operators = () if name == FUSION else variant.operators
-            build(folder / graph, partial[name], flavour, dimensions, sms, operators, workspace, begin(name))
+            with bundle.graph(graph) as (content, weights):
+                build(Path(weights, Path(graph).name), content, partial[name], flavour, dimensions, sms, operators, workspace, begin(name))
     return Engines(flavour=flavour, version=version, sms=list(sms), engines=paths, profile=profile)
 
 
@@ -140,7 +142,7 @@ def add_engines(
     used = {path for each in variants for engines in each.engines for path in engines.engines.values()}
     files = {path: file for path, file in manifest.files.items() if not path.startswith(f"{FOLDER}/") or path in used}
     for path in built.engines.values():
-        files[path] = File(sha256=sha256(folder / path), bytes=(folder / path).stat().st_size)
+        files[path] = File.of(digest_of(folder / path))
     new = manifest.model_copy(update={"variants": variants, "files": files})
     new.write(folder)
     for path in manifest.files.keys() - files.keys():

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.expert_memory import check_budget
 from fusionroute.runtime.tensorrt.device import Device, Memory, Stream, aligned
 
 Arrays = Mapping[str, np.ndarray]  # an expert's factors, as `map_factors` gives them
@@ -41,9 +42,10 @@ class FactorSlots:
         for name, array in experts[0].items():
             offsets[name] = self.size
             self.size += aligned(array.nbytes)
-        count = len(experts) if budget is None else min(len(experts), budget // self.size)
-        if not count:
-            raise InputError(f"expert_memory={budget} does not hold the {self.size} bytes of one expert: allow at least as much, or none.")
+        count = len(experts)
+        if budget is not None:
+            check_budget(budget, self.size)
+            count = min(count, budget // self.size)
         self._reader, self._stream = stream, device.stream()
         self._copies = [pinned(device, arrays, offsets, self.size) for arrays in experts]
         self.slots = [Slot(device, offsets, self.size) for _ in range(count)]

@@ -32,10 +32,12 @@ class TensorRtPair:
     """
 
     prefill_chunk = 512  # the largest of the engine's profile: see `profile`
+    forward_together = None
     on_host = False
     model_seconds = None
     async_dispatch = True  # a forward pass is queued, and runs while the host goes on
     guess_limit = 8  # tokens that are read beside the router's nearly for free, since a pass waits for the weights
+    expect = None
     apart: frozenset[int] = frozenset()
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusionroute.runtime.errors import InputError
+from fusionroute.runtime.expert_memory import check_budget
 from fusionroute.runtime.tensorrt.device import Device, Event, Memory, Stream
 from fusionroute.runtime.tensorrt.loading import Weights
 
@@ -24,10 +25,7 @@ class Residency:
 
     def adopt(self, weights: Weights) -> None:
         """Copy weights that were just loaded to pinned memory and evict them; they are restored at first use."""
-        if weights.size > self._budget:
-            raise InputError(
-                f"expert_memory={self._budget} does not hold the {weights.size} bytes of one expert: allow at least as much, or none."
-            )
+        check_budget(self._budget, weights.size)
         memory = self._device.pinned(weights.size)
         weights.save(memory, self._stream)
         weights.unload(self._stream)

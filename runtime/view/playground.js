@@ -2,7 +2,7 @@
 // The playground: asks the server that served it, and lets AnswerView draw what comes. It talks to no other host.
 
 const field = (id) => document.getElementById(id);
-const messages = []; // of the conversation so far
+let messages = []; // of the conversation so far; a new one has a list of its own
 let model = null; // as /v1/models tells it
 let running = null; // what stops the answer that comes now
 
@@ -91,10 +91,11 @@ async function send() {
   field("stop").disabled = false;
   let turn = null;
   let answer = "";
-  const sent = messages.length;
+  const conversation = messages;
+  const sent = conversation.length;
   try {
     await loadModel();
-    if (chat) messages.push({ role: "user", content: text });
+    if (chat) conversation.push({ role: "user", content: text });
     const began = performance.now();
     const body = request(chat, text);
     const response = await call(chat ? "v1/chat/completions" : "v1/completions", { method: "POST", body: JSON.stringify(body), signal: stopper.signal });
@@ -111,8 +112,8 @@ async function send() {
     if (error.name !== "AbortError") field("error").textContent = error.message;
   }
   turn?.end();
-  if (chat && turn) messages.push({ role: "assistant", content: answer });
-  else messages.length = sent; // nothing was answered: the question stays in the field
+  if (chat && turn) conversation.push({ role: "assistant", content: answer });
+  else conversation.length = sent; // nothing was answered: the question stays in the field
   running = null;
   field("send").disabled = false;
   field("stop").disabled = true;
@@ -154,7 +155,7 @@ class Turn {
   draw() {
     this.frame = null;
     this.view.measure(this.speed());
-    if (!this.view.chosen && this.times.length) this.view.select(this.times.length - 1, false, false);
+    if (!this.view.chosen && this.times.length && this.view.root.isConnected) this.view.select(this.times.length - 1, false, false);
   }
 
   speed() {
@@ -197,7 +198,7 @@ document.addEventListener("keydown", (event) => event.key === "Escape" && runnin
 field("stop").addEventListener("click", () => running?.abort());
 field("clear").addEventListener("click", () => {
   running?.abort();
-  messages.length = 0;
+  messages = [];
   field("turns").replaceChildren();
   field("details").replaceChildren();
   field("prompt").focus();

@@ -1,9 +1,11 @@
 """Files of a bundle that are other than they seem: links, devices, changes behind the back of who checks them."""
 
+import mmap
 import os
 import random
 import shutil
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,12 @@ import pytest
 from fusionroute.runtime import BundleError, FusionRuntime, cache, files
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.providers import NEGATION, PROVIDERS, Opener, no_options
-from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.integrity import note
+from fusionroute.runtime.bundle import FACTORS, Bundle
+from fusionroute.runtime.finite_weights import check_finite
+from fusionroute.runtime.integrity import checked, note
 from fusionroute.runtime.manifest import Manifest
 from tests.support.bundles import refusal
+from tests.support.waiting import until
 
 LINK = "it is a link, and links are not followed: cp -rL copies what they lead to"
 SPECIAL = "it is no regular file"
@@ -38,6 +42,16 @@ def test_a_link_is_not_followed(bundle: Path, tmp_path: Path, name: str) -> None
     (bundle / name).symlink_to(tmp_path / "outside")
     sentence = refusal(bundle)
     assert sentence.startswith(f"{bundle / name}") and sentence.endswith(f" cannot be read ({LINK}); {AGAIN}")
+
+
+def test_factors_are_not_read_through_a_link_that_came_later(all_bundles: list[Path], tmp_path: Path) -> None:
+    opened = Bundle.open(shutil.copytree(all_bundles[2], tmp_path / "bundle"))
+    name = next(name for name in opened.manifest.files if name.startswith(FACTORS))
+    (opened.folder / name).rename(tmp_path / "elsewhere")
+    (opened.folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError) as caught:
+        check_finite(opened)
+    assert str(caught.value) == f"{opened.folder / name} cannot be read ({LINK}); {AGAIN}"
 
 
 def test_a_link_to_a_device_is_not_read(bundle: Path) -> None:
@@ -185,6 +199,46 @@ def test_a_file_is_hashed_once_until_it_is_another(bundle: Path, monkeypatch: py
     weights.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert refusal(bundle).startswith(f"{weights} was changed after the export")
+
+
+@pytest.mark.parametrize(("cores", "before"), [(1, 0), (2, 0), (3, 0), (5, 2)])
+def test_hashing_takes_the_cores_that_loading_leaves(bundle: Path, monkeypatch: pytest.MonkeyPatch, cores: int, before: int) -> None:
+    """There are 3 models, each of which keeps a core busy until all are loaded."""
+    monkeypatch.setattr("fusionroute.runtime.integrity.cores", lambda: cores)
+    opened, lock, begun = Bundle.open(bundle), threading.Semaphore(0), list[str]()
+
+    def check(name: str, *_: object) -> None:
+        begun.append(name)
+        lock.acquire()
+
+    monkeypatch.setattr(opened, "check", check)
+    assert len(opened.manifest.models) == 3
+    with checked(opened, False, None) as models_are_loaded:
+        until(lambda: len(begun) == before)
+        models_are_loaded()
+        until(lambda: len(begun) == max(cores - 1, 1))
+        lock.release(len(opened.manifest.files))
+    assert sorted(begun) == sorted(opened.manifest.files), "each once"
+
+
+def test_files_that_are_longer_than_what_is_mapped_of_them_at_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusionroute.runtime.bundle.WINDOW", mmap.ALLOCATIONGRANULARITY)
+    weights = router_weights(bundle)
+    content = weights.read_bytes()
+    assert len(content) > 2 * mmap.ALLOCATIONGRANULARITY
+    Bundle.open(bundle).verify()
+    for place in (0, mmap.ALLOCATIONGRANULARITY, len(content) - 1):
+        weights.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(BundleError, match="its BLAKE3 differs"):
+            Bundle.open(bundle).check(router_weights(bundle).relative_to(bundle).as_posix(), every=False)
+
+
+def test_a_file_that_is_cut_off_while_it_is_opened_is_an_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, weights = Bundle.open(bundle), router_weights(bundle)
+    weights.write_bytes(b"")
+    monkeypatch.setattr(Bundle, "_check_unchanged", lambda *_: None)
+    with pytest.raises(BundleError, match="cannot be read"):
+        opened.check(weights.relative_to(bundle).as_posix())
 
 
 @pytest.mark.parametrize("damage", [b"", b"[" * 100_000, b'{"sha256": "0", "content": {}}'])

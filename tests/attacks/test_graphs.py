@@ -51,6 +51,8 @@ HOLDERS: dict[str, Callable[[Any, Any], object]] = {
     "sparse of a node": lambda model, tensor: model.graph.node.append(
         onnx.helper.make_node("Constant", [], ["outside"], sparse_value=onnx.SparseTensorProto(values=tensor, dims=[1]))
     ),
+    "initialiser of a branch": lambda model, tensor: branch(lambda part: part.graph.initializer.append(tensor))(model),
+    "constant of a branch": lambda model, tensor: branch(lambda part: HOLDERS["constant"](part, tensor))(model),
 }
 
 
@@ -95,12 +97,29 @@ def loop(operator: str, **attributes: Any) -> Callable[[Any], None]:
     return lambda model: model.graph.node.append(onnx.helper.make_node(operator, ["trip", "", "x"], ["y"], **graphs))
 
 
+def branch(change: Callable[[Any], object]) -> Callable[[Any], None]:
+    """What a change adds to a graph, in a branch of a condition."""
+
+    def add(model: Any) -> None:
+        part = onnx.ModelProto()
+        change(part)
+        empty = onnx.helper.make_graph([], "else", [], [])
+        model.graph.node.append(onnx.helper.make_node("If", ["x"], ["y"], then_branch=part.graph, else_branch=empty))
+
+    return add
+
+
 SUBGRAPHS = "it has subgraphs, such as those of loops, which may make a step endless"
 BOMBS: dict[str, tuple[Callable[[Any], object], str]] = {
     "functions": (bomb, "it has local functions, which may make loading it endless"),
     "loop": (loop("Loop"), SUBGRAPHS),
     "scan": (loop("Scan"), SUBGRAPHS),
-    "condition": (loop("If", graphs=["then_branch", "else_branch"]), SUBGRAPHS),
+    "loop in a branch": (branch(loop("Loop")), SUBGRAPHS),
+    "branches in a branch": (branch(branch(lambda model: None)), SUBGRAPHS),
+    "native code in a branch": (
+        branch(lambda model: model.graph.node.append(onnx.helper.make_node("EPContext", [], ["y"], domain="com.microsoft"))),
+        "it has nodes of native code",
+    ),
     "native code": (
         lambda model: model.graph.node.append(
             onnx.helper.make_node("EPContext", [], ["y"], ep_cache_context="x.so", domain="com.microsoft")

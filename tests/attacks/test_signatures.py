@@ -94,7 +94,7 @@ def test_files_must_be_the_signed_ones(bundle: Path, public: Path, name: str) ->
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert refusal(bundle, public) == (
-        f"{path} was changed after the export (its SHA-256 differs from the manifest); export the bundle again."
+        f"{path} was changed after the export (its BLAKE3 differs from the manifest); export the bundle again."
     )
     path.unlink()
     assert refusal(bundle, public) == f"The bundle {bundle} lacks {name}; copy or export it again."

@@ -2,14 +2,17 @@
 
 import base64
 import json
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fusionroute.runtime import BundleError, FusionError, FusionRuntime, tokenizer_limits, tokenizer_trial
+from fusionroute.runtime.regular_files import identity, open_regular
 from fusionroute.runtime.tokenizer_limits import unbounded
 from fusionroute.runtime.tokenizer_trial import try_tokenizer
 from tests.support.bundles import rehash
@@ -115,6 +118,37 @@ def test_a_trial_costs_only_its_process(tmp_path: Path, monkeypatch: pytest.Monk
     assert str(caught.value) == f"tokenizer.json cannot be read as a tokenizer.json ({why}); export the bundle again."
 
 
+def test_a_trial_of_another_file_does_not_count(tmp_path: Path, bundles: list[Path]) -> None:
+    """It begins before the bundle is opened, and files may be exchanged until then."""
+    good, bad = (bundles[0] / "tokenizer.json").read_bytes(), b"no JSON"
+    identities = []
+    for name, content in (("good", good), ("bad", bad)):
+        (tmp_path / name).write_bytes(content)
+        with open_regular(tmp_path, name) as file:
+            identities.append(identity(file))
+    for began, loaded in (("bad", 0), ("good", 1)):
+        trial = tokenizer_trial.Trial()
+        with open_regular(tmp_path, began) as file:
+            trial.begin(file)
+        with ExitStack() as stack:
+            stack.callback(trial.end)
+            if loaded == 1:
+                stack.enter_context(pytest.raises(BundleError, match="cannot be read as a tokenizer"))
+            trial.decide((good, bad)[loaded], tmp_path / "tokenizer.json", identities[loaded])
+
+
+def test_a_trial_reads_the_file_that_it_began_with(tmp_path: Path, bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second process, and nothing through a pipe."""
+    (tmp_path / "tokenizer.json").write_bytes((bundles[0] / "tokenizer.json").read_bytes())
+    trial = tokenizer_trial.Trial()
+    with open_regular(tmp_path, "tokenizer.json") as file:
+        trial.begin(file)
+        own = identity(file)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    trial.decide(b"not looked at: its identity tells", tmp_path / "tokenizer.json", own)
+    trial.end()
+
+
 def test_programs_that_embed_python_are_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/usr/bin/false")
     with pytest.raises(BundleError, match="Expecting value"):
@@ -124,7 +158,7 @@ def test_programs_that_embed_python_are_not_started_again(monkeypatch: pytest.Mo
 def test_a_tokenizer_is_tried_once_unless_it_is_trusted(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Path] = []
     monkeypatch.setattr("fusionroute.runtime.integrity.SETTLED", 0)
-    monkeypatch.setattr(tokenizer_trial.Trial, "decide", lambda trial, content, path: tried.append(path))
+    monkeypatch.setattr(tokenizer_trial.Trial, "decide", lambda trial, content, path, file: tried.append(path))
     load(bundle, trusted=True).close()
     assert tried == []
     for _ in range(2):

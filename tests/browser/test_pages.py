@@ -170,6 +170,31 @@ def test_an_answer_can_be_stopped(chromium: Any, bundle: Path, complaints: list[
         page.unroute("**/v1/completions")
 
 
+def test_a_new_conversation_forgets_an_answer_that_still_comes(chromium: Any, bundle: Path, complaints: list[str]) -> None:
+    from tests.support.server import served, wait_until
+
+    bodies: list[dict[str, Any]] = []
+
+    def endless(route: Any) -> None:
+        bodies.append(json.loads(route.request.post_data))
+        route.continue_(post_data=json.dumps(bodies[-1] | {"ignore_eos": len(bodies) == 1}))
+
+    with served(FusionRuntime.load(bundle, "fp32", "cpu")) as running:
+        page = opened(chromium, running.url + "/", complaints)
+        page.route("**/v1/chat/completions", endless)
+        page.fill("#max_tokens", "900")
+        page.fill("#prompt", "64+61=")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector(".token")
+        page.click("#clear")
+        page.wait_for_selector("#send:not([disabled])")
+        wait_until(lambda: running.idle)
+        assert page.locator(".turn").count() == 0 and page.inner_text("#details") == ""
+        ask(page, "print(2)")
+        assert bodies[-1]["messages"] == user("print(2)")
+        page.unroute("**/v1/chat/completions")
+
+
 def test_an_answer_is_shared_as_a_page_of_its_own(chromium: Any, url: str, complaints: list[str], tmp_path: Path) -> None:
     page = opened(chromium, url, complaints)
     ask(page, "64+61=")

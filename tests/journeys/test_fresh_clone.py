@@ -1,4 +1,4 @@
-"""Commands of the README and of the pages on serving, chat and the playground, as they stand there, in a fresh clone.
+"""Commands of the README and of the pages on serving, chat, the playground and lm-eval, as they stand there, in a fresh clone.
 
 Slow: it installs an environment.
 """
@@ -97,6 +97,14 @@ def test_the_page_on_chats(clone: Path) -> None:
         clone, "python -", f'from fusionroute import FusionRuntime\nrt = FusionRuntime.load("dist/gemma2")\n{script}\nprint(len(ids))'
     )
     assert "42" in run(clone, "fusionroute chat dist/gemma2", "12+30=\n")
+
+
+def test_the_page_on_evaluation(clone: Path) -> None:
+    demo, install, evaluate = blocks("docs/evaluation.md", "sh")[-1]
+    assert demo == INSTALL[0]
+    run(clone, install)
+    table = run(clone, evaluate)
+    assert re.search(r"\|fusionroute_choices\|.*\|acc +\|↑ +\|0\.\d+\|", table), table
 
 
 def test_the_readme(clone: Path) -> None:

@@ -88,7 +88,7 @@ def test_logits_are_those_of_torch_with_rounded_keys_and_values(case: Case, kv: 
 def test_what_is_stored_takes_what_the_manifest_says(case: Case) -> None:
     for kv, bundle in case.bundles.items():
         manifest = Manifest.read(bundle)
-        assert manifest.format == (4 if manifest.family == "llama3" else 5), "an older runtime would not know `kv`, or the windows"
+        assert manifest.format >= 4, "an older runtime would not know `kv`"
         for variant in manifest.variants:
             assert (variant.kv, variant.kv_bits) == (kv, BITS[kv])
             for model in manifest.models:

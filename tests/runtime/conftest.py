@@ -22,6 +22,12 @@ def merged(all_bundles: list[Path]) -> Path:
     return all_bundles[3]
 
 
+@pytest.fixture(scope="session")
+def segments(all_bundles: list[Path]) -> Path:
+    """A system of adapters with one base, whose experts may all read in one pass."""
+    return all_bundles[4]
+
+
 @pytest.fixture(params=["int8", "fp32"])
 def rt(request: pytest.FixtureRequest, bundles: list[Path]) -> Iterator[FusionRuntime]:
     """The first bundle in both precisions; one test of the engine runs all bundles."""

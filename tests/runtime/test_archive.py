@@ -139,7 +139,11 @@ HOSTILE: dict[str, tuple[Callable[[list[Member]], list[Member]], str]] = {
     "manifest that comes twice": (lambda m: [*m, m[0]], "or which came before"),
     "many entries": (lambda m: [m[0], *[member(f"f{n}") for n in range(10_000)]], "'f0', which its manifest does not name"),
     "file that is left out": (lambda m: m[:-1], "lacks|is shorter"),
-    "other content": (lambda m: [*m[:-1], changed(m[-1])], r"was changed or is cut off \(its SHA-256"),
+    "other content": (lambda m: [*m[:-1], changed(m[-1])], r"was changed or is cut off \(its hashes differ"),
+    "other BLAKE3": (
+        lambda m: edited(m, lambda content: next(iter(files(content).values())).update(blake3="0" * 64)),
+        "was changed or is cut off",
+    ),
     "other size": (lambda m: [*m[:-1], longer(m[-1])], "bytes where the manifest says"),
     "manifest that is not first": (lambda m: [*m[1:], m[0]], "does not begin with the manifest"),
     "nothing": (lambda m: [], "does not begin with the manifest"),

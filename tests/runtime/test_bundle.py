@@ -1,5 +1,6 @@
 """What opening a bundle refuses, and in what words; and that a whole one works wherever it lies."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from fusionroute.runtime import BundleError, FusionError, FusionRuntime, InputError, UnavailableError
 from fusionroute.runtime.bundle import Bundle, is_leftover
 from fusionroute.runtime.files import partial_name
-from tests.support.bundles import edit, refusal, rehash
+from fusionroute.runtime.manifest import Manifest
+from tests.support.bundles import as_format, edit, refusal, rehash
 
 PROMPT = [1, 5, 9]
 
@@ -91,14 +94,40 @@ def test_files_that_are_missing_or_truncated(bundle: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_that_were_changed(bundle: Path, kind: str) -> None:
+@pytest.mark.parametrize("hash", ["BLAKE3", "SHA-256"])
+def test_files_that_were_changed(bundle: Path, kind: str, hash: str) -> None:
+    """Bundles of older formats have SHA-256s alone."""
+    if hash == "SHA-256":
+        edit(bundle, as_format(2))
     name = named(bundle, kind)
     data = bytearray((bundle / name).read_bytes())
     data[len(data) // 2] ^= 1
     (bundle / name).write_bytes(data)
     assert (
-        refusal(bundle) == f"{bundle / name} was changed after the export (its SHA-256 differs from the manifest); export the bundle again."
+        refusal(bundle) == f"{bundle / name} was changed after the export (its {hash} differs from the manifest); export the bundle again."
     )
+
+
+def test_every_file_has_both_hashes(bundle: Path) -> None:
+    for name, entry in Manifest.read(bundle).files.items():
+        content = (bundle / name).read_bytes()
+        assert entry.hashes == {"sha256": hashlib.sha256(content).hexdigest(), "blake3": blake3(content).hexdigest()}
+        assert entry.bytes == len(content)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_load_looks_at_blake3_and_verify_at_both(bundle: Path, kind: str) -> None:
+    name = named(bundle, kind)
+    right = Manifest.read(bundle).files[name]
+    edit(bundle, lambda m: m["files"][name].update(sha256="0" * 64))
+    FusionRuntime.load(bundle).close()
+    for verify in (lambda: Bundle.open(bundle).verify(), lambda: FusionRuntime.load(bundle, verify=True)):
+        with pytest.raises(BundleError, match=rf"{name} was changed after the export \(its SHA-256 differs"):
+            verify()
+    edit(bundle, lambda m: m["files"][name].update(sha256=right.sha256, blake3="0" * 64))
+    for load in (lambda: FusionRuntime.load(bundle), lambda: Bundle.open(bundle).verify()):
+        with pytest.raises(BundleError, match=rf"{name} was changed after the export \(its BLAKE3 differs"):
+            load()
 
 
 @pytest.mark.parametrize("kind", ["graph", "fusion"])

@@ -16,9 +16,9 @@ import pytest
 from fusionroute.runtime import FusionRuntime, InputError, Sampling
 from fusionroute.runtime.backends.keys_values import zeros
 from fusionroute.runtime.backends.ort_cpu import OrtCache
-from fusionroute.runtime.bench.memory import resident
 from fusionroute.runtime.cancellation import Cancellation, Interrupted
 from fusionroute.runtime.limits import CHUNK
+from fusionroute.runtime.process_memory import resident
 from fusionroute.runtime.sampling import SamplingOptions
 from fusionroute.runtime.stream import StreamOptions, TextOptions
 from fusionroute.runtime.text import Token

@@ -70,6 +70,7 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "curve out of range": (lambda m: m.update(lam_curve=[[0.5, 1.5]]), "lam_curve.0.1: Input should be less than or equal to 1"),
     "unknown fusion": (lambda m: m.update(fusion="product"), "fusion: Input should be 'weighted' or 'additive'"),
     "hash that is none": (lambda m: next(iter(m["files"].values())).update(sha256="abc"), "sha256"),
+    "other hash that is none": (lambda m: next(iter(m["files"].values())).update(blake3="abc"), "blake3"),
     "format that is no number": (lambda m: m.update(format=True), "has the format True, and this version reads 1 to 5: update"),
     "format of another type": (lambda m: m.update(format=2.0), "has the format 2.0, and this version reads 1 to 5: update"),
     "lambda that is a bool": (lambda m: m.update(lam=True), "lam: Input should be a valid number"),

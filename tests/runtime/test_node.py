@@ -3,7 +3,6 @@
 import importlib.util
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.stream import Result
 from tests.support.bundles import copy_with_ends
 from tests.support.paths import REPOSITORY
+from tests.support.waiting import until
 
 EXAMPLE = REPOSITORY / "examples" / "node.py"
 
@@ -24,13 +24,6 @@ def node() -> Any:
     module = sys.modules["example_node"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def until(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_frames_are_dropped_and_texts_end_in_time(node: Any, bundles: list[Path], tmp_path: Path) -> None:

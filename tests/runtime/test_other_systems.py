@@ -25,7 +25,8 @@ PROGRAM = """
 from fusionroute import FusionRuntime
 from fusionroute.runtime.files import locked, cache_folder
 from fusionroute.runtime.machine import cores
-from fusionroute.runtime.bench.memory import available, resident
+from fusionroute.runtime.bench.memory import available
+from fusionroute.runtime.process_memory import resident
 with FusionRuntime.load(sys.argv[1], share_weights=sys.argv[2] == "shared", speculation="auto") as rt:
     ids = rt.generate([5, 6, 7], 6).token_ids
 with locked(cache_folder() / "lock"):

@@ -135,6 +135,21 @@ def test_the_number_of_candidates_changes_nothing_on_a_large_row(count: int, sam
     assert [few.choose(some, lambda: row) for _ in range(200)] == [all_of_them.choose(every, lambda: row) for _ in range(200)]
 
 
+@pytest.mark.parametrize("scale", [1e7, -1e7, 1e30, 1e38])
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=3), Sampling(1.3, top_p=0.8), Sampling(2.0, min_p=0.3)])
+def test_where_float32_cannot_hold_the_normaliser_the_row_decides(sampling: Sampling, scale: float) -> None:
+    """As behind a repetition penalty of 1e-38."""
+    row = (np.array([0.0, 1.0, 0.0, 2.0, 1.0, -9e9]) + (scale if abs(scale) < 1e8 else 0.0)).astype(np.float32)
+    row[2] = scale if abs(scale) > 1e8 else row[2]
+    expected = np.cumsum(hugging_face(row, sampling)[order := np.lexsort((np.arange(len(row)), -row))])
+    for error in (0.0, abs(scale) / 2**23, -abs(scale) / 2**23):
+        for draw in np.linspace(0.01, 0.99, 23):
+            if np.abs(expected - draw).min() > 1e-3:
+                rank = int(np.searchsorted(expected, draw))
+                got = [choose_at(sampling, draw, candidates(row, count, sampling.temperature, error), lambda: row) for count in (1, 3, 6)]
+                assert got == [order[rank]] * 3, (error, draw)
+
+
 @pytest.mark.parametrize("error", [0.0, 1e-5, -1e-5])
 def test_frequencies_follow_the_softmax(error: float) -> None:
     """Chi-square with 8 degrees of freedom: above 40 once in 300,000 runs; a rounded normaliser must not show."""

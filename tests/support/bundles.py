@@ -29,6 +29,17 @@ def edit(bundle: Path, change: Change) -> None:
     (bundle / "manifest.json").write_text(json.dumps(content))
 
 
+def as_format(number: int) -> Change:
+    """Let a manifest be of a format without BLAKE3s."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["format"] = number
+        for entry in content["files"].values():
+            entry.pop("blake3", None)
+
+    return change
+
+
 def rehash(bundle: Path, name: str) -> None:
     """Let the manifest say what a file holds now: only its size and hash."""
     data = (bundle / name).read_bytes()

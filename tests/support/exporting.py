@@ -61,11 +61,12 @@ def export_shipped(out: Path, family: str, precisions: tuple[str, ...]) -> Path:
 def export_runtime_bundles(root: Path) -> list[Path]:
     """The bundles of tests/runtime: random weights, which do not end their texts by themselves.
 
-    Two systems of full models; and one of adapters, with one base for all of them, and once more with merged models.
+    Two systems of full models; one of adapters, with one base for all of them, and once more with merged models; and one
+    of adapters that change no norms, so that every expert may read in one pass.
     """
     shapes = [Shape(family, layers=1, experts=2, tokenizer=True) for family in ("llama3", "gemma2")]
     full = [export_system(root / shape.family, shape, ("fp32", "int8"))[0] for shape in shapes]
-    return [*full, *export_adapters(root / "adapters")]
+    return [*full, *export_adapters(root / "adapters"), export_segments(root / "segments")]
 
 
 def export_adapters(root: Path) -> tuple[Path, Path]:
@@ -79,6 +80,15 @@ def export_adapters(root: Path) -> tuple[Path, Path]:
         for name in ("shared", "merged")
     )
     return shared, merged
+
+
+def export_segments(root: Path) -> Path:
+    """A system of three adapters of low-rank factors alone, with one base for all of them."""
+    from tests.support.adapters import make_adapted_system
+
+    shape = Shape(layers=2, tokenizer=True)
+    _, router, experts = make_adapted_system(root, shape, [{}, {"r": 3}, {"r": 5}, {"r": 8}])
+    return export_checkpoints(root / "shared", shape, router, experts, ("fp32", "int8", "int4"), shared_base=True)
 
 
 if __name__ == "__main__":

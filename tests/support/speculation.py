@@ -21,7 +21,9 @@ def draft_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft as often as the text allows, at random from both sources, whether it pays or not."""
     random = np.random.default_rng(0)
 
-    def plan(self: DraftPlanner, most: int, looked_up: int, router: bool, expert: int | None, length: int) -> DraftPlan:
+    def plan(
+        self: DraftPlanner, most: int, looked_up: int, router: bool, expert: int | None, length: int, plain: float | None = None
+    ) -> DraftPlan:
         if looked_up and most > 1 and random.random() < 0.5:
             return DraftPlan("lookup", int(random.integers(2, min(looked_up + 1, most) + 1)))
         return DraftPlan("router", int(random.integers(1, min(MAX_ROUND_TOKENS, most) + 1)) if router and expert is not None else 1)

@@ -23,6 +23,7 @@ from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.tensorrt.build import logger
+from tests.support.bundles import as_format, edit
 from tests.support.exporting import ALL, export_checkpoints
 from tests.support.stored_weights import stored_weights
 from tests.support.systems import Shape, make_model, make_system
@@ -135,7 +136,7 @@ def test_a_bundle_has_one_file_of_weights_per_model(system: tuple[Shape, str, di
             read[weight.file.name].add((weight.offset, weight.length))
     assert read == listed, "what is stored is read, and what is read is listed"
     manifest = json.loads((bundle / "manifest.json").read_text())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 5
     assert {name for name, file in manifest["files"].items() if "tensors" in file} == {f"graphs/weights/{name}" for name in listed}
 
 
@@ -160,8 +161,8 @@ def test_a_bundle_whose_tensors_are_files_of_their_own_loads_with_the_same_numbe
     shape, router, experts, bundle = system
     with patch("fusionroute.fr_export.export.VariantWriter.gather_weights", return_value={}):
         unpacked = export_checkpoints(tmp_path / "bundle", shape, router, experts)
-    content = json.loads((unpacked / "manifest.json").read_text()) | {"format": 1}
-    (unpacked / "manifest.json").write_text(json.dumps(content))
+    edit(unpacked, as_format(1))
+    content = json.loads((unpacked / "manifest.json").read_text())
     names = [path.stem for path in (unpacked / "graphs/weights").iterdir()]
     tensors = [tensor.sha256 for file in Manifest.read(bundle).files.values() for tensor in file.tensors]
     assert sorted(names) == sorted(tensors)

@@ -1,5 +1,6 @@
 """Bundles to and from a hub: what is sent and what is not, what arrives, and every way in which it may fail."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from fusionroute.fr_export.hub.model_card import MARK, model_card
 from fusionroute.fr_export.hub.pull import pull
 from fusionroute.fr_export.hub.push import push
 from fusionroute.runtime import signing
-from fusionroute.runtime.bundle import Bundle, sha256
+from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, UnavailableError
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.manifest_file import SIGNATURE
@@ -88,7 +89,7 @@ def test_another_push_sends_what_changed_and_removes_what_is_gone(bundles: tuple
         for name, entry in bundles[1].manifest.files.items()
         if entry.bytes >= 1000 and entry != bundles[0].manifest.files[name]
     }
-    assert changed and set(hub.uploads) - {sha256(bundles[1].folder / "manifest.json")} == changed
+    assert changed and set(hub.uploads) - {hashlib.sha256((bundles[1].folder / "manifest.json").read_bytes()).hexdigest()} == changed
     assert files(hub) == contents(bundles[1].folder) | {
         "README.md": f"{MARK} new".encode(),
         "pictures/mine.png": b"a file of the owner's",

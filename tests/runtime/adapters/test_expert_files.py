@@ -1,5 +1,7 @@
 """Experts are added to a bundle's folder and removed from it: nothing else changes, and a kill leaves a whole bundle."""
 
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.adapters.expert_files import add_expert, remove_expert
@@ -19,7 +22,7 @@ from fusionroute.runtime.commands.verbs import program
 from fusionroute.runtime.errors import BundleError, FusionError, InputError, UnavailableError
 from fusionroute.runtime.manifest import Manifest
 from fusionroute.runtime.manifest_file import NAME
-from tests.support.bundles import edit
+from tests.support.bundles import as_format, edit
 from tests.support.commands import in_folder
 from tests.support.numpy_adapters import write_adapter
 
@@ -60,6 +63,21 @@ def test_only_the_manifest_and_the_expert_s_file_change(copy: Path, adapter: Pat
     assert len(paths) == 1, "all precisions read one file"
     sizes = {sum(array.nbytes for array in map_factors(copy / path).values()) for path in paths}
     assert {variant.weight_bytes["expert1"] for variant in added.variants} == sizes
+
+
+@pytest.mark.parametrize("format", [3, 5])
+def test_an_older_bundle_stays_one(copy: Path, adapter: Path, format: int) -> None:
+    """Versions that read format 3 refuse fields that they do not know."""
+    if format < 5:
+        edit(copy, as_format(format))
+    add_expert(copy, "expert1", adapter, replace=True)
+    written = json.loads((copy / NAME).read_text())
+    name = next(path for variant in written["variants"] if "pair" in variant for path in [variant["pair"]["factors"]["expert1"]])
+    content = (copy / name).read_bytes()
+    hashes = {"sha256": hashlib.sha256(content).hexdigest()} | ({"blake3": blake3(content).hexdigest()} if format == 5 else {})
+    assert written["files"][name] == hashes | {"bytes": len(content)} and written["format"] == format
+    assert all(("blake3" in entry) == (format == 5) for entry in written["files"].values())
+    Bundle.open(copy).verify()
 
 
 def test_rows_without_an_expert_are_not_chosen(shared: Path, copy: Path) -> None:

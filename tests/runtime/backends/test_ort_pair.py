@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.backend import REUSED, Segment
+from fusionroute.runtime.backends.bound_rows import BoundRows
 from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.backends.ort_pair import OrtPair, PairCache
 from fusionroute.runtime.backends.pair_binding import PairBinding
@@ -119,18 +120,18 @@ def test_rows_up_to_a_number_are_used_again_and_more_are_the_callers(shared: Pat
 def test_a_decoded_token_binds_nothing_and_an_expert_only_once(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     bound: list[tuple[int, int]] = []
-    init, bind = PairBinding.__init__, PairBinding._bind
+    init, bind = PairBinding.__init__, BoundRows._bind
 
     def noted(binding: PairBinding, *arguments: Any) -> None:
         made.append(arguments[-1])
         init(binding, *arguments)
 
-    def noted_shape(binding: PairBinding, count: int, row_count: int, fresh: bool) -> None:
+    def noted_shape(binding: BoundRows, count: int, row_count: int, fresh: bool) -> None:
         bound.append((count, row_count))
         bind(binding, count, row_count, fresh)
 
     monkeypatch.setattr(PairBinding, "__init__", noted)
-    monkeypatch.setattr(PairBinding, "_bind", noted_shape)
+    monkeypatch.setattr(BoundRows, "_bind", noted_shape)
     with FusionRuntime.load(shared, "int8", "cpu") as rt:
         session = rt.session()
         session.append(IDS[:10])

@@ -17,12 +17,13 @@ from fusionroute.runtime import FusionRuntime
 from fusionroute.runtime.bench import bandwidth
 from fusionroute.runtime.bench.bench import BenchOptions, bench, take_turns
 from fusionroute.runtime.bench.counters import catch_ups, switches
-from fusionroute.runtime.bench.memory import INTERVAL, PeakMemory, release_freed, resident
+from fusionroute.runtime.bench.memory import INTERVAL, PeakMemory
 from fusionroute.runtime.bench.run import Run, generate
 from fusionroute.runtime.bench.summary import Weights, summarise
 from fusionroute.runtime.bench.workload import Workload
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.manifest import Manifest
+from fusionroute.runtime.process_memory import release_freed, resident
 from fusionroute.runtime.speculation.draft_planner import DraftPlan, DraftPlanner
 from tests.runtime.bench.conftest import measured
 from tests.runtime.commands.conftest import command

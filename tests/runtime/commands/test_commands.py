@@ -257,10 +257,6 @@ FAILURES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "no bundle": (("generate", "nowhere", "--prompt", "a"), ("no bundle at nowhere", "export.py")),
     "nothing to inspect": (("inspect", "nowhere"), ("no bundle at nowhere",)),
     "precision": (("generate", "BUNDLE", "--prompt", "a", "--precision", "int3"), ("int3", "--precision")),
-    "expert memory": (
-        ("generate", "BUNDLE", "--prompt", "a", "--expert-memory", "5"),
-        ("limit on device memory", "device='tensorrt' or 'rtx'"),
-    ),
     "device": (("generate", "BUNDLE", "--prompt", "a", "--device", "rtx"), ("no graphs for rtx, only for ort:cpu", "--target rtx")),
     "expert": (("generate", "BUNDLE", "--prompt", "a", "--expert", "history"), ("'history'", "expert0, expert1")),
     "no such id": (("generate", "BUNDLE", "--prompt-ids", "99999999"), ("99999999", "vocabulary")),
@@ -276,6 +272,15 @@ def test_failures_end_in_one_sentence(bundles: list[Path], command: Command, nam
     ended = command(*(bundles[0] if argument == "BUNDLE" else argument for argument in arguments))
     assert ended.status == 1 and ended.out == ""
     assert_one_sentence(ended.err, *words)
+
+
+def test_a_budget_for_experts_changes_no_text(bundles: list[Path], command: Command) -> None:
+    """Of 1 MiB, which holds both small experts; no bundle of one base takes one."""
+    asked = ("generate", bundles[0], "--prompt", "12+30=", "--max-new-tokens", "6", "--json")
+    assert command(*asked, "--expert-memory", "1").out == command(*asked).out
+    refused = command("generate", bundles[2], "--prompt", "a", "--expert-memory", "5")
+    assert refused.status == 1
+    assert_one_sentence(refused.err, "expert_memory is for experts that can leave", "leave it out")
 
 
 USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {

@@ -44,6 +44,15 @@ def test_the_table_fits_80_columns_and_says_that_it_is_an_estimate(command: Comm
     assert "--shared-base --rank 16" in " ".join(commands.replace("\\\n", " ").split())
 
 
+def test_a_system_that_does_not_fit_comes_with_its_budget(command: Command) -> None:
+    """Not where host and GPU share their memory: engines refuse it there."""
+    asked = ("plan", "--family", "llama3", "--size", "8B", "--experts", 3, "--precision", "int8", "--target")
+    choice = json.loads(command(*asked, "rtx-4090", "--json").out)["precisions"][0]
+    assert choice["placement"] == "fits with evicting experts" and choice["experts_in_memory"] == 1
+    assert f"and run it with --expert-memory {choice['expert_memory_bytes'] >> 20}\n" in command(*asked, "rtx-4090").out
+    assert "--expert-memory" not in command(*asked, "agx-orin-32gb").out
+
+
 def test_one_model_alone_is_planned_and_not_exported(command: Command) -> None:
     alone = json.loads(command("plan", "--family", "llama3", "--size", "8B", "--experts", 0, "--target", "rtx-4090", "--json").out)
     assert alone["recommended"] == {"precision": "int8", "command": None}

@@ -54,7 +54,7 @@ def on_cpu(target: str) -> Iterator[None]:
     """device="bound": the GPU's backend on the CPU provider."""
 
     def opened(bundle: Bundle, variant: Variant, options: BackendOptions) -> Backend:
-        return OrtGpu(bundle, variant, CPU)
+        return OrtGpu(bundle, variant, CPU, options.expert_memory)
 
     with (
         patch.dict(DEVICES, {"bound": ((target,), opened)}),

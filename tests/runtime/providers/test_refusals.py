@@ -230,9 +230,15 @@ def test_auto_ends_on_the_cpu_whatever_is_broken(bundles: dict[str, Path], log: 
     ]
 
 
-def test_budgets_are_refused_where_weights_stay(bundles: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match="expert_memory is a limit"):
-        FusionRuntime.load(bundles["llama3"], device="cuda", expert_memory=1 << 20)
+def test_a_budget_below_one_expert_is_refused_before_anything_is_opened(bundles: dict[str, Path]) -> None:
+    """With the bytes of its weights in the bundle."""
+    bundle = Bundle.open(bundles["llama3"])
+    stored = bundle.stored_bytes(bundle.variant("ort:cuda", "fp16").graphs["expert1"])
+    for device in ("cuda", "ort-tensorrt"):
+        with pytest.raises(InputError, match=r"^expert_memory=100 does not hold the [0-9]+ bytes of one expert: allow at least as much"):
+            FusionRuntime.load(bundles["llama3"], "fp16", device, expert_memory=100)
+    with on_cpu("ort:cuda"), pytest.raises(InputError, match=f"expert_memory={stored - 1} does not hold the {stored} bytes of one expert"):
+        FusionRuntime.load(bundles["llama3"], device="bound", expert_memory=stored - 1)
 
 
 def test_a_failing_run_is_one_sentence(bundles: dict[str, Path]) -> None:

@@ -1,11 +1,14 @@
 """Clients that leave, a full queue, time that is over, and shutting down."""
 
+import gc
 import json
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,13 +76,30 @@ def test_beyond_the_queue_comes_429_and_those_that_leave_it_make_room(bundles: l
         assert running.complete("1", max_tokens=2).status_code == 200
 
 
+def test_a_connection_that_is_reset_leaves_nothing(bundles: list[Path]) -> None:
+    with served(FusionRuntime.load(bundles[0], precision="fp32")) as running:
+        with connected(running) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert client.recv(1) == b"H"
+            wait_until(lambda: running.uvicorn.server_state.total_requests == 1)
+            [connection] = running.uvicorn.server_state.connections
+            left = weakref.ref(connection)
+            del connection
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+        wait_until(lambda: gc.collect() >= 0 and left() is None)
+
+
+def connected(running: Served) -> socket.socket:
+    host, _, port = running.url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)))
+
+
 @contextmanager
 def sent(running: Served, fields: dict[str, Any]) -> Iterator[None]:
     """A request of a client that leaves at the end without an answer."""
-    host, _, port = running.url.removeprefix("http://").partition(":")
     body = json.dumps({"model": MODEL} | fields).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection((host, int(port))) as connection:
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with connected(running) as connection:
         connection.sendall(head.encode() + body)
         yield
 

@@ -23,6 +23,10 @@ ANSWERS = {  # an answer → the text beside its calls, and how many calls there
     '{"name": "other"}': ('{"name": "other"}', 0),
     "<tool_call>no JSON</tool_call> ": ("<tool_call>no JSON</tool_call> ", 0),
     "a < b <tool": ("a < b <tool", 0),
+    '{"name": ["add"]}': ('{"name": ["add"]}', 0),
+    '{"name": {"add": 1}}': ('{"name": {"add": 1}}', 0),
+    '{"name": "add", "arguments": {"a": 1e400}}': ('{"name": "add", "arguments": {"a": 1e400}}', 0),
+    '{"name": "add", "arguments": NaN}': ('{"name": "add", "arguments": NaN}', 0),
     "": ("", 0),
 }
 
@@ -47,6 +51,12 @@ def test_calls_are_read_out_of_answers(answer: str) -> None:
     assert (text, len(functions)) == ANSWERS[answer]
     passed, rest, same = streamed(list(answer))
     assert ("".join(passed) + rest, same) == (text, functions)
+
+
+@pytest.mark.parametrize(("arguments", "written"), [(r'"\ud800b\ud83d\ude00"', "�b😀"), (r'{"a": "\udc00"}', '{"a": "�"}')])
+def test_arguments_are_text_whatever_the_model_escapes(arguments: str, written: str) -> None:
+    _, [call] = read_calls(f'{{"name": "add", "arguments": {arguments}}}', TOOLS)
+    assert call["function"]["arguments"] == written and written.encode()
 
 
 def test_text_is_passed_on_at_once_and_calls_are_not() -> None:

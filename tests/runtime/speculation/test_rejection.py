@@ -115,3 +115,10 @@ def test_drafts_are_drawn_from_the_likeliest_tokens(vocab: int, temperature: flo
         assert len(drafts.ids) == np.searchsorted(shares, 0.6) + 1
     if "min_p" in filters:
         assert (weights >= 0.2 * (1 - 1e-6)).all()
+
+
+def test_where_float32_cannot_hold_the_normaliser_probabilities_are_summed() -> None:
+    row = np.array([0.0, 4.0, 8.0, 4.0], np.float32) + np.float32(1e7)
+    expected = np.exp(np.array([-8.0, -4.0, 0.0, -4.0]))
+    wrong = Softmax(row, 1.0, 1e7)  # 8 less than it is, and float32 holds every number between
+    assert wrong.probabilities_of(np.array([3, 2])) == pytest.approx(expected[[3, 2]] / expected.sum())

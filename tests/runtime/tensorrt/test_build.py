@@ -161,10 +161,11 @@ def test_a_graph_that_the_library_cannot_read_is_named_with_its_node(exported: E
     node.name, node.op_type = "chooser", "Unique"
     ir.save(model, tmp_path / "broken.onnx")
     dimensions = shapes(profile_of(Manifest.read(exported.bundle)), 300)
+    broken, content = tmp_path / "broken.onnx", (tmp_path / "broken.onnx").read_bytes()
     with pytest.raises(FusionError, match=r"^TensorRT-RTX \S+ cannot read broken.onnx \(.*chooser.*\); export it again\.$"):
-        build(tmp_path / "broken.onnx", tmp_path / "e.engine", "rtx", dimensions, (86,))
+        build(broken, content, tmp_path / "e.engine", "rtx", dimensions, (86,))
     with pytest.raises(UnavailableError, match=r"does not import the operator Unique:"):
-        build(tmp_path / "broken.onnx", tmp_path / "e.engine", "rtx", dimensions, (86,), ["TopK", "Unique"])
+        build(broken, content, tmp_path / "e.engine", "rtx", dimensions, (86,), ["TopK", "Unique"])
     assert not list(tmp_path.glob("*.engine"))
 
 
@@ -193,9 +194,8 @@ def test_a_build_that_fails_or_is_stopped_leaves_nothing(exported: Exported, mon
 def test_progress_reaches_the_end(exported: Exported, tmp_path: Path) -> None:
     manifest = Manifest.read(exported.bundle)
     parts: list[float] = []
-    build(
-        exported.bundle / "graphs/fusion.onnx", tmp_path / "e.engine", "rtx", shapes(profile_of(manifest), 300), (86,), advance=parts.append
-    )
+    graph, dimensions = exported.bundle / "graphs/fusion.onnx", shapes(profile_of(manifest), 300)
+    build(graph, graph.read_bytes(), tmp_path / "e.engine", "rtx", dimensions, (86,), advance=parts.append)
     assert sum(parts) == pytest.approx(1.0) and all(part > 0 for part in parts)
     assert (tmp_path / "e.engine").stat().st_size > 100_000
 

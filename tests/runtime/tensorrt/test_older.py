@@ -92,5 +92,6 @@ def test_an_engine_builds(bundle: Path, number: int, tmp_path: Path) -> None:
     manifest = Manifest.read(bundle)
     variant = manifest.variants[number]
     dimensions = shapes(profile_of(manifest), manifest.vocab_size)
-    build(bundle / variant.graphs["router"], tmp_path / "router.engine", "rtx", dimensions, (86,), variant.operators)
+    graph = bundle / variant.graphs["router"]
+    build(graph, graph.read_bytes(), tmp_path / "router.engine", "rtx", dimensions, (86,), variant.operators)
     assert (tmp_path / "router.engine").stat().st_size > 100_000

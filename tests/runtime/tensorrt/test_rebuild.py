@@ -41,7 +41,8 @@ class Builder:
         self.count = self.running = self.most_running = 0
         self.during: Any = lambda: None
 
-    def __call__(self, graph: Path, engine: Path, *_: object) -> None:
+    def __call__(self, graph: Path, content: bytes, engine: Path, *_: object) -> None:
+        assert graph.read_bytes() == content, "beside its weights, however its folder is reached"
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -110,6 +111,15 @@ def test_a_build_that_fails_leaves_the_older_engines_as_they_were(own: Path, bui
         build(own, manifest, 0)
     assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == files
     built(own)
+
+
+def test_a_graph_that_was_changed_is_not_built(own: Path, builder: Builder) -> None:
+    manifest = Manifest.read(own)
+    graph = own / manifest.variants[0].graphs["router"]
+    graph.write_bytes(graph.read_bytes() + b" ")
+    with pytest.raises(BundleError, match=rf"^{graph} was changed after the export"):
+        build(own, manifest, 0)
+    assert builder.count == 0 and Manifest.read(own) == manifest
 
 
 def test_what_a_killed_build_has_left_is_removed(own: Path, builder: Builder) -> None:

@@ -15,7 +15,7 @@ from fusionroute.fr_export.graphs.fusion_graph import write_fusion_graph
 from fusionroute.runtime.adapters.factor_file import write_factors
 from fusionroute.runtime.file_entry import File
 from fusionroute.runtime.limits import DELTA, EXPERT
-from fusionroute.runtime.manifest import Engines, Manifest, Model, Pair, Profile, Variant
+from fusionroute.runtime.manifest import FORMAT, Engines, Manifest, Model, Pair, Profile, Variant
 from tests.support.simulated.tensorrt import VERSION, plan
 
 VOCAB, WIDTH, HEADS, SIZE, CAPACITY, CHUNK = 40, 16, 2, 8, 320, 4
@@ -139,7 +139,7 @@ def write_bundle(folder: Path, experts: int = 3, seed: int = 0, layers: int = 2,
     target = "tensorrt:10.3" if rows else "tensorrt"
     variant = Variant(target=target, precision="fp32", graphs=graphs, fusion_graph="graphs/fusion.onnx", bits_per_weight=32)
     manifest = Manifest(
-        format=1, family="llama3", models=[Model(name=name, **spec) for name in names], fusion="weighted", lam=0.5, vocab_size=VOCAB,
+        format=FORMAT, family="llama3", models=[Model(name=name, **spec) for name in names], fusion="weighted", lam=0.5, vocab_size=VOCAB,
         max_seq_len=CAPACITY, bos_token=None, eos_token=None, eos_token_ids=[], variants=[variant],
         files={path: described(folder, path) for path in (*graphs.values(), "graphs/fusion.onnx")},
     )  # fmt: skip
@@ -166,7 +166,7 @@ def write_pair_bundle(folder: Path, experts: int = 3, seed: int = 0, layers: int
         target=target, precision="fp32", graphs={}, fusion_graph="graphs/fusion.onnx", bits_per_weight=32, pair=Pair(graph=path, factors=factors),
     )  # fmt: skip
     manifest = Manifest(
-        format=3, family="llama3", models=[Model(name=name, **spec) for name in ("router", *factors)], fusion="weighted", lam=0.5,
+        format=FORMAT, family="llama3", models=[Model(name=name, **spec) for name in ("router", *factors)], fusion="weighted", lam=0.5,
         vocab_size=VOCAB, max_seq_len=CAPACITY, bos_token=None, eos_token=None, eos_token_ids=[], variants=[variant],
         files={name: described(folder, name) for name in (path, "graphs/fusion.onnx", *factors.values())},
     )  # fmt: skip
