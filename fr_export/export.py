@@ -83,7 +83,7 @@ class Checked:
 
 def check(request: Request, stages: Stages) -> Checked:
     """Open everything that a request names and refuse what does not fit. Changes nothing. Raises FusionError."""
-    refuse(request.out, request.force, request.calibration, request.experts, request.gpus, request.kv)
+    refuse(request.out, request.force, request.calibration, request.experts, request.gpus, request.precisions, request.kv)
     chosen = [(target, name) for target in request.targets for name in request.precisions if name in SCHEMES[target]]
     if request.kv is not None and (reason := refusal(request.kv, request.targets)) is not None:
         raise InputError(f"{reason}.")

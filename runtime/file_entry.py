@@ -25,6 +25,16 @@ def inside(path: str) -> str:
 InsidePath = Annotated[str, AfterValidator(inside)]
 
 
+def visible(name: str) -> str:
+    """A name that a terminal shows as it is."""
+    if not name.isprintable():
+        raise ValueError(f"{name!r} has characters that move cursors or end lines")
+    return name
+
+
+Name = Annotated[str, AfterValidator(visible)]  # reaches terminals and logs
+
+
 class Strict(BaseModel):
     """Unknown fields are errors: an old runtime must not misread a newer bundle."""
 

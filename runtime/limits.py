@@ -1,6 +1,7 @@
 """Constants and arithmetic that several rooms of the runtime share."""
 
 EXPERT, DELTA = "expert.", "delta."  # in a pair's graph, in front of the expert's inputs and outputs, and of its factors
+WINDOW = "window."  # in front of the lengths that layers with a sliding window read
 CHUNK = 512  # most tokens in one prefill pass: bounds memory, and depends on the tokens alone
 FUSED = 1 << 24  # logits fused in one call: 64 MB, of which the fusion graph makes several copies
 PIECE = 64  # tokens in one background pass: a chosen expert waits for at most one, and then reads fewer than two more

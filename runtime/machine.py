@@ -42,3 +42,11 @@ def sums_in_32_bits() -> bool:
     which may overflow.
     """
     return any(feature in line.split() for line in processor() for feature in ("avx512_vnni", "avx_vnni"))
+
+
+def second_level_cache() -> int:
+    """Bytes of a core's second-level cache, as glibc tells them; 0 where it tells none."""
+    try:
+        return max(os.sysconf(191), 0)  # _SC_LEVEL2_CACHE_SIZE, which Python has no name for
+    except (OSError, ValueError):
+        return 0

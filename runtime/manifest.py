@@ -4,7 +4,6 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
@@ -15,14 +14,15 @@ from pydantic import (
 
 from fusionroute.runtime.arguments import LONGEST, shown
 from fusionroute.runtime.errors import BundleError, one_line
-from fusionroute.runtime.file_entry import LARGEST, File, InsidePath, Size, Strict
+from fusionroute.runtime.file_entry import LARGEST, File, InsidePath, Name, Size, Strict
 from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName
 from fusionroute.runtime.manifest_file import NAME, SIGNATURE, read_manifest, write_manifest
 from fusionroute.runtime.strict_json import check_json
+from fusionroute.runtime.window import Window
 
 BASE, FUSION = "base", "fusion"  # names of engines that are no model's
 # what this version reads at most, and writes. Format 1 has no `tensors`: each weight was a file; from 3 on a variant may have a `pair`,
-# from 4 on `kv`; from 5 on files have their `blake3`, and a pair may have `every_expert`
+# from 4 on `kv`; from 5 on files have their `blake3`, a pair may have `every_expert`, and a variant `windows`
 FORMAT: Final = 5
 Fusion = Literal["weighted", "additive"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -34,16 +34,6 @@ def an_int(value: object) -> object:
     if type(value) is not int:
         raise ValueError("expected a whole number")
     return value
-
-
-def visible(name: str) -> str:
-    """A name that a terminal shows as it is."""
-    if not name.isprintable():
-        raise ValueError(f"{name!r} has characters that move cursors or end lines")
-    return name
-
-
-Name = Annotated[str, AfterValidator(visible)]  # reaches terminals and logs
 
 
 class Model(Strict):
@@ -131,10 +121,10 @@ class Variant(Strict):
     """One precision for one target: a graph per model (router first), or one for all of them; and the fusion graph.
 
     `pair`: the one graph; `graphs` is then that of experts which it does not serve. `kv`: the precision of keys and
-    values, where it is not that of the activations. `weight_bytes`: bytes of weights
-    that one token reads of each model, which are all but the embedding rows of other tokens (of an expert beside a
-    `pair`: its factors); empty in bundles of older versions. `operators`: the ONNX operators of its graphs, for targets
-    whose builder must know them.
+    values, where it is not that of the activations. `windows`: by model, where some layers do with the end of a text.
+    `weight_bytes`: bytes of weights that one token reads of each model, which are all but the embedding rows of other
+    tokens (of an expert beside a `pair`: its factors); empty in bundles of older versions. `operators`: the ONNX operators
+    of its graphs, for targets whose builder must know them.
     """
 
     target: Name
@@ -147,12 +137,13 @@ class Variant(Strict):
     engines: list[Engines] = Field(default_factory=list)
     pair: Pair | None = None
     kv: KvName | None = None
+    windows: dict[str, Window] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
     def without_news(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `pair` and `kv` out where there are none: older versions read such variants."""
+        """Leave `pair`, `kv` and `windows` out where there are none: older versions read such variants."""
         fields: dict[str, Any] = serialise(self)
-        return {name: value for name, value in fields.items() if value is not None or name not in ("pair", "kv")}
+        return {name: value for name, value in fields.items() if value or name not in ("pair", "kv", "windows")}
 
     @property
     def graph_paths(self) -> list[str]:
@@ -243,6 +234,9 @@ class Manifest(Strict):
             paths = {*of_models.values(), variant.fusion_graph} | (pair.files if pair else set())
             if unknown := sorted(paths - self.files.keys()):
                 raise ValueError(f"the file {unknown[0]} of the variant {variant.precision} is not among the files")
+            layers = {model.name: model.layers for model in self.models if model.name in variant.graphs}
+            if without := [name for name, own in variant.windows.items() if max(own.layers) >= layers.get(name, 0)]:
+                raise ValueError(f"the variant {variant.precision} has windows in layers that {without[0]} has not")
             for built in variant.engines:
                 if built.engines.keys() != variant.engine_graphs.keys():
                     raise ValueError(

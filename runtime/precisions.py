@@ -21,6 +21,7 @@ class Precision:
     help: for the help text of --precision.
     targets: what it can be exported for, that is, for which it has a scheme in fr_export/precision.
     calibrated_on: targets on which it cannot do without calibration, which gives its activations their scales.
+    least_sm: compute capability from which on GPUs have its types (89 for SM89).
     cpu_bits: bits per weight that ONNX Runtime reads on a CPU, where it widens the weights on loading.
     Raises FusionError where there is no bound.
     """
@@ -31,6 +32,7 @@ class Precision:
     help: str
     targets: tuple[str, ...]
     calibrated_on: tuple[str, ...] = ()
+    least_sm: int = 0
     cpu_bits: int | None = None
     bounds_on: Mapping[str, Bounds] = field(default_factory=dict)
 
@@ -82,8 +84,16 @@ RECORDS = (
         "int8", 8, INT8, "8-bit weights; for tensorrt also 8-bit activations", ("ort:cpu", "portable", *ENGINES),
         calibrated_on=ENGINES, bounds_on={"tensorrt": W8A8},
     ),
+    Precision(
+        "fp8", 8, {"perplexity_ratio": 1.01}, "8-bit floats as weights and activations, for GPUs from SM89 on; tensorrt only", ("tensorrt",),
+        calibrated_on=("tensorrt",), least_sm=89,
+    ),
     Precision("int8-wo", 8, {"perplexity_ratio": 1.01}, "8-bit weights, activations in half precision; tensorrt only", ENGINES),
     Precision("int4", 4, {"perplexity_ratio": 1.15}, "4-bit weights", ("ort:cpu", "tensorrt")),
+    Precision(
+        "nvfp4", 4, {"perplexity_ratio": 1.25}, "4-bit floats as weights and activations, for GPUs from SM100 on; tensorrt only",
+        ("tensorrt",), calibrated_on=("tensorrt",), least_sm=100,
+    ),
     # ONNX Runtime computes its Q/DQ products on a CPU in fp32
     Precision(
         "w8a8", 8, W8A8, "8-bit weights and activations with static scales, to see on a CPU what they lose", ("ort:cpu",),

@@ -121,6 +121,7 @@ class PairVariantWriter:
                 adapting=None if self._apart else self._write_adapting(layout),
             ),
             kv=stored_as(self._kv),
+            windows=whole.windows if whole else {},
         )
         return WrittenVariant(variant, ({} if about is None else {router.name: about}) | fitted)
 

@@ -38,10 +38,10 @@ def recording_variant(system: System, deltas: Mapping[str, Delta], traces: Trace
     sharing = [expert for expert in system.experts if expert.name in deltas]
     path = write_base(system, sharing, deltas, traces, scheme, folder, stages) if sharing else None
     if path is None:
-        return VariantWriter(system, traces, {}, folder, stages).write(CPU, scheme).variant
+        return VariantWriter(system, traces, {}, folder, stages, windows=False).write(CPU, scheme).variant
     graphs = {model.name: path for model in (system.router, *sharing)}
     if apart := [expert for expert in system.experts if expert.name not in deltas]:
-        graphs |= VariantWriter(system, traces, {}, folder, stages, apart).write(CPU, scheme).variant.graphs
+        graphs |= VariantWriter(system, traces, {}, folder, stages, apart, windows=False).write(CPU, scheme).variant.graphs
     return Variant(target=CPU, precision=scheme.name, graphs=graphs, fusion_graph=FUSION_GRAPH, bits_per_weight=scheme.bits)
 
 

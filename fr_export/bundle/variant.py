@@ -15,7 +15,7 @@ from fusionroute.fr_export.checkpoints.weights import Weights
 from fusionroute.fr_export.console.progress import Stages
 from fusionroute.fr_export.graphs.decoder_blocks import matrices
 from fusionroute.fr_export.graphs.graph import Graph
-from fusionroute.fr_export.graphs.passes import quantise_caches
+from fusionroute.fr_export.graphs.passes import quantise_caches, window_inputs
 from fusionroute.fr_export.graphs.source_rows import digest, unscaled
 from fusionroute.fr_export.graphs.traces import Traces
 from fusionroute.fr_export.graphs.weight_files import WeightFile, WeightFiles
@@ -30,6 +30,7 @@ from fusionroute.fr_export.precision.kv_scales import kv_scales
 from fusionroute.fr_export.precision.products import coarse_products
 from fusionroute.fr_export.precision.scheme import Fitting
 from fusionroute.fr_export.precision.shared_matrices import SharedMatrices
+from fusionroute.runtime.backends.ort_cpu import TARGET as CPU
 from fusionroute.runtime.errors import InputError
 from fusionroute.runtime.file_entry import File
 from fusionroute.runtime.kv_precisions import KV_PRECISIONS, KvName
@@ -37,6 +38,7 @@ from fusionroute.runtime.machine import cores
 from fusionroute.runtime.manifest import Variant
 from fusionroute.runtime.tensorrt.library import OLDER
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
+from fusionroute.runtime.window import Window
 
 
 class WrittenVariant(NamedTuple):
@@ -47,12 +49,13 @@ class WrittenVariant(NamedTuple):
 
 
 class WrittenModel(NamedTuple):
-    """What fitting reports of a model, its bits in all, the bytes that a token reads of it, and its operators."""
+    """What fitting reports of a model, its bits in all, the bytes that a token reads of it, its operators, and its window."""
 
     about: dict[str, Any] | None
     bits: float
     bytes: int
     operators: set[str]
+    window: Window | None
 
 
 class VariantWriter:
@@ -60,14 +63,14 @@ class VariantWriter:
 
     `evidence` holds what calibration learnt of each model's activations; without it weights are rounded to nearest.
     `models`: those that are written; None: all. `kept`: what exports that were ended have rounded already. `kv`: the
-    precision of keys and values; None: that of the activations.
+    precision of keys and values; None: that of the activations. `windows`: see `window_inputs`.
     """
 
     def __init__(
         self, system: System, traces: Traces, evidence: Mapping[str, Evidence], folder: Path, stages: Stages,
-        models: Sequence[Checkpoint] | None = None, kept: KeptMatrices | None = None, kv: KvName | None = None,
+        models: Sequence[Checkpoint] | None = None, kept: KeptMatrices | None = None, kv: KvName | None = None, windows: bool = True,
     ):  # fmt: skip
-        self._kept, self._kv = kept, kv
+        self._kept, self._kv, self._windows = kept, kv, windows
         self._system, self._traces, self._evidence, self._folder, self._stages = system, traces, evidence, folder, stages
         self._models = system.models if models is None else models
         self._stores: dict[Path, Store] = {}  # by the folder whose graphs read them
@@ -98,6 +101,7 @@ class VariantWriter:
                 )  # fmt: skip
                 spec.prepare(graph, scheme.name, model.family)
                 store_caches(graph, self._kv, self._evidence.get(model.name))
+                window = window_inputs(graph, system.max_seq_len) if self._windows and target == CPU else None
                 spec.dialect.end_with(graph, head)
                 bind(graph, model.weights, own, store, advance)
             except InputError as error:
@@ -106,7 +110,7 @@ class VariantWriter:
             ir.save(graph.model, file)
             spec.complete(file.parent, model, system.vocab_size, head)
             operators = {node.op_type for node in graph.model.graph}
-            return WrittenModel(about, own.bits * trace.parameters, weight_bytes(graph.model), operators)
+            return WrittenModel(about, own.bits * trace.parameters, weight_bytes(graph.model), operators, window)
 
         total = sum(trace.parameters for trace in traces.values())
         with self._stages.stage(f"writing {scheme.name} for {target}", total) as advance, coarse_products():
@@ -121,6 +125,7 @@ class VariantWriter:
             weight_bytes={name: model.bytes for name, model in written.items()},
             operators=sorted(set().union(*(model.operators for model in written.values()))) if target in (TENSORRT, OLDER) else [],
             kv=stored_as(self._kv),
+            windows={name: model.window for name, model in written.items() if model.window is not None},
         )
         return WrittenVariant(variant, {name: model.about for name, model in written.items() if model.about is not None})
 

@@ -155,7 +155,7 @@ def main(
         bundle = out or default_folder(family)
         from fusionroute.fr_export.bundle.early_refusals import refuse
 
-        refuse(bundle, force, calibration, experts, gpus, kv)
+        refuse(bundle, force, calibration, experts, gpus, precisions, kv)
         with logging_to(log, bundle) as entries:
             stages = Stages(Terminal(stderr=True), entries)
             with stages.progress:

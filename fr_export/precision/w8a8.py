@@ -171,9 +171,9 @@ class PlannedW8A8:
         return values.blob, scales.blob
 
 
-def rounded_input(inner: ir.Graph, product: ir.Node, scale: ir.TensorProtocol) -> ir.Value:
+def rounded_input(inner: ir.Graph, product: ir.Node, scale: ir.TensorProtocol, narrow: ir.DataType = ir.DataType.INT8) -> ir.Value:
     """A product's input behind QuantizeLinear and DequantizeLinear with a scale of its type, which products of one
-    input share.
+    input share. narrow: the type between them.
     """
     x = product.inputs[0]
     for user in x.consumers():
@@ -181,9 +181,9 @@ def rounded_input(inner: ir.Graph, product: ir.Node, scale: ir.TensorProtocol) -
             return next(iter(user.outputs[0].consumers())).outputs[0]
     parameters = [
         initializer(inner, label, value.dtype, (), ir.tensor(value, name=label))
-        for label, value in ((f"{x.name}.scale", scale), (f"{x.name}.zero", ir.tensor(np.array(0, np.int8))))
+        for label, value in ((f"{x.name}.scale", scale), (f"{x.name}.zero", ir.tensor(np.zeros((), narrow.numpy()))))
     ]
-    small = added(inner, product, "QuantizeLinear", [x, *parameters], f"{x.name}.int8", x.shape, ir.DataType.INT8)
+    small = added(inner, product, "QuantizeLinear", [x, *parameters], f"{x.name}.{narrow.name.lower()}", x.shape, narrow)
     return added(inner, product, "DequantizeLinear", [small, *parameters], f"{x.name}.rounded", x.shape, scale.dtype)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
+from fusionroute.fr_export.verify.fp4_on_cpu import widen_fp4
 from fusionroute.fr_export.verify.half_on_cpu import in_fp32, widened
 from fusionroute.runtime.backends.mapped_factors import map_factors
 from fusionroute.runtime.limits import DELTA, EXPERT
@@ -48,6 +49,8 @@ def open_graph(file: Path) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     model = ir.load(file)
+    if ir.DataType.FLOAT4E2M1 in {value.dtype for value in model.graph.initializers.values()}:
+        model = widen_fp4(model)
     if ir.DataType.BFLOAT16 in {value.dtype for value in model.graph.inputs}:
         model = in_fp32(model)
     graph = ir.serde.serialize_model(model).SerializeToString()

@@ -131,7 +131,7 @@ class SegmentPasses:
                 memory.bind(self._binding, prefix(place))
                 self._attached[place] = memory
             self._counts[place] = count
-            memory.set_total(cache.length + count)
+            memory.begin_pass(cache.length, count)
         self._rows.put(segments, counts, padding)
         *names, last = [cache.model.name for cache, _ in parts]
         who = f"{', '.join(names)} and {last}" if names else last

@@ -15,6 +15,7 @@ from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
 from fusionroute.runtime.backends.keys_values import KeysValues, Storage, storage_of
 from fusionroute.runtime.backends.residency import Lease, OpenedModel, Residency, always
+from fusionroute.runtime.backends.signature import lengths_of
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.errors import FusionError, one_line
@@ -24,6 +25,7 @@ from fusionroute.runtime.process_memory import taken
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model, Variant
+    from fusionroute.runtime.window import Window
 
 TARGET = "ort:cpu"
 MEASURABLE = 32 << 20  # bytes of weights
@@ -60,7 +62,9 @@ class OrtCpu:
         def open_model(number: int) -> OpenedModel:
             spec = manifest.models[number]
             session = sessions.model(spec.name, variant.graphs[spec.name], share_weights)
-            ort.check_model(session, bundle, number, variant.graphs[spec.name], caches=storage.declared)
+            ort.check_model(
+                session, bundle, number, variant.graphs[spec.name], lengths_of(variant.windows.get(spec.name)), storage.declared
+            )
             return OpenedModel(session)
 
         self.expect: Callable[[int], None] | None = None
@@ -83,6 +87,7 @@ class OrtCpu:
                 manifest.vocab_size,
                 0 if number else len(manifest.experts),
                 storage,
+                variant.windows.get(model.name),
             )
             for number, (lease, model) in enumerate(zip(leases, manifest.models, strict=True))
         )
@@ -114,9 +119,10 @@ class OrtModel:
     """One language model. `lease`: gives its inference session for a pass. experts: how many a router scores, else 0."""
 
     def __init__(
-        self, lease: Lease, run_options: Callable[[], Any], model: Model, capacity: int, vocab: int, experts: int, storage: Storage
-    ):
-        self.lease, self.storage = lease, storage
+        self, lease: Lease, run_options: Callable[[], Any], model: Model, capacity: int, vocab: int, experts: int, storage: Storage,
+        window: Window | None = None,
+    ):  # fmt: skip
+        self.lease, self.storage, self.window = lease, storage, window
         self.seconds = 0.0  # that its runs have taken
         self.model = model
         self.capacity = capacity
@@ -144,7 +150,7 @@ class OrtCache:
         self.length = 0
         self._model = model
         self._options = model.run_options()
-        self._memory = KeysValues(model.model, model.capacity, model.storage)
+        self._memory = KeysValues(model.model, model.capacity, model.storage, model.window)
         self._ids = np.zeros((1, model.capacity), np.int64)
         self._reused = self._outputs(1)  # grows to the most rows asked for, up to REUSED
         self._positions = np.zeros(1, np.int64)
@@ -183,7 +189,7 @@ class OrtCache:
         else:
             self._ids[0, :count] = ids
             self._positions[:] = positions
-        self._memory.set_total(self.length + count)
+        self._memory.begin_pass(self.length, count)
         begun = perf_counter()
         try:
             opened.session.run_with_iobinding(bound.binding, self._options)

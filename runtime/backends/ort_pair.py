@@ -25,7 +25,7 @@ from fusionroute.runtime.backends.pair_binding import PairBinding
 from fusionroute.runtime.backends.pair_fusion import PairFuser
 from fusionroute.runtime.backends.pair_graph import PairGraph
 from fusionroute.runtime.backends.residency import OpenedModel, always
-from fusionroute.runtime.backends.signature import of_head, of_model
+from fusionroute.runtime.backends.signature import lengths_of, of_head, of_model
 from fusionroute.runtime.bundle import Bundle
 from fusionroute.runtime.errors import BundleError
 from fusionroute.runtime.joint_cache import JointCache, read_both
@@ -134,10 +134,11 @@ def open_whole(bundle: Bundle, variant: Variant, opened: CpuSessions, storage: S
     for spec in (each for each in manifest.models if each.name in variant.graphs):
         session = opened.model(spec.name, variant.graphs[spec.name], share_weights)
         logits = "logits", manifest.vocab_size
-        signature = of_model(spec, manifest.max_seq_len, logits, 0, caches=storage.declared)
+        window = variant.windows.get(spec.name)
+        signature = of_model(spec, manifest.max_seq_len, logits, 0, lengths_of(window), storage.declared)
         ort.check(session, signature, bundle, variant.graphs[spec.name], manifest.max_seq_len)
         models[spec.name] = OrtModel(
-            always(OpenedModel(session)), opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0, storage
+            always(OpenedModel(session)), opened.run_options, spec, manifest.max_seq_len, manifest.vocab_size, 0, storage, window
         )
     return models
 

@@ -51,7 +51,7 @@ class PairBinding:
         self._rows.put(segments, counts)
         self._counts[:] = counts
         for memory, length, count in zip(self._memories, lengths, counts, strict=True):
-            memory.set_total(length + count)
+            memory.begin_pass(length, count)
         run(self._graph, self._binding, self._options, sum(counts), self._names)
         routed, answered = self._rows.answers(segments)
         return routed, answered

@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fusionroute.runtime.limits import DELTA, numbered
+from fusionroute.runtime.limits import DELTA, WINDOW, numbered
 
 if TYPE_CHECKING:
     from fusionroute.runtime.manifest import Model
+    from fusionroute.runtime.window import Window
 
 FLOAT, INT32, INT64 = ("tensor(float)",), ("tensor(int32)",), ("tensor(int64)",)
 WIDTHS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")  # of caches and factors
@@ -58,6 +59,7 @@ def fits(shape: list[int | str | None], expected: tuple[int | None, ...]) -> boo
 
 FLOATS, HALVES = CacheValue(FLOAT), CacheValue(WIDTHS)
 ORT_LENGTHS = {"seqlens_k": Value(INT32, (1,)), "total_sequence_length": Value(INT32, ())}
+WINDOW_LENGTHS = {f"{WINDOW}{name}": value for name, value in ORT_LENGTHS.items()}
 TENSORRT_LENGTHS = {"write_index": Value(INT64, (1,)), "key_positions": Value(INT64, (None,))}
 
 
@@ -72,6 +74,11 @@ def of_model(
     past, present = (keys_values(spec, capacity, when, caches) for when in ("past", "present"))
     answers = {result[0]: Value(FLOAT, (1, None, result[1]))} | ({"routing": Value(FLOAT, (1, None, experts))} if experts else {})
     return Signature(text | dict(lengths) | past, answers | present)
+
+
+def lengths_of(window: Window | None) -> Values:
+    """The inputs that tell how long a text is, of a model on the CPU and of its layers with a sliding window."""
+    return ORT_LENGTHS if window is None else {**ORT_LENGTHS, **WINDOW_LENGTHS}
 
 
 def keys_values(spec: Model, capacity: int, when: str, caches: CacheValue) -> dict[str, Value]:

@@ -88,8 +88,15 @@ def precisions_table(console: Console, manifest: Manifest) -> list[Table]:
     for variant in manifest.variants:
         kv = {model.name: variant.kv_bytes_per_token(model) for model in manifest.models}
         sizes = [f"{next(iter(kv.values())):,}"] if len(set(kv.values())) == 1 else [f"{name} {size:,}" for name, size in kv.items()]
-        rows.append((variant.target, variant.precision, f"{variant.bits_per_weight:.2f}", str(variant.kv_bits), "\n".join(sizes)))
-    return tables(console, "Precisions", ("target", "precision"), ("bits/weight", "KV bits", "KV bytes per token of a model"), rows)
+        spans = {f"{each.tokens:,} tokens in {len(each.layers)} layers" for each in variant.windows.values()}
+        rows.append(
+            (
+                variant.target, variant.precision, f"{variant.bits_per_weight:.2f}", str(variant.kv_bits), "\n".join(sizes),
+                "\n".join(sorted(spans)) or "–",
+            )
+        )  # fmt: skip
+    columns = "bits/weight", "KV bits", "KV bytes per token of a model", "windows"
+    return tables(console, "Precisions", ("target", "precision"), columns, rows)
 
 
 def engines_table(console: Console, manifest: Manifest) -> list[Table]:

@@ -22,7 +22,7 @@ class Device:
     """memory: bytes, of which the system takes `reserved`. bandwidth: bytes/s that its memory is specified for, or was
     measured at. unified: whether host and GPU share the memory. export: the target to export for. link: bytes/s at
     which weights of evicted experts come back. kind: whose measurements tell how fast it is. cores: of a
-    processor.
+    processor. sm: compute capability of a GPU (89 for SM89); None: not known.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Device:
     reserved_source: str
     kind: Kind = "gpu"
     cores: int = 2
+    sm: int | None = None
 
     @property
     def free(self) -> int:

@@ -29,7 +29,7 @@ def this_machine() -> Device:
         speed = bandwidth.of_device(gpu).bytes_per_second
         return Device(
             THIS, f"this machine's GPU (SM{gpu.sm})", free, speed, gpu.integrated, target, 0, FROM_HOST, "measured",
-            "what is free now",
+            "what is free now", sm=gpu.sm,
         )  # fmt: skip
     total = int(psutil.virtual_memory().total)
     speed = bandwidth.of_host().bytes_per_second

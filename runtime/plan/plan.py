@@ -13,12 +13,13 @@ from fusionroute.runtime.plan.measurements import measurements
 from fusionroute.runtime.plan.memory import Memory, memory_of
 from fusionroute.runtime.plan.speed import Range, Text, decode_speed, prefill_speed
 from fusionroute.runtime.plan.systems import Request
+from fusionroute.runtime.precisions import PRECISIONS
 from fusionroute.runtime.tensorrt.library import TARGET as TENSORRT
 
 CUDA = "ort:cuda"
 
 # 8 bits lose next to nothing; then what loses more, and last what only costs memory: see docs/precision.md
-PREFERRED = ("int8", "int8-wo", "int4", "bf16", "fp16", "fp32")
+PREFERRED = ("int8", "fp8", "int8-wo", "int4", "nvfp4", "bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def make_plan(request: Request, device: Device, text: Text, precisions: Sequence
             raise InputError(f"{name} {share:g} is no share of the tokens: give a number from 0 to 1.")
     if device.target == TENSORRT and request.targets and TENSORRT not in request.targets and CUDA in request.targets:
         device = replace(device, export=CUDA)
-    known = request.precisions(device.target)
+    known = [name for name in request.precisions(device.target) if has_types(device, name)]
     if not known:
         raise InputError(
             f"The bundle has nothing for {device.title}, and its models have no known sizes: export it with --target {device.export}, "
@@ -121,6 +122,12 @@ def make_plan(request: Request, device: Device, text: Text, precisions: Sequence
             raise InputError(f"There is no precision '{precision}' for {device.title} ({device.export}): use one of {', '.join(known)}.")
     choices = tuple(choice_of(request, device, text, precision) for precision in precisions or known)
     return Plan(request, device, text, choices, recommended(choices))
+
+
+def has_types(device: Device, precision: str) -> bool:
+    """Whether a GPU has the types of a precision; one whose compute capability nobody gave may have all."""
+    record = PRECISIONS.get(precision)
+    return device.sm is None or record is None or record.least_sm <= device.sm
 
 
 def choice_of(request: Request, device: Device, text: Text, precision: str) -> Choice:

@@ -30,7 +30,8 @@ class Format:
 # is looked up too; calibration keeps sensitive matrices at 8 bits, up to 5.0 on average: see docs/precision.md
 ON_CPU = {"int8": Format(8.5, 8.5, 8.5, True), "int4": Format(4.9, 4.9, 4.9, True)}
 # scales by row, or by block; a lookup of quantised rows is refused there: see docs/tensorrt.md
-IN_ENGINES = {"int8": Format(8.1, 8.1, HALF, False), "int8-wo": Format(8.1, 8.1, HALF, False), "int4": Format(4.9, 4.9, HALF, False)}
+EIGHT = Format(8.1, 8.1, HALF, False)
+IN_ENGINES = {"int8": EIGHT, "fp8": EIGHT, "int8-wo": EIGHT, "int4": Format(4.9, 4.9, HALF, False), "nvfp4": Format(4.5, 8.1, HALF, False)}
 
 # bytes in memory for each stored one, once ONNX Runtime's kernels have packed them: measured on SmolLM2, x86 with VNNI
 PACKED_ON_CPU = {"int8": 1.13, "int4": 1.39}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fusionroute.runtime.backends import Backend
 from fusionroute.runtime.bundle import Bundle
-from fusionroute.runtime.cache import read_checked
+from fusionroute.runtime.cache import Clock, read_checked
 from fusionroute.runtime.read_along import PassPrices
 from fusionroute.runtime.speculation.costs import REPEATS, VALID, costs_file, keep, segment
 
@@ -32,11 +32,11 @@ def prices_of(bundle: Bundle, backend: Backend, precision: str, threads: int | N
     return known or measure(bundle, backend, size)
 
 
-def read_prices(path: Path) -> PassPrices | None:
+def read_prices(path: Path, clock: Clock = time.time) -> PassPrices | None:
     """The prices in a file; None if it holds none, or is too old."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         known = dict(read_checked(path) or {})
-        if time.time() - known.pop("measured") <= VALID:
+        if clock() - known.pop("measured") <= VALID:
             return PassPrices(**known)
     return None
 

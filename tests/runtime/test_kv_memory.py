@@ -105,6 +105,24 @@ def test_a_text_that_does_not_fit_is_told_before_it_is_read(bundles: list[Path],
         rt.generate(PROMPT[:100], 4, expert="expert0")
 
 
+@pytest.mark.parametrize("number", [0, 2], ids=["models", "one base"])
+def test_of_a_long_prompt_that_does_not_fit_nothing_is_read(bundles: list[Path], number: int) -> None:
+    """Though its first passes would fit; the router, which would, reads no pass that it shares with an expert."""
+    each = 1 + number // 2  # the system with one base has two layers
+    with load(bundles[number], each * room(400)) as rt:
+        session = rt.session(expert="expert0")
+        session.append(PROMPT * 3)
+        with pytest.raises(UnavailableError, match="of kv_memory"):
+            session.step()
+        assert session._decoder.readers.router.length == 0 and session.lags["expert0"] == 600
+    with load(bundles[number], each * room(600)) as rt:
+        session = rt.session(expert="expert0")
+        session.append(PROMPT * 3)
+        with pytest.raises(UnavailableError, match="of kv_memory"):
+            session.step()
+        assert session._decoder.readers.router.length == (0 if number else 600) and session.lags["expert0"] == 600
+
+
 def test_streams_end_with_the_tokens_so_far(bundles: list[Path]) -> None:
     with load(bundles[0], 2 * room(60)) as rt:
         tokens: list[int] = []

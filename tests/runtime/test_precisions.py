@@ -24,7 +24,7 @@ ORDERS = {
     # ONNX Runtime widens half precision on a CPU and computes Q/DQ products there in fp32
     "ort:cpu": ["int4", "int8", "fp32", "fp16", "bf16", "w8a8"],
     "ort:cuda": ["fp16", "bf16"],
-    "tensorrt": ["int4", "int8", "int8-wo", "fp16", "bf16", "fp32"],
+    "tensorrt": ["int4", "nvfp4", "int8", "fp8", "int8-wo", "fp16", "bf16", "fp32"],
     "tensorrt:10.3": ["int8", "int8-wo", "fp16", "bf16", "fp32"],
 }
 

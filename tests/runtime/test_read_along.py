@@ -228,6 +228,13 @@ def test_it_pays_where_guesses_would_often_be_wrong() -> None:
         along.spared.hits, along.spared.trials = share * 100, 100
         assert along.readers(near) == (sorted(near) if pays else [])
         assert along.readers({0}) == [] and ReadAlong(None, along.spared, answered={0, 1, 2}).readers(near) == []
+    along = ReadAlong(PassPrices(60, 60, 60, 3))
+    for expert in (0, 1, 0, 1):
+        along.saw(5, expert, {0, 1, 2})
+    assert along.readers({0, 1, 2}) == [0, 1], "who has read in another text alone does not count"
+    share = along.spared.mean
+    along.saw(5, 2, {0, 1, 2})
+    assert along.spared.mean < share, "nor would it have read along"
     along = ReadAlong(PassPrices(60, 80, 60, 3))
     for number in range(100):  # an expert after the other, behind tokens that stand there once
         along.saw(number, number % 3, {0, 1, 2})
@@ -244,7 +251,7 @@ def test_a_step_in_which_all_read_is_priced_as_one_pass() -> None:
     assert planner.plan(8, 7, True, 1, 32, plain=0.1).rows == 1
 
 
-def test_prices_are_measured_once_and_again_after_a_month(segments: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_prices_are_measured_once_a_month(segments: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured: list[int] = []
     measure = pass_prices.measure
@@ -259,10 +266,9 @@ def test_prices_are_measured_once_and_again_after_a_month(segments: Path, monkey
             prices = rt._sets.current.prices
             assert prices is not None and prices.experts == 3 and min(prices.pair, prices.every, prices.alone) > 0
     assert measured == [1, 2]
-    later = time.time() + VALID + 60
-    monkeypatch.setattr(time, "time", lambda: later)
-    with FusionRuntime.load(segments, "fp32", "cpu"):
-        assert measured == [1, 2, 1]
+    files = list((tmp_path / "fusionroute" / "costs").glob("*.json"))
+    assert prices in [read_prices(file, lambda: time.time() + VALID - 60) for file in files]
+    assert [read_prices(file, lambda: time.time() + VALID + 60) for file in files] == [None, None]
     assert read_prices(tmp_path / "none.json") is None
 
 

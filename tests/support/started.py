@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ def started(bundle: Path, *options: str, key: str = "secret") -> Iterator[Starte
     try:
         line = process.stderr.readline()
         assert " is served at http://127.0.0.1:" in line, line + process.stderr.read()
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # a pipe that is full would stop the server's log, and it
         yield Started(line.split()[-1].removesuffix("/v1"), key)
         process.terminate()
         assert process.wait(60) == 143

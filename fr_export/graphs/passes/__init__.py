@@ -17,6 +17,7 @@ from fusionroute.fr_export.graphs.passes.segment_per_expert import segment_per_e
 from fusionroute.fr_export.graphs.passes.slices_to_split import slices_to_split
 from fusionroute.fr_export.graphs.passes.split_head import is_linear, shares_head, split_head
 from fusionroute.fr_export.graphs.passes.to_half import to_half
+from fusionroute.fr_export.graphs.passes.window_inputs import window_inputs
 
 __all__ = [
     "decompose_rmsnorm",
@@ -35,4 +36,5 @@ __all__ = [
     "split_head",
     "split_qkv",
     "to_half",
+    "window_inputs",
 ]

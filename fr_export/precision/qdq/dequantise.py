@@ -33,7 +33,6 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store, enter: 
     """
     inner, fmt = graph.model.graph, stored.format
     name, (out, width) = str(matrix.name), (int(size) for size in matrix.shape)
-    products, lookups = users(matrix)
     blocks = width // fmt.block
     integers = INTEGERS[fmt.bits]
     values = initializer(
@@ -43,13 +42,28 @@ def attach(graph: Graph, matrix: ir.Value, stored: Stored, store: Store, enter: 
     shape = (out,) if by_row else (out, blocks)
     scales = store.put(stored.scales.read(fmt.scale_type).astype(numpy_type(matrix.dtype)), str(matrix.name))
     scale = initializer(inner, f"{name}.scale", matrix.dtype, shape, scales.tensor(f"{name}.scale", matrix.dtype, shape))
-    wide = ir.Value(name=f"{name}.wide", type=ir.TensorType(matrix.dtype), shape=matrix.shape)
-    where = {"axis": 0} if by_row else {"axis": 1, "block_size": fmt.block}
-    node(inner, (lookups or products)[0], "DequantizeLinear", [values, scale], [wide], **where)
+    widen(graph, matrix, values, scale, enter, **({"axis": 0} if by_row else {"axis": 1, "block_size": fmt.block}))
+
+
+def widen(graph: Graph, matrix: ir.Value, values: ir.Value, scale: ir.Value, enter: Enter | None = None, **where: int) -> None:
+    """Let products and look-ups of `matrix` read DequantizeLinear of narrow values and a scale of the matrix's type.
+
+    where: its attributes, `axis` and `block_size`. enter: see `attach`.
+    """
+    inner = graph.model.graph
+    _, lookups = users(matrix)
+    wide = ir.Value(name=f"{matrix.name}.wide", type=ir.TensorType(matrix.dtype), shape=matrix.shape)
+    node(inner, first_user(matrix), "DequantizeLinear", [values, scale], [wide], **where)
     multiply(graph, matrix, wide, enter)
     for lookup in lookups:
         lookup.replace_input_with(0, wide)
-    del inner.initializers[name]
+    del inner.initializers[str(matrix.name)]
+
+
+def first_user(matrix: ir.Value) -> ir.Node:
+    """The node that what dequantises a matrix goes in front of."""
+    products, lookups = users(matrix)
+    return (lookups or products)[0]
 
 
 def numpy_type(dtype: ir.DataType) -> np.dtype:

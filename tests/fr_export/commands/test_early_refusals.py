@@ -214,3 +214,11 @@ def test_scales_are_asked_for_before_any_work_from_python_too(tmp_path: Path) ->
     assert str(caught.value) == (
         "int8 for tensorrt needs the scales of calibration: leave out calibration='none', or name other precisions."
     )
+
+
+@pytest.mark.parametrize(("gpus", "precision", "oldest", "least"), [("sm86+sm120", "int8,fp8", 86, 89), ("sm89", "nvfp4", 89, 100)])
+def test_engines_for_gpus_without_the_types_are_refused(command: Command, gpus: str, precision: str, oldest: int, least: int) -> None:
+    ended = command(*TINY, "--target", f"rtx:{gpus}", "--precision", precision)
+    assert ended.status == 1
+    name = precision.rpartition(",")[2]
+    assert_one_sentence(ended.err, f"GPUs of sm{oldest} have no {name}, which begins with sm{least}: build engines for others")

@@ -18,6 +18,7 @@ from fusionroute.fr_export.precision import SCHEMES, collect, int4
 from fusionroute.fr_export.precision.blockwise import SMALLEST_NORMAL, blocked, nearest
 from fusionroute.fr_export.precision.half import Half
 from fusionroute.fr_export.precision.int8 import BLOCK, SMALL, quantise
+from fusionroute.fr_export.precision.qdq.fp8 import Fp8
 from fusionroute.fr_export.precision.w8a8 import StaticW8A8
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
@@ -215,7 +216,7 @@ def test_schemes_are_collected_from_their_files_in_the_order_of_the_records() ->
         "ort:cpu": ["fp32", "fp16", "bf16", "int8", "int4", "w8a8"],
         "ort:cuda": ["fp16", "bf16"],
         "portable": ["fp32", "fp16", "int8"],
-        "tensorrt": ["fp32", "fp16", "bf16", "int8", "int8-wo", "int4"],
+        "tensorrt": ["fp32", "fp16", "bf16", "int8", "fp8", "int8-wo", "int4", "nvfp4"],
         "tensorrt:10.3": ["fp32", "fp16", "bf16", "int8", "int8-wo"],
     }
 
@@ -232,11 +233,11 @@ def test_the_records_name_the_targets_that_need_calibration() -> None:
     """Their schemes refuse to bind a matrix without it."""
     for target, schemes in SCHEMES.items():
         for name, scheme in schemes.items():
-            refuses = type(scheme).bind is StaticW8A8.bind
+            refuses = type(scheme).bind in (StaticW8A8.bind, Fp8.bind)
             assert (target in PRECISIONS[name].calibrated_on) == refuses, (target, name)
 
 
 def test_a_scheme_without_a_record_is_refused_on_import() -> None:
     """It ended in KeyError once everything was written."""
-    with pytest.raises(FusionError, match=r"^The precision 'fp8' of mine has no record and so no bound: add one to .*precisions\.py\.$"):
-        collect({"mine": {"ort:cpu": (Half("fp8"),)}})
+    with pytest.raises(FusionError, match=r"^The precision 'fp6' of mine has no record and so no bound: add one to .*precisions\.py\.$"):
+        collect({"mine": {"ort:cpu": (Half("fp6"),)}})

@@ -10,6 +10,7 @@ from fusionroute.runtime.plan.devices import devices
 from fusionroute.runtime.precisions import exported_for, fastest_first
 from tests.support.commands import Command
 
+OF_ORIN = [name for name in fastest_first(exported_for("tensorrt"), "tensorrt") if name not in ("fp8", "nvfp4")]  # it is SM87
 SMALL = ("--family", "llama3", "--size", "1B", "--target", "orin-nx-16gb")
 
 
@@ -19,7 +20,7 @@ def test_json_has_what_scripts_rely_on(command: Command) -> None:
     result = json.loads(ended.out)
     assert result["estimate"].startswith("An estimate, not a measurement: ")
     names = [each["precision"] for each in result["precisions"]]
-    assert names == fastest_first(exported_for("tensorrt"), "tensorrt") and {"int4", "int8", "bf16"} <= {*names}
+    assert names == OF_ORIN and {"int4", "int8", "bf16"} <= {*names}
     for each in result["precisions"]:
         low, expected, high = each["decode_tokens_per_second"]
         assert 0 < low < expected < high
@@ -51,6 +52,12 @@ def test_a_system_that_does_not_fit_comes_with_its_budget(command: Command) -> N
     assert choice["placement"] == "fits with evicting experts" and choice["experts_in_memory"] == 1
     assert f"and run it with --expert-memory {choice['expert_memory_bytes'] >> 20}\n" in command(*asked, "rtx-4090").out
     assert "--expert-memory" not in command(*asked, "agx-orin-32gb").out
+
+
+@pytest.mark.parametrize(("target", "floats"), [("rtx-3060-12gb", []), ("rtx-4060-8gb", ["fp8"]), ("rtx-5090", ["nvfp4", "fp8"])])
+def test_precisions_are_those_whose_types_a_gpu_has(target: str, floats: list[str], command: Command) -> None:
+    planned = json.loads(command("plan", "--family", "llama3", "--size", "1B", "--target", target, "--json").out)
+    assert [each["precision"] for each in planned["precisions"] if each["precision"] in ("fp8", "nvfp4")] == floats
 
 
 def test_one_model_alone_is_planned_and_not_exported(command: Command) -> None:
@@ -88,8 +95,7 @@ def test_one_model_alone_is_planned_and_not_exported(command: Command) -> None:
         ((*SMALL, "--context", "1"), "A context of 1 tokens is outside what the model takes: give --context 2 to 131072."),
         (
             (*SMALL, "--precision", "w8a8"),
-            "There is no precision 'w8a8' for Jetson Orin NX 16GB (tensorrt): use one of "
-            f"{', '.join(fastest_first(exported_for('tensorrt'), 'tensorrt'))}.",
+            f"There is no precision 'w8a8' for Jetson Orin NX 16GB (tensorrt): use one of {', '.join(OF_ORIN)}.",
         ),
         ((*SMALL, "--switch-rate", "2"), "--switch-rate 2 is no share of the tokens: give a number from 0 to 1."),
         ((*SMALL, "--acceptance", "-1"), "--acceptance -1 is no share of the tokens: give a number from 0 to 1."),
