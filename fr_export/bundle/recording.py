@@ -48,12 +48,19 @@ def calibration_table(
     scheme = recording_scheme(sum(apart.values()))
 
     def bundle() -> Path:
-        variant = recording_variant(system, exact, traces, scheme, recording, stages)
-        write_common_files(system.router, recording)
-        describe(system, fusion, traces.of(), [variant], {}, recording).write(recording)
-        return recording
+        return write_recording_bundle(system, exact, traces, fusion, scheme, recording, stages)
 
     try:
         return calibrate(system, traces.of(), list(prompts), fusion, bundle, scheme.name, cache_folder(), stages, together=list(exact))
     finally:
         shutil.rmtree(recording, ignore_errors=True)
+
+
+def write_recording_bundle(
+    system: System, deltas: Mapping[str, Delta], traces: Traces, fusion: FusionSettings, scheme: Scheme, folder: Path, stages: Stages
+) -> Path:
+    """The bundle that generates calibration texts, see `recording_variant`. Returns `folder`."""
+    variant = recording_variant(system, deltas, traces, scheme, folder, stages)
+    write_common_files(system.router, folder)
+    describe(system, fusion, traces.of(), [variant], {}, folder).write(folder)
+    return folder

@@ -5,16 +5,22 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fusionroute.calibration import side_by_side
 from fusionroute.calibration.record import NOBODY, RecordedText, candidates, record
 from fusionroute.calibration.side_by_side import ReadTogether, SideBySide
+from fusionroute.fr_export.bundle.recording import write_recording_bundle
+from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
+from fusionroute.fr_export.console.progress import Stages
+from fusionroute.fr_export.families import FAMILIES
 from fusionroute.fr_export.graphs.batch_dimension import batched
+from fusionroute.fr_export.graphs.traces import Traces
+from fusionroute.fr_export.precision.fp32 import Fp32
 from fusionroute.fr_export.verify.torch_reference import reference
 from fusionroute.runtime import FusionRuntime
-from tests.support.exporting import export_system
-from tests.support.systems import Shape
+from tests.support.systems import Shape, make_system
 
 PROMPTS = [[5, 7, 9, 11], [12, 30, 42], list(range(3, 22)), [8], [250, 3, 17, 90, 4, 66, 8]]
 NEW, CONTEXT = 40, 96
@@ -27,7 +33,10 @@ SHAPES = {
 
 @pytest.fixture(scope="module", params=SHAPES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, System]:
-    return export_system(tmp_path_factory.mktemp("record"), SHAPES[request.param], ("fp32",), max_seq_len=CONTEXT)
+    folder, shape, stages = tmp_path_factory.mktemp("record"), SHAPES[request.param], Stages(Console(quiet=True))
+    system = System.open(FAMILIES[shape.family], *make_system(folder, shape), max_seq_len=CONTEXT)
+    traces = Traces(system, stages)
+    return write_recording_bundle(system, {}, traces, FusionSettings(), Fp32(), folder / "bundle", stages), system
 
 
 def opened(folder: Path, rows: int = side_by_side.MOST, texts: int = 10 * side_by_side.MOST) -> SideBySide:

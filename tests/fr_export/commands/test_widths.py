@@ -29,7 +29,7 @@ def evaluation(console: Console) -> None:
 def benchmark(console: Console) -> None:
     row = {
         "precision": "int8-wo", "system": "fused:instruction+drafts", "first_token": 12.3456, "tokens_per_second": 1234.5, "times_first": 1.25,
-        "p50": 0.01234, "p95": 0.02345, "p99": 0.03456, "switches": 12, "catch_ups": [3, 25], "weight_bytes_per_token": 5_678_900_000,
+        "p50": 0.01234, "p95": 0.02345, "p99": 0.03456, "own": 0.00056, "switches": 12, "catch_ups": [3, 25], "weight_bytes_per_token": 5_678_900_000,
         "bytes_per_second": 23.45e9, "bandwidth_share": 0.87, "acceptance_rate": 0.66,
     }  # fmt: skip
     precision = {

@@ -22,6 +22,7 @@ from fusionroute.calibration.observe import OTHERS, observe
 from fusionroute.calibration.observers import Observer
 from fusionroute.calibration.record import NOBODY, RecordedText
 from fusionroute.calibration.table import Table
+from fusionroute.fr_export.bundle.recording import SCHEME, write_recording_bundle
 from fusionroute.fr_export.checkpoints.fusion_settings import FusionSettings
 from fusionroute.fr_export.checkpoints.system import System
 from fusionroute.fr_export.console.progress import Stages
@@ -34,7 +35,6 @@ from fusionroute.fr_export.precision.calibrate import cache_folder, calibrate, c
 from fusionroute.fr_export.precision.kv_scales import caches
 from fusionroute.fr_export.verify.torch_reference import load, reference
 from fusionroute.runtime.errors import InputError
-from tests.support.exporting import export_checkpoints
 from tests.support.layer_inputs import layers_of, linear_inputs
 from tests.support.rounded_caches import keys_and_values
 from tests.support.systems import Shape, make_system
@@ -64,7 +64,7 @@ class Case:
             prompts,
             FusionSettings(),
             lambda: self.bundle,
-            "int8",
+            SCHEME.name,
             cache,
             stages or quiet(),
             **({"new_tokens": NEW} | options),
@@ -82,7 +82,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     system = System.open(FAMILIES[shape.family], router, experts, max_seq_len=48)
     graphs = Traces(system, quiet()).of()
     with patch.object(Traces, "of", return_value=graphs):
-        return Case(system, graphs, export_checkpoints(folder / "bundle", shape, router, experts, ("int8",), max_seq_len=48))
+        traces = Traces(system, quiet())
+        return Case(system, graphs, write_recording_bundle(system, {}, traces, FusionSettings(), SCHEME, folder / "bundle", quiet()))
 
 
 @pytest.fixture(scope="module")
