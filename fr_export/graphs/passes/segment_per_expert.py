@@ -128,10 +128,10 @@ class _Segments:
         read = [self.like(result, f"{result.name}.read") for result in results]
         idle = [self.like(result, f"{result.name}.idle") for result in results]
         nothing = ir.tensor(np.zeros((1, 0, int(results[0].shape[-1])), np.float32))
-        kept = [ir.Node("", "Identity", [cache], outputs=[value]) for cache, value in zip(caches, idle[1:], strict=True)]
+        unchanged = [ir.Node("", "Identity", [cache], outputs=[value]) for cache, value in zip(caches, idle[1:], strict=True)]
         branches = {
             "then_branch": [ir.Node(attention.domain, attention.op_type, attention.inputs, attention.attributes.values(), outputs=read)],
-            "else_branch": [ir.Node("", "Constant", [], [ir.AttrTensor("value", nothing)], outputs=idle[:1]), *kept],
+            "else_branch": [ir.Node("", "Constant", [], [ir.AttrTensor("value", nothing)], outputs=idle[:1]), *unchanged],
         }
         attributes = [
             ir.AttrGraph(name, ir.Graph([], outputs, nodes=nodes, name=f"{results[0].name}.{name}"))

@@ -61,8 +61,8 @@ def test_each_segment_is_as_if_its_model_had_read_it_alone(shared: tuple[SharedS
         logits, routing = reader.read([IDS[start : start + count] for start, count in zip(starts, counts, strict=True)])
         assert len(routing) == counts[0]
         for number, (start, count, own) in enumerate(zip(starts, counts, logits, strict=True)):
-            wanted = expected[number][start : start + count]
-            assert own.shape == wanted.shape and np.abs(own - wanted).max(initial=0) <= TOLERANCE * np.abs(expected[number]).max()
+            reference = expected[number][start : start + count]
+            assert own.shape == reference.shape and np.abs(own - reference).max(initial=0) <= TOLERANCE * np.abs(expected[number]).max()
             if not count:
                 assert all(np.array_equal(buffer, before[number][name]) for name, buffer in reader.memories[number].buffers.items())
 

@@ -122,17 +122,17 @@ def test_a_decoded_token_binds_nothing(segments: Path, monkeypatch: pytest.Monke
 
 
 def test_idle_models_have_no_buffers_of_their_own(segments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+    capacities: list[int] = []
     init = KeysValues.__init__
 
     def noted(self: KeysValues, spec: Any, capacity: int, storage: Any) -> None:
-        made.append(capacity)
+        capacities.append(capacity)
         init(self, spec, capacity, storage)
 
     with FusionRuntime.load(segments, "fp32", "cpu") as rt:
         monkeypatch.setattr(KeysValues, "__init__", noted)
         models(rt)[2].cache().forward(*segment(0, 5))
-        assert made == [rt.max_seq_len, 1]
+        assert capacities == [rt.max_seq_len, 1]
 
 
 def test_an_interrupted_pass_leaves_all_caches_as_they_were(segments: Path) -> None:
