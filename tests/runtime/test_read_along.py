@@ -21,9 +21,9 @@ from fusionroute.runtime.speculation import pass_prices
 from fusionroute.runtime.speculation.costs import VALID
 from fusionroute.runtime.speculation.draft_planner import DraftPlanner
 from fusionroute.runtime.speculation.pass_prices import read_prices
-from tests.runtime.test_shared_base import ACTIONS, TOLERANCE
 from tests.support.numpy_adapters import write_adapter
 from tests.support.read_along import ALWAYS, NEVER, priced
+from tests.support.session_actions import ACTIONS, TOLERANCE, act
 from tests.support.sparing import sparing
 from tests.support.speculation import EVEN, draft_always, prompts
 
@@ -144,14 +144,7 @@ def test_sessions_agree_whatever_is_done_with_them(
         session.append(prompt)
     for action, *arguments in [*actions, ("step", 1, {})]:
         for session in sessions:
-            if action == "append":
-                session.append(arguments[0])
-            elif action == "rewind":
-                session.rewind(max(1, round(arguments[0] * len(session))))
-            elif action == "pin":
-                session._pinned = arguments[0]
-            elif action == "guess":
-                session._decoder.step.guesses.saw(session.token_ids[-1], arguments[0])
+            act(session, action, arguments)
         if action == "step":
             for _ in range(2 * arguments[0]):
                 ours, theirs = (session.step(**arguments[1]) for session in sessions)

@@ -16,9 +16,9 @@ from fusionroute.runtime.backends.ort_pair import OrtPair
 from fusionroute.runtime.backends.pair_binding import PairBinding
 from fusionroute.runtime.cancellation import Interrupted
 from fusionroute.runtime.plain_step import PlainStep
+from tests.support.session_actions import ACTIONS, TOLERANCE, act
 from tests.support.speculation import draft_always, prompts, same
 
-TOLERANCE = 2e-5  # of the largest |logit|
 Loaded = tuple[FusionRuntime, FusionRuntime]
 
 
@@ -45,18 +45,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return counts
 
 
-STEPS = st.fixed_dictionaries({}, optional={
-    "lam": st.sampled_from([0.0, 0.3, 1.0]), "fusion": st.sampled_from(["weighted", "additive"]), "repetition_penalty": st.just(1.4),
-})  # fmt: skip
-ACTIONS = st.one_of(
-    st.tuples(st.just("step"), st.integers(1, 6), STEPS),
-    st.tuples(st.just("append"), st.lists(st.integers(3, 299), min_size=1, max_size=40)),
-    st.tuples(st.just("rewind"), st.floats(0, 1)),
-    st.tuples(st.just("pin"), st.sampled_from([None, None, 0, 1, 2])),
-    st.tuples(st.just("guess"), st.sampled_from([None, 0, 1, 2])),
-)
-
-
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(3, 299), min_size=1, max_size=30), st.lists(ACTIONS, min_size=1, max_size=10))
 def test_sessions_agree_whatever_is_done_with_them(loaded: Loaded, prompt: list[int], actions: list[Any]) -> None:
@@ -65,14 +53,7 @@ def test_sessions_agree_whatever_is_done_with_them(loaded: Loaded, prompt: list[
         session.append(prompt)
     for action, *arguments in [*actions, ("step", 1, {})]:
         for session in sessions:
-            if action == "append":
-                session.append(arguments[0])
-            elif action == "rewind":
-                session.rewind(max(1, round(arguments[0] * len(session))))
-            elif action == "pin":
-                session._pinned = arguments[0]
-            elif action == "guess":  # a wrong one, mostly
-                session._decoder.step.guesses.saw(session.token_ids[-1], arguments[0])
+            act(session, action, arguments)
         if action == "step":
             for _ in range(arguments[0]):
                 ours, theirs = (session.step(**arguments[1]) for session in sessions)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import torch
 from safetensors.numpy import load_file
 
 from fusionroute.runtime.manifest import Manifest
-from tests.support.adapters import make_adapted_system
+from tests.support.adapters import make_adapted_system, peft_model
 from tests.support.exporting import export_checkpoints
 from tests.support.systems import Shape
 
@@ -98,3 +99,10 @@ class PairReader:
             results["logits"] = self.head.run(["logits"], {"hidden": results["hidden"]})[0]
         logits, routing = results["logits"][0], results["routing"][0]
         return logits[: len(router)], logits[len(router) :], routing[: len(router)]
+
+
+def peft_logits(system: SharedSystem, ids: list[int]) -> list[np.ndarray]:
+    """The logits [S, V] of the router and the experts, by PEFT without merging."""
+    models = [peft_model(system.base, Path(folder)) for folder in (system.router, *system.experts.values())]
+    with torch.no_grad():
+        return [model(torch.tensor([ids])).logits[0].numpy() for model in models]

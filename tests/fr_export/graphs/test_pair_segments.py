@@ -1,6 +1,5 @@
 """Graphs that read router and expert in one pass: each segment is as if its model had read it alone, in plain torch."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from fusionroute.runtime import FusionRuntime
 from tests.support.adapters import TARGETS, make_adapted_system, peft_model
 from tests.support.calibration import observe, traced
 from tests.support.exporting import export_checkpoints
-from tests.support.pairs import PairReader, SharedSystem, export_shared
+from tests.support.pairs import PairReader, SharedSystem, export_shared, peft_logits
 from tests.support.parity import TOLERANCE
 from tests.support.sparing import sparing
 from tests.support.systems import Shape
@@ -51,13 +50,10 @@ IDS = np.random.default_rng(5).integers(3, 300, 40).tolist()
 
 
 @pytest.fixture(scope="module", params=sparing(SYSTEMS, ("qwen2", "smollm3")))
-def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SharedSystem, list[np.ndarray]]]:
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[SharedSystem, list[np.ndarray]]:
     """A shared system in fp32, and the logits [S, V] of its models for IDS, by PEFT without merging."""
     system = export_shared(tmp_path_factory.mktemp(request.param), *SYSTEMS[request.param])
-    models = [peft_model(system.base, Path(folder)) for folder in (system.router, *system.experts.values())]
-    with torch.no_grad():
-        logits = [model(torch.tensor([IDS])).logits[0].numpy() for model in models]
-    yield system, logits
+    return system, peft_logits(system, IDS)
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)

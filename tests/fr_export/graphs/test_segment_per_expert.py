@@ -1,20 +1,18 @@
 """Graphs in which every expert has a segment: each reads as plain torch does, whoever else reads in the pass."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fr_export.graphs.test_pair_segments import IDS, SMALL
-from tests.support.adapters import TARGETS, peft_model
-from tests.support.pairs import SharedSystem, export_shared
+from tests.support.adapters import TARGETS
+from tests.support.pairs import SharedSystem, export_shared, peft_logits
 from tests.support.parity import TOLERANCE
 from tests.support.segments import SegmentReader
 from tests.support.sparing import sparing
@@ -37,13 +35,10 @@ SYSTEMS: dict[str, tuple[Shape, list[dict[str, Any]]]] = {
 
 
 @pytest.fixture(scope="module", params=sparing(SYSTEMS, ("llama3", "qwen3", "phi3")))
-def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SharedSystem, list[np.ndarray]]]:
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[SharedSystem, list[np.ndarray]]:
     """A shared system in fp32, and the logits [S, V] of its models for IDS, by PEFT without merging."""
     system = export_shared(tmp_path_factory.mktemp(request.param), *SYSTEMS[request.param])
-    models = [peft_model(system.base, Path(folder)) for folder in (system.router, *system.experts.values())]
-    with torch.no_grad():
-        logits = [model(torch.tensor([IDS])).logits[0].numpy() for model in models]
-    yield system, logits
+    return system, peft_logits(system, IDS)
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
