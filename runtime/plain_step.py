@@ -76,7 +76,7 @@ class PlainStep:
         guess = self.guess_expert() if pinned is None and coefficients[1] else pinned
         read = 0 if guess is None else min(readers.experts[guess].length, length - 1)
         router_reads = pinned is None or coefficients[0]
-        near = self._near() if pinned is None and coefficients[1] else set()
+        near = self._near() if self._prices is not None and pinned is None and coefficients[1] else set()
         answers: dict[int, Output] = {}
         routed: Output | None
         answered: Output | None
@@ -106,7 +106,8 @@ class PlainStep:
         if not is_finite(fused):
             raise self.numerics.fault(fused, routed and routed.logits, answered.logits, choice, length - 1)
         self.guesses.saw(readers.sequence.ids[-1], choice)
-        self.along.saw(readers.sequence.ids[-1], choice, near)
+        if self._prices is not None:
+            self.along.saw(readers.sequence.ids[-1], choice, near)
         logprob: float | Callable[[], float]
         if not sampler.sampling.temperature and (greedy := as_greedy(fused)) is not None:
             token, logprob = greedy.best, greedy.logprob

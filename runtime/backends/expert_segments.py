@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusionroute.runtime.backend import Arrays, Output, Segment
-from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.bound_rows import BoundRows
+from fusionroute.runtime.backends.host_memory import HostMemory
 from fusionroute.runtime.backends.keys_values import KeysValues, Storage
 from fusionroute.runtime.backends.pair_binding import run
 from fusionroute.runtime.backends.pair_graph import PairGraph
-from fusionroute.runtime.backends.signature import FLOAT, ORT_LENGTHS, CacheValue, Value, of_experts, of_model
+from fusionroute.runtime.backends.signature import Signature, Values, of_experts
 from fusionroute.runtime.limits import DELTA, EXPERT, numbered
 
 if TYPE_CHECKING:
-    from fusionroute.runtime.bundle import Bundle
+    pass
 
 
 class ExpertSegments(PairGraph):
@@ -37,11 +37,9 @@ class ExpertSegments(PairGraph):
         first = numbered(0, DELTA)
         self.deltas = {name.removeprefix(numbered(0, "")): shape for name, shape in self._shapes.items() if name.startswith(first)}
 
-    def check(self, bundle: Bundle, name: str, caches: CacheValue, factor_types: tuple[str, ...] = FLOAT) -> None:
-        """See `PairGraph.check`."""
-        own = of_model(self.spec, self.capacity, self.result, self.head_rows, ORT_LENGTHS, caches)
-        factors = {delta: Value(factor_types, (None,) * len(shape)) for delta, shape in self.deltas.items()}
-        ort.check(self.session, of_experts(own, EXPERT, factors, self.head_rows), bundle, name, self.capacity)
+    def signature(self, own: Signature, factors: Values) -> Signature:
+        """See `PairGraph.signature`."""
+        return of_experts(own, EXPERT, factors, self.head_rows)
 
     def with_factors(self, factors: dict[int, Arrays]) -> ExpertSegments:
         """The same graph with other experts."""
@@ -66,7 +64,7 @@ class SegmentModel:
         return SegmentCache(self)
 
 
-class SegmentCache:
+class SegmentCache(HostMemory):
     """One model's KV cache on the CPU."""
 
     def __init__(self, model: SegmentModel):
@@ -85,19 +83,6 @@ class SegmentCache:
         """See `runtime.backend.Cache.forward`."""
         (output,) = read_together([(self, Segment(ids, positions))])
         return output
-
-    def copy_prefix(self, other: SegmentCache, length: int) -> None:
-        """See `runtime.backend.Cache.copy_prefix`."""
-        self.memory.copy(other.memory, length)
-        self.length = length
-
-    def keys_values(self, length: int) -> np.ndarray:
-        """See `runtime.backend.HostCache.keys_values`."""
-        return self.memory.view(length)
-
-    def interrupt(self) -> None:
-        """See `runtime.backend.Cache.interrupt`. ONNX Runtime checks between two operators."""
-        self.options.terminate = True
 
 
 class SegmentPasses:

@@ -13,6 +13,7 @@ from fusionroute.runtime.backend import REUSED, Output
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
+from fusionroute.runtime.backends.host_memory import HostMemory
 from fusionroute.runtime.backends.keys_values import KeysValues, Storage, storage_of
 from fusionroute.runtime.backends.residency import Lease, OpenedModel, Residency, always
 from fusionroute.runtime.backends.signature import lengths_of
@@ -143,14 +144,14 @@ class Bound:
         self.shape = (0, 0)
 
 
-class OrtCache:
+class OrtCache(HostMemory):
     """One model's KV cache, and what its passes read and write, bound once to each session but for what changes its shape."""
 
     def __init__(self, model: OrtModel):
         self.length = 0
         self._model = model
-        self._options = model.run_options()
-        self._memory = KeysValues(model.model, model.capacity, model.storage, model.window)
+        self.options = model.run_options()
+        self.memory = KeysValues(model.model, model.capacity, model.storage, model.window)
         self._ids = np.zeros((1, model.capacity), np.int64)
         self._reused = self._outputs(1)  # grows to the most rows asked for, up to REUSED
         self._positions = np.zeros(1, np.int64)
@@ -171,7 +172,7 @@ class OrtCache:
 
     def forward(self, ids: Sequence[int], positions: Sequence[int]) -> Output:
         """See `runtime.backend.Cache.forward`. Raises also what opening an evicted expert raises."""
-        self._options.terminate = False
+        self.options.terminate = False
         with self._model.lease() as opened:
             return self._forward(opened, ids, positions)
 
@@ -180,7 +181,7 @@ class OrtCache:
         bound = opened.bindings.get(self)
         if bound is None:
             bound = Bound(opened.session.io_binding())
-            self._memory.bind(bound.binding)
+            self.memory.bind(bound.binding)
             opened.bindings[self] = bound
         if bound.shape != (count, row_count):
             self._bind(bound, count, row_count)
@@ -189,12 +190,12 @@ class OrtCache:
         else:
             self._ids[0, :count] = ids
             self._positions[:] = positions
-        self._memory.begin_pass(self.length, count)
+        self.memory.begin_pass(self.length, count)
         begun = perf_counter()
         try:
-            opened.session.run_with_iobinding(bound.binding, self._options)
+            opened.session.run_with_iobinding(bound.binding, self.options)
         except Exception as error:
-            if self._options.terminate:
+            if self.options.terminate:
                 raise Interrupted from error
             raise FusionError(f"ONNX Runtime failed on {count} tokens of {self._model.model.name}: {one_line(error)}") from error
         self._model.seconds += perf_counter() - begun
@@ -204,19 +205,6 @@ class OrtCache:
             bound.shape = (0, 0)
             self._logits, self._routing = self._rows(1)
         return output
-
-    def copy_prefix(self, other: OrtCache, length: int) -> None:
-        """See `runtime.backend.Cache.copy_prefix`."""
-        self._memory.copy(other._memory, length)
-        self.length = length
-
-    def keys_values(self, length: int) -> np.ndarray:
-        """See `runtime.backend.HostCache.keys_values`."""
-        return self._memory.view(length)
-
-    def interrupt(self) -> None:
-        """See `runtime.backend.Cache.interrupt`. ONNX Runtime checks between two operators."""
-        self._options.terminate = True
 
     def _bind(self, bound: Bound, count: int, row_count: int) -> None:
         bound.shape = (0, 0)  # until everything is bound: after an error the next call binds again

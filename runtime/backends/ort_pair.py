@@ -18,6 +18,7 @@ from fusionroute.runtime.backends.cpu_fusion import OrtFuser
 from fusionroute.runtime.backends.cpu_sessions import CpuSessions
 from fusionroute.runtime.backends.expert_segments import ExpertSegments, SegmentModel, read_together
 from fusionroute.runtime.backends.hidden_rows import Head
+from fusionroute.runtime.backends.host_memory import HostMemory
 from fusionroute.runtime.backends.keys_values import KeysValues, Storage, storage_of
 from fusionroute.runtime.backends.mapped_factors import factors_of
 from fusionroute.runtime.backends.ort_cpu import OrtModel
@@ -154,7 +155,7 @@ class PairModel:
         return PairCache(self)
 
 
-class PairCache(JointCache):
+class PairCache(HostMemory, JointCache):
     """One model's KV cache on the CPU."""
 
     def __init__(self, model: PairModel):
@@ -172,16 +173,3 @@ class PairCache(JointCache):
         nobody = KeysValues(model.graph.spec, 2, model.storage)
         memories = (nobody, self.memory) if model.is_expert else (self.memory, nobody)
         return PairBinding(model.graph, *memories, model.factors, self.options, model.name)
-
-    def copy_prefix(self, other: PairCache, length: int) -> None:
-        """See `runtime.backend.Cache.copy_prefix`."""
-        self.memory.copy(other.memory, length)
-        self.length = length
-
-    def keys_values(self, length: int) -> np.ndarray:
-        """See `runtime.backend.HostCache.keys_values`."""
-        return self.memory.view(length)
-
-    def interrupt(self) -> None:
-        """See `runtime.backend.Cache.interrupt`. ONNX Runtime checks between two operators."""
-        self.options.terminate = True

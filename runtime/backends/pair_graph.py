@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fusionroute.runtime.backend import Arrays
 from fusionroute.runtime.backends import ort
 from fusionroute.runtime.backends.hidden_rows import Head
-from fusionroute.runtime.backends.signature import FLOAT, ORT_LENGTHS, CacheValue, Value, of_model, of_pair
+from fusionroute.runtime.backends.signature import FLOAT, ORT_LENGTHS, CacheValue, Signature, Value, Values, of_model, of_pair
 from fusionroute.runtime.limits import DELTA, EXPERT
 
 if TYPE_CHECKING:
@@ -38,7 +38,11 @@ class PairGraph:
         """Raise BundleError unless its inputs and outputs are those of the manifest. caches: what keys and values are stored as."""
         own = of_model(self.spec, self.capacity, self.result, self.head_rows, ORT_LENGTHS, caches)
         factors = {delta: Value(factor_types, (None,) * len(shape)) for delta, shape in self.deltas.items()}
-        ort.check(self.session, of_pair(own, EXPERT, factors), bundle, name, self.capacity)
+        ort.check(self.session, self.signature(own, factors), bundle, name, self.capacity)
+
+    def signature(self, own: Signature, factors: Values) -> Signature:
+        """Its inputs and outputs, from those of one model and those that factors are bound to."""
+        return of_pair(own, EXPERT, factors)
 
     def unfit(self, factors: Arrays) -> str | None:
         """The first input that an expert's factors do not fit; None: they fit. Names in a shape stand for any rank."""

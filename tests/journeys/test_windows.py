@@ -148,7 +148,7 @@ def test_heads_that_are_turned_outside_the_attention(tmp_path: Path, monkeypatch
             session.append(text(4)[:150])
             session.step()
             session.step()  # behind 150 tokens; the first one began with the text
-            assert session._decoder.readers.router.cache._memory._start == (128 if step == 32 else 0)  # type: ignore[attr-defined]
+            assert session._decoder.readers.router.cache.memory._start == (128 if step == 32 else 0)  # type: ignore[attr-defined]
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-5 * np.abs(scores[0]).max())
 
 

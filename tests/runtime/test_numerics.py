@@ -132,7 +132,7 @@ def poison(session: Session, model: int | None, begin: int = 0) -> None:
     """NaN in the keys and values of a model, None for the router, from a position on."""
     readers = session._decoder.readers
     cache: Any = (readers.router if model is None else readers.experts[model]).cache
-    memory = cache.memory if hasattr(cache, "memory") else cache._memory
+    memory = cache.memory
     memory.buffers[..., begin:, :] = np.nan
 
 
@@ -191,7 +191,7 @@ def test_finished_texts_are_not_kept_after_a_fault(bundles: list[Path]) -> None:
         for end in (61, 62, 63):
             rt.generate([*PROMPT, end], 3)
         for decoder in rt._sets.current.pool.idle:
-            decoder.readers.router.cache._memory.buffers[...] = np.nan  # type: ignore[attr-defined]
+            decoder.readers.router.cache.memory.buffers[...] = np.nan  # type: ignore[attr-defined]
         assert failing(lambda: rt.generate([*PROMPT, 60], 3)).model == "router"
         assert rt.generate([*PROMPT, 60], 3).token_ids == expected.token_ids
 
